@@ -1,0 +1,1 @@
+"""The algorithm, pure: no I/O, no logging, no device, no global randomness, no model."""

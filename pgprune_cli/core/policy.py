@@ -1,0 +1,55 @@
+"""The policy: independent Bernoulli keep decisions m ~ Bernoulli(θ), and where θ starts."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pgprune_cli.core.projection import project
+from pgprune_cli.core.space import Budget, MaskSpace
+
+
+def sample(theta: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+    """`samples` independent masks: `(K, n)` bool, True = kept. θ = 0 and θ = 1 are certain."""
+    uniform = torch.rand(samples, theta.numel(), generator=generator, dtype=torch.float64)
+    return uniform < theta
+
+
+def log_probability(theta: Tensor, masks: Tensor) -> Tensor:
+    """log p_θ(m) of masks `(K, n)`: `(K,)` nats."""
+    return torch.where(masks, theta.log(), torch.log1p(-theta)).sum(-1)
+
+
+def entropy(theta: Tensor) -> Tensor:
+    """Σ H(θ_i): a scalar in nats, 0 when every decision is certain."""
+    return -(torch.xlogy(theta, theta) + torch.xlogy(1.0 - theta, 1.0 - theta)).sum()
+
+
+def starting_theta(saliency: Tensor, space: MaskSpace, budget: Budget, start: str, temperature: float) -> Tensor:
+    """θ that trusts the saliency `(n,)`, per layer, and meets the budget: `(n,)` float64.
+
+    `sigmap` is the paper's: z-score within the layer, sigmoid, shifted to the keep fraction. `linear` runs from 0 at
+    the layer's least saliency to 1 at its greatest, then is shifted. A `temperature` below 1 makes θ surer of the
+    saliency's order. A family of one unit a layer is compared across the layers instead.
+    """
+    squash = {"sigmap": _sigmap, "linear": _linear}[start]
+    theta = torch.empty(space.n, dtype=torch.float64)
+    for family in space.families:
+        span = space.slice_of(family.name)
+        values = saliency[span].double()
+        parts = [values] if max(family.counts) <= 1 else list(values.split(list(family.counts)))
+        theta[span] = torch.cat([squash(part, temperature) for part in parts])
+    return project(theta, space, budget)
+
+
+def _sigmap(values: Tensor, temperature: float) -> Tensor:
+    centred = values - values.mean() if values.numel() else values
+    spread = centred.square().mean().sqrt()
+    return torch.sigmoid(centred / (spread * temperature)) if spread > 0 else torch.full_like(values, 0.5)
+
+
+def _linear(values: Tensor, temperature: float) -> Tensor:
+    low, high = (values.min(), values.max()) if values.numel() else (0.0, 0.0)
+    if not high > low:
+        return torch.full_like(values, 0.5)
+    return 0.5 + ((values - low) / (high - low) - 0.5) / temperature

@@ -1,0 +1,99 @@
+"""The flat axis of units, its per-layer views, costs and budgets."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pgprune_cli.core.space import Family, MaskSpace, budget_of
+
+ATTENTION = Family("attention", (2, 0, 3), (40, 40, 50))
+FFN = Family("ffn", (4, 1, 2), (3, 5, 7))
+SPACE = MaskSpace((ATTENTION, FFN))
+
+
+def test_units_lie_family_after_family_and_layer_after_layer() -> None:
+    assert (ATTENTION.size, FFN.size, SPACE.n) == (5, 7, 12)
+    assert SPACE.slice_of("attention") == slice(0, 5)
+    assert SPACE.slice_of("ffn") == slice(5, 12)
+    flat = torch.arange(12)
+    assert [part.tolist() for part in SPACE.per_layer(flat, "attention")] == [[0, 1], [], [2, 3, 4]]
+    assert [part.tolist() for part in SPACE.per_layer(flat, "ffn")] == [[5, 6, 7, 8], [9], [10, 11]]
+
+
+def test_per_layer_parts_are_views() -> None:
+    flat = torch.zeros(12)
+    SPACE.per_layer(flat, "ffn")[1].fill_(7.0)
+    assert flat.nonzero().tolist() == [[9]]
+
+
+def test_every_unit_has_the_cost_of_its_layer() -> None:
+    assert SPACE.costs.tolist() == [40, 40, 50, 50, 50, 3, 3, 3, 3, 5, 7, 7]
+    assert SPACE.costs.dtype == torch.int64
+
+
+def test_evenness_is_the_place_within_the_layer() -> None:
+    attention, ffn = SPACE.per_layer(SPACE.evenness, "attention"), SPACE.per_layer(SPACE.evenness, "ffn")
+    assert attention[0].tolist() == [0.25, 0.75]
+    assert ffn[0].tolist() == [0.125, 0.375, 0.625, 0.875]
+    assert ffn[1].tolist() == [0.5]
+    assert SPACE.evenness.dtype == torch.float64
+
+
+def test_a_budget_per_family_keeps_the_same_fraction_of_each() -> None:
+    attention, ffn = budget_of(SPACE, 0.5, "per-family")
+    assert (attention.name, attention.units, attention.kept, attention.total) == ("attention", slice(0, 5), 115, 230)
+    assert (ffn.name, ffn.units, ffn.kept, ffn.total) == ("ffn", slice(5, 12), 16, 31)
+
+
+def test_a_global_budget_is_one_constraint_over_everything() -> None:
+    (everything,) = budget_of(SPACE, 0.3, "global")
+    assert (everything.units, everything.kept, everything.total) == (slice(0, 12), 183, 261)
+
+
+@given(
+    counts=st.lists(st.integers(1, 2000), min_size=1, max_size=4),
+    cost=st.integers(1, 10**6),
+    removed=st.integers(0, 100),
+    scope=st.sampled_from(["per-family", "global"]),
+)
+@settings(deadline=None)
+def test_the_kept_cost_is_the_nearest_whole_number(counts: list[int], cost: int, removed: int, scope: str) -> None:
+    """int(n · (1 − sparsity)) is one too few where the product falls just below a whole number."""
+    space = MaskSpace((Family("ffn", tuple(counts), (cost,) * len(counts)),))
+    (constraint,) = budget_of(space, removed / 100, scope)
+    assert constraint.total == sum(counts) * cost
+    assert abs(100 * constraint.kept - (100 - removed) * constraint.total) <= 50
+
+
+def test_a_budget_of_everything_and_of_nothing() -> None:
+    assert [c.kept for c in budget_of(SPACE, 0.0, "per-family")] == [230, 31]
+    assert [c.kept for c in budget_of(SPACE, 1.0, "per-family")] == [0, 0]
+
+
+def test_an_unknown_scope_is_refused() -> None:
+    with pytest.raises(ValueError, match="scope 'layer' is neither per-family nor global"):
+        budget_of(SPACE, 0.5, "layer")
+
+
+@pytest.mark.parametrize(
+    ("counts", "costs", "message"),
+    [
+        ((1, 2), (3,), "family ffn: 2 layers of units, 1 of costs"),
+        ((1, -1), (3, 3), "counts must not be negative"),
+        ((1, 2), (3, 0), "costs must be positive"),
+        ((1, 2), (-3, 3), "costs must be positive"),
+    ],
+)
+def test_an_impossible_family_is_refused(counts: tuple[int, ...], costs: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Family("ffn", counts, costs)
+
+
+def test_a_layer_without_units_may_cost_nothing() -> None:
+    assert MaskSpace((Family("ffn", (2, 0), (3, 0)),)).costs.tolist() == [3, 3]
+
+
+def test_an_unknown_family_has_no_place() -> None:
+    with pytest.raises(KeyError, match="layer"):
+        SPACE.slice_of("layer")
