@@ -1,0 +1,538 @@
+"""Recipes: what is read, what is refused and in which words, and that every shipped one is sound."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pgprune_cli import recipe
+from pgprune_cli.errors import UserError
+from pgprune_cli.recipe import Recipe, digest, dump, find, load, shipped, summary
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+MINIMAL = "model: demo\ncalibration: {corpus: demo}\nbudget: {sparsity: 0.5}\n"
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests write and name files relative to an empty folder, as a user does."""
+    monkeypatch.chdir(tmp_path)
+
+
+def faults(text: str | bytes, *overrides: str) -> list[str]:
+    """The lines of the error that the recipe x.yaml with this text is met with."""
+    Path("x.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as caught:
+        load(Path("x.yaml"), overrides)
+    return str(caught.value).splitlines()
+
+
+def read(text: str, *overrides: str) -> Recipe:
+    Path("x.yaml").write_text(text, encoding="utf-8")
+    return load(Path("x.yaml"), overrides)
+
+
+# --- what is read
+
+
+def test_defaults_are_the_references() -> None:
+    got = read(MINIMAL)
+    assert (got.dtype, got.device, got.seed) == ("bfloat16", "auto", 0)
+    assert got.calibration == recipe.Calibration(corpus="demo", sequences=120_000, seqlen=128, batch=8, heldout=32)
+    assert got.units.families == ("attention", "ffn")
+    assert got.budget == recipe.Budget(sparsity=0.5, scope="per-family")
+    assert got.saliency == recipe.Saliency(metric="wanda-sp", sequences=128, seqlen=1024)
+    assert got.policy == recipe.Policy(start="sigmap", temperature=1.0)
+    assert got.search == recipe.Search(
+        estimator="rloo",
+        steps=15_000,
+        samples=2,
+        learning_rate=2e-3,
+        schedule="cosine",
+        checkpoint_every=100,
+        evaluate_every=100,
+    )
+    assert got.evaluation == recipe.Evaluation(corpora=("wikitext2",), seqlen=(128, 2048))
+
+
+@pytest.mark.parametrize("text", ["2e-3", "2E-3", "0.002", "2.0e-3", ".002", "+2e-3"])
+def test_every_spelling_of_a_float(text: str) -> None:
+    assert read(MINIMAL + f"search: {{learning_rate: {text}}}").search.learning_rate == 0.002
+
+
+def test_an_integer_is_a_number_too_and_becomes_a_float() -> None:
+    rate = read(MINIMAL + "search: {learning_rate: 1}").search.learning_rate
+    assert rate == 1.0
+    assert type(rate) is float
+
+
+def test_relative_paths_stay_as_they_are_written() -> None:
+    got = read("model: ./m\ncalibration: {corpus: ../c.txt}\nbudget: {sparsity: 0}\n")
+    assert (got.model, got.calibration.corpus) == ("./m", "../c.txt")
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:10", "cuda:0,cuda:1"])
+def test_devices(device: str) -> None:
+    assert read(MINIMAL + f"device: {device}").device == device
+
+
+@pytest.mark.parametrize(
+    "families", [("ffn",), ("layer",), ("attention-block", "ffn-block"), ("attention", "ffn-block")]
+)
+def test_families_that_share_nothing(families: tuple[str, ...]) -> None:
+    assert read(MINIMAL + f"units: {{families: [{', '.join(families)}]}}").units.families == families
+
+
+def test_a_byte_order_mark_and_windows_line_ends_are_harmless() -> None:
+    Path("x.yaml").write_bytes(b"\xef\xbb\xbf" + MINIMAL.replace("\n", "\r\n").encode())
+    assert load(Path("x.yaml")).model == "demo"
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("steps: 3", "steps: unknown key, did you mean search.steps?"),
+        ("stpes: 3", "stpes: unknown key, did you mean search.steps?"),
+        ("search: {stpes: 3}", "search.stpes: unknown key, did you mean search.steps?"),
+        ("searhc: {steps: 3}", "searhc: unknown key, did you mean search?"),
+        ("extend: _base", "extend: unknown key, did you mean extends?"),
+        (
+            "search: {seqlen: 3}",
+            "search.seqlen: unknown key, did you mean calibration.seqlen, saliency.seqlen or evaluation.seqlen?",
+        ),
+        ("saliency: {seqlne: 3}", "saliency.seqlne: unknown key, did you mean saliency.seqlen?"),
+        ("policy: {zzz: 3}", "policy.zzz: unknown key, expected start or temperature"),
+        ("search: {steps: many}", "search.steps: expected an integer, got text 'many'"),
+        ("search: {steps: '3'}", "search.steps: expected an integer, got text '3'"),
+        ("search: {steps: true}", "search.steps: expected an integer, got the boolean true"),
+        ("search: {steps: 1.5}", "search.steps: expected an integer, got 1.5"),
+        ("search: {steps: 1e3}", "search.steps: expected an integer, got 1e3"),
+        ("search: {steps: [3]}", "search.steps: expected an integer, got a list"),
+        ("search: {steps: {a: 3}}", "search.steps: expected an integer, got a mapping"),
+        ("search: {steps: }", "search.steps: expected an integer, got nothing"),
+        ("search: {steps: -1}", "search.steps: expected value >= 0, got -1"),
+        ("search: {samples: 1}", "search.samples: expected value >= 2, got 1"),
+        ("search: {learning_rate: 0}", "search.learning_rate: expected value > 0, got 0.0"),
+        ("search: {learning_rate: yes}", "search.learning_rate: expected a number, got the boolean yes"),
+        ("search: {learning_rate: nan}", "search.learning_rate: expected a number, got text 'nan'"),
+        ("search: {learning_rate: .nan}", "search.learning_rate: expected a number, got text '.nan'"),
+        ("search: {learning_rate: .inf}", "search.learning_rate: expected a number, got text '.inf'"),
+        ("search: {learning_rate: 1e999}", "search.learning_rate: expected a number, got text '1e999'"),
+        ("search: {estimator: rlo}", "search.estimator: expected paper or rloo, got text 'rlo', did you mean rloo?"),
+        ("search: {schedule: 3}", "search.schedule: expected cosine or constant, got 3"),
+        ("seed: -1", "seed: expected 0 <= value < 4294967296, got -1"),
+        ("dtype: float61", None),
+        ("device: gpu", "device: expected auto, cpu, cuda, cuda:N or a list such as cuda:0,cuda:1, got text 'gpu'"),
+        (
+            "device: cuda:0,cuda:0",
+            "device: expected auto, cpu, cuda, cuda:N or a list such as cuda:0,cuda:1, got text 'cuda:0,cuda:0'",
+        ),
+        ("search: 3", "search: expected keys with values, got 3"),
+        ("search:", "search: expected keys with values, got nothing"),
+        ("units: {families: []}", "units.families: expected at least one item, got an empty list"),
+        ("units: {families: [ffn, ffn]}", "units.families: an item is listed twice"),
+        ("units: {families: ffn}", "units.families: expected a list such as [a, b], got text 'ffn'"),
+        (
+            "units: {families: [fnn]}",
+            "units.families: expected attention, ffn, attention-block, ffn-block or layer, got text 'fnn', "
+            "did you mean ffn?",
+        ),
+        (
+            "units: {families: [attention-block, ffn, attention]}",
+            "units.families: attention-block and attention hold the same parameters, keep one of them",
+        ),
+        (
+            "units: {families: [ffn-block, ffn]}",
+            "units.families: ffn-block and ffn hold the same parameters, keep one of them",
+        ),
+        (
+            "units: {families: [layer, attention]}",
+            "units.families: layer and attention hold the same parameters, keep one of them",
+        ),
+        ("evaluation: {corpora: [7]}", "evaluation.corpora: expected text, got 7; put it in quotes"),
+        ("evaluation: {corpora: ['']}", "evaluation.corpora: expected text, got text ''"),
+        ("evaluation: {seqlen: [128, 1]}", "evaluation.seqlen: expected value >= 2, got 1"),
+        ("model: other", "model: given twice, first on line 1"),
+        ("? [a]\n: 3", "a recipe: expected a key, got a list"),
+        ("extends: 3", "extends: expected text, got 3; put it in quotes"),
+        ("seed: !!int '3'", "cannot be read as YAML, anchors, aliases and tags are not allowed in a recipe"),
+        ("seed: &a 3", "cannot be read as YAML, anchors, aliases and tags are not allowed in a recipe"),
+        ("seed: *a", "cannot be read as YAML, anchors, aliases and tags are not allowed in a recipe"),
+        ("!!python/name:os.system x: 3", None),
+        ("seed: a: 3", "cannot be read as YAML, mapping values are not allowed here"),
+        ("seed: \x07", "cannot be read as YAML, the character U+0007 is not allowed"),
+    ],
+)
+def test_one_fault_one_line(line: str, fault: str | None) -> None:
+    got = faults(MINIMAL + line)
+    if fault is None:
+        fault = {
+            "dtype: float61": "dtype: expected auto, float32, float16 or bfloat16, got text 'float61', "
+            "did you mean float16?"
+        }.get(line, "cannot be read as YAML, anchors, aliases and tags are not allowed in a recipe")
+    assert got == [f"x.yaml:4: {fault}"]
+
+
+@pytest.mark.parametrize("sparsity", ["1", "1.5", "-0.1"])
+def test_sparsity_is_a_fraction_below_one(sparsity: str) -> None:
+    text = f"model: demo\ncalibration: {{corpus: demo}}\nbudget:\n  sparsity: {sparsity}\n"
+    assert faults(text) == [f"x.yaml:4: budget.sparsity: expected 0 <= value < 1, got {float(sparsity)}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b"", "x.yaml: expected keys with values, got an empty file"),
+        (b"# only a comment\n", "x.yaml: expected keys with values, got an empty file"),
+        (b"- a\n", "x.yaml: expected keys with values, got a list"),
+        (b"just words\n", "x.yaml: expected keys with values, got text 'just words'"),
+        (b"model: demo\nseed: \xff\n", "x.yaml:2: not UTF-8 text"),
+        (b"a: 1\n---\nb: 2\n", "x.yaml:2: cannot be read as YAML, but found another document"),
+        (b"a: [" * 3000, "x.yaml:1: cannot be read as YAML, brackets in brackets without end"),
+    ],
+)
+def test_a_file_that_is_no_recipe(text: bytes, expected: str) -> None:
+    assert faults(text) == [expected]
+
+
+def test_a_file_that_cannot_be_read() -> None:
+    Path("folder.yaml").mkdir()
+    for name, reason in [("none.yaml", "no such file"), ("folder.yaml", "Is a directory")]:
+        with pytest.raises(UserError, match=rf"^{name}: cannot be read, {reason}$"):
+            load(Path(name))
+    with pytest.raises(UserError, match="cannot be read"):
+        load(Path("n" * 5000))
+    with pytest.raises(UserError, match=r"^a\\x00b: cannot be read, "):
+        load(Path("a\0b"))
+
+
+def test_every_fault_is_told_at_once() -> None:
+    text = "steps: 3\nsearch:\n  stpes: 3\n  samples: 1\n  samples: 2\nbudget: {sparsity: 1.5}\nunits: {families: 3}\n"
+    assert faults(text, "search.stpes=4", "seed=x") == [
+        "x.yaml:1: steps: unknown key, did you mean search.steps?",
+        "x.yaml:3: search.stpes: unknown key, did you mean search.steps?",
+        "x.yaml:4: search.samples: expected value >= 2, got 1",
+        "x.yaml:5: search.samples: given twice, first on line 4",
+        "x.yaml:6: budget.sparsity: expected 0 <= value < 1, got 1.5",
+        "x.yaml:7: units.families: expected a list such as [a, b], got 3",
+        "--set search.stpes=4: unknown key, did you mean search.steps?",
+        "--set seed=x: expected an integer, got text 'x'",
+        "x.yaml: model: required key is missing",
+        "x.yaml: calibration.corpus: required key is missing",
+    ]
+
+
+def test_a_fault_in_a_list_has_its_own_line() -> None:
+    assert faults(MINIMAL + "evaluation:\n  seqlen:\n  - 128\n  - 1\n  - x\n") == [
+        "x.yaml:7: evaluation.seqlen: expected value >= 2, got 1",
+        "x.yaml:8: evaluation.seqlen: expected an integer, got text 'x'",
+    ]
+
+
+def test_what_would_break_a_line_is_escaped_and_what_is_endless_is_cut() -> None:
+    assert faults(MINIMAL + '"a\\nb\\e[31m": 1\n')[0].startswith("x.yaml:4: a\\nb\\x1b[31m: unknown key")
+    assert faults(MINIMAL + f"seed: {'x' * 500}\n") == [
+        f"x.yaml:4: seed: expected an integer, got text '{'x' * 60}'..."
+    ]
+
+
+# --- extends
+
+
+def test_a_base_is_merged_key_by_key() -> None:
+    Path("_base.yaml").write_text("model: demo\nsearch: {steps: 5, samples: 4}\ncalibration: {corpus: demo}\n")
+    got = read("search: {steps: 7}\nextends: _base\nbudget: {sparsity: 0.5}\n")
+    assert (got.model, got.search.steps, got.search.samples) == ("demo", 7, 4)
+    assert read("extends: ./_base.yaml\nbudget: {sparsity: 0.5}\n").search.steps == 5
+
+
+def test_a_base_is_looked_for_beside_the_file_then_among_the_shipped() -> None:
+    Path("sub").mkdir()
+    Path("sub/demo.yaml").write_text("extends: ../other\nsearch: {steps: 5}\n")
+    Path("other.yaml").write_text(MINIMAL)
+    assert read("extends: sub/demo").search.steps == 5
+    assert read("extends: llama3-8b-50\nbudget: {sparsity: 0.1}").model == "meta-llama/Meta-Llama-3-8B"
+
+
+def test_a_fault_in_a_base_is_told_where_it_stands() -> None:
+    Path("_a.yaml").write_text("extends: _b\n\nsearch:\n  stpes: 5\n")
+    Path("_b.yaml").write_text("seed: x\n")
+    assert faults("extends: _a\nseed: y\nmodel: demo\n") == [
+        "_b.yaml:1: seed: expected an integer, got text 'x'",
+        "_a.yaml:4: search.stpes: unknown key, did you mean search.steps?",
+        "x.yaml:2: seed: expected an integer, got text 'y'",
+        "x.yaml: calibration.corpus: required key is missing",
+        "x.yaml: budget.sparsity: required key is missing",
+    ]
+
+
+def test_a_base_that_is_not_there_leaves_its_keys_unasked() -> None:
+    Path("_mine.yaml").write_text("seed: 3\n")
+    assert faults("model: demo\nextends: _mien\nsede: 3\n") == [
+        "x.yaml:2: extends: no such file, got text '_mien', did you mean _mine?",
+        "x.yaml:3: sede: unknown key, did you mean seed?",
+    ]
+    assert faults("extends: _mine\nseed: 3\nextends: _mine\n")[0] == "x.yaml:3: extends: given twice, first on line 1"
+    assert "extends: no such file" in faults(f"extends: {'n' * 5000}\n")[0]
+
+
+def test_a_circle_is_told() -> None:
+    Path("_a.yaml").write_text("extends: _b\n")
+    Path("_b.yaml").write_text("seed: 3\nextends: _a\n")
+    assert faults("extends: _a\n") == ["_b.yaml:2: extends: a circle, _a.yaml extends _b.yaml extends _a.yaml"]
+    assert faults("extends: x\n") == ["x.yaml:1: extends: a circle, x.yaml extends x.yaml"]
+
+
+# --- overrides
+
+
+def test_overrides() -> None:
+    got = read(
+        "model: demo\nbudget: {sparsity: 0.5}\nsearch: {steps: 3, samples: 4}\n",
+        "calibration.corpus=a=b",  # a missing required key, and a value with = in it
+        "search.steps=7",
+        "search.steps=8",
+        "search.learning_rate=2e-2",
+        "units.families=[ffn]",
+        "device=cuda:0,cuda:1",
+        "policy={start: linear}",
+    )
+    assert (got.calibration.corpus, got.search.steps, got.search.samples) == ("a=b", 8, 4)
+    assert (got.search.learning_rate, got.units.families) == (0.02, ("ffn",))
+    assert (got.device, got.policy.start) == ("cuda:0,cuda:1", "linear")
+
+
+@pytest.mark.parametrize(
+    ("override", "fault"),
+    [
+        ("search.stpes=3", "unknown key, did you mean search.steps?"),
+        ("steps=3", "unknown key, did you mean search.steps?"),
+        ("search.steps=many", "expected an integer, got text 'many'"),
+        ("search.steps=", "expected an integer, got nothing"),
+        ("search=3", "expected keys with values, got 3"),
+        ("search={steps: 3, stpes: 4}", "unknown key, did you mean search.steps?"),
+        ("units.families=[ffn, layer]", "ffn and layer hold the same parameters, keep one of them"),
+        ("steps", "expected KEY=VALUE with a recipe's key, such as search.steps=200"),
+        ("extends=_base", "expected KEY=VALUE with a recipe's key, such as search.steps=200"),
+        ("model=a #2", "a comment after the value; put the value in quotes if # belongs to it"),
+        ("model=!!str a", "cannot be read as YAML, anchors, aliases and tags are not allowed in a recipe"),
+        ("units.families=[ffn", "cannot be read as YAML, expected ',' or ']', but got '<stream end>'"),
+    ],
+)
+def test_a_fault_in_an_override(override: str, fault: str) -> None:
+    assert faults(MINIMAL, override) == [f"--set {override}: {fault}"]
+
+
+# --- round trip
+
+
+def values(kind: Any) -> st.SearchStrategy[Any]:
+    """Values the schema allows, from the schema: a key added there is covered here."""
+    if dataclasses.is_dataclass(kind):
+        return st.builds(kind, **{entry.name: values(entry.type) for entry in dataclasses.fields(kind)})
+    if get_origin(kind) is Annotated:
+        base, check = get_args(kind)
+        if check is recipe._device:
+            return st.sampled_from(["auto", "cpu", "cuda", "cuda:3", "cuda:0,cuda:1"])
+        return values(base).filter(lambda value: not check(value))
+    if get_origin(kind) is tuple:
+        return st.lists(values(get_args(kind)[0]), min_size=1, max_size=4, unique=True).map(tuple)
+    if kind is int:
+        return st.integers(2, 2**31)
+    if kind is float:
+        return st.one_of(st.floats(0, 0.99), st.floats(allow_nan=False, allow_infinity=False, min_value=0))
+    if kind is str:
+        tricky = [
+            "2e-3",
+            "1e999",
+            "010",
+            "0x1f",
+            "yes",
+            "~",
+            "1:30",
+            "=",
+            "<<",
+            "2020-01-01",
+            ".nan",
+            "- a",
+            "#",
+            "\ufeff",
+        ]
+        return st.one_of(
+            st.sampled_from(tricky), st.text(min_size=1), st.text("\n\t \x85\u2028'\"\\:#", min_size=1)
+        ).filter(str.strip)
+    return st.sampled_from(get_args(kind))
+
+
+@settings(max_examples=200, deadline=None)
+@given(values(Recipe))
+def test_a_dump_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, given_recipe: Recipe) -> None:
+    path = tmp_path_factory.getbasetemp() / "dump.yaml"
+    path.write_bytes(dump(given_recipe).encode())
+    again = load(path)
+    assert again == given_recipe
+    assert digest(again) == digest(given_recipe)
+
+
+def test_a_dump_reads_like_a_recipe() -> None:
+    text = dump(read(MINIMAL + "search: {learning_rate: 2e-5}\n"))
+    assert text.startswith("model: demo\ndtype: bfloat16\ndevice: auto\nseed: 0\ncalibration:\n  corpus: demo\n")
+    assert "  families: [attention, ffn]\n" in text
+    assert "  learning_rate: 2.0e-05\n" in text
+
+
+def test_the_digest_follows_the_meaning() -> None:
+    assert digest(read(MINIMAL)) == digest(read(MINIMAL + "# a comment\nseed: 0\n"))
+    assert digest(read(MINIMAL)) != digest(read(MINIMAL + "seed: 1\n"))
+    assert re.fullmatch("[0-9a-f]{64}", digest(read(MINIMAL)))
+
+
+# --- noise
+
+
+def never_a_traceback(data: bytes, *overrides: str) -> None:
+    Path("fuzz.yaml").write_bytes(data)
+    try:
+        load(Path("fuzz.yaml"), overrides)
+    except UserError as error:
+        for line in str(error).split("\n"):
+            assert re.match(r"fuzz\.yaml\b|--set ", line)
+            assert line.isprintable()
+
+
+WORDS = [
+    *("model", "search", "steps", "seed", "budget", "sparsity", "units", "families", "ffn", "extends", "calibration"),
+    *("corpus", "demo", "2e-3", ".nan", "~", "<<", ": ", "- ", "\n", "\n  ", "[", "]", "{", "}", ",", "'", '"', "#"),
+    *("&a", "*a", "!!int ", "!", "? ", "|", ">", "%YAML 1.1\n", "---\n", "...\n", "\\", "\t", "\0", "\x85", "\ufeff"),
+    '"\\UFFFFFFFF"',
+    '"\\uD800"',
+    '"\\U00110000"',
+    "%YAML " + "9" * 5000 + ".1\n",
+    "9" * 5000,
+    "-" + "1_" * 20,
+]
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=60))
+def test_bytes_never_end_in_a_traceback(data: bytes) -> None:
+    never_a_traceback(data)
+
+
+@settings(deadline=None)
+@given(st.text(max_size=60), st.text(max_size=20))
+def test_text_never_ends_in_a_traceback(text: str, override: str) -> None:
+    never_a_traceback(text.encode(), override, f"model={override}", f"{override}=3")
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.sampled_from(WORDS), max_size=25).map("".join),
+    st.lists(st.sampled_from(WORDS), max_size=5).map("".join),
+)
+def test_what_looks_like_yaml_never_ends_in_a_traceback(text: str, override: str) -> None:
+    never_a_traceback(text.encode("utf-8", "surrogatepass"), f"search={override}", override)
+
+
+# --- what ships
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_file_is_sound(path: Path) -> None:
+    if path.name.startswith("_"):  # a base: whole once a sparsity (and, for the first of all, a model) is given
+        load(path, ["budget.sparsity=0.5", *(["model=demo"] if path.stem == "_base" else [])])
+        return
+    opening = path.read_text(encoding="utf-8").splitlines()
+    assert opening[1].split() == ["#", "pgprune", "search", path.stem]
+    assert summary(path) == opening[0].removeprefix("# ")
+    assert find(path.stem) == find(path.name) == path
+    loaded = load(path)
+    percent = re.search(r"-(\d+)$", path.stem)
+    assert path.stem == "demo" or percent
+    if percent:
+        assert loaded.budget.sparsity == int(percent[1]) / 100
+        assert f" {percent[1]} %" in summary(path)
+
+
+def test_what_ships() -> None:
+    assert [path.stem for path in shipped()] == sorted(
+        ["demo"]
+        + [
+            f"{model}-{percent}"
+            for model in (
+                *("llama-7b", "llama2-7b", "llama2-13b", "llama3-8b"),
+                *("mistral-7b", "vicuna-7b", "vicuna-13b", "smollm2-135m"),
+            )
+            for percent in (20, 30, 50)
+        ]
+    )
+    assert load(find("llama3-8b-50")).search.learning_rate == 6e-3
+    assert load(find("llama2-13b-30")).search.learning_rate == 2e-3
+    assert load(find("smollm2-135m-30")).calibration.sequences == 600
+
+
+def test_the_base_says_every_key_it_can() -> None:
+    """Whoever opens it sees all there is to set; only what each recipe must decide is left to them."""
+    told = yaml.safe_load((CONFIGS / "_base.yaml").read_text(encoding="utf-8"))
+    whole = yaml.safe_load(dump(read(MINIMAL)))
+    del whole["model"], whole["budget"]["sparsity"]
+    assert {key: list(value) if isinstance(value, dict) else 0 for key, value in told.items()} == {
+        key: list(value) if isinstance(value, dict) else 0 for key, value in whole.items()
+    }
+
+
+def test_find() -> None:
+    Path("mine.yaml").write_text(MINIMAL)
+    Path("demo").mkdir()  # a run directory of the same name is not a recipe
+    assert find("mine.yaml") == Path("mine.yaml")
+    assert find("demo") == CONFIGS / "demo.yaml"
+    Path("demo.yaml").write_text(MINIMAL)
+    assert find("demo.yaml") == Path("demo.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "smolm2-135m-50",
+            "smolm2-135m-50: no such recipe, did you mean smollm2-135m-50, smollm2-135m-30 or smollm2-135m-20? "
+            "`pgprune recipes` lists those that ship",
+        ),
+        (
+            "configs/dem.yaml",
+            "configs/dem.yaml: no such recipe, did you mean demo? `pgprune recipes` lists those that ship",
+        ),
+        ("zzzzqq", "zzzzqq: no such recipe; `pgprune recipes` lists those that ship"),
+        ("_base", "_base: no such recipe; `pgprune recipes` lists those that ship"),
+        ("", ": no such recipe; `pgprune recipes` lists those that ship"),
+    ],
+)
+def test_a_name_nobody_knows(name: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        find(name)
+    assert str(caught.value) == message
+
+
+def test_summary() -> None:
+    for text, expected in [("\n# One.\n# Two.\nseed: 3\n", "One."), ("seed: 3\n# Late.\n", ""), ("", "")]:
+        Path("x.yaml").write_text(text)
+        assert summary(Path("x.yaml")) == expected
+    with pytest.raises(UserError, match=r"^none\.yaml: cannot be read, no such file$"):
+        summary(Path("none.yaml"))
+
+
+def test_reading_a_recipe_loads_nothing_heavy() -> None:
+    code = (
+        "import sys, pgprune_cli.recipe; sys.exit(bool({'torch', 'numpy', 'transformers', 'typer'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=CONFIGS.parent)
