@@ -1,0 +1,125 @@
+"""The state of a search on disk: whole or absent, versioned, checksummed; damage is refused, never started over.
+
+A checkpoint is a directory `checkpoints/step-<n>/` of two files, written under a temporary name and renamed. The last
+two are kept. `metrics.jsonl` grows beside them, and a checkpoint says how many of its bytes belong to it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+
+from pgprune_cli.atomic import checksum, read_json, read_tensors, sync_directory, write_bytes, write_json
+from pgprune_cli.core.step import SearchState
+from pgprune_cli.errors import UserError
+
+VERSION = 1
+KEPT = 2
+FOLDER = "checkpoints"
+TENSORS = "state.safetensors"
+RECORD = "state.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Everything a search goes on from.
+
+    state: θ, moving baseline, step and mask generator; data_position: batches drawn; schedule: [name, full rate,
+    steps] of the learning rate; bad_steps: how many steps in a row had no finite loss; forwards: model evaluations so
+    far; seconds: of search so far; history_bytes: length of `metrics.jsonl`; identity: digest of the recipe and
+    scores that the search belongs to.
+    """
+
+    state: SearchState
+    data_position: int
+    schedule: tuple[str, float, int]
+    bad_steps: int
+    forwards: int
+    seconds: float
+    history_bytes: int
+    identity: str
+
+
+def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
+    """Writes `checkpoint` into the run directory and drops all but the last two. Returns its directory."""
+    state = checkpoint.state
+    folder = run / FOLDER
+    target = folder / f"step-{state.step:08d}"
+    if target.exists():  # a search that resumes here and stops at once
+        return target
+    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
+    temporary.mkdir(parents=True, exist_ok=True)  # a killed process of the same number, as in containers, left it
+    try:
+        write_bytes(temporary / TENSORS, save({"theta": state.theta, "rng": state.rng}))
+        record = {
+            "version": VERSION,
+            "step": state.step,
+            "baseline": state.baseline,
+            "skipped": state.skipped,
+            "data_position": checkpoint.data_position,
+            "schedule": list(checkpoint.schedule),
+            "bad_steps": checkpoint.bad_steps,
+            "forwards": checkpoint.forwards,
+            "seconds": checkpoint.seconds,
+            "history_bytes": checkpoint.history_bytes,
+            "identity": checkpoint.identity,
+            "state_sha256": checksum(temporary / TENSORS),
+        }
+        write_json(temporary / RECORD, _seal(record))
+        temporary.rename(target)
+        sync_directory(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    for old in _all(run)[:-KEPT]:
+        shutil.rmtree(old)
+    return target
+
+
+def latest_checkpoint(run: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run, or None where it has none. Raises UserError when that one is damaged."""
+    folders = _all(run)
+    return _load(folders[-1], folders[:-1]) if folders else None
+
+
+def _load(folder: Path, older: list[Path]) -> Checkpoint:
+    try:
+        record = read_json(folder / RECORD)
+        if record.get("version") != VERSION:
+            raise UserError(f"version {record.get('version')!r}, and this pgprune reads version {VERSION}")
+        if record != _seal(record):
+            raise UserError(f"{RECORD} is not what was written")
+        if not (folder / TENSORS).exists() or checksum(folder / TENSORS) != record["state_sha256"]:
+            raise UserError(f"{TENSORS} is not what was written")
+        tensors = read_tensors(folder / TENSORS)
+        name, rate, steps = record["schedule"]
+        state = SearchState(tensors["theta"], record["baseline"], record["step"], record["skipped"], tensors["rng"])
+        return Checkpoint(
+            state,
+            record["data_position"],
+            (name, rate, steps),
+            record["bad_steps"],
+            record["forwards"],
+            record["seconds"],
+            record["history_bytes"],
+            record["identity"],
+        )
+    except (UserError, KeyError, ValueError, TypeError) as error:
+        remedy = f"go on from {older[-1].name}" if older else "start this search over"
+        raise UserError(f"{folder}: damaged checkpoint: {error}; remove that directory to {remedy}") from None
+
+
+def _seal(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with its own checksum: a digit that flipped is as bad as a tensor that did."""
+    rest = {key: value for key, value in record.items() if key != "sha256"}
+    return rest | {"sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
+def _all(run: Path) -> list[Path]:
+    return sorted((run / FOLDER).glob("step-*"))

@@ -1,0 +1,108 @@
+"""What a person sees while a search runs: a live line on a terminal, now and then a plain line elsewhere. stderr only."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PLAIN_LINES = 10
+"""About how many lines a whole search prints where there is no terminal."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of `metrics.jsonl`: a step of the search. Losses are nats per token; a bad loss is None."""
+
+    step: int
+    losses: list[float | None]
+    baseline: float | None
+    learning_rate: float
+    entropy: float
+    heldout_loss: float | None
+    skipped: int
+    tokens_per_second: float
+    memory_bytes: int
+    seconds: float
+
+    @property
+    def mean_loss(self) -> float | None:
+        good = [loss for loss in self.losses if loss is not None]
+        return sum(good) / len(good) if good else None
+
+
+class SearchProgress:
+    """Shows rows as they come; use as a context manager."""
+
+    def __init__(self, steps: int, quiet: bool = False) -> None:
+        self.steps = steps
+        self.quiet = quiet
+        self.console = Console(stderr=True)
+        self.heldout = "…"
+        self.live = Progress(
+            TextColumn("search"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+            console=self.console,
+            transient=False,
+        )
+        self.task = self.live.add_task("search", total=steps, text="")
+
+    def __enter__(self) -> SearchProgress:
+        if self.console.is_terminal and not self.quiet:
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.live.stop()
+
+    def say(self, text: str) -> None:
+        """One line of its own."""
+        if not self.quiet:
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def show(self, row: Row) -> None:
+        """A step was done."""
+        if row.heldout_loss is not None:
+            self.heldout = f"{row.heldout_loss:.4f}"
+        loss = "bad" if row.mean_loss is None else f"{row.mean_loss:.4f}"
+        bad = f" skipped {row.skipped}" if row.skipped else ""
+        text = (
+            f"loss {loss} hard mask {self.heldout} {row.tokens_per_second:,.0f} tok/s {row.memory_bytes / 1e9:.1f} GB{bad}"
+        )
+        self.live.update(self.task, completed=row.step, text=text)
+        due = row.step % max(1, self.steps // PLAIN_LINES) == 0 or row.step in (1, self.steps)
+        if due and not self.console.is_terminal:
+            self.say(f"step {row.step}/{self.steps} {text} {row.seconds:.0f} s")
+
+
+@contextmanager
+def working(text: str, quiet: bool = False) -> Iterator[None]:
+    """A line that says what takes a while, with a spinner on a terminal."""
+    console = Console(stderr=True)
+    if quiet:
+        yield
+    elif console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        print(f"{text} …", file=sys.stderr, flush=True)
+        yield
+
+
+def memory_in_use() -> int:
+    """Bytes: of the accelerator at its peak where there is one, else of this process now."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return int(psutil.Process().memory_info().rss)

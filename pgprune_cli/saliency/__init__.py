@@ -1,0 +1,61 @@
+"""Metrics that say how much a unit matters, each one small pure function in a file of its own.
+
+To add one: write `saliency/<name>.py` with a function from `BlockStatistics` to `(units,)` float64, higher = matters
+more; put it into METRICS, and its name among the choices in `recipe.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from pgprune_cli.arch import Shape
+from pgprune_cli.core.space import MaskSpace
+from pgprune_cli.saliency.magnitude import magnitude
+from pgprune_cli.saliency.random import random
+from pgprune_cli.saliency.statistics import BlockStatistics, input_norms, statistics
+from pgprune_cli.saliency.uniform import uniform
+from pgprune_cli.saliency.wanda_sp import wanda_sp
+
+Metric = Callable[[BlockStatistics], Tensor]
+
+METRICS: dict[str, Metric] = {
+    "wanda-sp": wanda_sp,
+    "magnitude": magnitude,
+    "random": random,
+    "uniform": uniform,
+}
+CALIBRATED = frozenset({"wanda-sp"})
+"""The metrics that look at activations, and so need calibration text."""
+
+
+def score(model: nn.Module, metric: str, batches: Iterable[Tensor], seed: int) -> dict[str, Tensor]:
+    """Saliency of every unit: `layers.<l>.attention` `(kv groups,)` and `layers.<l>.ffn` `(channels,)`, float64.
+
+    `batches` of tokens `(B, T)` are read only for a calibrated metric.
+    """
+    norms = input_norms(model, batches) if metric in CALIBRATED else None
+    return {
+        f"layers.{layer}.{name}": METRICS[metric](block).cpu()
+        for name, layer, block in statistics(model, norms, seed)
+    }
+
+
+def flat_saliency(scores: dict[str, Tensor], shape: Shape, space: MaskSpace) -> Tensor:
+    """The scores along the space's flat axis: `(n,)` float64. A whole block or layer scores the sum of its units."""
+    parts = []
+    for family in space.families:
+        for layer in range(len(shape.channels)):
+            attention, ffn = scores[f"layers.{layer}.attention"], scores[f"layers.{layer}.ffn"]
+            parts.append(
+                {
+                    "attention": attention,
+                    "ffn": ffn,
+                    "attention-block": attention.sum(0, keepdim=True),
+                    "ffn-block": ffn.sum(0, keepdim=True),
+                    "layer": attention.sum(0, keepdim=True) + ffn.sum(0, keepdim=True),
+                }[family.name]
+            )
+    return torch.cat(parts)

@@ -1,0 +1,12 @@
+"""The control: an order drawn by lot."""
+
+import torch
+from torch import Tensor
+
+from pgprune_cli.saliency.statistics import BlockStatistics
+
+
+def random(block: BlockStatistics) -> Tensor:
+    """Independent uniform draws, the same for the same seed: `(units,)` float64."""
+    generator = torch.Generator().manual_seed(block.seed)
+    return torch.rand(block.units, generator=generator, dtype=torch.float64)

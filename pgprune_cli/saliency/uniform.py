@@ -1,0 +1,11 @@
+"""The start that knows nothing: every unit equal, so that θ starts at the keep fraction everywhere."""
+
+import torch
+from torch import Tensor
+
+from pgprune_cli.saliency.statistics import BlockStatistics
+
+
+def uniform(block: BlockStatistics) -> Tensor:
+    """Ones: `(units,)` float64."""
+    return torch.ones(block.units, dtype=torch.float64)

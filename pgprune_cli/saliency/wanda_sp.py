@@ -1,0 +1,12 @@
+"""Wanda for structures (Sun et al. 2023; as wanda-sp in An et al. 2024)."""
+
+from torch import Tensor
+
+from pgprune_cli.saliency.statistics import BlockStatistics
+
+
+def wanda_sp(block: BlockStatistics) -> Tensor:
+    """Σ |W_ij| · ‖X_j‖₂ over the unit's columns j of the output projection and all rows i: `(units,)` float64."""
+    if block.input_norms is None:
+        raise ValueError("wanda-sp needs calibration text")
+    return block.per_unit(block.output_weight.abs().sum(0, dtype=block.input_norms.dtype) * block.input_norms)

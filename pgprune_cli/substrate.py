@@ -1,0 +1,127 @@
+"""The only place that runs the model: how much does it lose under these masks?
+
+A mask is evaluated on the **shrunk** model. Just before a block runs, the kept rows and columns of its projections are
+gathered into smaller matrices; just after, the dense ones are back. So the cost falls with the sparsity, memory grows
+by one block's slices only, and the result equals the dense model's with the removed units' outputs set to zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from pgprune_cli.arch import Block, Keep, Shape, gather_units
+
+LOGIT_ROWS = 512
+"""Positions whose logits exist at a time: 512 × a 128k vocabulary in float32 is 262 MB."""
+
+
+@torch.inference_mode()
+def summed_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Next-token loss of a causal model, summed over all predictions in `tokens` `(B, T)`: a float32 scalar, nats.
+
+    Logits exist for a few hundred positions at a time only, and nothing waits for the device.
+    """
+    hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+    head = model.get_output_embeddings()
+    rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    targets = tokens[:, 1:].reshape(-1).to(rows.device)
+    total = torch.zeros((), device=rows.device, dtype=torch.float32)
+    for some, wanted in zip(rows.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
+        total += functional.cross_entropy(head(some).float(), wanted, reduction="sum")
+    return total
+
+
+class NoAttention(nn.Module):
+    """Stands for an attention block that lost all its heads: adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor, None]:
+        return torch.zeros_like(hidden_states), None
+
+
+class NoFeedForward(nn.Module):
+    """Stands for an FFN block that lost all its channels."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+class Evaluator:
+    """Losses of a causal language model under masks. Changes nothing of the model that outlives a call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.shape = Shape.of(model)
+        self.layers = model.get_submodule(self.shape.spec.layers)
+        self.input_device = model.get_input_embeddings().weight.device
+
+    def losses(self, keeps: list[Keep], tokens: Tensor) -> Tensor:
+        """Mean next-token loss on `tokens` `(B, T)` int64 under each of K decisions: `(K,)` float64, nats per token.
+
+        A loss that overflows comes back as it is (inf or NaN); the caller decides.
+        """
+        tokens = tokens.to(self.input_device)
+        results = []
+        for keep in keeps:
+            with self.shrunk(keep):
+                results.append(summed_loss(self.model, tokens))
+        return torch.stack(results).double().cpu() / (tokens.shape[0] * (tokens.shape[1] - 1))
+
+    @contextmanager
+    def shrunk(self, keep: Keep) -> Iterator[nn.Module]:
+        """The model, shrunk to `keep` inside the `with`, and dense again on every way out of it."""
+        with ExitStack() as undo:
+            for layer, kept in zip(self.layers, keep, strict=True):
+                for name, block in self.shape.spec.blocks():
+                    mask = kept.of(name)
+                    if mask.all():
+                        continue
+                    if mask.any():
+                        undo.enter_context(_gathered(layer.get_submodule(block.module), block, mask))
+                    else:
+                        stub = NoAttention() if name == "attention" else NoFeedForward()
+                        undo.enter_context(_replaced(layer, block.module, stub))
+            yield self.model
+
+
+@contextmanager
+def _replaced(layer: nn.Module, name: str, stub: nn.Module) -> Iterator[None]:
+    dense = layer.get_submodule(name)
+    setattr(layer, name, stub)
+    try:
+        yield
+    finally:
+        setattr(layer, name, dense)
+
+
+@contextmanager
+def _gathered(module: nn.Module, block: Block, mask: Tensor) -> Iterator[None]:
+    """While inside, every forward of `module` runs on the kept units of its projections."""
+    linears = [(module.get_submodule(projection.name), projection.axis) for projection in block.projections]
+    kept = mask.nonzero().squeeze(1).to(linears[0][0].weight.device, non_blocking=True)
+    dense: list[tuple[nn.Parameter, Tensor]] = []
+
+    def gather(*_: object) -> None:
+        for linear, axis in linears:
+            for parameter in (linear.weight, linear.bias if axis == 0 else None):
+                if parameter is not None:
+                    dense.append((parameter, parameter.data))
+                    parameter.data = gather_units(parameter.data, axis, kept, len(mask))
+
+    def restore(*_: object) -> None:
+        while dense:
+            parameter, data = dense.pop()
+            parameter.data = data
+
+    # always_call: the dense weights come back even when the forward raises.
+    handles = [module.register_forward_pre_hook(gather), module.register_forward_hook(restore, always_call=True)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        restore()

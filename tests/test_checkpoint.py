@@ -1,0 +1,281 @@
+"""A checkpoint comes back bit for bit, or is refused with the way out; there is never half of one."""
+
+import json
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from pgprune_cli.checkpoint import FOLDER, RECORD, TENSORS, Checkpoint, latest_checkpoint, save_checkpoint
+from pgprune_cli.core.step import SearchState
+from pgprune_cli.errors import UserError
+
+
+def a_checkpoint(step: int = 3) -> Checkpoint:
+    """With floats that no decimal rounding survives, and a generator in mid-stream."""
+    generator = torch.Generator().manual_seed(step)
+    theta = torch.rand(50, generator=generator, dtype=torch.float64)
+    theta[:3] = torch.tensor([0.0, 1.0, 5e-324], dtype=torch.float64)
+    state = SearchState(theta, 1 / 3 + step, step, 2, generator.get_state())
+    return Checkpoint(state, step + 4, ("cosine", 0.1 + 0.2, 60), 1, 2 * step, 1.1, 77, "an identity")
+
+
+def assert_same(one: Checkpoint, other: Checkpoint) -> None:
+    assert one.state.theta.dtype == other.state.theta.dtype == torch.float64
+    assert one.state.theta.numpy().tobytes() == other.state.theta.numpy().tobytes()
+    assert one.state.rng.dtype == torch.uint8 and one.state.rng.equal(other.state.rng)
+    nothing = torch.empty(0)
+    plain_one, plain_other = (replace(x, state=replace(x.state, theta=nothing, rng=nothing)) for x in (one, other))
+    assert repr(plain_one) == repr(plain_other)  # repr: 1 and 1.0 differ, and every bit of a float shows
+
+
+def folders(run: Path) -> list[str]:
+    return sorted(os.listdir(run / FOLDER)) if (run / FOLDER).exists() else []
+
+
+def refused(run: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        latest_checkpoint(run)
+    return str(caught.value)
+
+
+# --- round trip
+
+
+@pytest.mark.parametrize("baseline", [None, 0.1 + 0.2])
+def test_round_trip_is_exact(tmp_path, baseline):
+    checkpoint = a_checkpoint()
+    checkpoint = replace(checkpoint, state=replace(checkpoint.state, baseline=baseline))
+    target = save_checkpoint(tmp_path, checkpoint)
+    assert target == tmp_path / FOLDER / "step-00000003"
+    loaded = latest_checkpoint(tmp_path)
+    assert_same(loaded, checkpoint)
+
+
+def test_the_generator_goes_on_where_it_was(tmp_path):
+    generator = torch.Generator().manual_seed(1)
+    torch.rand(7, generator=generator)
+    checkpoint = a_checkpoint()
+    save_checkpoint(tmp_path, replace(checkpoint, state=replace(checkpoint.state, rng=generator.get_state())))
+    again = torch.Generator()
+    again.set_state(latest_checkpoint(tmp_path).state.rng)
+    assert torch.rand(100, generator=again).equal(torch.rand(100, generator=generator))
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+    (tmp_path / FOLDER).mkdir()
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_the_last_two_are_kept(tmp_path):
+    for step, kept in ((9, [9]), (10, [9, 10]), (11, [10, 11]), (100, [11, 100])):
+        save_checkpoint(tmp_path, a_checkpoint(step))
+        assert folders(tmp_path) == [f"step-{step:08d}" for step in kept]
+        assert latest_checkpoint(tmp_path).state.step == step
+
+
+def test_a_step_that_is_saved_already_stays_as_it_is(tmp_path):
+    first = a_checkpoint()
+    save_checkpoint(tmp_path, first)
+    assert save_checkpoint(tmp_path, replace(first, seconds=99.0)) == tmp_path / FOLDER / "step-00000003"
+    assert_same(latest_checkpoint(tmp_path), first)
+    assert folders(tmp_path) == ["step-00000003"]
+
+
+def test_no_pickle(tmp_path, monkeypatch):
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError("a checkpoint must not be able to run code")
+
+    for module, name in ((pickle, "dumps"), (pickle, "dump"), (pickle, "loads"), (pickle, "load")):
+        monkeypatch.setattr(module, name, forbidden)
+    monkeypatch.setattr(torch, "save", forbidden)
+    monkeypatch.setattr(torch, "load", forbidden)
+    save_checkpoint(tmp_path, a_checkpoint())
+    assert_same(latest_checkpoint(tmp_path), a_checkpoint())
+    folder = tmp_path / FOLDER / "step-00000003"
+    assert folders(tmp_path) == [folder.name] and sorted(os.listdir(folder)) == [RECORD, TENSORS]
+    assert load((folder / TENSORS).read_bytes()).keys() == {"theta", "rng"}
+    json.loads((folder / RECORD).read_text())
+
+
+# --- damage
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    save_checkpoint(tmp_path, a_checkpoint(3))
+    save_checkpoint(tmp_path, a_checkpoint(6))
+    return tmp_path
+
+
+def edited(folder: Path, **changes: object) -> None:
+    """Changes keys of the record; a key that is given None goes."""
+    record = json.loads((folder / RECORD).read_text()) | changes
+    (folder / RECORD).write_text(json.dumps({key: value for key, value in record.items() if value is not None}))
+
+
+def truncate(folder: Path) -> None:
+    os.truncate(folder / TENSORS, (folder / TENSORS).stat().st_size - 8)
+
+
+def flip(folder: Path) -> None:
+    content = bytearray((folder / TENSORS).read_bytes())
+    content[-100] ^= 1
+    (folder / TENSORS).write_bytes(content)
+
+
+def swap(folder: Path) -> None:
+    """Sound tensors, of another step."""
+    (folder / TENSORS).write_bytes((folder.parent / "step-00000003" / TENSORS).read_bytes())
+
+
+def without_theta(folder: Path) -> None:
+    from pgprune_cli.atomic import checksum
+
+    (folder / TENSORS).write_bytes(save({"rng": torch.zeros(3, dtype=torch.uint8)}))
+    edited(folder, state_sha256=checksum(folder / TENSORS))
+
+
+DAMAGE = {
+    "truncated": (truncate, "state.safetensors is not what was written"),
+    "bit flip": (flip, "state.safetensors is not what was written"),
+    "swapped": (swap, "state.safetensors is not what was written"),
+    "no tensors": (lambda folder: (folder / TENSORS).unlink(), "state.safetensors is not what was written"),
+    "no record": (lambda folder: (folder / RECORD).unlink(), f"{RECORD}: cannot be read"),
+    "not json": (lambda folder: (folder / RECORD).write_text("{"), f"{RECORD}: cannot be read"),
+    "not an object": (lambda folder: (folder / RECORD).write_text("[]"), f"{RECORD}: holds a list, not an object"),
+    "version": (lambda folder: edited(folder, version=2), "version 2, and this pgprune reads version 1"),
+    "no version": (lambda folder: edited(folder, version=None), "version None, and this pgprune reads version 1"),
+    "edited": (lambda folder: edited(folder, data_position=11), f"{RECORD} is not what was written"),
+    "missing key": (lambda folder: edited(folder, data_position=None), f"{RECORD} is not what was written"),
+    "empty": (lambda folder: [file.unlink() for file in folder.iterdir()], f"{RECORD}: cannot be read"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_refused_with_the_way_out(run, damage):
+    harm, words = DAMAGE[damage]
+    harm(run / FOLDER / "step-00000006")
+    message = refused(run)
+    assert message.startswith(f"{run / FOLDER / 'step-00000006'}: damaged checkpoint: ")
+    assert words in message
+    assert message.endswith("; remove that directory to go on from step-00000003")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_the_way_out_leads_out(run, damage):
+    import shutil
+
+    DAMAGE[damage][0](run / FOLDER / "step-00000006")
+    shutil.rmtree(run / FOLDER / "step-00000006")
+    assert_same(latest_checkpoint(run), a_checkpoint(3))
+
+
+def test_where_there_is_no_older_one_the_way_out_is_to_start_over(tmp_path):
+    save_checkpoint(tmp_path, a_checkpoint(6))
+    truncate(tmp_path / FOLDER / "step-00000006")
+    assert refused(tmp_path) == (
+        f"{tmp_path / FOLDER / 'step-00000006'}: damaged checkpoint: state.safetensors is not what was written; "
+        "remove that directory to start this search over"
+    )
+
+
+def test_missing_tensors_in_a_file_that_checks_out_are_refused(run):
+    from pgprune_cli.checkpoint import _seal  # a record that is whole, about tensors that are not
+
+    folder = run / FOLDER / "step-00000006"
+    without_theta(folder)
+    record = json.loads((folder / RECORD).read_text())
+    (folder / RECORD).write_text(json.dumps(_seal(record)))
+    assert "damaged checkpoint: 'theta'; remove that directory to go on from step-00000003" in refused(run)
+
+
+def test_every_flipped_bit_of_the_record_is_noticed(run):
+    """A digit that became another one is as bad as a brace that went missing."""
+    path = run / FOLDER / "step-00000006" / RECORD
+    whole = path.read_bytes()
+    noticed = 0
+    for place in range(len(whole)):
+        for bit in (1, 16):
+            damaged = bytearray(whole)
+            damaged[place] ^= bit
+            path.write_bytes(damaged)
+            try:
+                loaded = latest_checkpoint(run)
+            except UserError:
+                noticed += 1
+            else:  # such as 0.30000000000000004 → 0.30000000000000005, the same float
+                assert_same(loaded, a_checkpoint(6))
+    assert noticed > 1.9 * len(whole)
+
+
+# --- writes that fail
+
+
+def test_a_full_disk_at_any_moment_leaves_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+    old, new = a_checkpoint(3), a_checkpoint(6)
+    fsync = os.fsync
+    outcomes = []
+    for moment in range(20):
+        run = tmp_path / str(moment)
+        save_checkpoint(run, old)
+        left = moment
+
+        def failing(handle: int) -> None:
+            nonlocal left
+            if left == 0:
+                raise OSError(28, "No space left on device")
+            left -= 1
+            fsync(handle)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", failing)
+            try:
+                save_checkpoint(run, new)
+                outcomes.append("written")
+            except OSError:
+                outcomes.append("failed")
+        found = latest_checkpoint(run)
+        assert_same(found, old if found.state.step == 3 else new)
+        assert folders(run) in (["step-00000003"], ["step-00000003", "step-00000006"])
+        assert outcomes[-1] == "failed" or found.state.step == 6
+        if outcomes[-1] == "written":
+            break
+    assert outcomes.count("failed") >= 4 and outcomes[-1] == "written"
+
+
+@pytest.mark.parametrize("name", ["save", "write_json", "checksum"])
+def test_any_failure_leaves_nothing_half_written(tmp_path, monkeypatch, name):
+    def failing(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"pgprune_cli.checkpoint.{name}", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            save_checkpoint(tmp_path, a_checkpoint())
+    assert folders(tmp_path) == []
+    assert latest_checkpoint(tmp_path) is None
+
+
+def test_a_state_that_is_not_finite_is_not_written(tmp_path):
+    checkpoint = a_checkpoint()
+    with pytest.raises(ValueError, match="JSON compliant"):
+        save_checkpoint(tmp_path, replace(checkpoint, state=replace(checkpoint.state, baseline=float("nan"))))
+    assert folders(tmp_path) == []
+
+
+def test_what_a_killed_process_left_is_no_checkpoint_and_no_hindrance(tmp_path):
+    """Containers give the same process number again and again."""
+    left = tmp_path / FOLDER / f".step-00000003.{os.getpid()}.tmp"
+    left.mkdir(parents=True)
+    (left / TENSORS).write_bytes(b"half")
+    assert latest_checkpoint(tmp_path) is None
+    save_checkpoint(tmp_path, a_checkpoint())
+    assert_same(latest_checkpoint(tmp_path), a_checkpoint())
+    assert folders(tmp_path) == ["step-00000003"]

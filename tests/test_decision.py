@@ -1,0 +1,139 @@
+"""A decision comes back as it was, or is refused."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from pgprune_cli.arch import LayerKeep
+from pgprune_cli.atomic import checksum
+from pgprune_cli.decision import MASKS, RECORD, Decision
+from pgprune_cli.errors import UserError
+
+
+def a_decision() -> Decision:
+    """Of 3 layers: one whole, one thinned, one without attention."""
+    ffn = torch.arange(10) % 3 == 0
+    keep = (
+        LayerKeep(torch.ones(4, dtype=torch.bool), torch.ones(10, dtype=torch.bool)),
+        LayerKeep(torch.tensor([True, False, False, True]), ffn),
+        LayerKeep(torch.zeros(4, dtype=torch.bool), ~ffn),
+    )
+    return Decision(keep, "owner/name", "f" * 64, 1 / 3, "model: owner/name\nseed: 0\n", 300, 600, 0.1 + 0.2)
+
+
+def assert_same(one: Decision, other: Decision) -> None:
+    assert replace(one, keep=()) == replace(other, keep=())
+    assert len(one.keep) == len(other.keep)
+    for mine, its in zip(one.keep, other.keep, strict=True):
+        assert mine.attention.dtype == mine.ffn.dtype == torch.bool
+        assert mine.attention.equal(its.attention) and mine.ffn.equal(its.ffn)
+
+
+def refused(run: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        Decision.load(run)
+    return str(caught.value)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    a_decision().save(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("loss", [None, 2.5])
+def test_round_trip(tmp_path, loss):
+    decision = replace(a_decision(), heldout_loss=loss)
+    decision.save(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [RECORD, MASKS]
+    assert_same(Decision.load(tmp_path), decision)
+
+
+def test_the_record_can_be_read_by_people(run):
+    from pgprune_cli import __version__
+
+    record = json.loads((run / RECORD).read_text())
+    assert record["kept"] == [{"attention": 4, "ffn": 10}, {"attention": 2, "ffn": 4}, {"attention": 0, "ffn": 6}]
+    assert record["pgprune"] == __version__
+    assert record["masks_sha256"] == checksum(run / MASKS)
+    assert record["sparsity"] == 1 / 3 and record["recipe"].startswith("model: owner/name\n")
+
+
+def test_the_same_decision_gives_the_same_bytes(run, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    a_decision().save(other)
+    assert (other / MASKS).read_bytes() == (run / MASKS).read_bytes()
+    assert (other / RECORD).read_bytes() == (run / RECORD).read_bytes()
+
+
+@pytest.mark.parametrize("missing", [MASKS, RECORD])
+def test_a_missing_file_is_refused(run, missing):
+    (run / missing).unlink()
+    assert refused(run) == (
+        f"{run}: no finished decision here; `pgprune search` writes decision.safetensors and decision.json"
+    )
+
+
+def test_no_run_at_all_is_refused(tmp_path):
+    assert refused(tmp_path / "nowhere").startswith(f"{tmp_path / 'nowhere'}: no finished decision here; ")
+
+
+def test_every_damage_to_the_masks_is_refused(run):
+    whole = (run / MASKS).read_bytes()
+    words = f"{run / MASKS}: damaged, or not the masks that decision.json describes; run the search again"
+    for damaged in (whole[:-1], b"", whole + b"\0", *(_flipped(whole, place) for place in range(0, len(whole), 7))):
+        (run / MASKS).write_bytes(damaged)
+        assert refused(run) == words
+
+
+def _flipped(content: bytes, place: int) -> bytes:
+    damaged = bytearray(content)
+    damaged[place] ^= 1
+    return bytes(damaged)
+
+
+def test_masks_of_another_decision_are_refused(run, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    replace(a_decision(), keep=tuple(reversed(a_decision().keep))).save(other)
+    (run / MASKS).write_bytes((other / MASKS).read_bytes())
+    assert "not the masks that decision.json describes" in refused(run)
+
+
+@pytest.mark.parametrize("key", ["model", "fingerprint", "sparsity", "recipe", "steps", "forwards", "heldout_loss"])
+def test_a_missing_key_is_refused(run, key):
+    record = json.loads((run / RECORD).read_text())
+    del record[key]
+    (run / RECORD).write_text(json.dumps(record))
+    assert refused(run) == f"{run / RECORD}: '{key}' is missing; the file is not a whole decision"
+
+
+def test_a_layer_without_masks_is_refused(run):
+    masks = save({"layers.0.attention": torch.ones(4, dtype=torch.bool)})
+    (run / MASKS).write_bytes(masks)
+    record = json.loads((run / RECORD).read_text()) | {"masks_sha256": checksum(run / MASKS)}
+    (run / RECORD).write_text(json.dumps(record))
+    assert refused(run) == f"{run / RECORD}: 'layers.0.ffn' is missing; the file is not a whole decision"
+
+
+@pytest.mark.parametrize(("content", "words"), [("{", "cannot be read"), ("[]", "holds a list, not an object")])
+def test_a_damaged_record_is_refused(run, content, words):
+    (run / RECORD).write_text(content)
+    assert refused(run).startswith(f"{run / RECORD}: {words}")
+
+
+def test_a_search_killed_between_the_two_files_leaves_no_decision(tmp_path, monkeypatch):
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pgprune_cli.decision.write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            a_decision().save(tmp_path)
+    assert "no finished decision here" in refused(tmp_path)
+    a_decision().save(tmp_path)
+    assert_same(Decision.load(tmp_path), a_decision())

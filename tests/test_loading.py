@@ -1,0 +1,357 @@
+"""From a name to a model's files: every kind of name, and every refusal."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from safetensors.torch import load_file, save_file
+
+from pgprune_cli.errors import UserError
+from pgprune_cli.loading import DEMO_MODEL, INDEX, Source, devices_of, load_model, load_tokenizer, resolve, spread
+
+
+def refused(name: object) -> str:
+    with pytest.raises(UserError) as caught:
+        resolve(str(name))
+    return str(caught.value)
+
+
+def make(folder: Path, *names: str) -> Path:
+    """Empty files: `resolve` only looks at names."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A tiny model on disk, in one file."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    tiny_model("llama-gqa").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> Path:
+    """One to damage."""
+    shutil.copytree(saved, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def sharded(folder: Path) -> Path:
+    """The model cut into two files with an index, the second file first in it."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"two.safetensors": names[: len(names) // 2], "one.safetensors": names[len(names) // 2 :]}
+    for file, inside in shards.items():
+        save_file({name: tensors[name] for name in inside}, folder / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, inside in shards.items() for name in inside}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder
+
+
+# --- names
+
+
+def test_demo_comes_with_the_package():
+    source = resolve("demo")
+    assert source == Source("demo", DEMO_MODEL, None)
+    assert source.weight_files() == [DEMO_MODEL / "model.safetensors"]
+
+
+def test_a_directory(saved):
+    assert resolve(str(saved)) == Source(str(saved), saved, None)
+
+
+def test_a_directory_of_shards_in_the_order_of_the_index(copy):
+    source = resolve(str(sharded(copy)))
+    assert source.weight_files() == [copy / "two.safetensors", copy / "one.safetensors"]
+
+
+def test_a_path_may_be_relative_or_start_at_home(saved, monkeypatch):
+    monkeypatch.chdir(saved.parent)
+    assert resolve("model") == Source("model", Path("model"), None)
+    monkeypatch.setenv("HOME", str(saved.parent))
+    assert resolve("~/model") == Source("~/model", saved, None)
+
+
+def test_a_gguf_file(tmp_path):
+    file = make(tmp_path / "quantised", "x-Q8_0.gguf", "x-Q4_K.gguf") / "x-Q8_0.gguf"
+    source = resolve(str(file))
+    assert source == Source(str(file), file.parent, "x-Q8_0.gguf")
+    assert source.weight_files() == [file]
+
+
+def test_a_directory_with_one_gguf_file(tmp_path):
+    folder = make(tmp_path / "quantised", "x.gguf", "README.md")
+    assert resolve(str(folder)) == Source(str(folder), folder, "x.gguf")
+
+
+def test_of_several_gguf_files_one_must_be_named(tmp_path):
+    folder = make(tmp_path / "quantised", "b.gguf", "a.gguf")
+    assert refused(folder) == f"{folder}: holds 2 GGUF files; name the one you mean: a.gguf, b.gguf"
+
+
+def test_pickles_are_refused(tmp_path):
+    folder = make(tmp_path / "old", "config.json", "pytorch_model.bin")
+    assert refused(folder) == f"{folder}: holds pickled weights (*.bin), which can run code; convert them to safetensors"
+
+
+def test_safetensors_beside_pickles_are_taken(copy):
+    (copy / "pytorch_model.bin").touch()
+    assert resolve(str(copy)).weight_files() == [copy / "model.safetensors"]
+
+
+def test_other_directories_and_files_are_refused(tmp_path):
+    folder = make(tmp_path / "empty")
+    assert refused(folder) == f"{folder}: holds neither config.json with safetensors nor a .gguf file"
+    folder = make(tmp_path / "half", "config.json")
+    assert refused(folder) == f"{folder}: has a config.json but neither model.safetensors nor {INDEX}"
+    file = make(tmp_path / "half", "model.safetensors") / "model.safetensors"
+    assert refused(file) == f"{file}: a model is a directory, a .gguf file or a hub name, and this is another file"
+
+
+@pytest.mark.parametrize("name", ["nowhere", "a/b/c", "./owner/name", "models/x", "owner/na me", "demo2", "../x", ""])
+def test_what_is_no_name_is_never_asked_for(name, tmp_path, monkeypatch):
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError(f"the hub was asked for {name!r}")
+
+    monkeypatch.chdir(make(tmp_path / "here"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", forbidden)
+    if name:
+        assert refused(name) == f"{name}: no such directory or .gguf file, and not a hub name (owner/name) either"
+    else:  # the current directory
+        assert refused(name) == ": holds neither config.json with safetensors nor a .gguf file"
+
+
+# --- the hub
+
+
+def test_a_hub_name_is_downloaded_without_pickles_and_code(saved, monkeypatch):
+    asked = []
+
+    def download(name: str, **options: list[str]) -> str:
+        asked.append((name, options["allow_patterns"]))
+        return str(saved)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert resolve("owner/some.model-1") == Source("owner/some.model-1", saved, None)
+    [(name, patterns)] = asked
+    assert name == "owner/some.model-1"
+    from fnmatch import fnmatch
+
+    for file in ("model.safetensors", INDEX, "config.json", "tokenizer.json", "chat_template.jinja", "tokenizer.model"):
+        assert any(fnmatch(file, pattern) for pattern in patterns), file
+    for file in ("pytorch_model.bin", "modeling_x.py", "model.gguf", "consolidated.00.pth"):
+        assert not any(fnmatch(file, pattern) for pattern in patterns), file
+
+
+def test_without_the_hub_the_message_says_what_to_give_instead(monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(*_: object, **__: object) -> None:
+        raise LocalEntryNotFoundError("Cannot find\nan appropriate   cached snapshot folder")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    assert refused("owner/name") == (
+        "owner/name: cannot be had from the hub (Cannot find an appropriate cached snapshot folder); where the hub "
+        "cannot be reached, give a local directory or a .gguf file as `model:`"
+    )
+
+
+# --- weights
+
+
+def test_a_missing_shard_is_refused(copy):
+    source = resolve(str(sharded(copy)))
+    (copy / "one.safetensors").unlink()
+    with pytest.raises(UserError) as caught:
+        source.weight_files()
+    assert str(caught.value) == f"{copy}: {copy / 'one.safetensors'} is missing"
+    with pytest.raises(UserError, match=r"one\.safetensors is missing"):
+        load_model(source, "auto", "cpu")
+
+
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors"])
+def test_an_index_may_not_lead_elsewhere(copy, name):
+    (copy / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(UserError) as caught:
+        resolve(str(copy)).weight_files()
+    assert str(caught.value) == f"{copy / INDEX}: {name!r} is not a plain file name"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "\xff"])
+def test_a_damaged_index_is_refused(copy, content):
+    (copy / INDEX).write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError) as caught:
+        resolve(str(copy)).weight_files()
+    assert str(caught.value).startswith(f"{copy / INDEX}: ")
+
+
+def test_damaged_weights_are_refused(copy):
+    whole = (copy / "model.safetensors").read_bytes()
+    (copy / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError) as caught:
+        load_model(resolve(str(copy)), "auto", "cpu")
+    assert str(caught.value).startswith(f"{copy}: cannot be loaded: ")
+
+
+def test_weights_that_are_missing_are_not_made_up(copy):
+    tensors = load_file(copy / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"], tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError) as caught:
+        load_model(resolve(str(copy)), "auto", "cpu")
+    assert str(caught.value) == (
+        f"{copy}: its files lack 2 weights, the first is model.layers.1.mlp.up_proj.weight"
+    )
+
+
+def test_weights_of_another_shape_are_refused(copy):
+    tensors = load_file(copy / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file(tensors | {name: tensors[name][:5].clone()}, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError) as caught:
+        load_model(resolve(str(copy)), "auto", "cpu")
+    assert str(caught.value).startswith(f"{copy}: cannot be loaded: ")
+
+
+@pytest.mark.parametrize("config", ["{", "[]", '{"model_type": "llama", "num_attention_heads": "x"}'])
+def test_a_damaged_config_is_refused(copy, config):
+    (copy / "config.json").write_text(config)
+    with pytest.raises(UserError) as caught:
+        load_model(resolve(str(copy)), "auto", "cpu")
+    assert str(caught.value).startswith(f"{copy}: cannot be loaded: ")
+
+
+def test_a_model_arrives_ready_for_forward_passes(copy):
+    model = load_model(resolve(str(sharded(copy))), "auto", "cpu")
+    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+    expected = dict(tiny_model("llama-gqa").named_parameters())
+    loaded = dict(model.named_parameters())
+    assert loaded.keys() == expected.keys()
+    assert all(loaded[name].equal(expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_model_arrives_in_the_dtype_asked_for(saved, dtype):
+    model = load_model(resolve(str(saved)), dtype, "cpu")
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_no_code_of_a_model_is_run(copy):
+    config = json.loads((copy / "config.json").read_text())
+    config |= {"model_type": "unheard-of", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+    (copy / "config.json").write_text(json.dumps(config))
+    (copy / "evil.py").write_text("raise SystemExit('the code of a model was run')\n")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model(resolve(str(copy)), "auto", "cpu")
+
+
+def test_the_tokenizer_of_the_demo(copy):
+    text = "Anna owned two red kites."
+    tokenizer = load_tokenizer(resolve("demo"))
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    with pytest.raises(UserError) as caught:  # a model without one
+        load_tokenizer(resolve(str(copy)))
+    assert str(caught.value).startswith(f"{copy}: its tokenizer cannot be loaded: ")
+    assert "\n" not in str(caught.value)
+
+
+# --- fingerprints
+
+
+def test_a_fingerprint_stays_wherever_the_model_lies(saved, copy):
+    assert resolve(str(copy)).fingerprint() == resolve(str(saved)).fingerprint()
+
+
+def test_a_fingerprint_changes_with_any_weight_byte_of_a_small_model(copy):
+    source = resolve(str(copy))
+    seen = {source.fingerprint()}
+    whole = (copy / "model.safetensors").read_bytes()
+    places = range(0, len(whole), len(whole) // 20)
+    for place in (*places, len(whole) - 1):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        (copy / "model.safetensors").write_bytes(damaged)
+        seen.add(source.fingerprint())
+    assert len(seen) == len(places) + 2
+
+
+def test_a_fingerprint_changes_with_the_config_and_with_the_size(copy):
+    source = resolve(str(copy))
+    before = source.fingerprint()
+    config = (copy / "config.json").read_text()
+    (copy / "config.json").write_text(config.replace("10000.0", "20000.0"))
+    changed = source.fingerprint()
+    assert changed != before
+    with (copy / "model.safetensors").open("ab") as file:
+        file.write(b"\0")
+    assert source.fingerprint() not in (before, changed)
+
+
+def test_a_fingerprint_sees_every_part_of_a_file_too_large_to_read_whole(tmp_path):
+    """8 MiB in 64 samples: a change that runs through the whole file, or its end, is seen."""
+    folder = make(tmp_path / "large")
+    (folder / "x.gguf").write_bytes(bytes(8 << 20))
+    source = resolve(str(folder))
+    seen = {source.fingerprint()}
+    for start in range(0, 8 << 20, 1 << 20):  # an eighth of it retrained
+        content = bytearray(8 << 20)
+        content[start : start + (1 << 20)] = b"\1" * (1 << 20)
+        (folder / "x.gguf").write_bytes(content)
+        seen.add(source.fingerprint())
+    assert len(seen) == 9
+
+
+# --- devices
+
+
+def test_devices_by_name():
+    assert devices_of("cpu") == [torch.device("cpu")]
+    assert devices_of("auto") == [torch.device("cuda" if torch.cuda.is_available() else "cpu")]
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert devices_of("cuda:0, cuda:1") == [torch.device("cuda:0"), torch.device("cuda:1")]
+    for device in ("cuda:2", "cuda:0,cuda:2"):
+        with pytest.raises(UserError) as caught:
+            devices_of(device)
+        assert str(caught.value) == "device cuda:2: this machine has 2 CUDA devices"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(UserError, match="device cuda: this machine has 0 CUDA devices"):
+        devices_of("cuda")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "", "cpu,", "cuda:-1"])
+def test_what_is_no_device_is_refused(device):
+    with pytest.raises(UserError) as caught:
+        devices_of(device)
+    assert str(caught.value).startswith("device ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("layers", "count"), [(32, 2), (7, 3), (4, 4), (2, 3), (1, 1)])
+def test_layers_are_spread_evenly_and_in_order(layers, count):
+    devices = [torch.device("cuda", index) for index in range(count)]
+    places = spread(layers, devices)
+    order = [places.pop(f"model.layers.{index}").index for index in range(layers)]
+    assert order == sorted(order)
+    sizes = [order.count(index) for index in range(count)]
+    assert max(sizes) - min(sizes) <= 1 and sum(sizes) == layers
+    first, last = devices[0], devices[-1]
+    ends = {"model.embed_tokens": first, "model.rotary_emb": first, "model.norm": last, "lm_head": last}
+    assert places == ends
+
+
+def test_a_spread_names_every_part_of_a_model():
+    """What accelerate has no place for, it refuses to load."""
+    model = tiny_model("llama-mha")
+    places = spread(4, [torch.device("cpu")])
+    for name, _ in model.named_parameters():
+        assert sum(name.startswith(f"{module}.") for module in places) == 1, name

@@ -1,0 +1,265 @@
+"""The shrunk model against the dense one with its removed units silenced; and that nothing outlives a call."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, VOCABULARY, tiny_model
+from torch import Tensor, nn
+
+from pgprune_cli import substrate
+from pgprune_cli.arch import Keep, LayerKeep
+from pgprune_cli.substrate import Evaluator, summed_loss
+
+GROUPS, CHANNELS, LAYERS = 4, 24, 4
+
+
+def some_tokens(seed: int = 0, rows: int = 3, length: int = 24) -> Tensor:
+    """Longer than the sliding window of the tiny Mistral."""
+    return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def random_keep(seed: int, empty_attention: tuple[int, ...] = (), empty_ffn: tuple[int, ...] = ()) -> Keep:
+    """About half of all units, at least one a block but for the layers named."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = []
+    for index in range(LAYERS):
+        attention = torch.rand(GROUPS, generator=generator) < 0.5
+        ffn = torch.rand(CHANNELS, generator=generator) < 0.5
+        attention[index % GROUPS] = ffn[index] = True
+        layers.append(LayerKeep(attention & (index not in empty_attention), ffn & (index not in empty_ffn)))
+    return tuple(layers)
+
+
+def dense() -> Keep:
+    return tuple(LayerKeep(torch.ones(GROUPS).bool(), torch.ones(CHANNELS).bool()) for _ in range(LAYERS))
+
+
+def only(index: int, attention: list[int], ffn: list[int]) -> Keep:
+    """Dense but for one layer, of which the units listed stay."""
+    layers = list(dense())
+    layers[index] = LayerKeep(
+        torch.tensor([unit in attention for unit in range(GROUPS)]),
+        torch.tensor([unit in ffn for unit in range(CHANNELS)]),
+    )
+    return tuple(layers)
+
+
+EVERY = list(range(CHANNELS))
+KEEPS = {
+    "dense": dense(),
+    "random": random_keep(0),
+    "another random": random_keep(1),
+    "empty attention": random_keep(2, empty_attention=(2,)),
+    "empty ffn": random_keep(3, empty_ffn=(1,)),
+    "an empty layer": random_keep(4, empty_attention=(2,), empty_ffn=(2,)),
+    "layer 0 empty": random_keep(5, empty_attention=(0,), empty_ffn=(0,)),
+    "the last layer empty": random_keep(6, empty_attention=(3,), empty_ffn=(3,)),
+    "all empty": random_keep(7, empty_attention=(0, 1, 2, 3), empty_ffn=(0, 1, 2, 3)),
+    "one channel left": only(1, [0, 1, 2, 3], [5]),
+    "one group left": only(0, [3], EVERY),
+}
+
+
+@contextmanager
+def silenced(model: nn.Module, keep: Keep) -> Iterator[None]:
+    """The slow reference: the dense model, where removed units give zeros to o_proj and down_proj, one at a time.
+
+    A block without units adds nothing at all: its output bias is silenced too.
+    """
+    handles = []
+
+    def silence_inputs(linear: nn.Linear, mask: Tensor) -> None:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            values = inputs[0].clone()
+            width = values.shape[-1] // len(mask)
+            for unit, stays in enumerate(mask.tolist()):
+                if not stays:
+                    values[..., unit * width : (unit + 1) * width] = 0.0
+            return (values, *inputs[1:])
+
+        handles.append(linear.register_forward_pre_hook(hook))
+
+    def silence_output(block: nn.Module) -> None:
+        def hook(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+            if isinstance(output, tuple):
+                return (torch.zeros_like(output[0]), *output[1:])
+            return torch.zeros_like(output)
+
+        handles.append(block.register_forward_hook(hook))
+
+    for layer, kept in zip(model.model.layers, keep, strict=True):
+        silence_inputs(layer.self_attn.o_proj, kept.attention)
+        silence_inputs(layer.mlp.down_proj, kept.ffn)
+        if not kept.attention.any():
+            silence_output(layer.self_attn)
+        if not kept.ffn.any():
+            silence_output(layer.mlp)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return model(input_ids=tokens, use_cache=False).logits
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_untouched(model: nn.Module, before: dict[str, Tensor], pointers: dict[str, int]) -> None:
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == pointers
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def model(request) -> nn.Module:
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def watched(model: nn.Module) -> Iterator[nn.Module]:
+    """A model that must leave the test as it came."""
+    before, pointers = snapshot(model), {name: p.data_ptr() for name, p in model.named_parameters()}
+    logits = logits_of(model, some_tokens())
+    yield model
+    assert_untouched(model, before, pointers)
+    assert torch.equal(logits_of(model, some_tokens()), logits)
+
+
+@pytest.mark.parametrize("name", KEEPS)
+def test_the_shrunk_model_equals_the_dense_one_with_its_removed_units_silenced(watched: nn.Module, name: str) -> None:
+    keep, tokens = KEEPS[name], some_tokens()
+    with silenced(watched, keep):
+        expected = logits_of(watched, tokens)
+    with Evaluator(watched).shrunk(keep) as shrunk:
+        got = logits_of(shrunk, tokens)
+        again = logits_of(shrunk, tokens)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(got, again)
+    if name != "dense":
+        assert (got - logits_of(watched, tokens)).abs().max() > 1e-2
+
+
+def test_removed_units_are_not_computed(watched: nn.Module) -> None:
+    """Not masked, but gone: the multiplications inside are those of the smaller matrices."""
+    keep, seen = only(1, [0, 2], [3, 4, 9]), {}
+    layer = watched.model.layers[1]
+
+    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen[module] = tuple(module.weight.shape)
+
+    linears = [layer.self_attn.k_proj, layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.down_proj]
+    handles = [linear.register_forward_pre_hook(look) for linear in linears]
+    queries = layer.self_attn.o_proj.in_features // GROUPS
+    with Evaluator(watched).shrunk(keep):
+        logits_of(watched, some_tokens())
+    for handle in handles:
+        handle.remove()
+    assert [seen[linear] for linear in linears] == [(16, 32), (32, 2 * queries), (3, 32), (32, 3)]
+
+
+def test_an_exception_in_the_body_restores_the_model(watched: nn.Module) -> None:
+    with pytest.raises(KeyError), Evaluator(watched).shrunk(KEEPS["an empty layer"]):
+        logits_of(watched, some_tokens())
+        raise KeyError
+
+
+@pytest.mark.parametrize("place", ["self_attn.o_proj", "mlp.act_fn", "mlp.down_proj", "mlp.gate_proj"])
+def test_an_exception_in_the_middle_of_a_block_restores_the_model(watched: nn.Module, place: str) -> None:
+    """The block's dense weights are swapped out at that moment, and the caller may even catch it and go on."""
+    module = watched.model.layers[3].get_submodule(place)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = module.register_forward_pre_hook(fail)
+    before, pointers = snapshot(watched), {name: p.data_ptr() for name, p in watched.named_parameters()}
+    with Evaluator(watched).shrunk(random_keep(8)):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            logits_of(watched, some_tokens())
+        inside = watched.state_dict()
+        assert all(torch.equal(inside[name], value) for name, value in before.items())
+        handle.remove()
+        logits_of(watched, some_tokens())
+    assert_untouched(watched, before, pointers)
+
+
+def test_an_exception_while_gathering_restores_the_model(watched: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third matrix of a block does not fit: two are swapped already."""
+    calls = []
+
+    def fails_third(*arguments: object) -> Tensor:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise RuntimeError("out of memory")
+        return gather(*arguments)
+
+    gather = substrate.gather_units
+    monkeypatch.setattr(substrate, "gather_units", fails_third)
+    evaluator = Evaluator(watched)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        evaluator.losses([random_keep(9)], some_tokens())
+    assert len(calls) == 3
+
+
+def test_losses_restore_the_model_when_a_forward_fails(watched: nn.Module) -> None:
+    with pytest.raises(IndexError):
+        Evaluator(watched).losses([random_keep(0)], torch.full((1, 5), VOCABULARY))
+
+
+def direct_loss(model: nn.Module, tokens: Tensor) -> float:
+    """Mean next-token loss from all logits at once, in float64."""
+    logits = logits_of(model, tokens).double()[:, :-1]
+    log_probabilities = logits - logits.logsumexp(-1, keepdim=True)
+    return float(-log_probabilities.gather(-1, tokens[:, 1:, None]).mean())
+
+
+def test_losses_are_the_mean_next_token_cross_entropy_under_each_keep(watched: nn.Module) -> None:
+    tokens, keeps = some_tokens(seed=1), [KEEPS["dense"], KEEPS["random"], KEEPS["an empty layer"]]
+    expected = []
+    for keep in keeps:
+        with silenced(watched, keep):
+            expected.append(direct_loss(watched, tokens))
+    losses = Evaluator(watched).losses(keeps, tokens)
+    assert losses.dtype == torch.float64
+    assert losses.tolist() == pytest.approx(expected, rel=1e-4)
+    assert len(set(losses.tolist())) == 3
+
+
+def test_losses_do_not_depend_on_how_many_logits_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = tiny_model("llama-gqa"), some_tokens()
+    whole = summed_loss(model, tokens)
+    for rows in (1, 7, 69, 1000):
+        monkeypatch.setattr(substrate, "LOGIT_ROWS", rows)
+        assert float(summed_loss(model, tokens)) == pytest.approx(float(whole), rel=1e-5)
+
+
+def test_a_batch_loses_the_mean_of_its_windows() -> None:
+    evaluator, tokens, keep = Evaluator(tiny_model("qwen3")), some_tokens(), KEEPS["random"]
+    alone = [float(evaluator.losses([keep], row[None])) for row in tokens]
+    assert float(evaluator.losses([keep], tokens)) == pytest.approx(sum(alone) / 3, rel=1e-4)
+
+
+def test_a_loss_that_overflows_comes_back_as_it_is() -> None:
+    model = tiny_model("llama-mha")
+    model.model.layers[1].mlp.down_proj.weight[0, 3] = torch.inf
+    broken, sound = Evaluator(model).losses([dense(), only(1, [0, 1, 2, 3], [0, 1, 2])], some_tokens())
+    assert not broken.isfinite()
+    assert sound.isfinite()
+
+
+def test_decisions_follow_each_other_without_a_trace() -> None:
+    evaluator, tokens = Evaluator(tiny_model("qwen2")), some_tokens()
+    keeps = list(KEEPS.values())
+    forward = evaluator.losses(keeps, tokens)
+    backward = evaluator.losses(keeps[::-1], tokens)
+    assert torch.equal(forward, backward.flip(0))
