@@ -1,0 +1,228 @@
+"""eval: perplexity and speed of a dense model, an exported one or a run directory, alone or against others."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pgprune_cli.atomic import write_json
+from pgprune_cli.arch import Keep, Shape
+from pgprune_cli.data import spread, tokens_of
+from pgprune_cli.decision import RECORD, Decision
+from pgprune_cli.errors import RunError, UserError
+from pgprune_cli.loading import Source, load_model, load_tokenizer, resolve
+from pgprune_cli.progress import working
+from pgprune_cli.recipe import Evaluation, load
+from pgprune_cli.substrate import Evaluator, summed_loss
+
+EVALUATION_FILE = "evaluation.json"
+TOKENS_AT_A_TIME = 4096
+"""Tokens of one forward pass, whatever the window length."""
+
+PROMPT_TOKENS, NEW_TOKENS, REPEATS = 512, 64, 5
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus of `--ppl`: the name it is reported under, and where its text comes from (a name or a file)."""
+
+    name: str
+    text: str
+
+    @classmethod
+    def parse(cls, option: str) -> Corpus:
+        """`wikitext2`, or `NAME=FILE`. Raises UserError."""
+        name, equals, text = option.partition("=")
+        if not name or (equals and not text):
+            raise UserError(f"--ppl {option}: expected a corpus name or NAME=FILE")
+        return cls(name, text or name)
+
+
+@dataclass
+class Target:
+    """A model under evaluation; for a run directory, the base model and what is kept of it."""
+
+    name: str
+    source: Source
+    model: nn.Module
+    keep: Keep | None
+    evaluation: Evaluation
+    """What the recipe of a run directory says to evaluate; the defaults for a model."""
+
+    @property
+    def base(self) -> str | None:
+        """The model that this one was pruned from, by its name in the decision, where it is known."""
+        record = self.source.directory / RECORD
+        if self.keep is not None:
+            return self.source.name
+        return Decision.load(self.source.directory).model if record.exists() else None
+
+    @contextmanager
+    def ready(self) -> Iterator[nn.Module]:
+        """The model as it is to be judged: shrunk inside the `with` for a run directory."""
+        if self.keep is None:
+            yield self.model
+        else:
+            with Evaluator(self.model).shrunk(self.keep) as model:
+                yield model
+
+    def parameters(self) -> int:
+        """How many are left, tied ones counted once."""
+        total = sum(parameter.numel() for parameter in self.model.parameters())
+        if self.keep is not None:
+            shape = Shape.of(self.model)
+            for index, layer in enumerate(self.keep):
+                total -= int((~layer.attention).sum()) * shape.group_parameters[index]
+                total -= int((~layer.ffn).sum()) * shape.channel_parameters[index]
+        return total
+
+
+def open_target(name: str, dtype: str | None, device: str | None, quiet: bool = False) -> Target:
+    """Loads what `pgprune eval` was given. `dtype` and `device` default to the recipe's for a run, else to auto."""
+    run = Path(name)
+    keep: Keep | None = None
+    evaluation = Evaluation()
+    if run.is_dir() and not (run / "config.json").exists() and (run / "recipe.yaml").exists():
+        recipe = load(run / "recipe.yaml")
+        decision = Decision.load(run)
+        keep = decision.keep
+        source = resolve(recipe.model)
+        if source.fingerprint() != decision.fingerprint:
+            raise UserError(f"{name}: {recipe.model} is not the model that was searched; its files have changed")
+        dtype, device, evaluation = dtype or recipe.dtype, device or recipe.device, recipe.evaluation
+    else:
+        source = resolve(name)
+    with working(f"loading {name}", quiet):
+        return Target(name, source, load_model(source, dtype or "auto", device or "auto"), keep, evaluation)
+
+
+def evaluate(
+    target: Target, corpora: Sequence[Corpus], seqlens: Sequence[int], limit: int | None, quiet: bool = False
+) -> dict[str, Any]:
+    """Perplexities of every corpus at every window length, as the object that `--json` prints.
+
+    A length above the model's limit is lowered to it. `limit`: at most so many windows of each corpus, spread over it.
+    """
+    tokenizer = load_tokenizer(target.source)
+    longest = getattr(target.model.config, "max_position_embeddings", None) or max(seqlens)
+    lengths = sorted({min(seqlen, longest) for seqlen in seqlens})
+    rows = []
+    for corpus in corpora:
+        with working(f"perplexity of {target.name} on {corpus.name}", quiet):
+            tokens = tokens_of(corpus.text, "evaluation", tokenizer)
+            for seqlen in lengths:
+                with target.ready() as model:
+                    ppl, predicted = perplexity(model, tokens, seqlen, limit)
+                rows.append({"corpus": corpus.name, "seqlen": seqlen, "ppl": ppl, "tokens": predicted})
+    return {
+        "model": target.name,
+        "dtype": str(target.model.dtype).removeprefix("torch."),
+        "device": str(target.model.get_input_embeddings().weight.device),
+        "parameters": target.parameters(),
+        "perplexity": rows,
+    }
+
+
+def perplexity(model: nn.Module, tokens: Tensor, seqlen: int, limit: int | None = None) -> tuple[float, int]:
+    """exp of the mean loss over every prediction in windows of `seqlen` of the stream `(N,)`, and their number.
+
+    Windows do not overlap, the last one may be shorter, and every prediction counts the same. With a `limit`, so many
+    windows are taken, spread over the text. Raises RunError where the model's loss is not finite, UserError for a
+    stream of fewer than 2 tokens.
+    """
+    if len(tokens) < 2:
+        raise UserError("a text of fewer than 2 tokens has no perplexity")
+    device = model.get_input_embeddings().weight.device
+    whole = tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
+    chosen = whole if limit is None else spread(whole, limit)
+    batches = list(chosen.split(max(1, TOKENS_AT_A_TIME // seqlen)))
+    rest = tokens[len(whole) * seqlen :]
+    if len(rest) > 1 and (limit is None or len(whole) < limit):
+        batches.append(rest.unsqueeze(0))
+    nats = [summed_loss(model, batch.to(device)).double() for batch in batches if len(batch)]
+    predicted = sum(len(batch) * (batch.shape[1] - 1) for batch in batches)
+    mean = float(torch.stack(nats).sum()) / predicted
+    ppl = float(torch.tensor(mean, dtype=torch.float64).exp())
+    if not math.isfinite(ppl):
+        raise RunError(f"the loss is not finite ({mean} nats per token); try --dtype float32")
+    return ppl, predicted
+
+
+def measure_speed(targets: Sequence[Target]) -> list[dict[str, Any]]:
+    """Tokens per second, prefill and decode, of models measured in turn in one run: medians of REPEATS.
+
+    Prefill is one forward over PROMPT_TOKENS, decode is NEW_TOKENS greedy ones with the cache, batch 1. Also the bytes
+    of the weights, and on CUDA the peak of allocated memory. Raises UserError for a run directory: its model is
+    shrunk anew in every forward, which says nothing about the exported one.
+    """
+    for target in targets:
+        if target.keep is not None:
+            raise UserError(f"{target.name}: speed is measured on an exported model; run `pgprune export` first")
+    prefill: list[list[float]] = [[] for _ in targets]
+    decode: list[list[float]] = [[] for _ in targets]
+    peaks = [0] * len(targets)
+    for repeat in range(REPEATS + 1):
+        for index, target in enumerate(targets):
+            seconds_prefill, seconds_decode, peaks[index] = _time_once(target.model)
+            if repeat:  # the first is a warm-up
+                prefill[index].append(seconds_prefill)
+                decode[index].append(seconds_decode)
+    results = []
+    for index, target in enumerate(targets):
+        prompt = _prompt(target.model).shape[1]
+        weights = sum(p.numel() * p.element_size() for p in target.model.parameters())
+        results.append(
+            {
+                "prefill_tokens_per_second": prompt / statistics.median(prefill[index]),
+                "decode_tokens_per_second": NEW_TOKENS / statistics.median(decode[index]),
+                "weight_bytes": weights,
+                "peak_memory_bytes": peaks[index] or None,
+            }
+        )
+    return results
+
+
+def _prompt(model: nn.Module) -> Tensor:
+    longest = getattr(model.config, "max_position_embeddings", None) or PROMPT_TOKENS
+    length = min(PROMPT_TOKENS, longest // 2)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator)
+    return tokens.to(model.get_input_embeddings().weight.device)
+
+
+@torch.inference_mode()
+def _time_once(model: nn.Module) -> tuple[float, float, int]:
+    """Seconds of one prefill and of one decode, and the peak of CUDA memory in bytes (0 elsewhere)."""
+    prompt = _prompt(model)
+    cuda = prompt.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    step = model(prompt, use_cache=True)
+    token = step.logits[:, -1:].argmax(-1)
+    if cuda:
+        torch.cuda.synchronize()
+    filled = time.perf_counter()
+    for _ in range(NEW_TOKENS):
+        step = model(token, past_key_values=step.past_key_values, use_cache=True)
+        token = step.logits[:, -1:].argmax(-1)
+    if cuda:
+        torch.cuda.synchronize()
+    done = time.perf_counter()
+    return filled - began, done - filled, torch.cuda.max_memory_allocated() if cuda else 0
+
+
+def remember(target: Target, result: dict[str, Any]) -> None:
+    """Keeps the result of a run directory in it, for the model card that export writes."""
+    if target.keep is not None:
+        write_json(Path(target.name) / EVALUATION_FILE, result)

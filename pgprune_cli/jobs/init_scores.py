@@ -1,0 +1,85 @@
+"""init-scores: one pass of a metric over the model, written to `scores.safetensors` of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from pgprune_cli.atomic import read_tensors, write_bytes
+from pgprune_cli.data import CalibrationText, calibration_text
+from pgprune_cli.errors import RunError, UserError
+from pgprune_cli.loading import Source, load_model, load_tokenizer, resolve
+from pgprune_cli.progress import working
+from pgprune_cli.recipe import Recipe
+from pgprune_cli.saliency import CALIBRATED, score
+
+SCORES = "scores.safetensors"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Saliencies of a model: `layers.<l>.attention` `(kv groups,)`, `layers.<l>.ffn` `(channels,)`, float64."""
+
+    tensors: dict[str, Tensor]
+    metric: str
+    fingerprint: str
+
+    def save(self, run: Path) -> Path:
+        about = {"metric": self.metric, "fingerprint": self.fingerprint}
+        write_bytes(run / SCORES, save(self.tensors, metadata=about))
+        return run / SCORES
+
+    @classmethod
+    def load(cls, run: Path) -> Scores:
+        """Raises UserError when the file is damaged or not ours."""
+        tensors = read_tensors(run / SCORES)
+        with safe_open(run / SCORES, "pt") as file:
+            about = file.metadata() or {}
+        if not {"metric", "fingerprint"} <= about.keys():
+            raise UserError(f"{run / SCORES}: not scores of pgprune; `pgprune init-scores` writes them")
+        return cls(tensors, about["metric"], about["fingerprint"])
+
+
+def init_scores(recipe: Recipe, run: Path, quiet: bool = False) -> Scores:
+    """Scores the recipe's model with its metric and writes them into `run`. Raises UserError, RunError."""
+    source = resolve(recipe.model)
+    text = None
+    if recipe.saliency.metric in CALIBRATED:
+        text = load_text(recipe, source, quiet)
+    with working(f"loading {recipe.model}", quiet):
+        model = load_model(source, recipe.dtype, recipe.device)
+    return compute_scores(recipe, run, source, model, text, quiet)
+
+
+def load_text(recipe: Recipe, source: Source, quiet: bool) -> CalibrationText:
+    """The calibration text that a recipe asks for, tokenised for its model."""
+    wanted = recipe.calibration
+    with working(f"reading {wanted.corpus}", quiet):
+        return calibration_text(
+            wanted.corpus, load_tokenizer(source), wanted.sequences, wanted.heldout, wanted.seqlen
+        )
+
+
+def compute_scores(
+    recipe: Recipe, run: Path, source: Source, model: nn.Module, text: CalibrationText | None, quiet: bool
+) -> Scores:
+    """Scores a model that is loaded already. `text` may be None for a metric without calibration."""
+    metric = recipe.saliency.metric
+    batches: list[Tensor] = []
+    if metric in CALIBRATED:
+        assert text is not None, "the caller loads the text of a calibrated metric"
+        windows = text.long_windows(recipe.saliency.sequences, recipe.saliency.seqlen)
+        # as many tokens at a time as the search has, so that scoring needs no more memory than searching
+        batches = list(windows.split(max(1, recipe.calibration.batch * recipe.calibration.seqlen // windows.shape[1])))
+    with working(f"scoring with {metric}", quiet):
+        tensors = score(model, metric, batches, recipe.seed)
+    for name, values in tensors.items():
+        if not values.isfinite().all():
+            raise RunError(f"{name}: the metric {metric} gave NaN or infinity; try dtype float32 or bfloat16")
+    scores = Scores(tensors, metric, source.fingerprint())
+    scores.save(run)
+    return scores

@@ -1,0 +1,378 @@
+"""Exported models against the masked dense model, by way of files."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VOCABULARY, tiny_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pgprune_cli.arch import LayerKeep
+from pgprune_cli.decision import Decision
+from pgprune_cli.errors import UserError
+from pgprune_cli.loading import resolve
+from pgprune_cli.writers import hf
+
+GROUPS, CHANNELS, LAYERS = 4, 24, 4
+TOLERANCE = {"atol": 2e-4, "rtol": 1e-4}
+
+# KV groups and channels that stay of every layer; which ones is drawn.
+DECISIONS = {
+    "some of everything": [(4, 24), (3, 7), (1, 24), (2, 1)],
+    "no heads first": [(0, 9), (2, 24), (0, 24), (3, 5)],
+    "no heads twice, no channels last": [(0, 5), (0, 7), (3, 0), (1, 0)],
+    "layers gone, the first one too": [(0, 0), (3, 11), (0, 0), (1, 24)],
+    "no heads first after a layer gone": [(0, 0), (0, 3), (2, 0), (4, 6)],
+}
+
+
+def draw(counts: list[tuple[int, int]]) -> tuple[LayerKeep, ...]:
+    """A random decision with these counts."""
+    generator = torch.Generator().manual_seed(3)
+
+    def mask(count: int, of: int) -> torch.Tensor:
+        drawn = torch.zeros(of, dtype=torch.bool)
+        drawn[torch.randperm(of, generator=generator)[:count]] = True
+        return drawn
+
+    return tuple(LayerKeep(mask(groups, GROUPS), mask(channels, CHANNELS)) for groups, channels in counts)
+
+
+@contextmanager
+def masked(model, keep):
+    """The slow and obvious reference: the inputs of o_proj and down_proj zeroed, an empty block's output too."""
+    handles = []
+    for layer, kept in zip(model.model.layers, keep, strict=True):
+        for output, mask in ((layer.self_attn.o_proj, kept.attention), (layer.mlp.down_proj, kept.ffn)):
+            wide = mask.repeat_interleave(output.in_features // len(mask))
+            handles.append(output.register_forward_pre_hook(lambda _, given, wide=wide: (given[0] * wide,)))
+            if not mask.any():
+                handles.append(output.register_forward_hook(lambda _, __, result: torch.zeros_like(result)))
+    yield model
+    for handle in handles:
+        handle.remove()
+
+
+def decide(base: Path, keep) -> Decision:
+    return Decision(keep, str(base), resolve(str(base)).fingerprint(), 0.5, "dtype: float32", 10, 80, 2.5)
+
+
+def export(base: Path, out: Path, keep, measured=None) -> hf.Written:
+    return hf.write(resolve(str(base)), decide(base, keep), out, measured, lambda done, total: None)
+
+
+def load(directory: Path):
+    """The model with nothing missing, unexpected or of a wrong shape."""
+    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
+    assert not any(info.values()), info
+    return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads only get in each other's way on models this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def saved(architecture, tmp_path):
+    model = tiny_model(architecture)
+    model.save_pretrained(tmp_path / "base")
+    return model, tmp_path / "base"
+
+
+@pytest.fixture
+def llama(tmp_path):
+    model = tiny_model("llama-gqa")
+    model.save_pretrained(tmp_path / "base")
+    return model, tmp_path / "base"
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+@torch.inference_mode()
+def test_export_equals_the_masked_dense_model(saved, tmp_path, name):
+    model, base = saved
+    keep = draw(DECISIONS[name])
+    written = export(base, tmp_path / "out", keep)
+    pruned = load(tmp_path / "out")
+    tokens = torch.randint(3, VOCABULARY, (2, 40))
+    with masked(model, keep):
+        torch.testing.assert_close(pruned(tokens).logits, model(tokens).logits, **TOLERANCE)
+    assert not written.stock
+    assert written.layers_after == len(pruned.model.layers) == sum(a + f > 0 for a, f in DECISIONS[name])
+    assert written.parameters_after == sum(parameter.numel() for parameter in pruned.parameters())
+    assert written.parameters_before == sum(parameter.numel() for parameter in model.parameters())
+
+    pruned.save_pretrained(tmp_path / "again")
+    assert (tmp_path / "again" / "modeling_pruned.py").exists()
+    assert torch.equal(load(tmp_path / "again")(tokens).logits, pruned(tokens).logits)
+    pruned.set_attn_implementation("eager")  # which gives attention weights, where SDPA gives none
+    weights = pruned(tokens, output_attentions=True).attentions
+    assert [w.shape[1] for w in weights] == [
+        a * model.config.num_attention_heads // GROUPS for a, _ in DECISIONS[name] if a
+    ]
+    with masked(model, keep):
+        torch.testing.assert_close(pruned(tokens).logits, model(tokens).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["no heads first", "no heads twice, no channels last"])
+@torch.inference_mode()
+def test_generating_with_a_cache_and_left_padding_equals_recomputing(saved, tmp_path, name):
+    model, base = saved
+    keep = draw(DECISIONS[name])
+    export(base, tmp_path / "out", keep)
+    pruned = load(tmp_path / "out")
+    prompts = [torch.randint(3, VOCABULARY, (length,)) for length in (4, 9)]
+    wanted = []
+    with masked(model, keep):
+        for tokens in prompts:
+            for _ in range(16):  # beyond the sliding window of the Mistral
+                logits = model(tokens[None], use_cache=False).logits[0, -1]
+                tokens = torch.cat([tokens, logits.argmax()[None]])
+            wanted.append(tokens)
+    padded = torch.stack([torch.cat([torch.zeros(9 - len(p), dtype=torch.long), p]) for p in prompts])
+    options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    batch = pruned.generate(padded, attention_mask=(padded != 0).long(), **options)
+    static = pruned.generate(prompts[1][None], cache_implementation="static", disable_compile=True, **options)
+    for row, tokens in zip((*batch, *static), (*wanted, wanted[1]), strict=True):
+        assert row[-len(tokens) :].tolist() == tokens.tolist()
+
+
+@torch.inference_mode()
+def test_layers_of_both_kinds_of_attention_keep_theirs(tmp_path):
+    model = tiny_model("qwen3")
+    for layer in model.model.layers[2:]:
+        layer.self_attn.sliding_window = 6
+    types = ["full_attention"] * 2 + ["sliding_attention"] * 2
+    model.save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config |= {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 2, "layer_types": types}
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    model = load(tmp_path / "base")
+    for counts in (
+        [(0, 5), (2, 9), (0, 0), (3, 3)],
+        [(0, 5), (0, 9), (0, 4), (3, 3)],
+        [(0, 0), (2, 9), (0, 7), (1, 1)],
+    ):
+        keep = draw(counts)
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        export(tmp_path / "base", tmp_path / "out", keep)
+        pruned = load(tmp_path / "out")
+        tokens = torch.randint(3, VOCABULARY, (1, 5))
+        options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        grown = pruned.generate(tokens, attention_mask=torch.ones_like(tokens), **options)
+        with masked(model, keep):
+            for length in range(5, 17):
+                tokens = torch.cat([tokens, model(tokens, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+                assert grown[0, length] == tokens[0, length]
+
+
+def test_the_directories_load_without_pgprune(tmp_path):
+    keep = draw(DECISIONS["no heads first"])
+    for architecture in ("llama-biased", "mistral", "qwen2", "qwen3"):
+        model = tiny_model(architecture)
+        model.save_pretrained(tmp_path / "base" / architecture)
+        export(tmp_path / "base" / architecture, tmp_path / architecture, keep)
+        with masked(model, keep), torch.inference_mode():
+            save_file({"logits": model(torch.arange(3, 23)[None]).logits}, tmp_path / f"{architecture}.safetensors")
+    script = """
+import sys
+sys.modules["pgprune_cli"] = None  # any import of it fails
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM
+for name in ("llama-biased", "mistral", "qwen2", "qwen3"):
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=True).eval()
+    with torch.inference_mode():
+        logits = model(torch.arange(3, 23)[None]).logits
+    torch.testing.assert_close(logits, load_file(f"{name}.safetensors")["logits"], atol=2e-4, rtol=1e-4)
+    model.save_pretrained("again-" + name)
+    again = AutoModel.from_pretrained("again-" + name, trust_remote_code=True)
+    torch.testing.assert_close(again.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
+"""
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    command = [sys.executable, "-I", "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_rope_base_that_an_older_transformers_overlooks_is_refused(llama, tmp_path):
+    _, base = llama
+    export(base, tmp_path / "out", draw(DECISIONS["some of everything"]))
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
+    config.rope_theta = 10000.0  # what 4.x would read, which does not know rope_parameters
+    with pytest.raises(ValueError, match="transformers 5"):
+        AutoModelForCausalLM.from_config(config)
+
+
+@torch.inference_mode()
+def test_a_uniform_decision_becomes_a_stock_model(saved, tmp_path, architecture):
+    model, base = saved
+    keep = draw([(2, 7), (0, 0), (2, 7), (2, 7)])
+    written = export(base, tmp_path / "out", keep)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written.stock
+    assert config["model_type"] == written.model_type == model.config.model_type
+    assert not {"auto_map", "per_layer_config"} & set(config)
+    assert not list((tmp_path / "out").glob("*.py"))
+    tokens = torch.randint(3, VOCABULARY, (2, 30))
+    with masked(model, keep):
+        torch.testing.assert_close(load(tmp_path / "out")(tokens).logits, model(tokens).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize(("architecture", "stock", "model_type"), [
+    ("llama-gqa", True, "mistral"), ("llama-biased", False, "pruned_llama"), ("qwen2", True, "qwen2"),
+])  # fmt: skip
+@torch.inference_mode()
+def test_heads_that_do_not_divide_the_hidden_size(tmp_path, architecture, stock, model_type):
+    model = tiny_model(architecture)
+    model.save_pretrained(tmp_path / "base")
+    keep = draw([(3, 7)] * LAYERS)  # 6 heads, hidden size 32
+    written = export(tmp_path / "base", tmp_path / "out", keep)
+    assert (written.stock, written.model_type) == (stock, model_type)
+    tokens = torch.randint(3, VOCABULARY, (2, 30))
+    with masked(model, keep):
+        torch.testing.assert_close(load(tmp_path / "out")(tokens).logits, model(tokens).logits, **TOLERANCE)
+
+
+def test_a_sharded_base_gives_the_same_tensors(saved, tmp_path):
+    model, base = saved
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="6KB")
+    keep = draw(DECISIONS["layers gone, the first one too"])
+    export(base, tmp_path / "one", keep)
+    seen = []
+    source = resolve(str(tmp_path / "sharded"))
+    written = hf.write(source, decide(tmp_path / "sharded", keep), tmp_path / "many", None, lambda *at: seen.append(at))
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors") if path.name.startswith("model"))
+    # Shards of which nothing was left are not there, and the names count those that are.
+    assert len(files) < len(source.weight_files())
+    assert files == [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
+    assert seen == [(n, len(files)) for n in range(1, len(files) + 1)]
+    assert written.bytes == sum((tmp_path / "many" / name).stat().st_size for name in files)
+    wanted = load_file(tmp_path / "one" / "model.safetensors")
+    found = {}
+    for name in files:
+        found |= (part := load_file(tmp_path / "many" / name))
+        assert part and all(index["weight_map"][key] == name for key in part)
+    assert set(index["weight_map"]) == set(found) == set(wanted)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    load(tmp_path / "many")
+
+
+def test_old_buffers_and_tied_duplicates_are_left_out_and_dtypes_stay(llama, tmp_path):
+    _, base = llama
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(base / "model.safetensors").items()}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    written = export(base, tmp_path / "out", draw([(2, 24)] * LAYERS))
+    assert written.parameters_before == tiny_model("llama-gqa").num_parameters()
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118
+        assert not [name for name in file.keys() if "inv_freq" in name]  # noqa: SIM118
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
+
+
+def test_files_shrink_and_travel_along(llama, tmp_path):
+    _, base = llama
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"):
+        (base / name).write_text(name)
+    keep = draw([(2, 6), (1, 6), (0, 0), (2, 12)])
+    measured = {"model": "x", "perplexity": [{"corpus": "wikitext2", "seqlen": 128, "ppl": 12.375001, "tokens": 1000}]}
+    written = export(base, tmp_path / "out", keep, measured)
+    out = tmp_path / "out"
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"):
+        assert (out / name).read_text() == name
+    assert (out / "generation_config.json").exists()
+    assert written.bytes == (out / "model.safetensors").stat().st_size
+    saved_bytes = 4 * (written.parameters_before - written.parameters_after)
+    assert abs((base / "model.safetensors").stat().st_size - written.bytes - saved_bytes) < 4096
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
+    assert [k.ffn.tolist() for k in Decision.load(out).keep] == [k.ffn.tolist() for k in keep]
+    card = (out / "README.md").read_text()
+    assert "| 2 (layer removed) | 0 of 4 | 0 of 24 |" in card
+    assert "| wikitext2 | 128 | 12.38 | 1,000 |" in card
+    assert "trust_remote_code=True" in card and "dtype: float32" in card
+    assert str(tmp_path) not in card
+
+
+def test_what_stands_there_already_is_refused(llama, tmp_path):
+    _, base = llama
+    keep = draw(DECISIONS["some of everything"])
+    (tmp_path / "out").mkdir()
+    export(base, tmp_path / "out", keep)
+    with pytest.raises(UserError, match="exists already"):
+        export(base, tmp_path / "out", keep)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="exists already"):
+        export(base, tmp_path / "file", keep)
+
+
+def test_a_failure_leaves_nothing_behind(llama, tmp_path, monkeypatch):
+    _, base = llama
+
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="no space"):
+        export(base, tmp_path / "out", draw(DECISIONS["some of everything"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_full_disk_is_seen_beforehand(llama, tmp_path, monkeypatch):
+    _, base = llama
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(UserError, match="GB are free"):
+        export(base, tmp_path / "new" / "out", draw(DECISIONS["some of everything"]))
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_another_base_is_refused(llama, tmp_path):
+    _, base = llama
+    decision = decide(base, draw(DECISIONS["some of everything"]))
+    tiny_model("llama-gqa", seed=1).save_pretrained(base)
+    changed = resolve(str(base))
+    with pytest.raises(UserError, match=re.escape(decision.fingerprint)) as refusal:
+        hf.write(changed, decision, tmp_path / "out", None, lambda *_: None)
+    assert changed.fingerprint() in str(refusal.value)
+
+
+def test_a_decision_of_other_sizes_or_of_nothing_is_refused(llama, tmp_path):
+    _, base = llama
+    with pytest.raises(UserError, match="other layers"):
+        export(base, tmp_path / "out", draw(DECISIONS["some of everything"])[:3])
+    with pytest.raises(UserError, match="keeps nothing"):
+        export(base, tmp_path / "out", draw([(0, 0)] * LAYERS))
+
+
+def test_an_incomplete_or_quantised_base_is_refused(llama, tmp_path):
+    _, base = llama
+    tensors = load_file(base / "model.safetensors")
+    del tensors["model.layers.2.mlp.up_proj.weight"]
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    keep = draw(DECISIONS["some of everything"])
+    with pytest.raises(UserError, match=r"model\.layers\.2\.mlp\.up_proj\.weight is missing"):
+        export(base, tmp_path / "out", keep)
+    config = AutoConfig.from_pretrained(base).to_dict() | {"quantization_config": {"quant_method": "fp8"}}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="quantised"):
+        export(base, tmp_path / "out", keep)
