@@ -1,0 +1,41 @@
+# make demo: try it. make test: run the tests. Both set up what they need, from Python 3.11+ and nothing else.
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+# A CPU build where there is no CUDA driver; the newest CUDA build, gigabytes of it, would be of no use there.
+TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+SOURCES := pgprune_cli tests scripts
+
+.PHONY: demo test check docs format clean
+
+demo: $(BIN)/pgprune
+	$(BIN)/python scripts/demo.py
+
+test: check
+	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+check: $(BIN)/.dev
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/mypy
+	$(BIN)/python scripts/write_cli_reference.py --check
+
+docs: $(BIN)/.dev
+	$(BIN)/python scripts/write_cli_reference.py
+
+format: $(BIN)/.dev
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+$(BIN)/pgprune: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(BIN)/.dev: $(BIN)/pgprune pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,5 @@
+"""python -m pgprune_cli"""
+
+from pgprune_cli.cli import main
+
+main()

@@ -1,0 +1,255 @@
+"""The command line: a verb is a few lines. Heavy imports stay inside the functions, so that --help is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from pgprune_cli import __version__
+from pgprune_cli.errors import ExitCode, RunError, UserError
+
+if TYPE_CHECKING:
+    from pgprune_cli.recipe import Recipe
+
+app = typer.Typer(
+    help="Make a language model structurally smaller: learn which heads and FFN channels to keep, forward passes only.",
+    epilog="Start with: pgprune search demo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships.")]
+Out = Annotated[Path | None, typer.Option("--out", help="The run directory.  [default: runs/<recipe>]")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's key; repeatable.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"pgprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog="Example: pgprune init-scores smollm2-135m-30 --metric magnitude")
+def init_scores(
+    recipe: RecipeName,
+    out: Out = None,
+    overrides: Set = None,
+    metric: Annotated[str | None, typer.Option(help="Saliency metric, instead of the recipe's.")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score every unit of the recipe's model with a saliency metric, the search's start."""
+    given = [*(overrides or []), *([f"saliency.metric={metric}"] if metric else [])]
+    loaded, run = _open(recipe, out, given)
+    from pgprune_cli.jobs.init_scores import SCORES, init_scores
+
+    scores = init_scores(loaded, run, quiet)
+    result = {"run": str(run), "scores": str(run / SCORES), "metric": scores.metric}
+    _print(result, as_json, f"{run / SCORES}: {scores.metric} of {loaded.model}")
+
+
+@app.command(epilog="Example: pgprune search llama2-7b-50 --set search.steps=2000 --out runs/short")
+def search(
+    recipe: RecipeName, out: Out = None, overrides: Set = None, quiet: Quiet = False, as_json: AsJson = False
+) -> None:
+    """Search which units to keep. Goes on by itself where an earlier call was stopped."""
+    loaded, run = _open(recipe, out, overrides or [])
+    from pgprune_cli.decision import MASKS
+    from pgprune_cli.jobs.search import Interrupted, search
+
+    try:
+        decision = search(loaded, run, quiet)
+    except Interrupted as stopped:
+        again = " ".join(["pgprune", *map(_quoted, sys.argv[1:])])
+        _complain(f"stopped after step {stopped.step}, which is saved; to go on: {again}")
+        code = ExitCode.INTERRUPTED if stopped.signum == 2 else ExitCode.TERMINATED
+        raise typer.Exit(code) from None
+    result = {
+        "run": str(run),
+        "decision": str(run / MASKS),
+        "sparsity": decision.sparsity,
+        "steps": decision.steps,
+        "forwards": decision.forwards,
+        "heldout_loss": decision.heldout_loss,
+    }
+    loss = "not finite" if decision.heldout_loss is None else f"{decision.heldout_loss:.4f} nats per token"
+    _print(
+        result,
+        as_json,
+        f"{run / MASKS}: sparsity {decision.sparsity:.4f} after {decision.steps} steps, "
+        f"{decision.forwards} forward passes; held-out loss {loss}",
+    )
+
+
+@app.command(epilog="Example: pgprune export runs/smollm2-135m-30 --out models/smollm2-135m-30")
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run directory of a finished search.")],
+    out: Annotated[Path, typer.Option("--out", help="The model directory to write; must not exist yet.")],
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the smaller model: safetensors, config, tokenizer, model card and the decision."""
+    from pgprune_cli.jobs.export import export
+    from pgprune_cli.progress import working
+
+    with working(f"writing {out}", quiet):
+        written = export(run, out)
+    before, after = written.parameters_before, written.parameters_after
+    _print(
+        {"model": str(out), "parameters_before": before, "parameters_after": after, "bytes": written.bytes},
+        as_json,
+        f"{out}: {after / 1e6:.1f} M of {before / 1e6:.1f} M parameters, {written.bytes / 1e6:.1f} MB",
+    )
+
+
+@app.command(name="eval", epilog="Example: pgprune eval models/smollm2-135m-30 --ppl wikitext2 --against models/smollm2-135m")
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model as in recipes, an exported one, or a RUN.")],
+    ppl: Annotated[
+        list[str] | None, typer.Option(metavar="CORPUS", 
+            help="wikitext2, c4, ptb, demo, a hub name, or NAME=FILE; repeatable.  [default: as the recipe of a RUN says, or wikitext2; none with --speed]")
+    ] = None,
+    seqlen: Annotated[
+        list[int] | None, typer.Option(min=2, help="Window length in tokens; repeatable.  [default: 128 and 2048]")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many windows of each corpus, spread over it.")] = None,
+    speed: Annotated[bool, typer.Option("--speed", help="Measure tokens per second and memory, beside the base.")] = False,
+    against: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL", help="Another model to measure the same way; repeatable.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="Load in this dtype, not the stored one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …  [default: a GPU where there is one]")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure perplexity and speed of a dense model, an exported one or a run directory."""
+    if dtype not in (None, "auto", "float32", "float16", "bfloat16"):
+        raise UserError(f"--dtype {dtype}: expected auto, float32, float16 or bfloat16")
+    from pgprune_cli.jobs.evaluate import Corpus, evaluate, measure_speed, open_target, remember
+
+    targets = [open_target(model, dtype, device, quiet)]
+    wanted = targets[0].evaluation
+    corpora = [Corpus.parse(option) for option in ppl or (() if speed else wanted.corpora)]
+    seqlens = seqlen or wanted.seqlen
+    others = list(against or [])
+    base = targets[0].base
+    if speed and base is not None and base not in others:
+        others.append(base)
+    targets += [open_target(name, dtype, device, quiet) for name in others]
+    results = [evaluate(target, corpora, seqlens, limit, quiet) for target in targets]
+    if speed:
+        for result, measured in zip(results, measure_speed(targets), strict=True):
+            result["speed"] = measured
+    for target, result in zip(targets, results, strict=True):
+        if corpora and limit is None:
+            remember(target, result)
+    if as_json:
+        print(json.dumps(results[0] | ({"against": results[1:]} if results[1:] else {})))
+    else:
+        _table(results)
+
+
+@app.command(epilog="Example: pgprune recipes")
+def recipes(as_json: AsJson = False) -> None:
+    """List the recipes that ship."""
+    from pgprune_cli.recipe import shipped, summary
+
+    listed = {path.stem: summary(path) for path in shipped()}
+    width = max(map(len, listed))
+    _print({"recipes": listed}, as_json, "\n".join(f"{name:<{width}}  {text}" for name, text in listed.items()))
+
+
+def main() -> NoReturn:
+    """The `pgprune` program."""
+    code: int = ExitCode.OK
+    try:
+        code = app(standalone_mode=False) or ExitCode.OK
+    except UserError as error:
+        _complain(str(error))
+        code = ExitCode.BAD_INPUT
+    except RunError as error:
+        _complain(str(error))
+        code = ExitCode.FAILED
+    except OSError as error:
+        _complain(f"{error.filename or 'a file'}: {error.strerror or error}")
+        code = ExitCode.FAILED
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        code = ExitCode.INTERRUPTED
+    except Exception as error:
+        # click's own errors know how to show themselves; anything else is a bug of ours, and its traceback is wanted
+        if not hasattr(error, "format_message"):
+            raise
+        error.show()  # type: ignore[attr-defined]
+        code = ExitCode.BAD_INPUT
+    sys.exit(code)
+
+
+def _open(name: str, out: Path | None, overrides: list[str]) -> tuple[Recipe, Path]:
+    """The recipe, and the run directory it is for."""
+    from pgprune_cli.recipe import find, load
+
+    path = find(name)
+    return load(path, overrides), out or Path("runs") / path.stem
+
+
+def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
+    print(json.dumps(result) if as_json else text)
+
+
+def _complain(text: str) -> None:
+    for line in text.splitlines():
+        print(f"pgprune: {line}", file=sys.stderr)
+
+
+def _quoted(word: str) -> str:
+    import shlex
+
+    return shlex.quote(word)
+
+
+def _table(results: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("model", overflow="fold")
+    table.add_column("parameters", justify="right")
+    for row in results[0]["perplexity"]:
+        table.add_column(f"{row['corpus']} PPL\n{row['seqlen']} tokens", justify="right")
+    if "speed" in results[0]:
+        for heading in ("prefill\ntokens/s", "decode\ntokens/s", "weights\nMB"):
+            table.add_column(heading, justify="right")
+    for result in results:
+        cells = [result["model"], f"{result['parameters']:,}", *(f"{row['ppl']:,.2f}" for row in result["perplexity"])]
+        if "speed" in result:
+            speed = result["speed"]
+            cells += [
+                f"{speed['prefill_tokens_per_second']:,.0f}",
+                f"{speed['decode_tokens_per_second']:,.0f}",
+                f"{speed['weight_bytes'] / 1e6:,.1f}",
+            ]
+        table.add_row(*cells)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
