@@ -120,18 +120,27 @@ def export(
     )
 
 
-@app.command(name="eval", epilog="Example: pgprune eval models/smollm2-135m-30 --ppl wikitext2 --against models/smollm2-135m")
+@app.command(
+    name="eval", epilog="Example: pgprune eval models/smollm2-135m-30 --ppl wikitext2 --against models/smollm2-135m"
+)
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A model as in recipes, an exported one, or a RUN.")],
     ppl: Annotated[
-        list[str] | None, typer.Option(metavar="CORPUS", 
-            help="wikitext2, c4, ptb, demo, a hub name, or NAME=FILE; repeatable.  [default: as the recipe of a RUN says, or wikitext2; none with --speed]")
+        list[str] | None,
+        typer.Option(
+            metavar="CORPUS",
+            help="wikitext2, c4, ptb, demo, a hub name, or NAME=FILE; repeatable.  [default: as the recipe of a RUN says, or wikitext2; none with --speed]",
+        ),
     ] = None,
     seqlen: Annotated[
         list[int] | None, typer.Option(min=2, help="Window length in tokens; repeatable.  [default: 128 and 2048]")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most so many windows of each corpus, spread over it.")] = None,
-    speed: Annotated[bool, typer.Option("--speed", help="Measure tokens per second and memory, beside the base.")] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many windows of each corpus, spread over it.")
+    ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Measure tokens per second and memory, beside the base.")
+    ] = False,
     against: Annotated[
         list[str] | None, typer.Option(metavar="MODEL", help="Another model to measure the same way; repeatable.")
     ] = None,

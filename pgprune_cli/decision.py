@@ -70,5 +70,3 @@ class Decision:
             return cls(keep, **{name: record[name] for name in cls.__dataclass_fields__ if name != "keep"})
         except KeyError as missing:
             raise UserError(f"{run / RECORD}: {missing} is missing; the file is not a whole decision") from None
-
-

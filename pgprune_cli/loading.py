@@ -136,7 +136,9 @@ def devices_of(device: str) -> list[torch.device]:
     try:
         devices = [torch.device(name.strip()) for name in device.split(",")]
     except RuntimeError:
-        raise UserError(f"device {device!r}: expected auto, cpu, cuda, cuda:N or a list such as cuda:0,cuda:1") from None
+        raise UserError(
+            f"device {device!r}: expected auto, cpu, cuda, cuda:N or a list such as cuda:0,cuda:1"
+        ) from None
     for wanted in devices:
         if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
             raise UserError(f"device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices")

@@ -78,9 +78,7 @@ class SearchProgress:
             self.heldout = f"{row.heldout_loss:.4f}"
         loss = "bad" if row.mean_loss is None else f"{row.mean_loss:.4f}"
         bad = f" skipped {row.skipped}" if row.skipped else ""
-        text = (
-            f"loss {loss} hard mask {self.heldout} {row.tokens_per_second:,.0f} tok/s {row.memory_bytes / 1e9:.1f} GB{bad}"
-        )
+        text = f"loss {loss} hard mask {self.heldout} {row.tokens_per_second:,.0f} tok/s {row.memory_bytes / 1e9:.1f} GB{bad}"
         self.live.update(self.task, completed=row.step, text=text)
         due = row.step % max(1, self.steps // PLAIN_LINES) == 0 or row.step in (1, self.steps)
         if due and not self.console.is_terminal:

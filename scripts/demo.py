@@ -64,7 +64,9 @@ def main() -> None:
         )
     console = Console()
     console.print(table)
-    console.print(f"The searched model lies in {searched}; load it with transformers, or look at {searched / 'README.md'}")
+    console.print(
+        f"The searched model lies in {searched}; load it with transformers, or look at {searched / 'README.md'}"
+    )
 
 
 if __name__ == "__main__":

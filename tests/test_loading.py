@@ -99,7 +99,9 @@ def test_of_several_gguf_files_one_must_be_named(tmp_path):
 
 def test_pickles_are_refused(tmp_path):
     folder = make(tmp_path / "old", "config.json", "pytorch_model.bin")
-    assert refused(folder) == f"{folder}: holds pickled weights (*.bin), which can run code; convert them to safetensors"
+    assert (
+        refused(folder) == f"{folder}: holds pickled weights (*.bin), which can run code; convert them to safetensors"
+    )
 
 
 def test_safetensors_beside_pickles_are_taken(copy):
@@ -207,9 +209,7 @@ def test_weights_that_are_missing_are_not_made_up(copy):
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError) as caught:
         load_model(resolve(str(copy)), "auto", "cpu")
-    assert str(caught.value) == (
-        f"{copy}: its files lack 2 weights, the first is model.layers.1.mlp.up_proj.weight"
-    )
+    assert str(caught.value) == (f"{copy}: its files lack 2 weights, the first is model.layers.1.mlp.up_proj.weight")
 
 
 def test_weights_of_another_shape_are_refused(copy):

@@ -1,9 +1,9 @@
 """The search, one step at a time: propose masks, hear their losses, move θ.
 
-    state = begin(theta, seed)
-    for _ in range(steps):
-        state, masks = propose(state, samples)
-        state = update(state, masks, losses_of(masks), space, budget, estimator, learning_rate)
+state = begin(theta, seed)
+for _ in range(steps):
+    state, masks = propose(state, samples)
+    state = update(state, masks, losses_of(masks), space, budget, estimator, learning_rate)
 """
 
 from __future__ import annotations

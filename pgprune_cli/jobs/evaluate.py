@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.atomic import write_json
 from pgprune_cli.arch import Keep, Shape
+from pgprune_cli.atomic import write_json
 from pgprune_cli.data import spread, tokens_of
 from pgprune_cli.decision import RECORD, Decision
 from pgprune_cli.errors import RunError, UserError

@@ -59,9 +59,7 @@ def load_text(recipe: Recipe, source: Source, quiet: bool) -> CalibrationText:
     """The calibration text that a recipe asks for, tokenised for its model."""
     wanted = recipe.calibration
     with working(f"reading {wanted.corpus}", quiet):
-        return calibration_text(
-            wanted.corpus, load_tokenizer(source), wanted.sequences, wanted.heldout, wanted.seqlen
-        )
+        return calibration_text(wanted.corpus, load_tokenizer(source), wanted.sequences, wanted.heldout, wanted.seqlen)
 
 
 def compute_scores(

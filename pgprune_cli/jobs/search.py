@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
-import torch
 from torch import Tensor
 
 from pgprune_cli.arch import Keep
@@ -141,9 +140,7 @@ def search(recipe: Recipe, run: Path, quiet: bool = False) -> Decision:
     return decision
 
 
-def _run_steps(
-    problem: Problem, run: Path, theta: Tensor, identity: str, quiet: bool
-) -> tuple[Loop, float]:
+def _run_steps(problem: Problem, run: Path, theta: Tensor, identity: str, quiet: bool) -> tuple[Loop, float]:
     """The loop. Returns where it ended and the held-out loss of the final hard mask, nats per token."""
     recipe, schedule = problem.recipe, problem.recipe.search
     loop = _resumed(run, identity) or Loop(begin(theta, recipe.seed))
@@ -208,9 +205,7 @@ def _finite(value: float) -> float | None:
 
 def _identity(recipe: Recipe, fingerprint: str, theta: Tensor) -> str:
     """Digest of all that a checkpoint may not be mixed up with: the recipe, the model and the starting θ."""
-    return hashlib.sha256(
-        _comparable(recipe).encode() + fingerprint.encode() + theta.numpy().tobytes()
-    ).hexdigest()
+    return hashlib.sha256(_comparable(recipe).encode() + fingerprint.encode() + theta.numpy().tobytes()).hexdigest()
 
 
 def _comparable(recipe: Recipe) -> str:

@@ -38,8 +38,7 @@ def score(model: nn.Module, metric: str, batches: Iterable[Tensor], seed: int) -
     """
     norms = input_norms(model, batches) if metric in CALIBRATED else None
     return {
-        f"layers.{layer}.{name}": METRICS[metric](block).cpu()
-        for name, layer, block in statistics(model, norms, seed)
+        f"layers.{layer}.{name}": METRICS[metric](block).cpu() for name, layer, block in statistics(model, norms, seed)
     }
 
 
