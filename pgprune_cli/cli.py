@@ -129,7 +129,8 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="CORPUS",
-            help="wikitext2, c4, ptb, demo, a hub name, or NAME=FILE; repeatable.  [default: as the recipe of a RUN says, or wikitext2; none with --speed]",
+            help="wikitext2, c4, ptb, demo, a hub name, or NAME=FILE; repeatable.  "
+            "[default: as the recipe of a RUN says, or wikitext2; none with --speed]",
         ),
     ] = None,
     seqlen: Annotated[

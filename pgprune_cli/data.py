@@ -143,12 +143,11 @@ class Batches:
 
 
 def _documents(corpus: str, purpose: Purpose) -> Iterator[str]:
-    path = Path(corpus).expanduser()
     if corpus == "demo":
         from pgprune_cli.demo.grammar import generate
 
         yield generate(*DEMO_TEXT[purpose])
-    elif path.is_file():
+    elif corpus not in NAMED and (path := Path(corpus).expanduser()).is_file():
         yield from _from_file(path)
     else:
         yield from _from_hub(corpus, purpose)
@@ -163,12 +162,15 @@ def _from_file(path: Path) -> Iterator[str]:
             file = parquet.ParquetFile(path)
             if "text" not in file.schema_arrow.names:
                 raise UserError(f"{path}: no column 'text' among {', '.join(file.schema_arrow.names)}")
+            kind = file.schema_arrow.field("text").type
+            if kind not in (pyarrow.string(), pyarrow.large_string()):
+                raise UserError(f"{path}: column 'text' holds {kind}, not text")
             for batch in file.iter_batches(columns=["text"]):
                 yield from (text for text in batch["text"].to_pylist() if text)
         except (pyarrow.ArrowException, OSError) as error:
             raise UserError(f"{path}: not a readable parquet file ({error})") from None
     elif path.suffix == ".jsonl":
-        for number, line in enumerate(_text(path).splitlines(), 1):
+        for number, line in enumerate(_text(path).split("\n"), 1):
             if line.strip():
                 yield _text_of_row(line, f"{path}:{number}")
     else:
@@ -238,14 +240,14 @@ def _known(corpus: str) -> HubCorpus:
 
 def _identity(corpus: str, purpose: Purpose) -> str:
     """What the text depends on: a file's content, whatever its name; a named corpus's split."""
-    path = Path(corpus).expanduser()
-    if path.is_dir() or (path.exists() and path.suffix not in FORMATS):
-        raise UserError(f"{corpus}: expected a {', '.join(FORMATS)} file")
-    if path.is_file():
-        return f"{path.suffix}:{checksum(path)}"
     if corpus == "demo":
         return f"demo:{DEMO_TEXT[purpose]}:{checksum(Path(__file__).parent / 'demo' / 'grammar.py')}"
-    return f"{_known(corpus)}:{purpose}"
+    path = Path(corpus).expanduser()
+    if corpus in NAMED or not path.exists():
+        return f"{_known(corpus)}:{purpose}"
+    if path.is_dir() or path.suffix not in FORMATS:
+        raise UserError(f"{corpus}: expected a {', '.join(FORMATS)} file")
+    return f"{path.suffix}:{checksum(path)}"
 
 
 def _tokenizer_identity(tokenizer: Any) -> str:

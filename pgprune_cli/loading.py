@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import re
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +105,13 @@ def load_model(source: Source, dtype: str, device: str) -> nn.Module:
     else:
         arguments.update(_gguf_arguments(source.gguf))
     logging.disable_progress_bar()
+    # the GGUF reader draws a bar of its own, on a terminal or not
+    silence = redirect_stderr(StringIO()) if source.gguf else nullcontext()
     try:
         if len(devices) > 1:
             arguments["device_map"] = spread(AutoConfig.from_pretrained(source.directory).num_hidden_layers, devices)
-        model, info = AutoModelForCausalLM.from_pretrained(source.directory, output_loading_info=True, **arguments)
+        with silence:
+            model, info = AutoModelForCausalLM.from_pretrained(source.directory, output_loading_info=True, **arguments)
     except Exception as error:  # the loaders raise dozens of kinds for files that are not what they should be
         raise UserError(f"{source.name}: cannot be loaded: {_one_line(error)}") from error
     finally:

@@ -1,4 +1,4 @@
-"""What a person sees while a search runs: a live line on a terminal, now and then a plain line elsewhere. stderr only."""
+"""What a person sees while a search runs, on stderr: a live line on a terminal, now and then a plain line elsewhere."""
 
 from __future__ import annotations
 
@@ -65,7 +65,8 @@ class SearchProgress:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.live.stop()
+        if self.live.live.is_started:
+            self.live.stop()
 
     def say(self, text: str) -> None:
         """One line of its own."""
@@ -78,7 +79,8 @@ class SearchProgress:
             self.heldout = f"{row.heldout_loss:.4f}"
         loss = "bad" if row.mean_loss is None else f"{row.mean_loss:.4f}"
         bad = f" skipped {row.skipped}" if row.skipped else ""
-        text = f"loss {loss} hard mask {self.heldout} {row.tokens_per_second:,.0f} tok/s {row.memory_bytes / 1e9:.1f} GB{bad}"
+        losses = f"loss {loss} hard mask {self.heldout}"
+        text = f"{losses} {row.tokens_per_second:,.0f} tok/s {row.memory_bytes / 1e9:.1f} GB{bad}"
         self.live.update(self.task, completed=row.step, text=text)
         due = row.step % max(1, self.steps // PLAIN_LINES) == 0 or row.step in (1, self.steps)
         if due and not self.console.is_terminal:

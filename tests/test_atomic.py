@@ -15,7 +15,7 @@ from pgprune_cli.errors import UserError
 
 def names(folder: Path) -> list[str]:
     """Everything in a folder, hidden files too."""
-    return sorted(os.listdir(folder))
+    return sorted(path.name for path in folder.iterdir())
 
 
 def failing(*_: object) -> None:

@@ -34,7 +34,7 @@ def assert_same(one: Checkpoint, other: Checkpoint) -> None:
 
 
 def folders(run: Path) -> list[str]:
-    return sorted(os.listdir(run / FOLDER)) if (run / FOLDER).exists() else []
+    return sorted(path.name for path in (run / FOLDER).iterdir()) if (run / FOLDER).exists() else []
 
 
 def refused(run: Path) -> str:
@@ -98,7 +98,7 @@ def test_no_pickle(tmp_path, monkeypatch):
     save_checkpoint(tmp_path, a_checkpoint())
     assert_same(latest_checkpoint(tmp_path), a_checkpoint())
     folder = tmp_path / FOLDER / "step-00000003"
-    assert folders(tmp_path) == [folder.name] and sorted(os.listdir(folder)) == [RECORD, TENSORS]
+    assert folders(tmp_path) == [folder.name] and sorted(path.name for path in folder.iterdir()) == [RECORD, TENSORS]
     assert load((folder / TENSORS).read_bytes()).keys() == {"theta", "rng"}
     json.loads((folder / RECORD).read_text())
 

@@ -1,7 +1,6 @@
 """A decision comes back as it was, or is refused."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -50,7 +49,7 @@ def run(tmp_path: Path) -> Path:
 def test_round_trip(tmp_path, loss):
     decision = replace(a_decision(), heldout_loss=loss)
     decision.save(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [RECORD, MASKS]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [RECORD, MASKS]
     assert_same(Decision.load(tmp_path), decision)
 
 

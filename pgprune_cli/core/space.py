@@ -59,7 +59,7 @@ class MaskSpace:
     def per_layer(self, flat: Tensor, name: str) -> tuple[Tensor, ...]:
         """Views `(counts[l],)` of a flat `(n,)` tensor, one a layer of the family `name`."""
         family = next(f for f in self.families if f.name == name)
-        return flat[self.slice_of(name)].split(list(family.counts))
+        return torch.split(flat[self.slice_of(name)], list(family.counts))
 
     @cached_property
     def evenness(self) -> Tensor:

@@ -39,7 +39,7 @@ BAD_STEPS = 10
 """After so many steps in a row without one finite loss, a search gives up."""
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818  (a stop that was asked for is no error)
     """A signal asked the search to stop, and its state is saved."""
 
     def __init__(self, signum: int, step: int) -> None:

@@ -69,9 +69,8 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (options.batch, options.seqlen), generator=generator)
     tokens = tokens.to(evaluator.input_device)
-    print(
-        f"{options.model}, {options.dtype}, {options.batch} × {options.seqlen} tokens, {torch.get_num_threads()} threads"
-    )
+    size = f"{options.batch} × {options.seqlen} tokens"
+    print(f"{options.model}, {options.dtype}, {size}, {torch.get_num_threads()} threads")
     print(f"{'keep':>5} {'masked s':>9} {'shrunk s':>9} {'ratio':>6} {'min':>6} {'max':>6}")
     for kept in options.keep:
         theta = torch.rand(space.n, generator=generator, dtype=torch.float64)

@@ -28,7 +28,7 @@ BELOW = {
     "saliency": {"saliency", "arch", "core", "errors"},
     "substrate": {"arch", "core", "errors"},
     "data": {"atomic", "demo", "errors"},
-    "loading": {"errors", "writers"},
+    "loading": {"atomic", "errors", "writers"},
     "writers": {"arch", "atomic", "core", "decision", "errors", "loading", "writers"},
     "report": {"atomic", "errors", "report"},
     "reconstruct": {"arch", "core", "errors", "substrate"},
