@@ -58,7 +58,7 @@ Count = Annotated[int, Range(1)]
 Length = Annotated[int, Range(2)]  # tokens; a window of one token predicts nothing
 Positive = Annotated[float, Range(0, above=True)]
 Family = Literal["attention", "ffn", "attention-block", "ffn-block", "layer"]
-Metric = Literal["wanda-sp", "magnitude", "random", "uniform"]
+MetricName = Literal["wanda-sp", "magnitude", "random", "uniform"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class Budget:
 class Saliency:
     """The metric that seeds the policy, and the calibration text it reads."""
 
-    metric: Metric = "wanda-sp"
+    metric: MetricName = "wanda-sp"
     sequences: Count = 128
     seqlen: Length = 1024  # tokens a window
 

@@ -15,7 +15,7 @@ from pgprune_cli.data import CalibrationText, calibration_text
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.loading import Source, load_model, load_tokenizer, resolve
 from pgprune_cli.progress import working
-from pgprune_cli.recipe import Metric, Recipe
+from pgprune_cli.recipe import MetricName, Recipe
 from pgprune_cli.saliency import CALIBRATED, score
 
 SCORES = "scores.safetensors"
@@ -26,7 +26,7 @@ class Scores:
     """Saliencies of a model: `layers.<l>.attention` `(kv groups,)`, `layers.<l>.ffn` `(channels,)`, float64."""
 
     tensors: dict[str, Tensor]
-    metric: Metric
+    metric: MetricName
     fingerprint: str
 
     def save(self, run: Path) -> Path:
@@ -40,9 +40,9 @@ class Scores:
         tensors = read_tensors(run / SCORES)
         with safe_open(run / SCORES, "pt") as file:
             about = file.metadata() or {}
-        if about.get("metric") not in get_args(Metric) or "fingerprint" not in about:
+        if about.get("metric") not in get_args(MetricName) or "fingerprint" not in about:
             raise UserError(f"{run / SCORES}: not scores of pgprune; `pgprune init-scores` writes them")
-        return cls(tensors, cast(Metric, about["metric"]), about["fingerprint"])
+        return cls(tensors, cast(MetricName, about["metric"]), about["fingerprint"])
 
 
 def init_scores(recipe: Recipe, run: Path, quiet: bool = False) -> Scores:

@@ -1,7 +1,7 @@
 """Metrics that say how much a unit matters, each one small pure function in a file of its own.
 
 To add one: write `saliency/<name>.py` with a function from `BlockStatistics` to `(units,)` float64, higher = matters
-more; put it into METRICS, and its name among the choices in `recipe.py`.
+more; put it into METRICS, and its name into `MetricName` of `recipe.py`.
 """
 
 from __future__ import annotations
