@@ -24,7 +24,7 @@ app = typer.Typer(
 )
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships.")]
-Out = Annotated[Path | None, typer.Option("--out", help="The run directory.  [default: runs/<recipe>]")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run directory.  [default: runs/<recipe>]")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's key; repeatable.")
 ]
@@ -52,7 +52,9 @@ def init_scores(
     recipe: RecipeName,
     out: Out = None,
     overrides: Set = None,
-    metric: Annotated[str | None, typer.Option(help="Saliency metric, instead of the recipe's.")] = None,
+    metric: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Saliency metric, instead of the recipe's.")
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -102,7 +104,9 @@ def search(
 @app.command(epilog="Example: pgprune export runs/smollm2-135m-30 --out models/smollm2-135m-30")
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run directory of a finished search.")],
-    out: Annotated[Path, typer.Option("--out", help="The model directory to write; must not exist yet.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="The model directory to write; must not exist yet.")
+    ],
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -134,10 +138,11 @@ def evaluate(
         ),
     ] = None,
     seqlen: Annotated[
-        list[int] | None, typer.Option(min=2, help="Window length in tokens; repeatable.  [default: 128 and 2048]")
+        list[int] | None,
+        typer.Option(min=2, metavar="TOKENS", help="Window length in tokens; repeatable.  [default: 128 and 2048]"),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="At most so many windows of each corpus, spread over it.")
+        int | None, typer.Option(min=1, metavar="N", help="At most so many windows of each corpus, spread over it.")
     ] = None,
     speed: Annotated[
         bool, typer.Option("--speed", help="Measure tokens per second and memory, beside the base.")
@@ -145,8 +150,10 @@ def evaluate(
     against: Annotated[
         list[str] | None, typer.Option(metavar="MODEL", help="Another model to measure the same way; repeatable.")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Load in this dtype, not the stored one.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …  [default: a GPU where there is one]")] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Load in this dtype, not the stored one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1 …  [default: a GPU where there is one]")
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

@@ -1,0 +1,74 @@
+"""The whole job on a real model: SmolLM2-135M with C4 calibration and WikiText-2 evaluation. Minutes, so few steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pgprune_cli.data import tokens_of
+from pgprune_cli.jobs.evaluate import open_target, perplexity
+from pgprune_cli.jobs.export import export
+from pgprune_cli.jobs.init_scores import init_scores
+from pgprune_cli.jobs.search import search
+from pgprune_cli.loading import load_tokenizer, resolve
+from pgprune_cli.recipe import Recipe, find, load
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
+
+MODEL = Path(__file__).parents[2] / "models" / "smollm2-135m"
+
+
+@pytest.fixture(scope="module")
+def model() -> str:
+    if not list(MODEL.glob("*.gguf")):
+        pytest.skip(f"no real model: scripts/fetch_smollm2.sh puts it into {MODEL.name}")
+    return str(MODEL)
+
+
+def short_recipe(model: str, corpus: Path, steps: int) -> Recipe:
+    return load(
+        find("smollm2-135m-30"),
+        [
+            f"model={model}",
+            f"calibration.corpus={corpus}",
+            f"search.steps={steps}",
+            "saliency.sequences=16",
+            "saliency.seqlen=512",
+        ],
+    )
+
+
+def test_the_dense_model_has_its_known_perplexity(model: str, shared: Path) -> None:
+    """55.3 on 128 windows of 128 tokens, measured independently of this code with bfloat16 weights."""
+    target = open_target(model, "bfloat16", "cpu", quiet=True)
+    tokens = tokens_of(str(shared / "data" / "wikitext2.test.txt"), "evaluation", load_tokenizer(target.source))
+    found, predicted = perplexity(target.model, tokens, seqlen=128, limit=128)
+    assert predicted == 128 * 127
+    assert found == pytest.approx(55.3, rel=0.02)
+
+
+def test_a_short_search_beats_the_metric_and_its_export_is_the_masked_model(
+    model: str, shared: Path, tmp_path: Path
+) -> None:
+    corpus = shared / "data" / "c4.sample.txt"
+    init_scores(short_recipe(model, corpus, 0), tmp_path / "metric", quiet=True)
+    metric_only = search(short_recipe(model, corpus, 0), tmp_path / "metric", quiet=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "scores.safetensors").write_bytes((tmp_path / "metric" / "scores.safetensors").read_bytes())
+    searched = search(short_recipe(model, corpus, 12), tmp_path / "run", quiet=True)
+    assert searched.sparsity == pytest.approx(0.3, abs=1e-3)
+    assert searched.heldout_loss < metric_only.heldout_loss - 0.5
+
+    written = export(tmp_path / "run", tmp_path / "small")
+    assert written.parameters_after < 0.8 * written.parameters_before
+    masked = open_target(str(tmp_path / "run"), "float32", "cpu", quiet=True)
+    exported = open_target(str(tmp_path / "small"), "float32", "cpu", quiet=True)
+    assert exported.parameters() == masked.parameters() == written.parameters_after
+    tokenizer = load_tokenizer(resolve(str(tmp_path / "small")))
+    tokens = tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt")["input_ids"]
+    with masked.ready() as shrunk, torch.inference_mode():
+        expected = shrunk(tokens).logits
+    with torch.inference_mode():
+        torch.testing.assert_close(exported.model(tokens).logits, expected, rtol=1e-2, atol=2e-2)
