@@ -165,9 +165,10 @@ def _in_directory(name: str, directory: Path) -> Source:
     if (directory / "config.json").exists():
         if (directory / "model.safetensors").exists() or (directory / INDEX).exists():
             return Source(name, directory, None)
-        if list(directory.glob("*.bin")):
-            raise UserError(f"{name}: holds pickled weights (*.bin), which can run code; convert them to safetensors")
-        raise UserError(f"{name}: has a config.json but neither model.safetensors nor {INDEX}")
+        raise UserError(
+            f"{name}: has a config.json but neither model.safetensors nor {INDEX}; pickled weights (*.bin), which can "
+            "run code, are not read: scripts/convert_to_safetensors.py converts them"
+        )
     files = sorted(path.name for path in directory.glob("*.gguf"))
     if len(files) == 1:
         return Source(name, directory, files[0])
@@ -180,7 +181,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "tokenizer*", "*.model"]
+    wanted = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

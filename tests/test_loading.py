@@ -97,11 +97,16 @@ def test_of_several_gguf_files_one_must_be_named(tmp_path):
     assert refused(folder) == f"{folder}: holds 2 GGUF files; name the one you mean: a.gguf, b.gguf"
 
 
+def without_safetensors(folder):
+    return (
+        f"{folder}: has a config.json but neither model.safetensors nor {INDEX}; pickled weights (*.bin), which can run "
+        "code, are not read: scripts/convert_to_safetensors.py converts them"
+    )
+
+
 def test_pickles_are_refused(tmp_path):
     folder = make(tmp_path / "old", "config.json", "pytorch_model.bin")
-    assert (
-        refused(folder) == f"{folder}: holds pickled weights (*.bin), which can run code; convert them to safetensors"
-    )
+    assert refused(folder) == without_safetensors(folder)
 
 
 def test_safetensors_beside_pickles_are_taken(copy):
@@ -113,7 +118,7 @@ def test_other_directories_and_files_are_refused(tmp_path):
     folder = make(tmp_path / "empty")
     assert refused(folder) == f"{folder}: holds neither config.json with safetensors nor a .gguf file"
     folder = make(tmp_path / "half", "config.json")
-    assert refused(folder) == f"{folder}: has a config.json but neither model.safetensors nor {INDEX}"
+    assert refused(folder) == without_safetensors(folder)
     file = make(tmp_path / "half", "model.safetensors") / "model.safetensors"
     assert refused(file) == f"{file}: a model is a directory, a .gguf file or a hub name, and this is another file"
 

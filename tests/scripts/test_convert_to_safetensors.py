@@ -1,0 +1,59 @@
+"""Pickled checkpoints become safetensors ones, without running what is in them."""
+
+import importlib.util
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from pgprune_cli.loading import load_model, resolve
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_to_safetensors.py"
+
+
+@pytest.fixture(scope="module")
+def convert():
+    spec = importlib.util.spec_from_file_location("convert_to_safetensors", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.convert
+
+
+@pytest.mark.parametrize("files", [1, 3])
+def test_the_weights_are_the_same(convert, files: int, tmp_path: Path) -> None:
+    model, old = tiny_model("llama-gqa"), tmp_path / "old"
+    model.config.save_pretrained(old)
+    state = list(model.state_dict().items())  # tied: the head and the embedding share their memory
+    names = ["pytorch_model.bin"] if files == 1 else [f"pytorch_model-{i}-of-{files}.bin" for i in range(files)]
+    for index, name in enumerate(names):
+        torch.save(dict(state[index::files]), old / name)
+    written = convert(str(old), tmp_path / "new")
+    assert len(written) == files
+    assert {path.name for path in written} <= {path.name for path in (tmp_path / "new").iterdir()}
+    loaded = load_model(resolve(str(tmp_path / "new")), "auto", "cpu")
+    for name, tensor in state:
+        assert torch.equal(loaded.state_dict()[name], tensor)
+    if files > 1:
+        index = json.loads((tmp_path / "new" / "model.safetensors.index.json").read_text())
+        assert set(index["weight_map"]) == {name for name, _ in state}
+
+
+def test_code_in_a_pickle_does_not_run_and_nothing_is_left(convert, tmp_path: Path) -> None:
+    class Touch:
+        def __reduce__(self) -> tuple:
+            return Path.touch, (tmp_path / "ran",)
+
+    old = tmp_path / "old"
+    old.mkdir()
+    torch.save({"weight": Touch()}, old / "pytorch_model.bin")
+    with pytest.raises(pickle.UnpicklingError):
+        convert(str(old), tmp_path / "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"old"}
+
+
+def test_what_exists_is_not_overwritten(convert, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="exists already"):
+        convert("any", tmp_path)
