@@ -99,8 +99,8 @@ def test_of_several_gguf_files_one_must_be_named(tmp_path):
 
 def without_safetensors(folder):
     return (
-        f"{folder}: has a config.json but neither model.safetensors nor {INDEX}; pickled weights (*.bin), which can run "
-        "code, are not read: scripts/convert_to_safetensors.py converts them"
+        f"{folder}: has a config.json but neither model.safetensors nor {INDEX}; pickled weights (*.bin), which can "
+        "run code, are not read: scripts/convert_to_safetensors.py converts them"
     )
 
 
