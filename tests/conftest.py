@@ -8,9 +8,24 @@ import pytest
 import torch
 from torch import nn
 
+from pgprune_cli.recipe import Recipe, find, load
+
 ARCHITECTURES = ("llama-mha", "llama-gqa", "llama-biased", "mistral", "qwen2", "qwen3")
 
 VOCABULARY = 96
+
+SMALL = (
+    "calibration.sequences=16",
+    "calibration.seqlen=16",
+    "calibration.batch=2",
+    "calibration.heldout=4",
+    "saliency.sequences=4",
+    "saliency.seqlen=32",
+    "search.steps=6",
+    "search.checkpoint_every=100",
+    "search.evaluate_every=3",
+)
+"""Overrides that cut the demo's recipe down to a second."""
 
 
 def tiny_config(architecture: str):
@@ -76,3 +91,24 @@ def shared() -> Path:
     if not (folder / "data" / "wikitext2.test.txt").exists():
         pytest.skip(f"no real texts: {folder / 'data'} is absent")
     return folder
+
+
+@pytest.fixture(scope="session")
+def token_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True)
+def _one_cache(token_cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text is tokenised once for all tests, and never into the user's own cache."""
+    monkeypatch.setenv("PGPRUNE_CACHE", token_cache)
+
+
+@pytest.fixture
+def small():
+    """The demo's recipe, small; overrides as of `--set`."""
+
+    def recipe(*overrides: str) -> Recipe:
+        return load(find("demo"), [*SMALL, *overrides])
+
+    return recipe

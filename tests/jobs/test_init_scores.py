@@ -1,0 +1,98 @@
+"""The init-scores job: what each metric writes, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pgprune_cli.errors import RunError, UserError
+from pgprune_cli.jobs import init_scores as job
+from pgprune_cli.jobs.init_scores import SCORES, Scores, init_scores
+from pgprune_cli.loading import load_model, resolve
+from pgprune_cli.saliency import METRICS
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_every_unit_gets_a_finite_score(metric, small, tmp_path) -> None:
+    made = init_scores(small(f"saliency.metric={metric}"), tmp_path, quiet=True)
+    read = Scores.load(tmp_path)
+    assert (read.metric, read.fingerprint) == (metric, made.fingerprint) == (metric, resolve("demo").fingerprint())
+    config = load_model(resolve("demo"), "float32", "cpu").config
+    for layer in range(config.num_hidden_layers):
+        assert read.tensors[f"layers.{layer}.attention"].shape == (config.num_key_value_heads,)
+        assert read.tensors[f"layers.{layer}.ffn"].shape == (config.intermediate_size,)
+    assert len(read.tensors) == 2 * config.num_hidden_layers
+    for name, values in read.tensors.items():
+        assert values.dtype == torch.float64
+        assert values.isfinite().all()
+        assert torch.equal(values, made.tensors[name])
+
+
+def test_magnitude_is_the_size_of_a_units_weights(small, tmp_path) -> None:
+    scores = init_scores(small("saliency.metric=magnitude"), tmp_path, quiet=True)
+    mlp = load_model(resolve("demo"), "float32", "cpu").model.layers[1].mlp
+    weights = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T], dim=1).double()
+    order = scores.tensors["layers.1.ffn"].argsort()
+    sizes = weights.square().sum(1)[order]
+    assert torch.all(sizes.diff() >= -1e-9)
+
+
+def test_chance_is_seeded(small, tmp_path) -> None:
+    def ffn(seed: int) -> list[float]:
+        recipe = small("saliency.metric=random", f"seed={seed}")
+        return init_scores(recipe, tmp_path, quiet=True).tensors["layers.0.ffn"].tolist()
+
+    assert ffn(0) == ffn(0)
+    assert ffn(0) != ffn(1)
+
+
+def test_uniform_knows_no_difference(small, tmp_path) -> None:
+    scores = init_scores(small("saliency.metric=uniform"), tmp_path, quiet=True)
+    assert {value for tensor in scores.tensors.values() for value in tensor.tolist()} == {1.0}
+
+
+def test_only_a_calibrated_metric_reads_text(small, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(job, "calibration_text", None)
+    init_scores(small("saliency.metric=magnitude"), tmp_path, quiet=True)
+    with pytest.raises(TypeError):
+        init_scores(small("saliency.metric=wanda-sp"), tmp_path, quiet=True)
+
+
+def test_the_text_matters_to_a_calibrated_metric(small, tmp_path) -> None:
+    other = tmp_path / "numbers.txt"
+    other.write_text("1 2 3 4 5 6 7 8 9 10 11 12 " * 200)
+    one = init_scores(small(), tmp_path, quiet=True)
+    two = init_scores(small(f"calibration.corpus={other}"), tmp_path, quiet=True)
+    assert not torch.equal(one.tensors["layers.0.ffn"], two.tensors["layers.0.ffn"])
+
+
+def test_scores_that_are_no_numbers_fail_the_run_and_leave_the_old_ones(small, tmp_path, monkeypatch) -> None:
+    init_scores(small("saliency.metric=magnitude"), tmp_path, quiet=True)
+    before = (tmp_path / SCORES).read_bytes()
+    monkeypatch.setattr(job, "score", lambda *_: {"layers.0.attention": torch.tensor([1.0, float("nan")])})
+    with pytest.raises(RunError) as error:
+        init_scores(small(), tmp_path, quiet=True)
+    assert str(error.value) == (
+        "layers.0.attention: the metric wanda-sp gave NaN or infinity; try dtype float32 or bfloat16"
+    )
+    assert (tmp_path / SCORES).read_bytes() == before
+
+
+def test_scoring_again_replaces_the_scores(small, tmp_path) -> None:
+    init_scores(small("saliency.metric=magnitude"), tmp_path, quiet=True)
+    init_scores(small("saliency.metric=uniform"), tmp_path, quiet=True)
+    assert Scores.load(tmp_path).metric == "uniform"
+    assert [path.name for path in tmp_path.iterdir()] == [SCORES]
+
+
+def test_damaged_and_foreign_scores_are_refused(small, tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    init_scores(small("saliency.metric=uniform"), tmp_path, quiet=True)
+    whole = (tmp_path / SCORES).read_bytes()
+    (tmp_path / SCORES).write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"scores\.safetensors: "):
+        Scores.load(tmp_path)
+    save_file({"layers.0.ffn": torch.ones(3)}, tmp_path / SCORES)
+    with pytest.raises(UserError, match="not scores of pgprune; `pgprune init-scores` writes them"):
+        Scores.load(tmp_path)

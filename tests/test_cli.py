@@ -1,0 +1,257 @@
+"""The command line as its users meet it: what stands on stdout, what on stderr, and which exit code."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import SMALL
+
+from pgprune_cli import cli
+from pgprune_cli.decision import MASKS
+from pgprune_cli.errors import RunError
+from pgprune_cli.recipe import shipped
+
+SET = [word for override in SMALL for word in ("--set", override)]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def pgprune(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    """Runs the program in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pgprune", *arguments])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_of:
+            cli.main()
+        out, err = capfd.readouterr()
+        return int(exit_of.value.code or 0), out, err
+
+    return run
+
+
+# --- help
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from pgprune_cli.cli import main\n"
+        "sys.argv = ['pgprune', '--help']\n"
+        "try: main()\n"
+        "except SystemExit as done: assert not done.code\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'yaml', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Usage: ")
+
+
+@pytest.mark.parametrize("verb", ["init-scores", "search", "export", "eval", "recipes"])
+def test_every_verb_helps_with_an_example(verb, pgprune) -> None:
+    code, out, err = pgprune(verb, "--help")
+    assert (code, err) == (0, "")
+    assert f"Example: pgprune {verb}" in out
+
+
+def test_no_arguments_is_a_call_for_help(pgprune) -> None:
+    code, out, err = pgprune()
+    assert code == 2
+    assert "Commands:" in out + err
+
+
+def test_the_version_is_said(pgprune) -> None:
+    assert pgprune("--version") == (0, f"pgprune {cli.__version__}\n", "")
+
+
+# --- the whole job
+
+
+def test_the_whole_job_prints_one_object_a_command(pgprune) -> None:
+    code, out, err = pgprune("init-scores", "demo", *SET, "--json", "--metric", "magnitude")
+    assert code == 0, err
+    assert json.loads(out) == {
+        "run": "runs/demo",
+        "scores": "runs/demo/scores.safetensors",
+        "metric": "magnitude",
+    }
+    code, out, err = pgprune("search", "demo", *SET, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert (found["run"], found["decision"]) == ("runs/demo", f"runs/demo/{MASKS}")
+    assert (found["steps"], found["forwards"]) == (6, 12)
+    assert found["sparsity"] == pytest.approx(0.5, abs=0.01)
+    assert "step 6/6" in err
+    code, out, err = pgprune("export", "runs/demo", "--out", "models/small", "--json")
+    assert code == 0, err
+    written = json.loads(out)
+    assert written["parameters_after"] < written["parameters_before"]
+    Path("text.txt").write_text("The king was glad. " * 50)
+    code, out, err = pgprune("eval", "models/small", "--ppl", "tales=text.txt", "--seqlen", "32", "--json", "--speed")
+    assert code == 0, err
+    result = json.loads(out)
+    (row,) = result["perplexity"]
+    assert (row["corpus"], row["seqlen"]) == ("tales", 32)
+    assert row["ppl"] > 1
+    assert row["tokens"] > 0
+    assert result["parameters"] == written["parameters_after"]
+    (base,) = result["against"]
+    assert base["model"] == "demo"
+    assert {*base["speed"]} == {
+        "prefill_tokens_per_second",
+        "decode_tokens_per_second",
+        "weight_bytes",
+        "peak_memory_bytes",
+    }
+
+
+def test_without_json_a_person_reads_a_line_or_a_table(pgprune) -> None:
+    code, out, _ = pgprune("search", "demo", *SET)
+    assert code == 0
+    assert out.startswith(f"runs/demo/{MASKS}: sparsity 0.50")
+    assert out.count("\n") == 1
+    code, out, _ = pgprune("eval", "runs/demo", "--ppl", "demo", "--seqlen", "128", "--limit", "2", "--against", "demo")
+    assert code == 0
+    assert "demo PPL" in out
+    assert "runs/demo" in out
+
+
+@pytest.mark.parametrize("command", [["init-scores", "demo"], ["search", "demo"]])
+def test_quiet_is_quiet(command, pgprune) -> None:
+    code, out, err = pgprune(*command, *SET, "--quiet")
+    assert (code, err) == (0, "")
+    assert out
+
+
+def test_the_recipes_that_ship_are_listed(pgprune) -> None:
+    code, out, err = pgprune("recipes")
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == [path.stem for path in shipped()]
+    assert json.loads(pgprune("recipes", "--json")[1])["recipes"].keys() == {path.stem for path in shipped()}
+
+
+# --- what is wrong
+
+
+def test_a_bad_recipe_is_two_lines_for_two_faults(pgprune) -> None:
+    Path("mine.yaml").write_text("extends: demo\nsearch:\n  step: 3\nbudget:\n  sparsity: 2\n")
+    assert pgprune("search", "mine.yaml") == (
+        2,
+        "",
+        "pgprune: mine.yaml:3: search.step: unknown key, did you mean search.steps?\n"
+        "pgprune: mine.yaml:5: budget.sparsity: expected 0 <= value < 1, got 2.0\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["search", "lama2-7b-50"], "lama2-7b-50: no such recipe, did you mean llama2-7b-50"),
+        (["search", "demo", "--set", "search.steps"], "--set search.steps: expected KEY=VALUE with a recipe's key"),
+        (["search", "demo", "--set", "model=nowhere"], "nowhere: no such directory or .gguf file, and not a hub name"),
+        (["init-scores", "demo", "--metric", "wanda"], "expected wanda-sp, magnitude, random or uniform"),
+        (["export", "nowhere", "--out", "x"], "nowhere: no finished decision here; `pgprune search` writes"),
+        (["eval", "nowhere"], "nowhere: no such directory or .gguf file, and not a hub name"),
+        (["eval", "demo", "--ppl", "c4="], "--ppl c4=: expected a corpus name or NAME=FILE"),
+        (["eval", "demo", "--ppl", "mine=no.txt"], "no.txt: no such file, and not a corpus; known are wikitext2"),
+        (["eval", "demo", "--dtype", "int8"], "--dtype int8: expected auto, float32, float16 or bfloat16"),
+        (["eval", "demo", "--device", "tpu"], "device 'tpu': expected auto, cpu, cuda, cuda:N"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, said, pgprune) -> None:
+    code, out, err = pgprune(*arguments, "--quiet")
+    assert (code, out) == (2, "")
+    assert said in err
+    assert err.startswith("pgprune: ")
+    assert err.count("\n") == 1
+
+
+def test_an_unknown_option_is_exit_code_2(pgprune) -> None:
+    code, out, err = pgprune("search", "demo", "--stepz", "3")
+    assert (code, out) == (2, "")
+    assert "No such option: --stepz" in err
+
+
+def test_an_export_never_overwrites(pgprune) -> None:
+    assert pgprune("search", "demo", *SET, "--quiet")[0] == 0
+    Path("there").mkdir()
+    Path("there/file").touch()
+    code, _, err = pgprune("export", "runs/demo", "--out", "there", "--quiet")
+    assert code == 2
+    assert "there: exists already and is not an empty directory" in err
+    assert [path.name for path in Path("there").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RunError("step 3: no finite loss"), "pgprune: step 3: no finite loss\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), "pgprune: runs/x: No space left on device\n"),
+    ],
+)
+def test_a_run_that_fails_is_exit_code_1(error, said, pgprune, monkeypatch) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("pgprune_cli.jobs.search.search", fail)
+    assert pgprune("search", "demo") == (1, "", said)
+
+
+def test_a_bug_of_ours_shows_its_traceback(pgprune, monkeypatch) -> None:
+    monkeypatch.setattr("pgprune_cli.jobs.search.search", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli.app(["search", "demo"], standalone_mode=False)
+
+
+# --- signals
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_search_says_how_to_go_on_and_does(signum, code) -> None:
+    many = [*SET, "--set", "search.steps=100000", "--set", "search.checkpoint_every=100000"]
+    program = [sys.executable, "-m", "pgprune_cli", "search", "demo", "--out", "a run", *many]
+    started = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    history = Path("a run/metrics.jsonl")
+    deadline = time.monotonic() + 120
+    while not (history.exists() and history.stat().st_size) and started.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    started.send_signal(signum)
+    out, err = started.communicate(timeout=120)
+    assert started.returncode == code, err
+    assert out == ""
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert last.startswith("pgprune: stopped after step ")
+    assert ", which is saved; to go on: pgprune search demo --out 'a run' --set " in last
+    again = shlex.split(last.partition("to go on: ")[2])
+    assert again == ["pgprune", *program[3:]]
+    assert len(list(Path("a run/checkpoints").iterdir())) == 1
+
+
+def test_the_command_that_goes_on_finishes_the_search() -> None:
+    """The same command twice: stopped once it runs, then left alone."""
+    program = [sys.executable, "-m", "pgprune_cli", "search", "demo", *SET, "--set", "search.steps=150", "--json"]
+    started = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    history = Path("runs/demo/metrics.jsonl")
+    while not (history.exists() and history.stat().st_size) and started.poll() is None:
+        time.sleep(0.02)
+    started.send_signal(signal.SIGINT)
+    _, err = started.communicate(timeout=120)
+    assert started.returncode == 130, err
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "going on from step " in done.stderr
+    assert json.loads(done.stdout)["forwards"] == 300

@@ -1,0 +1,72 @@
+"""What a person sees of a search."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from pgprune_cli.progress import PLAIN_LINES, Row, SearchProgress, working
+
+
+def row(step: int, losses: list[float | None], heldout: float | None = None, skipped: int = 0) -> Row:
+    return Row(step, losses, 3.0, 0.01, 9.0, heldout, skipped, 1234.5, 2_500_000_000, 60.0 + step)
+
+
+def run_of(steps: int, quiet: bool = False) -> None:
+    with SearchProgress(steps, quiet) as progress:
+        for step in range(1, steps + 1):
+            progress.show(row(step, [3.0, 3.5], heldout=2.75 if step == 1 else None))
+
+
+def test_elsewhere_than_on_a_terminal_a_search_is_a_few_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    run_of(1000)
+    out, err = capsys.readouterr()
+    lines = err.split("\n")
+    assert out == ""
+    assert lines[0] == "step 1/1000 loss 3.2500 hard mask 2.7500 1,234 tok/s 2.5 GB 61 s"
+    assert len(lines) == PLAIN_LINES + 2  # the first step, and an end of line
+    assert lines[-2].startswith("step 1000/1000 loss ")
+    assert lines[-1] == ""
+    assert "\x1b" not in err
+    assert "" not in lines[:-1]
+
+
+def test_a_short_search_says_every_step(capsys: pytest.CaptureFixture[str]) -> None:
+    run_of(4)
+    assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["1/4", "2/4", "3/4", "4/4"]
+
+
+def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    run_of(20, quiet=True)
+    with working("loading", quiet=True):
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+def test_bad_losses_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with SearchProgress(2) as progress:
+        progress.show(row(1, [None, 4.0], heldout=3.0, skipped=1))
+        progress.show(row(2, [None, None], skipped=3))
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("step 1/2 loss 4.0000 hard mask 3.0000 ")
+    assert " skipped 1 " in first
+    assert second.startswith("step 2/2 loss bad hard mask 3.0000 ")
+    assert " skipped 3 " in second
+
+
+def test_on_a_terminal_one_line_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=160)
+    monkeypatch.setattr("pgprune_cli.progress.Console", lambda **_: terminal)
+    run_of(3)
+    last = next(line for line in reversed(screen.getvalue().replace("\r", "\n").split("\n")) if "search" in line)
+    for part in ("3/3", "loss 3.2500", "hard mask 2.7500", "1,234 tok/s", "2.5 GB", "eta"):
+        assert part in last
+
+
+def test_work_is_announced_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    with working("loading the model"):
+        pass
+    assert capsys.readouterr() == ("", "loading the model …\n")
