@@ -11,7 +11,7 @@ from types import TracebackType
 import psutil
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PLAIN_LINES = 10
 """About how many lines a whole search prints where there is no terminal."""
@@ -47,11 +47,9 @@ class SearchProgress:
         self.console = Console(stderr=True)
         self.heldout = "…"
         self.live = Progress(
-            TextColumn("search"),
-            BarColumn(),
+            BarColumn(bar_width=8),  # all of the line fits into 80 columns
             MofNCompleteColumn(),
             TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
             console=self.console,
@@ -76,8 +74,8 @@ class SearchProgress:
     def show(self, row: Row) -> None:
         """A step was done."""
         if row.heldout_loss is not None:
-            self.heldout = f"{row.heldout_loss:.4f}"
-        loss = "bad" if row.mean_loss is None else f"{row.mean_loss:.4f}"
+            self.heldout = f"{row.heldout_loss:.3f}"
+        loss = "bad" if row.mean_loss is None else f"{row.mean_loss:.3f}"
         bad = f" skipped {row.skipped}" if row.skipped else ""
         losses = f"loss {loss} hard mask {self.heldout}"
         text = f"{losses} {row.tokens_per_second:,.0f} tok/s {row.memory_bytes / 1e9:.1f} GB{bad}"

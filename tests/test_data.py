@@ -171,10 +171,13 @@ def test_an_offline_machine_is_told_which_file_to_give(tokenizer: Any, monkeypat
         raise ConnectionError("Couldn't reach\n  the hub")
 
     monkeypatch.setattr("datasets.load_dataset", offline)
-    for purpose, split in (("calibration", "train"), ("evaluation", "validation")):
+    for purpose, split, where in (
+        ("calibration", "train", "calibration.corpus: FILE"),
+        ("evaluation", "validation", "--ppl c4=FILE"),
+    ):
         assert refusal("c4", tokenizer, purpose) == (
             "c4: cannot be had from the hub (Couldn't reach the hub); on an offline machine give a local "
-            f".txt, .jsonl, .parquet file with the {split} text instead"
+            f".txt, .jsonl, .parquet file with the {split} text instead ({where})"
         )
 
 

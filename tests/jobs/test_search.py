@@ -353,7 +353,7 @@ def test_the_metric_that_made_the_scores_is_what_is_recorded(small, tmp_path) ->
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_shipped_demo_search_beats_the_metric_alone(seed, tmp_path) -> None:
-    """The whole recipe of `make demo`. On one machine the loss fell from 1.84 to 1.19 with each of these seeds."""
+    """The whole recipe of `make demo`. Measured once: from 1.968 to 1.382, 1.223 and 1.284 nats per token."""
     metric_only = search(load(find("demo"), [f"seed={seed}", "search.steps=0"]), tmp_path / "metric", quiet=True)
     (tmp_path / "searched").mkdir()
     shutil.copyfile(tmp_path / "metric" / SCORES, tmp_path / "searched" / SCORES)
