@@ -63,12 +63,14 @@ def test_a_short_search_beats_the_metric_and_its_export_is_the_masked_model(
 
     written = export(tmp_path / "run", tmp_path / "small")
     assert written.parameters_after < 0.8 * written.parameters_before
-    masked = open_target(str(tmp_path / "run"), "float32", "cpu", quiet=True)
-    exported = open_target(str(tmp_path / "small"), "float32", "cpu", quiet=True)
+    masked = open_target(str(tmp_path / "run"), "bfloat16", "cpu", quiet=True)
+    exported = open_target(str(tmp_path / "small"), "bfloat16", "cpu", quiet=True)
     assert exported.parameters() == masked.parameters() == written.parameters_after
     tokenizer = load_tokenizer(resolve(str(tmp_path / "small")))
     tokens = tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt")["input_ids"]
+    for target in (masked, exported):  # the weights are those that were written; only the arithmetic is exacter
+        target.model.float()
     with masked.ready() as shrunk, torch.inference_mode():
         expected = shrunk(tokens).logits
     with torch.inference_mode():
-        torch.testing.assert_close(exported.model(tokens).logits, expected, rtol=1e-2, atol=2e-2)
+        torch.testing.assert_close(exported.model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
