@@ -120,7 +120,7 @@ class Policy:
 class Search:
     """The loop over theta; it costs steps × samples forward passes of one batch."""
 
-    estimator: Literal["paper", "rloo"] = "rloo"
+    estimator: Literal["paper", "rloo"] = "paper"
     steps: Natural = 15_000
     samples: Length = 2  # masks a step; the estimators compare them, so one is not enough
     learning_rate: Positive = 2e-3
