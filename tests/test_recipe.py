@@ -51,7 +51,7 @@ def test_defaults_are_the_references() -> None:
     assert got.saliency == recipe.Saliency(metric="wanda-sp", sequences=128, seqlen=1024)
     assert got.policy == recipe.Policy(start="sigmap", temperature=1.0)
     assert got.search == recipe.Search(
-        estimator="rloo",
+        estimator="paper",
         steps=15_000,
         samples=2,
         learning_rate=2e-3,
