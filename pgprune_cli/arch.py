@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +92,17 @@ class LayerKeep:
 
 Keep = tuple[LayerKeep, ...]
 """What stays of a model, layer by layer."""
+
+
+class Output(NamedTuple):
+    """An output projection on its kept inputs: weight `(hidden, kept)`, and bias `(hidden,)` where it has one."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+Outputs = dict[tuple[int, str], Output]
+"""Repaired output projections by (layer, block name); a block without an entry keeps its weights as they are."""
 
 
 @dataclass(frozen=True)

@@ -118,15 +118,30 @@ class Policy:
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """The loop over theta; it costs steps × samples forward passes of one batch."""
+    """The loop: `forwards` forward passes of one batch, `samples` of them a step."""
 
-    estimator: Literal["paper", "rloo"] = "paper"
-    steps: Natural = 15_000
-    samples: Length = 2  # masks a step; the estimators compare them, so one is not enough
-    learning_rate: Positive = 2e-3
+    policy: Literal["layers", "units"] = "layers"  # what is sampled: the layers' widths, or every unit by itself
+    forwards: Natural = 320
+    samples: Length = 16  # masks a step; they are compared with each other, so one is not enough
+    estimator: Literal["paper", "rloo"] = "rloo"  # this and the next two: of the units policy only
+    learning_rate: Annotated[float, Range(0)] = 0.0  # 0: chosen by the number of steps
     schedule: Literal["cosine", "constant"] = "cosine"
     checkpoint_every: Count = 100  # steps
     evaluate_every: Count = 100  # steps
+
+    @property
+    def steps(self) -> int:
+        """Updates of the policy; forwards that make no whole step are not spent."""
+        return self.forwards // self.samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruct:
+    """The closed-form repair of the kept weights of o and down, by forward passes only."""
+
+    method: Literal["none", "bias", "least-squares", "least-squares-bias"] = "least-squares"
+    sequences: Count = 384  # windows of calibration.seqlen that it is fitted to
+    damping: Positive = 1e-3  # of the mean second moment; more keeps closer to the weights as they are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +166,7 @@ class Recipe:
     saliency: Saliency = Saliency()
     policy: Policy = Policy()
     search: Search = Search()
+    reconstruct: Reconstruct = Reconstruct()
     evaluation: Evaluation = Evaluation()
 
 
@@ -172,7 +188,7 @@ _REQUIRED = [key for key, _, required in _walk(Recipe) if required]
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, what it extends, and then `overrides` ("search.steps=200", the value in YAML; the last one wins).
+    """Read a recipe, what it extends, and then `overrides` ("search.forwards=200", the value in YAML; the last one wins).
 
     Raises:
         UserError: with every fault found, a line each; a fault in a value that is overridden counts too.
@@ -278,7 +294,7 @@ class _Reader:
     def override(self, text: str) -> None:
         key, equals, value = text.partition("=")
         if not equals or key.strip() == "extends":
-            return self.fault(f"--set {text}: expected KEY=VALUE with a recipe's key, such as search.steps=200")
+            return self.fault(f"--set {text}: expected KEY=VALUE with a recipe's key, such as search.forwards=200")
         try:
             node = compose(value, lambda _: f"--set {text}") or yaml.ScalarNode("tag:yaml.org,2002:null", "")
         except UserError as error:
@@ -324,7 +340,7 @@ def _shipped_folder() -> Path:
 
 
 def _unknown(key: str) -> str:
-    """The nearest key goes by its last name, wherever it lives: "steps" at the top means search.steps."""
+    """The nearest key goes by its last name, wherever it lives: "forwards" at the top means search.forwards."""
     section, _, name = key.rpartition(".")
     keys = [*_KINDS, "extends"]
     last = get_close_matches(name[:80], dict.fromkeys(known.rpartition(".")[2] for known in keys), n=1)

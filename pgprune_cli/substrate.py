@@ -7,14 +7,14 @@ by one block's slices only, and the result equals the dense model's with the rem
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pgprune_cli.arch import Block, Keep, Shape, gather_units
+from pgprune_cli.arch import Block, Keep, Output, Outputs, Shape, gather_units
 
 LOGIT_ROWS = 512
 """Positions whose logits exist at a time: 512 × a 128k vocabulary in float32 is 262 MB."""
@@ -59,33 +59,39 @@ class Evaluator:
         self.layers = model.get_submodule(self.shape.spec.layers)
         self.input_device = model.get_input_embeddings().weight.device
 
-    def losses(self, keeps: list[Keep], tokens: Tensor) -> Tensor:
+    def losses(self, keeps: Sequence[Keep], tokens: Tensor, outputs: Sequence[Outputs] | None = None) -> Tensor:
         """Mean next-token loss on `tokens` `(B, T)` int64 under each of K decisions: `(K,)` float64, nats per token.
 
-        A loss that overflows comes back as it is (inf or NaN); the caller decides.
+        `outputs` holds the repaired projections of each decision. A loss that overflows comes back as it is (inf or
+        NaN); the caller decides.
         """
         tokens = tokens.to(self.input_device)
         results = []
-        for keep in keeps:
-            with self.shrunk(keep):
+        for keep, repaired in zip(keeps, outputs or [{} for _ in keeps], strict=True):
+            with self.shrunk(keep, repaired):
                 results.append(summed_loss(self.model, tokens))
         return torch.stack(results).double().cpu() / (tokens.shape[0] * (tokens.shape[1] - 1))
 
     @contextmanager
-    def shrunk(self, keep: Keep) -> Iterator[nn.Module]:
+    def shrunk(self, keep: Keep, outputs: Outputs | None = None) -> Iterator[nn.Module]:
         """The model, shrunk to `keep` inside the `with`, and dense again on every way out of it."""
         with ExitStack() as undo:
-            for layer, kept in zip(self.layers, keep, strict=True):
+            for index, (layer, kept) in enumerate(zip(self.layers, keep, strict=True)):
                 for name, block in self.shape.spec.blocks():
-                    mask = kept.of(name)
-                    if mask.all():
-                        continue
-                    if mask.any():
-                        undo.enter_context(_gathered(layer.get_submodule(block.module), block, mask))
-                    else:
-                        stub = NoAttention() if name == "attention" else NoFeedForward()
-                        undo.enter_context(_replaced(layer, block.module, stub))
+                    output = (outputs or {}).get((index, name))
+                    undo.enter_context(shrunk_block(layer, name, block, kept.of(name), output))
             yield self.model
+
+
+def shrunk_block(
+    layer: nn.Module, name: str, block: Block, mask: Tensor, output: Output | None
+) -> AbstractContextManager[None]:
+    """One block of a layer on its kept units inside the `with`, its output projection repaired where one is given."""
+    if mask.any():
+        if mask.all() and output is None:
+            return nullcontext()
+        return _gathered(layer.get_submodule(block.module), block, mask, output)
+    return _replaced(layer, block.module, NoAttention() if name == "attention" else NoFeedForward())
 
 
 @contextmanager
@@ -99,23 +105,40 @@ def _replaced(layer: nn.Module, name: str, stub: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _gathered(module: nn.Module, block: Block, mask: Tensor) -> Iterator[None]:
+def _gathered(module: nn.Module, block: Block, mask: Tensor, output: Output | None) -> Iterator[None]:
     """While inside, every forward of `module` runs on the kept units of its projections."""
-    linears = [(module.get_submodule(projection.name), projection.axis) for projection in block.projections]
+    linears = [(module.get_submodule(projection.name), projection) for projection in block.projections]
     kept = mask.nonzero().squeeze(1).to(linears[0][0].weight.device, non_blocking=True)
-    dense: list[tuple[nn.Parameter, Tensor]] = []
+    dense: list[tuple[nn.Module, str, nn.Parameter | None, Tensor | None]] = []
+
+    def put(linear: nn.Module, key: str, value: Tensor) -> None:
+        parameter = getattr(linear, key)
+        dense.append((linear, key, parameter, None if parameter is None else parameter.data))
+        if parameter is None:  # a bias that the repair brings and the dense model has not
+            setattr(linear, key, nn.Parameter(value, requires_grad=False))
+        else:
+            parameter.data = value
 
     def gather(*_: object) -> None:
-        for linear, axis in linears:
-            for parameter in (linear.weight, linear.bias if axis == 0 else None):
+        for linear, projection in linears:
+            if output is not None and projection == block.output:
+                for key, value in zip(("weight", "bias"), output, strict=True):
+                    if value is not None:
+                        put(linear, key, value.to(linear.weight, non_blocking=True))
+                continue
+            for key in ("weight", "bias") if projection.axis == 0 else ("weight",):
+                parameter = getattr(linear, key)
                 if parameter is not None:
-                    dense.append((parameter, parameter.data))
-                    parameter.data = gather_units(parameter.data, axis, kept, len(mask))
+                    put(linear, key, gather_units(parameter.data, projection.axis, kept, len(mask)))
 
     def restore(*_: object) -> None:
         while dense:
-            parameter, data = dense.pop()
-            parameter.data = data
+            linear, key, parameter, data = dense.pop()
+            if parameter is None:
+                setattr(linear, key, None)
+            else:
+                assert data is not None
+                parameter.data = data
 
     # always_call: the dense weights come back even when the forward raises.
     handles = [module.register_forward_pre_hook(gather), module.register_forward_hook(restore, always_call=True)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -57,4 +59,32 @@ def hard_mask(theta: Tensor, space: MaskSpace, budget: Budget) -> Tensor:
             mask[candidates[:taken]] = True
             room -= int(spent[taken - 1])
             candidates = candidates[taken:]
+    return mask
+
+
+def bundled_mask(value: Tensor, space: MaskSpace, budget: Budget, multiples: Mapping[str, int]) -> Tensor:
+    """Like `hard_mask`, but a layer's units stay in bundles: `(n,)` values → `(n,)` bool.
+
+    A layer keeps a multiple of `multiples[family]` of its units, those of highest value, or all of them. Bundles are
+    taken by falling mean value, ties evenly over the layers; one that does not fit ends its layer.
+    """
+    mask = torch.zeros(space.n, dtype=torch.bool)
+    for constraint in budget:
+        bundles: list[tuple[float, float, int, Tensor, int]] = []
+        place = layer_id = 0
+        for family in space.families:
+            for count, cost in zip(family.counts, family.costs, strict=True):
+                if constraint.start <= place < constraint.stop and count:
+                    ranked = place + value[place : place + count].argsort(descending=True, stable=True)
+                    for number, units in enumerate(ranked.split(multiples[family.name])):
+                        key = (-float(value[units].mean()), number / count)
+                        bundles.append((*key, layer_id, units, cost * len(units)))
+                place, layer_id = place + count, layer_id + 1
+        room, ended = constraint.kept, set()
+        for _, _, layer, units, cost in sorted(bundles, key=lambda bundle: bundle[:3]):
+            if layer in ended or cost > room:
+                ended.add(layer)
+            else:
+                mask[units] = True
+                room -= cost
     return mask

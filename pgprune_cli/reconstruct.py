@@ -1,0 +1,257 @@
+"""Closed-form repair: the kept columns of o and down, refitted by least squares to what the whole block put out.
+
+With C = E[x xᵀ] the second moments of the output projection's inputs, collected through the already pruned prefix, and
+S the kept columns:   W_S ← (W C[:,S] + λ W_S) (C[S,S] + λ I)⁻¹.   Forward passes and one Cholesky factor a block; only
+one block's moments exist at a time. λ pulls towards the weights as they are, so that no direction that the text does
+not excite is changed. A token counts by 1 / ‖its residual stream‖²: what follows is normalised, and the attention
+sinks, a thousand times as large as other tokens, would be all that counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pgprune_cli.arch import Block, Keep, Output, Outputs, Shape
+from pgprune_cli.core.space import MaskSpace
+from pgprune_cli.streaming import Stream, layer_inputs
+from pgprune_cli.substrate import shrunk_block
+
+LEVELS = 16
+"""Widths of a block that a search chooses among: multiples of a sixteenth of its units."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of the inputs of one output projection, weighted over tokens: second `(in, in)` and first `(in,)`, float64."""
+
+    second: Tensor
+    first: Tensor
+
+
+def observe_moments(stream: Stream, index: int, shape: Shape, name: str) -> Moments:
+    """Moments of the inputs of the output projection of block `name` in layer `index`, over all of the stream.
+
+    Runs the layer as it is now and leaves the stream where it was.
+    """
+    spec = shape.spec
+    block = dict(spec.blocks())[name]
+    output = f"{block.module}.{block.output.name}"
+    inputs: list[Tensor] = []
+    residuals: list[Tensor] = []
+    sums: dict[str, Tensor] = {}
+
+    def add() -> None:
+        if not inputs or not residuals:
+            return
+        x, residual = inputs.pop().flatten(0, -2).float(), residuals.pop().flatten(0, -2).float()
+        weight = residual.square().mean(-1, keepdim=True).clamp_min(1e-12).reciprocal()
+        heavy = x * weight
+        for key, value in (("second", heavy.T @ x), ("first", heavy.sum(0)), ("weight", weight.sum())):
+            sums[key] = sums.get(key, 0.0) + value.double()
+
+    def see(kept: list[Tensor]) -> Callable[[Tensor], None]:
+        def note(value: Tensor) -> None:
+            kept.append(value)
+            add()
+
+        return note
+
+    # the norm in front of the FFN reads the residual stream after attention, whichever block is observed
+    stream.observe(index, {output: see(inputs), spec.ffn.norm: see(residuals)})
+    return Moments(sums["second"] / sums["weight"], sums["first"] / sums["weight"])
+
+
+def repaired_output(
+    weight: Tensor, bias: Tensor | None, moments: Moments, columns: Tensor, damping: float, with_bias: bool
+) -> Output:
+    """The output projection on its kept `columns` (int64, ascending), refitted to `weight` `(hidden, in)` on all.
+
+    damping: λ as a fraction of the mean of C's diagonal. with_bias: a constant is fitted too (the moments are centred).
+    In float64 throughout. The weighted squared error on the text of the moments is at most that of no repair.
+    """
+    full = weight.double()
+    second = moments.second
+    if with_bias:
+        second = second - torch.outer(moments.first, moments.first)
+    ridge = damping * second.diagonal().mean().clamp_min(1e-30)
+    system = second[columns][:, columns] + ridge * torch.eye(len(columns), dtype=torch.float64, device=second.device)
+    right = second[columns] @ full.T + ridge * full[:, columns].T
+    solution = torch.cholesky_solve(right, _factor(system)).T
+    if not with_bias:
+        return Output(solution.to(weight.dtype), bias)
+    constant = full @ moments.first - solution @ moments.first[columns]
+    constant = constant if bias is None else constant + bias.double()
+    return Output(solution.to(weight.dtype), constant.to(weight.dtype))
+
+
+def compensated_output(weight: Tensor, bias: Tensor | None, moments: Moments, columns: Tensor) -> Output:
+    """FLAP's repair (An et al. 2024): the kept columns as they are, the mean of what is gone as a bias."""
+    gone = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    gone[columns] = False
+    constant = weight[:, gone].double() @ moments.first[gone]
+    constant = constant if bias is None else constant + bias.double()
+    return Output(weight[:, columns].clone(), constant.to(weight.dtype))
+
+
+def repair(model: nn.Module, keep: Keep, batches: Iterable[Tensor], method: str, damping: float) -> Outputs:
+    """The output projections of every block that loses units, repaired one after another from the first layer on.
+
+    method: `least-squares`, `least-squares-bias` or `bias`. Each block is observed behind the already pruned and
+    repaired ones, which is what it will run behind. The model is as it was afterwards. `batches` of tokens `(B, T)`.
+    """
+    shape = Shape.of(model)
+    stream = layer_inputs(model, batches)
+    outputs: Outputs = {}
+    for index, (layer, kept) in enumerate(zip(stream.layers, keep, strict=True)):
+        with ExitStack() as undo:
+            for name, block in shape.spec.blocks():
+                mask = kept.of(name)
+                if mask.all():
+                    continue
+                if mask.any():
+                    with ExitStack() as meanwhile:
+                        if name == "attention":  # the FFN behind it need not run to see its inputs
+                            nothing = torch.zeros_like(kept.ffn)
+                            meanwhile.enter_context(shrunk_block(layer, "ffn", shape.spec.ffn, nothing, None))
+                        moments = observe_moments(stream, index, shape, name)
+                    outputs[index, name] = _repaired(layer, block, mask, moments, method, damping)
+                undo.enter_context(shrunk_block(layer, name, block, mask, outputs.get((index, name))))
+            stream.advance(index)
+    return outputs
+
+
+def _repaired(layer: nn.Module, block: Block, mask: Tensor, moments: Moments, method: str, damping: float) -> Output:
+    linear = layer.get_submodule(f"{block.module}.{block.output.name}")
+    columns = _columns(mask.nonzero().squeeze(1), len(mask), linear.weight.shape[1]).to(linear.weight.device)
+    if method == "bias":
+        return compensated_output(linear.weight, linear.bias, moments, columns)
+    return repaired_output(linear.weight, linear.bias, moments, columns, damping, method == "least-squares-bias")
+
+
+@dataclass(frozen=True)
+class WidthTable:
+    """Every block at LEVELS widths, as if it alone were cut: what each costs, and its repaired output projection.
+
+    errors: per (layer, block) the error `(count + 1,)` float64 of keeping 0, 1, … units, relative to the residual
+    stream, interpolated between the widths that were solved for; orders: the units `(count,)` by falling saliency;
+    outputs: per (layer, block) and solved width the projection on the first units of the order, None without repair.
+    """
+
+    errors: Mapping[tuple[int, str], Tensor]
+    orders: Mapping[tuple[int, str], Tensor]
+    outputs: Mapping[tuple[int, str], Mapping[int, Output]]
+
+    def priorities(self, space: MaskSpace) -> Tensor:
+        """log of (error that a unit's removal adds / its cost), `(n,)` float64: falling along every layer's order."""
+        parts = []
+        for family in space.families:
+            for index, cost in enumerate(family.costs):
+                errors = self.errors[index, family.name]
+                gains = (errors[:-1] - errors[1:]).clamp_min(1e-30) / cost
+                # A unit removed later never counts less than one before it: the order is kept whatever the offsets.
+                gains = gains.flip(0).cummax(0).values.flip(0)
+                place = torch.empty_like(gains)
+                place[self.orders[index, family.name]] = gains.log()
+                parts.append(place)
+        return torch.cat(parts)
+
+    def outputs_for(self, keep: Keep) -> Outputs:
+        """The repaired projections for a decision of solved widths along the orders; none for whole or empty blocks."""
+        found: Outputs = {}
+        for (index, name), at in self.outputs.items():
+            mask = keep[index].of(name)
+            width = int(mask.sum())
+            if 0 < width < len(mask):
+                found[index, name] = at[width]
+        return found
+
+
+def level_of(count: int) -> int:
+    """The step between the widths that a table holds of a block with `count` units."""
+    return -(-count // LEVELS)
+
+
+def width_table(
+    model: nn.Module, saliency: Mapping[tuple[int, str], Tensor], batches: Iterable[Tensor], damping: float, solve: bool
+) -> WidthTable:
+    """Solves every block of the dense model at every level, from one pass over `batches` of tokens `(B, T)`.
+
+    `saliency` per (layer, block) gives the order in which units go. With the kept units first in C, one Cholesky
+    factor serves all widths: that of a leading block is the leading block of the factor. Without `solve` the errors
+    are those of the removal alone. Memory: one block's moments, and the outputs on the CPU in the model's dtype.
+    """
+    shape = Shape.of(model)
+    stream = layer_inputs(model, batches)
+    errors, orders, outputs = {}, {}, {}
+    for index, layer in enumerate(stream.layers):
+        for name, block in shape.spec.blocks():
+            if (index, name) not in saliency:
+                continue
+            linear = layer.get_submodule(f"{block.module}.{block.output.name}")
+            order = saliency[index, name].argsort(descending=True, stable=True)
+            moments = observe_moments(stream, index, shape, name)
+            key = index, name
+            orders[key] = order
+            errors[key], outputs[key] = _solve_levels(linear, moments, order, damping, solve)
+        stream.advance(index)
+    return WidthTable(errors, orders, outputs)
+
+
+def _solve_levels(
+    linear: nn.Module, moments: Moments, order: Tensor, damping: float, solve: bool
+) -> tuple[Tensor, dict[int, Output]]:
+    weight, count = linear.weight.double(), len(order)
+    second = moments.second
+    width = weight.shape[1] // count
+    level = level_of(count)
+    columns = _columns(order, count, weight.shape[1]).to(second.device)
+    ridge = damping * second.diagonal().mean().clamp_min(1e-30)
+    ordered = second[columns][:, columns] + ridge * torch.eye(len(columns), dtype=torch.float64, device=second.device)
+    kept_first = weight[:, columns]
+    whole = (kept_first @ ordered * kept_first).sum()
+    factor = _factor(ordered)
+    forward = torch.linalg.solve_triangular(factor, ordered @ kept_first.T, upper=False)  # (in, hidden)
+    widths = sorted({*range(0, count, level), count})
+    points, outputs = [], {}
+    for kept in widths:
+        some = kept * width
+        if solve:
+            points.append(whole - forward[:some].square().sum())
+            if 0 < kept < count:
+                solution = torch.linalg.solve_triangular(factor[:some, :some].T, forward[:some], upper=True)
+                ascending = columns[:some].argsort()
+                outputs[kept] = Output(solution[ascending].T.to(linear.weight.dtype).cpu(), linear.bias)
+        else:
+            rest = kept_first[:, some:]
+            points.append((rest @ ordered[some:, some:] * rest).sum())
+    return _interpolated(torch.tensor(widths), torch.stack(points).cpu(), count), outputs
+
+
+def _interpolated(widths: Tensor, points: Tensor, count: int) -> Tensor:
+    at = torch.arange(count + 1)
+    right = torch.searchsorted(widths, at).clamp_min(1)
+    left = right - 1
+    share = (at - widths[left]) / (widths[right] - widths[left])
+    return points[left] + share * (points[right] - points[left])
+
+
+def _columns(units: Tensor, count: int, inputs: int) -> Tensor:
+    """The columns of an output projection with `inputs` of them that belong to some of its `count` units, in order."""
+    width = inputs // count
+    return (units[:, None] * width + torch.arange(width)).flatten()
+
+
+def _factor(system: Tensor) -> Tensor:
+    """Cholesky factor. Moments in float32 can be a little indefinite: then the ridge grows until they are not."""
+    factor, failed = torch.linalg.cholesky_ex(system)
+    extra = system.diagonal().mean() * 1e-6
+    while failed:
+        system = system + extra * torch.eye(len(system), dtype=system.dtype, device=system.device)
+        factor, failed = torch.linalg.cholesky_ex(system)
+        extra = extra * 10
+    return factor
