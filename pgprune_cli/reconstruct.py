@@ -18,11 +18,15 @@ from torch import Tensor, nn
 
 from pgprune_cli.arch import Block, Keep, Output, Outputs, Shape
 from pgprune_cli.core.space import MaskSpace
+from pgprune_cli.core.widths import FEW
 from pgprune_cli.streaming import Stream, layer_inputs
 from pgprune_cli.substrate import shrunk_block
 
 LEVELS = 16
 """Widths of a block that a search chooses among: multiples of a sixteenth of its units."""
+
+PASSES = 2
+"""Forward passes over its text that a repair costs at most: one behind the other, to observe and to go on."""
 
 
 @dataclass(frozen=True)
@@ -135,16 +139,18 @@ def _repaired(layer: nn.Module, block: Block, mask: Tensor, moments: Moments, me
 
 @dataclass(frozen=True)
 class WidthTable:
-    """Every block at LEVELS widths, as if it alone were cut: what each costs, and its repaired output projection.
+    """Every block at many widths, as if it alone were cut: what each costs, and its repaired output projection.
 
     errors: per (layer, block) the error `(count + 1,)` float64 of keeping 0, 1, … units, relative to the residual
     stream, interpolated between the widths that were solved for; orders: the units `(count,)` by falling saliency;
-    outputs: per (layer, block) and solved width the projection on the first units of the order, None without repair.
+    outputs: per (layer, block) with many units and per solved width the projection on the first units of the order;
+    solve: per (layer, block) with few units what repairs any mask of them. Neither is filled without repair.
     """
 
     errors: Mapping[tuple[int, str], Tensor]
     orders: Mapping[tuple[int, str], Tensor]
     outputs: Mapping[tuple[int, str], Mapping[int, Output]]
+    solve: Mapping[tuple[int, str], Callable[[Tensor], Output]]
 
     def priorities(self, space: MaskSpace) -> Tensor:
         """log of (error that a unit's removal adds / its cost), `(n,)` float64: falling along every layer's order."""
@@ -161,13 +167,19 @@ class WidthTable:
         return torch.cat(parts)
 
     def outputs_for(self, keep: Keep) -> Outputs:
-        """The repaired projections for a decision of solved widths along the orders; none for whole or empty blocks."""
+        """The repaired projections for a decision; none for whole or empty blocks.
+
+        Blocks of many units are at a solved width, along their order.
+        """
         found: Outputs = {}
-        for (index, name), at in self.outputs.items():
+        for index, name in self.outputs.keys() | self.solve.keys():
             mask = keep[index].of(name)
-            width = int(mask.sum())
-            if 0 < width < len(mask):
-                found[index, name] = at[width]
+            if not mask.any() or mask.all():
+                continue
+            if solve := self.solve.get((index, name)):
+                found[index, name] = solve(mask)
+            else:
+                found[index, name] = self.outputs[index, name][int(mask.sum())]
         return found
 
 
@@ -183,11 +195,12 @@ def width_table(
 
     `saliency` per (layer, block) gives the order in which units go. With the kept units first in C, one Cholesky
     factor serves all widths: that of a leading block is the leading block of the factor. Without `solve` the errors
-    are those of the removal alone. Memory: one block's moments, and the outputs on the CPU in the model's dtype.
+    are those of the removal alone. Memory: one block's moments, and the outputs on the CPU in the model's dtype; of a
+    block with few units the moments, for masks that are no leading part of the order.
     """
     shape = Shape.of(model)
     stream = layer_inputs(model, batches)
-    errors, orders, outputs = {}, {}, {}
+    errors, orders, outputs, solvers = {}, {}, {}, {}
     for index, layer in enumerate(stream.layers):
         for name, block in shape.spec.blocks():
             if (index, name) not in saliency:
@@ -197,9 +210,29 @@ def width_table(
             moments = observe_moments(stream, index, shape, name)
             key = index, name
             orders[key] = order
-            errors[key], outputs[key] = _solve_levels(linear, moments, order, damping, solve)
+            errors[key], at_levels = _solve_levels(linear, moments, order, damping, solve)
+            if solve and len(order) <= FEW:
+                solvers[key] = _Solver(linear, moments, damping)
+            elif solve:
+                outputs[key] = at_levels
         stream.advance(index)
-    return WidthTable(errors, orders, outputs)
+    return WidthTable(errors, orders, outputs, solvers)
+
+
+class _Solver:
+    """Repairs any mask of one block's few units; remembers what it has solved."""
+
+    def __init__(self, linear: nn.Module, moments: Moments, damping: float) -> None:
+        self.linear, self.moments, self.damping = linear, moments, damping
+        self.known: dict[tuple[bool, ...], Output] = {}
+
+    def __call__(self, mask: Tensor) -> Output:
+        key = tuple(mask.tolist())
+        if key not in self.known:
+            weight, bias = self.linear.weight, self.linear.bias
+            columns = _columns(mask.nonzero().squeeze(1), len(mask), weight.shape[1]).to(weight.device)
+            self.known[key] = repaired_output(weight, bias, self.moments, columns, self.damping, False)
+        return self.known[key]
 
 
 def _solve_levels(
