@@ -70,7 +70,7 @@ Count = Annotated[int, Range(1)]
 Length = Annotated[int, Range(2)]  # tokens; a window of one token predicts nothing
 Positive = Annotated[float, Range(0, above=True)]
 Family = Literal["attention", "ffn", "attention-block", "ffn-block", "layer"]
-MetricName = Literal["wanda-sp", "magnitude", "random", "uniform"]
+MetricName = Literal["wanda-sp", "flap", "obs", "taylor", "magnitude", "random", "uniform"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -161,7 +161,10 @@ def test_a_bad_recipe_is_two_lines_for_two_faults(pgprune) -> None:
         (["search", "lama2-7b-50"], "lama2-7b-50: no such recipe, did you mean llama2-7b-50"),
         (["search", "demo", "--set", "search.forwards"], "--set search.steps: expected KEY=VALUE with a recipe's key"),
         (["search", "demo", "--set", "model=nowhere"], "nowhere: no such directory or .gguf file, and not a hub name"),
-        (["init-scores", "demo", "--metric", "wanda"], "expected wanda-sp, magnitude, random or uniform"),
+        (
+            ["init-scores", "demo", "--metric", "wanda"],
+            "expected wanda-sp, flap, obs, taylor, magnitude, random or uniform",
+        ),
         (["export", "nowhere", "--out", "x"], "nowhere: no finished decision here; `pgprune search` writes"),
         (["eval", "nowhere"], "nowhere: no such directory or .gguf file, and not a hub name"),
         (["eval", "demo", "--ppl", "c4="], "--ppl c4=: expected a corpus name or NAME=FILE"),
