@@ -104,9 +104,8 @@ def _load(folder: Path, older: list[Path]) -> Checkpoint:
         tensors = read_tensors(folder / TENSORS)
         name, rate, steps = record["schedule"]
         kind = STATES[record["policy"]]
-        state = kind(
-            **{entry.name: (tensors if entry.name in tensors else record)[entry.name] for entry in fields(kind)}
-        )
+        values: dict[str, Any] = record | tensors
+        state = kind(**{entry.name: values[entry.name] for entry in fields(kind)})
         return Checkpoint(
             state,
             record["data_position"],

@@ -68,7 +68,7 @@ def init_scores(
     _print(result, as_json, f"{run / SCORES}: {scores.metric} of {loaded.model}")
 
 
-@app.command(epilog="Example: pgprune search llama2-7b-50 --set search.steps=2000 --out runs/short")
+@app.command(epilog="Example: pgprune search llama2-7b-50 --set search.forwards=2000 --out runs/short")
 def search(
     recipe: RecipeName, out: Out = None, overrides: Set = None, quiet: Quiet = False, as_json: AsJson = False
 ) -> None:
@@ -187,9 +187,9 @@ def evaluate(
 @app.command(epilog="Example: pgprune recipes")
 def recipes(as_json: AsJson = False) -> None:
     """List the recipes that ship."""
-    from pgprune_cli.recipe import shipped, summary
+    from pgprune_cli.recipe import name_of, shipped, summary
 
-    listed = {path.stem: summary(path) for path in shipped()}
+    listed = {name_of(path): summary(path) for path in shipped()}
     width = max(map(len, listed))
     _print({"recipes": listed}, as_json, "\n".join(f"{name:<{width}}  {text}" for name, text in listed.items()))
 
@@ -222,10 +222,10 @@ def main() -> NoReturn:
 
 def _open(name: str, out: Path | None, overrides: list[str]) -> tuple[Recipe, Path]:
     """The recipe, and the run directory it is for."""
-    from pgprune_cli.recipe import find, load
+    from pgprune_cli.recipe import find, load, name_of
 
     path = find(name)
-    return load(path, overrides), out or Path("runs") / path.stem
+    return load(path, overrides), out or Path("runs") / name_of(path)
 
 
 def _print(result: dict[str, Any], as_json: bool, text: str) -> None:

@@ -96,7 +96,7 @@ class Budget:
     """How much goes: a fraction of the prunable parameters, of each family or of all families together."""
 
     sparsity: Annotated[float, Range(0, 1)]
-    scope: Literal["per-family", "global"] = "per-family"
+    scope: Literal["per-family", "global"] = "global"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,17 +214,25 @@ def find(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.suffix == ".yaml" and is_file(path):
         return path
-    by_name = {recipe.stem: recipe for recipe in shipped()}
+    by_name = {name_of(recipe): recipe for recipe in shipped()}
     name = name_or_path.removesuffix(".yaml")
     if name in by_name:
         return by_name[name]
-    hint = nearest(Path(name).name, by_name, most=3) or ";"
+    near = nearest(name, by_name, most=3) or nearest(Path(name).name, by_name, most=3)
+    hint = near or ";"
     raise UserError(one_line(f"{name_or_path}: no such recipe{hint} `pgprune recipes` lists those that ship"))
 
 
 def shipped() -> list[Path]:
     """The recipes that come with pgprune, sorted; bases (`_*.yaml`), which only others extend, are not among them."""
-    return sorted(path for path in _shipped_folder().glob("*.yaml") if not path.name.startswith("_"))
+    return sorted(path for path in _shipped_folder().rglob("*.yaml") if not path.name.startswith("_"))
+
+
+def name_of(path: Path) -> str:
+    """What a recipe is called: `llama2-7b-50`, or with its folder `paper/llama2-7b-50` where it ships in one."""
+    folder = _shipped_folder()
+    inside = path.resolve().is_relative_to(folder.resolve())
+    return (path.resolve().relative_to(folder.resolve()) if inside else Path(path.name)).with_suffix("").as_posix()
 
 
 def dump(recipe: Recipe) -> str:

@@ -22,7 +22,7 @@ def a_decision() -> Decision:
         LayerKeep(torch.tensor([True, False, False, True]), ffn),
         LayerKeep(torch.zeros(4, dtype=torch.bool), ~ffn),
     )
-    return Decision(keep, "owner/name", "f" * 64, 1 / 3, "model: owner/name\nseed: 0\n", 300, 600, 0.1 + 0.2)
+    return Decision(keep, "owner/name", "f" * 64, 1 / 3, "model: owner/name\nseed: 0\n", 300, 600, 90, 0.1 + 0.2)
 
 
 def assert_same(one: Decision, other: Decision) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pgprune_cli import recipe
 from pgprune_cli.errors import UserError
-from pgprune_cli.recipe import Recipe, dump, find, load, shipped, summary
+from pgprune_cli.recipe import Recipe, dump, find, load, name_of, shipped, summary
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MINIMAL = "model: demo\ncalibration: {corpus: demo}\nbudget: {sparsity: 0.5}\n"
@@ -42,23 +42,25 @@ def read(text: str, *overrides: str) -> Recipe:
 # --- what is read
 
 
-def test_defaults_are_the_references() -> None:
+def test_defaults() -> None:
     got = read(MINIMAL)
     assert (got.dtype, got.device, got.seed) == ("bfloat16", "auto", 0)
     assert got.calibration == recipe.Calibration(corpus="demo", sequences=120_000, seqlen=128, batch=8, heldout=32)
     assert got.units.families == ("attention", "ffn")
-    assert got.budget == recipe.Budget(sparsity=0.5, scope="per-family")
+    assert got.budget == recipe.Budget(sparsity=0.5, scope="global")
     assert got.saliency == recipe.Saliency(metric="wanda-sp", sequences=128, seqlen=1024)
     assert got.policy == recipe.Policy(start="sigmap", temperature=1.0)
     assert got.search == recipe.Search(
-        estimator="paper",
-        forwards=15_000,
-        samples=2,
-        learning_rate=2e-3,
+        policy="layers",
+        forwards=320,
+        samples=16,
+        estimator="rloo",
+        learning_rate=0.0,
         schedule="cosine",
         checkpoint_every=100,
         evaluate_every=100,
     )
+    assert got.reconstruct == recipe.Reconstruct(method="least-squares", sequences=384, damping=1e-3)
     assert got.evaluation == recipe.Evaluation(corpora=("wikitext2",), seqlen=(128, 2048))
 
 
@@ -122,7 +124,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_harmless() -> None:
         ("search: {forwards: }", "search.forwards: expected an integer, got nothing"),
         ("search: {forwards: -1}", "search.forwards: expected value >= 0, got -1"),
         ("search: {samples: 1}", "search.samples: expected value >= 2, got 1"),
-        ("search: {learning_rate: 0}", "search.learning_rate: expected value > 0, got 0.0"),
+        ("search: {learning_rate: -1}", "search.learning_rate: expected value >= 0, got -1.0"),
         ("search: {learning_rate: yes}", "search.learning_rate: expected a number, got the boolean yes"),
         ("search: {learning_rate: nan}", "search.learning_rate: expected a number, got text 'nan'"),
         ("search: {learning_rate: .nan}", "search.learning_rate: expected a number, got text '.nan'"),
@@ -217,7 +219,10 @@ def test_a_file_that_cannot_be_read() -> None:
 
 
 def test_every_fault_is_told_at_once() -> None:
-    text = "forwards: 3\nsearch:\n  forwrads: 3\n  samples: 1\n  samples: 2\nbudget: {sparsity: 1.5}\nunits: {families: 3}\n"
+    text = (
+        "forwards: 3\nsearch:\n  forwrads: 3\n  samples: 1\n  samples: 2\n"
+        "budget: {sparsity: 1.5}\nunits: {families: 3}\n"
+    )
     assert faults(text, "search.forwrads=4", "seed=x") == [
         "x.yaml:1: forwards: unknown key, did you mean search.forwards?",
         "x.yaml:3: search.forwrads: unknown key, did you mean search.forwards?",
@@ -404,7 +409,19 @@ def never_a_traceback(data: bytes, *overrides: str) -> None:
 
 
 WORDS = [
-    *("model", "search", "forwards", "seed", "budget", "sparsity", "units", "families", "ffn", "extends", "calibration"),
+    *(
+        "model",
+        "search",
+        "forwards",
+        "seed",
+        "budget",
+        "sparsity",
+        "units",
+        "families",
+        "ffn",
+        "extends",
+        "calibration",
+    ),
     *("corpus", "demo", "2e-3", ".nan", "~", "<<", ": ", "- ", "\n", "\n  ", "[", "]", "{", "}", ",", "'", '"', "#"),
     *("&a", "*a", "!!int ", "!", "? ", "|", ">", "%YAML 1.1\n", "---\n", "...\n", "\\", "\t", "\0", "\x85", "\ufeff"),
     '"\\UFFFFFFFF"',
@@ -440,15 +457,15 @@ def test_what_looks_like_yaml_never_ends_in_a_traceback(text: str, override: str
 # --- what ships
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=name_of)
 def test_every_shipped_file_is_sound(path: Path) -> None:
     if path.name.startswith("_"):  # a base: whole once a sparsity (and, for the first of all, a model) is given
-        load(path, ["budget.sparsity=0.5", *(["model=demo"] if path.stem == "_base" else [])])
+        load(path, ["budget.sparsity=0.5", *(["model=demo"] if path.stem in ("_base", "_reference") else [])])
         return
     opening = path.read_text(encoding="utf-8").splitlines()
-    assert opening[1].split() == ["#", "pgprune", "search", path.stem]
+    assert opening[1].split() == ["#", "pgprune", "search", name_of(path)]
     assert summary(path) == opening[0].removeprefix("# ")
-    assert find(path.stem) == find(path.name) == path
+    assert find(name_of(path)) == find(f"{name_of(path)}.yaml") == path
     loaded = load(path)
     percent = re.search(r"-(\d+)$", path.stem)
     assert path.stem == "demo" or percent
@@ -458,10 +475,11 @@ def test_every_shipped_file_is_sound(path: Path) -> None:
 
 
 def test_what_ships() -> None:
-    assert [path.stem for path in shipped()] == sorted(
+    assert [name_of(path) for path in shipped()] == sorted(
         ["demo"]
         + [
-            f"{model}-{percent}"
+            f"{folder}{model}-{percent}"
+            for folder in ("", "paper/")
             for model in (
                 *("llama-7b", "llama2-7b", "llama2-13b", "llama3-8b"),
                 *("mistral-7b", "vicuna-7b", "vicuna-13b", "smollm2-135m"),
@@ -469,9 +487,24 @@ def test_what_ships() -> None:
             for percent in (20, 30, 50)
         ]
     )
-    assert load(find("llama3-8b-50")).search.learning_rate == 6e-3
-    assert load(find("llama2-13b-30")).search.learning_rate == 2e-3
-    assert load(find("smollm2-135m-30")).calibration.sequences == 600
+    assert load(find("llama2-13b-30")).search == recipe.Search(checkpoint_every=5, evaluate_every=5)
+
+
+@pytest.mark.parametrize("percent", [20, 30, 50])
+def test_the_papers_recipes_are_its_reference_settings(percent: int) -> None:
+    got = load(find(f"paper/llama2-13b-{percent}"))
+    assert (got.search.policy, got.search.estimator, got.search.steps, got.search.samples) == (
+        "units",
+        "paper",
+        15_000,
+        2,
+    )
+    assert (got.search.learning_rate, got.search.schedule, got.dtype) == (2e-3, "cosine", "bfloat16")
+    assert load(find(f"paper/llama3-8b-{percent}")).search.learning_rate == 6e-3
+    assert got.calibration == recipe.Calibration(corpus="c4")
+    assert got.saliency == recipe.Saliency(metric="wanda-sp", sequences=128, seqlen=1024)
+    assert (got.policy, got.budget.scope) == (recipe.Policy(), "per-family")
+    assert got.reconstruct.method == "none"
 
 
 def test_the_base_says_every_key_it_can() -> None:

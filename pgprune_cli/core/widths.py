@@ -96,8 +96,8 @@ def utilities(losses: Tensor) -> Tensor:
 def update(state: WidthState, deviates: Tensor, losses: Tensor) -> WidthState:
     """Mean and spread moved by losses `(K,)`, in nats per token, of the deviates `(K, d)` that `propose` gave.
 
-    mean += MEAN_RATE·spread·Σ u·ε and log spread += rate·Σ u·(ε² − 1). NaN and infinite losses are left out and counted; with
-    fewer than two good ones, or all equal, nothing moves.
+    mean += MEAN_RATE·spread·Σ u·ε and log spread += rate·Σ u·(ε² − 1). NaN and infinite losses are left out and
+    counted; with fewer than two good ones, or all equal, nothing moves.
     """
     good = losses.isfinite()
     state = replace(state, step=state.step + 1, skipped=state.skipped + int((~good).sum()))

@@ -167,7 +167,7 @@ def _policy(
             f"units.families: {whole[0]} is kept or removed as a whole, so there are no widths to search over; "
             "set search.policy to units"
         )
-    saliency_of = {
+    saliency_of: dict[tuple[int, str], Tensor] = {
         (index, name): scores.tensors[f"layers.{index}.{name}"]
         for name in recipe.units.families
         for index in range(len(evaluator.shape.channels))

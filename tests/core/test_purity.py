@@ -24,6 +24,7 @@ BELOW = {
     "recipe": {"errors", "strict_yaml"},
     "strict_yaml": {"errors"},
     "progress": {"errors"},
+    "policies": {"arch", "core", "errors", "reconstruct"},
     "checkpoint": {"atomic", "core", "errors"},
     "decision": {"arch", "atomic", "errors"},
     "saliency": {"saliency", "arch", "core", "errors", "streaming"},
@@ -33,7 +34,7 @@ BELOW = {
     "loading": {"atomic", "errors", "writers"},
     "writers": {"arch", "atomic", "core", "decision", "errors", "loading", "writers"},
     "report": {"atomic", "errors", "report"},
-    "reconstruct": {"arch", "core", "errors", "substrate"},
+    "reconstruct": {"arch", "core", "errors", "streaming", "substrate"},
 }
 ABOVE = {"jobs", "cli", "__main__"}  # may import anything but what is said of them below
 

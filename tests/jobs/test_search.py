@@ -168,7 +168,7 @@ def refusal(recipe: Recipe, run: Path) -> str:
 
 def test_another_recipe_is_refused(stopped, small) -> None:
     assert refusal(small("budget.sparsity=0.25", "search.forwards=14"), stopped) == (
-        f"{stopped}: belongs to another recipe (sparsity: 0.5 → sparsity: 0.25; steps: 6 → steps: 7); "
+        f"{stopped}: belongs to another recipe (sparsity: 0.5 → sparsity: 0.25; forwards: 12 → forwards: 14); "
         "give another directory with --out, or remove this one to start over"
     )
 
