@@ -76,9 +76,11 @@ def bundled_mask(value: Tensor, space: MaskSpace, budget: Budget, multiples: Map
             for count, cost in zip(family.counts, family.costs, strict=True):
                 if constraint.start <= place < constraint.stop and count:
                     ranked = place + value[place : place + count].argsort(descending=True, stable=True)
+                    mean = float("inf")
                     for number, units in enumerate(ranked.split(multiples[family.name])):
-                        key = (-float(value[units].mean()), number / count)
-                        bundles.append((*key, layer_id, units, cost * len(units)))
+                        # Of equal values a later bundle's mean can be rounded above an earlier one's.
+                        mean = min(mean, float(value[units].mean()))
+                        bundles.append((-mean, number / count, layer_id, units, cost * len(units)))
                 place, layer_id = place + count, layer_id + 1
         room, ended = constraint.kept, set()
         for _, _, layer, units, cost in sorted(bundles, key=lambda bundle: bundle[:3]):

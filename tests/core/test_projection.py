@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pgprune_cli.core.projection import hard_mask, project
+from pgprune_cli.core.projection import bundled_mask, hard_mask, project
 from pgprune_cli.core.space import Budget, Constraint, Family, MaskSpace, budget_of
 
 
@@ -220,3 +220,81 @@ def test_hard_masks_obey_every_constraint() -> None:
     everything = hard_mask(theta, space, budget_of(space, 0.0, "global"))
     assert not nothing.any()
     assert everything.all()
+
+
+# --- masks of whole bundles
+
+
+@st.composite
+def bundles(draw: st.DrawFn) -> tuple[MaskSpace, Budget, Tensor, dict[str, int]]:
+    """Two families of unequal layers with costs of their own; values with ties as well as without."""
+    layers = draw(st.integers(1, 4))
+    families = []
+    for name in ("attention", "ffn"):
+        counts = draw(st.lists(st.integers(0, 9), min_size=layers, max_size=layers))
+        costs = draw(st.lists(st.integers(1, 50), min_size=layers, max_size=layers))
+        families.append(Family(name, tuple(counts), tuple(costs)))
+    space = MaskSpace(tuple(families))
+    values = st.one_of(VALUES, st.sampled_from([0.1, 0.3, 0.7]))  # 0.1 + 0.1 + 0.1 is not 3 · 0.1
+    value = torch.tensor(draw(st.lists(values, min_size=space.n, max_size=space.n)), dtype=torch.float64)
+    multiples = {name: draw(st.integers(1, 5)) for name in ("attention", "ffn")}
+    scope = draw(st.sampled_from(["global", "per-family"]))
+    return space, budget_of(space, draw(st.floats(0, 1)), scope), value, multiples
+
+
+def tied(value: float, count: int, multiple: int) -> tuple[MaskSpace, Budget, Tensor, dict[str, int]]:
+    space = MaskSpace((Family("ffn", (count,), (1,)),))
+    budget = Budget((Constraint("ffn", 0, count, count - 1, count),))
+    return space, budget, torch.full((count,), value, dtype=torch.float64), {"ffn": multiple}
+
+
+@given(bundles())
+@example(tied(-0.1, 4, 3))  # the mean of three is below the one that is left over
+@settings(deadline=None, max_examples=100)
+def test_a_layer_keeps_its_best_units_in_bundles_as_long_as_they_fit(
+    problem: tuple[MaskSpace, Budget, Tensor, dict[str, int]],
+) -> None:
+    space, budget, value, multiples = problem
+    mask = bundled_mask(value, space, budget, multiples)
+    rooms = {c.name: c.kept - int(space.costs[c.units][mask[c.units]].sum()) for c in budget}
+    assert min(rooms.values()) >= 0
+    for family in space.families:
+        room, multiple = rooms.get(family.name, rooms.get("all")), multiples[family.name]
+        kept_of, value_of = space.per_layer(mask, family.name), space.per_layer(value, family.name)
+        for count, cost, stays, values in zip(family.counts, family.costs, kept_of, value_of, strict=True):
+            kept = int(stays.sum())
+            assert kept % multiple == 0 or kept == count
+            if 0 < kept < count:
+                assert values[stays].min() >= values[~stays].max()
+            if kept < count:  # room only shrinks, so what did not fit at its turn does not fit now
+                assert cost * min(multiple, count - kept) > room
+
+
+@given(problems())
+@settings(deadline=None, max_examples=100)
+def test_bundles_of_one_unit_of_equal_costs_are_the_hard_mask(problem: tuple[list[float], list[int], int]) -> None:
+    """Up to ties, which both spread over the layers, but by the place in the layer or by the rank in it."""
+    theta, costs, kept = torch.tensor(problem[0], dtype=torch.float64), problem[1], problem[2]
+    half = len(theta) // 2
+    space = MaskSpace((Family("ffn", (half, len(theta) - half), (costs[0],) * 2),))
+    budget = Budget((Constraint("ffn", 0, len(theta), min(kept, costs[0] * len(theta)), costs[0] * len(theta)),))
+    mask, hard = bundled_mask(theta, space, budget, {"ffn": 1}), hard_mask(theta, space, budget)
+    assert theta[mask].sort().values.tolist() == theta[hard].sort().values.tolist()
+    if len(theta.unique()) == len(theta):
+        assert torch.equal(mask, hard)
+
+
+@pytest.mark.parametrize("multiple", [1, 2, 4])
+def test_tied_bundles_fall_evenly_over_the_layers(multiple: int) -> None:
+    space = MaskSpace((Family("ffn", (16, 16, 16), (3,) * 3),))
+    value = torch.full((space.n,), 0.1, dtype=torch.float64)
+    mask = bundled_mask(value, space, budget_of(space, 0.5, "global"), {"ffn": multiple})
+    assert [int(part.sum()) for part in space.per_layer(mask, "ffn")] == [8, 8, 8]
+
+
+def test_a_bundle_that_does_not_fit_ends_its_layer_and_no_other() -> None:
+    space = MaskSpace((Family("attention", (2,), (10,)), Family("ffn", (6,), (1,))))
+    budget = Budget((Constraint("all", 0, 8, 13, 26),))
+    value = torch.tensor([0.9, 0.8, 0.7, 0.1, 0.6, 0.5, 0.4, 0.2], dtype=torch.float64)
+    mask = bundled_mask(value, space, budget, {"attention": 1, "ffn": 2})
+    assert mask.nonzero().flatten().tolist() == [0, 2, 4]
