@@ -25,6 +25,9 @@ from pgprune_cli.substrate import shrunk_block
 LEVELS = 16
 """Widths of a block that a search chooses among: multiples of a sixteenth of its units."""
 
+TIE = 1e-6
+"""Nats of priority between the first and the last of a layer's units where all their gains are equal."""
+
 PASSES = 2
 """Forward passes over its text that a repair costs at most: one behind the other, to observe and to go on."""
 
@@ -161,8 +164,9 @@ class WidthTable:
                 gains = (errors[:-1] - errors[1:]).clamp_min(1e-30) / cost
                 # A unit removed later never counts less than one before it: the order is kept whatever the offsets.
                 gains = gains.flip(0).cummax(0).values.flip(0)
+                # Strictly, too: with a tie a sample would keep units that the projection of its width is not made for.
                 place = torch.empty_like(gains)
-                place[self.orders[index, family.name]] = gains.log()
+                place[self.orders[index, family.name]] = gains.log() - torch.linspace(0.0, TIE, len(gains))
                 parts.append(place)
         return torch.cat(parts)
 
