@@ -127,6 +127,7 @@ def repair(model: nn.Module, keep: Keep, batches: Iterable[Tensor], method: str,
                             meanwhile.enter_context(shrunk_block(layer, "ffn", shape.spec.ffn, nothing, None))
                         moments = observe_moments(stream, index, shape, name)
                     outputs[index, name] = _repaired(layer, block, mask, moments, method, damping)
+                    del moments  # before those of the next block exist
                 undo.enter_context(shrunk_block(layer, name, block, mask, outputs.get((index, name))))
             stream.advance(index)
     return outputs
