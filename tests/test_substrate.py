@@ -1,5 +1,6 @@
 """The shrunk model against the dense one with its removed units silenced; and that nothing outlives a call."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,7 @@ from conftest import ARCHITECTURES, VOCABULARY, tiny_model
 from torch import Tensor, nn
 
 from pgprune_cli import substrate
-from pgprune_cli.arch import Keep, LayerKeep
+from pgprune_cli.arch import Keep, LayerKeep, Output, Outputs
 from pgprune_cli.substrate import Evaluator, summed_loss
 
 GROUPS, CHANNELS, LAYERS = 4, 24, 4
@@ -165,6 +166,75 @@ def test_removed_units_are_not_computed(watched: nn.Module) -> None:
     for handle in handles:
         handle.remove()
     assert [seen[linear] for linear in linears] == [(16, 32), (32, 2 * queries), (3, 32), (32, 3)]
+
+
+def some_outputs(model: nn.Module, keep: Keep, bias: bool) -> Outputs:
+    """A random output projection for every block that keeps some units, also for those that keep all."""
+    generator, outputs = torch.Generator().manual_seed(0), {}
+    for index, (layer, kept) in enumerate(zip(model.model.layers, keep, strict=True)):
+        for name, linear in (("attention", layer.self_attn.o_proj), ("ffn", layer.mlp.down_proj)):
+            mask = kept.of(name)
+            if mask.any():
+                inputs = int(mask.sum()) * linear.in_features // len(mask)
+                weight = 0.3 * torch.randn(linear.out_features, inputs, generator=generator)
+                outputs[index, name] = Output(weight, torch.randn(32, generator=generator) if bias else linear.bias)
+    return outputs
+
+
+def with_outputs_by_hand(model: nn.Module, keep: Keep, outputs: Outputs) -> nn.Module:
+    """A copy whose output projections are replaced, with zeros for the inputs that are gone."""
+    copied = copy.deepcopy(model)
+    for (index, name), output in outputs.items():
+        layer, mask = copied.model.layers[index], keep[index].of(name)
+        block, key = (layer.self_attn, "o_proj") if name == "attention" else (layer.mlp, "down_proj")
+        inputs = getattr(block, key).in_features
+        linear = nn.Linear(inputs, output.weight.shape[0], bias=output.bias is not None).requires_grad_(False)
+        linear.weight.zero_()
+        linear.weight[:, mask.repeat_interleave(inputs // len(mask))] = output.weight
+        if output.bias is not None:
+            linear.bias.copy_(output.bias)
+        setattr(block, key, linear)
+    return copied
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["without a bias", "with a bias"])
+@pytest.mark.parametrize("name", ["dense", "random", "an empty layer", "one channel left"])
+def test_repaired_outputs_stand_in_for_those_of_the_model(watched: nn.Module, name: str, bias: bool) -> None:
+    keep, tokens = KEEPS[name], some_tokens()
+    outputs = some_outputs(watched, keep, bias)
+    by_hand = with_outputs_by_hand(watched, keep, outputs)
+    with silenced(by_hand, keep):
+        expected = logits_of(by_hand, tokens)
+    with Evaluator(watched).shrunk(keep, outputs) as shrunk:
+        got = logits_of(shrunk, tokens)
+        again = logits_of(shrunk, tokens)
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(got, again)
+    with Evaluator(watched).shrunk(keep) as unrepaired:
+        assert (got - logits_of(unrepaired, tokens)).abs().max() > 1e-2
+
+
+def test_losses_take_the_outputs_of_each_decision(watched: nn.Module) -> None:
+    keeps, tokens = [KEEPS["random"], KEEPS["an empty layer"]], some_tokens()
+    outputs = [some_outputs(watched, keep, bias=True) for keep in keeps]
+    alone = []
+    for keep, repaired in zip(keeps, outputs, strict=True):
+        with Evaluator(watched).shrunk(keep, repaired):
+            alone.append(direct_loss(watched, tokens))
+    assert Evaluator(watched).losses(keeps, tokens, outputs).tolist() == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.parametrize("place", ["self_attn.o_proj", "mlp.act_fn", "mlp.down_proj"])
+def test_an_exception_behind_repaired_outputs_restores_the_model(watched: nn.Module, place: str) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    keep = random_keep(8)
+    outputs = some_outputs(watched, keep, bias=True)
+    handle = watched.model.layers[3].get_submodule(place).register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Evaluator(watched).losses([keep], some_tokens(), [outputs])
+    handle.remove()
 
 
 def test_an_exception_in_the_body_restores_the_model(watched: nn.Module) -> None:

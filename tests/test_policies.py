@@ -1,0 +1,162 @@
+"""Both policies through the search's eyes: masks within the budget, repaired for the units that they keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import VOCABULARY, tiny_model
+from torch import Tensor, nn
+
+from pgprune_cli import reconstruct
+from pgprune_cli.arch import Shape
+from pgprune_cli.core import widths
+from pgprune_cli.core.policy import starting_theta
+from pgprune_cli.core.space import Budget, MaskSpace, budget_of
+from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
+from pgprune_cli.reconstruct import level_of, observe_moments, repaired_output, width_table
+from pgprune_cli.streaming import layer_inputs
+
+GROUPS, CHANNELS, LAYERS = 4, 24, 4
+FAMILIES = ("attention", "ffn")
+SCOPES = ("global", "per-family")
+DAMPING = 1e-3
+
+
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(VOCABULARY, shape, generator=generator) for shape in ((2, 40), (3, 20))]
+
+
+@pytest.fixture(autouse=True)
+def many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """24 channels count as many: they keep their order, and their widths are multiples of two."""
+    monkeypatch.setattr(reconstruct, "FEW", 8)
+    monkeypatch.setattr(widths, "FEW", 8)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return tiny_model("llama-biased")
+
+
+def layer_policy(model: nn.Module, sparsity: float = 0.4, scope: str = "global", solve: bool = True) -> LayerPolicy:
+    generator = torch.Generator().manual_seed(0)
+    saliency = {
+        (index, name): torch.rand(GROUPS if name == "attention" else CHANNELS, generator=generator)
+        for index in range(LAYERS)
+        for name in FAMILIES
+    }
+    space = Shape.of(model).space(FAMILIES)
+    table = width_table(model, saliency, batches(), DAMPING, solve)
+    return LayerPolicy(table, table.priorities(space), space, budget_of(space, sparsity, scope))
+
+
+def unit_policy(model: nn.Module, sparsity: float = 0.4, scope: str = "global") -> UnitPolicy:
+    space = Shape.of(model).space(FAMILIES)
+    budget = budget_of(space, sparsity, scope)
+    saliency = torch.rand(space.n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    theta = starting_theta(saliency, space, budget, "sigmap", 0.5)
+    return UnitPolicy(theta, space, budget, "rloo", 0.05, "cosine", 10)
+
+
+POLICIES = {"units": unit_policy, "layers": layer_policy}
+
+
+def searched(policy: Policy, seed: int, steps: int = 5):
+    """The state after some steps on a loss that is linear in the mask, and every mask on the way."""
+    value = torch.randn(policy.space.n, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    state, masks = policy.begin(seed), []
+    for _ in range(steps):
+        state, draws, drawn = policy.propose(state, 4)
+        masks.append(drawn)
+        state = policy.update(state, draws, -(drawn.double() @ value))
+    return state, torch.cat(masks)
+
+
+def rooms(mask: Tensor, space: MaskSpace, budget: Budget) -> list[tuple[int, int]]:
+    """Of every constraint the cost that is left, and that of the cheapest unit that is not kept."""
+    found = []
+    for constraint in budget:
+        kept, costs = mask[constraint.units], space.costs[constraint.units]
+        cheapest = int(costs[~kept].min()) if not kept.all() else 1 << 60
+        found.append((constraint.kept - int(costs[kept].sum()), cheapest))
+    return found
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("build", POLICIES.values(), ids=POLICIES)
+def test_the_decision_spends_the_budget_to_the_last_unit(
+    build: Callable[..., UnitPolicy | LayerPolicy], sparsity: float, scope: str, model: nn.Module
+) -> None:
+    policy = build(model, sparsity, scope)
+    state, _ = searched(policy, 0)
+    assert all(0 <= room < cheapest for room, cheapest in rooms(policy.final_mask(state), policy.space, policy.budget))
+    assert all(room >= 0 for room, _ in rooms(policy.mask(state), policy.space, policy.budget))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.5, 0.9, 1.0])
+def test_every_sample_of_the_layers_policy_is_within_the_budget(sparsity: float, scope: str, model: nn.Module) -> None:
+    policy = layer_policy(model, sparsity, scope)
+    _, masks = searched(policy, 1)
+    assert (masks.shape, masks.dtype) == ((20, policy.space.n), torch.bool)
+    for mask in masks:
+        assert all(room >= 0 for room, _ in rooms(mask, policy.space, policy.budget))
+        for part in policy.space.per_layer(mask, "ffn"):
+            assert int(part.sum()) % level_of(CHANNELS) == 0
+    if sparsity in (0.2, 0.5):
+        assert len({tuple(mask.tolist()) for mask in masks}) > 10
+
+
+def test_samples_of_the_units_policy_meet_the_budget_on_average(model: nn.Module) -> None:
+    """Independent units cannot each time: only the expected cost is the budget's."""
+    policy = unit_policy(model)
+    _, _, masks = policy.propose(policy.begin(0), 2000)
+    (constraint,) = policy.budget
+    spent = (masks.double() @ policy.space.costs.double()).mean()
+    assert float(spent) == pytest.approx(constraint.kept, rel=0.02)
+
+
+@pytest.mark.parametrize("build", POLICIES.values(), ids=POLICIES)
+def test_the_same_seed_gives_the_same_search(build: Callable[..., UnitPolicy | LayerPolicy], model: nn.Module) -> None:
+    one, masks = searched(build(model), 3)
+    other, again = searched(build(model), 3)
+    assert torch.equal(masks, again)
+    assert torch.equal(build(model).final_mask(one), build(model).final_mask(other))
+    assert not torch.equal(searched(build(model), 4)[1], masks)
+    policy = build(model)
+    assert policy.entropy(one) == policy.entropy(other)
+    assert policy.rate(one) > 0
+
+
+def test_every_sample_is_repaired_for_the_very_units_it_keeps(model: nn.Module) -> None:
+    policy, shape = layer_policy(model), Shape.of(model)
+    stream, moments = layer_inputs(model, batches()), {}
+    for index in range(LAYERS):
+        for name in FAMILIES:
+            moments[index, name] = observe_moments(stream, index, shape, name)
+        stream.advance(index)
+    _, masks = searched(policy, 0)
+    for mask in masks[::4]:
+        keep = shape.keep(policy.space, mask)
+        outputs = policy.outputs(keep)
+        partly = {(i, n) for i in range(LAYERS) for n in FAMILIES if 0 < keep[i].of(n).float().mean() < 1}
+        assert outputs.keys() == partly
+        for (index, name), output in outputs.items():
+            layer, stays = model.model.layers[index], keep[index].of(name)
+            linear = layer.self_attn.o_proj if name == "attention" else layer.mlp.down_proj
+            columns = stays.repeat_interleave(linear.in_features // len(stays)).nonzero().flatten()
+            wanted = repaired_output(linear.weight, linear.bias, moments[index, name], columns, DAMPING, False)
+            assert output.weight.shape == (32, len(columns))
+            torch.testing.assert_close(output.weight, wanted.weight, rtol=1e-3, atol=1e-3)
+            assert torch.equal(output.bias, linear.bias)
+
+
+def test_nothing_is_repaired_where_nothing_was_solved(model: nn.Module) -> None:
+    policy, units = layer_policy(model, solve=False), unit_policy(model)
+    for one in (policy, units):
+        state, _ = searched(one, 0)
+        assert one.outputs(Shape.of(model).keep(one.space, one.mask(state))) == {}
