@@ -103,7 +103,7 @@ class Budget:
 class Saliency:
     """The metric that seeds the policy, and the calibration text it reads."""
 
-    metric: MetricName = "wanda-sp"
+    metric: MetricName = "obs"
     sequences: Count = 128
     seqlen: Length = 1024  # tokens a window
 
