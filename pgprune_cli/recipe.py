@@ -96,7 +96,7 @@ class Budget:
     """How much goes: a fraction of the prunable parameters, of each family or of all families together."""
 
     sparsity: Annotated[float, Range(0, 1)]
-    scope: Literal["per-family", "global"] = "global"
+    scope: Literal["per-family", "global", "per-layer"] = "global"
 
 
 @dataclass(frozen=True, kw_only=True)
