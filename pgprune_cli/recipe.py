@@ -188,7 +188,7 @@ _REQUIRED = [key for key, _, required in _walk(Recipe) if required]
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, what it extends, and then `overrides` ("search.forwards=200", the value in YAML; the last one wins).
+    """Read a recipe, what it extends, and then `overrides` ("search.forwards=200", a value in YAML; the last one wins).
 
     Raises:
         UserError: with every fault found, a line each; a fault in a value that is overridden counts too.
