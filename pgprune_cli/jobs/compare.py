@@ -49,15 +49,11 @@ def variants_of(recipe: Recipe) -> list[Variant]:
         return replace(base, search=settings, saliency=replace(base.saliency, metric=metric), budget=budget)
 
     return [
-        Variant(
-            "metric-uniform", "metric only, the same widths in all layers", of(plain, nothing, scope="per-layer"), False
-        ),
+        Variant("metric-uniform", "metric only, all layers alike", of(plain, nothing, scope="per-layer"), False),
         Variant("metric", "metric only, widths as they come", of(plain, nothing), False),
         Variant("metric-uniform-repaired", "the first, repaired", of(recipe, nothing, scope="per-layer"), False),
         Variant("metric-repaired", "the second, repaired", of(recipe, nothing), False),
-        Variant(
-            "curves-repaired", "widths by the repaired error, no search", of(recipe, replace(layers, forwards=0)), False
-        ),
+        Variant("curves-repaired", "widths by repaired error alone", of(recipe, replace(layers, forwards=0)), False),
         Variant("random-start", "the paper's search from a random start", of(plain, units, "random"), True),
         Variant("uniform-start", "the paper's search from a uniform start", of(plain, units, "uniform"), True),
         Variant("metric-start", "the paper's search from the metric", of(plain, units), True),
@@ -70,10 +66,10 @@ def variants_of(recipe: Recipe) -> list[Variant]:
 def compare(
     recipe: Recipe, out: Path, seeds: Sequence[int], only: Sequence[str], limit: int | None, quiet: bool = False
 ) -> dict[str, Any]:
-    """Runs every variant (or those named in `only`) for every seed and writes the table into `out`, after each run anew.
+    """Runs every variant (or those named in `only`) for every seed and writes the table into `out` after each.
 
-    `limit`: at most so many windows of each corpus. Returns the object that `--json` prints. Raises UserError for a name
-    that is no variant's or for an `out` of another comparison, and what `search` and `evaluate` raise.
+    `limit`: at most so many windows of each corpus. Returns the object that `--json` prints. Raises UserError for a
+    name that is no variant's or for an `out` of another comparison, and what `search` and `evaluate` raise.
     """
     variants = variants_of(recipe)
     if unknown := sorted(set(only) - {variant.name for variant in variants}):
