@@ -96,14 +96,14 @@ class Budget:
     """How much goes: a fraction of the prunable parameters, of each family or of all families together."""
 
     sparsity: Annotated[float, Range(0, 1)]
-    scope: Literal["per-family", "global"] = "global"
+    scope: Literal["per-family", "global", "per-layer"] = "global"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saliency:
     """The metric that seeds the policy, and the calibration text it reads."""
 
-    metric: MetricName = "wanda-sp"
+    metric: MetricName = "obs"
     sequences: Count = 128
     seqlen: Length = 1024  # tokens a window
 

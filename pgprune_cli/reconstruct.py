@@ -2,14 +2,14 @@
 
 With C = E[x xᵀ] the second moments of the output projection's inputs, collected through the already pruned prefix, and
 S the kept columns:   W_S ← (W C[:,S] + λ W_S) (C[S,S] + λ I)⁻¹.   Forward passes and one Cholesky factor a block; only
-one block's moments exist at a time. λ pulls towards the weights as they are, so that no direction that the text does
+one layer's moments exist at a time. λ pulls towards the weights as they are, so that no direction that the text does
 not excite is changed. A token counts by 1 / ‖its residual stream‖²: what follows is normalised, and the attention
 sinks, a thousand times as large as other tokens, would be all that counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pgprune_cli.arch import Block, Keep, Output, Outputs, Shape
 from pgprune_cli.core.space import MaskSpace
 from pgprune_cli.core.widths import FEW
-from pgprune_cli.streaming import Stream, layer_inputs
+from pgprune_cli.streaming import Stream, Watch, layer_inputs
 from pgprune_cli.substrate import shrunk_block
 
 LEVELS = 16
@@ -40,37 +40,60 @@ class Moments:
     first: Tensor
 
 
+class _Collector:
+    """Watches one layer run and sums the moments of some of its blocks."""
+
+    def __init__(self, shape: Shape, names: Sequence[str]) -> None:
+        blocks = dict(shape.spec.blocks())
+        self.outputs = {name: f"{blocks[name].module}.{blocks[name].output.name}" for name in names}
+        self.norm = shape.spec.ffn.norm
+        self.pending: Tensor | None = None
+        self.weight = torch.empty(0)
+        self.sums: dict[str, Moments] = {}
+        self.total = torch.zeros((), dtype=torch.float64)
+
+    @property
+    def watch(self) -> Watch:
+        # The norm in front of the FFN reads the residual stream after attention: after the inputs of o, before down's.
+        watch: dict[str, Callable[[Tensor], None]] = {self.norm: self._residual}
+        if "attention" in self.outputs:
+            watch[self.outputs["attention"]] = self._wait
+        if "ffn" in self.outputs:
+            watch[self.outputs["ffn"]] = lambda inputs: self._add("ffn", inputs)
+        return watch
+
+    def moments(self, name: str) -> Moments:
+        return Moments(self.sums[name].second / self.total, self.sums[name].first / self.total)
+
+    def _wait(self, inputs: Tensor) -> None:
+        self.pending = inputs
+
+    def _residual(self, residual: Tensor) -> None:
+        squares = residual.flatten(0, -2).float().square().mean(-1, keepdim=True)
+        self.weight = squares.clamp_min(1e-12).reciprocal()
+        self.total = self.total.to(squares.device) + self.weight.sum().double()
+        if self.pending is not None:
+            self._add("attention", self.pending)
+            self.pending = None
+
+    def _add(self, name: str, inputs: Tensor) -> None:
+        x = inputs.flatten(0, -2).float()
+        heavy = x * self.weight
+        second, first = (heavy.T @ x).double(), heavy.sum(0).double()
+        before = self.sums.get(name)
+        if before is not None:
+            second, first = before.second.add_(second), before.first.add_(first)
+        self.sums[name] = Moments(second, first)
+
+
 def observe_moments(stream: Stream, index: int, shape: Shape, name: str) -> Moments:
     """Moments of the inputs of the output projection of block `name` in layer `index`, over all of the stream.
 
     Runs the layer as it is now and leaves the stream where it was.
     """
-    spec = shape.spec
-    block = dict(spec.blocks())[name]
-    output = f"{block.module}.{block.output.name}"
-    inputs: list[Tensor] = []
-    residuals: list[Tensor] = []
-    sums: dict[str, Tensor] = {}
-
-    def add() -> None:
-        if not inputs or not residuals:
-            return
-        x, residual = inputs.pop().flatten(0, -2).float(), residuals.pop().flatten(0, -2).float()
-        weight = residual.square().mean(-1, keepdim=True).clamp_min(1e-12).reciprocal()
-        heavy = x * weight
-        for key, value in (("second", heavy.T @ x), ("first", heavy.sum(0)), ("weight", weight.sum())):
-            sums[key] = sums.get(key, 0.0) + value.double()
-
-    def see(kept: list[Tensor]) -> Callable[[Tensor], None]:
-        def note(value: Tensor) -> None:
-            kept.append(value)
-            add()
-
-        return note
-
-    # the norm in front of the FFN reads the residual stream after attention, whichever block is observed
-    stream.observe(index, {output: see(inputs), spec.ffn.norm: see(residuals)})
-    return Moments(sums["second"] / sums["weight"], sums["first"] / sums["weight"])
+    collector = _Collector(shape, [name])
+    stream.observe(index, collector.watch)
+    return collector.moments(name)
 
 
 def repaired_output(
@@ -207,12 +230,14 @@ def width_table(
     stream = layer_inputs(model, batches)
     errors, orders, outputs, solvers = {}, {}, {}, {}
     for index, layer in enumerate(stream.layers):
+        collector = _Collector(shape, [name for name, _ in shape.spec.blocks() if (index, name) in saliency])
+        stream.advance(index, collector.watch)
         for name, block in shape.spec.blocks():
             if (index, name) not in saliency:
                 continue
             linear = layer.get_submodule(f"{block.module}.{block.output.name}")
             order = saliency[index, name].argsort(descending=True, stable=True)
-            moments = observe_moments(stream, index, shape, name)
+            moments = collector.moments(name)
             key = index, name
             orders[key] = order
             errors[key], at_levels = _solve_levels(linear, moments, order, damping, solve)
@@ -220,7 +245,6 @@ def width_table(
                 solvers[key] = _Solver(linear, moments, damping)
             elif solve:
                 outputs[key] = at_levels
-        stream.advance(index)
     return WidthTable(errors, orders, outputs, solvers)
 
 

@@ -48,7 +48,7 @@ def test_defaults() -> None:
     assert got.calibration == recipe.Calibration(corpus="demo", sequences=120_000, seqlen=128, batch=8, heldout=32)
     assert got.units.families == ("attention", "ffn")
     assert got.budget == recipe.Budget(sparsity=0.5, scope="global")
-    assert got.saliency == recipe.Saliency(metric="wanda-sp", sequences=128, seqlen=1024)
+    assert got.saliency == recipe.Saliency(metric="obs", sequences=128, seqlen=1024)
     assert got.policy == recipe.Policy(start="sigmap", temperature=1.0)
     assert got.search == recipe.Search(
         policy="layers",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,80 +15,118 @@ from pgprune_cli.core.space import Budget, MaskSpace
 def project(theta: Tensor, space: MaskSpace, budget: Budget) -> Tensor:
     """The nearest point of {0 ≤ θ ≤ 1, Σ cost·θ = kept for every constraint}, exactly. `(n,)` → `(n,)` float64.
 
-    Distance is Σ cost·(x − θ)², every parameter counting once: with equal costs it is the Euclidean projection of
-    the paper, and with unequal ones a dear unit is not moved further than a cheap one merely for being dear.
+    Distance is Σ cost·(x − θ)², everything that is counted counting once: with equal costs it is the Euclidean
+    projection of the paper, and with unequal ones a dear unit is not moved further than a cheap one merely for being
+    dear. The budget's limits on widths are no matter of θ, only of the masks it ends in.
     """
     projected = torch.empty_like(theta, dtype=torch.float64)
     for constraint in budget:
-        units = constraint.units
-        projected[units] = _project_one(theta[units].double(), space.costs[units].double(), constraint.kept)
+        units, nothing = constraint.units, torch.zeros(constraint.stop - constraint.start, dtype=torch.float64)
+        projected[units] = project_onto(theta[units].double(), space.costs[units].double(), constraint.kept, nothing)
     return projected
 
 
-def _project_one(theta: Tensor, cost: Tensor, kept: int) -> Tensor:
-    """KKT: x = clip(θ − ν, 0, 1) for one ν. Σ cost·x falls piecewise linearly in ν, so its root is found exactly.
+def project_onto(wanted: Tensor, weight: Tensor, kept: int, low: Tensor) -> Tensor:
+    """argmin Σ weight·(x − wanted)² over {low ≤ x ≤ 1, Σ weight·x = kept}, all `(m,)` float64.
 
-    A unit starts to fall at ν = θ − 1 (it leaves 1) and stops at ν = θ (it reaches 0).
+    KKT: x = clip(wanted − ν, low, 1) for one ν. Σ weight·x falls piecewise linearly in ν, so its root is found exactly.
+    An entry starts to fall at ν = wanted − 1 (it leaves 1) and stops at ν = wanted − low. A `kept` out of reach gives
+    the nearest that is in reach: all entries at `low`, or all at 1.
     """
-    total = cost.sum()
-    if kept <= 0:
-        return torch.zeros_like(theta)
+    total = weight.sum()
+    if kept <= (weight * low).sum():
+        return low.clone()
     if kept >= total:
-        return torch.ones_like(theta)
-    bends, order = torch.cat([theta - 1.0, theta]).sort()
-    slope = torch.cat([cost, -cost])[order].cumsum(0)
+        return torch.ones_like(wanted)
+    bends, order = torch.cat([wanted - 1.0, wanted - low]).sort()
+    slope = torch.cat([weight, -weight])[order].cumsum(0)
     fallen = torch.cat([bends.new_zeros(1), (slope[:-1] * bends.diff()).cumsum(0)])
     before = int(torch.searchsorted(fallen, total - kept, right=True)) - 1
     nu = bends[before] + (total - kept - fallen[before]) / slope[before]
-    return (theta - nu).clamp(0.0, 1.0)
+    return (wanted - nu).clamp(low, torch.ones_like(low))
 
 
 def hard_mask(theta: Tensor, space: MaskSpace, budget: Budget) -> Tensor:
-    """The units of highest θ that fit each constraint: `(n,)` bool, True = kept.
+    """The units of highest θ that fit each constraint and keep to its limits: `(n,)` bool, True = kept.
 
-    Never above the budget, and no left-out unit would still fit: with equal costs exactly ⌊kept / cost⌋ units stay,
-    whatever ties there are. Ties fall evenly over the layers (a threshold `θ ≥ t` would keep all of them).
+    Within a layer the units, by falling θ, stand in bundles of the budget's multiple, the last one perhaps smaller; a
+    layer keeps its first bundles. Those of the least width stay in any case, then bundles by falling mean θ, one that
+    does not fit being passed over and with it the rest of its layer. So a mask is never above the budget, and no
+    further bundle would still fit. Without limits a bundle is a unit: with equal costs exactly ⌊kept / cost⌋ units
+    stay, whatever ties there are. Ties fall evenly over the layers (a threshold `θ ≥ t` would keep all of them).
+
+    Raises ValueError where the least widths are above the budget.
     """
-    mask = torch.zeros(space.n, dtype=torch.bool)
-    by_evenness = space.evenness.argsort(stable=True)
-    ranked = by_evenness[theta[by_evenness].argsort(descending=True, stable=True)]
+    least, multiples = budget.limits(space)
+    bundles = _bundles(theta, space, multiples)
+    pair, number, cost = bundles.pair, bundles.number, bundles.cost
+    kept = number * multiples[pair] < least[pair]
+    refused = torch.zeros_like(kept)
     for constraint in budget:
-        candidates = ranked[(ranked >= constraint.start) & (ranked < constraint.stop)]
-        room = constraint.kept
-        while len(candidates := candidates[space.costs[candidates] <= room]):
-            spent = space.costs[candidates].cumsum(0)
+        inside = (bundles.begin >= constraint.start) & (bundles.begin < constraint.stop)
+        room = constraint.kept - int(cost[inside & kept].sum())
+        if room < 0:
+            raise ValueError(f"{constraint.name}: the least widths cost {-room} more than the {constraint.kept} kept")
+        left = bundles.order[(inside & ~kept)[bundles.order]]
+        while len(left):
+            refused[left[cost[left] > room]] = True
+            # A smaller bundle at the end of a layer may fit where the one above it does not; it goes with that one.
+            left = left[~refused[left] & ((number[left] == 0) | ~refused[left - 1])]
+            spent = cost[left].cumsum(0)
             taken = int(torch.searchsorted(spent, room, right=True))
-            mask[candidates[:taken]] = True
-            room -= int(spent[taken - 1])
-            candidates = candidates[taken:]
+            kept[left[:taken]] = True
+            room -= int(spent[:taken][-1:].sum())
+            left = left[taken:]
+    mask = torch.zeros(space.n, dtype=torch.bool)
+    mask[bundles.units] = kept[bundles.at]
     return mask
+
+
+class _Bundles(NamedTuple):
+    """The bundles of every (family, layer), numbered one layer after the other, within a layer by falling θ.
+
+    units: `(n,)` the units in that order, equal ones of a layer in their own; at: `(n,)` the bundles they are in. And
+    of every bundle, `(b,)`: its (family, layer); its number there, from 0; where in `units` it begins; its cost.
+    order: the bundles by falling mean θ, ties by their places in their layers. All int64.
+    """
+
+    units: Tensor
+    at: Tensor
+    pair: Tensor
+    number: Tensor
+    begin: Tensor
+    cost: Tensor
+    order: Tensor
+
+
+def _bundles(theta: Tensor, space: MaskSpace, multiples: Tensor) -> _Bundles:
+    units = theta.argsort(descending=True, stable=True)
+    units = units[space.pair_of[units].argsort(stable=True)]
+    place = torch.arange(space.n) - space.pair_starts[space.pair_of]
+    counts = -(-space.pair_counts // multiples)
+    first = counts.cumsum(0) - counts
+    at = first[space.pair_of] + place // multiples[space.pair_of]
+
+    pair = torch.arange(len(counts)).repeat_interleave(counts)
+    number = torch.arange(len(pair)) - first[pair]
+    begin = space.pair_starts[pair] + number * multiples[pair]
+    size = at.bincount(minlength=len(pair))
+    ranked = theta[units].double()
+    # A mean is rounded; between the least and the greatest θ it is exact where they are equal, and ties stay ties.
+    mean = (_summed(ranked, at, len(size)) / size).clamp(ranked[begin + size - 1], ranked[begin])
+    evenness = _summed(space.evenness[units], at, len(size)) / size
+    order = evenness.argsort(stable=True)
+    order = order[mean[order].argsort(descending=True, stable=True)]
+    # And a layer's bundles keep their order, even where θ that differ by a rounding error have one mean.
+    order[pair[order].argsort(stable=True)] = torch.arange(len(order))
+    return _Bundles(units, at, pair, number, begin, size * space.pair_costs[pair], order)
+
+
+def _summed(values: Tensor, index: Tensor, length: int) -> Tensor:
+    return torch.zeros(length, dtype=values.dtype).index_add_(0, index, values)
 
 
 def bundled_mask(value: Tensor, space: MaskSpace, budget: Budget, multiples: Mapping[str, int]) -> Tensor:
-    """Like `hard_mask`, but a layer's units stay in bundles: `(n,)` values → `(n,)` bool.
-
-    A layer keeps a multiple of `multiples[family]` of its units, those of highest value, or all of them. Bundles are
-    taken by falling mean value, ties evenly over the layers; one that does not fit ends its layer.
-    """
-    mask = torch.zeros(space.n, dtype=torch.bool)
-    for constraint in budget:
-        bundles: list[tuple[float, float, int, Tensor, int]] = []
-        place = layer_id = 0
-        for family in space.families:
-            for count, cost in zip(family.counts, family.costs, strict=True):
-                if constraint.start <= place < constraint.stop and count:
-                    ranked = place + value[place : place + count].argsort(descending=True, stable=True)
-                    mean = float("inf")
-                    for number, units in enumerate(ranked.split(multiples[family.name])):
-                        # Of equal values a later bundle's mean can be rounded above an earlier one's.
-                        mean = min(mean, float(value[units].mean()))
-                        bundles.append((-mean, number / count, layer_id, units, cost * len(units)))
-                place, layer_id = place + count, layer_id + 1
-        room, ended = constraint.kept, set()
-        for _, _, layer, units, cost in sorted(bundles, key=lambda bundle: bundle[:3]):
-            if layer in ended or cost > room:
-                ended.add(layer)
-            else:
-                mask[units] = True
-                room -= cost
-    return mask
+    """Like `hard_mask`, with the multiple `multiples[family]` instead of the budget's own: `(n,)` → `(n,)` bool."""
+    widths = tuple(multiples[family.name] for family in space.families for _ in family.counts)
+    return hard_mask(value, space, replace(budget, multiples=widths))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -14,7 +15,7 @@ from torch import Tensor
 class Family:
     """Units of one kind, layer after layer.
 
-    `counts[l]` units in layer l, each of which costs `costs[l]` (an integer; parameters by default).
+    `counts[l]` units in layer l, each of which costs `costs[l]` (an integer, in whatever the budget counts).
     """
 
     name: str
@@ -34,7 +35,10 @@ class Family:
 
 @dataclass(frozen=True)
 class MaskSpace:
-    """All units as one flat axis of length n: family after family, within a family layer after layer."""
+    """All units as one flat axis of length n: family after family, within a family layer after layer.
+
+    What is said of a layer's units as a whole lies on the axis of the J (family, layer) *pairs*, in the same order.
+    """
 
     families: tuple[Family, ...]
 
@@ -46,6 +50,26 @@ class MaskSpace:
     def costs(self) -> Tensor:
         """`(n,)` int64, the cost of every unit."""
         return torch.cat([torch.tensor(f.costs).repeat_interleave(torch.tensor(f.counts)) for f in self.families])
+
+    @cached_property
+    def pair_counts(self) -> Tensor:
+        """`(J,)` int64, the units of every (family, layer)."""
+        return torch.tensor([count for family in self.families for count in family.counts], dtype=torch.int64)
+
+    @cached_property
+    def pair_costs(self) -> Tensor:
+        """`(J,)` int64, the cost of one unit of every (family, layer)."""
+        return torch.tensor([cost for family in self.families for cost in family.costs], dtype=torch.int64)
+
+    @cached_property
+    def pair_starts(self) -> Tensor:
+        """`(J,)` int64, where the units of every (family, layer) begin on the flat axis."""
+        return self.pair_counts.cumsum(0) - self.pair_counts
+
+    @cached_property
+    def pair_of(self) -> Tensor:
+        """`(n,)` int64, the (family, layer) that every unit belongs to."""
+        return torch.arange(len(self.pair_counts)).repeat_interleave(self.pair_counts)
 
     def slice_of(self, name: str) -> slice:
         """Where the family `name` lies on the flat axis. Raises KeyError."""
@@ -85,29 +109,75 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Budget:
-    """Constraints that cover the flat axis, in order and without overlap."""
+    """How much may stay: constraints that cover the flat axis, in order, without overlap and in whole families.
+
+    And the limits of every (family, layer): at least `least[j]` of its units stay, and their number is a multiple of
+    `multiples[j]`, or all of them. Without limits both are empty.
+    """
 
     constraints: tuple[Constraint, ...]
+    least: tuple[int, ...] = ()
+    multiples: tuple[int, ...] = ()
 
     def __iter__(self) -> Iterator[Constraint]:
         return iter(self.constraints)
 
+    def limits(self, space: MaskSpace) -> tuple[Tensor, Tensor]:
+        """The least width and the multiple of every (family, layer), `(J,)` int64 each.
 
-def budget_of(space: MaskSpace, sparsity: float, scope: str) -> Budget:
-    """The budget that removes the fraction `sparsity` of the cost: of every family (`per-family`) or of all (`global`).
+        A least width is one that the multiples allow: the next one up from `least`.
+        """
+        counts = space.pair_counts
+        least = torch.tensor(self.least, dtype=torch.int64) if self.least else torch.zeros_like(counts)
+        multiples = torch.tensor(self.multiples, dtype=torch.int64) if self.multiples else torch.ones_like(counts)
+        return (-(-least // multiples) * multiples).minimum(counts), multiples
 
-    Costs are whole numbers, so the kept cost is the nearest whole number to (1 − sparsity) · total.
+    def needed(self, space: MaskSpace) -> tuple[int, ...]:
+        """What the least widths cost, constraint by constraint. One that needs more than is kept cannot be met."""
+        bound = (self.limits(space)[0] * space.pair_costs)[space.pair_counts > 0]
+        starts = space.pair_starts[space.pair_counts > 0]
+        return tuple(int(bound[(starts >= c.start) & (starts < c.stop)].sum()) for c in self.constraints)
+
+
+_NO_MULTIPLES: Mapping[str, int] = {}
+
+
+def budget_of(
+    space: MaskSpace,
+    sparsity: float,
+    scope: str,
+    keep_at_least: float = 0.0,
+    multiples: Mapping[str, int] = _NO_MULTIPLES,
+) -> Budget:
+    """The budget that removes the fraction `sparsity` of the cost: of every family (`per-family`), of every layer
+    of every family (`per-layer`), or of all (`global`).
+
+    Costs are whole numbers, so the kept cost is the nearest whole number to (1 − sparsity) · total. Of every family and
+    layer the fraction `keep_at_least` of the units stays, rounded up; `multiples` says by the names of families what
+    their widths are multiples of. Whether these limits fit the budget, `Budget.needed` says.
     """
     if scope == "per-family":
         spans = [(f.name, space.slice_of(f.name)) for f in space.families]
     elif scope == "global":
         spans = [("all", slice(0, space.n))]
+    elif scope == "per-layer":
+        spans = list(_spans_of_layers(space))
     else:
-        raise ValueError(f"scope {scope!r} is neither per-family nor global")
+        raise ValueError(f"scope {scope!r} is neither per-family nor global nor per-layer")
     totals = [int(space.costs[span].sum()) for _, span in spans]
-    return Budget(
-        tuple(
-            Constraint(name, span.start, span.stop, round((1.0 - sparsity) * total), total)
-            for (name, span), total in zip(spans, totals, strict=True)
-        )
+    constraints = tuple(
+        Constraint(name, span.start, span.stop, round((1.0 - sparsity) * total), total)
+        for (name, span), total in zip(spans, totals, strict=True)
     )
+    # 0.07 · 100 is a little more than 7, and means 7.
+    least = [math.ceil(keep_at_least * count - 1e-9) for family in space.families for count in family.counts]
+    widths = [multiples.get(family.name, 1) for family in space.families for _ in family.counts]
+    return Budget(constraints, tuple(least), tuple(widths))
+
+
+def _spans_of_layers(space: MaskSpace) -> Iterator[tuple[str, slice]]:
+    start = 0
+    for family in space.families:
+        for layer, count in enumerate(family.counts):
+            yield f"{family.name} of layer {layer}", slice(start, start + count)
+            start += count

@@ -1,6 +1,7 @@
 """The projection against its optimality conditions and slow references; hard masks against what they promise."""
 
-from itertools import product
+from dataclasses import replace
+from itertools import accumulate, pairwise, product
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pgprune_cli.core.projection import bundled_mask, hard_mask, project
+from pgprune_cli.core.projection import bundled_mask, hard_mask, project, project_onto
 from pgprune_cli.core.space import Budget, Constraint, Family, MaskSpace, budget_of
 
 
@@ -153,6 +154,24 @@ def test_a_theta_thrown_far_away_by_a_huge_gradient_still_meets_the_budget(scale
     assert float(x.sum()) == pytest.approx(500, abs=1e-3 * max(1.0, scale / 1e9))
 
 
+@given(problems(), st.lists(st.integers(0, 8), min_size=40, max_size=40))
+@settings(deadline=None, max_examples=200)
+def test_a_projection_above_lower_bounds_satisfies_its_optimality_conditions(
+    problem: tuple[list[float], list[int], int], eighths: list[int]
+) -> None:
+    wanted, weight = torch.tensor(problem[0], dtype=torch.float64), torch.tensor(problem[1], dtype=torch.float64)
+    low = torch.tensor(eighths[: len(wanted)], dtype=torch.float64) / 8
+    x = project_onto(wanted, weight, problem[2], low)
+    assert ((x >= low) & (x <= 1)).all()
+    reachable = max(problem[2], float((weight * low).sum()))
+    assert float((weight * x).sum()) == pytest.approx(reachable, abs=1e-9 * float(weight.sum()))
+    # ν is at most wanted − 1 where x = 1, at least wanted − low where x = low, and wanted − x in between.
+    triples = list(zip(wanted.tolist(), x.tolist(), low.tolist(), strict=True))
+    upper = [t - v for t, v, bound in triples if v > bound]
+    lower = [t - v for t, v, bound in triples if v < 1]
+    assert max(lower, default=-9e9) <= min(upper, default=9e9) + 1e-9
+
+
 # --- hard masks
 
 
@@ -222,79 +241,176 @@ def test_hard_masks_obey_every_constraint() -> None:
     assert everything.all()
 
 
-# --- masks of whole bundles
+# --- limits on widths
+
+
+def one_unit_at_a_time(theta: Tensor, space: MaskSpace, budget: Budget) -> Tensor:
+    """The rule without limits, as a loop: by falling θ, then by place within the layer, whatever still fits."""
+    mask = torch.zeros(space.n, dtype=torch.bool)
+    ranked = sorted(range(space.n), key=lambda i: (-float(theta[i]), float(space.evenness[i]), i))
+    for constraint in budget:
+        room = constraint.kept
+        for i in ranked:
+            if constraint.start <= i < constraint.stop and int(space.costs[i]) <= room:
+                mask[i] = True
+                room -= int(space.costs[i])
+    return mask
 
 
 @st.composite
-def bundles(draw: st.DrawFn) -> tuple[MaskSpace, Budget, Tensor, dict[str, int]]:
-    """Two families of unequal layers with costs of their own; values with ties as well as without."""
-    layers = draw(st.integers(1, 4))
+def spaces(draw: st.DrawFn, layers: int = 4, units: int = 9) -> tuple[MaskSpace, Tensor]:
+    """Two families of a few layers, some of them empty, with a θ full of ties."""
     families = []
     for name in ("attention", "ffn"):
-        counts = draw(st.lists(st.integers(0, 9), min_size=layers, max_size=layers))
-        costs = draw(st.lists(st.integers(1, 50), min_size=layers, max_size=layers))
+        size = draw(st.integers(1, layers))
+        counts = draw(st.lists(st.integers(0, units), min_size=size, max_size=size))
+        if draw(st.booleans()):
+            costs = [draw(st.integers(1, 60))] * size
+        else:
+            costs = draw(st.lists(st.integers(1, 60), min_size=size, max_size=size))
         families.append(Family(name, tuple(counts), tuple(costs)))
     space = MaskSpace(tuple(families))
-    values = st.one_of(VALUES, st.sampled_from([0.1, 0.3, 0.7]))  # 0.1 + 0.1 + 0.1 is not 3 · 0.1
-    value = torch.tensor(draw(st.lists(values, min_size=space.n, max_size=space.n)), dtype=torch.float64)
-    multiples = {name: draw(st.integers(1, 5)) for name in ("attention", "ffn")}
-    scope = draw(st.sampled_from(["global", "per-family"]))
-    return space, budget_of(space, draw(st.floats(0, 1)), scope), value, multiples
+    values = st.one_of(st.sampled_from([0.1, 0.3, 0.7]), st.floats(0, 1))
+    theta = draw(st.lists(values, min_size=space.n, max_size=space.n))
+    return space, torch.tensor(theta, dtype=torch.float64)
 
 
-def tied(value: float, count: int, multiple: int) -> tuple[MaskSpace, Budget, Tensor, dict[str, int]]:
-    space = MaskSpace((Family("ffn", (count,), (1,)),))
-    budget = Budget((Constraint("ffn", 0, count, count - 1, count),))
-    return space, budget, torch.full((count,), value, dtype=torch.float64), {"ffn": multiple}
+FRACTIONS = st.sampled_from([0.0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.9])
 
 
-@given(bundles())
-@example(tied(-0.1, 4, 3))  # the mean of three is below the one that is left over
-@settings(deadline=None, max_examples=100)
-def test_a_layer_keeps_its_best_units_in_bundles_as_long_as_they_fit(
-    problem: tuple[MaskSpace, Budget, Tensor, dict[str, int]],
+@st.composite
+def limited(draw: st.DrawFn, layers: int = 4, units: int = 9) -> tuple[MaskSpace, Tensor, Budget]:
+    """A space, a θ and a budget whose least widths fit."""
+    space, theta = draw(spaces(layers, units))
+    multiples = {"attention": draw(st.integers(1, 3)), "ffn": draw(st.integers(1, 6))}
+    scope = draw(st.sampled_from(["per-family", "global"]))
+    budget = budget_of(space, draw(FRACTIONS), scope, draw(FRACTIONS), multiples)
+    if any(need > c.kept for need, c in zip(budget.needed(space), budget, strict=True)):
+        budget = replace(budget, least=())
+    return space, theta, budget
+
+
+def allowed_widths(space: MaskSpace, budget: Budget) -> list[list[int]]:
+    """Every width that each (family, layer) may have."""
+    least = budget.least or (0,) * len(space.pair_counts)
+    return [
+        [width for width in range(count + 1) if width >= low and (width % multiple == 0 or width == count)]
+        for count, low, multiple in zip(space.pair_counts.tolist(), least, budget.multiples, strict=True)
+    ]
+
+
+@given(spaces(), FRACTIONS, st.sampled_from(["per-family", "global"]))
+@settings(deadline=None, max_examples=300)
+def test_without_limits_units_stay_one_by_one(problem: tuple[MaskSpace, Tensor], sparsity: float, scope: str) -> None:
+    space, theta = problem
+    budget = budget_of(space, sparsity, scope)
+    expected = one_unit_at_a_time(theta, space, budget)
+    assert torch.equal(hard_mask(theta, space, budget), expected)
+    assert torch.equal(hard_mask(theta, space, Budget(budget.constraints)), expected)
+
+
+def kept_bundle_by_bundle(theta: Tensor, space: MaskSpace, budget: Budget) -> Tensor:
+    """The rule with limits, as a loop over the layers' next bundles, the best that fits first."""
+    mask = torch.zeros(space.n, dtype=torch.bool)
+    waiting: dict[int, list[list[int]]] = {}
+    for pair, widths in enumerate(allowed_widths(space, replace(budget, least=()))):
+        start, least = int(space.pair_starts[pair]), budget.least[pair] if budget.least else 0
+        ranked = sorted(range(start, start + int(space.pair_counts[pair])), key=lambda i: (-float(theta[i]), i))
+        pieces = [ranked[a:b] for a, b in pairwise(widths)]
+        ends = list(accumulate(len(piece) for piece in pieces))
+        forced = sum(end - len(piece) < least for end, piece in zip(ends, pieces, strict=True))
+        mask[[i for piece in pieces[:forced] for i in piece]] = True
+        waiting[pair] = pieces[forced:]
+    for constraint in budget:
+        mine = [p for p in waiting if waiting[p] and constraint.start <= waiting[p][0][0] < constraint.stop]
+        room = constraint.kept - int(space.costs[constraint.units][mask[constraint.units]].sum())
+        while mine := [p for p in mine if waiting[p]]:
+            best = min(mine, key=lambda p: (-mean(theta, waiting[p][0]), mean(space.evenness, waiting[p][0]), p))
+            bundle = waiting[best].pop(0)
+            cost = int(space.costs[bundle].sum())
+            if cost > room:
+                waiting[best] = []
+            else:
+                mask[bundle] = True
+                room -= cost
+    return mask
+
+
+def mean(values: Tensor, units: list[int]) -> float:
+    """Exact where all are equal."""
+    some = values[units]
+    return float(
+        (sum((values[i] for i in units), start=torch.zeros((), dtype=torch.float64)) / len(units)).clamp(
+            some.min(), some.max()
+        )
+    )
+
+
+@given(limited())
+@settings(deadline=None, max_examples=300)
+def test_bundles_stay_one_by_one(problem: tuple[MaskSpace, Tensor, Budget]) -> None:
+    space, theta, budget = problem
+    assert torch.equal(hard_mask(theta, space, budget), kept_bundle_by_bundle(theta, space, budget))
+
+
+@given(limited())
+@settings(deadline=None, max_examples=300)
+def test_a_limited_mask_keeps_to_its_limits_and_leaves_nothing_out_that_fits(
+    problem: tuple[MaskSpace, Tensor, Budget],
 ) -> None:
-    space, budget, value, multiples = problem
-    mask = bundled_mask(value, space, budget, multiples)
-    rooms = {c.name: c.kept - int(space.costs[c.units][mask[c.units]].sum()) for c in budget}
-    assert min(rooms.values()) >= 0
-    for family in space.families:
-        room, multiple = rooms.get(family.name, rooms.get("all")), multiples[family.name]
-        kept_of, value_of = space.per_layer(mask, family.name), space.per_layer(value, family.name)
-        for count, cost, stays, values in zip(family.counts, family.costs, kept_of, value_of, strict=True):
-            kept = int(stays.sum())
-            assert kept % multiple == 0 or kept == count
-            if 0 < kept < count:
-                assert values[stays].min() >= values[~stays].max()
-            if kept < count:  # room only shrinks, so what did not fit at its turn does not fit now
-                assert cost * min(multiple, count - kept) > room
+    space, theta, budget = problem
+    mask = hard_mask(theta, space, budget)
+    widths = torch.zeros_like(space.pair_counts).index_add_(0, space.pair_of, mask.long())
+    for constraint in budget:
+        room = constraint.kept - int(space.costs[constraint.units][mask[constraint.units]].sum())
+        assert room >= 0
+        for pair, may in enumerate(allowed_widths(space, budget)):
+            start, count = int(space.pair_starts[pair]), int(space.pair_counts[pair])
+            if count and constraint.start <= start < constraint.stop:
+                width = int(widths[pair])
+                assert width in may
+                assert all((wider - width) * int(space.pair_costs[pair]) > room for wider in may if wider > width)
+                # the units of highest θ: none left out is above one that stays
+                inside, values = mask[start : start + count], theta[start : start + count]
+                assert inside.all() or not inside.any() or values[inside].min() >= values[~inside].max()
 
 
-@given(problems())
-@settings(deadline=None, max_examples=100)
-def test_bundles_of_one_unit_of_equal_costs_are_the_hard_mask(problem: tuple[list[float], list[int], int]) -> None:
-    """Up to ties, which both spread over the layers, but by the place in the layer or by the rank in it."""
-    theta, costs, kept = torch.tensor(problem[0], dtype=torch.float64), problem[1], problem[2]
-    half = len(theta) // 2
-    space = MaskSpace((Family("ffn", (half, len(theta) - half), (costs[0],) * 2),))
-    budget = Budget((Constraint("ffn", 0, len(theta), min(kept, costs[0] * len(theta)), costs[0] * len(theta)),))
-    mask, hard = bundled_mask(theta, space, budget, {"ffn": 1}), hard_mask(theta, space, budget)
-    assert theta[mask].sort().values.tolist() == theta[hard].sort().values.tolist()
-    if len(theta.unique()) == len(theta):
-        assert torch.equal(mask, hard)
+@pytest.mark.parametrize("counts", [(12, 12, 12, 12), (40, 20, 12, 30)])
+@pytest.mark.parametrize("sparsity", [0.1, 0.33, 0.5, 0.9])
+def test_tied_bundles_fall_evenly_over_the_layers(counts: tuple[int, ...], sparsity: float) -> None:
+    space = MaskSpace((Family("ffn", counts, (3,) * 4),))
+    budget = budget_of(space, sparsity, "per-family", multiples={"ffn": 4})
+    mask = hard_mask(torch.full((space.n,), 0.1, dtype=torch.float64), space, budget)
+    for part, count in zip(space.per_layer(mask, "ffn"), counts, strict=True):
+        assert abs(int(part.sum()) - (1 - sparsity) * count) <= 4.0
 
 
-@pytest.mark.parametrize("multiple", [1, 2, 4])
-def test_tied_bundles_fall_evenly_over_the_layers(multiple: int) -> None:
-    space = MaskSpace((Family("ffn", (16, 16, 16), (3,) * 3),))
-    value = torch.full((space.n,), 0.1, dtype=torch.float64)
-    mask = bundled_mask(value, space, budget_of(space, 0.5, "global"), {"ffn": multiple})
-    assert [int(part.sum()) for part in space.per_layer(mask, "ffn")] == [8, 8, 8]
+def test_bundles_by_hand() -> None:
+    """Ten channels in bundles of 4, 4 and 2: the last goes with the second, however cheap it is."""
+    space = MaskSpace((Family("ffn", (10, 4), (1, 1)),))
+    theta = torch.cat([torch.linspace(1.0, 0.55, 10), torch.full((4,), 0.3)]).double()
+
+    def widths(kept: int, least: tuple[int, ...] = ()) -> list[int]:
+        budget = Budget((Constraint("ffn", 0, 14, kept, 14),), least, (4, 4))
+        return [int(part.sum()) for part in space.per_layer(hard_mask(theta, space, budget), "ffn")]
+
+    assert [widths(kept) for kept in (3, 4, 7, 8, 9, 10, 13, 14)] == [
+        [0, 0], [4, 0], [4, 0], [8, 0], [8, 0], [10, 0], [10, 0], [10, 4],
+    ]  # fmt: skip
+    assert widths(10, (0, 1)) == [4, 4]
+    assert widths(12, (9, 0)) == [10, 0]
 
 
-def test_a_bundle_that_does_not_fit_ends_its_layer_and_no_other() -> None:
-    space = MaskSpace((Family("attention", (2,), (10,)), Family("ffn", (6,), (1,))))
-    budget = Budget((Constraint("all", 0, 8, 13, 26),))
-    value = torch.tensor([0.9, 0.8, 0.7, 0.1, 0.6, 0.5, 0.4, 0.2], dtype=torch.float64)
-    mask = bundled_mask(value, space, budget, {"attention": 1, "ffn": 2})
-    assert mask.nonzero().flatten().tolist() == [0, 2, 4]
+def test_a_multiple_may_be_given_for_one_mask_alone() -> None:
+    space = MaskSpace((Family("attention", (4, 4), (5, 5)), Family("ffn", (10, 6), (1, 1))))
+    theta = torch.rand(space.n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    own = budget_of(space, 0.4, "global", 0.25, {"attention": 2, "ffn": 3})
+    bare = budget_of(space, 0.4, "global", 0.25)
+    assert torch.equal(bundled_mask(theta, space, bare, {"attention": 2, "ffn": 3}), hard_mask(theta, space, own))
+
+
+def test_limits_above_the_budget_are_refused() -> None:
+    space = MaskSpace((Family("ffn", (4, 4), (3, 3)),))
+    budget = budget_of(space, 0.5, "per-family", keep_at_least=0.6)
+    with pytest.raises(ValueError, match="ffn: the least widths cost 6 more than the 12 kept"):
+        hard_mask(torch.zeros(8, dtype=torch.float64), space, budget)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgprune_cli.core.space import Family, MaskSpace, budget_of
+from pgprune_cli.core.space import Budget, Family, MaskSpace, budget_of
 
 ATTENTION = Family("attention", (2, 0, 3), (40, 40, 50))
 FFN = Family("ffn", (4, 1, 2), (3, 5, 7))
@@ -40,6 +40,14 @@ def test_evenness_is_the_place_within_the_layer() -> None:
     assert SPACE.evenness.dtype == torch.float64
 
 
+def test_pairs_are_the_layers_of_every_family_in_the_order_of_the_flat_axis() -> None:
+    assert SPACE.pair_counts.tolist() == [2, 0, 3, 4, 1, 2]
+    assert SPACE.pair_costs.tolist() == [40, 40, 50, 3, 5, 7]
+    assert SPACE.pair_starts.tolist() == [0, 2, 2, 5, 9, 10]
+    assert SPACE.pair_of.tolist() == [0, 0, 2, 2, 2, 3, 3, 3, 3, 4, 5, 5]
+    assert torch.equal(SPACE.pair_costs[SPACE.pair_of], SPACE.costs)
+
+
 def test_a_budget_per_family_keeps_the_same_fraction_of_each() -> None:
     attention, ffn = budget_of(SPACE, 0.5, "per-family")
     assert (attention.name, attention.units, attention.kept, attention.total) == ("attention", slice(0, 5), 115, 230)
@@ -69,6 +77,41 @@ def test_the_kept_cost_is_the_nearest_whole_number(counts: list[int], cost: int,
 def test_a_budget_of_everything_and_of_nothing() -> None:
     assert [c.kept for c in budget_of(SPACE, 0.0, "per-family")] == [230, 31]
     assert [c.kept for c in budget_of(SPACE, 1.0, "per-family")] == [0, 0]
+
+
+# --- limits
+
+
+def test_without_limits_nothing_has_to_stay_and_every_width_will_do() -> None:
+    for budget in (budget_of(SPACE, 0.5, "global"), Budget(budget_of(SPACE, 0.5, "global").constraints)):
+        least, multiples = budget.limits(SPACE)
+        assert least.tolist() == [0] * 6
+        assert multiples.tolist() == [1] * 6
+        assert budget.needed(SPACE) == (0,)
+
+
+def test_the_fraction_that_stays_at_least_is_rounded_up_to_whole_units() -> None:
+    budget = budget_of(SPACE, 0.0, "per-family", keep_at_least=0.5)
+    assert budget.limits(SPACE)[0].tolist() == [1, 0, 2, 2, 1, 1]
+    assert budget.needed(SPACE) == (40 + 100, 6 + 5 + 7)
+    assert budget_of(SPACE, 0.0, "global", keep_at_least=0.5).needed(SPACE) == (158,)
+
+
+@given(st.integers(0, 100), st.integers(1, 12_000))
+def test_a_fraction_that_is_a_whole_number_of_units_is_that_number(percent: int, count: int) -> None:
+    """0.07 * 100 is 7.000000000000001 in floating point."""
+    space = MaskSpace((Family("ffn", (count,), (1,)),))
+    assert budget_of(space, 0.0, "global", percent / 100).least == (-(-percent * count // 100),)
+
+
+def test_the_least_width_is_one_that_the_multiple_allows() -> None:
+    space = MaskSpace((Family("attention", (4,), (9,)), Family("ffn", (10, 12, 3), (1, 1, 1))))
+    budget = budget_of(space, 0.0, "global", 0.45, {"ffn": 4})
+    assert budget.least == (2, 5, 6, 2)
+    assert budget.multiples == (1, 4, 4, 4)
+    assert budget.limits(space)[0].tolist() == [2, 8, 8, 3]  # of 3 channels, 0 or all can stay
+    assert budget.needed(space) == (2 * 9 + 8 + 8 + 3,)
+    assert budget_of(space, 0.0, "global", 0.9, {"ffn": 4}).limits(space)[0].tolist() == [4, 10, 12, 3]
 
 
 def test_an_unknown_scope_is_refused() -> None:
