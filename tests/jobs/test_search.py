@@ -17,7 +17,7 @@ from pgprune_cli.checkpoint import FOLDER, latest_checkpoint
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.projection import hard_mask
 from pgprune_cli.core.space import budget_of
-from pgprune_cli.decision import MASKS, RECORD
+from pgprune_cli.decision import MASKS, RECORD, REPAIR, Decision
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs import search as job
 from pgprune_cli.jobs.init_scores import SCORES, Scores, init_scores, load_text
@@ -360,3 +360,43 @@ def test_the_shipped_demo_search_beats_the_metric_alone(seed, tmp_path) -> None:
     searched = search(load(find("demo"), [f"seed={seed}"]), tmp_path / "searched", quiet=True)
     assert searched.sparsity == metric_only.sparsity
     assert searched.heldout_loss < metric_only.heldout_loss - 0.3
+
+
+# --- widths and repair
+
+LAYERS = ("search.policy=layers", "search.samples=4", "search.forwards=12", "reconstruct.method=least-squares")
+LAYERS += ("reconstruct.sequences=8", "calibration.sequences=24")
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_search_over_widths_resumes_bit_for_bit_and_repairs_the_same(step, small, tmp_path) -> None:
+    recipe = small(*LAYERS)
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    first = search(recipe, whole, quiet=True)
+    with after_step(step, kill_self(signal.SIGINT)), pytest.raises(Interrupted):
+        search(recipe, cut, quiet=True)
+    second = search(recipe, cut, quiet=True)
+    assert rows_of(cut) == rows_of(whole)
+    for name in (MASKS, REPAIR):
+        assert (cut / name).read_bytes() == (whole / name).read_bytes()
+    assert second.heldout_loss == first.heldout_loss
+    assert first.forwards == 12
+    assert first.calibration_forwards > 0
+
+
+def test_the_repair_lowers_the_loss_and_is_what_the_decision_carries(small, tmp_path) -> None:
+    plain = search(small("search.forwards=0"), tmp_path / "plain", quiet=True)
+    repaired = search(small("search.forwards=0", "reconstruct.method=least-squares"), tmp_path / "repaired", quiet=True)
+    assert [layer.ffn.tolist() for layer in plain.keep] == [layer.ffn.tolist() for layer in repaired.keep]
+    assert repaired.heldout_loss < plain.heldout_loss
+    again = Decision.load(tmp_path / "repaired").outputs
+    assert again.keys() == repaired.outputs.keys() != set()
+    assert all(torch.equal(again[key].weight, repaired.outputs[key].weight) for key in again)
+    (tmp_path / "repaired" / REPAIR).write_bytes(b"cut")
+    with pytest.raises(UserError, match="missing, damaged, or not the repair"):
+        Decision.load(tmp_path / "repaired")
+
+
+def test_widths_of_whole_blocks_are_refused(small, tmp_path) -> None:
+    with pytest.raises(UserError, match="layer is kept or removed as a whole"):
+        search(small(*LAYERS, "units.families=[layer]"), tmp_path, quiet=True)

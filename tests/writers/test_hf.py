@@ -18,10 +18,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pgprune_cli.arch import LayerKeep
+from pgprune_cli.arch import LayerKeep, Shape
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
-from pgprune_cli.loading import resolve
+from pgprune_cli.loading import load_model, resolve
 from pgprune_cli.writers import hf
 
 GROUPS, CHANNELS, LAYERS = 4, 24, 4
@@ -376,3 +376,47 @@ def test_an_incomplete_or_quantised_base_is_refused(llama, tmp_path):
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="quantised"):
         export(base, tmp_path / "out", keep)
+
+
+def test_an_export_holds_the_repaired_weights(architecture, tmp_path):
+    """The exported model equals the dense one shrunk with the repair, not the one with the kept columns as they were."""
+    from pgprune_cli.reconstruct import repair
+    from pgprune_cli.substrate import Evaluator
+
+    model = tiny_model(architecture)
+    model.save_pretrained(tmp_path / "base")
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(VOCABULARY, (4, 16), generator=generator)
+    shape = Shape.of(model)
+    keep = tuple(
+        LayerKeep(torch.arange(groups) != layer % 2, torch.arange(channels) % 3 != 0)
+        for layer, (groups, channels) in enumerate(zip(shape.kv_groups, shape.channels, strict=True))
+    )
+    outputs = repair(model, keep, [tokens], "least-squares", 1e-3)
+    fingerprint = resolve(str(tmp_path / "base")).fingerprint()
+    decision = Decision(keep, str(tmp_path / "base"), fingerprint, 0.3, "dtype: float32", 1, 2, 3, 2.5, outputs)
+    hf.write(resolve(str(tmp_path / "base")), decision, tmp_path / "small", None, lambda *_: None)
+    exported = load_model(resolve(str(tmp_path / "small")), "float32", "cpu")
+    evaluator = Evaluator(model)
+    with torch.inference_mode():
+        with evaluator.shrunk(keep, outputs) as shrunk:
+            expected = shrunk(tokens).logits
+        with evaluator.shrunk(keep) as unrepaired:
+            other = unrepaired(tokens).logits
+        got = exported(tokens).logits
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert (got - other).abs().max() > 1e-2
+
+
+def test_a_fitted_bias_without_a_place_is_refused(tmp_path):
+    from pgprune_cli.reconstruct import repair
+
+    model = tiny_model("llama-gqa")
+    model.save_pretrained(tmp_path / "base")
+    keep = tuple(LayerKeep(torch.ones(4, dtype=torch.bool), torch.arange(24) > 3) for _ in range(4))
+    outputs = repair(model, keep, [torch.arange(32).view(2, 16)], "bias", 1e-3)
+    fingerprint = resolve(str(tmp_path / "base")).fingerprint()
+    decision = Decision(keep, str(tmp_path / "base"), fingerprint, 0.3, "dtype: float32", 1, 2, 3, 2.5, outputs)
+    with pytest.raises(UserError, match=r"mlp.down_proj.bias: the repair has fitted this bias"):
+        hf.write(resolve(str(tmp_path / "base")), decision, tmp_path / "small", None, lambda *_: None)
+    assert not (tmp_path / "small").exists()

@@ -1,0 +1,51 @@
+"""The comparison: every variant once, nothing twice, and a table people and programs can read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pgprune_cli.errors import UserError
+from pgprune_cli.jobs import compare as job
+from pgprune_cli.jobs.compare import TABLE_JSON, TABLE_MARKDOWN, compare, variants_of
+
+NAMES = ["metric-uniform", "metric-repaired", "layers-repaired"]
+
+
+@pytest.fixture
+def recipe(small):
+    return small("search.samples=4", "reconstruct.method=least-squares", "reconstruct.sequences=8")
+
+
+def test_every_variant_differs_from_every_other(recipe) -> None:
+    recipes = [variant.recipe for variant in variants_of(recipe)]
+    assert len(set(recipes)) == len(recipes) == 11
+    assert len({variant.name for variant in variants_of(recipe)}) == 11
+
+
+def test_a_comparison_is_a_table_and_goes_on_where_it_was(recipe, tmp_path, monkeypatch) -> None:
+    table = compare(recipe, tmp_path, [0, 1], NAMES, limit=2, quiet=True)
+    assert [row["name"] for row in table["rows"]] == ["dense", *NAMES]
+    assert [len(row["runs"]) for row in table["rows"]] == [1, 1, 1, 2]
+    assert json.loads((tmp_path / TABLE_JSON).read_text()) == table
+    searched = table["rows"][-1]
+    pair = [run["perplexity"][0]["ppl"] for run in searched["runs"]]
+    assert searched["mean"]["perplexity"][0]["ppl"] == pytest.approx(sum(pair) / 2)
+    assert all(run["parameters"] < table["rows"][0]["runs"][0]["parameters"] for run in searched["runs"])
+    lines = (tmp_path / TABLE_MARKDOWN).read_text().splitlines()
+    assert [line.split(" | ")[0].removeprefix("| ") for line in lines[4:]] == ["dense", *NAMES]
+
+    def never(*_: object) -> None:
+        raise AssertionError("a finished run was repeated")
+
+    monkeypatch.setattr(job, "search", never)
+    monkeypatch.setattr(job, "open_target", never)
+    assert compare(recipe, tmp_path, [0, 1], NAMES, limit=2, quiet=True) == table
+    with pytest.raises(UserError, match="measured with --limit 2"):
+        compare(recipe, tmp_path, [0], NAMES, limit=3, quiet=True)
+
+
+def test_a_name_that_is_no_variants_is_refused(recipe, tmp_path) -> None:
+    with pytest.raises(UserError, match="--only metrics: expected one of metric-uniform, metric, "):
+        compare(recipe, tmp_path, [0], ["metrics"], None, quiet=True)
