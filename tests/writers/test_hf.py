@@ -379,7 +379,7 @@ def test_an_incomplete_or_quantised_base_is_refused(llama, tmp_path):
 
 
 def test_an_export_holds_the_repaired_weights(architecture, tmp_path):
-    """The exported model equals the dense one shrunk with the repair, not the one with the kept columns as they were."""
+    """The exported model equals the dense one shrunk with the repair, not with the kept columns as they were."""
     from pgprune_cli.reconstruct import repair
     from pgprune_cli.substrate import Evaluator
 
