@@ -33,7 +33,9 @@ BELOW = {
     "loading": {"atomic", "errors", "writers"},
     "writers": {"arch", "atomic", "core", "decision", "errors", "loading", "writers"},
     "report": {"atomic", "errors", "report"},
-    "reconstruct": {"arch", "core", "errors", "substrate"},
+    "reconstruct": {"arch", "core", "errors", "streaming", "substrate"},
+    "costs": {"arch", "atomic", "errors", "streaming", "substrate"},
+    "budget": {"arch", "core", "costs", "errors", "progress", "recipe", "substrate"},
 }
 ABOVE = {"jobs", "cli", "__main__"}  # may import anything but what is said of them below
 
