@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from pgprune_cli.arch import UnitCosts
 from pgprune_cli.core.space import Budget, MaskSpace, budget_of
 from pgprune_cli.costs import COSTS, flops, kv_cache, latency_of_run
@@ -61,10 +63,17 @@ def _refuse_what_cannot_be(recipe: Recipe, space: MaskSpace, budget: Budget) -> 
                 f"budget.ffn_multiple: {wanted.ffn_multiple} is more than the {max(family.counts)} channels "
                 "of a layer; lower it"
             )
-        span = space.slice_of("ffn")
-        kept = next(c.kept for c in budget if c.start <= span.start and span.stop <= c.stop)
-        if all(min(wanted.ffn_multiple, n) * cost > kept for n, cost in zip(family.counts, family.costs, strict=True)):
+        if not any(
+            min(wanted.ffn_multiple, count) * cost <= kept
+            for count, cost, kept in zip(family.counts, family.costs, _kept(space, budget, "ffn"), strict=True)
+        ):
             raise UserError(
                 f"budget.ffn_multiple: not even {wanted.ffn_multiple} channels of one layer fit into what "
                 f"budget.sparsity {wanted.sparsity} leaves; lower one of them"
             )
+
+
+def _kept(space: MaskSpace, budget: Budget, name: str) -> list[int]:
+    """What the constraint over each layer of a family keeps."""
+    starts = [part[0] if len(part) else -1 for part in space.per_layer(torch.arange(space.n), name)]
+    return [next((c.kept for c in budget if c.start <= start < c.stop), 0) for start in starts]

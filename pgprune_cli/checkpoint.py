@@ -10,34 +10,37 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
+from torch import Tensor
 
 from pgprune_cli.atomic import checksum, read_json, read_tensors, sync_directory, write_bytes, write_json
 from pgprune_cli.core.step import SearchState
+from pgprune_cli.core.widths import WidthState
 from pgprune_cli.errors import UserError
 
-VERSION = 1
+VERSION = 2
 KEPT = 2
 FOLDER = "checkpoints"
 TENSORS = "state.safetensors"
 RECORD = "state.json"
+STATES: dict[str, type[SearchState] | type[WidthState]] = {"units": SearchState, "layers": WidthState}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """Everything a search goes on from.
 
-    state: θ, moving baseline, step and mask generator; data_position: batches drawn; schedule: [name, full rate,
+    state: of the policy, its parameters, step and generator; data_position: batches drawn; schedule: [name, full rate,
     steps] of the learning rate; bad_steps: how many steps in a row had no finite loss; forwards: model evaluations so
     far; seconds: of search so far; history_bytes: length of `metrics.jsonl`; identity: digest of the recipe and
     scores that the search belongs to.
     """
 
-    state: SearchState
+    state: SearchState | WidthState
     data_position: int
     schedule: tuple[str, float, int]
     bad_steps: int
@@ -57,12 +60,13 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
     temporary = folder / f".{target.name}.{os.getpid()}.tmp"
     temporary.mkdir(parents=True, exist_ok=True)  # a killed process of the same number, as in containers, left it
     try:
-        write_bytes(temporary / TENSORS, save({"theta": state.theta, "rng": state.rng}))
+        values = {entry.name: getattr(state, entry.name) for entry in fields(state)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        write_bytes(temporary / TENSORS, save(tensors))
         record = {
             "version": VERSION,
-            "step": state.step,
-            "baseline": state.baseline,
-            "skipped": state.skipped,
+            "policy": next(name for name, kind in STATES.items() if isinstance(state, kind)),
+            **{name: value for name, value in values.items() if name not in tensors},
             "data_position": checkpoint.data_position,
             "schedule": list(checkpoint.schedule),
             "bad_steps": checkpoint.bad_steps,
@@ -99,7 +103,9 @@ def _load(folder: Path, older: list[Path]) -> Checkpoint:
             raise UserError(f"{TENSORS} is not what was written")
         tensors = read_tensors(folder / TENSORS)
         name, rate, steps = record["schedule"]
-        state = SearchState(tensors["theta"], record["baseline"], record["step"], record["skipped"], tensors["rng"])
+        kind = STATES[record["policy"]]
+        values: dict[str, Any] = record | tensors
+        state = kind(**{entry.name: values[entry.name] for entry in fields(kind)})
         return Checkpoint(
             state,
             record["data_position"],

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -68,22 +70,17 @@ def init_scores(
     _print(result, as_json, f"{run / SCORES}: {scores.metric} of {loaded.model}")
 
 
-@app.command(epilog="Example: pgprune search llama2-7b-50 --set search.steps=2000 --out runs/short")
+@app.command(epilog="Example: pgprune search llama2-7b-50 --set search.forwards=2000 --out runs/short")
 def search(
     recipe: RecipeName, out: Out = None, overrides: Set = None, quiet: Quiet = False, as_json: AsJson = False
 ) -> None:
     """Search which units to keep. Goes on by itself where an earlier call was stopped."""
     loaded, run = _open(recipe, out, overrides or [])
     from pgprune_cli.decision import MASKS
-    from pgprune_cli.jobs.search import Interrupted, search
+    from pgprune_cli.jobs.search import search
 
-    try:
+    with _resumable():
         decision = search(loaded, run, quiet)
-    except Interrupted as stopped:
-        again = " ".join(["pgprune", *map(_quoted, sys.argv[1:])])
-        _complain(f"stopped after step {stopped.step}, which is saved; to go on: {again}")
-        code = ExitCode.INTERRUPTED if stopped.signum == 2 else ExitCode.TERMINATED
-        raise typer.Exit(code) from None
     result = {
         "run": str(run),
         "decision": str(run / MASKS),
@@ -184,12 +181,50 @@ def evaluate(
         _table(results)
 
 
+@app.command(epilog="Example: pgprune compare smollm2-135m-30 --seeds 0,1,2 --limit 512")
+def compare(
+    recipe: RecipeName,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="DIR", help="Where the runs go.  [default: runs/compare/<recipe>]")
+    ] = None,
+    overrides: Set = None,
+    seeds: Annotated[str, typer.Option(metavar="LIST", help="Seeds of the variants that search.")] = "0",
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="VARIANT", help="This row only; repeatable.  [default: all]")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="At most so many windows of each corpus, spread over it.")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the paper's ablation on the recipe's model: metric, start, allocation and repair, each with and without.
+
+    Long, and resumable: the same command goes on where an earlier call was stopped.
+    """
+    try:
+        numbers = list(dict.fromkeys(int(seed) for seed in seeds.split(",")))
+    except ValueError:
+        raise UserError(f"--seeds {seeds}: expected whole numbers with commas, such as 0,1,2") from None
+    loaded, run = _open(recipe, out, overrides or [], Path("runs/compare"))
+    from pgprune_cli.jobs.compare import TABLE_MARKDOWN, cells, compare
+
+    with _resumable():
+        table = compare(loaded, run, numbers, only or [], limit, quiet)
+    if as_json:
+        print(json.dumps(table))
+        return
+    headings, rows = cells(table)
+    _grid(headings, rows)
+    print(f"{run / TABLE_MARKDOWN}")
+
+
 @app.command(epilog="Example: pgprune recipes")
 def recipes(as_json: AsJson = False) -> None:
     """List the recipes that ship."""
-    from pgprune_cli.recipe import shipped, summary
+    from pgprune_cli.recipe import name_of, shipped, summary
 
-    listed = {path.stem: summary(path) for path in shipped()}
+    listed = {name_of(path): summary(path) for path in shipped()}
     width = max(map(len, listed))
     _print({"recipes": listed}, as_json, "\n".join(f"{name:<{width}}  {text}" for name, text in listed.items()))
 
@@ -220,12 +255,26 @@ def main() -> NoReturn:
     sys.exit(code)
 
 
-def _open(name: str, out: Path | None, overrides: list[str]) -> tuple[Recipe, Path]:
+def _open(name: str, out: Path | None, overrides: list[str], runs: Path = Path("runs")) -> tuple[Recipe, Path]:
     """The recipe, and the run directory it is for."""
-    from pgprune_cli.recipe import find, load
+    from pgprune_cli.recipe import find, load, name_of
 
     path = find(name)
-    return load(path, overrides), out or Path("runs") / path.stem
+    return load(path, overrides), out or runs / name_of(path)
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    """Turns a saved stop of a search into its exit code, and says how to go on."""
+    from pgprune_cli.jobs.search import Interrupted
+
+    try:
+        yield
+    except Interrupted as stopped:
+        again = " ".join(["pgprune", *map(_quoted, sys.argv[1:])])
+        _complain(f"stopped after step {stopped.step}, which is saved; to go on: {again}")
+        code = ExitCode.INTERRUPTED if stopped.signum == 2 else ExitCode.TERMINATED
+        raise typer.Exit(code) from None
 
 
 def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
@@ -241,6 +290,18 @@ def _quoted(word: str) -> str:
     import shlex
 
     return shlex.quote(word)
+
+
+def _grid(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if place < 2 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
 
 
 def _table(results: list[dict[str, Any]]) -> None:

@@ -1,23 +1,27 @@
 """The decision: which units stay, in which model, under which budget, from which recipe. Small and replayable.
 
 `decision.safetensors` holds a bool tensor `layers.<l>.attention` (over KV groups) and `layers.<l>.ffn` (over channels)
-for every layer; `decision.json` says where it comes from, and carries the checksum of the masks.
+for every layer; `decision.json` says where it comes from, and carries the checksum of the masks. Where the kept weights
+were repaired, `repair.safetensors` holds the output projections, `layers.<l>.attention.weight` (hidden, kept inputs)
+and so on, and the record its checksum.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from pgprune_cli import __version__
-from pgprune_cli.arch import Keep, LayerKeep
+from pgprune_cli.arch import Keep, LayerKeep, Output, Outputs
 from pgprune_cli.atomic import checksum, read_json, read_tensors, write_bytes, write_json
 from pgprune_cli.errors import UserError
 
 MASKS = "decision.safetensors"
 RECORD = "decision.json"
+REPAIR = "repair.safetensors"
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,10 @@ class Decision:
     """A keep decision and its origin.
 
     model: as the recipe names it; fingerprint: of the base's config and weights; sparsity: the fraction of the
-    prunable parameters that is removed in fact; recipe: the resolved recipe as YAML; forwards: model evaluations spent
-    on the search; heldout_loss: of the hard mask on held-out calibration text, nats per token.
+    prunable parameters that is removed in fact; recipe: the resolved recipe as YAML; forwards: model evaluations of the
+    search; calibration_forwards: passes of scoring and repair, counted in the search's batches; heldout_loss: of the
+    pruned and repaired model on held-out calibration text, nats per token; outputs: the repaired output projections;
+    budget: what was budgeted (`of`) and the fraction of it that is `kept` in fact.
     """
 
     keep: Keep
@@ -36,7 +42,10 @@ class Decision:
     recipe: str
     steps: int
     forwards: int
+    calibration_forwards: int
     heldout_loss: float | None
+    outputs: Outputs = field(default_factory=dict)
+    budget: dict[str, str | float] = field(default_factory=dict)
 
     def save(self, run: Path) -> None:
         """Writes both files into `run`, each whole or not at all; the record, which names the masks, last."""
@@ -47,11 +56,19 @@ class Decision:
             tensors[f"layers.{index}.attention"] = layer.attention
             tensors[f"layers.{index}.ffn"] = layer.ffn
         write_bytes(run / MASKS, save(tensors))
-        record = {key: value for key, value in asdict(self).items() if key != "keep"}
+        record = {name: getattr(self, name) for name in self._recorded()}
+        if self.outputs:
+            write_bytes(run / REPAIR, save(_flat(self.outputs)))
+        record["repair_sha256"] = checksum(run / REPAIR) if self.outputs else None
+        record["budget"] = self.budget
         record["kept"] = [{"attention": int(x.attention.sum()), "ffn": int(x.ffn.sum())} for x in self.keep]
         record["masks_sha256"] = checksum(run / MASKS)
         record["pgprune"] = __version__
         write_json(run / RECORD, record)
+
+    @classmethod
+    def _recorded(cls) -> list[str]:
+        return [entry.name for entry in fields(cls) if entry.name not in ("keep", "outputs", "budget")]
 
     @classmethod
     def load(cls, run: Path) -> Decision:
@@ -67,6 +84,32 @@ class Decision:
                 LayerKeep(tensors[f"layers.{i}.attention"].to(torch.bool), tensors[f"layers.{i}.ffn"].to(torch.bool))
                 for i in range(len(record["kept"]))
             )
-            return cls(keep, **{name: record[name] for name in cls.__dataclass_fields__ if name != "keep"})
+            values = {name: record[name] for name in cls._recorded()}
+            # decisions of before there were budgets of anything but parameters say nothing of theirs
+            return cls(keep, **values, outputs=_load_outputs(run, record), budget=record.get("budget", {}))
         except KeyError as missing:
             raise UserError(f"{run / RECORD}: {missing} is missing; the file is not a whole decision") from None
+
+
+def _flat(outputs: Outputs) -> dict[str, torch.Tensor]:
+    flat = {}
+    for (index, name), output in outputs.items():
+        for key, value in zip(("weight", "bias"), output, strict=True):
+            if value is not None:
+                flat[f"layers.{index}.{name}.{key}"] = value.cpu().contiguous()
+    return flat
+
+
+def _load_outputs(run: Path, record: dict[str, Any]) -> Outputs:
+    wanted = record.get("repair_sha256")  # decisions of before there was a repair have none
+    if wanted is None:
+        return {}
+    if not (run / REPAIR).exists() or checksum(run / REPAIR) != wanted:
+        raise UserError(f"{run / REPAIR}: missing, damaged, or not the repair that {RECORD} describes; search again")
+    tensors = read_tensors(run / REPAIR)
+    outputs: Outputs = {}
+    for key in tensors:
+        _, index, name, part = key.split(".")
+        if part == "weight":
+            outputs[int(index), name] = Output(tensors[key], tensors.get(f"layers.{index}.{name}.bias"))
+    return outputs

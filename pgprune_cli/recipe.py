@@ -72,7 +72,7 @@ Positive = Annotated[float, Range(0, above=True)]
 Fraction = Annotated[float, Range(0, 1)]
 Family = Literal["attention", "ffn", "attention-block", "ffn-block", "layer"]
 Measure = Literal["parameters", "flops", "kv-cache", "latency"]
-MetricName = Literal["wanda-sp", "magnitude", "random", "uniform"]
+MetricName = Literal["wanda-sp", "flap", "obs", "taylor", "magnitude", "random", "uniform"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,11 +95,11 @@ class Units:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How much goes: a fraction of what all units cost, of each family or of all families together."""
+    """How much goes: a fraction of what units cost, of all together, of each family or of each layer of a family."""
 
     sparsity: Fraction
     of: Measure = "parameters"  # what sparsity is a fraction of; latency is measured on the device
-    scope: Literal["per-family", "global"] = "per-family"
+    scope: Literal["per-family", "global", "per-layer"] = "global"
     context: Count = 2048  # tokens at which FLOPs, KV-cache bytes and latency are counted
     keep_at_least: Fraction = 0.0  # of the units of every layer and family
     ffn_multiple: Count = 1  # FFN widths are multiples of it, or a layer's whole width
@@ -109,7 +109,7 @@ class Budget:
 class Saliency:
     """The metric that seeds the policy, and the calibration text it reads."""
 
-    metric: MetricName = "wanda-sp"
+    metric: MetricName = "obs"
     sequences: Count = 128
     seqlen: Length = 1024  # tokens a window
 
@@ -194,7 +194,7 @@ _REQUIRED = [key for key, _, required in _walk(Recipe) if required]
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, what it extends, and then `overrides` ("search.forwards=200", a value in YAML; the last one wins).
+    """Read a recipe, what it extends, and then `overrides` ("search.forwards=200", YAML; the last one wins).
 
     Raises:
         UserError: with every fault found, a line each; a fault in a value that is overridden counts too.
@@ -223,17 +223,25 @@ def find(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.suffix == ".yaml" and is_file(path):
         return path
-    by_name = {recipe.stem: recipe for recipe in shipped()}
+    by_name = {name_of(recipe): recipe for recipe in shipped()}
     name = name_or_path.removesuffix(".yaml")
     if name in by_name:
         return by_name[name]
-    hint = nearest(Path(name).name, by_name, most=3) or ";"
+    near = nearest(name, by_name, most=3) or nearest(Path(name).name, by_name, most=3)
+    hint = near or ";"
     raise UserError(one_line(f"{name_or_path}: no such recipe{hint} `pgprune recipes` lists those that ship"))
 
 
 def shipped() -> list[Path]:
     """The recipes that come with pgprune, sorted; bases (`_*.yaml`), which only others extend, are not among them."""
-    return sorted(path for path in _shipped_folder().glob("*.yaml") if not path.name.startswith("_"))
+    return sorted(path for path in _shipped_folder().rglob("*.yaml") if not path.name.startswith("_"))
+
+
+def name_of(path: Path) -> str:
+    """What a recipe is called: `llama2-7b-50`, or with its folder `paper/llama2-7b-50` where it ships in one."""
+    folder = _shipped_folder()
+    inside = path.resolve().is_relative_to(folder.resolve())
+    return (path.resolve().relative_to(folder.resolve()) if inside else Path(path.name)).with_suffix("").as_posix()
 
 
 def dump(recipe: Recipe) -> str:

@@ -2,14 +2,14 @@
 
 With C = E[x xᵀ] the second moments of the output projection's inputs, collected through the already pruned prefix, and
 S the kept columns:   W_S ← (W C[:,S] + λ W_S) (C[S,S] + λ I)⁻¹.   Forward passes and one Cholesky factor a block; only
-one block's moments exist at a time. λ pulls towards the weights as they are, so that no direction that the text does
+one layer's moments exist at a time. λ pulls towards the weights as they are, so that no direction that the text does
 not excite is changed. A token counts by 1 / ‖its residual stream‖²: what follows is normalised, and the attention
 sinks, a thousand times as large as other tokens, would be all that counts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -18,11 +18,15 @@ from torch import Tensor, nn
 
 from pgprune_cli.arch import Block, Keep, Output, Outputs, Shape
 from pgprune_cli.core.space import MaskSpace
-from pgprune_cli.streaming import Stream, layer_inputs
+from pgprune_cli.core.widths import FEW
+from pgprune_cli.streaming import Stream, Watch, layer_inputs
 from pgprune_cli.substrate import shrunk_block
 
 LEVELS = 16
 """Widths of a block that a search chooses among: multiples of a sixteenth of its units."""
+
+PASSES = 2
+"""Forward passes over its text that a repair costs at most: one behind the other, to observe and to go on."""
 
 
 @dataclass(frozen=True)
@@ -33,37 +37,60 @@ class Moments:
     first: Tensor
 
 
+class _Collector:
+    """Watches one layer run and sums the moments of some of its blocks."""
+
+    def __init__(self, shape: Shape, names: Sequence[str]) -> None:
+        blocks = dict(shape.spec.blocks())
+        self.outputs = {name: f"{blocks[name].module}.{blocks[name].output.name}" for name in names}
+        self.norm = shape.spec.ffn.norm
+        self.pending: Tensor | None = None
+        self.weight = torch.empty(0)
+        self.sums: dict[str, Moments] = {}
+        self.total = torch.zeros((), dtype=torch.float64)
+
+    @property
+    def watch(self) -> Watch:
+        # The norm in front of the FFN reads the residual stream after attention: after the inputs of o, before down's.
+        watch: dict[str, Callable[[Tensor], None]] = {self.norm: self._residual}
+        if "attention" in self.outputs:
+            watch[self.outputs["attention"]] = self._wait
+        if "ffn" in self.outputs:
+            watch[self.outputs["ffn"]] = lambda inputs: self._add("ffn", inputs)
+        return watch
+
+    def moments(self, name: str) -> Moments:
+        return Moments(self.sums[name].second / self.total, self.sums[name].first / self.total)
+
+    def _wait(self, inputs: Tensor) -> None:
+        self.pending = inputs
+
+    def _residual(self, residual: Tensor) -> None:
+        squares = residual.flatten(0, -2).float().square().mean(-1, keepdim=True)
+        self.weight = squares.clamp_min(1e-12).reciprocal()
+        self.total = self.total.to(squares.device) + self.weight.sum().double()
+        if self.pending is not None:
+            self._add("attention", self.pending)
+            self.pending = None
+
+    def _add(self, name: str, inputs: Tensor) -> None:
+        x = inputs.flatten(0, -2).float()
+        heavy = x * self.weight
+        second, first = (heavy.T @ x).double(), heavy.sum(0).double()
+        before = self.sums.get(name)
+        if before is not None:
+            second, first = before.second.add_(second), before.first.add_(first)
+        self.sums[name] = Moments(second, first)
+
+
 def observe_moments(stream: Stream, index: int, shape: Shape, name: str) -> Moments:
     """Moments of the inputs of the output projection of block `name` in layer `index`, over all of the stream.
 
     Runs the layer as it is now and leaves the stream where it was.
     """
-    spec = shape.spec
-    block = dict(spec.blocks())[name]
-    output = f"{block.module}.{block.output.name}"
-    inputs: list[Tensor] = []
-    residuals: list[Tensor] = []
-    sums: dict[str, Tensor] = {}
-
-    def add() -> None:
-        if not inputs or not residuals:
-            return
-        x, residual = inputs.pop().flatten(0, -2).float(), residuals.pop().flatten(0, -2).float()
-        weight = residual.square().mean(-1, keepdim=True).clamp_min(1e-12).reciprocal()
-        heavy = x * weight
-        for key, value in (("second", heavy.T @ x), ("first", heavy.sum(0)), ("weight", weight.sum())):
-            sums[key] = sums.get(key, 0.0) + value.double()
-
-    def see(kept: list[Tensor]) -> Callable[[Tensor], None]:
-        def note(value: Tensor) -> None:
-            kept.append(value)
-            add()
-
-        return note
-
-    # the norm in front of the FFN reads the residual stream after attention, whichever block is observed
-    stream.observe(index, {output: see(inputs), spec.ffn.norm: see(residuals)})
-    return Moments(sums["second"] / sums["weight"], sums["first"] / sums["weight"])
+    collector = _Collector(shape, [name])
+    stream.observe(index, collector.watch)
+    return collector.moments(name)
 
 
 def repaired_output(
@@ -135,16 +162,18 @@ def _repaired(layer: nn.Module, block: Block, mask: Tensor, moments: Moments, me
 
 @dataclass(frozen=True)
 class WidthTable:
-    """Every block at LEVELS widths, as if it alone were cut: what each costs, and its repaired output projection.
+    """Every block at many widths, as if it alone were cut: what each costs, and its repaired output projection.
 
     errors: per (layer, block) the error `(count + 1,)` float64 of keeping 0, 1, … units, relative to the residual
     stream, interpolated between the widths that were solved for; orders: the units `(count,)` by falling saliency;
-    outputs: per (layer, block) and solved width the projection on the first units of the order, None without repair.
+    outputs: per (layer, block) with many units and per solved width the projection on the first units of the order;
+    solve: per (layer, block) with few units what repairs any mask of them. Neither is filled without repair.
     """
 
     errors: Mapping[tuple[int, str], Tensor]
     orders: Mapping[tuple[int, str], Tensor]
     outputs: Mapping[tuple[int, str], Mapping[int, Output]]
+    solve: Mapping[tuple[int, str], Callable[[Tensor], Output]]
 
     def priorities(self, space: MaskSpace) -> Tensor:
         """log of (error that a unit's removal adds / its cost), `(n,)` float64: falling along every layer's order."""
@@ -161,13 +190,19 @@ class WidthTable:
         return torch.cat(parts)
 
     def outputs_for(self, keep: Keep) -> Outputs:
-        """The repaired projections for a decision of solved widths along the orders; none for whole or empty blocks."""
+        """The repaired projections for a decision; none for whole or empty blocks.
+
+        Blocks of many units are at a solved width, along their order.
+        """
         found: Outputs = {}
-        for (index, name), at in self.outputs.items():
+        for index, name in self.outputs.keys() | self.solve.keys():
             mask = keep[index].of(name)
-            width = int(mask.sum())
-            if 0 < width < len(mask):
-                found[index, name] = at[width]
+            if not mask.any() or mask.all():
+                continue
+            if solve := self.solve.get((index, name)):
+                found[index, name] = solve(mask)
+            else:
+                found[index, name] = self.outputs[index, name][int(mask.sum())]
         return found
 
 
@@ -183,23 +218,45 @@ def width_table(
 
     `saliency` per (layer, block) gives the order in which units go. With the kept units first in C, one Cholesky
     factor serves all widths: that of a leading block is the leading block of the factor. Without `solve` the errors
-    are those of the removal alone. Memory: one block's moments, and the outputs on the CPU in the model's dtype.
+    are those of the removal alone. Memory: one block's moments, and the outputs on the CPU in the model's dtype; of a
+    block with few units the moments, for masks that are no leading part of the order.
     """
     shape = Shape.of(model)
     stream = layer_inputs(model, batches)
-    errors, orders, outputs = {}, {}, {}
+    errors, orders, outputs, solvers = {}, {}, {}, {}
     for index, layer in enumerate(stream.layers):
+        collector = _Collector(shape, [name for name, _ in shape.spec.blocks() if (index, name) in saliency])
+        stream.advance(index, collector.watch)
         for name, block in shape.spec.blocks():
             if (index, name) not in saliency:
                 continue
             linear = layer.get_submodule(f"{block.module}.{block.output.name}")
             order = saliency[index, name].argsort(descending=True, stable=True)
-            moments = observe_moments(stream, index, shape, name)
+            moments = collector.moments(name)
             key = index, name
             orders[key] = order
-            errors[key], outputs[key] = _solve_levels(linear, moments, order, damping, solve)
-        stream.advance(index)
-    return WidthTable(errors, orders, outputs)
+            errors[key], at_levels = _solve_levels(linear, moments, order, damping, solve)
+            if solve and len(order) <= FEW:
+                solvers[key] = _Solver(linear, moments, damping)
+            elif solve:
+                outputs[key] = at_levels
+    return WidthTable(errors, orders, outputs, solvers)
+
+
+class _Solver:
+    """Repairs any mask of one block's few units; remembers what it has solved."""
+
+    def __init__(self, linear: nn.Module, moments: Moments, damping: float) -> None:
+        self.linear, self.moments, self.damping = linear, moments, damping
+        self.known: dict[tuple[bool, ...], Output] = {}
+
+    def __call__(self, mask: Tensor) -> Output:
+        key = tuple(mask.tolist())
+        if key not in self.known:
+            weight, bias = self.linear.weight, self.linear.bias
+            columns = _columns(mask.nonzero().squeeze(1), len(mask), weight.shape[1]).to(weight.device)
+            self.known[key] = repaired_output(weight, bias, self.moments, columns, self.damping, False)
+        return self.known[key]
 
 
 def _solve_levels(

@@ -21,11 +21,16 @@ SMALL = (
     "calibration.heldout=4",
     "saliency.sequences=4",
     "saliency.seqlen=32",
-    "search.steps=6",
+    "search.policy=units",
+    "search.forwards=12",
+    "search.samples=2",
+    "search.learning_rate=0.05",
+    "policy.temperature=0.3",
+    "reconstruct.method=none",
     "search.checkpoint_every=100",
     "search.evaluate_every=3",
 )
-"""Overrides that cut the demo's recipe down to a second."""
+"""Overrides that cut the demo's recipe down to a second: six steps of the units policy, no repair."""
 
 
 def tiny_config(architecture: str):

@@ -21,7 +21,7 @@ def recipe_with(families: tuple[str, ...] = ("attention", "ffn"), **budget) -> R
         model="demo",
         calibration=Calibration(corpus="demo"),
         units=Units(families=families),
-        budget=Budget(**{"sparsity": 0.5} | budget),
+        budget=Budget(**{"sparsity": 0.5, "scope": "per-family"} | budget),
     )
 
 
@@ -80,6 +80,17 @@ def test_a_multiple_may_be_too_coarse_for_the_model_or_for_the_budget() -> None:
         "budget.ffn_multiple: not even 20 channels of one layer fit into what budget.sparsity 0.85 leaves; "
         "lower one of them"
     )
+
+
+def test_in_a_budget_for_every_layer_each_pays_for_itself(tmp_path: Path) -> None:
+    space, budget = budget_for(
+        recipe_with(scope="per-layer", ffn_multiple=8, keep_at_least=0.3), EVALUATOR, tmp_path, "abc", quiet=True
+    )
+    mask = hard_mask(torch.linspace(0, 1, space.n, dtype=torch.float64), space, budget)
+    widths = [int(part.sum()) for name in ("attention", "ffn") for part in space.per_layer(mask, name)]
+    assert widths == [2, 2, 2, 2, 8, 8, 8, 8]
+    assert refusal(scope="per-layer", ffn_multiple=16).startswith("budget.ffn_multiple: not even 16 channels")
+    assert "(attention of layer 0)" in refusal(scope="per-layer", sparsity=0.7, keep_at_least=0.3)
 
 
 def test_a_multiple_of_channels_does_not_matter_where_none_are_pruned(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from conftest import SMALL
 from pgprune_cli import cli
 from pgprune_cli.decision import MASKS
 from pgprune_cli.errors import RunError
-from pgprune_cli.recipe import shipped
+from pgprune_cli.recipe import name_of, shipped
 
 SET = [word for override in SMALL for word in ("--set", override)]
 
@@ -138,19 +138,19 @@ def test_quiet_is_quiet(command, pgprune) -> None:
 def test_the_recipes_that_ship_are_listed(pgprune) -> None:
     code, out, err = pgprune("recipes")
     assert (code, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines()] == [path.stem for path in shipped()]
-    assert json.loads(pgprune("recipes", "--json")[1])["recipes"].keys() == {path.stem for path in shipped()}
+    assert [line.split()[0] for line in out.splitlines()] == [name_of(path) for path in shipped()]
+    assert json.loads(pgprune("recipes", "--json")[1])["recipes"].keys() == {name_of(path) for path in shipped()}
 
 
 # --- what is wrong
 
 
 def test_a_bad_recipe_is_two_lines_for_two_faults(pgprune) -> None:
-    Path("mine.yaml").write_text("extends: demo\nsearch:\n  step: 3\nbudget:\n  sparsity: 2\n")
+    Path("mine.yaml").write_text("extends: demo\nsearch:\n  forward: 3\nbudget:\n  sparsity: 2\n")
     assert pgprune("search", "mine.yaml") == (
         2,
         "",
-        "pgprune: mine.yaml:3: search.step: unknown key, did you mean search.steps?\n"
+        "pgprune: mine.yaml:3: search.forward: unknown key, did you mean search.forwards?\n"
         "pgprune: mine.yaml:5: budget.sparsity: expected 0 <= value < 1, got 2.0\n",
     )
 
@@ -159,9 +159,15 @@ def test_a_bad_recipe_is_two_lines_for_two_faults(pgprune) -> None:
     ("arguments", "said"),
     [
         (["search", "lama2-7b-50"], "lama2-7b-50: no such recipe, did you mean llama2-7b-50"),
-        (["search", "demo", "--set", "search.steps"], "--set search.steps: expected KEY=VALUE with a recipe's key"),
+        (
+            ["search", "demo", "--set", "search.forwards"],
+            "--set search.forwards: expected KEY=VALUE with a recipe's key",
+        ),
         (["search", "demo", "--set", "model=nowhere"], "nowhere: no such directory or .gguf file, and not a hub name"),
-        (["init-scores", "demo", "--metric", "wanda"], "expected wanda-sp, magnitude, random or uniform"),
+        (
+            ["init-scores", "demo", "--metric", "wanda"],
+            "expected wanda-sp, flap, obs, taylor, magnitude, random or uniform",
+        ),
         (["export", "nowhere", "--out", "x"], "nowhere: no finished decision here; `pgprune search` writes"),
         (["eval", "nowhere"], "nowhere: no such directory or .gguf file, and not a hub name"),
         (["eval", "demo", "--ppl", "c4="], "--ppl c4=: expected a corpus name or NAME=FILE"),
@@ -220,7 +226,7 @@ def test_a_bug_of_ours_shows_its_traceback(pgprune, monkeypatch) -> None:
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_search_says_how_to_go_on_and_does(signum, code) -> None:
-    many = [*SET, "--set", "search.steps=100000", "--set", "search.checkpoint_every=100000"]
+    many = [*SET, "--set", "search.forwards=200000", "--set", "search.checkpoint_every=100000"]
     program = [sys.executable, "-m", "pgprune_cli", "search", "demo", "--out", "a run", *many]
     started = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     history = Path("a run/metrics.jsonl")
@@ -243,7 +249,7 @@ def test_a_stopped_search_says_how_to_go_on_and_does(signum, code) -> None:
 
 def test_the_command_that_goes_on_finishes_the_search() -> None:
     """The same command twice: stopped once it runs, then left alone."""
-    program = [sys.executable, "-m", "pgprune_cli", "search", "demo", *SET, "--set", "search.steps=150", "--json"]
+    program = [sys.executable, "-m", "pgprune_cli", "search", "demo", *SET, "--set", "search.forwards=300", "--json"]
     started = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     history = Path("runs/demo/metrics.jsonl")
     while not (history.exists() and history.stat().st_size) and started.poll() is None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pgprune_cli import recipe
 from pgprune_cli.errors import UserError
-from pgprune_cli.recipe import Recipe, dump, find, load, shipped, summary
+from pgprune_cli.recipe import Recipe, dump, find, load, name_of, shipped, summary
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MINIMAL = "model: demo\ncalibration: {corpus: demo}\nbudget: {sparsity: 0.5}\n"
@@ -42,25 +42,27 @@ def read(text: str, *overrides: str) -> Recipe:
 # --- what is read
 
 
-def test_defaults_are_the_references() -> None:
+def test_defaults() -> None:
     got = read(MINIMAL)
     assert (got.dtype, got.device, got.seed) == ("bfloat16", "auto", 0)
     assert got.calibration == recipe.Calibration(corpus="demo", sequences=120_000, seqlen=128, batch=8, heldout=32)
     assert got.units.families == ("attention", "ffn")
     assert got.budget == recipe.Budget(
-        sparsity=0.5, of="parameters", scope="per-family", context=2048, keep_at_least=0.0, ffn_multiple=1
+        sparsity=0.5, of="parameters", scope="global", context=2048, keep_at_least=0.0, ffn_multiple=1
     )
-    assert got.saliency == recipe.Saliency(metric="wanda-sp", sequences=128, seqlen=1024)
+    assert got.saliency == recipe.Saliency(metric="obs", sequences=128, seqlen=1024)
     assert got.policy == recipe.Policy(start="sigmap", temperature=1.0)
     assert got.search == recipe.Search(
-        estimator="paper",
-        steps=15_000,
-        samples=2,
-        learning_rate=2e-3,
+        policy="layers",
+        forwards=320,
+        samples=16,
+        estimator="rloo",
+        learning_rate=0.0,
         schedule="cosine",
         checkpoint_every=100,
         evaluate_every=100,
     )
+    assert got.reconstruct == recipe.Reconstruct(method="least-squares", sequences=384, damping=1e-3)
     assert got.evaluation == recipe.Evaluation(corpora=("wikitext2",), seqlen=(128, 2048))
 
 
@@ -141,10 +143,10 @@ def test_contradictions_are_told_together() -> None:
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ("steps: 3", "steps: unknown key, did you mean search.steps?"),
-        ("stpes: 3", "stpes: unknown key, did you mean search.steps?"),
-        ("search: {stpes: 3}", "search.stpes: unknown key, did you mean search.steps?"),
-        ("searhc: {steps: 3}", "searhc: unknown key, did you mean search?"),
+        ("forwards: 3", "forwards: unknown key, did you mean search.forwards?"),
+        ("forwrads: 3", "forwrads: unknown key, did you mean search.forwards?"),
+        ("search: {forwrads: 3}", "search.forwrads: unknown key, did you mean search.forwards?"),
+        ("searhc: {forwards: 3}", "searhc: unknown key, did you mean search?"),
         ("extend: _base", "extend: unknown key, did you mean extends?"),
         (
             "search: {seqlen: 3}",
@@ -152,17 +154,17 @@ def test_contradictions_are_told_together() -> None:
         ),
         ("saliency: {seqlne: 3}", "saliency.seqlne: unknown key, did you mean saliency.seqlen?"),
         ("policy: {zzz: 3}", "policy.zzz: unknown key, expected start or temperature"),
-        ("search: {steps: many}", "search.steps: expected an integer, got text 'many'"),
-        ("search: {steps: '3'}", "search.steps: expected an integer, got text '3'"),
-        ("search: {steps: true}", "search.steps: expected an integer, got the boolean true"),
-        ("search: {steps: 1.5}", "search.steps: expected an integer, got 1.5"),
-        ("search: {steps: 1e3}", "search.steps: expected an integer, got 1e3"),
-        ("search: {steps: [3]}", "search.steps: expected an integer, got a list"),
-        ("search: {steps: {a: 3}}", "search.steps: expected an integer, got a mapping"),
-        ("search: {steps: }", "search.steps: expected an integer, got nothing"),
-        ("search: {steps: -1}", "search.steps: expected value >= 0, got -1"),
+        ("search: {forwards: many}", "search.forwards: expected an integer, got text 'many'"),
+        ("search: {forwards: '3'}", "search.forwards: expected an integer, got text '3'"),
+        ("search: {forwards: true}", "search.forwards: expected an integer, got the boolean true"),
+        ("search: {forwards: 1.5}", "search.forwards: expected an integer, got 1.5"),
+        ("search: {forwards: 1e3}", "search.forwards: expected an integer, got 1e3"),
+        ("search: {forwards: [3]}", "search.forwards: expected an integer, got a list"),
+        ("search: {forwards: {a: 3}}", "search.forwards: expected an integer, got a mapping"),
+        ("search: {forwards: }", "search.forwards: expected an integer, got nothing"),
+        ("search: {forwards: -1}", "search.forwards: expected value >= 0, got -1"),
         ("search: {samples: 1}", "search.samples: expected value >= 2, got 1"),
-        ("search: {learning_rate: 0}", "search.learning_rate: expected value > 0, got 0.0"),
+        ("search: {learning_rate: -1}", "search.learning_rate: expected value >= 0, got -1.0"),
         ("search: {learning_rate: yes}", "search.learning_rate: expected a number, got the boolean yes"),
         ("search: {learning_rate: nan}", "search.learning_rate: expected a number, got text 'nan'"),
         ("search: {learning_rate: .nan}", "search.learning_rate: expected a number, got text '.nan'"),
@@ -257,15 +259,18 @@ def test_a_file_that_cannot_be_read() -> None:
 
 
 def test_every_fault_is_told_at_once() -> None:
-    text = "steps: 3\nsearch:\n  stpes: 3\n  samples: 1\n  samples: 2\nbudget: {sparsity: 1.5}\nunits: {families: 3}\n"
-    assert faults(text, "search.stpes=4", "seed=x") == [
-        "x.yaml:1: steps: unknown key, did you mean search.steps?",
-        "x.yaml:3: search.stpes: unknown key, did you mean search.steps?",
+    text = (
+        "forwards: 3\nsearch:\n  forwrads: 3\n  samples: 1\n  samples: 2\n"
+        "budget: {sparsity: 1.5}\nunits: {families: 3}\n"
+    )
+    assert faults(text, "search.forwrads=4", "seed=x") == [
+        "x.yaml:1: forwards: unknown key, did you mean search.forwards?",
+        "x.yaml:3: search.forwrads: unknown key, did you mean search.forwards?",
         "x.yaml:4: search.samples: expected value >= 2, got 1",
         "x.yaml:5: search.samples: given twice, first on line 4",
         "x.yaml:6: budget.sparsity: expected 0 <= value < 1, got 1.5",
         "x.yaml:7: units.families: expected a list such as [a, b], got 3",
-        "--set search.stpes=4: unknown key, did you mean search.steps?",
+        "--set search.forwrads=4: unknown key, did you mean search.forwards?",
         "--set seed=x: expected an integer, got text 'x'",
         "x.yaml: model: required key is missing",
         "x.yaml: calibration.corpus: required key is missing",
@@ -290,26 +295,26 @@ def test_what_would_break_a_line_is_escaped_and_what_is_endless_is_cut() -> None
 
 
 def test_a_base_is_merged_key_by_key() -> None:
-    Path("_base.yaml").write_text("model: demo\nsearch: {steps: 5, samples: 4}\ncalibration: {corpus: demo}\n")
-    got = read("search: {steps: 7}\nextends: _base\nbudget: {sparsity: 0.5}\n")
-    assert (got.model, got.search.steps, got.search.samples) == ("demo", 7, 4)
-    assert read("extends: ./_base.yaml\nbudget: {sparsity: 0.5}\n").search.steps == 5
+    Path("_base.yaml").write_text("model: demo\nsearch: {forwards: 5, samples: 4}\ncalibration: {corpus: demo}\n")
+    got = read("search: {forwards: 7}\nextends: _base\nbudget: {sparsity: 0.5}\n")
+    assert (got.model, got.search.forwards, got.search.samples) == ("demo", 7, 4)
+    assert read("extends: ./_base.yaml\nbudget: {sparsity: 0.5}\n").search.forwards == 5
 
 
 def test_a_base_is_looked_for_beside_the_file_then_among_the_shipped() -> None:
     Path("sub").mkdir()
-    Path("sub/demo.yaml").write_text("extends: ../other\nsearch: {steps: 5}\n")
+    Path("sub/demo.yaml").write_text("extends: ../other\nsearch: {forwards: 5}\n")
     Path("other.yaml").write_text(MINIMAL)
-    assert read("extends: sub/demo").search.steps == 5
+    assert read("extends: sub/demo").search.forwards == 5
     assert read("extends: llama3-8b-50\nbudget: {sparsity: 0.1}").model == "meta-llama/Meta-Llama-3-8B"
 
 
 def test_a_fault_in_a_base_is_told_where_it_stands() -> None:
-    Path("_a.yaml").write_text("extends: _b\n\nsearch:\n  stpes: 5\n")
+    Path("_a.yaml").write_text("extends: _b\n\nsearch:\n  forwrads: 5\n")
     Path("_b.yaml").write_text("seed: x\n")
     assert faults("extends: _a\nseed: y\nmodel: demo\n") == [
         "_b.yaml:1: seed: expected an integer, got text 'x'",
-        "_a.yaml:4: search.stpes: unknown key, did you mean search.steps?",
+        "_a.yaml:4: search.forwrads: unknown key, did you mean search.forwards?",
         "x.yaml:2: seed: expected an integer, got text 'y'",
         "x.yaml: calibration.corpus: required key is missing",
         "x.yaml: budget.sparsity: required key is missing",
@@ -338,16 +343,16 @@ def test_a_circle_is_told() -> None:
 
 def test_overrides() -> None:
     got = read(
-        "model: demo\nbudget: {sparsity: 0.5}\nsearch: {steps: 3, samples: 4}\n",
+        "model: demo\nbudget: {sparsity: 0.5}\nsearch: {forwards: 3, samples: 4}\n",
         "calibration.corpus=a=b",  # a missing required key, and a value with = in it
-        "search.steps=7",
-        "search.steps=8",
+        "search.forwards=7",
+        "search.forwards=8",
         "search.learning_rate=2e-2",
         "units.families=[ffn]",
         "device=cuda:0,cuda:1",
         "policy={start: linear}",
     )
-    assert (got.calibration.corpus, got.search.steps, got.search.samples) == ("a=b", 8, 4)
+    assert (got.calibration.corpus, got.search.forwards, got.search.samples) == ("a=b", 8, 4)
     assert (got.search.learning_rate, got.units.families) == (0.02, ("ffn",))
     assert (got.device, got.policy.start) == ("cuda:0,cuda:1", "linear")
 
@@ -355,15 +360,15 @@ def test_overrides() -> None:
 @pytest.mark.parametrize(
     ("override", "fault"),
     [
-        ("search.stpes=3", "unknown key, did you mean search.steps?"),
-        ("steps=3", "unknown key, did you mean search.steps?"),
-        ("search.steps=many", "expected an integer, got text 'many'"),
-        ("search.steps=", "expected an integer, got nothing"),
+        ("search.forwrads=3", "unknown key, did you mean search.forwards?"),
+        ("forwards=3", "unknown key, did you mean search.forwards?"),
+        ("search.forwards=many", "expected an integer, got text 'many'"),
+        ("search.forwards=", "expected an integer, got nothing"),
         ("search=3", "expected keys with values, got 3"),
-        ("search={steps: 3, stpes: 4}", "unknown key, did you mean search.steps?"),
+        ("search={forwards: 3, forwrads: 4}", "unknown key, did you mean search.forwards?"),
         ("units.families=[ffn, layer]", "ffn and layer hold the same parameters, keep one of them"),
-        ("steps", "expected KEY=VALUE with a recipe's key, such as search.steps=200"),
-        ("extends=_base", "expected KEY=VALUE with a recipe's key, such as search.steps=200"),
+        ("forwards", "expected KEY=VALUE with a recipe's key, such as search.forwards=200"),
+        ("extends=_base", "expected KEY=VALUE with a recipe's key, such as search.forwards=200"),
         ("model=a #2", "a comment after the value; put the value in quotes if # belongs to it"),
         ("model=!!str a", "cannot be read as YAML, anchors, aliases and tags are not allowed in a recipe"),
         ("units.families=[ffn", "cannot be read as YAML, expected ',' or ']', but got '<stream end>'"),
@@ -452,7 +457,19 @@ def never_a_traceback(data: bytes, *overrides: str) -> None:
 
 
 WORDS = [
-    *("model", "search", "steps", "seed", "budget", "sparsity", "units", "families", "ffn", "extends", "calibration"),
+    *(
+        "model",
+        "search",
+        "forwards",
+        "seed",
+        "budget",
+        "sparsity",
+        "units",
+        "families",
+        "ffn",
+        "extends",
+        "calibration",
+    ),
     *("corpus", "demo", "2e-3", ".nan", "~", "<<", ": ", "- ", "\n", "\n  ", "[", "]", "{", "}", ",", "'", '"', "#"),
     *("&a", "*a", "!!int ", "!", "? ", "|", ">", "%YAML 1.1\n", "---\n", "...\n", "\\", "\t", "\0", "\x85", "\ufeff"),
     '"\\UFFFFFFFF"',
@@ -488,15 +505,15 @@ def test_what_looks_like_yaml_never_ends_in_a_traceback(text: str, override: str
 # --- what ships
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=name_of)
 def test_every_shipped_file_is_sound(path: Path) -> None:
     if path.name.startswith("_"):  # a base: whole once a sparsity (and, for the first of all, a model) is given
-        load(path, ["budget.sparsity=0.5", *(["model=demo"] if path.stem == "_base" else [])])
+        load(path, ["budget.sparsity=0.5", *(["model=demo"] if path.stem in ("_base", "_reference") else [])])
         return
     opening = path.read_text(encoding="utf-8").splitlines()
-    assert opening[1].split() == ["#", "pgprune", "search", path.stem]
+    assert opening[1].split() == ["#", "pgprune", "search", name_of(path)]
     assert summary(path) == opening[0].removeprefix("# ")
-    assert find(path.stem) == find(path.name) == path
+    assert find(name_of(path)) == find(f"{name_of(path)}.yaml") == path
     loaded = load(path)
     percent = re.search(r"-(\d+)$", path.stem)
     assert path.stem == "demo" or percent
@@ -506,10 +523,11 @@ def test_every_shipped_file_is_sound(path: Path) -> None:
 
 
 def test_what_ships() -> None:
-    assert [path.stem for path in shipped()] == sorted(
+    assert [name_of(path) for path in shipped()] == sorted(
         ["demo"]
         + [
-            f"{model}-{percent}"
+            f"{folder}{model}-{percent}"
+            for folder in ("", "paper/")
             for model in (
                 *("llama-7b", "llama2-7b", "llama2-13b", "llama3-8b"),
                 *("mistral-7b", "vicuna-7b", "vicuna-13b", "smollm2-135m"),
@@ -517,9 +535,24 @@ def test_what_ships() -> None:
             for percent in (20, 30, 50)
         ]
     )
-    assert load(find("llama3-8b-50")).search.learning_rate == 6e-3
-    assert load(find("llama2-13b-30")).search.learning_rate == 2e-3
-    assert load(find("smollm2-135m-30")).calibration.sequences == 600
+    assert load(find("llama2-13b-30")).search == recipe.Search(checkpoint_every=5, evaluate_every=5)
+
+
+@pytest.mark.parametrize("percent", [20, 30, 50])
+def test_the_papers_recipes_are_its_reference_settings(percent: int) -> None:
+    got = load(find(f"paper/llama2-13b-{percent}"))
+    assert (got.search.policy, got.search.estimator, got.search.steps, got.search.samples) == (
+        "units",
+        "paper",
+        15_000,
+        2,
+    )
+    assert (got.search.learning_rate, got.search.schedule, got.dtype) == (2e-3, "cosine", "bfloat16")
+    assert load(find(f"paper/llama3-8b-{percent}")).search.learning_rate == 6e-3
+    assert got.calibration == recipe.Calibration(corpus="c4")
+    assert got.saliency == recipe.Saliency(metric="wanda-sp", sequences=128, seqlen=1024)
+    assert (got.policy, got.budget.scope) == (recipe.Policy(), "per-family")
+    assert got.reconstruct.method == "none"
 
 
 def test_the_base_says_every_key_it_can() -> None:

@@ -109,7 +109,7 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much may stay: constraints that cover the flat axis, in order, without overlap and in whole families.
+    """How much may stay: constraints that cover the flat axis in order, without overlap and without parting a layer.
 
     And the limits of every (family, layer): at least `least[j]` of its units stay, and their number is a multiple of
     `multiples[j]`, or all of them. Without limits both are empty.
@@ -149,7 +149,8 @@ def budget_of(
     keep_at_least: float = 0.0,
     multiples: Mapping[str, int] = _NO_MULTIPLES,
 ) -> Budget:
-    """The budget that removes the fraction `sparsity` of the cost: of every family (`per-family`) or of all (`global`).
+    """The budget that removes the fraction `sparsity` of the cost: of every family (`per-family`), of every layer
+    of every family (`per-layer`), or of all (`global`).
 
     Costs are whole numbers, so the kept cost is the nearest whole number to (1 − sparsity) · total. Of every family and
     layer the fraction `keep_at_least` of the units stays, rounded up; `multiples` says by the names of families what
@@ -159,8 +160,10 @@ def budget_of(
         spans = [(f.name, space.slice_of(f.name)) for f in space.families]
     elif scope == "global":
         spans = [("all", slice(0, space.n))]
+    elif scope == "per-layer":
+        spans = list(_spans_of_layers(space))
     else:
-        raise ValueError(f"scope {scope!r} is neither per-family nor global")
+        raise ValueError(f"scope {scope!r} is neither per-family nor global nor per-layer")
     totals = [int(space.costs[span].sum()) for _, span in spans]
     constraints = tuple(
         Constraint(name, span.start, span.stop, round((1.0 - sparsity) * total), total)
@@ -170,3 +173,11 @@ def budget_of(
     least = [math.ceil(keep_at_least * count - 1e-9) for family in space.families for count in family.counts]
     widths = [multiples.get(family.name, 1) for family in space.families for _ in family.counts]
     return Budget(constraints, tuple(least), tuple(widths))
+
+
+def _spans_of_layers(space: MaskSpace) -> Iterator[tuple[str, slice]]:
+    start = 0
+    for family in space.families:
+        for layer, count in enumerate(family.counts):
+            yield f"{family.name} of layer {layer}", slice(start, start + count)
+            start += count

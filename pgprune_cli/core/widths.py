@@ -1,12 +1,14 @@
-"""The policy over layers: how many units each layer keeps, as explicit random variables above the units' own order.
+"""The policy over layers: how many units each layer keeps, as explicit random variables above the units themselves.
 
 Independent Bernoulli units leave a layer's width almost constant: of 1,536 channels ±20. Here a sample moves whole
-layers. Every unit has a priority, the logarithm of what its removal costs the output per parameter; a sample adds one
-Gaussian offset to all units of a layer, and one more to all of a family; the units of highest priority that fit the
-budget stay. So every sample meets the budget exactly, and its masks are nested within a layer.
+layers. Every unit has a priority, the logarithm of what its removal costs the output per parameter; a sample adds
+Gaussian offsets: one to all units of a family, one to all units of a layer, and where a layer has few units (KV groups,
+each dear and unlike the others) one to each of them; the units of highest priority that fit the budget stay. So every
+sample meets the budget exactly, and units near the threshold come and go first. Many units (channels) keep their order.
 
 The policy N(mean, spread²) follows the natural gradient of the expected loss, from mirrored samples compared on the
-same batch; the spread is learned too. Only the losses' ranks count, so no rate depends on their scale, and the rates
+same batch; the spread is learned too. What is decided by is the average of the last means: each of them still carries
+the noise of its batch. Only the losses' ranks count, so no rate depends on their scale, and the rates
 follow from the dimension: separable natural evolution strategies (Wierstra et al. 2014, algorithm 6).
 """
 
@@ -18,22 +20,34 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pgprune_cli.core.space import MaskSpace
+from pgprune_cli.core.space import Family, MaskSpace
 
-LAYER_SPREAD, FAMILY_SPREAD = 0.4, 0.7
+LAYER_SPREAD, FAMILY_SPREAD, UNIT_SPREAD = 0.4, 0.7, 0.7
 """Standard deviations at the start, in nats of priority: a factor of 1.5 and of 2 in what a unit is worth."""
+
+FEW = 64
+"""Up to so many units in a layer, each has an offset of its own."""
+
+MEAN_RATE = 0.5
+"""Of the natural gradient's step. 1, the usual rate, went up and down with the batches (docs/log.md)."""
+
+AVERAGED = 10
+"""Means that the average reaches back over, about."""
 
 
 @dataclass(frozen=True)
 class WidthState:
     """All that the next step depends on.
 
-    mean, spread: `(d,)` float64, one coordinate for each (family, layer), family-major, then one for each family;
+    mean, spread: `(d,)` float64, family after family one coordinate for the family, one for each of its layers,
+    and one for each unit of a family with few units a layer;
+    average: `(d,)` of the last means, what is decided by;
     step: steps done; skipped: losses left out because they were NaN or infinite; rng: uint8 generator state.
     """
 
     mean: Tensor
     spread: Tensor
+    average: Tensor
     step: int
     skipped: int
     rng: Tensor
@@ -41,9 +55,18 @@ class WidthState:
 
 def begin(space: MaskSpace, seed: int) -> WidthState:
     """The state before the first step: no offset, the starting spreads."""
-    pairs = sum(len(family.counts) for family in space.families)
-    spread = torch.tensor([LAYER_SPREAD] * pairs + [FAMILY_SPREAD] * len(space.families), dtype=torch.float64)
-    return WidthState(torch.zeros_like(spread), spread, 0, 0, torch.Generator().manual_seed(seed).get_state())
+    parts: list[float] = []
+    for family in space.families:
+        parts += [FAMILY_SPREAD] + [LAYER_SPREAD] * len(family.counts) + [UNIT_SPREAD] * _own_offsets(family)
+    spread = torch.tensor(parts, dtype=torch.float64)
+    return WidthState(
+        torch.zeros_like(spread),
+        spread,
+        torch.zeros_like(spread),
+        0,
+        0,
+        torch.Generator().manual_seed(seed).get_state(),
+    )
 
 
 def propose(state: WidthState, samples: int) -> tuple[WidthState, Tensor]:
@@ -73,8 +96,8 @@ def utilities(losses: Tensor) -> Tensor:
 def update(state: WidthState, deviates: Tensor, losses: Tensor) -> WidthState:
     """Mean and spread moved by losses `(K,)`, in nats per token, of the deviates `(K, d)` that `propose` gave.
 
-    mean += spread·Σ u·ε and log spread += rate·Σ u·(ε² − 1). NaN and infinite losses are left out and counted; with
-    fewer than two good ones, or all equal, nothing moves.
+    mean += MEAN_RATE·spread·Σ u·ε and log spread += rate·Σ u·(ε² − 1). NaN and infinite losses are left out and
+    counted; with fewer than two good ones, or all equal, nothing moves.
     """
     good = losses.isfinite()
     state = replace(state, step=state.step + 1, skipped=state.skipped + int((~good).sum()))
@@ -83,18 +106,26 @@ def update(state: WidthState, deviates: Tensor, losses: Tensor) -> WidthState:
     worth, epsilon = utilities(losses[good]), deviates[good]
     dimension = len(state.mean)
     rate = (3.0 + math.log(dimension)) / (10.0 * math.sqrt(dimension))
-    mean = state.mean + state.spread * (worth @ epsilon)
+    mean = state.mean + MEAN_RATE * state.spread * (worth @ epsilon)
     spread = state.spread * torch.exp(rate * (worth @ (epsilon.square() - 1.0)))
-    return replace(state, mean=mean, spread=spread)
+    average = state.average + (mean - state.average) / min(state.step, AVERAGED)
+    return replace(state, mean=mean, spread=spread, average=average)
 
 
 def priorities(base: Tensor, state: WidthState, deviate: Tensor | None, space: MaskSpace) -> Tensor:
-    """The units' priorities `(n,)` under one deviate `(d,)`, or under the mean alone where it is None."""
-    offsets = state.mean if deviate is None else state.mean + state.spread * deviate
+    """The units' priorities `(n,)` under one deviate `(d,)`, or as decided by where it is None."""
+    offsets = state.average if deviate is None else state.mean + state.spread * deviate
     parts = []
-    layer_place, family_place = 0, len(offsets) - len(space.families)
+    place = 0
     for family in space.families:
-        own = offsets[layer_place : layer_place + len(family.counts)] + offsets[family_place]
-        parts.append(own.repeat_interleave(torch.tensor(family.counts)))
-        layer_place, family_place = layer_place + len(family.counts), family_place + 1
+        layers, own = len(family.counts), _own_offsets(family)
+        part = offsets[place] + offsets[place + 1 : place + 1 + layers].repeat_interleave(torch.tensor(family.counts))
+        place += 1 + layers
+        parts.append(part + offsets[place : place + own] if own else part)
+        place += own
     return base + torch.cat(parts)
+
+
+def _own_offsets(family: Family) -> int:
+    """How many units of the family have an offset of their own: all or none."""
+    return family.size if max(family.counts, default=0) <= FEW else 0

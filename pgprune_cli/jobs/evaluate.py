@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.arch import Keep, Shape
+from pgprune_cli.arch import Keep, Outputs, Shape
 from pgprune_cli.atomic import write_json
 from pgprune_cli.data import spread, tokens_of
 from pgprune_cli.decision import RECORD, Decision
@@ -55,6 +55,7 @@ class Target:
     source: Source
     model: nn.Module
     keep: Keep | None
+    outputs: Outputs
     evaluation: Evaluation
     """What the recipe of a run directory says to evaluate; the defaults for a model."""
 
@@ -72,7 +73,7 @@ class Target:
         if self.keep is None:
             yield self.model
         else:
-            with Evaluator(self.model).shrunk(self.keep) as model:
+            with Evaluator(self.model).shrunk(self.keep, self.outputs) as model:
                 yield model
 
     def parameters(self) -> int:
@@ -90,11 +91,12 @@ def open_target(name: str, dtype: str | None, device: str | None, quiet: bool = 
     """Loads what `pgprune eval` was given. `dtype` and `device` default to the recipe's for a run, else to auto."""
     run = Path(name)
     keep: Keep | None = None
+    outputs: Outputs = {}
     evaluation = Evaluation()
     if run.is_dir() and not (run / "config.json").exists() and (run / "recipe.yaml").exists():
         recipe = load(run / "recipe.yaml")
         decision = Decision.load(run)
-        keep = decision.keep
+        keep, outputs = decision.keep, decision.outputs
         source = resolve(recipe.model)
         if source.fingerprint() != decision.fingerprint:
             raise UserError(f"{name}: {recipe.model} is not the model that was searched; its files have changed")
@@ -102,7 +104,7 @@ def open_target(name: str, dtype: str | None, device: str | None, quiet: bool = 
     else:
         source = resolve(name)
     with working(f"loading {name}", quiet):
-        return Target(name, source, load_model(source, dtype or "auto", device or "auto"), keep, evaluation)
+        return Target(name, source, load_model(source, dtype or "auto", device or "auto"), keep, outputs, evaluation)
 
 
 def evaluate(

@@ -14,29 +14,34 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from pgprune_cli.arch import Keep
+from pgprune_cli.arch import Keep, Outputs
 from pgprune_cli.atomic import write_bytes
+from pgprune_cli.budget import budget_for
 from pgprune_cli.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
-from pgprune_cli.core.policy import entropy, starting_theta
-from pgprune_cli.core.projection import hard_mask
-from pgprune_cli.core.space import Budget, MaskSpace, budget_of
-from pgprune_cli.core.step import SearchState, begin, propose, scheduled, update
-from pgprune_cli.data import Batches
+from pgprune_cli.core.policy import starting_theta
+from pgprune_cli.core.space import Budget, MaskSpace
+from pgprune_cli.core.step import SearchState
+from pgprune_cli.core.widths import WidthState
+from pgprune_cli.data import Batches, CalibrationText, spread
 from pgprune_cli.decision import RECORD, Decision
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs.init_scores import SCORES, Scores, compute_scores, load_text
 from pgprune_cli.loading import load_model, resolve
+from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
 from pgprune_cli.progress import Row, SearchProgress, memory_in_use, working
 from pgprune_cli.recipe import Evaluation, Recipe, dump
-from pgprune_cli.saliency import flat_saliency
+from pgprune_cli.reconstruct import PASSES, repair, width_table
+from pgprune_cli.saliency import CALIBRATED, flat_saliency
 from pgprune_cli.substrate import Evaluator
 
 METRICS_FILE = "metrics.jsonl"
 RECIPE_FILE = "recipe.yaml"
 BAD_STEPS = 10
 """After so many steps in a row without one finite loss, a search gives up."""
+REPAIR_TOKENS = 4096
+"""Tokens of one forward pass of the repair, at least: few large products are quicker than many small ones."""
 
 
 class Interrupted(Exception):  # noqa: N818  (a stop that was asked for is no error)
@@ -54,7 +59,7 @@ class Problem:
 
     evaluator: Evaluator
     space: MaskSpace
-    budget: Budget
+    policy: Policy  # type: ignore[type-arg]  # of the state that it began with
     batches: Batches
     heldout: Tensor
     recipe: Recipe
@@ -62,11 +67,15 @@ class Problem:
     def keep(self, mask: Tensor) -> Keep:
         return self.evaluator.shape.keep(self.space, mask)
 
-    def heldout_loss(self, theta: Tensor) -> float:
-        """Of θ's hard mask on text the search never sees: nats per token."""
-        keep = self.keep(hard_mask(theta, self.space, self.budget))
+    def losses(self, masks: Tensor, tokens: Tensor) -> Tensor:
+        """Of masks `(K, n)` on one batch, with the repair that the policy has for each: `(K,)` nats per token."""
+        keeps = [self.keep(mask) for mask in masks]
+        return self.evaluator.losses(keeps, tokens, [self.policy.outputs(keep) for keep in keeps])
+
+    def heldout_loss(self, keep: Keep, outputs: Outputs) -> float:
+        """Of one decision on text the search never sees: nats per token."""
         batches = self.heldout.split(self.recipe.calibration.batch)
-        losses = [float(self.evaluator.losses([keep], tokens)[0]) * len(tokens) for tokens in batches]
+        losses = [float(self.evaluator.losses([keep], tokens, [outputs])[0]) * len(tokens) for tokens in batches]
         return sum(losses) / len(self.heldout)
 
 
@@ -74,7 +83,7 @@ class Problem:
 class Loop:
     """Where the search stands: what a checkpoint holds."""
 
-    state: SearchState
+    state: SearchState | WidthState
     data_position: int = 0
     bad_steps: int = 0
     forwards: int = 0
@@ -112,45 +121,105 @@ def search(recipe: Recipe, run: Path, quiet: bool = False) -> Decision:
     write_bytes(run / RECIPE_FILE, dump(recipe).encode())
 
     evaluator = Evaluator(model)
-    space = evaluator.shape.space(recipe.units.families)
+    space, budget = budget_for(recipe, evaluator, run, fingerprint, quiet)
     problem = Problem(
         evaluator,
         space,
-        budget_of(space, recipe.budget.sparsity, recipe.budget.scope),
+        _policy(recipe, evaluator, space, budget, scores, text, quiet),
         Batches(text.search, recipe.calibration.batch, recipe.seed),
         text.heldout,
         recipe,
     )
-    saliency = flat_saliency(scores.tensors, evaluator.shape, space)
-    theta = starting_theta(saliency, space, problem.budget, recipe.policy.start, recipe.policy.temperature)
-    loop, heldout_loss = _run_steps(problem, run, theta, _identity(recipe, fingerprint, theta), quiet)
+    loop = _run_steps(problem, run, _identity(recipe, fingerprint, problem.policy.origin), quiet)
 
-    mask = hard_mask(loop.state.theta, space, problem.budget)
+    mask = problem.policy.final_mask(loop.state)
+    keep = problem.keep(mask)
+    parameters = evaluator.shape.space(recipe.units.families).costs
+    outputs = _repaired(recipe, model, keep, text, quiet)
+    heldout_loss = problem.heldout_loss(keep, outputs)
     decision = Decision(
-        keep=problem.keep(mask),
+        keep=keep,
         model=recipe.model,
         fingerprint=fingerprint,
-        sparsity=1.0 - int(space.costs[mask].sum()) / int(space.costs.sum()),
+        sparsity=1.0 - int(parameters[mask].sum()) / int(parameters.sum()),
         recipe=dump(recipe),
         steps=loop.state.step,
         forwards=loop.forwards,
+        calibration_forwards=_calibration_forwards(recipe, text),
         heldout_loss=heldout_loss if math.isfinite(heldout_loss) else None,
+        outputs=outputs,
+        budget={"of": recipe.budget.of, "kept": int(space.costs[mask].sum()) / int(space.costs.sum())},
     )
     decision.save(run)
     return decision
 
 
-def _run_steps(problem: Problem, run: Path, theta: Tensor, identity: str, quiet: bool) -> tuple[Loop, float]:
-    """The loop. Returns where it ended and the held-out loss of the final hard mask, nats per token."""
+def _policy(
+    recipe: Recipe,
+    evaluator: Evaluator,
+    space: MaskSpace,
+    budget: Budget,
+    scores: Scores,
+    text: CalibrationText,
+    quiet: bool,
+) -> UnitPolicy | LayerPolicy:
+    """What the recipe searches with. Raises UserError for families that the layers policy has no widths of."""
+    settings = recipe.search
+    if settings.policy == "units":
+        saliency = flat_saliency(scores.tensors, evaluator.shape, space)
+        theta = starting_theta(saliency, space, budget, recipe.policy.start, recipe.policy.temperature)
+        estimator, rate, schedule = settings.estimator, settings.learning_rate, settings.schedule
+        return UnitPolicy(theta, space, budget, estimator, rate, schedule, settings.steps)
+    if whole := [name for name in recipe.units.families if name not in ("attention", "ffn")]:
+        raise UserError(
+            f"units.families: {whole[0]} is kept or removed as a whole, so there are no widths to search over; "
+            "set search.policy to units"
+        )
+    saliency_of: dict[tuple[int, str], Tensor] = {
+        (index, name): scores.tensors[f"layers.{index}.{name}"]
+        for name in recipe.units.families
+        for index in range(len(evaluator.shape.channels))
+    }
+    with working("measuring what every width of every layer loses", quiet):
+        solve = recipe.reconstruct.method.startswith("least-squares")
+        damping = recipe.reconstruct.damping
+        table = width_table(evaluator.model, saliency_of, _repair_batches(recipe, text), damping, solve)
+    return LayerPolicy(table, table.priorities(space), space, budget)
+
+
+def _repair_batches(recipe: Recipe, text: CalibrationText) -> list[Tensor]:
+    """The windows that repair is fitted to, as many tokens at a time as the search has at least."""
+    windows = spread(text.search, recipe.reconstruct.sequences)
+    return list(windows.split(max(recipe.calibration.batch, REPAIR_TOKENS // windows.shape[1])))
+
+
+def _repaired(recipe: Recipe, model: nn.Module, keep: Keep, text: CalibrationText, quiet: bool) -> Outputs:
+    if recipe.reconstruct.method == "none":
+        return {}
+    with working("repairing the kept weights", quiet):
+        settings = recipe.reconstruct
+        return repair(model, keep, _repair_batches(recipe, text), settings.method, settings.damping)
+
+
+def _calibration_forwards(recipe: Recipe, text: CalibrationText) -> int:
+    """Passes over calibration text besides the search's, in batches of the search."""
+    batch = recipe.calibration.batch * recipe.calibration.seqlen
+    windows = min(recipe.reconstruct.sequences, len(text.search)) * recipe.calibration.seqlen
+    passes = (recipe.search.policy == "layers") + PASSES * (recipe.reconstruct.method != "none")
+    scored = recipe.saliency.metric in CALIBRATED
+    saliency = min(recipe.saliency.sequences * recipe.saliency.seqlen, len(text.stream)) if scored else 0
+    return math.ceil((passes * windows + saliency) / batch)
+
+
+def _run_steps(problem: Problem, run: Path, identity: str, quiet: bool) -> Loop:
+    """The loop. Returns where it ended."""
     recipe, schedule = problem.recipe, problem.recipe.search
-    loop = _resumed(run, identity) or Loop(begin(theta, recipe.seed))
-    heldout_loss: float | None = None
+    loop = _resumed(run, identity) or Loop(problem.policy.begin(recipe.seed))
     with SearchProgress(schedule.steps, quiet) as progress, _History(run) as history, _stop_signals() as stop:
         if loop.state.step:
             progress.say(f"going on from step {loop.state.step} of {schedule.steps}")
         while loop.state.step < schedule.steps:
             row = _one_step(problem, loop)
-            heldout_loss = row.heldout_loss
             history.append(row)
             progress.show(row)
             done = loop.state.step == schedule.steps
@@ -158,18 +227,18 @@ def _run_steps(problem: Problem, run: Path, theta: Tensor, identity: str, quiet:
                 save_checkpoint(run, _checkpoint(loop, recipe, history.flush(), identity))
             if stop and not done:
                 raise Interrupted(stop[0], loop.state.step)
-    return loop, problem.heldout_loss(loop.state.theta) if heldout_loss is None else heldout_loss
+    return loop
 
 
 def _one_step(problem: Problem, loop: Loop) -> Row:
-    """Sample masks, hear their losses on the next batch, move θ: `core.step` with the model in it. Advances `loop`."""
-    recipe, schedule = problem.recipe, problem.recipe.search
+    """Sample masks, hear their losses on the next batch, move the policy. Advances `loop`."""
+    recipe, schedule, policy = problem.recipe, problem.recipe.search, problem.policy
     began = time.perf_counter()
     tokens = problem.batches.at(loop.data_position)
-    state, masks = propose(loop.state, schedule.samples)
-    losses = problem.evaluator.losses([problem.keep(mask) for mask in masks], tokens)
-    rate = scheduled(schedule.learning_rate, schedule.schedule, state.step, schedule.steps)
-    loop.state = update(state, masks, losses, problem.space, problem.budget, schedule.estimator, rate)
+    state, draws, masks = policy.propose(loop.state, schedule.samples)
+    losses = problem.losses(masks, tokens)
+    rate = policy.rate(state)
+    loop.state = policy.update(state, draws, losses)
     spent = time.perf_counter() - began
 
     loop.data_position += 1
@@ -182,13 +251,14 @@ def _one_step(problem: Problem, loop: Loop) -> Row:
         )
     step = loop.state.step
     due = step % schedule.evaluate_every == 0 or step in (1, schedule.steps)
+    decided = problem.keep(policy.mask(loop.state)) if due else None
     return Row(
         step=step,
         losses=[_finite(float(loss)) for loss in losses],
-        baseline=loop.state.baseline,
+        baseline=loop.state.baseline if isinstance(loop.state, SearchState) else None,
         learning_rate=rate,
-        entropy=float(entropy(loop.state.theta)),
-        heldout_loss=_finite(problem.heldout_loss(loop.state.theta)) if due else None,
+        entropy=policy.entropy(loop.state),
+        heldout_loss=_finite(problem.heldout_loss(decided, policy.outputs(decided))) if decided else None,
         skipped=loop.state.skipped,
         tokens_per_second=len(masks) * tokens.numel() / spent,
         memory_bytes=memory_in_use(),
@@ -203,9 +273,9 @@ def _finite(value: float) -> float | None:
 # --- what belongs to a run
 
 
-def _identity(recipe: Recipe, fingerprint: str, theta: Tensor) -> str:
-    """Digest of all that a checkpoint may not be mixed up with: the recipe, the model and the starting θ."""
-    return hashlib.sha256(_comparable(recipe).encode() + fingerprint.encode() + theta.numpy().tobytes()).hexdigest()
+def _identity(recipe: Recipe, fingerprint: str, origin: Tensor) -> str:
+    """Digest of all that a checkpoint may not be mixed up with: the recipe, the model and where the policy starts."""
+    return hashlib.sha256(_comparable(recipe).encode() + fingerprint.encode() + origin.numpy().tobytes()).hexdigest()
 
 
 def _comparable(recipe: Recipe) -> str:

@@ -1,7 +1,8 @@
 """Metrics that say how much a unit matters, each one small pure function in a file of its own.
 
 To add one: write `saliency/<name>.py` with a function from `BlockStatistics` to `(units,)` float64, higher = matters
-more; put it into METRICS, and its name into `MetricName` of `recipe.py`.
+more; put it into METRICS, and into NEEDS where it looks at calibration text; and its name into `MetricName` of
+`recipe.py`.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ from torch import Tensor, nn
 
 from pgprune_cli.arch import Shape
 from pgprune_cli.core.space import MaskSpace
+from pgprune_cli.saliency.flap import flap
 from pgprune_cli.saliency.magnitude import magnitude
+from pgprune_cli.saliency.obs import obs
 from pgprune_cli.saliency.random import random
-from pgprune_cli.saliency.statistics import BlockStatistics, input_norms, statistics
+from pgprune_cli.saliency.statistics import BlockStatistics, Statistic, statistics
+from pgprune_cli.saliency.taylor import taylor
 from pgprune_cli.saliency.uniform import uniform
 from pgprune_cli.saliency.wanda_sp import wanda_sp
 
@@ -23,23 +27,33 @@ Metric = Callable[[BlockStatistics], Tensor]
 
 METRICS: dict[str, Metric] = {
     "wanda-sp": wanda_sp,
+    "flap": flap,
+    "obs": obs,
+    "taylor": taylor,
     "magnitude": magnitude,
     "random": random,
     "uniform": uniform,
 }
-CALIBRATED = frozenset({"wanda-sp"})
-"""The metrics that look at activations, and so need calibration text."""
+NEEDS: dict[str, Statistic] = {
+    "wanda-sp": "input_norms",
+    "flap": "fluctuations",
+    "obs": "covariance",
+    "taylor": "gradients",
+}
+"""What has to be collected over calibration text for a metric; those that are not here look at no text."""
+CALIBRATED = frozenset(NEEDS)
 
 
 def score(model: nn.Module, metric: str, batches: Iterable[Tensor], seed: int) -> dict[str, Tensor]:
     """Saliency of every unit: `layers.<l>.attention` `(kv groups,)` and `layers.<l>.ffn` `(channels,)`, float64.
 
-    `batches` of tokens `(B, T)` are read only for a calibrated metric.
+    `batches` of tokens `(B, T)` are read only for a calibrated metric. Raises ValueError when it finds none.
     """
-    norms = input_norms(model, batches) if metric in CALIBRATED else None
-    return {
-        f"layers.{layer}.{name}": METRICS[metric](block).cpu() for name, layer, block in statistics(model, norms, seed)
-    }
+    scores = {}
+    for name, layer, block in statistics(model, NEEDS.get(metric), batches, seed):
+        scores[f"layers.{layer}.{name}"] = METRICS[metric](block).cpu()
+        del block  # its covariance goes before the next layer's comes
+    return scores
 
 
 def flat_saliency(scores: dict[str, Tensor], shape: Shape, space: MaskSpace) -> Tensor:

@@ -1,29 +1,40 @@
-"""What a metric may look at, and how it is collected: forward passes over calibration text, one block at a time."""
+"""What a metric may look at, and how it is collected: one pass over calibration text, layer by layer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from pgprune_cli.arch import Shape
+from pgprune_cli.arch import Shape, projections
+from pgprune_cli.streaming import layer_inputs
+
+Statistic = Literal["input_norms", "fluctuations", "covariance", "gradients"]
+"""The fields of `BlockStatistics` that need calibration text. Only the one a metric asks for is collected."""
 
 
 @dataclass(frozen=True)
 class BlockStatistics:
     """One block of one layer.
 
-    units: how many it has; weights: of its projections by name, as stored, the output projection last; input_norms:
-    `(in,)` float64, over all calibration tokens the L2 norm of every input of the output projection, None where no
-    calibration was asked for; seed: this block's own, for metrics that draw.
+    units: how many it has; weights: of its projections by name, as stored, the output projection last; seed: this
+    block's own, for metrics that draw. The rest is None unless asked for. Over all calibration tokens, of the inputs
+    of the output projection: input_norms `(in,)` float64, the L2 norm of each; fluctuations `(in,)` float64, the
+    variance of each; covariance `(in, in)` float32, XᵀX / tokens, not centred. And gradients: by projection, ∂L/∂W of
+    the mean loss in nats per token, shape and dtype of the weight.
     """
 
     units: int
     weights: dict[str, Tensor]
-    input_norms: Tensor | None
     seed: int
+    input_norms: Tensor | None = None
+    fluctuations: Tensor | None = None
+    covariance: Tensor | None = None
+    gradients: dict[str, Tensor] | None = None
 
     @property
     def output_weight(self) -> Tensor:
@@ -35,48 +46,149 @@ class BlockStatistics:
         return columns.double().unflatten(0, (self.units, -1)).sum(1)
 
 
-def input_norms(model: nn.Module, batches: Iterable[Tensor]) -> dict[nn.Module, Tensor]:
-    """Per output projection, the L2 norms `(in,)` float64 of its inputs over all tokens of `batches` of `(B, T)`."""
-    shape = Shape.of(model)
-    sums: dict[nn.Module, Tensor] = {}
-    handles = []
+class Collector(Protocol):
+    """Sees the inputs `(..., in)` of one projection batch by batch; `value` is asked for once, after the last."""
 
-    def add(linear: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        squares = inputs[0].flatten(0, -2).float().square().sum(0).double()
-        sums[linear] = sums[linear] + squares if linear in sums else squares
+    def add(self, inputs: Tensor) -> None: ...
 
-    for layer in model.get_submodule(shape.spec.layers):
-        for _, block in shape.spec.blocks():
-            output = layer.get_submodule(f"{block.module}.{block.output.name}")
-            handles.append(output.register_forward_pre_hook(add))
-    try:
-        with torch.inference_mode():
-            for tokens in batches:
-                model.get_decoder()(input_ids=tokens.to(model.get_input_embeddings().weight.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {linear: total.sqrt() for linear, total in sums.items()}
+    def value(self) -> Tensor: ...
+
+
+class InputNorms:
+    """L2 norm of every input over all tokens: `(in,)` float64."""
+
+    def __init__(self) -> None:
+        self.squares = torch.zeros((), dtype=torch.float64)
+
+    def add(self, inputs: Tensor) -> None:
+        self.squares = self.squares + inputs.flatten(0, -2).float().square().sum(0).double()
+
+    def value(self) -> Tensor:
+        return self.squares.sqrt()
+
+
+class Fluctuations:
+    """Variance of every input over all tokens, divided by tokens − 1: `(in,)` float64; `mean` is theirs.
+
+    Batches are merged by their means and squared deviations (Chan et al. 1983): a sum of squares minus a squared sum
+    would lose an input that varies little around a large mean.
+    """
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.mean = self.deviations = torch.zeros((), dtype=torch.float64)
+
+    def add(self, inputs: Tensor) -> None:
+        rows = inputs.flatten(0, -2).float()
+        variance, mean = torch.var_mean(rows, 0, correction=0)
+        total = self.tokens + len(rows)
+        shift = mean.double() - self.mean
+        self.mean = self.mean + shift * (len(rows) / total)
+        self.deviations = (
+            self.deviations + variance.double() * len(rows) + shift.square() * (self.tokens * len(rows) / total)
+        )
+        self.tokens = total
+
+    def value(self) -> Tensor:
+        return self.deviations / (self.tokens - 1)
+
+
+class Covariance:
+    """XᵀX / tokens of the inputs, not centred: `(in, in)` float32, 485 MB for the 11,008 channels of a 7B model."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.total: Tensor | None = None
+
+    def add(self, inputs: Tensor) -> None:
+        rows = inputs.flatten(0, -2).float()
+        if self.total is None:
+            self.total = rows.new_zeros(rows.shape[1], rows.shape[1])
+        self.total.addmm_(rows.T, rows)
+        self.tokens += len(rows)
+
+    def value(self) -> Tensor:
+        """The sum itself, divided in place: there is one matrix of this size, not two."""
+        assert self.total is not None, "a stream has at least one batch"
+        return self.total.div_(self.tokens)
+
+
+COLLECTORS: dict[str, type[Collector]] = {
+    "input_norms": InputNorms,
+    "fluctuations": Fluctuations,
+    "covariance": Covariance,
+}
 
 
 def statistics(
-    model: nn.Module, norms: dict[nn.Module, Tensor] | None, seed: int
+    model: nn.Module, needed: Statistic | None, batches: Iterable[Tensor], seed: int
 ) -> Iterator[tuple[str, int, BlockStatistics]]:
-    """(block name, layer, its statistics) for every block of the model, layer by layer."""
+    """(block name, layer, its statistics) for every block of the model, layer by layer.
+
+    `batches` of tokens `(B, T)` are read only for a `needed` statistic. A layer's covariances exist from its turn on
+    until the reader lets go of them, so let go of one block before asking for the next.
+    """
     shape = Shape.of(model)
+    collector = COLLECTORS.get(needed or "")
+    stream = layer_inputs(model, batches) if collector else None
+    gradients = loss_gradients(model, batches) if needed == "gradients" else None
     for index, layer in enumerate(model.get_submodule(shape.spec.layers)):
+        collectors = {}
+        if collector and stream:
+            collectors = {name: collector() for name, _ in shape.spec.blocks()}
+            outputs = {name: f"{block.module}.{block.output.name}" for name, block in shape.spec.blocks()}
+            stream.advance(index, {outputs[name]: one.add for name, one in collectors.items()})
         for place, (name, block) in enumerate(shape.spec.blocks()):
             linears = {p.name: layer.get_submodule(f"{block.module}.{p.name}") for p in block.projections}
+            found: dict[str, Any] = {}
+            if needed and collectors:
+                found[needed] = collectors.pop(name).value()
+            elif gradients is not None:
+                found["gradients"] = {key: gradients.pop(linear) for key, linear in linears.items()}
             yield (
                 name,
                 index,
                 BlockStatistics(
                     units=(shape.kv_groups if name == "attention" else shape.channels)[index],
                     weights={key: linear.weight for key, linear in linears.items()},
-                    input_norms=None if norms is None else norms[linears[block.output.name]],
                     seed=block_seed(seed, index, place),
+                    **found,
                 ),
             )
+            found.clear()  # this generator keeps none of it alive
+
+
+def loss_gradients(model: nn.Module, batches: Iterable[Tensor]) -> dict[nn.Module, Tensor]:
+    """∂L/∂W of every prunable projection, L the mean next-token loss over all predictions in `batches` of `(B, T)`.
+
+    The only backward pass of pgprune, and only for the metric `taylor`. Memory on top of the weights: as much again for
+    the gradients (13 GB for a 7B model in bfloat16; they are summed in the weights' dtype), every activation of one
+    batch, and its logits and their gradient in float32. The model is left as it was, on every way out.
+    """
+    spec = Shape.of(model).spec
+    linears = [linear for layer in model.get_submodule(spec.layers) for _, _, linear in projections(spec, layer)]
+    before = [(linear.weight.requires_grad, linear.weight.grad) for linear in linears]
+    predictions = 0
+    try:
+        for linear in linears:
+            linear.weight.requires_grad_(True).grad = None
+        for tokens in batches:
+            with torch.enable_grad():
+                _summed_loss(model, tokens).backward(inputs=[linear.weight for linear in linears])
+            predictions += tokens.shape[0] * (tokens.shape[1] - 1)
+        if not predictions:
+            raise ValueError("there is no calibration text to run")
+        return {linear: linear.weight.grad.div_(predictions) for linear in linears}
+    finally:
+        for linear, (required, gradient) in zip(linears, before, strict=True):
+            linear.weight.requires_grad_(required).grad = gradient
+
+
+def _summed_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Next-token loss summed over all predictions in `tokens` `(B, T)`, with its graph: a float32 scalar, nats."""
+    tokens = tokens.to(model.get_input_embeddings().weight.device)
+    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
+    return functional.cross_entropy(logits.float(), tokens[:, 1:].flatten().to(logits.device), reduction="sum")
 
 
 def block_seed(seed: int, layer: int, place: int) -> int:

@@ -21,7 +21,7 @@ from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.loading import INDEX, Source
 from pgprune_cli.writers import modeling_pruned
-from pgprune_cli.writers.base import Shard, open_base
+from pgprune_cli.writers.base import Base, Shard, open_base
 from pgprune_cli.writers.card import Card
 from pgprune_cli.writers.surgery import Cut, Surgery
 
@@ -68,7 +68,8 @@ def write(
             f"{fingerprint}, the decision was made for {decision.fingerprint}"
         )
     base = open_base(source, decision)
-    surgery = Surgery(base.shape.spec, decision.keep)
+    _check_biases(base, decision)
+    surgery = Surgery(base.shape.spec, decision.keep, decision.outputs)
     config = surgery.config(base.json, base.config)
     stock = "per_layer_config" not in config
     shards = [(shard, surgery.cuts(shard.shapes)) for shard in base.shards]
@@ -88,6 +89,19 @@ def write(
         write_bytes(directory / "README.md", card.text(decision).encode())
     layers_after = config["num_hidden_layers"]
     return Written(out, config["model_type"], stock, len(decision.keep), layers_after, before, after, size)
+
+
+def _check_biases(base: Base, decision: Decision) -> None:
+    """A repair may have fitted a bias where the base has none, and its architecture then has no place for it."""
+    found = {name for shard in base.shards for name in shard.shapes}
+    for (index, name), output in decision.outputs.items():
+        block = dict(base.shape.spec.blocks())[name]
+        bias = f"{base.shape.spec.layers}.{index}.{block.module}.{block.output.name}.bias"
+        if output.bias is not None and bias not in found:
+            raise UserError(
+                f"{bias}: the repair has fitted this bias, for which the base model has no place; "
+                "search with reconstruct.method: least-squares"
+            )
 
 
 def _write_weights(

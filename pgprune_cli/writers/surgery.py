@@ -10,20 +10,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgprune_cli.arch import ArchSpec, Keep, LayerKeep, gather_units
+from pgprune_cli.arch import ArchSpec, Keep, LayerKeep, Outputs, gather_units
 from pgprune_cli.errors import UserError
 from pgprune_cli.writers import modeling_pruned
 
 
 @dataclass(frozen=True)
 class Cut:
-    """What becomes of one tensor: its name in the result, and which units of its `axis` stay (None: all of it)."""
+    """What becomes of one tensor: its name in the result, and which units of its `axis` stay (None: all of it).
+
+    repaired: the weights that stand in the place of the kept ones, where they were repaired.
+    """
 
     name: str
     axis: int = 0
     mask: Tensor | None = None
+    repaired: Tensor | None = None
 
     def apply(self, tensor: Tensor) -> Tensor:
+        if self.repaired is not None:
+            return self.repaired.to(tensor.dtype).contiguous()
         if self.mask is None:
             return tensor.contiguous()
         return gather_units(tensor, self.axis, self.mask.nonzero().squeeze(1), len(self.mask)).contiguous()
@@ -35,9 +41,10 @@ class Cut:
 class Surgery:
     """Where every tensor of the base goes, and what the config says of the result."""
 
-    def __init__(self, spec: ArchSpec, keep: Keep) -> None:
+    def __init__(self, spec: ArchSpec, keep: Keep, outputs: Outputs) -> None:
         self.spec = spec
         self.keep = keep
+        self.outputs = outputs
         self.order = [i for i, layer in enumerate(keep) if layer.attention.any() or layer.ffn.any()]
         if not self.order:
             raise UserError("the decision keeps nothing of any layer; there is no model to write")
@@ -59,7 +66,11 @@ class Surgery:
                 # The bias of a projection onto the residual stream belongs to no unit.
                 biases = (f"{block.module}.{projection.name}.bias",) if projection.axis == 0 else ()
                 if inner in (f"{block.module}.{projection.name}.weight", *biases):
-                    return Cut(target, projection.axis, mask)
+                    output = self.outputs.get((index, family)) if projection == block.output else None
+                    return Cut(target, projection.axis, mask, output.weight if output else None)
+                if projection == block.output and inner == f"{block.module}.{projection.name}.bias":
+                    output = self.outputs.get((index, family))
+                    return Cut(target, repaired=output.bias if output else None)
         return Cut(target)
 
     def cuts(self, names: Iterable[str]) -> dict[str, Cut]:

@@ -24,6 +24,7 @@ BELOW = {
     "recipe": {"errors", "strict_yaml"},
     "strict_yaml": {"errors"},
     "progress": {"errors"},
+    "policies": {"arch", "core", "errors", "reconstruct"},
     "checkpoint": {"atomic", "core", "errors"},
     "decision": {"arch", "atomic", "errors"},
     "saliency": {"saliency", "arch", "core", "errors", "streaming"},

@@ -97,7 +97,7 @@ def text(tmp_path: Path) -> Corpus:
 
 @pytest.fixture
 def run(small, tmp_path: Path) -> Path:
-    search(small("search.steps=2"), tmp_path / "run", quiet=True)
+    search(small("search.forwards=4"), tmp_path / "run", quiet=True)
     return tmp_path / "run"
 
 

@@ -85,6 +85,17 @@ def test_scoring_again_replaces_the_scores(small, tmp_path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [SCORES]
 
 
+@pytest.mark.parametrize("metric", ["wanda-sp", "magnitude", "random", "uniform"])
+def test_scores_of_earlier_runs_stay_readable(metric, tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    values = {"layers.0.ffn": torch.rand(3, dtype=torch.float64)}
+    save_file(values, tmp_path / SCORES, metadata={"metric": metric, "fingerprint": "0123"})
+    read = Scores.load(tmp_path)
+    assert (read.metric, read.fingerprint) == (metric, "0123")
+    assert torch.equal(read.tensors["layers.0.ffn"], values["layers.0.ffn"])
+
+
 def test_damaged_and_foreign_scores_are_refused(small, tmp_path) -> None:
     from safetensors.torch import save_file
 

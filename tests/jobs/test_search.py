@@ -167,8 +167,8 @@ def refusal(recipe: Recipe, run: Path) -> str:
 
 
 def test_another_recipe_is_refused(stopped, small) -> None:
-    assert refusal(small("budget.sparsity=0.25", "search.steps=7"), stopped) == (
-        f"{stopped}: belongs to another recipe (sparsity: 0.5 → sparsity: 0.25; steps: 6 → steps: 7); "
+    assert refusal(small("budget.sparsity=0.25", "search.forwards=14"), stopped) == (
+        f"{stopped}: belongs to another recipe (sparsity: 0.5 → sparsity: 0.25; forwards: 12 → forwards: 14); "
         "give another directory with --out, or remove this one to start over"
     )
 
@@ -255,7 +255,7 @@ def test_bad_losses_are_skipped_and_counted(small, tmp_path, broken_losses) -> N
 def test_a_search_whose_every_loss_is_bad_stops(small, tmp_path, broken_losses) -> None:
     broken_losses(lambda call: [float("nan")] * 2 if call >= 1 else [None])
     with pytest.raises(RunError) as error:
-        search(small("search.steps=30"), tmp_path, quiet=True)
+        search(small("search.forwards=60"), tmp_path, quiet=True)
     assert str(error.value) == (
         f"step {1 + BAD_STEPS}: no finite loss in {BAD_STEPS} steps; the model overflows in float32: "
         "try dtype float32 or bfloat16, or a lower sparsity"
@@ -276,7 +276,7 @@ def policy_of(recipe: Recipe, run: Path):
 
 
 def test_without_steps_the_metric_decides(small, tmp_path) -> None:
-    recipe = small("search.steps=0")
+    recipe = small("search.forwards=0")
     decision = search(recipe, tmp_path, quiet=True)
     evaluator, space, budget, theta = policy_of(recipe, tmp_path)
     expected = evaluator.shape.keep(space, hard_mask(theta, space, budget))
@@ -302,7 +302,7 @@ def test_the_heldout_loss_is_the_hard_masks_on_text_never_searched(small, tmp_pa
 @pytest.mark.parametrize("families", ["[attention, ffn]", "[ffn]", "[attention-block, ffn-block]", "[layer]"])
 def test_the_budget_is_met_within_one_unit(families, sparsity, scope, small, tmp_path) -> None:
     recipe = small(
-        f"units.families={families}", f"budget.sparsity={sparsity}", f"budget.scope={scope}", "search.steps=2"
+        f"units.families={families}", f"budget.sparsity={sparsity}", f"budget.scope={scope}", "search.forwards=4"
     )
     decision = search(recipe, tmp_path, quiet=True)
     _, space, _, _ = policy_of(recipe, tmp_path)
@@ -312,6 +312,28 @@ def test_the_budget_is_met_within_one_unit(families, sparsity, scope, small, tmp
         kept = total - removed_of(decision, recipe, space, units)
         room = (1 - sparsity) * total - kept
         assert -1e-6 * total <= room < int(space.costs[units].max())
+
+
+def test_sparsity_is_of_parameters_whatever_the_budget_is_of(small, tmp_path) -> None:
+    recipe = small("budget.of=flops", "budget.scope=global", "budget.context=4096", "search.forwards=4")
+    decision = search(recipe, tmp_path, quiet=True)
+    _, parameters, _, _ = policy_of(recipe, tmp_path)
+    removed = removed_of(decision, recipe, parameters, slice(0, parameters.n))
+    assert decision.sparsity == pytest.approx(removed / int(parameters.costs.sum()))
+    assert decision.budget["of"] == "flops"
+    assert 0.48 < decision.budget["kept"] <= 0.5
+    assert abs(decision.sparsity - 0.5) > 0.02  # FLOPs of attention grow with the context, and its parameters do not
+
+
+def test_a_latency_is_measured_once_in_a_run(small, tmp_path, monkeypatch) -> None:
+    """Were it measured again, the budget would be another one, and the search not the one that was stopped."""
+    recipe = small("budget.of=latency", "budget.context=32")
+    with after_step(2, kill_self(signal.SIGINT)), pytest.raises(Interrupted):
+        search(recipe, tmp_path, quiet=True)
+    monkeypatch.setattr("pgprune_cli.costs.measure_latency", None)
+    decision = search(recipe, tmp_path, quiet=True)
+    assert decision.budget["of"] == "latency"
+    assert 0.4 < decision.budget["kept"] <= 0.5
 
 
 def removed_of(decision, recipe: Recipe, space, units: slice) -> int:
@@ -354,7 +376,7 @@ def test_the_metric_that_made_the_scores_is_what_is_recorded(small, tmp_path) ->
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_shipped_demo_search_beats_the_metric_alone(seed, tmp_path) -> None:
     """The whole recipe of `make demo`. Measured once: from 1.968 to 1.223, 1.208 and 1.240 nats per token."""
-    metric_only = search(load(find("demo"), [f"seed={seed}", "search.steps=0"]), tmp_path / "metric", quiet=True)
+    metric_only = search(load(find("demo"), [f"seed={seed}", "search.forwards=0"]), tmp_path / "metric", quiet=True)
     (tmp_path / "searched").mkdir()
     shutil.copyfile(tmp_path / "metric" / SCORES, tmp_path / "searched" / SCORES)
     searched = search(load(find("demo"), [f"seed={seed}"]), tmp_path / "searched", quiet=True)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from pgprune_cli import recipe
 from pgprune_cli.arch import Shape
-from pgprune_cli.saliency import CALIBRATED, METRICS, flat_saliency, score
-from pgprune_cli.saliency.statistics import BlockStatistics, block_seed, input_norms
+from pgprune_cli.saliency import CALIBRATED, METRICS, NEEDS, flat_saliency, score
+from pgprune_cli.saliency.obs import removal_order
+from pgprune_cli.saliency.statistics import BlockStatistics
 
 HEAD, CHANNELS, GROUPS, LAYERS = 8, 24, 4, 4
 
@@ -30,8 +31,8 @@ def columns_of_group(layer: nn.Module, group: int) -> list[int]:
     return list(range(group * width, (group + 1) * width))
 
 
-def norms_by_hooks(model: nn.Module, batches: list[Tensor]) -> dict[nn.Module, Tensor]:
-    """Keeps all inputs of every o_proj and down_proj, then takes the norm of each column of the whole pile."""
+def piles_by_hooks(model: nn.Module, batches: list[Tensor]) -> dict[nn.Module, Tensor]:
+    """All inputs of every o_proj and down_proj in whole forward passes, in one pile: `(tokens, in)` float64."""
     piles: dict[nn.Module, list[Tensor]] = {}
     handles = [
         linear.register_forward_pre_hook(
@@ -45,12 +46,12 @@ def norms_by_hooks(model: nn.Module, batches: list[Tensor]) -> dict[nn.Module, T
             model(input_ids=tokens)
     for handle in handles:
         handle.remove()
-    return {module: torch.cat(pile).double().norm(dim=0) for module, pile in piles.items()}
+    return {module: torch.cat(pile).double() for module, pile in piles.items()}
 
 
 def test_wanda_sp_is_weight_times_input_norm_summed_over_the_unit(architecture: str) -> None:
     model, batches = tiny_model(architecture), calibration()
-    norms = norms_by_hooks(model, batches)
+    norms = {module: pile.norm(dim=0) for module, pile in piles_by_hooks(model, batches).items()}
     scores = score(model, "wanda-sp", batches, seed=0)
     for index, layer in enumerate(model.model.layers):
         output, down = layer.self_attn.o_proj, layer.mlp.down_proj
@@ -63,6 +64,42 @@ def test_wanda_sp_is_weight_times_input_norm_summed_over_the_unit(architecture: 
         for channel in range(CHANNELS):
             wanted = float(down.weight[:, channel].abs().sum()) * float(norms[down][channel])
             assert float(scores[f"layers.{index}.ffn"][channel]) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_flap_is_variance_times_squared_weight_summed_over_the_unit(architecture: str) -> None:
+    model, batches = tiny_model(architecture), calibration()
+    piles = piles_by_hooks(model, batches)
+    scores = score(model, "flap", batches, seed=0)
+    for index, layer in enumerate(model.model.layers):
+        for name, output, columns_of in (
+            ("attention", layer.self_attn.o_proj, lambda unit, layer=layer: columns_of_group(layer, unit)),
+            ("ffn", layer.mlp.down_proj, lambda unit: [unit]),
+        ):
+            for unit, got in enumerate(scores[f"layers.{index}.{name}"].tolist()):
+                wanted = 0.0
+                for column in columns_of(unit):
+                    seen = piles[output][:, column].tolist()
+                    mean = sum(seen) / len(seen)
+                    variance = sum((value - mean) ** 2 for value in seen) / (len(seen) - 1)
+                    wanted += variance * sum(float(weight) ** 2 for weight in output.weight[:, column])
+                assert got == pytest.approx(wanted, rel=1e-4)
+
+
+def test_obs_removes_greedily_what_the_inputs_say(architecture: str) -> None:
+    """The metric end to end; the order itself is tested in test_obs.py."""
+    model, batches = tiny_model(architecture), calibration()
+    piles = piles_by_hooks(model, batches)
+    scores = score(model, "obs", batches, seed=0)
+    for index, layer in enumerate(model.model.layers):
+        for name, output, units in (
+            ("attention", layer.self_attn.o_proj, GROUPS),
+            ("ffn", layer.mlp.down_proj, CHANNELS),
+        ):
+            inputs = piles[output]
+            order, errors = removal_order(output.weight, inputs.T @ inputs / len(inputs), units)
+            got = scores[f"layers.{index}.{name}"]
+            assert got.argsort().tolist() == order.tolist()
+            torch.testing.assert_close(got[order], errors, rtol=1e-4, atol=0.0)
 
 
 def test_magnitude_is_the_squared_weights_of_the_unit_in_every_projection(architecture: str) -> None:
@@ -108,10 +145,11 @@ def test_scores_are_one_float64_for_every_unit_and_the_same_again(metric: str) -
     wanted = {f"layers.{i}.{block}": size for i in range(LAYERS) for block, size in (("attention", 4), ("ffn", 24))}
     assert {name: len(values) for name, values in one.items()} == wanted
     assert all(values.dtype == torch.float64 and (values >= 0).all() for values in one.values())
+    assert not any(values.requires_grad for values in one.values())
     assert all(torch.equal(one[name], same[name]) for name in one)
 
 
-@pytest.mark.parametrize("metric", ["wanda-sp", "magnitude"])
+@pytest.mark.parametrize("metric", ["wanda-sp", "flap", "obs", "taylor", "magnitude"])
 def test_a_unit_without_weights_matters_least(architecture: str, metric: str) -> None:
     """Higher = matters more: what writes nothing to the residual stream can go first."""
     model = tiny_model(architecture)
@@ -143,34 +181,26 @@ def test_only_calibrated_metrics_read_the_text() -> None:
             score(model, metric, refuse(), seed=0)
 
 
-def test_more_of_the_same_text_changes_the_norms_but_not_the_order() -> None:
-    model, batches = tiny_model("llama-gqa"), calibration()
-    once, twice = input_norms(model, batches), input_norms(model, batches * 2)
-    for linear, norms in once.items():
-        torch.testing.assert_close(twice[linear], norms * 2**0.5)
-
-
-def test_collecting_leaves_no_hooks_behind_even_when_it_fails() -> None:
+@pytest.mark.parametrize("metric", sorted(CALIBRATED))
+def test_collecting_leaves_no_hooks_behind_even_when_it_fails(metric: str) -> None:
     model = tiny_model("llama-gqa")
     with pytest.raises(IndexError):
-        input_norms(model, [torch.full((1, 4), VOCABULARY)])
-    score(model, "wanda-sp", calibration(), seed=0)
+        score(model, metric, [torch.full((1, 4), VOCABULARY)], seed=0)
+    score(model, metric, calibration(), seed=0)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-def test_wanda_sp_without_text_is_refused() -> None:
-    with pytest.raises(ValueError, match="wanda-sp needs calibration text"):
-        METRICS["wanda-sp"](BlockStatistics(2, {"o": torch.ones(3, 4)}, None, 0))
-
-
-def test_block_seeds_differ_within_a_model() -> None:
-    seeds = {block_seed(seed, layer, place) for seed in range(3) for layer in range(200) for place in range(2)}
-    assert len(seeds) == 1200
+@pytest.mark.parametrize("metric", sorted(CALIBRATED))
+def test_a_calibrated_metric_without_text_is_refused(metric: str) -> None:
+    with pytest.raises(ValueError, match=f"{metric} needs calibration text"):
+        METRICS[metric](BlockStatistics(2, {"o": torch.ones(3, 4)}, seed=0))
+    with pytest.raises(ValueError, match="no calibration text"):
+        score(tiny_model("llama-mha"), metric, [], seed=0)
 
 
 def test_recipes_offer_exactly_the_registered_metrics() -> None:
     assert set(get_args(recipe.Saliency.__annotations__["metric"])) == set(METRICS)
-    assert set(METRICS) >= CALIBRATED
+    assert set(METRICS) >= CALIBRATED == set(NEEDS)
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,7 @@ def masked(model, keep):
 
 
 def decide(base: Path, keep) -> Decision:
-    return Decision(keep, str(base), resolve(str(base)).fingerprint(), 0.5, "dtype: float32", 10, 80, 2.5)
+    return Decision(keep, str(base), resolve(str(base)).fingerprint(), 0.5, "dtype: float32", 10, 80, 9, 2.5)
 
 
 def export(base: Path, out: Path, keep, measured=None) -> hf.Written:

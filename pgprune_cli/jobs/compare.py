@@ -1,0 +1,178 @@
+"""compare: the paper's ablation on the user's model: what the metric, the start, the allocation and the repair bring.
+
+Every variant is the recipe with a few keys changed, run once for each seed in a directory of its own. A run that is
+finished and measured is not repeated, one that was stopped goes on: `compare` is the same command until it is done.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pgprune_cli.atomic import read_json, write_bytes, write_json
+from pgprune_cli.errors import UserError
+from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target
+from pgprune_cli.jobs.init_scores import SCORES, init_scores
+from pgprune_cli.jobs.search import METRICS_FILE, search
+from pgprune_cli.progress import working
+from pgprune_cli.recipe import Recipe
+
+MEASURED_FILE = "measured.json"
+TABLE_JSON, TABLE_MARKDOWN = "comparison.json", "comparison.md"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table: its name (a directory too), what it shows, and the recipe it runs."""
+
+    name: str
+    shows: str
+    recipe: Recipe
+    seeded: bool
+    """Whether another seed gives another result: without a search and a random metric it does not."""
+
+
+def variants_of(recipe: Recipe) -> list[Variant]:
+    """The rows for a recipe, from the metric alone to all of it."""
+    plain = replace(recipe, reconstruct=replace(recipe.reconstruct, method="none"))
+    units = replace(recipe.search, policy="units", samples=2, estimator="paper")
+    layers = replace(recipe.search, policy="layers")
+    nothing = replace(units, forwards=0)
+
+    def of(base: Recipe, settings: Any, metric: Any = recipe.saliency.metric, scope: Any = None) -> Recipe:
+        budget = replace(base.budget, scope=scope or base.budget.scope)
+        return replace(base, search=settings, saliency=replace(base.saliency, metric=metric), budget=budget)
+
+    return [
+        Variant("metric-uniform", "metric only, all layers alike", of(plain, nothing, scope="per-layer"), False),
+        Variant("metric", "metric only, widths as they come", of(plain, nothing), False),
+        Variant("metric-uniform-repaired", "the first, repaired", of(recipe, nothing, scope="per-layer"), False),
+        Variant("metric-repaired", "the second, repaired", of(recipe, nothing), False),
+        Variant("curves-repaired", "widths by repaired error alone", of(recipe, replace(layers, forwards=0)), False),
+        Variant("random-start", "the paper's search from a random start", of(plain, units, "random"), True),
+        Variant("uniform-start", "the paper's search from a uniform start", of(plain, units, "uniform"), True),
+        Variant("metric-start", "the paper's search from the metric", of(plain, units), True),
+        Variant("metric-start-repaired", "the same, repaired", of(recipe, units), True),
+        Variant("layers", "search over widths, without repair", of(plain, layers), True),
+        Variant("layers-repaired", "search over widths, with repair", of(recipe, layers), True),
+    ]
+
+
+def compare(
+    recipe: Recipe, out: Path, seeds: Sequence[int], only: Sequence[str], limit: int | None, quiet: bool = False
+) -> dict[str, Any]:
+    """Runs every variant (or those named in `only`) for every seed and writes the table into `out` after each.
+
+    `limit`: at most so many windows of each corpus. Returns the object that `--json` prints. Raises UserError for a
+    name that is no variant's or for an `out` of another comparison, and what `search` and `evaluate` raise.
+    """
+    variants = variants_of(recipe)
+    if unknown := sorted(set(only) - {variant.name for variant in variants}):
+        raise UserError(f"--only {unknown[0]}: expected one of {', '.join(variant.name for variant in variants)}")
+    wanted = [variant for variant in variants if not only or variant.name in only]
+    table: dict[str, Any] = {"model": recipe.model, "sparsity": recipe.budget.sparsity, "limit": limit, "rows": []}
+    table["rows"].append(_dense(recipe, out, limit, quiet))
+    for variant in wanted:
+        runs = []
+        for seed in seeds if variant.seeded else seeds[:1]:
+            runs.append(_one(variant, replace(variant.recipe, seed=seed), out, limit, quiet))
+            row = {"name": variant.name, "shows": variant.shows, "runs": runs, "mean": _mean(runs)}
+            table["rows"] = [*(old for old in table["rows"] if old["name"] != variant.name), row]
+            write_json(out / TABLE_JSON, table)
+            write_bytes(out / TABLE_MARKDOWN, markdown(table).encode())
+    return table
+
+
+def _dense(recipe: Recipe, out: Path, limit: int | None, quiet: bool) -> dict[str, Any]:
+    record = out / "dense" / MEASURED_FILE
+    if not record.exists():
+        target = replace(open_target(recipe.model, recipe.dtype, recipe.device, quiet), evaluation=recipe.evaluation)
+        write_json(record, _perplexities(target, recipe, limit, quiet) | {"limit": limit})
+    run = _same_limit(record, limit) | {"seed": None, "forwards": 0, "calibration_forwards": 0, "seconds": 0.0}
+    return {"name": "dense", "shows": "the model as it is", "runs": [run], "mean": _mean([run])}
+
+
+def _one(variant: Variant, recipe: Recipe, out: Path, limit: int | None, quiet: bool) -> dict[str, Any]:
+    """One variant with one seed: what it measured, from its directory where it is done already."""
+    run = out / variant.name / f"seed-{recipe.seed}"
+    record = run / MEASURED_FILE
+    if not record.exists():
+        if not quiet:
+            with working(f"{variant.name}, seed {recipe.seed}: {variant.shows}"):
+                pass
+        _share_scores(recipe, run, out, quiet)
+        before, began = _seconds_so_far(run), time.monotonic()
+        decision = search(recipe, run, quiet)
+        seconds = before + time.monotonic() - began
+        target = open_target(str(run), None, None, quiet)
+        measured = _perplexities(target, recipe, limit, quiet)
+        spent = {"forwards": decision.forwards, "calibration_forwards": decision.calibration_forwards}
+        write_json(record, measured | spent | {"seconds": seconds, "seed": recipe.seed, "limit": limit})
+    return _same_limit(record, limit)
+
+
+def _share_scores(recipe: Recipe, run: Path, out: Path, quiet: bool) -> None:
+    """Scores of one metric serve all variants that start from it; those of a random one belong to a seed."""
+    if (run / SCORES).exists():
+        return
+    metric = recipe.saliency.metric
+    kept = out / "scores" / (f"{metric}-{recipe.seed}" if metric == "random" else metric)
+    if not (kept / SCORES).exists():
+        init_scores(recipe, kept, quiet)
+    write_bytes(run / SCORES, (kept / SCORES).read_bytes())
+
+
+def _seconds_so_far(run: Path) -> float:
+    """Of a search that an earlier call began."""
+    history = run / METRICS_FILE
+    lines = history.read_text().splitlines() if history.exists() else []
+    return float(json.loads(lines[-1])["seconds"]) if lines else 0.0
+
+
+def _perplexities(target: Any, recipe: Recipe, limit: int | None, quiet: bool) -> dict[str, Any]:
+    corpora = [Corpus.parse(name) for name in recipe.evaluation.corpora]
+    result = evaluate(target, corpora, recipe.evaluation.seqlen, limit, quiet)
+    return {"parameters": result["parameters"], "perplexity": result["perplexity"]}
+
+
+def _same_limit(record: Path, limit: int | None) -> dict[str, Any]:
+    measured = read_json(record)
+    if measured.get("limit") != limit:
+        raise UserError(f"{record}: measured with --limit {measured.get('limit')}; give the same, or another --out")
+    return measured
+
+
+def _mean(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    columns = zip(*(run["perplexity"] for run in runs), strict=True)
+    return {
+        "perplexity": [cells[0] | {"ppl": statistics.fmean(cell["ppl"] for cell in cells)} for cells in columns],
+        "forwards": statistics.fmean(run["forwards"] for run in runs),
+        "calibration_forwards": statistics.fmean(run["calibration_forwards"] for run in runs),
+        "seconds": statistics.fmean(run["seconds"] for run in runs),
+    }
+
+
+def cells(table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The table as headings and rows of text: a row for each variant, the mean first, its seeds in brackets."""
+    lengths = [f"{cell['corpus']} PPL, {cell['seqlen']} tokens" for cell in table["rows"][0]["mean"]["perplexity"]]
+    rows = []
+    for row in table["rows"]:
+        line = [row["name"], row["shows"]]
+        for place, cell in enumerate(row["mean"]["perplexity"]):
+            each = [f"{run['perplexity'][place]['ppl']:,.1f}" for run in row["runs"]]
+            line.append(f"{cell['ppl']:,.1f}" + (f" ({', '.join(each)})" if len(each) > 1 else ""))
+        mean = row["mean"]
+        rows.append([*line, f"{mean['forwards']:.0f} + {mean['calibration_forwards']:.0f}", f"{mean['seconds']:,.0f}"])
+    return ["variant", "what it shows", *lengths, "forwards: search + calibration", "seconds"], rows
+
+
+def markdown(table: dict[str, Any]) -> str:
+    """The table as Markdown."""
+    headings, rows = cells(table)
+    lines = [f"| {' | '.join(line)} |" for line in [headings, ["---"] * len(headings), *rows]]
+    return f"{table['model']}, sparsity {table['sparsity']}\n\n" + "\n".join(lines) + "\n"

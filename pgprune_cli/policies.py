@@ -1,0 +1,140 @@
+"""What the search job moves: a policy draws masks, hears their losses, and says in the end which units stay.
+
+Both wrap the pure steps of `core`: UnitPolicy those of `core.step` (θ, a keep probability a unit), LayerPolicy those of
+`core.widths` (how many units each layer keeps, with its block repaired for that number).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from pgprune_cli.arch import Keep, Outputs
+from pgprune_cli.core import step as units
+from pgprune_cli.core import widths as layers
+from pgprune_cli.core.policy import entropy
+from pgprune_cli.core.projection import bundled_mask, hard_mask
+from pgprune_cli.core.space import Budget, MaskSpace
+from pgprune_cli.core.step import SearchState
+from pgprune_cli.core.widths import WidthState
+from pgprune_cli.reconstruct import WidthTable, level_of
+
+State = TypeVar("State", SearchState, WidthState)
+
+RATE = 0.28
+"""Automatic learning rate of the units policy: RATE / √steps. It is 2e-2 for 200 steps, the best of those tried, and
+2.3e-3 for 15,000, about the paper's."""
+
+
+class Policy(Protocol[State]):
+    """The steps of one search, in terms of a state that can be saved."""
+
+    @property
+    def origin(self) -> Tensor:
+        """What the search starts from, `(n,)` float64: of the same origin, budget and seed it is the same search."""
+
+    def begin(self, seed: int) -> State: ...
+
+    def propose(self, state: State, samples: int) -> tuple[State, Tensor, Tensor]:
+        """The state with its generator moved on, the draws `(K, …)`, and the masks `(K, n)` they stand for."""
+
+    def update(self, state: State, draws: Tensor, losses: Tensor) -> State: ...
+
+    def mask(self, state: State) -> Tensor:
+        """The decision as searched: `(n,)` bool."""
+
+    def final_mask(self, state: State) -> Tensor:
+        """The decision to be written, at the budget's full resolution: `(n,)` bool."""
+
+    def outputs(self, keep: Keep) -> Outputs:
+        """The repaired output projections that `keep` is to be evaluated with."""
+
+    def rate(self, state: State) -> float: ...
+
+    def entropy(self, state: State) -> float:
+        """Of the policy's distribution, in nats."""
+
+
+@dataclass(frozen=True)
+class UnitPolicy:
+    """Independent keep probabilities θ `(n,)`, as in the paper."""
+
+    origin: Tensor
+    space: MaskSpace
+    budget: Budget
+    estimator: str
+    learning_rate: float
+    schedule: str
+    steps: int
+
+    def begin(self, seed: int) -> SearchState:
+        return units.begin(self.origin, seed)
+
+    def propose(self, state: SearchState, samples: int) -> tuple[SearchState, Tensor, Tensor]:
+        state, masks = units.propose(state, samples)
+        return state, masks, masks
+
+    def update(self, state: SearchState, draws: Tensor, losses: Tensor) -> SearchState:
+        return units.update(state, draws, losses, self.space, self.budget, self.estimator, self.rate(state))
+
+    def mask(self, state: SearchState) -> Tensor:
+        return hard_mask(state.theta, self.space, self.budget)
+
+    final_mask = mask
+
+    def outputs(self, keep: Keep) -> Outputs:
+        return {}
+
+    def rate(self, state: SearchState) -> float:
+        full = self.learning_rate or RATE / math.sqrt(max(1, self.steps))
+        return units.scheduled(full, self.schedule, state.step, self.steps)
+
+    def entropy(self, state: SearchState) -> float:
+        return float(entropy(state.theta))
+
+
+@dataclass(frozen=True)
+class LayerPolicy:
+    """Offsets of the layers' priorities, which decide how many units each of them keeps.
+
+    Searched over the widths of the table only, so that every sample runs with the repair that was solved for it.
+    """
+
+    table: WidthTable
+    origin: Tensor
+    space: MaskSpace
+    budget: Budget
+
+    def begin(self, seed: int) -> WidthState:
+        return layers.begin(self.space, seed)
+
+    def propose(self, state: WidthState, samples: int) -> tuple[WidthState, Tensor, Tensor]:
+        state, deviates = layers.propose(state, samples)
+        return state, deviates, torch.stack([self._mask(state, deviate) for deviate in deviates])
+
+    def update(self, state: WidthState, draws: Tensor, losses: Tensor) -> WidthState:
+        return layers.update(state, draws, losses)
+
+    def mask(self, state: WidthState) -> Tensor:
+        return self._mask(state, None)
+
+    def final_mask(self, state: WidthState) -> Tensor:
+        return hard_mask(layers.priorities(self.origin, state, None, self.space), self.space, self.budget)
+
+    def outputs(self, keep: Keep) -> Outputs:
+        return self.table.outputs_for(keep)
+
+    def rate(self, state: WidthState) -> float:
+        return layers.MEAN_RATE
+
+    def entropy(self, state: WidthState) -> float:
+        return float(0.5 * (2 * math.pi * math.e * state.spread.square()).log().sum())
+
+    def _mask(self, state: WidthState, deviate: Tensor | None) -> Tensor:
+        multiples = {family.name: level_of(max(family.counts)) for family in self.space.families}
+        value = layers.priorities(self.origin, state, deviate, self.space)
+        return bundled_mask(value, self.space, self.budget, multiples)

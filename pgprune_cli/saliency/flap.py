@@ -1,0 +1,16 @@
+"""Fluctuation, what a bias cannot stand in for (FLAP's WIFV; An et al. 2024, arXiv 2312.11983)."""
+
+from torch import Tensor
+
+from pgprune_cli.saliency.statistics import BlockStatistics
+
+
+def flap(block: BlockStatistics) -> Tensor:
+    """Σ var(X_j) · ‖W_:j‖₂² over the unit's columns j of the output projection: `(units,)` float64.
+
+    Of a removed input its mean can move into the projection's bias; the variance is lost. Raises ValueError without
+    fluctuations.
+    """
+    if block.fluctuations is None:
+        raise ValueError("flap needs calibration text")
+    return block.per_unit(block.output_weight.double().square().sum(0) * block.fluctuations)

@@ -1,0 +1,132 @@
+"""What the metrics look at, against piles of inputs kept whole; and only what is asked for."""
+
+import weakref
+from typing import get_args
+
+import pytest
+import torch
+from conftest import VOCABULARY, tiny_model
+from torch import Tensor
+
+from pgprune_cli.saliency import score
+from pgprune_cli.saliency.statistics import (
+    Covariance,
+    Fluctuations,
+    InputNorms,
+    Statistic,
+    block_seed,
+    loss_gradients,
+    statistics,
+)
+
+
+def calibration(batches: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(VOCABULARY, (2, 20), generator=generator) for _ in range(batches)]
+
+
+def pile(offset: float, spread: float) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return offset + spread * torch.randn(6, 50, 8, generator=generator)
+
+
+def collected(collector, inputs: Tensor) -> Tensor:
+    """Batches of different lengths, one of them a single token."""
+    for batch in (inputs[:1, :1], inputs[:1, 1:], inputs[1:3], inputs[3:]):
+        collector.add(batch)
+    return collector.value()
+
+
+def test_collectors_equal_the_formula_on_the_whole_pile() -> None:
+    inputs = pile(0.5, 2.0)
+    rows = inputs.flatten(0, 1).double()
+    torch.testing.assert_close(collected(InputNorms(), inputs), rows.norm(dim=0), rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(collected(Fluctuations(), inputs), rows.var(0), rtol=1e-6, atol=0.0)
+    covariance = collected(Covariance(), inputs)
+    assert covariance.dtype == torch.float32
+    torch.testing.assert_close(covariance.double(), rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
+
+
+def test_a_small_variance_around_a_large_mean_is_not_lost() -> None:
+    """A sum of squares in float32 minus the squared sum would be noise here."""
+    inputs = pile(1000.0, 0.05)
+    collector = Fluctuations()
+    rows = inputs.flatten(0, 1).double()
+    torch.testing.assert_close(collected(collector, inputs), rows.var(0), rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(collector.mean, rows.mean(0), rtol=1e-6, atol=0.0)
+
+
+def test_half_precision_inputs_do_not_overflow() -> None:
+    inputs = pile(0.0, 1.0).mul(1000.0).half()
+    for collector in (InputNorms(), Fluctuations(), Covariance()):
+        assert collected(collector, inputs).isfinite().all()
+
+
+@pytest.mark.parametrize("needed", [None, *get_args(Statistic)])
+def test_only_what_is_asked_for_is_collected(needed: Statistic | None) -> None:
+    blocks = list(statistics(tiny_model("qwen2"), needed, calibration(), seed=0))
+    assert [(name, layer) for name, layer, _ in blocks] == [
+        (name, layer) for layer in range(4) for name in ("attention", "ffn")
+    ]
+    for _, _, block in blocks:
+        assert [name for name in get_args(Statistic) if getattr(block, name) is not None] == [needed] * bool(needed)
+        for key, gradient in (block.gradients or {}).items():
+            assert gradient.shape == block.weights[key].shape
+
+
+def test_only_the_two_covariances_of_one_layer_exist_at_a_time(monkeypatch) -> None:
+    matrices: list[weakref.ref] = []
+    most = 0
+    add = Covariance.add
+
+    def watched(self: Covariance, inputs: Tensor) -> None:
+        nonlocal most
+        first = self.total is None
+        add(self, inputs)
+        if first:
+            matrices.append(weakref.ref(self.total))
+        most = max(most, sum(matrix() is not None for matrix in matrices))
+
+    monkeypatch.setattr(Covariance, "add", watched)
+    score(tiny_model("llama-gqa"), "obs", calibration(), seed=0)
+    assert len(matrices) == 8
+    assert most == 2
+
+
+def test_gradients_leave_the_model_exactly_as_it_was() -> None:
+    model = tiny_model("llama-gqa")
+    trained = model.model.layers[1].mlp.up_proj.weight.requires_grad_(True)
+    trained.grad = kept = torch.ones_like(trained)
+    model.model.embed_tokens.weight.requires_grad_(True)
+    before = {name: (p, p.requires_grad, p.grad, p.clone()) for name, p in model.named_parameters()}
+
+    def breaks():
+        yield from calibration(1)
+        raise RuntimeError("no more text")
+
+    for batches in (calibration(), breaks(), [torch.full((1, 4), VOCABULARY)]):
+        try:
+            gradients = loss_gradients(model, batches)
+        except (RuntimeError, IndexError):
+            pass
+        else:
+            assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients.values())
+            assert not any(gradient.requires_grad for gradient in gradients.values())
+        for name, parameter in model.named_parameters():
+            same, required, gradient, values = before[name]
+            assert parameter is same
+            assert parameter.requires_grad == required
+            assert parameter.grad is gradient
+            assert torch.equal(parameter, values)
+    assert torch.equal(kept, torch.ones_like(kept))
+
+
+def test_gradients_come_through_no_grad_around_the_caller() -> None:
+    with torch.no_grad():
+        gradients = loss_gradients(tiny_model("qwen3"), calibration(1))
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+
+
+def test_block_seeds_differ_within_a_model() -> None:
+    seeds = {block_seed(seed, layer, place) for seed in range(3) for layer in range(200) for place in range(2)}
+    assert len(seeds) == 1200
