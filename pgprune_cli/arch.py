@@ -106,6 +106,14 @@ Outputs = dict[tuple[int, str], Output]
 
 
 @dataclass(frozen=True)
+class UnitCosts:
+    """What one unit costs, layer by layer: a KV group, and an FFN channel. Whole numbers of whatever is counted."""
+
+    attention: tuple[int, ...]
+    ffn: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Shape:
     """The sizes of a dense model that pruning needs: units of every layer and parameters of a unit."""
 
@@ -130,19 +138,27 @@ class Shape:
             tuple(_unit_parameters(layer, spec.ffn, count) for layer, count in zip(layers, channels, strict=True)),
         )
 
-    def space(self, families: Sequence[str]) -> MaskSpace:
-        """The units of the named families (attention, ffn, attention-block, ffn-block, layer) with their parameters."""
+    @property
+    def parameters(self) -> UnitCosts:
+        return UnitCosts(self.group_parameters, self.channel_parameters)
+
+    def space(self, families: Sequence[str], costs: UnitCosts | None = None) -> MaskSpace:
+        """The units of the named families (attention, ffn, attention-block, ffn-block, layer) with what they cost.
+
+        In parameters, where `costs` says nothing else. A whole block or layer costs the sum of its units.
+        """
+        costs = costs or self.parameters
         ones = (1,) * len(self.kv_groups)
-        whole_attention = tuple(n * c for n, c in zip(self.kv_groups, self.group_parameters, strict=True))
-        whole_ffn = tuple(n * c for n, c in zip(self.channels, self.channel_parameters, strict=True))
+        whole_attention = tuple(n * c for n, c in zip(self.kv_groups, costs.attention, strict=True))
+        whole_ffn = tuple(n * c for n, c in zip(self.channels, costs.ffn, strict=True))
         known = {
-            "attention": Family("attention", self.kv_groups, self.group_parameters),
-            "ffn": Family("ffn", self.channels, self.channel_parameters),
-            "attention-block": Family("attention-block", ones, whole_attention),
-            "ffn-block": Family("ffn-block", ones, whole_ffn),
-            "layer": Family("layer", ones, tuple(a + f for a, f in zip(whole_attention, whole_ffn, strict=True))),
+            "attention": (self.kv_groups, costs.attention),
+            "ffn": (self.channels, costs.ffn),
+            "attention-block": (ones, whole_attention),
+            "ffn-block": (ones, whole_ffn),
+            "layer": (ones, tuple(a + f for a, f in zip(whole_attention, whole_ffn, strict=True))),
         }
-        return MaskSpace(tuple(known[name] for name in families))
+        return MaskSpace(tuple(Family(name, *known[name]) for name in families))
 
     def keep(self, space: MaskSpace, mask: Tensor) -> Keep:
         """A mask `(n,)` over the space's units as what stays of every layer; families not in the space stay whole."""

@@ -31,7 +31,8 @@ class Decision:
     model: as the recipe names it; fingerprint: of the base's config and weights; sparsity: the fraction of the
     prunable parameters that is removed in fact; recipe: the resolved recipe as YAML; forwards: model evaluations of the
     search; calibration_forwards: passes of scoring and repair, counted in the search's batches; heldout_loss: of the
-    pruned and repaired model on held-out calibration text, nats per token; outputs: the repaired output projections.
+    pruned and repaired model on held-out calibration text, nats per token; outputs: the repaired output projections;
+    budget: what was budgeted (`of`) and the fraction of it that is `kept` in fact.
     """
 
     keep: Keep
@@ -44,6 +45,7 @@ class Decision:
     calibration_forwards: int
     heldout_loss: float | None
     outputs: Outputs = field(default_factory=dict)
+    budget: dict[str, str | float] = field(default_factory=dict)
 
     def save(self, run: Path) -> None:
         """Writes both files into `run`, each whole or not at all; the record, which names the masks, last."""
@@ -58,6 +60,7 @@ class Decision:
         if self.outputs:
             write_bytes(run / REPAIR, save(_flat(self.outputs)))
         record["repair_sha256"] = checksum(run / REPAIR) if self.outputs else None
+        record["budget"] = self.budget
         record["kept"] = [{"attention": int(x.attention.sum()), "ffn": int(x.ffn.sum())} for x in self.keep]
         record["masks_sha256"] = checksum(run / MASKS)
         record["pgprune"] = __version__
@@ -65,7 +68,7 @@ class Decision:
 
     @classmethod
     def _recorded(cls) -> list[str]:
-        return [entry.name for entry in fields(cls) if entry.name not in ("keep", "outputs")]
+        return [entry.name for entry in fields(cls) if entry.name not in ("keep", "outputs", "budget")]
 
     @classmethod
     def load(cls, run: Path) -> Decision:
@@ -81,7 +84,9 @@ class Decision:
                 LayerKeep(tensors[f"layers.{i}.attention"].to(torch.bool), tensors[f"layers.{i}.ffn"].to(torch.bool))
                 for i in range(len(record["kept"]))
             )
-            return cls(keep, **{name: record[name] for name in cls._recorded()}, outputs=_load_outputs(run, record))
+            values = {name: record[name] for name in cls._recorded()}
+            # decisions of before there were budgets of anything but parameters say nothing of theirs
+            return cls(keep, **values, outputs=_load_outputs(run, record), budget=record.get("budget", {}))
         except KeyError as missing:
             raise UserError(f"{run / RECORD}: {missing} is missing; the file is not a whole decision") from None
 

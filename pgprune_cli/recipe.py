@@ -69,7 +69,9 @@ Natural = Annotated[int, Range(0)]
 Count = Annotated[int, Range(1)]
 Length = Annotated[int, Range(2)]  # tokens; a window of one token predicts nothing
 Positive = Annotated[float, Range(0, above=True)]
+Fraction = Annotated[float, Range(0, 1)]
 Family = Literal["attention", "ffn", "attention-block", "ffn-block", "layer"]
+Measure = Literal["parameters", "flops", "kv-cache", "latency"]
 MetricName = Literal["wanda-sp", "flap", "obs", "taylor", "magnitude", "random", "uniform"]
 
 
@@ -93,10 +95,14 @@ class Units:
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """How much goes: a fraction of the prunable parameters, of each family or of all families together."""
+    """How much goes: a fraction of what units cost, of all together, of each family or of each layer of a family."""
 
-    sparsity: Annotated[float, Range(0, 1)]
+    sparsity: Fraction
+    of: Measure = "parameters"  # what sparsity is a fraction of; latency is measured on the device
     scope: Literal["per-family", "global", "per-layer"] = "global"
+    context: Count = 2048  # tokens at which FLOPs, KV-cache bytes and latency are counted
+    keep_at_least: Fraction = 0.0  # of the units of every layer and family
+    ffn_multiple: Count = 1  # FFN widths are multiples of it, or a layer's whole width
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +208,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
             reader.fault(f"{shown(path)}: {key}: required key is missing")
     if reader.faults:
         raise UserError("\n".join(reader.faults))
-    return cast(Recipe, _build(Recipe, reader.values))
+    recipe = cast(Recipe, _build(Recipe, reader.values))
+    if contradictions := _contradictions(recipe):
+        raise UserError("\n".join(one_line(f"{shown(path)}: {text}") for text in contradictions))
+    return recipe
 
 
 def find(name_or_path: str) -> Path:
@@ -339,6 +348,29 @@ def _build(section: Any, values: dict[str, Any], prefix: str = "") -> Any:
     given = {name: _build(kind, values, f"{prefix}{name}.") for name, kind in nested.items()}
     plain = {entry.name: values[prefix + entry.name] for entry in fields(section) if prefix + entry.name in values}
     return section(**given, **plain)
+
+
+def _contradictions(recipe: Recipe) -> list[str]:
+    """What no model could satisfy, though every key for itself is sound."""
+    budget, families, found = recipe.budget, recipe.units.families, []
+    if budget.of == "kv-cache" and (ffn := [name for name in families if name in ("ffn", "ffn-block")]):
+        attention = [name for name in families if name not in ffn] or ["attention"]
+        found.append(
+            f"budget.of: the family {ffn[0]} has no KV cache, so a budget of it cannot say how much of that goes; "
+            f"set units.families to [{', '.join(attention)}]"
+        )
+    if budget.keep_at_least:
+        if whole := [name for name in families if name not in ("attention", "ffn")]:
+            found.append(
+                f"budget.keep_at_least: {whole[0]} is one unit a layer, and a part of it would be all of it; "
+                "leave the key at 0"
+            )
+        elif budget.keep_at_least + budget.sparsity > 1 + 1e-9:
+            found.append(
+                f"budget.keep_at_least: {budget.keep_at_least} of every layer is more than budget.sparsity "
+                f"{budget.sparsity} leaves; lower one of them"
+            )
+    return found
 
 
 def _shipped_folder() -> Path:

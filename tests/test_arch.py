@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pgprune_cli.arch import Shape, gather_units, projections, spec_of
+from pgprune_cli.arch import Shape, UnitCosts, gather_units, projections, spec_of
 from pgprune_cli.errors import UserError
 
 
@@ -61,6 +61,20 @@ def test_families_cost_the_same_whether_counted_by_unit_by_block_or_by_layer(arc
     assert shape.space(("layer",)).n == 4
     assert shape.space(("ffn", "attention")).slice_of("attention") == slice(96, 112)
     assert shape.space(("attention-block",)).costs.tolist() == [4 * cost for cost in shape.group_parameters]
+
+
+def test_units_may_cost_something_else_than_parameters() -> None:
+    shape = Shape.of(tiny_model("llama-gqa"))
+    assert shape.space(("attention", "ffn")) == shape.space(("attention", "ffn"), shape.parameters)
+    costs = UnitCosts((1, 2, 3, 4), (10, 20, 30, 40))
+    units = shape.space(("attention", "ffn"), costs)
+    assert units.pair_costs.tolist() == [1, 2, 3, 4, 10, 20, 30, 40]
+    assert units.pair_counts.tolist() == [4] * 4 + [24] * 4
+    blocks = shape.space(("attention-block", "ffn-block"), costs)
+    assert blocks.costs.tolist() == [4, 8, 12, 16, 240, 480, 720, 960]
+    assert shape.space(("layer",), costs).costs.tolist() == [244, 488, 732, 976]
+    cache = UnitCosts((5,) * 4, (0,) * 4)  # layers can go where only a part of them costs anything
+    assert shape.space(("layer",), cache).costs.tolist() == [20] * 4
 
 
 def test_a_mask_of_units_says_what_stays_of_every_layer() -> None:

@@ -22,7 +22,9 @@ def a_decision() -> Decision:
         LayerKeep(torch.tensor([True, False, False, True]), ffn),
         LayerKeep(torch.zeros(4, dtype=torch.bool), ~ffn),
     )
-    return Decision(keep, "owner/name", "f" * 64, 1 / 3, "model: owner/name\nseed: 0\n", 300, 600, 90, 0.1 + 0.2)
+    recipe = "model: owner/name\nseed: 0\n"
+    budget: dict[str, str | float] = {"of": "flops", "kept": 2 / 3}
+    return Decision(keep, "owner/name", "f" * 64, 1 / 3, recipe, 300, 600, 90, 0.1 + 0.2, budget=budget)
 
 
 def assert_same(one: Decision, other: Decision) -> None:
@@ -136,3 +138,10 @@ def test_a_search_killed_between_the_two_files_leaves_no_decision(tmp_path, monk
     assert "no finished decision here" in refused(tmp_path)
     a_decision().save(tmp_path)
     assert_same(Decision.load(tmp_path), a_decision())
+
+
+def test_a_decision_of_before_other_budgets_is_read(run):
+    record = json.loads((run / RECORD).read_text())
+    assert record.pop("budget") == {"of": "flops", "kept": 2 / 3}
+    (run / RECORD).write_text(json.dumps(record))
+    assert_same(Decision.load(run), replace(a_decision(), budget={}))

@@ -47,7 +47,9 @@ def test_defaults() -> None:
     assert (got.dtype, got.device, got.seed) == ("bfloat16", "auto", 0)
     assert got.calibration == recipe.Calibration(corpus="demo", sequences=120_000, seqlen=128, batch=8, heldout=32)
     assert got.units.families == ("attention", "ffn")
-    assert got.budget == recipe.Budget(sparsity=0.5, scope="global")
+    assert got.budget == recipe.Budget(
+        sparsity=0.5, of="parameters", scope="global", context=2048, keep_at_least=0.0, ffn_multiple=1
+    )
     assert got.saliency == recipe.Saliency(metric="obs", sequences=128, seqlen=1024)
     assert got.policy == recipe.Policy(start="sigmap", temperature=1.0)
     assert got.search == recipe.Search(
@@ -98,6 +100,44 @@ def test_a_byte_order_mark_and_windows_line_ends_are_harmless() -> None:
 
 
 # --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("families", "right"),
+    [("attention, ffn", "attention"), ("ffn-block, attention-block", "attention-block"), ("ffn", "attention")],
+)
+def test_an_ffn_has_no_kv_cache(families: str, right: str) -> None:
+    ffn = next(name for name in families.split(", ") if name.startswith("ffn"))
+    assert faults(MINIMAL + f"units: {{families: [{families}]}}", "budget.of=kv-cache") == [
+        f"x.yaml: budget.of: the family {ffn} has no KV cache, so a budget of it cannot say how much of that goes; "
+        f"set units.families to [{right}]"
+    ]
+
+
+@pytest.mark.parametrize("families", ["[attention]", "[attention-block]", "[layer]"])
+def test_attention_and_whole_layers_have_a_kv_cache(families: str) -> None:
+    got = read(MINIMAL, "budget.of=kv-cache", f"units.families={families}", "budget.context=4096")
+    assert (got.budget.of, got.budget.context) == ("kv-cache", 4096)
+
+
+@pytest.mark.parametrize("families", ["attention, ffn-block", "layer"])
+def test_of_a_whole_block_no_fraction_can_stay_at_least(families: str) -> None:
+    block = families.split(", ")[-1]
+    assert faults(MINIMAL, f"units.families=[{families}]", "budget.keep_at_least=0.1") == [
+        f"x.yaml: budget.keep_at_least: {block} is one unit a layer, and a part of it would be all of it; "
+        "leave the key at 0"
+    ]
+
+
+def test_no_more_can_stay_at_least_than_may_stay() -> None:
+    assert faults(MINIMAL, "budget.sparsity=0.7", "budget.keep_at_least=0.4") == [
+        "x.yaml: budget.keep_at_least: 0.4 of every layer is more than budget.sparsity 0.7 leaves; lower one of them"
+    ]
+    assert read(MINIMAL, "budget.sparsity=0.7", "budget.keep_at_least=0.3").budget.keep_at_least == 0.3
+
+
+def test_contradictions_are_told_together() -> None:
+    assert len(faults(MINIMAL, "budget.of=kv-cache", "budget.keep_at_least=0.6")) == 2
 
 
 @pytest.mark.parametrize(
@@ -379,8 +419,16 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
     return st.sampled_from(get_args(kind))
 
 
+def without_contradictions(any_recipe: Recipe) -> Recipe:
+    """Each value alone is sound; together they may be none that `load` takes."""
+    if not recipe._contradictions(any_recipe):
+        return any_recipe
+    harmless = dataclasses.replace(any_recipe.budget, of="parameters", keep_at_least=0.0)
+    return dataclasses.replace(any_recipe, budget=harmless)
+
+
 @settings(max_examples=200, deadline=None)
-@given(values(Recipe))
+@given(values(Recipe).map(without_contradictions))
 def test_a_dump_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, given_recipe: Recipe) -> None:
     path = tmp_path_factory.getbasetemp() / "dump.yaml"
     path.write_bytes(dump(given_recipe).encode())

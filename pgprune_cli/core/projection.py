@@ -127,6 +127,10 @@ def _summed(values: Tensor, index: Tensor, length: int) -> Tensor:
 
 
 def bundled_mask(value: Tensor, space: MaskSpace, budget: Budget, multiples: Mapping[str, int]) -> Tensor:
-    """Like `hard_mask`, with the multiple `multiples[family]` instead of the budget's own: `(n,)` → `(n,)` bool."""
-    widths = tuple(multiples[family.name] for family in space.families for _ in family.counts)
-    return hard_mask(value, space, replace(budget, multiples=widths))
+    """Like `hard_mask`, but widths are multiples of `multiples[family]` instead of the budget's: `(n,)` → `(n,)` bool.
+
+    For a search on a coarser grid than its result's: least widths are rounded down to it, for up might not fit.
+    """
+    coarse = torch.tensor([multiples[family.name] for family in space.families for _ in family.counts])
+    least = budget.limits(space)[0] // coarse * coarse
+    return hard_mask(value, space, replace(budget, least=tuple(least.tolist()), multiples=tuple(coarse.tolist())))

@@ -109,7 +109,7 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much may stay: constraints that cover the flat axis, in order, without overlap and in whole families.
+    """How much may stay: constraints that cover the flat axis in order, without overlap and without parting a layer.
 
     And the limits of every (family, layer): at least `least[j]` of its units stay, and their number is a multiple of
     `multiples[j]`, or all of them. Without limits both are empty.

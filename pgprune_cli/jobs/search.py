@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from pgprune_cli.arch import Keep, Outputs
 from pgprune_cli.atomic import write_bytes
+from pgprune_cli.budget import budget_for
 from pgprune_cli.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from pgprune_cli.core.policy import starting_theta
-from pgprune_cli.core.space import MaskSpace, budget_of
+from pgprune_cli.core.space import Budget, MaskSpace
 from pgprune_cli.core.step import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.data import Batches, CalibrationText, spread
@@ -120,11 +121,11 @@ def search(recipe: Recipe, run: Path, quiet: bool = False) -> Decision:
     write_bytes(run / RECIPE_FILE, dump(recipe).encode())
 
     evaluator = Evaluator(model)
-    space = evaluator.shape.space(recipe.units.families)
+    space, budget = budget_for(recipe, evaluator, run, fingerprint, quiet)
     problem = Problem(
         evaluator,
         space,
-        _policy(recipe, evaluator, space, scores, text, quiet),
+        _policy(recipe, evaluator, space, budget, scores, text, quiet),
         Batches(text.search, recipe.calibration.batch, recipe.seed),
         text.heldout,
         recipe,
@@ -133,30 +134,37 @@ def search(recipe: Recipe, run: Path, quiet: bool = False) -> Decision:
 
     mask = problem.policy.final_mask(loop.state)
     keep = problem.keep(mask)
+    parameters = evaluator.shape.space(recipe.units.families).costs
     outputs = _repaired(recipe, model, keep, text, quiet)
     heldout_loss = problem.heldout_loss(keep, outputs)
     decision = Decision(
         keep=keep,
         model=recipe.model,
         fingerprint=fingerprint,
-        sparsity=1.0 - int(space.costs[mask].sum()) / int(space.costs.sum()),
+        sparsity=1.0 - int(parameters[mask].sum()) / int(parameters.sum()),
         recipe=dump(recipe),
         steps=loop.state.step,
         forwards=loop.forwards,
         calibration_forwards=_calibration_forwards(recipe, text),
         heldout_loss=heldout_loss if math.isfinite(heldout_loss) else None,
         outputs=outputs,
+        budget={"of": recipe.budget.of, "kept": int(space.costs[mask].sum()) / int(space.costs.sum())},
     )
     decision.save(run)
     return decision
 
 
 def _policy(
-    recipe: Recipe, evaluator: Evaluator, space: MaskSpace, scores: Scores, text: CalibrationText, quiet: bool
+    recipe: Recipe,
+    evaluator: Evaluator,
+    space: MaskSpace,
+    budget: Budget,
+    scores: Scores,
+    text: CalibrationText,
+    quiet: bool,
 ) -> UnitPolicy | LayerPolicy:
     """What the recipe searches with. Raises UserError for families that the layers policy has no widths of."""
     settings = recipe.search
-    budget = budget_of(space, recipe.budget.sparsity, recipe.budget.scope)
     if settings.policy == "units":
         saliency = flat_saliency(scores.tensors, evaluator.shape, space)
         theta = starting_theta(saliency, space, budget, recipe.policy.start, recipe.policy.temperature)

@@ -283,7 +283,7 @@ def limited(draw: st.DrawFn, layers: int = 4, units: int = 9) -> tuple[MaskSpace
     """A space, a θ and a budget whose least widths fit."""
     space, theta = draw(spaces(layers, units))
     multiples = {"attention": draw(st.integers(1, 3)), "ffn": draw(st.integers(1, 6))}
-    scope = draw(st.sampled_from(["per-family", "global"]))
+    scope = draw(st.sampled_from(["per-family", "global", "per-layer"]))
     budget = budget_of(space, draw(FRACTIONS), scope, draw(FRACTIONS), multiples)
     if any(need > c.kept for need, c in zip(budget.needed(space), budget, strict=True)):
         budget = replace(budget, least=())
@@ -299,7 +299,7 @@ def allowed_widths(space: MaskSpace, budget: Budget) -> list[list[int]]:
     ]
 
 
-@given(spaces(), FRACTIONS, st.sampled_from(["per-family", "global"]))
+@given(spaces(), FRACTIONS, st.sampled_from(["per-family", "global", "per-layer"]))
 @settings(deadline=None, max_examples=300)
 def test_without_limits_units_stay_one_by_one(problem: tuple[MaskSpace, Tensor], sparsity: float, scope: str) -> None:
     space, theta = problem
@@ -407,6 +407,16 @@ def test_a_multiple_may_be_given_for_one_mask_alone() -> None:
     own = budget_of(space, 0.4, "global", 0.25, {"attention": 2, "ffn": 3})
     bare = budget_of(space, 0.4, "global", 0.25)
     assert torch.equal(bundled_mask(theta, space, bare, {"attention": 2, "ffn": 3}), hard_mask(theta, space, own))
+
+
+def test_on_a_coarser_grid_least_widths_are_rounded_down_to_it() -> None:
+    """Up, 6 of 10 would become 8, which the budget of 6 does not pay for."""
+    space = MaskSpace((Family("ffn", (10, 10), (1, 1)),))
+    theta = torch.linspace(0, 1, 20, dtype=torch.float64)
+    budget = budget_of(space, 0.4, "per-layer", 0.6)
+    assert [int(part.sum()) for part in space.per_layer(hard_mask(theta, space, budget), "ffn")] == [6, 6]
+    coarse = bundled_mask(theta, space, budget, {"ffn": 4})
+    assert [int(part.sum()) for part in space.per_layer(coarse, "ffn")] == [4, 4]
 
 
 def test_limits_above_the_budget_are_refused() -> None:

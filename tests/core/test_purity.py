@@ -35,6 +35,8 @@ BELOW = {
     "writers": {"arch", "atomic", "core", "decision", "errors", "loading", "writers"},
     "report": {"atomic", "errors", "report"},
     "reconstruct": {"arch", "core", "errors", "streaming", "substrate"},
+    "costs": {"arch", "atomic", "errors", "streaming", "substrate"},
+    "budget": {"arch", "core", "costs", "errors", "progress", "recipe", "substrate"},
 }
 ABOVE = {"jobs", "cli", "__main__"}  # may import anything but what is said of them below
 

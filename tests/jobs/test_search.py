@@ -314,6 +314,28 @@ def test_the_budget_is_met_within_one_unit(families, sparsity, scope, small, tmp
         assert -1e-6 * total <= room < int(space.costs[units].max())
 
 
+def test_sparsity_is_of_parameters_whatever_the_budget_is_of(small, tmp_path) -> None:
+    recipe = small("budget.of=flops", "budget.scope=global", "budget.context=4096", "search.forwards=4")
+    decision = search(recipe, tmp_path, quiet=True)
+    _, parameters, _, _ = policy_of(recipe, tmp_path)
+    removed = removed_of(decision, recipe, parameters, slice(0, parameters.n))
+    assert decision.sparsity == pytest.approx(removed / int(parameters.costs.sum()))
+    assert decision.budget["of"] == "flops"
+    assert 0.48 < decision.budget["kept"] <= 0.5
+    assert abs(decision.sparsity - 0.5) > 0.02  # FLOPs of attention grow with the context, and its parameters do not
+
+
+def test_a_latency_is_measured_once_in_a_run(small, tmp_path, monkeypatch) -> None:
+    """Were it measured again, the budget would be another one, and the search not the one that was stopped."""
+    recipe = small("budget.of=latency", "budget.context=32")
+    with after_step(2, kill_self(signal.SIGINT)), pytest.raises(Interrupted):
+        search(recipe, tmp_path, quiet=True)
+    monkeypatch.setattr("pgprune_cli.costs.measure_latency", None)
+    decision = search(recipe, tmp_path, quiet=True)
+    assert decision.budget["of"] == "latency"
+    assert 0.4 < decision.budget["kept"] <= 0.5
+
+
 def removed_of(decision, recipe: Recipe, space, units: slice) -> int:
     """Parameters gone of the families whose units lie in a slice, counted layer by layer from the decision."""
     gone = 0
