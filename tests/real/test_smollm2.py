@@ -1,4 +1,4 @@
-"""The whole job on a real model: SmolLM2-135M with C4 calibration and WikiText-2 evaluation. Minutes, so few steps."""
+"""The whole job on a real model: SmolLM2-135M with C4 calibration and WikiText-2 evaluation. Minutes, so few forwards."""
 
 from __future__ import annotations
 
@@ -27,13 +27,20 @@ def model() -> str:
     return str(MODEL)
 
 
-def short_recipe(model: str, corpus: Path, steps: int) -> Recipe:
+def short_recipe(model: str, corpus: Path, forwards: int) -> Recipe:
     return load(
         find("smollm2-135m-30"),
         [
             f"model={model}",
             f"calibration.corpus={corpus}",
-            f"search.steps={steps}",
+            f"search.forwards={forwards}",
+            "search.policy=units",
+            "search.samples=2",
+            "policy.temperature=0.3",
+            "search.learning_rate=2e-2",
+            "reconstruct.method=none",
+            "saliency.metric=wanda-sp",
+            "budget.scope=per-family",
             "saliency.sequences=16",
             "saliency.seqlen=512",
         ],
@@ -57,7 +64,7 @@ def test_a_short_search_beats_the_metric_and_its_export_is_the_masked_model(
     metric_only = search(short_recipe(model, corpus, 0), tmp_path / "metric", quiet=True)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "scores.safetensors").write_bytes((tmp_path / "metric" / "scores.safetensors").read_bytes())
-    searched = search(short_recipe(model, corpus, 12), tmp_path / "run", quiet=True)
+    searched = search(short_recipe(model, corpus, 24), tmp_path / "run", quiet=True)
     assert searched.sparsity == pytest.approx(0.3, abs=1e-3)
     assert searched.heldout_loss < metric_only.heldout_loss - 0.5
 
