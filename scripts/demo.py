@@ -40,7 +40,8 @@ def pruned(name: str, *overrides: str) -> tuple[Path, dict]:
 
 
 def main() -> None:
-    metric_only, metric_decision = pruned("demo-metric-only", "--set", "search.forwards=0", "--set", "search.policy=units", "--set", "reconstruct.method=none")
+    alone = ("search.forwards=0", "search.policy=units", "reconstruct.method=none")
+    metric_only, metric_decision = pruned("demo-metric-only", *(word for key in alone for word in ("--set", key)))
     searched, decision = pruned("demo")
     against = [argument for other in (metric_only, "demo") for argument in ("--against", str(other))]
     measured = json.loads(

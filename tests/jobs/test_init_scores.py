@@ -73,7 +73,7 @@ def test_scores_that_are_no_numbers_fail_the_run_and_leave_the_old_ones(small, t
     with pytest.raises(RunError) as error:
         init_scores(small(), tmp_path, quiet=True)
     assert str(error.value) == (
-        "layers.0.attention: the metric wanda-sp gave NaN or infinity; try dtype float32 or bfloat16"
+        "layers.0.attention: the metric obs gave NaN or infinity; try dtype float32 or bfloat16"
     )
     assert (tmp_path / SCORES).read_bytes() == before
 

@@ -229,8 +229,8 @@ def broken_losses(monkeypatch):
     def install(how: Callable[[int], list[float | None]]) -> None:
         original, calls = Evaluator.losses, []
 
-        def losses(self, keeps, tokens):
-            found = original(self, keeps, tokens)
+        def losses(self, keeps, tokens, outputs=None):
+            found = original(self, keeps, tokens, outputs)
             if len(keeps) > 1:
                 for index, value in enumerate(how(len(calls))):
                     if value is not None:

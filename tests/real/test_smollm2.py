@@ -1,4 +1,4 @@
-"""The whole job on a real model: SmolLM2-135M with C4 calibration and WikiText-2 evaluation. Minutes, so few forwards."""
+"""The whole job on a real model: SmolLM2-135M, C4 calibration, WikiText-2 evaluation. Minutes, so few forwards."""
 
 from __future__ import annotations
 
