@@ -245,7 +245,7 @@ def broken_losses(monkeypatch):
 
 def test_bad_losses_are_skipped_and_counted(small, tmp_path, broken_losses) -> None:
     broken_losses(lambda call: [float("nan"), None, float("inf")] if call == 1 else [None])
-    search(small("search.samples=4"), tmp_path, quiet=True)
+    search(small("search.samples=4", "search.forwards=24"), tmp_path, quiet=True)
     rows = rows_of(tmp_path)
     assert [row["skipped"] for row in rows] == [0, 2, 2, 2, 2, 2]
     assert [loss is None for loss in rows[1]["losses"]] == [True, False, True, False]
