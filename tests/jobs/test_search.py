@@ -375,7 +375,7 @@ def test_the_metric_that_made_the_scores_is_what_is_recorded(small, tmp_path) ->
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_shipped_demo_search_beats_the_metric_alone(seed, tmp_path) -> None:
-    """The whole recipe of `make demo`. Measured once: from 1.968 to 1.223, 1.208 and 1.240 nats per token."""
+    """The whole recipe of `make demo`. Measured: from 2.183 to 1.062, 1.062 and 1.061 nats per token."""
     metric_only = search(load(find("demo"), [f"seed={seed}", "search.forwards=0"]), tmp_path / "metric", quiet=True)
     (tmp_path / "searched").mkdir()
     shutil.copyfile(tmp_path / "metric" / SCORES, tmp_path / "searched" / SCORES)
