@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,6 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target
 from pgprune_cli.jobs.init_scores import SCORES, init_scores
 from pgprune_cli.jobs.search import METRICS_FILE, search
-from pgprune_cli.progress import working
 from pgprune_cli.recipe import Recipe
 
 MEASURED_FILE = "measured.json"
@@ -103,8 +103,7 @@ def _one(variant: Variant, recipe: Recipe, out: Path, limit: int | None, quiet: 
     record = run / MEASURED_FILE
     if not record.exists():
         if not quiet:
-            with working(f"{variant.name}, seed {recipe.seed}: {variant.shows}"):
-                pass
+            print(f"{variant.name}, seed {recipe.seed}: {variant.shows}", file=sys.stderr, flush=True)
         _share_scores(recipe, run, out, quiet)
         before, began = _seconds_so_far(run), time.monotonic()
         decision = search(recipe, run, quiet)
