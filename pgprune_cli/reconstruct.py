@@ -34,10 +34,14 @@ PASSES = 2
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the inputs of one output projection, weighted over tokens: second `(in, in)` and first `(in,)`, float64."""
+    """Of the inputs of one output projection, weighted means over tokens: second `(in, in)`, first `(in,)`, float64.
+
+    weight: the tokens' mean weight, a float64 scalar; times it, an error is relative to the residual stream.
+    """
 
     second: Tensor
     first: Tensor
+    weight: Tensor | float = 1.0
 
 
 class _Collector:
@@ -51,6 +55,7 @@ class _Collector:
         self.weight = torch.empty(0)
         self.sums: dict[str, Moments] = {}
         self.total = torch.zeros((), dtype=torch.float64)
+        self.tokens = 0
 
     @property
     def watch(self) -> Watch:
@@ -63,7 +68,8 @@ class _Collector:
         return watch
 
     def moments(self, name: str) -> Moments:
-        return Moments(self.sums[name].second / self.total, self.sums[name].first / self.total)
+        sums = self.sums[name]
+        return Moments(sums.second / self.total, sums.first / self.total, self.total / self.tokens)
 
     def _wait(self, inputs: Tensor) -> None:
         self.pending = inputs
@@ -72,6 +78,7 @@ class _Collector:
         squares = residual.flatten(0, -2).float().square().mean(-1, keepdim=True)
         self.weight = squares.clamp_min(1e-12).reciprocal()
         self.total = self.total.to(squares.device) + self.weight.sum().double()
+        self.tokens += len(squares)
         if self.pending is not None:
             self._add("attention", self.pending)
             self.pending = None
@@ -291,7 +298,7 @@ def _solve_levels(
         else:
             rest = kept_first[:, some:]
             points.append((rest @ ordered[some:, some:] * rest).sum())
-    return _interpolated(torch.tensor(widths), torch.stack(points).cpu(), count), outputs
+    return _interpolated(torch.tensor(widths), (torch.stack(points) * moments.weight).cpu(), count), outputs
 
 
 def _interpolated(widths: Tensor, points: Tensor, count: int) -> Tensor:

@@ -70,7 +70,13 @@ def columns_of(mask: Tensor, inputs: int) -> Tensor:
 
 
 def seen(model: nn.Module, index: int, name: str) -> tuple[Tensor, Tensor]:
-    """The inputs `(N, in)` of an output projection on all batches, and the tokens' weights `(N,)`, float64."""
+    """The inputs `(N, in)` of an output projection on all batches, and the tokens' shares `(N,)`, float64."""
+    inputs, weights = seen_weights(model, index, name)
+    return inputs, weights / weights.sum()
+
+
+def seen_weights(model: nn.Module, index: int, name: str) -> tuple[Tensor, Tensor]:
+    """The same with the weights themselves: 1 / mean square of the token's residual stream."""
     inputs: list[Tensor] = []
     residuals: list[Tensor] = []
     watched = [
@@ -87,7 +93,7 @@ def seen(model: nn.Module, index: int, name: str) -> tuple[Tensor, Tensor]:
     for handle in handles:
         handle.remove()
     weights = 1.0 / torch.cat(residuals).square().mean(-1)
-    return torch.cat(inputs), weights / weights.sum()
+    return torch.cat(inputs), weights
 
 
 def weighted_error(wanted: Tensor, got: Tensor, weights: Tensor) -> float:
@@ -360,7 +366,8 @@ def test_errors_are_what_the_text_loses_at_every_width(architecture: str, solve:
         assert abs(float(errors[-1])) < 1e-5 * float(errors[0])
         if solve:
             assert (errors.diff() <= 1e-9 * errors[0]).all()
-        x, weights = seen(model, *key)
+        x, absolute = seen_weights(model, *key)
+        weights = absolute / absolute.sum()
         moments, weight = Moments((x * weights[:, None]).T @ x, weights @ x), linear.weight.double()
         level = level_of(len(order))
         for kept in range(0, len(order), level):
@@ -368,7 +375,8 @@ def test_errors_are_what_the_text_loses_at_every_width(architecture: str, solve:
             some = weight[:, columns]
             if solve and kept:
                 some = repaired_output(weight, None, moments, columns, 1e-9, False).weight
-            lost = weighted_error(x @ weight.T, x[:, columns] @ some.T, weights)
+            # relative to each token's residual stream, so that layers of other magnitude can be compared
+            lost = weighted_error(x @ weight.T, x[:, columns] @ some.T, absolute / len(x))
             assert float(errors[kept]) == pytest.approx(lost, rel=1e-2, abs=1e-4 * float(errors[0]))
         if level == 2:  # in between, a straight line
             torch.testing.assert_close(errors[1:-1:2], (errors[:-2:2] + errors[2::2]) / 2)
