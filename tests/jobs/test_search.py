@@ -375,12 +375,13 @@ def test_the_metric_that_made_the_scores_is_what_is_recorded(small, tmp_path) ->
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_shipped_demo_search_beats_the_metric_alone(seed, tmp_path) -> None:
-    """The whole recipe of `make demo`. Measured: from 2.183 to 1.062, 1.062 and 1.061 nats per token."""
-    metric_only = search(load(find("demo"), [f"seed={seed}", "search.forwards=0"]), tmp_path / "metric", quiet=True)
+    """The whole recipe of `make demo`. Measured: from 1.506 to 1.062, 1.061 and 1.065 nats per token."""
+    alone = [f"seed={seed}", "search.forwards=0", "search.policy=units", "reconstruct.method=none"]
+    metric_only = search(load(find("demo"), alone), tmp_path / "metric", quiet=True)
     (tmp_path / "searched").mkdir()
     shutil.copyfile(tmp_path / "metric" / SCORES, tmp_path / "searched" / SCORES)
     searched = search(load(find("demo"), [f"seed={seed}"]), tmp_path / "searched", quiet=True)
-    assert searched.sparsity == metric_only.sparsity
+    assert searched.sparsity == pytest.approx(metric_only.sparsity, abs=1e-3)
     assert searched.heldout_loss < metric_only.heldout_loss - 0.3
 
 
