@@ -230,7 +230,7 @@ def width_table(
 
     `saliency` per (layer, block) gives the order in which units go. With the kept units first in C, one Cholesky
     factor serves all widths: that of a leading block is the leading block of the factor. Without `solve` the errors
-    are those of the removal alone. Memory: one block's moments, and the outputs on the CPU in the model's dtype; of a
+    are those of the removal alone. Memory: one layer's moments, and the outputs on the CPU in the model's dtype; of a
     block with few units the moments, for masks that are no leading part of the order.
     """
     shape = Shape.of(model)

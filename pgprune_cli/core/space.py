@@ -176,8 +176,6 @@ def budget_of(
 
 
 def _spans_of_layers(space: MaskSpace) -> Iterator[tuple[str, slice]]:
-    start = 0
-    for family in space.families:
-        for layer, count in enumerate(family.counts):
-            yield f"{family.name} of layer {layer}", slice(start, start + count)
-            start += count
+    names = [f"{family.name} of layer {layer}" for family in space.families for layer in range(len(family.counts))]
+    for name, start, count in zip(names, space.pair_starts.tolist(), space.pair_counts.tolist(), strict=True):
+        yield name, slice(start, start + count)
