@@ -41,10 +41,11 @@ class Block:
 
 @dataclass(frozen=True)
 class ArchSpec:
-    """One way of laying out a decoder; `model_types` are the transformers configs that are laid out so."""
+    """One way of laying out a decoder, with its final norm; `model_types`: the transformers configs laid out so."""
 
     model_types: tuple[str, ...]
     layers: str
+    norm: str
     attention: Block
     ffn: Block
 
@@ -55,6 +56,7 @@ class ArchSpec:
 LLAMA_LIKE = ArchSpec(
     model_types=("llama", "mistral", "qwen2", "qwen3"),
     layers="model.layers",
+    norm="model.norm",
     attention=Block(
         "self_attn",
         "input_layernorm",

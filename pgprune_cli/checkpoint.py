@@ -22,7 +22,7 @@ from pgprune_cli.core.step import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.errors import UserError
 
-VERSION = 2
+VERSION = 3
 KEPT = 2
 FOLDER = "checkpoints"
 TENSORS = "state.safetensors"

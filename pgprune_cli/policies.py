@@ -21,7 +21,7 @@ from pgprune_cli.core.projection import bundled_mask, hard_mask
 from pgprune_cli.core.space import Budget, MaskSpace
 from pgprune_cli.core.step import SearchState
 from pgprune_cli.core.widths import WidthState
-from pgprune_cli.reconstruct import WidthTable, level_of
+from pgprune_cli.width_table import WidthTable, level_of
 
 State = TypeVar("State", SearchState, WidthState)
 
@@ -99,7 +99,7 @@ class UnitPolicy:
 
 @dataclass(frozen=True)
 class LayerPolicy:
-    """Offsets of the layers' priorities, which decide how many units each of them keeps.
+    """How much an error of every layer counts, which decides how many units each of them keeps.
 
     Searched over the widths of the table only, so that every sample runs with the repair that was solved for it.
     """
@@ -113,28 +113,28 @@ class LayerPolicy:
         return layers.begin(self.space, seed)
 
     def propose(self, state: WidthState, samples: int) -> tuple[WidthState, Tensor, Tensor]:
-        state, deviates = layers.propose(state, samples)
-        return state, deviates, torch.stack([self._mask(state, deviate) for deviate in deviates])
+        state, offsets = layers.propose(state, samples, self.space)
+        masks = torch.stack([self._mask(some) for some in offsets])
+        return state, self.table.errors_of(masks, self.space), masks
 
     def update(self, state: WidthState, draws: Tensor, losses: Tensor) -> WidthState:
-        return layers.update(state, draws, losses)
+        return layers.update(state, draws, losses, self.space)
 
     def mask(self, state: WidthState) -> Tensor:
-        return self._mask(state, None)
+        return self._mask(state.mean)
 
     def final_mask(self, state: WidthState) -> Tensor:
-        return hard_mask(layers.priorities(self.origin, state, None, self.space), self.space, self.budget)
+        return hard_mask(layers.priorities(self.origin, state.mean, self.space), self.space, self.budget)
 
     def outputs(self, keep: Keep) -> Outputs:
         return self.table.outputs_for(keep)
 
     def rate(self, state: WidthState) -> float:
-        return layers.MEAN_RATE
+        return 1.0
 
     def entropy(self, state: WidthState) -> float:
         return float(0.5 * (2 * math.pi * math.e * state.spread.square()).log().sum())
 
-    def _mask(self, state: WidthState, deviate: Tensor | None) -> Tensor:
+    def _mask(self, offsets: Tensor) -> Tensor:
         multiples = {family.name: level_of(max(family.counts)) for family in self.space.families}
-        value = layers.priorities(self.origin, state, deviate, self.space)
-        return bundled_mask(value, self.space, self.budget, multiples)
+        return bundled_mask(layers.priorities(self.origin, offsets, self.space), self.space, self.budget, multiples)

@@ -71,6 +71,11 @@ class MaskSpace:
         """`(n,)` int64, the (family, layer) that every unit belongs to."""
         return torch.arange(len(self.pair_counts)).repeat_interleave(self.pair_counts)
 
+    @cached_property
+    def family_of_pair(self) -> Tensor:
+        """`(J,)` int64, the family of every (family, layer)."""
+        return torch.arange(len(self.families)).repeat_interleave(torch.tensor([len(f.counts) for f in self.families]))
+
     def slice_of(self, name: str) -> slice:
         """Where the family `name` lies on the flat axis. Raises KeyError."""
         start = 0

@@ -1,131 +1,161 @@
 """The policy over layers: how many units each layer keeps, as explicit random variables above the units themselves.
 
 Independent Bernoulli units leave a layer's width almost constant: of 1,536 channels ±20. Here a sample moves whole
-layers. Every unit has a priority, the logarithm of what its removal costs the output per parameter; a sample adds
-Gaussian offsets: one to all units of a family, one to all units of a layer, and where a layer has few units (KV groups,
-each dear and unlike the others) one to each of them; the units of highest priority that fit the budget stay. So every
-sample meets the budget exactly, and units near the threshold come and go first. Many units (channels) keep their order.
+layers. Every (family, layer) *pair* has a curve: the error that its block's output has at every width. A unit's
+priority is the logarithm of what its removal adds to that error per parameter; a sample adds a Gaussian offset to all
+units of a pair, and the units of highest priority that fit the budget stay. So every sample meets the budget exactly.
 
-The policy N(mean, spread²) follows the natural gradient of the expected loss, from mirrored samples compared on the
-same batch; the spread is learned too. What is decided by is the average of the last means: each of them still carries
-the noise of its batch. Only the losses' ranks count, so no rate depends on their scale, and the rates
-follow from the dimension: separable natural evolution strategies (Wierstra et al. 2014, algorithm 6).
+What the search learns is how much loss an error of each pair costs:  loss ≈ a constant a batch + Σ sensitivity·error,
+over all samples heard so far. Ridge regression, its strength from the evidence (MacKay 1992), finds the sensitivities;
+their logarithms are the next mean, and what is not known of them yet is the next spread. It is a natural policy
+gradient with compatible features (Peters & Schaal 2008) that forgets no sample: the curves explain nine tenths of
+the losses' variance, which estimators that only rank or weigh the samples of one step have to average away.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from pgprune_cli.core.space import Family, MaskSpace
+from pgprune_cli.core.space import MaskSpace
 
-LAYER_SPREAD, FAMILY_SPREAD, UNIT_SPREAD = 0.4, 0.7, 0.7
-"""Standard deviations at the start, in nats of priority: a factor of 1.5 and of 2 in what a unit is worth."""
+SPREAD, LEAST_SPREAD = 0.3, 0.1
+"""Standard deviation of a pair's offset, in nats of priority: before anything is known, and at least."""
 
-FEW = 64
-"""Up to so many units in a layer, each has an offset of its own."""
+FAMILY_SPREAD = 0.3
+"""Of the offset that all pairs of a family share."""
 
-MEAN_RATE = 0.5
-"""Of the natural gradient's step. 1, the usual rate, went up and down with the batches (docs/log.md)."""
+RANGE = 5.0
+"""A pair's sensitivity is at most so many times its family's, and at least as much less."""
 
-AVERAGED = 10
-"""Means that the average reaches back over, about."""
+ROUNDS, REFINEMENTS = 3, 30
+"""Reweightings of samples that no sensitivities explain, and steps of the evidence's fixed point in each."""
 
 
 @dataclass(frozen=True)
 class WidthState:
     """All that the next step depends on.
 
-    mean, spread: `(d,)` float64, family after family one coordinate for the family, one for each of its layers,
-    and one for each unit of a family with few units a layer;
-    average: `(d,)` of the last means, what is decided by;
-    step: steps done; skipped: losses left out because they were NaN or infinite; rng: uint8 generator state.
+    mean: `(J,)` float64, the offsets that decide, the log sensitivity of every pair; spread: `(J,)` float64 of the
+    samples around it; errors: `(N, J)` float64 of the samples heard so far; losses: `(N,)` float64, nats per token;
+    heard: `(N,)` int64, in which step each was; step: steps done; skipped: losses left out because they were NaN or
+    infinite; rng: uint8 generator state.
     """
 
     mean: Tensor
     spread: Tensor
-    average: Tensor
+    errors: Tensor
+    losses: Tensor
+    heard: Tensor
     step: int
     skipped: int
     rng: Tensor
 
 
 def begin(space: MaskSpace, seed: int) -> WidthState:
-    """The state before the first step: no offset, the starting spreads."""
-    parts: list[float] = []
-    for family in space.families:
-        parts += [FAMILY_SPREAD] + [LAYER_SPREAD] * len(family.counts) + [UNIT_SPREAD] * _own_offsets(family)
-    spread = torch.tensor(parts, dtype=torch.float64)
+    """The state before the first step: no offset, the starting spread."""
+    pairs = len(space.pair_counts)
     return WidthState(
-        torch.zeros_like(spread),
-        spread,
-        torch.zeros_like(spread),
+        torch.zeros(pairs, dtype=torch.float64),
+        torch.full((pairs,), SPREAD, dtype=torch.float64),
+        torch.zeros(0, pairs, dtype=torch.float64),
+        torch.zeros(0, dtype=torch.float64),
+        torch.zeros(0, dtype=torch.int64),
         0,
         0,
         torch.Generator().manual_seed(seed).get_state(),
     )
 
 
-def propose(state: WidthState, samples: int) -> tuple[WidthState, Tensor]:
-    """`samples` deviates `(K, d)` from N(0, 1) in mirrored pairs (ε, −ε), the last without its mirror where K is odd.
+def propose(state: WidthState, samples: int, space: MaskSpace) -> tuple[WidthState, Tensor]:
+    """`samples` offsets `(K, J)` in mirrored pairs around the mean, the last without its mirror where K is odd.
 
     Returns the state with the generator moved on.
     """
     generator = torch.Generator()
     generator.set_state(state.rng)
-    half = torch.randn((samples + 1) // 2, len(state.mean), generator=generator, dtype=torch.float64)
-    deviates = torch.stack([half, -half], dim=1).flatten(0, 1)[:samples]
-    return replace(state, rng=generator.get_state()), deviates
+    half = (samples + 1) // 2
+    own = torch.randn(half, len(state.mean), generator=generator, dtype=torch.float64)
+    shared = torch.randn(half, len(space.families), generator=generator, dtype=torch.float64)
+    around = state.spread * own + FAMILY_SPREAD * shared[:, space.family_of_pair]
+    around = torch.stack([around, -around], dim=1).flatten(0, 1)[:samples]
+    return replace(state, rng=generator.get_state()), state.mean + around
 
 
-def utilities(losses: Tensor) -> Tensor:
-    """What a sample's rank is worth, `(K,)` → `(K,)` float64 that sums to 0: the better half shares 1, all pay 1/K.
+def update(state: WidthState, errors: Tensor, losses: Tensor, space: MaskSpace) -> WidthState:
+    """Mean and spread after K more samples: their `errors` `(K, J)` and `losses` `(K,)`, nats per token, on one batch.
 
-    u = max(0, log(K/2 + 1) − log(rank)) / Σ − 1/K, the least loss having rank 1 (Wierstra et al. 2014, eq. 11). The
-    baseline is the step's own: whatever the batch adds to all losses changes no rank.
-    """
-    count = len(losses)
-    ranks = losses.argsort(stable=True).argsort(stable=True).double() + 1.0
-    worth = (math.log(count / 2 + 1) - ranks.log()).clamp_min(0.0)
-    return worth / worth.sum() - 1.0 / count
-
-
-def update(state: WidthState, deviates: Tensor, losses: Tensor) -> WidthState:
-    """Mean and spread moved by losses `(K,)`, in nats per token, of the deviates `(K, d)` that `propose` gave.
-
-    mean += MEAN_RATE·spread·Σ u·ε and log spread += rate·Σ u·(ε² − 1). NaN and infinite losses are left out and
-    counted; with fewer than two good ones, or all equal, nothing moves.
+    NaN and infinite losses are left out and counted.
     """
     good = losses.isfinite()
-    state = replace(state, step=state.step + 1, skipped=state.skipped + int((~good).sum()))
-    if good.sum() < 2 or not losses[good].max() > losses[good].min():
-        return state
-    worth, epsilon = utilities(losses[good]), deviates[good]
-    dimension = len(state.mean)
-    rate = (3.0 + math.log(dimension)) / (10.0 * math.sqrt(dimension))
-    mean = state.mean + MEAN_RATE * state.spread * (worth @ epsilon)
-    spread = state.spread * torch.exp(rate * (worth @ (epsilon.square() - 1.0)))
-    average = state.average + (mean - state.average) / min(state.step, AVERAGED)
-    return replace(state, mean=mean, spread=spread, average=average)
+    state = replace(
+        state,
+        errors=torch.cat([state.errors, errors[good].double()]),
+        losses=torch.cat([state.losses, losses[good].double()]),
+        heard=torch.cat([state.heard, torch.full((int(good.sum()),), state.step)]),
+        step=state.step + 1,
+        skipped=state.skipped + int((~good).sum()),
+    )
+    sensitivity, doubt = sensitivities(state.errors, state.losses, state.heard, space.family_of_pair)
+    return replace(state, mean=sensitivity.log(), spread=(SPREAD * doubt).clamp_min(LEAST_SPREAD))
 
 
-def priorities(base: Tensor, state: WidthState, deviate: Tensor | None, space: MaskSpace) -> Tensor:
-    """The units' priorities `(n,)` under one deviate `(d,)`, or as decided by where it is None."""
-    offsets = state.average if deviate is None else state.mean + state.spread * deviate
-    parts = []
-    place = 0
-    for family in space.families:
-        layers, own = len(family.counts), _own_offsets(family)
-        part = offsets[place] + offsets[place + 1 : place + 1 + layers].repeat_interleave(torch.tensor(family.counts))
-        place += 1 + layers
-        parts.append(part + offsets[place : place + own] if own else part)
-        place += own
-    return base + torch.cat(parts)
+def sensitivities(errors: Tensor, losses: Tensor, heard: Tensor, family: Tensor) -> tuple[Tensor, Tensor]:
+    """What one unit of error of every pair adds to the loss, and how much of what one did not know is left.
+
+    Args:
+        errors, losses, heard: of N samples, as in `WidthState`; only differences within a step count.
+        family: `(J,)` int64.
+
+    Returns:
+        sensitivity `(J,)` float64 > 0, the greatest family's own 1; doubt `(J,)` float64, posterior over prior standard
+        deviation. A pair's relative deviation from its family is N(0, τ²) beforehand, τ and the noise from the
+        evidence. Samples far from all that fits count less (Cauchy weights). All 1 where the losses tell nothing.
+    """
+    x, y = _within_steps(errors, heard), _within_steps(losses[:, None], heard)[:, 0]
+    nothing = torch.ones(errors.shape[1], dtype=torch.float64)
+    members = torch.nn.functional.one_hot(family).double()
+    if len(y) < 2 or not y.abs().max() > 0:
+        return nothing, nothing
+    weight = torch.ones_like(y)
+    for _ in range(ROUNDS):
+        by_family = x @ members * weight.sqrt()[:, None]
+        base = torch.linalg.lstsq(by_family, (y * weight.sqrt())[:, None], driver="gelsd").solution[:, 0]
+        if not base.max() > 0:
+            return nothing, nothing
+        base = base.clamp_min(base.max() / RANGE)[family]
+        relative, doubt = _ridge(x * base * weight.sqrt()[:, None], (y - x @ base) * weight.sqrt())
+        unexplained = (y - x @ (base * (1.0 + relative))).abs()
+        weight = 1.0 / (1.0 + (unexplained / (2.0 * unexplained.median().clamp_min(1e-12))).square())
+    sensitivity = base * (1.0 + relative).clamp(1.0 / RANGE, RANGE)
+    return sensitivity / base.max(), doubt
 
 
-def _own_offsets(family: Family) -> int:
-    """How many units of the family have an offset of their own: all or none."""
-    return family.size if max(family.counts, default=0) <= FEW else 0
+def _within_steps(values: Tensor, heard: Tensor) -> Tensor:
+    """`(N, m)` less the mean of the same step: a batch that is hard for all samples says nothing."""
+    steps, index = heard.unique(return_inverse=True)
+    total = torch.zeros(len(steps), values.shape[1], dtype=values.dtype).index_add_(0, index, values)
+    mean: Tensor = total / index.bincount()[:, None]
+    return values - mean[index]
+
+
+def _ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Posterior mean `(J,)` of w in y = x w + noise, w ~ N(0, τ²), and its deviation over τ; both by evidence."""
+    identity = torch.eye(x.shape[1], dtype=x.dtype)
+    gram, right = x.T @ x, x.T @ y
+    floor = 1e-12 * y.square().mean().clamp_min(1e-30)
+    prior, noise = 0.25, y.square().mean().clamp_min(1e-30)
+    for _ in range(REFINEMENTS):
+        covariance = torch.linalg.inv(gram / noise + identity / prior)
+        mean = covariance @ right / noise
+        known = (len(mean) - covariance.trace() / prior).clamp_min(1e-3)
+        prior = (mean.square().sum() / known).clamp(0.02, 1.0)
+        noise = ((y - x @ mean).square().sum() / (len(y) - known).clamp_min(1.0)).clamp_min(floor)
+    return mean, (covariance.diagonal() / prior).clamp(0.0, 1.0).sqrt()
+
+
+def priorities(base: Tensor, offsets: Tensor, space: MaskSpace) -> Tensor:
+    """The units' priorities `(n,)` under the pairs' offsets `(J,)`."""
+    return base + offsets[space.pair_of]

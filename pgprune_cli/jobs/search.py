@@ -32,9 +32,10 @@ from pgprune_cli.loading import load_model, resolve
 from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
 from pgprune_cli.progress import Row, SearchProgress, memory_in_use, working
 from pgprune_cli.recipe import Evaluation, Recipe, dump
-from pgprune_cli.reconstruct import PASSES, repair, width_table
+from pgprune_cli.reconstruct import PASSES, Repaired, repair
 from pgprune_cli.saliency import CALIBRATED, flat_saliency
 from pgprune_cli.substrate import Evaluator
+from pgprune_cli.width_table import width_table
 
 METRICS_FILE = "metrics.jsonl"
 RECIPE_FILE = "recipe.yaml"
@@ -135,7 +136,7 @@ def search(recipe: Recipe, run: Path, quiet: bool = False) -> Decision:
     mask = problem.policy.final_mask(loop.state)
     keep = problem.keep(mask)
     parameters = evaluator.shape.space(recipe.units.families).costs
-    outputs = _repaired(recipe, model, keep, text, quiet)
+    keep, outputs = _repaired(recipe, model, keep, text, quiet)
     heldout_loss = problem.heldout_loss(keep, outputs)
     decision = Decision(
         keep=keep,
@@ -193,12 +194,13 @@ def _repair_batches(recipe: Recipe, text: CalibrationText) -> list[Tensor]:
     return list(windows.split(max(recipe.calibration.batch, REPAIR_TOKENS // windows.shape[1])))
 
 
-def _repaired(recipe: Recipe, model: nn.Module, keep: Keep, text: CalibrationText, quiet: bool) -> Outputs:
+def _repaired(recipe: Recipe, model: nn.Module, keep: Keep, text: CalibrationText, quiet: bool) -> Repaired:
     if recipe.reconstruct.method == "none":
-        return {}
+        return Repaired(keep, {})
     with working("repairing the kept weights", quiet):
         settings = recipe.reconstruct
-        return repair(model, keep, _repair_batches(recipe, text), settings.method, settings.damping)
+        batches = _repair_batches(recipe, text)
+        return repair(model, keep, batches, settings.method, settings.damping, settings.reselect)
 
 
 def _calibration_forwards(recipe: Recipe, text: CalibrationText) -> int:

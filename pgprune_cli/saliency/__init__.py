@@ -7,7 +7,7 @@ more; put it into METRICS, and into NEEDS where it looks at calibration text; an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +44,7 @@ NEEDS: dict[str, Statistic] = {
 CALIBRATED = frozenset(NEEDS)
 
 
-def score(model: nn.Module, metric: str, batches: Iterable[Tensor], seed: int) -> dict[str, Tensor]:
+def score(model: nn.Module, metric: str, batches: Sequence[Tensor], seed: int) -> dict[str, Tensor]:
     """Saliency of every unit: `layers.<l>.attention` `(kv groups,)` and `layers.<l>.ffn` `(channels,)`, float64.
 
     `batches` of tokens `(B, T)` are read only for a calibrated metric. Raises ValueError when it finds none.

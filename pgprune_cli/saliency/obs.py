@@ -18,15 +18,21 @@ fewer tokens than inputs), and columns that are collinear on the calibration tex
 def obs(block: BlockStatistics) -> Tensor:
     """Error of the output projection by the time the unit is gone, in greedy order: `(units,)` float64.
 
-    Squared L2 distance per token, so that curves of different layers can be compared. Where a block has 200 units or
-    more, a hundredth of them goes a round. NaN where the covariance is not finite. Raises ValueError without it.
+    Relative to the residual stream, so that curves of different layers can be compared, and by how much the loss feels
+    its directions (sensitivity.py). NaN where the covariance is not finite. Raises ValueError without it.
     """
-    if block.covariance is None:
+    if block.covariance is None or block.error_root is None:
         raise ValueError("obs needs calibration text")
     if not block.covariance.isfinite().all():
         return torch.full((block.units,), torch.nan, dtype=torch.float64)
-    order, errors = removal_order(block.output_weight, block.covariance, block.units, max(1, block.units // 100))
+    weight = block.error_root.to(block.output_weight.device) @ block.output_weight.double()
+    order, errors = removal_order(weight, block.covariance, block.units, rounds_of(block.units))
     return torch.empty_like(errors).scatter_(0, order, errors)
+
+
+def rounds_of(units: int) -> int:
+    """Units that go a round: a hundredth of them, one by one where there are few."""
+    return max(1, units // 100)
 
 
 def removal_order(
@@ -36,7 +42,7 @@ def removal_order(
 
     Args:
         weight: `(out, in)`, any floating dtype; the `in` columns are `units` equal runs.
-        covariance: `(in, in)`, XᵀX / tokens of the projection's inputs.
+        covariance: `(in, in)`, second moments of the projection's inputs.
         units: how many.
         block: units removed a round. 1 is the exact greedy. With more, a round takes the units that are cheapest on
             their own, cheapest first; they are removed exactly, only that this choice did not see what they have in

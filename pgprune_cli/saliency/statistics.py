@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pgprune_cli.arch import Shape, projections
+from pgprune_cli.moments import MomentCollector
+from pgprune_cli.sensitivity import error_roots
 from pgprune_cli.streaming import layer_inputs
 
 Statistic = Literal["input_norms", "fluctuations", "covariance", "gradients"]
@@ -24,8 +26,9 @@ class BlockStatistics:
     units: how many it has; weights: of its projections by name, as stored, the output projection last; seed: this
     block's own, for metrics that draw. The rest is None unless asked for. Over all calibration tokens, of the inputs
     of the output projection: input_norms `(in,)` float64, the L2 norm of each; fluctuations `(in,)` float64, the
-    variance of each; covariance `(in, in)` float32, XᵀX / tokens, not centred. And gradients: by projection, ∂L/∂W of
-    the mean loss in nats per token, shape and dtype of the weight.
+    variance of each; covariance `(in, in)` float64, mean of x xᵀ / mean square of the residual stream, not centred;
+    with error_root `(hidden, hidden)` float64, through which an output error goes. And gradients: by projection, ∂L/∂W
+    of the mean loss in nats per token, shape and dtype of the weight.
     """
 
     units: int
@@ -34,6 +37,7 @@ class BlockStatistics:
     input_norms: Tensor | None = None
     fluctuations: Tensor | None = None
     covariance: Tensor | None = None
+    error_root: Tensor | None = None
     gradients: dict[str, Tensor] | None = None
 
     @property
@@ -93,35 +97,14 @@ class Fluctuations:
         return self.deviations / (self.tokens - 1)
 
 
-class Covariance:
-    """XᵀX / tokens of the inputs, not centred: `(in, in)` float32, 485 MB for the 11,008 channels of a 7B model."""
-
-    def __init__(self) -> None:
-        self.tokens = 0
-        self.total: Tensor | None = None
-
-    def add(self, inputs: Tensor) -> None:
-        rows = inputs.flatten(0, -2).float()
-        if self.total is None:
-            self.total = rows.new_zeros(rows.shape[1], rows.shape[1])
-        self.total.addmm_(rows.T, rows)
-        self.tokens += len(rows)
-
-    def value(self) -> Tensor:
-        """The sum itself, divided in place: there is one matrix of this size, not two."""
-        assert self.total is not None, "a stream has at least one batch"
-        return self.total.div_(self.tokens)
-
-
 COLLECTORS: dict[str, type[Collector]] = {
     "input_norms": InputNorms,
     "fluctuations": Fluctuations,
-    "covariance": Covariance,
 }
 
 
 def statistics(
-    model: nn.Module, needed: Statistic | None, batches: Iterable[Tensor], seed: int
+    model: nn.Module, needed: Statistic | None, batches: Sequence[Tensor], seed: int
 ) -> Iterator[tuple[str, int, BlockStatistics]]:
     """(block name, layer, its statistics) for every block of the model, layer by layer.
 
@@ -130,18 +113,26 @@ def statistics(
     """
     shape = Shape.of(model)
     collector = COLLECTORS.get(needed or "")
-    stream = layer_inputs(model, batches) if collector else None
+    roots = error_roots(model, batches) if needed == "covariance" else []
+    stream = layer_inputs(model, batches) if collector or roots else None
     gradients = loss_gradients(model, batches) if needed == "gradients" else None
     for index, layer in enumerate(model.get_submodule(shape.spec.layers)):
-        collectors = {}
-        if collector and stream:
+        collectors: dict[str, Collector] = {}
+        moments = MomentCollector(shape, [name for name, _ in shape.spec.blocks()])
+        if roots and stream:
+            stream.advance(index, moments.watch)
+        elif collector and stream:
             collectors = {name: collector() for name, _ in shape.spec.blocks()}
             outputs = {name: f"{block.module}.{block.output.name}" for name, block in shape.spec.blocks()}
             stream.advance(index, {outputs[name]: one.add for name, one in collectors.items()})
         for place, (name, block) in enumerate(shape.spec.blocks()):
             linears = {p.name: layer.get_submodule(f"{block.module}.{p.name}") for p in block.projections}
             found: dict[str, Any] = {}
-            if needed and collectors:
+            if roots:
+                of_block = moments.moments(name)
+                found = {"covariance": of_block.second.mul_(of_block.weight), "error_root": roots[index]}
+                del of_block
+            elif needed and collectors:
                 found[needed] = collectors.pop(name).value()
             elif gradients is not None:
                 found["gradients"] = {key: gradients.pop(linear) for key, linear in linears.items()}

@@ -1,0 +1,159 @@
+"""Every block at many widths, solved beforehand: what a search over widths is made of.
+
+A search evaluates masks repaired, and a repair takes minutes. So each block of the dense model is solved once, as if it
+alone were cut, at every width of a grid: units go in the order of a metric, and with the kept units first in C one
+Cholesky factor serves all widths, that of a leading block being the leading block of the factor (reconstruct.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pgprune_cli.arch import Keep, Output, Outputs, Shape
+from pgprune_cli.core.space import MaskSpace
+from pgprune_cli.moments import MomentCollector, Moments
+from pgprune_cli.reconstruct import cholesky, columns_of
+from pgprune_cli.sensitivity import error_roots
+from pgprune_cli.streaming import layer_inputs
+
+LEVELS = 16
+"""Widths of a block that a search chooses among: multiples of a sixteenth of its units."""
+
+TIE = 1e-6
+"""Nats of priority between the first and the last of a layer's units where all their gains are equal."""
+
+
+@dataclass(frozen=True)
+class WidthTable:
+    """Every block at many widths, as if it alone were cut: what each costs, and its repaired output projection.
+
+    errors: per (layer, block) the error `(count + 1,)` float64 of keeping 0, 1, … units, relative to the residual
+    stream, interpolated between the widths that were solved for; orders: the units `(count,)` by falling saliency;
+    outputs: per (layer, block) and solved width the projection on the first units of the order; empty without repair.
+    """
+
+    errors: Mapping[tuple[int, str], Tensor]
+    orders: Mapping[tuple[int, str], Tensor]
+    outputs: Mapping[tuple[int, str], Mapping[int, Output]]
+
+    def priorities(self, space: MaskSpace) -> Tensor:
+        """log of (error that a unit's removal adds / its cost), `(n,)` float64: falling along every layer's order.
+
+        Of the curve's lower convex hull: a width above it is never the best that its cost buys.
+        """
+        parts = []
+        for family in space.families:
+            for index, cost in enumerate(family.costs):
+                gains = _falling(self.errors[index, family.name].diff().neg()).clamp_min(1e-30) / cost
+                # Strictly: with a tie a sample would keep units that the projection of its width is not made for.
+                place = torch.empty_like(gains)
+                place[self.orders[index, family.name]] = gains.log() - torch.linspace(0.0, TIE, len(gains))
+                parts.append(place)
+        return torch.cat(parts)
+
+    def errors_of(self, masks: Tensor, space: MaskSpace) -> Tensor:
+        """What every (family, layer) loses under masks `(K, n)`, by their widths: `(K, J)` float64."""
+        widths = torch.zeros(len(masks), len(space.pair_counts), dtype=torch.int64)
+        widths.index_add_(1, space.pair_of, masks.long())
+        keys = [(index, family.name) for family in space.families for index in range(len(family.counts))]
+        return torch.stack([self.errors[key][width] for key, width in zip(keys, widths.T, strict=True)], dim=1)
+
+    def outputs_for(self, keep: Keep) -> Outputs:
+        """The repaired projections for a decision along the orders and at solved widths; none for whole or empty
+        blocks."""
+        found: Outputs = {}
+        for (index, name), at_widths in self.outputs.items():
+            mask = keep[index].of(name)
+            if mask.any() and not mask.all():
+                found[index, name] = at_widths[int(mask.sum())]
+        return found
+
+
+def level_of(count: int) -> int:
+    """The step between the widths that a table holds of a block with `count` units."""
+    return -(-count // LEVELS)
+
+
+def width_table(
+    model: nn.Module, saliency: Mapping[tuple[int, str], Tensor], batches: Sequence[Tensor], damping: float, solve: bool
+) -> WidthTable:
+    """Solves every block of the dense model at every level, from one pass over `batches` of tokens `(B, T)`.
+
+    `saliency` per (layer, block) gives the order in which units go. Without `solve` the errors are those of the removal
+    alone. Memory: one layer's moments, and the outputs on the CPU in the model's dtype.
+    """
+    shape = Shape.of(model)
+    roots = error_roots(model, batches)
+    stream = layer_inputs(model, batches)
+    errors, orders, outputs = {}, {}, {}
+    for index, layer in enumerate(stream.layers):
+        collector = MomentCollector(shape, [name for name, _ in shape.spec.blocks() if (index, name) in saliency])
+        stream.advance(index, collector.watch)
+        for name, block in shape.spec.blocks():
+            if (index, name) not in saliency:
+                continue
+            linear = layer.get_submodule(f"{block.module}.{block.output.name}")
+            assert isinstance(linear, nn.Linear)
+            order = saliency[index, name].argsort(descending=True, stable=True)
+            moments = collector.moments(name)
+            orders[index, name] = order
+            errors[index, name], at_levels = _solve_levels(linear, moments, order, roots[index], damping, solve)
+            if solve:
+                outputs[index, name] = at_levels
+    return WidthTable(errors, orders, outputs)
+
+
+def _solve_levels(
+    linear: nn.Linear, moments: Moments, order: Tensor, root: Tensor, damping: float, solve: bool
+) -> tuple[Tensor, dict[int, Output]]:
+    weight, count = linear.weight.double(), len(order)
+    second, root = moments.second, root.to(weight.device)
+    width = weight.shape[1] // count
+    columns = columns_of(order, count, weight.shape[1]).to(second.device)
+    ridge = damping * second.diagonal().mean().clamp_min(1e-30)
+    ordered = second[columns][:, columns] + ridge * torch.eye(len(columns), dtype=torch.float64, device=second.device)
+    kept_first = weight[:, columns]
+    felt = root @ kept_first
+    whole = (felt @ ordered * felt).sum()
+    factor = cholesky(ordered)
+    forward = torch.linalg.solve_triangular(factor, ordered @ kept_first.T, upper=False)  # (in, hidden)
+    explained = (forward @ root).square().sum(1).cumsum(0)
+    widths = sorted({*range(0, count, level_of(count)), count})
+    points, outputs = [], {}
+    for kept in widths:
+        some = kept * width
+        if solve:
+            points.append(whole - explained[some - 1] if some else whole)
+            if 0 < kept < count:
+                solution = torch.linalg.solve_triangular(factor[:some, :some].T, forward[:some], upper=True)
+                ascending = columns[:some].argsort()
+                outputs[kept] = Output(solution[ascending].T.to(linear.weight.dtype).cpu(), linear.bias)
+        else:
+            rest = felt[:, some:]
+            points.append((rest @ ordered[some:, some:] * rest).sum())
+    return _interpolated(torch.tensor(widths), (torch.stack(points) * moments.weight).cpu(), count), outputs
+
+
+def _interpolated(widths: Tensor, points: Tensor, count: int) -> Tensor:
+    at = torch.arange(count + 1)
+    right = torch.searchsorted(widths, at).clamp_min(1)
+    left = right - 1
+    share = (at - widths[left]) / (widths[right] - widths[left])
+    return points[left] + share * (points[right] - points[left])
+
+
+def _falling(gains: Tensor) -> Tensor:
+    """The nearest `(count,)` that never rises: runs that do are replaced by their mean (pool adjacent violators)."""
+    pools: list[tuple[float, int]] = []
+    for gain in gains.tolist():
+        mean, size = gain, 1
+        while pools and pools[-1][0] < mean:
+            before, members = pools.pop()
+            mean, size = (before * members + mean * size) / (members + size), members + size
+        pools.append((mean, size))
+    means, sizes = zip(*pools, strict=True) if pools else ((), ())
+    return torch.tensor(means, dtype=torch.float64).repeat_interleave(torch.tensor(sizes, dtype=torch.int64))
