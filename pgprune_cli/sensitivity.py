@@ -43,7 +43,9 @@ def error_roots(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def output_curvature(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
-    """G `(hidden, hidden)` float64, scaled so that its diagonal's mean is 1."""
+    """G `(hidden, hidden)` float64, scaled so that its diagonal's mean is 1. Raises ValueError without batches."""
+    if not batches:
+        raise ValueError("there is no calibration text to run")
     spec = Shape.of(model).spec
     unembedding: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
     norm: Tensor = model.get_submodule(spec.norm).weight.double()  # type: ignore[operator, assignment]
