@@ -115,7 +115,7 @@ def sensitivities(errors: Tensor, losses: Tensor, heard: Tensor, family: Tensor)
         evidence. Samples far from all that fits count less (Cauchy weights). All 1 where the losses tell nothing.
     """
     nothing = torch.ones(errors.shape[1], dtype=torch.float64)
-    members = torch.nn.functional.one_hot(family).double()
+    members = (family[:, None] == torch.arange(int(family.max()) + 1)).double()
     unexplained = _within_steps(losses[:, None], heard, torch.ones_like(losses))[:, 0]
     # Equal losses differ from their mean by a rounding error.
     if len(losses) < 2 or not unexplained.abs().max() > 1e-12 * losses.abs().max():
