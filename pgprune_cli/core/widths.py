@@ -31,7 +31,7 @@ RANGE = 5.0
 """A pair's sensitivity is at most so many times its family's, and at least as much less."""
 
 ROUNDS, REFINEMENTS = 3, 30
-"""Fits, each with less weight on what the one before left unexplained, and steps of the evidence's fixed point in each."""
+"""Fits, each with less weight on what the last left unexplained, and steps of the evidence's fixed point in each."""
 
 
 @dataclass(frozen=True)
