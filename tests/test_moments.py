@@ -6,11 +6,14 @@ import pytest
 import torch
 from blocks import BLOCKS, LAYERS, batches, left_as_it_was, moments_by_hand, seen
 from conftest import VOCABULARY, tiny_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from pgprune_cli.arch import Shape
 from pgprune_cli.moments import MomentCollector, Moments, observe_moments
 from pgprune_cli.streaming import layer_inputs
+
+NORM = "post_attention_layernorm"
+"""In front of the FFN: it reads the residual stream."""
 
 
 def assert_moments(got: Moments, wanted: Moments) -> None:
@@ -69,25 +72,17 @@ def test_tokens_of_a_huge_residual_stream_count_no_more_than_others(factor: floa
     x, residual = torch.randn(1, 50, 6, generator=generator), torch.randn(1, 50, 32, generator=generator)
     by_hand = moments_by_hand(x[0].double(), 1.0 / residual[0].double().square().mean(-1))
     x[0, 0], residual[0, 0] = factor * x[0, 0], factor * residual[0, 0]
-    collector.watch[model_norm(model)](residual)
+    collector.watch[NORM](residual)
     collector.watch["mlp.down_proj"](x)
     moments = collector.moments("ffn")
     # Times its weight, the second moment is relative to the residual stream: the factor has no part in it.
     torch.testing.assert_close(moments.second * moments.weight, by_hand.second * by_hand.weight, rtol=1e-5, atol=1e-5)
 
 
-def model_norm(model: nn.Module) -> str:
-    """The norm in front of the FFN, by its name inside the layer."""
-    (name,) = [
-        name for name, module in model.model.layers[0].named_modules() if "post_attention" in name and module is not None
-    ]
-    return name
-
-
 def test_tokens_without_any_residual_stream_do_not_divide_by_zero() -> None:
     model = tiny_model("llama-gqa")
     collector = MomentCollector(Shape.of(model), ["ffn"])
-    collector.watch[model_norm(model)](torch.zeros(1, 3, 32))
+    collector.watch[NORM](torch.zeros(1, 3, 32))
     collector.watch["mlp.down_proj"](torch.zeros(1, 3, 24))
     moments = collector.moments("ffn")
     assert moments.second.abs().max() == moments.first.abs().max() == 0.0

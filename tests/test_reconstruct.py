@@ -279,5 +279,3 @@ def test_one_blocks_moments_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(reconstruct, "observe_moments", observed)
     repair(tiny_model("qwen3"), KEEP, batches(), "least-squares", DAMPING)
     assert len(alive) == len(REPAIRED)
-
-

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -173,7 +173,7 @@ def test_priorities_are_the_slopes_of_the_lower_hull_per_cost(seed: int) -> None
         for index, part in enumerate(SPACE.per_layer(values, family.name)):
             hull = lower_hull(table.errors[index, family.name].tolist())
             along = part[table.orders[index, family.name]].exp().tolist()
-            gains = [(before - after) / family.costs[index] for before, after in zip(hull, hull[1:], strict=False)]
+            gains = [(before - after) / family.costs[index] for before, after in pairwise(hull)]
             assert along == pytest.approx([max(gain, 1e-30 / family.costs[index]) for gain in gains], rel=2 * TIE)
 
 
