@@ -190,7 +190,7 @@ def test_a_gross_outlier_hardly_matters(size: float, place: int, noise: float) -
     assert float((normed(found) / normed(wanted)).log().abs().max()) < (1e-4 if noise == 0.0 else 0.1)
 
 
-@pytest.mark.parametrize("losses", [[2.1] * 6, [2.1] * 3 + [0.7] * 3, [5.0], []])
+@pytest.mark.parametrize("losses", [[2.1] * 6, [0.1] * 3 + [0.3] * 3, [5.0], []])
 @pytest.mark.parametrize("seed", range(5))
 def test_losses_that_tell_nothing_give_all_one(losses: list[float], seed: int) -> None:
     """Equal within each step, or one alone; whatever the last bit of their mean."""
