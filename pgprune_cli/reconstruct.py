@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.arch import Block, Keep, LayerKeep, Output, Outputs, Shape
+from pgprune_cli.errors import RunError
 from pgprune_cli.moments import Moments, observe_moments
 from pgprune_cli.saliency.obs import removal_order, rounds_of
 from pgprune_cli.sensitivity import error_roots
@@ -126,7 +127,12 @@ def columns_of(units: Tensor, count: int, inputs: int) -> Tensor:
 
 
 def cholesky(system: Tensor) -> Tensor:
-    """Lower factor. Moments in float32 can be a little indefinite: then the ridge grows until they are not."""
+    """Lower factor. Moments in float32 can be a little indefinite: then the ridge grows until they are not.
+
+    Raises RunError where they are not finite.
+    """
+    if not system.isfinite().all():
+        raise RunError("the activations on the calibration text are not finite; try dtype float32 or bfloat16")
     factor, failed = torch.linalg.cholesky_ex(system)
     extra = system.diagonal().mean() * 1e-6
     while failed:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.arch import Shape
+from pgprune_cli.errors import RunError
 
 SHARE = 0.7
 """Of G in the last layer's mixture with the identity; it falls linearly to 0 at the middle layer."""
@@ -43,7 +44,12 @@ def error_roots(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
 
 @torch.no_grad()
 def output_curvature(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
-    """G `(hidden, hidden)` float64, scaled so that its diagonal's mean is 1."""
+    """G `(hidden, hidden)` float64, scaled so that its diagonal's mean is 1.
+
+    Raises ValueError without batches, RunError where the model overflows.
+    """
+    if not batches:
+        raise ValueError("there is no calibration text to run")
     spec = Shape.of(model).spec
     unembedding: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
     norm: Tensor = model.get_submodule(spec.norm).weight.double()  # type: ignore[operator, assignment]
@@ -65,6 +71,8 @@ def output_curvature(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
         weighted += (part.float() * some[:, None]).T @ part.float()
     curvature = (weighted - expected).double() / tokens
     curvature = norm[:, None] * curvature * norm
+    if not curvature.isfinite().all():
+        raise RunError("the logits on the calibration text are not finite; try dtype float32 or bfloat16")
     return curvature / curvature.diagonal().mean()
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import pickle
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load, save
 
 from pgprune_cli.checkpoint import FOLDER, RECORD, TENSORS, Checkpoint, latest_checkpoint, save_checkpoint
+from pgprune_cli.core.space import Family, MaskSpace
 from pgprune_cli.core.step import SearchState
+from pgprune_cli.core.widths import WidthState, begin, propose, update
 from pgprune_cli.errors import UserError
 
 
@@ -54,6 +56,37 @@ def test_round_trip_is_exact(tmp_path, baseline):
     assert target == tmp_path / FOLDER / "step-00000003"
     loaded = latest_checkpoint(tmp_path)
     assert_same(loaded, checkpoint)
+
+
+SPACE = MaskSpace((Family("attention", (3, 3), (8, 8)), Family("ffn", (7, 5), (3, 3))))
+
+
+def a_step(state: WidthState) -> WidthState:
+    """Of a search over widths, with one loss of four that is no number."""
+    state, offsets = propose(state, 4, SPACE)
+    losses = offsets.exp().sum(1) + state.step / 3
+    losses[state.step % 4] = float("nan")
+    return update(state, (-offsets).exp(), losses, SPACE)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_a_search_over_widths_comes_back_whole_and_goes_on_bit_for_bit(tmp_path, steps):
+    state = begin(SPACE, 7)
+    for _ in range(steps):
+        state = a_step(state)
+    checkpoint = Checkpoint(state, steps + 4, ("cosine", 0.3, 60), 1, 2 * steps, 1.1, 77, "an identity")
+    save_checkpoint(tmp_path, checkpoint)
+    loaded = latest_checkpoint(tmp_path)
+    assert replace(loaded, state=None) == replace(checkpoint, state=None)
+    for one, other in ((loaded.state, state), (a_step(loaded.state), a_step(state))):
+        assert isinstance(one, WidthState)
+        for entry in fields(WidthState):
+            got, wanted = getattr(one, entry.name), getattr(other, entry.name)
+            if isinstance(wanted, torch.Tensor):
+                assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
+                assert got.numpy().tobytes() == wanted.numpy().tobytes()
+            else:
+                assert got == wanted
 
 
 def test_the_generator_goes_on_where_it_was(tmp_path):
@@ -149,8 +182,8 @@ DAMAGE = {
     "no record": (lambda folder: (folder / RECORD).unlink(), f"{RECORD}: cannot be read"),
     "not json": (lambda folder: (folder / RECORD).write_text("{"), f"{RECORD}: cannot be read"),
     "not an object": (lambda folder: (folder / RECORD).write_text("[]"), f"{RECORD}: holds a list, not an object"),
-    "version": (lambda folder: edited(folder, version=1), "version 1, and this pgprune reads version 2"),
-    "no version": (lambda folder: edited(folder, version=None), "version None, and this pgprune reads version 2"),
+    "version": (lambda folder: edited(folder, version=1), "version 1, and this pgprune reads version 3"),
+    "no version": (lambda folder: edited(folder, version=None), "version None, and this pgprune reads version 3"),
     "edited": (lambda folder: edited(folder, data_position=11), f"{RECORD} is not what was written"),
     "missing key": (lambda folder: edited(folder, data_position=None), f"{RECORD} is not what was written"),
     "empty": (lambda folder: [file.unlink() for file in folder.iterdir()], f"{RECORD}: cannot be read"),

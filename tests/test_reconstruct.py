@@ -1,40 +1,38 @@
-"""Repair against least squares on explicit tokens; and what every width costs, against dropping units one by one."""
+"""Repair against least squares on explicit tokens, one projection at a time and behind the pruned layers."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_model
+from blocks import (
+    BLOCKS,
+    CHANNELS,
+    GROUPS,
+    LAYERS,
+    batches,
+    columns_of,
+    leading,
+    left_as_it_was,
+    moments_by_hand,
+    output_linear,
+    seen,
+    weighted_error,
+)
+from conftest import tiny_model
 from torch import Tensor, nn
 
 from pgprune_cli import reconstruct
-from pgprune_cli.arch import Keep, LayerKeep, Output, Outputs, Shape
-from pgprune_cli.reconstruct import (
-    Moments,
-    WidthTable,
-    compensated_output,
-    level_of,
-    observe_moments,
-    repair,
-    repaired_output,
-    width_table,
-)
-from pgprune_cli.streaming import layer_inputs
+from pgprune_cli.arch import Keep, LayerKeep, Outputs
+from pgprune_cli.errors import RunError
+from pgprune_cli.moments import Moments, observe_moments
+from pgprune_cli.reconstruct import compensated_output, repair, repaired_output
+from pgprune_cli.saliency.obs import removal_order
+from pgprune_cli.sensitivity import error_roots
 from pgprune_cli.substrate import Evaluator
 
-GROUPS, CHANNELS, LAYERS = 4, 24, 4
 DAMPING = 1e-6
-BLOCKS = [(index, name) for index in range(LAYERS) for name in ("attention", "ffn")]
-
-
-def batches() -> list[Tensor]:
-    """Of several shapes, most of them longer than the tiny Mistral's window of 16."""
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randint(VOCABULARY, shape, generator=generator) for shape in ((2, 20), (1, 40), (2, 20), (3, 7))]
 
 
 def some_keep() -> Keep:
@@ -58,58 +56,6 @@ REPAIRED = [(0, "attention"), (0, "ffn"), (1, "ffn"), (2, "ffn"), (3, "attention
 
 def whole() -> Keep:
     return tuple(LayerKeep(torch.ones(GROUPS).bool(), torch.ones(CHANNELS).bool()) for _ in range(LAYERS))
-
-
-def output_linear(model: nn.Module, index: int, name: str) -> nn.Linear:
-    layer = model.model.layers[index]
-    return layer.self_attn.o_proj if name == "attention" else layer.mlp.down_proj
-
-
-def columns_of(mask: Tensor, inputs: int) -> Tensor:
-    return mask.repeat_interleave(inputs // len(mask)).nonzero().flatten()
-
-
-def seen(model: nn.Module, index: int, name: str) -> tuple[Tensor, Tensor]:
-    """The inputs `(N, in)` of an output projection on all batches, and the tokens' shares `(N,)`, float64."""
-    inputs, weights = seen_weights(model, index, name)
-    return inputs, weights / weights.sum()
-
-
-def seen_weights(model: nn.Module, index: int, name: str) -> tuple[Tensor, Tensor]:
-    """The same with the weights themselves: 1 / mean square of the token's residual stream."""
-    inputs: list[Tensor] = []
-    residuals: list[Tensor] = []
-    watched = [
-        (output_linear(model, index, name), inputs),
-        (model.model.layers[index].post_attention_layernorm, residuals),
-    ]
-    handles = [
-        module.register_forward_pre_hook(lambda _, args, into=into: into.append(args[0].flatten(0, -2).double()))
-        for module, into in watched
-    ]
-    with torch.no_grad():
-        for tokens in batches():
-            model(input_ids=tokens, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    weights = 1.0 / torch.cat(residuals).square().mean(-1)
-    return torch.cat(inputs), weights
-
-
-def weighted_error(wanted: Tensor, got: Tensor, weights: Tensor) -> float:
-    return float((weights[:, None] * (wanted - got).square()).sum())
-
-
-@contextmanager
-def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    pointers = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    yield
-    after = model.state_dict()
-    assert list(after) == list(before)
-    assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == pointers
-    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
 
 # --- one projection
@@ -174,6 +120,15 @@ def test_moments_that_are_a_little_indefinite_still_give_a_repair() -> None:
     assert got.weight.isfinite().all()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_moments_that_are_not_finite_are_refused(bad: float) -> None:
+    """However great the ridge, they never become positive definite."""
+    weight, _, _, moments = problem(0)
+    moments.second[2, 2] = bad
+    with pytest.raises(RunError, match="not finite; try dtype float32"):
+        repaired_output(weight, None, moments, torch.arange(4), 1e-3, False)
+
+
 @pytest.mark.parametrize("columns", COLUMNS, ids=len)
 def test_a_compensated_output_adds_the_mean_of_what_is_gone(columns: list[int]) -> None:
     weight, x, share, moments = problem(3)
@@ -194,47 +149,40 @@ def test_a_compensated_output_adds_the_mean_of_what_is_gone(columns: list[int]) 
 # --- a model
 
 
-@pytest.mark.parametrize("name", ["attention", "ffn"])
-def test_moments_weigh_tokens_by_their_residual_stream(architecture: str, name: str) -> None:
-    model = tiny_model(architecture)
-    with left_as_it_was(model):
-        stream = layer_inputs(model, batches())
-        stream.advance(0)
-        moments = observe_moments(stream, 1, Shape.of(model), name)
-        assert stream.position == 1
-    x, weights = seen(model, 1, name)
-    assert moments.second.dtype == moments.first.dtype == torch.float64
-    scale = float((weights[:, None] * x.square()).sum(0).mean())
-    torch.testing.assert_close(moments.second, (x * weights[:, None]).T @ x, rtol=1e-4, atol=1e-5 * scale)
-    torch.testing.assert_close(moments.first, weights @ x, rtol=1e-4, atol=1e-5 * scale**0.5)
+def same_masks(one: Keep, other: Keep) -> bool:
+    return all(
+        torch.equal(a.attention, b.attention) and torch.equal(a.ffn, b.ffn) for a, b in zip(one, other, strict=True)
+    )
 
 
-def behind(model: nn.Module, outputs: Outputs, index: int, name: str) -> tuple[Tensor, Tensor]:
+def behind(model: nn.Module, keep: Keep, outputs: Outputs, index: int, name: str) -> tuple[Tensor, Tensor]:
     """`seen` where everything in front of this block is pruned and repaired, and the block and what follows is not."""
     before = BLOCKS[: BLOCKS.index((index, name))]
-    keep = tuple(
+    front = tuple(
         LayerKeep(
             kept.attention if (place, "attention") in before else dense.attention,
             kept.ffn if (place, "ffn") in before else dense.ffn,
         )
-        for place, (kept, dense) in enumerate(zip(KEEP, whole(), strict=True))
+        for place, (kept, dense) in enumerate(zip(keep, whole(), strict=True))
     )
-    with Evaluator(model).shrunk(keep, {key: output for key, output in outputs.items() if key in before}):
+    with Evaluator(model).shrunk(front, {key: output for key, output in outputs.items() if key in before}):
         return seen(model, index, name)
 
 
+@pytest.mark.parametrize("reselect", [False, True])
 @pytest.mark.parametrize("method", ["least-squares", "least-squares-bias", "bias"])
-def test_no_block_is_worse_for_its_repair_on_the_text(architecture: str, method: str) -> None:
+def test_no_block_is_worse_for_its_repair_on_the_text(architecture: str, method: str, reselect: bool) -> None:
     model = tiny_model(architecture)
     with left_as_it_was(model):
-        outputs = repair(model, KEEP, batches(), method, DAMPING)
+        keep, outputs = repair(model, KEEP, batches(), method, DAMPING, reselect)
+    assert reselect or same_masks(keep, KEEP)
     assert sorted(outputs) == REPAIRED  # nothing for whole and for empty blocks
     for (index, name), output in outputs.items():
-        linear, mask = output_linear(model, index, name), KEEP[index].of(name)
+        linear, mask = output_linear(model, index, name), keep[index].of(name)
         columns = columns_of(mask, linear.in_features)
         assert output.weight.shape == (32, len(columns))
         assert output.weight.dtype == torch.float32
-        x, weights = behind(model, outputs, index, name)
+        x, weights = behind(model, keep, outputs, index, name)
         own = 0.0 if linear.bias is None else linear.bias.double()
         wanted = x @ linear.weight.double().T + own
         unrepaired = x[:, columns] @ linear.weight[:, columns].double().T + own
@@ -243,17 +191,58 @@ def test_no_block_is_worse_for_its_repair_on_the_text(architecture: str, method:
         before, after = weighted_error(wanted, unrepaired, weights), weighted_error(wanted, repaired, weights)
         assert after <= before
         if method.startswith("least-squares"):
-            moments = Moments((x * weights[:, None]).T @ x, weights @ x)
+            moments = moments_by_hand(x, weights)
             best = repaired_output(linear.weight.double(), None, moments, columns, DAMPING, method.endswith("bias"))
             ideal = x[:, columns] @ best.weight.T + (own if best.bias is None else best.bias + own)
             assert after == pytest.approx(weighted_error(wanted, ideal, weights), rel=1e-3)
             assert after < 0.99 * before
 
 
-def test_a_model_that_loses_nothing_is_not_repaired(architecture: str) -> None:
+@pytest.mark.parametrize("reselect", [False, True])
+def test_a_model_that_loses_nothing_is_not_repaired(architecture: str, reselect: bool) -> None:
     model = tiny_model(architecture)
     with left_as_it_was(model):
-        assert repair(model, whole(), batches()[:1], "least-squares", DAMPING) == {}
+        keep, outputs = repair(model, whole(), batches()[:1], "least-squares", DAMPING, reselect)
+    assert outputs == {}
+    assert same_masks(keep, whole())
+
+
+@pytest.mark.parametrize("method", ["least-squares", "bias"])
+def test_units_that_are_chosen_again_are_those_that_obs_keeps_behind_the_pruned_layers(
+    architecture: str, method: str
+) -> None:
+    """As many as before in every block; and by the loss's directions they lose no more than those before would."""
+    model = tiny_model(architecture)
+    keep, outputs = repair(model, KEEP, batches(), method, DAMPING, reselect=True)
+    roots = error_roots(model, batches())
+    changed = 0
+    for index, name in BLOCKS:
+        mask, before = keep[index].of(name), KEEP[index].of(name)
+        assert (mask.dtype, mask.shape, int(mask.sum())) == (torch.bool, before.shape, int(before.sum()))
+        if (index, name) not in REPAIRED:
+            assert torch.equal(mask, before)
+            continue
+        linear = output_linear(model, index, name)
+        x, weights = behind(model, keep, outputs, index, name)
+        moments, felt = moments_by_hand(x, weights), roots[index] @ linear.weight.double()
+        order, _ = removal_order(felt, moments.second, len(mask))
+        assert torch.equal(mask, leading(order.flip(0), int(mask.sum())))
+        losses = []
+        for some in (mask, before):
+            columns = columns_of(some, linear.in_features)
+            best = repaired_output(felt, None, moments, columns, 1e-2, False).weight
+            losses.append(weighted_error(x @ felt.T, x[:, columns] @ best.T, weights))
+        assert losses[0] <= losses[1] * (1 + 1e-6)
+        changed += not torch.equal(mask, before)
+    assert changed >= 3
+
+
+def test_chosen_again_from_the_same_text_nothing_changes() -> None:
+    model = tiny_model("qwen3")
+    once = repair(model, KEEP, batches(), "least-squares", DAMPING, reselect=True)
+    twice = repair(model, once.keep, batches(), "least-squares", DAMPING, reselect=True)
+    assert same_masks(once.keep, twice.keep)
+    assert all(torch.equal(once.outputs[key].weight, twice.outputs[key].weight) for key in REPAIRED)
 
 
 @pytest.mark.parametrize("place", ["0.self_attn.o_proj", "1.mlp.down_proj", "2.mlp.act_fn", "3.self_attn"])
@@ -290,139 +279,3 @@ def test_one_blocks_moments_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(reconstruct, "observe_moments", observed)
     repair(tiny_model("qwen3"), KEEP, batches(), "least-squares", DAMPING)
     assert len(alive) == len(REPAIRED)
-
-
-# --- every width
-
-
-def saliency(seed: int = 0) -> dict[tuple[int, str], Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {key: torch.rand(GROUPS if key[1] == "attention" else CHANNELS, generator=generator) for key in BLOCKS}
-
-
-@pytest.fixture
-def many(monkeypatch: pytest.MonkeyPatch) -> None:
-    """24 channels count as many, and are solved at every second width."""
-    monkeypatch.setattr(reconstruct, "FEW", 8)
-    assert level_of(CHANNELS) == 2
-
-
-def moments_of(model: nn.Module) -> dict[tuple[int, str], Moments]:
-    """Of every block of the dense model, as the table sees them."""
-    stream, found = layer_inputs(model, batches()), {}
-    for index in range(LAYERS):
-        for name in ("attention", "ffn"):
-            found[index, name] = observe_moments(stream, index, Shape.of(model), name)
-        stream.advance(index)
-    return found
-
-
-def assert_same_output(got: Output, wanted: Output) -> None:
-    torch.testing.assert_close(got.weight, wanted.weight, rtol=1e-3, atol=1e-3)
-    assert (got.bias is None) == (wanted.bias is None)
-    assert got.bias is None or torch.equal(got.bias, wanted.bias)
-
-
-def solved(model: nn.Module, key: tuple[int, str], moments: Moments, mask: Tensor, damping: float) -> Output:
-    linear = output_linear(model, *key)
-    columns = columns_of(mask, linear.in_features)
-    return repaired_output(linear.weight, linear.bias, moments, columns, damping, False)
-
-
-def leading(order: Tensor, kept: int) -> Tensor:
-    mask = torch.zeros(len(order), dtype=torch.bool)
-    mask[order[:kept]] = True
-    return mask
-
-
-def test_a_table_holds_what_every_width_would_be_repaired_to(architecture: str, many: None) -> None:
-    model = tiny_model(architecture)
-    with left_as_it_was(model):
-        table = width_table(model, saliency(), batches(), 1e-3, solve=True)
-    assert table.outputs.keys() == {key for key in BLOCKS if key[1] == "ffn"}
-    assert table.solve.keys() == {key for key in BLOCKS if key[1] == "attention"}
-    for key, moments in moments_of(model).items():
-        order, count = table.orders[key], len(table.orders[key])
-        assert torch.equal(order, saliency()[key].argsort(descending=True))
-        if key[1] == "ffn":
-            assert sorted(table.outputs[key]) == list(range(2, CHANNELS, 2))
-            for kept, output in table.outputs[key].items():
-                assert_same_output(output, solved(model, key, moments, leading(order, kept), 1e-3))
-        else:
-            for kept in range(1, count):
-                mask = leading(order, kept)
-                assert_same_output(table.solve[key](mask), solved(model, key, moments, mask, 1e-3))
-
-
-@pytest.mark.parametrize("solve", [True, False])
-def test_errors_are_what_the_text_loses_at_every_width(architecture: str, solve: bool) -> None:
-    model = tiny_model(architecture)
-    table = width_table(model, saliency(), batches(), 1e-9, solve)
-    assert solve or (table.outputs == {} and table.solve == {})
-    for key in [(0, "attention"), (2, "ffn"), (3, "attention")]:
-        errors, order, linear = table.errors[key], table.orders[key], output_linear(model, *key)
-        assert errors.shape == (len(order) + 1,)
-        assert errors.dtype == torch.float64
-        assert abs(float(errors[-1])) < 1e-5 * float(errors[0])
-        if solve:
-            assert (errors.diff() <= 1e-9 * errors[0]).all()
-        x, absolute = seen_weights(model, *key)
-        weights = absolute / absolute.sum()
-        moments, weight = Moments((x * weights[:, None]).T @ x, weights @ x), linear.weight.double()
-        level = level_of(len(order))
-        for kept in range(0, len(order), level):
-            columns = columns_of(leading(order, kept), linear.in_features)
-            some = weight[:, columns]
-            if solve and kept:
-                some = repaired_output(weight, None, moments, columns, 1e-9, False).weight
-            # relative to each token's residual stream, so that layers of other magnitude can be compared
-            lost = weighted_error(x @ weight.T, x[:, columns] @ some.T, absolute / len(x))
-            assert float(errors[kept]) == pytest.approx(lost, rel=1e-2, abs=1e-4 * float(errors[0]))
-        if level == 2:  # in between, a straight line
-            torch.testing.assert_close(errors[1:-1:2], (errors[:-2:2] + errors[2::2]) / 2)
-
-
-@pytest.mark.parametrize("solve", [True, False])
-@pytest.mark.parametrize("families", [("attention", "ffn"), ("ffn",)])
-def test_priorities_fall_along_every_layers_order(solve: bool, families: tuple[str, ...]) -> None:
-    model = tiny_model("llama-gqa")
-    chosen = {key: value for key, value in saliency().items() if key[1] in families}
-    table, space = width_table(model, chosen, batches(), DAMPING, solve), Shape.of(model).space(families)
-    values = table.priorities(space)
-    assert (values.shape, values.dtype) == ((space.n,), torch.float64)
-    for family in space.families:
-        for index, part in enumerate(space.per_layer(values, family.name)):
-            assert (part[table.orders[index, family.name]].diff() < 0).all()
-
-
-def test_priorities_are_gains_per_cost_where_every_unit_counts_less_than_the_one_before() -> None:
-    errors, order = torch.tensor([100.0, 36.0, 4.0, 1.0, 0.0], dtype=torch.float64), torch.tensor([2, 0, 3, 1])
-    shape = Shape.of(tiny_model("llama-gqa"))
-    space = shape.space(["attention"])
-    table = WidthTable(
-        {(i, "attention"): errors for i in range(4)}, {(i, "attention"): order for i in range(4)}, {}, {}
-    )
-    gains = torch.tensor([32.0, 1.0, 64.0, 3.0], dtype=torch.float64)
-    for cost, part in zip(shape.group_parameters, space.per_layer(table.priorities(space), "attention"), strict=True):
-        torch.testing.assert_close(part.exp(), gains / cost, rtol=1e-5, atol=0.0)
-
-
-def test_priorities_fall_even_where_a_later_unit_gains_more() -> None:
-    """The gains of all units are then those of the last; the order, which the outputs follow, must still be theirs."""
-    shape = Shape.of(tiny_model("llama-gqa"))
-    space = shape.space(["ffn"])
-    errors = -torch.arange(CHANNELS + 1.0).double().square()
-    generator = torch.Generator().manual_seed(0)
-    orders = {(index, "ffn"): torch.randperm(CHANNELS, generator=generator) for index in range(LAYERS)}
-    values = WidthTable(dict.fromkeys(orders, errors), orders, {}, {}).priorities(space)
-    for index, part in enumerate(space.per_layer(values, "ffn")):
-        assert (part[orders[index, "ffn"]].diff() < 0).all()
-    torch.testing.assert_close(values, values.mean().expand(space.n), rtol=0.0, atol=1e-5)
-
-
-def test_whole_and_empty_blocks_have_no_outputs(many: None) -> None:
-    table = width_table(tiny_model("qwen2"), saliency(), batches(), DAMPING, solve=True)
-    nothing = tuple(LayerKeep(torch.zeros(GROUPS).bool(), torch.zeros(CHANNELS).bool()) for _ in range(LAYERS))
-    assert table.outputs_for(whole()) == {}
-    assert table.outputs_for(nothing) == {}
-    assert table.outputs_for((*whole()[:3], LayerKeep(KEEP[0].attention, nothing[0].ffn))).keys() == {(3, "attention")}

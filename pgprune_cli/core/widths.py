@@ -31,7 +31,7 @@ RANGE = 5.0
 """A pair's sensitivity is at most so many times its family's, and at least as much less."""
 
 ROUNDS, REFINEMENTS = 3, 30
-"""Reweightings of samples that no sensitivities explain, and steps of the evidence's fixed point in each."""
+"""Fits, each with less weight on what the last left unexplained, and steps of the evidence's fixed point in each."""
 
 
 @dataclass(frozen=True)
@@ -114,30 +114,33 @@ def sensitivities(errors: Tensor, losses: Tensor, heard: Tensor, family: Tensor)
         deviation. A pair's relative deviation from its family is N(0, τ²) beforehand, τ and the noise from the
         evidence. Samples far from all that fits count less (Cauchy weights). All 1 where the losses tell nothing.
     """
-    x, y = _within_steps(errors, heard), _within_steps(losses[:, None], heard)[:, 0]
     nothing = torch.ones(errors.shape[1], dtype=torch.float64)
-    members = torch.nn.functional.one_hot(family).double()
-    if len(y) < 2 or not y.abs().max() > 0:
+    members = (family[:, None] == torch.arange(int(family.max()) + 1)).double()
+    unexplained = _within_steps(losses[:, None], heard, torch.ones_like(losses))[:, 0]
+    # Equal losses differ from their mean by a rounding error.
+    if len(losses) < 2 or not unexplained.abs().max() > 1e-12 * losses.abs().max():
         return nothing, nothing
-    weight = torch.ones_like(y)
     for _ in range(ROUNDS):
-        by_family = x @ members * weight.sqrt()[:, None]
-        base = torch.linalg.lstsq(by_family, (y * weight.sqrt())[:, None], driver="gelsd").solution[:, 0]
+        weight = 1.0 / (1.0 + (unexplained / (2.0 * unexplained.abs().median().clamp_min(1e-12))).square())
+        x, y = _within_steps(errors, heard, weight), _within_steps(losses[:, None], heard, weight)[:, 0]
+        root = weight.sqrt()
+        by_family = x @ members * root[:, None]
+        base = torch.linalg.lstsq(by_family, (y * root)[:, None], driver="gelsd").solution[:, 0]
         if not base.max() > 0:
             return nothing, nothing
         base = base.clamp_min(base.max() / RANGE)[family]
-        relative, doubt = _ridge(x * base * weight.sqrt()[:, None], (y - x @ base) * weight.sqrt())
-        unexplained = (y - x @ (base * (1.0 + relative))).abs()
-        weight = 1.0 / (1.0 + (unexplained / (2.0 * unexplained.median().clamp_min(1e-12))).square())
+        relative, doubt = _ridge(x * base * root[:, None], (y - x @ base) * root)
+        unexplained = y - x @ (base * (1.0 + relative))
     sensitivity = base * (1.0 + relative).clamp(1.0 / RANGE, RANGE)
     return sensitivity / base.max(), doubt
 
 
-def _within_steps(values: Tensor, heard: Tensor) -> Tensor:
-    """`(N, m)` less the mean of the same step: a batch that is hard for all samples says nothing."""
+def _within_steps(values: Tensor, heard: Tensor, weight: Tensor) -> Tensor:
+    """`(N, m)` less the weighted mean of the same step: a batch that is hard for all samples says nothing."""
     steps, index = heard.unique(return_inverse=True)
-    total = torch.zeros(len(steps), values.shape[1], dtype=values.dtype).index_add_(0, index, values)
-    mean: Tensor = total / index.bincount()[:, None]
+    total = torch.zeros(len(steps), 1 + values.shape[1], dtype=values.dtype)
+    total.index_add_(0, index, torch.cat([weight[:, None], weight[:, None] * values], dim=1))
+    mean: Tensor = total[:, 1:] / total[:, :1]
     return values - mean[index]
 
 
@@ -145,8 +148,9 @@ def _ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Posterior mean `(J,)` of w in y = x w + noise, w ~ N(0, τ²), and its deviation over τ; both by evidence."""
     identity = torch.eye(x.shape[1], dtype=x.dtype)
     gram, right = x.T @ x, x.T @ y
-    floor = 1e-12 * y.square().mean().clamp_min(1e-30)
-    prior, noise = 0.25, y.square().mean().clamp_min(1e-30)
+    # Samples that the families alone explain leave a y of nothing: never less noise than can be inverted.
+    floor = (1e-12 * (y.square().mean() + gram.trace() / len(y))).clamp_min(1e-30)
+    prior, noise = 0.25, y.square().mean().clamp_min(floor)
     for _ in range(REFINEMENTS):
         covariance = torch.linalg.inv(gram / noise + identity / prior)
         mean = covariance @ right / noise

@@ -45,6 +45,8 @@ def test_pairs_are_the_layers_of_every_family_in_the_order_of_the_flat_axis() ->
     assert SPACE.pair_costs.tolist() == [40, 40, 50, 3, 5, 7]
     assert SPACE.pair_starts.tolist() == [0, 2, 2, 5, 9, 10]
     assert SPACE.pair_of.tolist() == [0, 0, 2, 2, 2, 3, 3, 3, 3, 4, 5, 5]
+    assert SPACE.family_of_pair.tolist() == [0, 0, 0, 1, 1, 1]
+    assert MaskSpace((Family("layer", (1, 1), (9, 9)), FFN)).family_of_pair.tolist() == [0, 0, 1, 1, 1]
     assert torch.equal(SPACE.pair_costs[SPACE.pair_of], SPACE.costs)
 
 

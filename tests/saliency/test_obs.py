@@ -21,6 +21,12 @@ def covariance_of(inputs: Tensor) -> Tensor:
     return inputs.T @ inputs / len(inputs)
 
 
+def block_of(weight: Tensor, covariance: Tensor, units: int, root: Tensor | None = None) -> BlockStatistics:
+    """Whose output errors count by their length, where no root is given."""
+    root = torch.eye(len(weight), dtype=torch.float64) if root is None else root
+    return BlockStatistics(units, {"o": weight}, seed=0, covariance=covariance, error_root=root)
+
+
 def least_error(weight: Tensor, inputs: Tensor, kept: list[int], damping: float = DAMPING) -> float:
     """Squared residual per token when only the kept columns may answer; the ridge as extra rows of data."""
     ridge = (damping * covariance_of(inputs).diagonal().mean()).sqrt() * torch.eye(inputs.shape[1]).double()
@@ -115,18 +121,49 @@ def test_the_score_of_a_unit_is_the_error_when_it_is_gone() -> None:
     weight, inputs = problem(8, 2)
     covariance = covariance_of(inputs)
     order, errors = removal_order(weight, covariance, 8)
-    scores = obs(BlockStatistics(8, {"o": weight}, seed=0, covariance=covariance))
+    scores = obs(block_of(weight, covariance, 8))
     assert scores[order].tolist() == errors.tolist()
     assert scores.argsort().tolist() == order.tolist()
     covariance[0, 0] = torch.nan
-    assert obs(BlockStatistics(8, {"o": weight}, seed=0, covariance=covariance)).isnan().all()
+    assert obs(block_of(weight, covariance, 8)).isnan().all()
+
+
+def test_errors_count_by_the_root_that_they_go_through() -> None:
+    """‖R (W − W') x‖² per token, with what is kept refitted to make it least: against least squares on R W."""
+    weight, inputs = problem(7, 2)
+    root = torch.randn(5, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    scores = obs(block_of(weight, covariance_of(inputs), 7, root))
+    order, errors = greedy_from_scratch(root @ weight, inputs, 7, 2)
+    assert scores.argsort().tolist() == order
+    assert scores[order].tolist() == pytest.approx(errors, rel=1e-8)
+    assert order != greedy_from_scratch(weight, inputs, 7, 2)[0]
+
+
+def test_a_direction_that_the_loss_does_not_feel_is_free() -> None:
+    """Units that write to it alone go first, whatever their size."""
+    weight, inputs = problem(6, 1)
+    weight[0, [2, 5]], weight[1:, [2, 5]] = 1000.0, 0.0
+    deaf = torch.eye(5, dtype=torch.float64)
+    deaf[0, 0] = 0.0
+    scores = obs(block_of(weight, covariance_of(inputs), 6, deaf))
+    assert sorted(scores.argsort()[:2].tolist()) == [2, 5]
+    assert float(scores[[2, 5]].max()) < 1e-9 * float(scores.max())
+    assert sorted(obs(block_of(weight, covariance_of(inputs), 6)).argsort()[-2:].tolist()) == [2, 5]
+
+
+def test_obs_needs_the_covariance_and_the_root() -> None:
+    weight, inputs = problem(6, 1)
+    covariance, identity = covariance_of(inputs), torch.eye(5, dtype=torch.float64)
+    for given in ({}, {"covariance": covariance}, {"error_root": identity}):
+        with pytest.raises(ValueError, match="obs needs calibration text"):
+            obs(BlockStatistics(6, {"o": weight}, seed=0, **given))
 
 
 def test_many_channels_go_a_hundredth_at_a_time() -> None:
     weight, inputs = problem(300, 1, tokens=400)
     covariance = covariance_of(inputs)
     order, errors = removal_order(weight, covariance, 300, block=3)
-    scores = obs(BlockStatistics(300, {"o": weight}, seed=0, covariance=covariance))
+    scores = obs(block_of(weight, covariance, 300))
     assert scores[order].tolist() == errors.tolist()
     exact = removal_order(weight, covariance, 300)[1]
     assert errors[149] == pytest.approx(float(exact[149]), rel=0.05)  # either may win: greedy is not optimal

@@ -1,9 +1,11 @@
 """Every metric against slow, obvious loops over single units, on every architecture."""
 
+from collections.abc import Sequence
 from typing import get_args
 
 import pytest
 import torch
+from blocks import seen
 from conftest import VOCABULARY, tiny_model
 from torch import Tensor, nn
 
@@ -12,6 +14,7 @@ from pgprune_cli.arch import Shape
 from pgprune_cli.saliency import CALIBRATED, METRICS, NEEDS, flat_saliency, score
 from pgprune_cli.saliency.obs import removal_order
 from pgprune_cli.saliency.statistics import BlockStatistics
+from pgprune_cli.sensitivity import error_roots
 
 HEAD, CHANNELS, GROUPS, LAYERS = 8, 24, 4, 4
 
@@ -88,15 +91,15 @@ def test_flap_is_variance_times_squared_weight_summed_over_the_unit(architecture
 def test_obs_removes_greedily_what_the_inputs_say(architecture: str) -> None:
     """The metric end to end; the order itself is tested in test_obs.py."""
     model, batches = tiny_model(architecture), calibration()
-    piles = piles_by_hooks(model, batches)
-    scores = score(model, "obs", batches, seed=0)
+    scores, roots = score(model, "obs", batches, seed=0), error_roots(model, batches)
     for index, layer in enumerate(model.model.layers):
         for name, output, units in (
             ("attention", layer.self_attn.o_proj, GROUPS),
             ("ffn", layer.mlp.down_proj, CHANNELS),
         ):
-            inputs = piles[output]
-            order, errors = removal_order(output.weight, inputs.T @ inputs / len(inputs), units)
+            inputs, weights = seen(model, index, name, batches)
+            covariance = (inputs * weights[:, None]).T @ inputs / len(inputs)
+            order, errors = removal_order(roots[index] @ output.weight.double(), covariance, units)
             got = scores[f"layers.{index}.{name}"]
             assert got.argsort().tolist() == order.tolist()
             torch.testing.assert_close(got[order], errors, rtol=1e-4, atol=0.0)
@@ -168,17 +171,20 @@ def test_a_unit_without_weights_matters_least(architecture: str, metric: str) ->
 
 
 def test_only_calibrated_metrics_read_the_text() -> None:
-    def refuse():
-        raise AssertionError("read")
-        yield
+    class Refuse(Sequence[Tensor]):
+        def __len__(self) -> int:
+            return 3
+
+        def __getitem__(self, _):
+            raise AssertionError("read")
 
     model = tiny_model("llama-mha")
     for metric in METRICS:
         if metric in CALIBRATED:
             with pytest.raises(AssertionError, match="read"):
-                score(model, metric, refuse(), seed=0)
+                score(model, metric, Refuse(), seed=0)
         else:
-            score(model, metric, refuse(), seed=0)
+            score(model, metric, Refuse(), seed=0)
 
 
 @pytest.mark.parametrize("metric", sorted(CALIBRATED))

@@ -5,12 +5,13 @@ from typing import get_args
 
 import pytest
 import torch
+from blocks import seen
 from conftest import VOCABULARY, tiny_model
 from torch import Tensor
 
+from pgprune_cli.moments import MomentCollector
 from pgprune_cli.saliency import score
 from pgprune_cli.saliency.statistics import (
-    Covariance,
     Fluctuations,
     InputNorms,
     Statistic,
@@ -18,6 +19,7 @@ from pgprune_cli.saliency.statistics import (
     loss_gradients,
     statistics,
 )
+from pgprune_cli.sensitivity import error_roots
 
 
 def calibration(batches: int = 3) -> list[Tensor]:
@@ -42,9 +44,6 @@ def test_collectors_equal_the_formula_on_the_whole_pile() -> None:
     rows = inputs.flatten(0, 1).double()
     torch.testing.assert_close(collected(InputNorms(), inputs), rows.norm(dim=0), rtol=1e-6, atol=0.0)
     torch.testing.assert_close(collected(Fluctuations(), inputs), rows.var(0), rtol=1e-6, atol=0.0)
-    covariance = collected(Covariance(), inputs)
-    assert covariance.dtype == torch.float32
-    torch.testing.assert_close(covariance.double(), rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
 
 
 def test_a_small_variance_around_a_large_mean_is_not_lost() -> None:
@@ -58,7 +57,7 @@ def test_a_small_variance_around_a_large_mean_is_not_lost() -> None:
 
 def test_half_precision_inputs_do_not_overflow() -> None:
     inputs = pile(0.0, 1.0).mul(1000.0).half()
-    for collector in (InputNorms(), Fluctuations(), Covariance()):
+    for collector in (InputNorms(), Fluctuations()):
         assert collected(collector, inputs).isfinite().all()
 
 
@@ -70,24 +69,42 @@ def test_only_what_is_asked_for_is_collected(needed: Statistic | None) -> None:
     ]
     for _, _, block in blocks:
         assert [name for name in get_args(Statistic) if getattr(block, name) is not None] == [needed] * bool(needed)
+        assert (block.error_root is not None) == (needed == "covariance")
         for key, gradient in (block.gradients or {}).items():
             assert gradient.shape == block.weights[key].shape
+
+
+def test_covariances_are_relative_to_each_tokens_residual_stream(architecture: str) -> None:
+    """Mean over tokens of x xᵀ / mean square of the residual stream; with the root of the loss's directions."""
+    model = tiny_model(architecture)
+    roots, found = error_roots(model, calibration()), 0
+    for name, layer, block in statistics(model, "covariance", calibration(), seed=0):
+        x, weights = seen(model, layer, name, calibration())
+        wanted = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+        for token, weight in zip(x, weights, strict=True):
+            wanted += weight * torch.outer(token, token) / len(x)
+        assert block.covariance.dtype == block.error_root.dtype == torch.float64
+        scale = float(wanted.diagonal().mean())
+        torch.testing.assert_close(block.covariance, wanted, rtol=1e-4, atol=1e-5 * scale)
+        torch.testing.assert_close(block.error_root, roots[layer])
+        found += 1
+    assert found == 8
 
 
 def test_only_the_two_covariances_of_one_layer_exist_at_a_time(monkeypatch) -> None:
     matrices: list[weakref.ref] = []
     most = 0
-    add = Covariance.add
+    add = MomentCollector._add
 
-    def watched(self: Covariance, inputs: Tensor) -> None:
+    def watched(self: MomentCollector, name: str, inputs: Tensor) -> None:
         nonlocal most
-        first = self.total is None
-        add(self, inputs)
-        if first:
-            matrices.append(weakref.ref(self.total))
+        add(self, name, inputs)
+        assert self.sums[name].second.dtype == torch.float64
+        if all(matrix() is not self.sums[name].second for matrix in matrices):
+            matrices.append(weakref.ref(self.sums[name].second))
         most = max(most, sum(matrix() is not None for matrix in matrices))
 
-    monkeypatch.setattr(Covariance, "add", watched)
+    monkeypatch.setattr(MomentCollector, "_add", watched)
     score(tiny_model("llama-gqa"), "obs", calibration(), seed=0)
     assert len(matrices) == 8
     assert most == 2

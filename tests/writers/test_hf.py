@@ -378,7 +378,8 @@ def test_an_incomplete_or_quantised_base_is_refused(llama, tmp_path):
         export(base, tmp_path / "out", keep)
 
 
-def test_an_export_holds_the_repaired_weights(architecture, tmp_path):
+@pytest.mark.parametrize("reselect", [False, True])
+def test_an_export_holds_the_repaired_weights(architecture, reselect, tmp_path):
     """The exported model equals the dense one shrunk with the repair, not with the kept columns as they were."""
     from pgprune_cli.reconstruct import repair
     from pgprune_cli.substrate import Evaluator
@@ -392,7 +393,7 @@ def test_an_export_holds_the_repaired_weights(architecture, tmp_path):
         LayerKeep(torch.arange(groups) != layer % 2, torch.arange(channels) % 3 != 0)
         for layer, (groups, channels) in enumerate(zip(shape.kv_groups, shape.channels, strict=True))
     )
-    outputs = repair(model, keep, [tokens], "least-squares", 1e-3)
+    keep, outputs = repair(model, keep, [tokens], "least-squares", 1e-3, reselect)
     fingerprint = resolve(str(tmp_path / "base")).fingerprint()
     decision = Decision(keep, str(tmp_path / "base"), fingerprint, 0.3, "dtype: float32", 1, 2, 3, 2.5, outputs)
     hf.write(resolve(str(tmp_path / "base")), decision, tmp_path / "small", None, lambda *_: None)
@@ -414,7 +415,7 @@ def test_a_fitted_bias_without_a_place_is_refused(tmp_path):
     model = tiny_model("llama-gqa")
     model.save_pretrained(tmp_path / "base")
     keep = tuple(LayerKeep(torch.ones(4, dtype=torch.bool), torch.arange(24) > 3) for _ in range(4))
-    outputs = repair(model, keep, [torch.arange(32).view(2, 16)], "bias", 1e-3)
+    outputs = repair(model, keep, [torch.arange(32).view(2, 16)], "bias", 1e-3).outputs
     fingerprint = resolve(str(tmp_path / "base")).fingerprint()
     decision = Decision(keep, str(tmp_path / "base"), fingerprint, 0.3, "dtype: float32", 1, 2, 3, 2.5, outputs)
     with pytest.raises(UserError, match=r"mlp.down_proj.bias: the repair has fitted this bias"):

@@ -1,0 +1,81 @@
+"""What single blocks of a tiny model see and put out: by hooks, over whole forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from conftest import VOCABULARY
+from torch import Tensor, nn
+
+from pgprune_cli.moments import Moments
+
+GROUPS, CHANNELS, LAYERS = 4, 24, 4
+BLOCKS = [(index, name) for index in range(LAYERS) for name in ("attention", "ffn")]
+
+
+def batches() -> list[Tensor]:
+    """Of several shapes, most of them longer than the tiny Mistral's window of 16."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(VOCABULARY, shape, generator=generator) for shape in ((2, 20), (1, 40), (2, 20), (3, 7))]
+
+
+def output_linear(model: nn.Module, index: int, name: str) -> nn.Linear:
+    layer = model.model.layers[index]
+    return layer.self_attn.o_proj if name == "attention" else layer.mlp.down_proj
+
+
+def columns_of(mask: Tensor, inputs: int) -> Tensor:
+    """The columns of an output projection that belong to the units of a mask."""
+    return mask.repeat_interleave(inputs // len(mask)).nonzero().flatten()
+
+
+def leading(order: Tensor, kept: int) -> Tensor:
+    """The mask of the first units of an order."""
+    mask = torch.zeros(len(order), dtype=torch.bool)
+    mask[order[:kept]] = True
+    return mask
+
+
+def seen(model: nn.Module, index: int, name: str, text: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """The inputs `(N, in)` of an output projection on all batches, float64, and the tokens' weights `(N,)`:
+    1 / mean square of the residual stream behind the attention."""
+    inputs: list[Tensor] = []
+    residuals: list[Tensor] = []
+    watched = [
+        (output_linear(model, index, name), inputs),
+        (model.model.layers[index].post_attention_layernorm, residuals),
+    ]
+    handles = [
+        module.register_forward_pre_hook(lambda _, args, into=into: into.append(args[0].flatten(0, -2).double()))
+        for module, into in watched
+    ]
+    with torch.no_grad():
+        for tokens in text or batches():
+            model(input_ids=tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return torch.cat(inputs), 1.0 / torch.cat(residuals).square().mean(-1)
+
+
+def moments_by_hand(x: Tensor, weights: Tensor) -> Moments:
+    share = weights / weights.sum()
+    return Moments((x * share[:, None]).T @ x, share @ x, weights.mean())
+
+
+def weighted_error(wanted: Tensor, got: Tensor, weights: Tensor) -> float:
+    return float((weights[:, None] * (wanted - got).square()).sum())
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Fails where the model inside the `with` does not come out bit for bit, in place, and without hooks."""
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pointers = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    yield
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == pointers
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())

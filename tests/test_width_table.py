@@ -1,0 +1,259 @@
+"""What every width of a block costs, and what it is repaired to, against dropping units one by one."""
+
+from __future__ import annotations
+
+from itertools import pairwise, product
+
+import pytest
+import torch
+from blocks import (
+    BLOCKS,
+    CHANNELS,
+    GROUPS,
+    LAYERS,
+    batches,
+    columns_of,
+    leading,
+    left_as_it_was,
+    moments_by_hand,
+    output_linear,
+    seen,
+    weighted_error,
+)
+from conftest import tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from pgprune_cli.arch import LayerKeep, Shape
+from pgprune_cli.core.space import Family, MaskSpace
+from pgprune_cli.reconstruct import repaired_output
+from pgprune_cli.sensitivity import error_roots
+from pgprune_cli.width_table import LEVELS, TIE, WidthTable, _falling, level_of, width_table
+
+DAMPING = 1e-6
+
+
+def saliency(seed: int = 0) -> dict[tuple[int, str], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {key: torch.rand(GROUPS if key[1] == "attention" else CHANNELS, generator=generator) for key in BLOCKS}
+
+
+# --- the solved table
+
+
+def test_a_step_between_levels_is_a_sixteenth_of_the_units_rounded_up() -> None:
+    for count in (1, 4, 15, 16, 17, 24, 32, 33, 1536, 11008):
+        level = level_of(count)
+        assert level * LEVELS >= count > (level - 1) * LEVELS
+    assert (level_of(GROUPS), level_of(CHANNELS)) == (1, 2)
+
+
+def test_a_table_holds_what_every_width_would_be_repaired_to(architecture: str) -> None:
+    """Every block at every level, as if it alone were cut."""
+    model = tiny_model(architecture)
+    with left_as_it_was(model):
+        table = width_table(model, saliency(), batches(), 1e-3, solve=True)
+    assert sorted(table.outputs) == sorted(table.orders) == sorted(table.errors) == sorted(BLOCKS)
+    for key in BLOCKS:
+        order, count, linear = table.orders[key], len(table.orders[key]), output_linear(model, *key)
+        assert torch.equal(order, saliency()[key].argsort(descending=True))
+        moments = moments_by_hand(*seen(model, *key))
+        assert sorted(table.outputs[key]) == list(range(level_of(count), count, level_of(count)))
+        for kept, output in table.outputs[key].items():
+            columns = columns_of(leading(order, kept), linear.in_features)
+            wanted = repaired_output(linear.weight, linear.bias, moments, columns, 1e-3, False)
+            torch.testing.assert_close(output.weight, wanted.weight, rtol=1e-3, atol=1e-3)
+            assert output.bias is linear.bias
+
+
+@pytest.mark.parametrize("solve", [True, False])
+def test_errors_are_what_the_text_loses_at_every_width(architecture: str, solve: bool) -> None:
+    """By how much the loss feels each direction, and relative to each token's residual stream."""
+    model = tiny_model(architecture)
+    table, roots = width_table(model, saliency(), batches(), 1e-9, solve), error_roots(model, batches())
+    assert solve or table.outputs == {}
+    for key in [(0, "attention"), (2, "ffn"), (3, "attention"), (3, "ffn")]:
+        errors, order, linear = table.errors[key], table.orders[key], output_linear(model, *key)
+        assert errors.shape == (len(order) + 1,)
+        assert errors.dtype == torch.float64
+        assert abs(float(errors[-1])) < 1e-5 * float(errors[0])
+        if solve:
+            assert (errors.diff() <= 1e-9 * errors[0]).all()
+        x, weights = seen(model, *key)
+        moments, weight = moments_by_hand(x, weights), linear.weight.double()
+        level = level_of(len(order))
+        for kept in range(0, len(order), level):
+            columns = columns_of(leading(order, kept), linear.in_features)
+            some = weight[:, columns]
+            if solve and kept:
+                some = repaired_output(weight, None, moments, columns, 1e-9, False).weight
+            gone = (x @ weight.T - x[:, columns] @ some.T) @ roots[key[0]]
+            lost = weighted_error(gone, torch.zeros_like(gone), weights / len(x))
+            assert float(errors[kept]) == pytest.approx(lost, rel=1e-2, abs=1e-4 * float(errors[0]))
+        if level == 2:  # in between, a straight line
+            torch.testing.assert_close(errors[1:-1:2], (errors[:-2:2] + errors[2::2]) / 2)
+
+
+@pytest.mark.parametrize("families", [("ffn",), ("attention",), ("ffn", "attention")])
+def test_only_blocks_with_a_saliency_are_solved(families: tuple[str, ...]) -> None:
+    model = tiny_model("llama-gqa")
+    whole = width_table(model, saliency(), batches(), DAMPING, solve=True)
+    chosen = {key: value for key, value in saliency().items() if key[1] in families}
+    table = width_table(model, chosen, batches(), DAMPING, solve=True)
+    assert set(table.errors) == set(table.outputs) == set(chosen)
+    for key in chosen:
+        torch.testing.assert_close(table.errors[key], whole.errors[key])
+
+
+def test_whole_and_empty_blocks_have_no_outputs() -> None:
+    table = width_table(tiny_model("qwen2"), saliency(), batches(), DAMPING, solve=True)
+    every = tuple(LayerKeep(torch.ones(GROUPS).bool(), torch.ones(CHANNELS).bool()) for _ in range(LAYERS))
+    nothing = tuple(LayerKeep(torch.zeros(GROUPS).bool(), torch.zeros(CHANNELS).bool()) for _ in range(LAYERS))
+    assert table.outputs_for(every) == {}
+    assert table.outputs_for(nothing) == {}
+    some = LayerKeep(leading(table.orders[3, "attention"], 3), leading(table.orders[3, "ffn"], 10))
+    found = table.outputs_for((*every[:2], nothing[2], some))
+    assert found.keys() == {(3, "attention"), (3, "ffn")}
+    assert found[3, "attention"] is table.outputs[3, "attention"][3]
+    assert found[3, "ffn"] is table.outputs[3, "ffn"][10]
+
+
+# --- priorities and errors of masks
+
+SPACE = MaskSpace((Family("attention", (4, 3), (7, 7)), Family("ffn", (6, 0, 5), (2, 2, 3))))
+"""Layers of different size, one of them empty."""
+
+
+def random_table(seed: int) -> WidthTable:
+    """Curves of any shape that end at 0, and orders."""
+    generator = torch.Generator().manual_seed(seed)
+    errors, orders = {}, {}
+    for family in SPACE.families:
+        for index, count in enumerate(family.counts):
+            errors[index, family.name] = torch.rand(count + 1, generator=generator, dtype=torch.float64)
+            errors[index, family.name][-1] = 0.0
+            orders[index, family.name] = torch.randperm(count, generator=generator)
+    return WidthTable(errors, orders, {})
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_errors_of_masks_are_those_of_their_widths(seed: int) -> None:
+    table = random_table(seed)
+    masks = torch.rand(7, SPACE.n, generator=torch.Generator().manual_seed(seed)) < 0.5
+    masks[5], masks[6] = True, False
+    got = table.errors_of(masks, SPACE)
+    assert (got.shape, got.dtype) == ((7, 5), torch.float64)
+    for row, mask in zip(got.tolist(), masks, strict=True):
+        wanted = []
+        for family in SPACE.families:
+            for index, part in enumerate(SPACE.per_layer(mask, family.name)):
+                wanted.append(float(table.errors[index, family.name][sum(part.tolist())]))
+        assert row == wanted
+
+
+def lower_hull(points: list[float]) -> list[float]:
+    """The greatest convex function below the points 0, 1, …: at each place the least of all chords over it."""
+    found = []
+    for at in range(len(points)):
+        chords = [points[at]]
+        for left, right in product(range(at), range(at + 1, len(points))):
+            chords.append(points[left] + (points[right] - points[left]) * (at - left) / (right - left))
+        found.append(min(chords))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_priorities_are_the_slopes_of_the_lower_hull_per_cost(seed: int) -> None:
+    """Falling along the order, and no slope below nothing."""
+    table = random_table(seed)
+    values = table.priorities(SPACE)
+    assert (values.shape, values.dtype) == ((SPACE.n,), torch.float64)
+    for family in SPACE.families:
+        for index, part in enumerate(SPACE.per_layer(values, family.name)):
+            hull = lower_hull(table.errors[index, family.name].tolist())
+            along = part[table.orders[index, family.name]].exp().tolist()
+            gains = [(before - after) / family.costs[index] for before, after in pairwise(hull)]
+            assert along == pytest.approx([max(gain, 1e-30 / family.costs[index]) for gain in gains], rel=2 * TIE)
+
+
+def best_of(table: WidthTable, threshold: float) -> list[set[int]]:
+    """By pair every width that is best where a unit of cost is worth `threshold`."""
+    found = []
+    for family in SPACE.families:
+        for index, cost in enumerate(family.costs):
+            curve = table.errors[index, family.name]
+            totals = curve + threshold * cost * torch.arange(len(curve))
+            found.append(set((totals <= totals.min() + 1e-9).nonzero().flatten().tolist()))
+    return found
+
+
+@given(st.integers(0, 1000), st.floats(0.001, 0.3))
+@settings(deadline=None, max_examples=60)
+def test_units_above_a_threshold_are_the_best_widths_at_that_price(seed: int, threshold: float) -> None:
+    """Whatever the curves look like: error + price · cost is least over all widths of every layer."""
+    table = random_table(seed)
+    mask = table.priorities(SPACE).exp() > threshold
+    widths = torch.zeros(5, dtype=torch.int64).index_add_(0, SPACE.pair_of, mask.long())
+    for kept, best in zip(widths.tolist(), best_of(table, threshold), strict=True):
+        assert kept in best
+
+
+@pytest.mark.parametrize("solve", [True, False])
+@pytest.mark.parametrize("families", [("attention", "ffn"), ("ffn",)])
+def test_priorities_fall_strictly_along_every_layers_order(solve: bool, families: tuple[str, ...]) -> None:
+    """With ties a sample would keep units that the projection of its width is not made for."""
+    model = tiny_model("llama-gqa")
+    chosen = {key: value for key, value in saliency().items() if key[1] in families}
+    table, space = width_table(model, chosen, batches(), DAMPING, solve), Shape.of(model).space(families)
+    values = table.priorities(space)
+    for family in space.families:
+        for index, part in enumerate(space.per_layer(values, family.name)):
+            assert (part[table.orders[index, family.name]].diff() < 0).all()
+
+
+def test_priorities_fall_even_where_a_later_unit_gains_more() -> None:
+    """The gains of all units are then one and the same; the order, which the outputs follow, must still be theirs."""
+    space = MaskSpace((Family("ffn", (CHANNELS,) * LAYERS, (5,) * LAYERS),))
+    errors = CHANNELS**2 - torch.arange(CHANNELS + 1.0).double().square()
+    generator = torch.Generator().manual_seed(0)
+    orders = {(index, "ffn"): torch.randperm(CHANNELS, generator=generator) for index in range(LAYERS)}
+    values = WidthTable(dict.fromkeys(orders, errors), orders, {}).priorities(space)
+    for index, part in enumerate(space.per_layer(values, "ffn")):
+        assert (part[orders[index, "ffn"]].diff() < 0).all()
+    torch.testing.assert_close(values.exp(), torch.full_like(values, CHANNELS / 5), rtol=2 * TIE, atol=0.0)
+
+
+# --- pool adjacent violators
+
+GAINS = st.lists(st.floats(-100, 100).map(lambda value: round(value, 3)), max_size=12)
+
+
+def doubles(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@given(GAINS)
+@settings(deadline=None)
+def test_falling_is_the_isotonic_regression(gains: list[float]) -> None:
+    """By the min-max formula: over all runs that hold a place, the least over where they begin of the greatest mean."""
+    wanted = [
+        min(
+            max(sum(gains[first : last + 1]) / (last + 1 - first) for last in range(place, len(gains)))
+            for first in range(place + 1)
+        )
+        for place in range(len(gains))
+    ]
+    torch.testing.assert_close(_falling(doubles(gains)), doubles(wanted), rtol=1e-9, atol=1e-9)
+
+
+@given(GAINS)
+@settings(deadline=None)
+def test_falling_never_rises_keeps_the_sum_and_changes_nothing_twice(gains: list[float]) -> None:
+    fallen = _falling(doubles(gains))
+    assert fallen.dtype == torch.float64
+    assert (fallen.diff() <= 0).all()
+    assert float(fallen.sum()) == pytest.approx(sum(gains), abs=1e-9)
+    torch.testing.assert_close(_falling(fallen), fallen)
+    ordered = doubles(sorted(gains, reverse=True))
+    assert torch.equal(_falling(ordered), ordered)
