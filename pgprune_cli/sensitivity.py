@@ -26,6 +26,11 @@ WINDOWS = 16
 LOGIT_ROWS = 256
 
 
+def windows_run(batches: int) -> int:
+    """How many windows of so many batches the average is taken over, where each batch has enough of them."""
+    return batches * -(-WINDOWS // batches)
+
+
 def error_roots(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
     """By layer R `(hidden, hidden)` float64 on the model's device: an output error e costs ‖R e‖², as much as ‖e‖² on
     average over directions.
@@ -53,7 +58,7 @@ def output_curvature(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
     spec = Shape.of(model).spec
     unembedding: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
     norm: Tensor = model.get_submodule(spec.norm).weight.double()  # type: ignore[operator, assignment]
-    rows = -(-WINDOWS // len(batches))
+    rows = windows_run(len(batches)) // len(batches)
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     chance = torch.zeros(len(unembedding), device=unembedding.device)
     expected = torch.zeros(unembedding.shape[1], unembedding.shape[1], device=unembedding.device)

@@ -19,7 +19,8 @@ from pgprune_cli.atomic import read_json, write_bytes, write_json
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target
 from pgprune_cli.jobs.init_scores import SCORES, init_scores
-from pgprune_cli.jobs.search import METRICS_FILE, search
+from pgprune_cli.jobs.run_directory import METRICS_FILE
+from pgprune_cli.jobs.search import search
 from pgprune_cli.recipe import Recipe
 
 MEASURED_FILE = "measured.json"

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -19,7 +16,7 @@ from torch import Tensor, nn
 from pgprune_cli.arch import Keep, Outputs
 from pgprune_cli.atomic import write_bytes
 from pgprune_cli.budget import budget_for
-from pgprune_cli.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from pgprune_cli.checkpoint import Checkpoint, save_checkpoint
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.space import Budget, MaskSpace
 from pgprune_cli.core.step import SearchState
@@ -28,17 +25,17 @@ from pgprune_cli.data import Batches, CalibrationText, spread
 from pgprune_cli.decision import RECORD, Decision
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs.init_scores import SCORES, Scores, compute_scores, load_text
+from pgprune_cli.jobs.run_directory import RECIPE_FILE, History, identity_of, refuse_other_recipe, resumed
 from pgprune_cli.loading import load_model, resolve
 from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
 from pgprune_cli.progress import Row, SearchProgress, memory_in_use, working
-from pgprune_cli.recipe import Evaluation, Recipe, dump
+from pgprune_cli.recipe import Recipe, dump
 from pgprune_cli.reconstruct import PASSES, Repaired, repair
 from pgprune_cli.saliency import CALIBRATED, flat_saliency
+from pgprune_cli.sensitivity import windows_run
 from pgprune_cli.substrate import Evaluator
 from pgprune_cli.width_table import width_table
 
-METRICS_FILE = "metrics.jsonl"
-RECIPE_FILE = "recipe.yaml"
 BAD_STEPS = 10
 """After so many steps in a row without one finite loss, a search gives up."""
 REPAIR_TOKENS = 4096
@@ -103,7 +100,7 @@ def search(recipe: Recipe, run: Path, quiet: bool = False) -> Decision:
     """
     if (run / RECORD).exists():
         decision = Decision.load(run)
-        _refuse_other_recipe(run, recipe)
+        refuse_other_recipe(run, recipe)
         return decision
     source = resolve(recipe.model)
     text = load_text(recipe, source, quiet)
@@ -118,7 +115,7 @@ def search(recipe: Recipe, run: Path, quiet: bool = False) -> Decision:
         scores = compute_scores(recipe, run, source, model, text, quiet)
     # what is recorded is what was done: the scores may have been made with `init-scores --metric`
     recipe = replace(recipe, saliency=replace(recipe.saliency, metric=scores.metric))
-    _refuse_other_recipe(run, recipe)
+    refuse_other_recipe(run, recipe)
     write_bytes(run / RECIPE_FILE, dump(recipe).encode())
 
     evaluator = Evaluator(model)
@@ -131,7 +128,7 @@ def search(recipe: Recipe, run: Path, quiet: bool = False) -> Decision:
         text.heldout,
         recipe,
     )
-    loop = _run_steps(problem, run, _identity(recipe, fingerprint, problem.policy.origin), quiet)
+    loop = _run_steps(problem, run, identity_of(recipe, fingerprint, problem.policy.origin), quiet)
 
     mask = problem.policy.final_mask(loop.state)
     keep = problem.keep(mask)
@@ -207,17 +204,20 @@ def _calibration_forwards(recipe: Recipe, text: CalibrationText) -> int:
     """Passes over calibration text besides the search's, in batches of the search."""
     batch = recipe.calibration.batch * recipe.calibration.seqlen
     windows = min(recipe.reconstruct.sequences, len(text.search)) * recipe.calibration.seqlen
-    passes = (recipe.search.policy == "layers") + PASSES * (recipe.reconstruct.method != "none")
+    layers, repaired = recipe.search.policy == "layers", recipe.reconstruct.method != "none"
+    roots = layers + (repaired and recipe.reconstruct.reselect)
+    directions = roots * windows_run(len(_repair_batches(recipe, text))) * recipe.calibration.seqlen
+    passes = layers + PASSES * repaired
     scored = recipe.saliency.metric in CALIBRATED
     saliency = min(recipe.saliency.sequences * recipe.saliency.seqlen, len(text.stream)) if scored else 0
-    return math.ceil((passes * windows + saliency) / batch)
+    return math.ceil((passes * windows + directions + saliency) / batch)
 
 
 def _run_steps(problem: Problem, run: Path, identity: str, quiet: bool) -> Loop:
     """The loop. Returns where it ended."""
     recipe, schedule = problem.recipe, problem.recipe.search
-    loop = _resumed(run, identity) or Loop(problem.policy.begin(recipe.seed))
-    with SearchProgress(schedule.steps, quiet) as progress, _History(run) as history, _stop_signals() as stop:
+    loop = _loop(problem, resumed(run, identity))
+    with SearchProgress(schedule.steps, quiet) as progress, History(run) as history, _stop_signals() as stop:
         if loop.state.step:
             progress.say(f"going on from step {loop.state.step} of {schedule.steps}")
         while loop.state.step < schedule.steps:
@@ -272,50 +272,11 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-# --- what belongs to a run
-
-
-def _identity(recipe: Recipe, fingerprint: str, origin: Tensor) -> str:
-    """Digest of all that a checkpoint may not be mixed up with: the recipe, the model and where the policy starts."""
-    return hashlib.sha256(_comparable(recipe).encode() + fingerprint.encode() + origin.numpy().tobytes()).hexdigest()
-
-
-def _comparable(recipe: Recipe) -> str:
-    """The recipe without what changes no result: where it runs, how often it saves, what is evaluated later."""
-    search = replace(recipe.search, checkpoint_every=1)
-    return dump(replace(recipe, device="auto", evaluation=Evaluation(), search=search))
-
-
-def _refuse_other_recipe(run: Path, recipe: Recipe) -> None:
-    from pgprune_cli.recipe import load
-
-    if not (run / RECIPE_FILE).exists():
-        return
-    before = _comparable(load(run / RECIPE_FILE)).splitlines()
-    now = _comparable(recipe).splitlines()
-    changed = [f"{b.strip()} → {n.strip()}" for b, n in zip(before, now, strict=True) if b != n]
-    if changed:
-        raise UserError(
-            f"{run}: belongs to another recipe ({'; '.join(changed)}); give another directory with --out, "
-            "or remove this one to start over"
-        )
-
-
-def _resumed(run: Path, identity: str) -> Loop | None:
-    checkpoint = latest_checkpoint(run)
-    if checkpoint is None:
-        (run / METRICS_FILE).unlink(missing_ok=True)
-        return None
-    if checkpoint.identity != identity:
-        raise UserError(f"{run}: its checkpoint belongs to other scores or another model; remove it to start over")
-    history = run / METRICS_FILE
-    size = history.stat().st_size if history.exists() else 0
-    if size < checkpoint.history_bytes:
-        raise UserError(f"{history}: {size} bytes where the checkpoint wrote {checkpoint.history_bytes}: it was cut")
-    os.truncate(history, checkpoint.history_bytes)
-    return Loop(
-        checkpoint.state, checkpoint.data_position, checkpoint.bad_steps, checkpoint.forwards, checkpoint.seconds
-    )
+def _loop(problem: Problem, found: Checkpoint | None) -> Loop:
+    """Where the search stands: at its beginning, or where a checkpoint was found."""
+    if found is None:
+        return Loop(problem.policy.begin(problem.recipe.seed))
+    return Loop(found.state, found.data_position, found.bad_steps, found.forwards, found.seconds)
 
 
 def _checkpoint(loop: Loop, recipe: Recipe, history_bytes: int, identity: str) -> Checkpoint:
@@ -330,30 +291,6 @@ def _checkpoint(loop: Loop, recipe: Recipe, history_bytes: int, identity: str) -
         history_bytes,
         identity,
     )
-
-
-class _History:
-    """`metrics.jsonl`, one row a step."""
-
-    def __init__(self, run: Path) -> None:
-        run.mkdir(parents=True, exist_ok=True)
-        self.file = (run / METRICS_FILE).open("a", encoding="utf-8")
-
-    def __enter__(self) -> _History:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def append(self, row: Row) -> None:
-        self.file.write(json.dumps(asdict(row), allow_nan=False) + "\n")
-        self.file.flush()
-
-    def flush(self) -> int:
-        """Makes all rows durable. Returns the file's length in bytes."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        return self.file.tell()
 
 
 @contextmanager

@@ -21,7 +21,8 @@ from pgprune_cli.decision import MASKS, RECORD, REPAIR, Decision
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs import search as job
 from pgprune_cli.jobs.init_scores import SCORES, Scores, init_scores, load_text
-from pgprune_cli.jobs.search import BAD_STEPS, METRICS_FILE, Interrupted, search
+from pgprune_cli.jobs.run_directory import METRICS_FILE
+from pgprune_cli.jobs.search import BAD_STEPS, Interrupted, search
 from pgprune_cli.loading import load_model, resolve
 from pgprune_cli.recipe import Recipe, find, load
 from pgprune_cli.saliency import flat_saliency

@@ -1,0 +1,90 @@
+"""What belongs to one run of a search: the recipe it was begun with, its checkpoints and its history.
+
+A directory is refused where it is another run's or damaged; nothing in it is ever started over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from pgprune_cli.checkpoint import Checkpoint, latest_checkpoint
+from pgprune_cli.errors import UserError
+from pgprune_cli.progress import Row
+from pgprune_cli.recipe import Evaluation, Recipe, dump, load
+
+METRICS_FILE = "metrics.jsonl"
+RECIPE_FILE = "recipe.yaml"
+
+
+def identity_of(recipe: Recipe, fingerprint: str, origin: Tensor) -> str:
+    """Digest of all that a checkpoint may not be mixed up with: the recipe, the model and where the policy starts."""
+    return hashlib.sha256(_comparable(recipe).encode() + fingerprint.encode() + origin.numpy().tobytes()).hexdigest()
+
+
+def _comparable(recipe: Recipe) -> str:
+    """The recipe without what changes no result: where it runs, how often it saves, what is evaluated later."""
+    search = replace(recipe.search, checkpoint_every=1)
+    return dump(replace(recipe, device="auto", evaluation=Evaluation(), search=search))
+
+
+def refuse_other_recipe(run: Path, recipe: Recipe) -> None:
+    """Raises UserError where the run was begun with a recipe that gives another result."""
+    if not (run / RECIPE_FILE).exists():
+        return
+    before = _comparable(load(run / RECIPE_FILE)).splitlines()
+    now = _comparable(recipe).splitlines()
+    changed = [f"{b.strip()} → {n.strip()}" for b, n in zip(before, now, strict=True) if b != n]
+    if changed:
+        raise UserError(
+            f"{run}: belongs to another recipe ({'; '.join(changed)}); give another directory with --out, "
+            "or remove this one to start over"
+        )
+
+
+def resumed(run: Path, identity: str) -> Checkpoint | None:
+    """What a search goes on from, its history cut back to that moment; None, and no history, at the beginning.
+
+    Raises UserError for a checkpoint of another search or with damage, and for a history that was cut.
+    """
+    checkpoint = latest_checkpoint(run)
+    if checkpoint is None:
+        (run / METRICS_FILE).unlink(missing_ok=True)
+        return None
+    if checkpoint.identity != identity:
+        raise UserError(f"{run}: its checkpoint belongs to other scores or another model; remove it to start over")
+    history = run / METRICS_FILE
+    size = history.stat().st_size if history.exists() else 0
+    if size < checkpoint.history_bytes:
+        raise UserError(f"{history}: {size} bytes where the checkpoint wrote {checkpoint.history_bytes}: it was cut")
+    os.truncate(history, checkpoint.history_bytes)
+    return checkpoint
+
+
+class History:
+    """`metrics.jsonl`, one row a step."""
+
+    def __init__(self, run: Path) -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        self.file = (run / METRICS_FILE).open("a", encoding="utf-8")
+
+    def __enter__(self) -> History:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def append(self, row: Row) -> None:
+        self.file.write(json.dumps(asdict(row), allow_nan=False) + "\n")
+        self.file.flush()
+
+    def flush(self) -> int:
+        """Makes all rows durable. Returns the file's length in bytes."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return self.file.tell()

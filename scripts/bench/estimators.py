@@ -1,0 +1,108 @@
+"""Which estimator gets how far with how many forward passes? Runs each with several seeds, in equal conditions.
+
+    python scripts/bench/estimators.py RECIPE --out DIR --ppl wikitext2=FILE [--seeds 0 1 2] [--limit 256] [--set K=V]
+
+`paper` and `rloo` sample every unit by itself, `layers` the widths of the layers. All of them get the same number of
+forwards, the same text and in the end the same repair. DIR holds a run for each estimator and seed; one that is
+finished is not repeated, and one that was stopped goes on. Every directory `DIR/NAME/seed-N` is then read, also those
+that another version of pgprune made: a table goes to stdout and `estimators.md`, a plot to `estimators.svg`
+(matplotlib, `pip install pgprune[dev]`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+from pathlib import Path
+
+from pgprune_cli.decision import Decision
+from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target
+from pgprune_cli.jobs.run_directory import METRICS_FILE
+from pgprune_cli.jobs.search import search
+from pgprune_cli.recipe import find, load
+
+ESTIMATORS = {
+    "paper": ["search.policy=units", "search.samples=2", "search.estimator=paper", "reconstruct.reselect=false"],
+    "rloo": ["search.policy=units", "search.samples=2", "search.estimator=rloo", "reconstruct.reselect=false"],
+    "layers": [],
+}
+MEASURED = "bench.json"
+
+
+def curve(run: Path) -> list[tuple[int, float]]:
+    """(forwards so far, held-out perplexity of the hard mask) wherever a search looked at it."""
+    rows = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
+    return [
+        (row["step"] * len(row["losses"]), math.exp(row["heldout_loss"]))
+        for row in rows
+        if row["heldout_loss"] is not None
+    ]
+
+
+def measure(run: Path, corpus: Corpus, limit: int) -> dict[str, float]:
+    """Perplexity of the finished run, and what it cost: from the file where it was measured already."""
+    record = run / MEASURED
+    if not record.exists():
+        decision = Decision.load(run)
+        cell = evaluate(open_target(str(run), None, None), [corpus], [128], limit)["perplexity"][0]
+        seconds = [json.loads(line)["seconds"] for line in (run / METRICS_FILE).read_text().splitlines()][-1]
+        values = {"ppl": cell["ppl"], "heldout": decision.heldout_loss, "forwards": decision.forwards}
+        record.write_text(json.dumps(values | {"search_seconds": seconds}))
+    return json.loads(record.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--ppl", type=Corpus.parse, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--limit", type=int, default=256)
+    parser.add_argument("--set", action="append", default=[])
+    options = parser.parse_args()
+    for seed in options.seeds:
+        for name, overrides in ESTIMATORS.items():
+            recipe = load(find(options.recipe), [*options.set, *overrides, f"seed={seed}"])
+            search(recipe, options.out / name / f"seed-{seed}")
+
+    runs = sorted(record.parent for record in options.out.glob("*/seed-*/decision.json"))
+    names = sorted({run.parent.name for run in runs})
+    lines = [
+        f"| estimator | forwards | {options.ppl.name} perplexity: mean (each seed) | held-out loss, nats per token |",
+        "|---|---|---|---|",
+    ]
+    for name in names:
+        values = [measure(run, options.ppl, options.limit) for run in runs if run.parent.name == name]
+        each = ", ".join(f"{value['ppl']:.1f}" for value in values)
+        held = ", ".join(f"{value['heldout']:.3f}" for value in values)
+        mean = statistics.fmean(value["ppl"] for value in values)
+        lines.append(f"| `{name}` | {values[0]['forwards']:.0f} | {mean:.1f} ({each}) | {held} |")
+    table = "\n".join(lines) + "\n"
+    print(table)
+    (options.out / "estimators.md").write_text(table)
+    plot(runs, names, options.out / "estimators.svg")
+
+
+def plot(runs: list[Path], names: list[str], target: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2))
+    colours = dict(zip(names, pyplot.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
+    for run in runs:
+        name = run.parent.name
+        forwards, perplexities = zip(*curve(run), strict=True)
+        label = name if run == next(one for one in runs if one.parent.name == name) else None
+        axes.plot(forwards, perplexities, color=colours[name], alpha=0.8, linewidth=1.4, label=label)
+    axes.set(xlabel="forward passes of the search", ylabel="held-out perplexity of the hard mask", yscale="log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(target, bbox_inches="tight", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()
