@@ -108,6 +108,7 @@ class LayerPolicy:
     origin: Tensor
     space: MaskSpace
     budget: Budget
+    ffn_multiple: int = 1
 
     def begin(self, seed: int) -> WidthState:
         return layers.begin(self.space, seed)
@@ -136,5 +137,8 @@ class LayerPolicy:
         return float(0.5 * (2 * math.pi * math.e * state.spread.square()).log().sum())
 
     def _mask(self, offsets: Tensor) -> Tensor:
-        multiples = {family.name: level_of(max(family.counts)) for family in self.space.families}
+        multiples = {
+            family.name: level_of(max(family.counts), self.ffn_multiple if family.name == "ffn" else 1)
+            for family in self.space.families
+        }
         return bundled_mask(layers.priorities(self.origin, offsets, self.space), self.space, self.budget, multiples)

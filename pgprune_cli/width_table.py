@@ -73,18 +73,24 @@ class WidthTable:
         return found
 
 
-def level_of(count: int) -> int:
-    """The step between the widths that a table holds of a block with `count` units."""
-    return -(-count // LEVELS)
+def level_of(count: int, multiple: int = 1) -> int:
+    """The step between the widths that a table holds of a block with `count` units, a multiple of `multiple`."""
+    return -(-count // (LEVELS * multiple)) * multiple
 
 
 def width_table(
-    model: nn.Module, saliency: Mapping[tuple[int, str], Tensor], batches: Sequence[Tensor], damping: float, solve: bool
+    model: nn.Module,
+    saliency: Mapping[tuple[int, str], Tensor],
+    batches: Sequence[Tensor],
+    damping: float,
+    solve: bool,
+    ffn_multiple: int = 1,
 ) -> WidthTable:
     """Solves every block of the dense model at every level, from one pass over `batches` of tokens `(B, T)`.
 
     `saliency` per (layer, block) gives the order in which units go. Without `solve` the errors are those of the removal
-    alone. Memory: one layer's moments, and the outputs on the CPU in the model's dtype.
+    alone. FFN widths are multiples of `ffn_multiple`. Memory: one layer's moments, and the outputs on the CPU in the
+    model's dtype.
     """
     shape = Shape.of(model)
     roots = error_roots(model, batches)
@@ -99,16 +105,17 @@ def width_table(
             linear = layer.get_submodule(f"{block.module}.{block.output.name}")
             assert isinstance(linear, nn.Linear)
             order = saliency[index, name].argsort(descending=True, stable=True)
+            level = level_of(len(order), ffn_multiple if name == "ffn" else 1)
             moments = collector.moments(name)
             orders[index, name] = order
-            errors[index, name], at_levels = _solve_levels(linear, moments, order, roots[index], damping, solve)
+            errors[index, name], at_levels = _solve_levels(linear, moments, order, level, roots[index], damping, solve)
             if solve:
                 outputs[index, name] = at_levels
     return WidthTable(errors, orders, outputs)
 
 
 def _solve_levels(
-    linear: nn.Linear, moments: Moments, order: Tensor, root: Tensor, damping: float, solve: bool
+    linear: nn.Linear, moments: Moments, order: Tensor, level: int, root: Tensor, damping: float, solve: bool
 ) -> tuple[Tensor, dict[int, Output]]:
     weight, count = linear.weight.double(), len(order)
     second, root = moments.second, root.to(weight.device)
@@ -122,7 +129,7 @@ def _solve_levels(
     factor = cholesky(ordered)
     forward = torch.linalg.solve_triangular(factor, ordered @ kept_first.T, upper=False)  # (in, hidden)
     explained = (forward @ root).square().sum(1).cumsum(0)
-    widths = sorted({*range(0, count, level_of(count)), count})
+    widths = sorted({*range(0, count, level), count})
     points, outputs = [], {}
     for kept in widths:
         some = kept * width

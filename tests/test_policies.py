@@ -187,3 +187,24 @@ def test_nothing_is_repaired_where_nothing_was_solved(model: nn.Module) -> None:
     for one in (policy, units):
         state, _ = searched(one, 0)
         assert one.outputs(Shape.of(model).keep(one.space, one.mask(state))) == {}
+
+
+def test_samples_keep_to_the_multiple_that_the_budget_asks_for(model: nn.Module) -> None:
+    """Of 24 channels, widths by fives (or all): the samples' own grid, by twos, would not keep to it."""
+    space, shape = Shape.of(model).space(FAMILIES), Shape.of(model)
+    generator = torch.Generator().manual_seed(0)
+    saliency = {
+        (index, name): torch.rand(GROUPS if name == "attention" else CHANNELS, generator=generator)
+        for index in range(LAYERS)
+        for name in FAMILIES
+    }
+    table = width_table(model, saliency, batches(), DAMPING, True, 5)
+    policy = LayerPolicy(table, table.priorities(space), space, budget_of(space, 0.4, "global", 0.0, {"ffn": 5}), 5)
+    state, masks = searched(policy, 0)
+    widths = {int(part.sum()) for mask in [*masks, policy.final_mask(state)] for part in space.per_layer(mask, "ffn")}
+    assert widths <= {0, 5, 10, 15, 20, 24}
+    assert len(widths) > 2
+    for mask in masks:
+        keep = shape.keep(space, mask)
+        for (index, name), output in policy.outputs(keep).items():
+            assert output.weight.shape[1] == int(keep[index].of(name).sum()) * (1 if name == "ffn" else 16)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pgprune_cli.core.space import MaskSpace
 
-SPREAD, LEAST_SPREAD = 0.3, 0.1
+SPREAD, LEAST_SPREAD = 0.3, 0.2
 """Standard deviation of a pair's offset, in nats of priority: before anything is known, and at least."""
 
 FAMILY_SPREAD = 0.3

@@ -181,8 +181,9 @@ def _policy(
     with working("measuring what every width of every layer loses", quiet):
         solve = recipe.reconstruct.method.startswith("least-squares")
         damping = recipe.reconstruct.damping
-        table = width_table(evaluator.model, saliency_of, _repair_batches(recipe, text), damping, solve)
-    return LayerPolicy(table, table.priorities(space), space, budget)
+        multiple = recipe.budget.ffn_multiple
+        table = width_table(evaluator.model, saliency_of, _repair_batches(recipe, text), damping, solve, multiple)
+    return LayerPolicy(table, table.priorities(space), space, budget, multiple)
 
 
 def _repair_batches(recipe: Recipe, text: CalibrationText) -> list[Tensor]:
