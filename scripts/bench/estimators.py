@@ -3,10 +3,10 @@
     python scripts/bench/estimators.py RECIPE --out DIR --ppl wikitext2=FILE [--seeds 0 1 2] [--limit 256] [--set K=V]
 
 `paper` and `rloo` sample every unit by itself, `layers` the widths of the layers. All of them get the same number of
-forwards, the same text and in the end the same repair. DIR holds a run for each estimator and seed; one that is
-finished is not repeated, and one that was stopped goes on. Every directory `DIR/NAME/seed-N` is then read, also those
-that another version of pgprune made: a table goes to stdout and `estimators.md`, a plot to `estimators.svg`
-(matplotlib, `pip install pgprune[dev]`).
+forwards, the same text and in the end a repair; the units that were sampled one by one stay the ones they are in it.
+DIR holds a run for each estimator and seed; one that is finished is not repeated, and one that was stopped goes on.
+Every directory `DIR/NAME/seed-N` is then read, also those that another version of pgprune made: a table goes to stdout
+and `estimators.md`, a plot to `estimators.svg` (matplotlib, `pip install pgprune[dev]`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import json
 import math
 import statistics
 from pathlib import Path
+from typing import Any
 
+from pgprune_cli.atomic import read_json, write_json
 from pgprune_cli.decision import Decision
 from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target
 from pgprune_cli.jobs.run_directory import METRICS_FILE
@@ -41,16 +43,16 @@ def curve(run: Path) -> list[tuple[int, float]]:
     ]
 
 
-def measure(run: Path, corpus: Corpus, limit: int) -> dict[str, float]:
-    """Perplexity of the finished run, and what it cost: from the file where it was measured already."""
-    record = run / MEASURED
-    if not record.exists():
+def measure(run: Path, corpus: Corpus, limit: int) -> dict[str, Any]:
+    """Perplexity of the finished run: from the file where it was measured already on the same text."""
+    record, asked = run / MEASURED, {"corpus": corpus.text, "limit": limit}
+    measured = read_json(record) if record.exists() else {}
+    if {key: measured.get(key) for key in asked} != asked:
         decision = Decision.load(run)
         cell = evaluate(open_target(str(run), None, None), [corpus], [128], limit)["perplexity"][0]
-        seconds = [json.loads(line)["seconds"] for line in (run / METRICS_FILE).read_text().splitlines()][-1]
-        values = {"ppl": cell["ppl"], "heldout": decision.heldout_loss, "forwards": decision.forwards}
-        record.write_text(json.dumps(values | {"search_seconds": seconds}))
-    return json.loads(record.read_text())
+        measured = asked | {"ppl": cell["ppl"], "heldout": decision.heldout_loss, "forwards": decision.forwards}
+        write_json(record, measured)
+    return measured
 
 
 def main() -> None:
