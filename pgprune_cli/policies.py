@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, TypeVar
 
 import torch
@@ -108,7 +109,6 @@ class LayerPolicy:
     origin: Tensor
     space: MaskSpace
     budget: Budget
-    ffn_multiple: int = 1
 
     def begin(self, seed: int) -> WidthState:
         return layers.begin(self.space, seed)
@@ -137,8 +137,12 @@ class LayerPolicy:
         return float(0.5 * (2 * math.pi * math.e * state.spread.square()).log().sum())
 
     def _mask(self, offsets: Tensor) -> Tensor:
-        multiples = {
-            family.name: level_of(max(family.counts), self.ffn_multiple if family.name == "ffn" else 1)
-            for family in self.space.families
-        }
-        return bundled_mask(layers.priorities(self.origin, offsets, self.space), self.space, self.budget, multiples)
+        value = layers.priorities(self.origin, offsets, self.space)
+        return bundled_mask(value, self.space, self.budget, self._grid)
+
+    @cached_property
+    def _grid(self) -> Tensor:
+        """Of every (family, layer) the step between the table's widths: `(J,)` int64."""
+        of_budget = self.budget.limits(self.space)[1]
+        pairs = zip(self.space.pair_counts.tolist(), of_budget.tolist(), strict=True)
+        return torch.tensor([level_of(count, multiple) for count, multiple in pairs])

@@ -199,7 +199,7 @@ def test_samples_keep_to_the_multiple_that_the_budget_asks_for(model: nn.Module)
         for name in FAMILIES
     }
     table = width_table(model, saliency, batches(), DAMPING, True, 5)
-    policy = LayerPolicy(table, table.priorities(space), space, budget_of(space, 0.4, "global", 0.0, {"ffn": 5}), 5)
+    policy = LayerPolicy(table, table.priorities(space), space, budget_of(space, 0.4, "global", 0.0, {"ffn": 5}))
     state, masks = searched(policy, 0)
     widths = {int(part.sum()) for mask in [*masks, policy.final_mask(state)] for part in space.per_layer(mask, "ffn")}
     assert widths <= {0, 5, 10, 15, 20, 24}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -126,11 +125,10 @@ def _summed(values: Tensor, index: Tensor, length: int) -> Tensor:
     return torch.zeros(length, dtype=values.dtype).index_add_(0, index, values)
 
 
-def bundled_mask(value: Tensor, space: MaskSpace, budget: Budget, multiples: Mapping[str, int]) -> Tensor:
-    """Like `hard_mask`, but widths are multiples of `multiples[family]` instead of the budget's: `(n,)` → `(n,)` bool.
+def bundled_mask(value: Tensor, space: MaskSpace, budget: Budget, multiples: Tensor) -> Tensor:
+    """Like `hard_mask`, but widths are multiples of `multiples` `(J,)` instead of the budget's: `(n,)` → `(n,)` bool.
 
     For a search on a coarser grid than its result's: least widths are rounded down to it, for up might not fit.
     """
-    coarse = torch.tensor([multiples[family.name] for family in space.families for _ in family.counts])
-    least = budget.limits(space)[0] // coarse * coarse
-    return hard_mask(value, space, replace(budget, least=tuple(least.tolist()), multiples=tuple(coarse.tolist())))
+    least = budget.limits(space)[0] // multiples * multiples
+    return hard_mask(value, space, replace(budget, least=tuple(least.tolist()), multiples=tuple(multiples.tolist())))

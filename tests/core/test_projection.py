@@ -406,7 +406,7 @@ def test_a_multiple_may_be_given_for_one_mask_alone() -> None:
     theta = torch.rand(space.n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     own = budget_of(space, 0.4, "global", 0.25, {"attention": 2, "ffn": 3})
     bare = budget_of(space, 0.4, "global", 0.25)
-    assert torch.equal(bundled_mask(theta, space, bare, {"attention": 2, "ffn": 3}), hard_mask(theta, space, own))
+    assert torch.equal(bundled_mask(theta, space, bare, torch.tensor([2, 2, 3, 3])), hard_mask(theta, space, own))
 
 
 def test_on_a_coarser_grid_least_widths_are_rounded_down_to_it() -> None:
@@ -415,7 +415,7 @@ def test_on_a_coarser_grid_least_widths_are_rounded_down_to_it() -> None:
     theta = torch.linspace(0, 1, 20, dtype=torch.float64)
     budget = budget_of(space, 0.4, "per-layer", 0.6)
     assert [int(part.sum()) for part in space.per_layer(hard_mask(theta, space, budget), "ffn")] == [6, 6]
-    coarse = bundled_mask(theta, space, budget, {"ffn": 4})
+    coarse = bundled_mask(theta, space, budget, torch.tensor([4, 4]))
     assert [int(part.sum()) for part in space.per_layer(coarse, "ffn")] == [4, 4]
 
 
