@@ -38,6 +38,11 @@ class Block:
     def output(self) -> Projection:
         return self.projections[-1]
 
+    @property
+    def output_path(self) -> str:
+        """Name of the output projection inside its layer."""
+        return f"{self.module}.{self.output.name}"
+
 
 @dataclass(frozen=True)
 class ArchSpec:
@@ -195,6 +200,11 @@ def gather_units(tensor: Tensor, axis: int, kept: Tensor, units: int) -> Tensor:
         return tensor.movedim(axis, 0).index_select(0, kept).movedim(0, axis)
     runs = tensor.unflatten(axis, (units, width))
     return runs.index_select(axis, kept).flatten(axis, axis + 1)
+
+
+def inputs_of(units: Tensor, width: int) -> Tensor:
+    """The inputs of an output projection that belong to some units, each a run of `width`, by index; in their order."""
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 
 def _unit_parameters(layer: nn.Module, block: Block, units: int) -> int:

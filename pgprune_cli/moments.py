@@ -33,7 +33,7 @@ class MomentCollector:
 
     def __init__(self, shape: Shape, names: Sequence[str]) -> None:
         blocks = dict(shape.spec.blocks())
-        self.outputs = {name: f"{blocks[name].module}.{blocks[name].output.name}" for name in names}
+        self.outputs = {name: blocks[name].output_path for name in names}
         self.norm = shape.spec.ffn.norm
         self.pending: Tensor | None = None
         self.weight = torch.empty(0)

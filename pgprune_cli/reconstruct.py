@@ -15,10 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.arch import Block, Keep, LayerKeep, Output, Outputs, Shape
+from pgprune_cli.arch import Block, Keep, LayerKeep, Output, Outputs, Shape, inputs_of
 from pgprune_cli.errors import RunError
 from pgprune_cli.moments import Moments, observe_moments
-from pgprune_cli.saliency.obs import removal_order, rounds_of
+from pgprune_cli.saliency.obs import removal_order, units_a_round
 from pgprune_cli.sensitivity import error_roots
 from pgprune_cli.streaming import layer_inputs
 from pgprune_cli.substrate import shrunk_block
@@ -104,26 +104,21 @@ def repair(
 
 def _reselected(layer: nn.Module, block: Block, mask: Tensor, moments: Moments, root: Tensor) -> Tensor:
     """As many units as `mask` `(units,)` keeps, the last ones that obs would remove."""
-    weight = layer.get_submodule(f"{block.module}.{block.output.name}").weight
+    weight = layer.get_submodule(block.output_path).weight
     units = len(mask)
-    order, _ = removal_order(root.to(weight.device) @ weight.double(), moments.second, units, rounds_of(units))
+    order, _ = removal_order(root.to(weight.device) @ weight.double(), moments.second, units, units_a_round(units))
     best = torch.zeros_like(mask)
     best[order[units - int(mask.sum()) :].cpu()] = True
     return best
 
 
 def _repaired(layer: nn.Module, block: Block, mask: Tensor, moments: Moments, method: str, damping: float) -> Output:
-    linear = layer.get_submodule(f"{block.module}.{block.output.name}")
-    columns = columns_of(mask.nonzero().squeeze(1), len(mask), linear.weight.shape[1]).to(linear.weight.device)
+    linear = layer.get_submodule(block.output_path)
+    weight = linear.weight
+    columns = inputs_of(mask.nonzero().squeeze(1).to(weight.device), weight.shape[1] // len(mask))
     if method == "bias":
-        return compensated_output(linear.weight, linear.bias, moments, columns)
-    return repaired_output(linear.weight, linear.bias, moments, columns, damping, method == "least-squares-bias")
-
-
-def columns_of(units: Tensor, count: int, inputs: int) -> Tensor:
-    """The columns of an output projection with `inputs` of them that belong to some of its `count` units, in order."""
-    width = inputs // count
-    return (units[:, None] * width + torch.arange(width)).flatten()
+        return compensated_output(weight, linear.bias, moments, columns)
+    return repaired_output(weight, linear.bias, moments, columns, damping, method == "least-squares-bias")
 
 
 def cholesky(system: Tensor) -> Tensor:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.arch import Keep, Output, Outputs, Shape
+from pgprune_cli.arch import Keep, Output, Outputs, Shape, inputs_of
 from pgprune_cli.core.space import MaskSpace
 from pgprune_cli.moments import MomentCollector, Moments
-from pgprune_cli.reconstruct import cholesky, columns_of
+from pgprune_cli.reconstruct import cholesky
 from pgprune_cli.sensitivity import error_roots
 from pgprune_cli.streaming import layer_inputs
 
@@ -102,7 +102,7 @@ def width_table(
         for name, block in shape.spec.blocks():
             if (index, name) not in saliency:
                 continue
-            linear = layer.get_submodule(f"{block.module}.{block.output.name}")
+            linear = layer.get_submodule(block.output_path)
             assert isinstance(linear, nn.Linear)
             order = saliency[index, name].argsort(descending=True, stable=True)
             level = level_of(len(order), ffn_multiple if name == "ffn" else 1)
@@ -120,7 +120,7 @@ def _solve_levels(
     weight, count = linear.weight.double(), len(order)
     second, root = moments.second, root.to(weight.device)
     width = weight.shape[1] // count
-    columns = columns_of(order, count, weight.shape[1]).to(second.device)
+    columns = inputs_of(order.to(second.device), width)
     ridge = damping * second.diagonal().mean().clamp_min(1e-30)
     ordered = second[columns][:, columns] + ridge * torch.eye(len(columns), dtype=torch.float64, device=second.device)
     kept_first = weight[:, columns]

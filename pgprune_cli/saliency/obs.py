@@ -8,6 +8,7 @@ units' columns, how far from WX must its output be, the other columns being free
 import torch
 from torch import Tensor
 
+from pgprune_cli.arch import inputs_of
 from pgprune_cli.saliency.statistics import BlockStatistics
 
 DAMPING = 1e-2
@@ -26,12 +27,12 @@ def obs(block: BlockStatistics) -> Tensor:
     if not block.covariance.isfinite().all():
         return torch.full((block.units,), torch.nan, dtype=torch.float64)
     weight = block.error_root.to(block.output_weight.device) @ block.output_weight.double()
-    order, errors = removal_order(weight, block.covariance, block.units, rounds_of(block.units))
+    order, errors = removal_order(weight, block.covariance, block.units, units_a_round(block.units))
     return torch.empty_like(errors).scatter_(0, order, errors)
 
 
-def rounds_of(units: int) -> int:
-    """Units that go a round: a hundredth of them, one by one where there are few."""
+def units_a_round(units: int) -> int:
+    """A hundredth of them, one by one where there are few."""
     return max(1, units // 100)
 
 
@@ -63,7 +64,7 @@ def removal_order(
         cheapest = _lone_errors(columns, inverse, width).argsort(stable=True)[:block]
         stays = torch.ones(len(left), dtype=torch.bool, device=left.device)
         stays[cheapest] = False
-        gone, rest = _inputs(cheapest, width), _inputs(stays.nonzero().squeeze(1), width)
+        gone, rest = inputs_of(cheapest, width), inputs_of(stays.nonzero().squeeze(1), width)
         # With LLᵀ = H⁻¹ of what goes: removing its inputs one after the other costs ‖row‖² of L⁻¹W each.
         factor = torch.linalg.cholesky(inverse[gone[:, None], gone])
         whitened = torch.linalg.solve_triangular(factor, columns[gone], upper=False)
@@ -91,8 +92,3 @@ def _lone_errors(columns: Tensor, inverse: Tensor, width: int) -> Tensor:
     runs = columns.unflatten(0, (-1, width))
     own = torch.stack([inverse[i : i + width, i : i + width] for i in range(0, len(inverse), width)])
     return torch.cholesky_solve(runs @ runs.mT, torch.linalg.cholesky(own)).diagonal(dim1=1, dim2=2).sum(1)
-
-
-def _inputs(units: Tensor, width: int) -> Tensor:
-    """The inputs that belong to some units, by index."""
-    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()

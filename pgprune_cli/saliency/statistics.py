@@ -113,7 +113,7 @@ def statistics(
     """
     shape = Shape.of(model)
     collector = COLLECTORS.get(needed or "")
-    roots = error_roots(model, batches) if needed == "covariance" else []
+    roots = error_roots(model, batches) if needed == "covariance" else None
     stream = layer_inputs(model, batches) if collector or roots else None
     gradients = loss_gradients(model, batches) if needed == "gradients" else None
     for index, layer in enumerate(model.get_submodule(shape.spec.layers)):
@@ -123,8 +123,8 @@ def statistics(
             stream.advance(index, moments.watch)
         elif collector and stream:
             collectors = {name: collector() for name, _ in shape.spec.blocks()}
-            outputs = {name: f"{block.module}.{block.output.name}" for name, block in shape.spec.blocks()}
-            stream.advance(index, {outputs[name]: one.add for name, one in collectors.items()})
+            paths = {name: block.output_path for name, block in shape.spec.blocks()}
+            stream.advance(index, {paths[name]: one.add for name, one in collectors.items()})
         for place, (name, block) in enumerate(shape.spec.blocks()):
             linears = {p.name: layer.get_submodule(f"{block.module}.{p.name}") for p in block.projections}
             found: dict[str, Any] = {}

@@ -31,7 +31,7 @@ def masked(evaluator: Evaluator, keep: Keep) -> Iterator[nn.Module]:
     handles = []
     for layer, kept in zip(evaluator.layers, keep, strict=True):
         for name, block in evaluator.shape.spec.blocks():
-            output = layer.get_submodule(f"{block.module}.{block.output.name}")
+            output = layer.get_submodule(block.output_path)
             units = kept.of(name)
             mask = units.repeat_interleave(output.in_features // len(units)).to(output.weight)
 
