@@ -26,25 +26,39 @@ WINDOWS = 16
 LOGIT_ROWS = 256
 
 
-def windows_run(batches: int) -> int:
-    """How many windows of so many batches the average is taken over, where each batch has enough of them."""
-    return batches * -(-WINDOWS // batches)
+def some_windows(batches: Sequence[Tensor]) -> list[Tensor]:
+    """The first windows of each of the batches `(B, T)`, as many as the average is taken over."""
+    return [batch[: -(-WINDOWS // len(batches))] for batch in batches]
 
 
-def error_roots(model: nn.Module, batches: Sequence[Tensor]) -> list[Tensor]:
-    """By layer R `(hidden, hidden)` float64 on the model's device: an output error e costs ‖R e‖², as much as ‖e‖² on
-    average over directions.
+class ErrorRoots:
+    """By layer R `(hidden, hidden)` float64: an output error e costs ‖R e‖², on average over directions its square.
 
-    `batches` of tokens `(B, T)`: some windows of each are run.
+    R² is the layer's mixture of G and the identity. All mixtures have G's eigenvectors, so that one decomposition
+    serves every layer, and an R exists only while a layer asks for it.
     """
-    curvature = output_curvature(model, batches)
-    identity = torch.eye(len(curvature), dtype=torch.float64, device=curvature.device)
+
+    def __init__(self, curvature: Tensor, layers: int) -> None:
+        self.layers = layers
+        self.values, self.vectors = torch.linalg.eigh(curvature)
+
+    def __len__(self) -> int:
+        return self.layers
+
+    def __getitem__(self, index: int) -> Tensor:
+        if not 0 <= index < self.layers:
+            raise IndexError(index)
+        share = SHARE * max(0.0, 2 * index / max(1, self.layers - 1) - 1)
+        if not share:
+            return torch.eye(len(self.values), dtype=torch.float64, device=self.values.device)
+        mixed = 1.0 + share * (self.values.clamp_min(0.0) - 1.0)
+        return (self.vectors * mixed.sqrt()) @ self.vectors.T
+
+
+def error_roots(model: nn.Module, batches: Sequence[Tensor]) -> ErrorRoots:
+    """What an error weighs in every layer, from some windows of each of the `batches` of tokens `(B, T)`."""
     layers = len(model.get_submodule(Shape.of(model).spec.layers))  # type: ignore[arg-type]
-    roots = []
-    for index in range(layers):
-        share = SHARE * max(0.0, 2 * index / max(1, layers - 1) - 1)
-        roots.append(_root(identity + share * (curvature - identity)) if share else identity)
-    return roots
+    return ErrorRoots(output_curvature(model, batches), layers)
 
 
 @torch.no_grad()
@@ -58,13 +72,12 @@ def output_curvature(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
     spec = Shape.of(model).spec
     unembedding: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
     norm: Tensor = model.get_submodule(spec.norm).weight.double()  # type: ignore[operator, assignment]
-    rows = windows_run(len(batches)) // len(batches)
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     chance = torch.zeros(len(unembedding), device=unembedding.device)
     expected = torch.zeros(unembedding.shape[1], unembedding.shape[1], device=unembedding.device)
     tokens = 0
-    for batch in batches:
-        hidden = model.get_decoder()(input_ids=batch[:rows].to(device), use_cache=False).last_hidden_state  # type: ignore[operator]
+    for windows in some_windows(batches):
+        hidden = model.get_decoder()(input_ids=windows.to(device), use_cache=False).last_hidden_state  # type: ignore[operator]
         for some in hidden.flatten(0, 1).to(unembedding.device).split(LOGIT_ROWS):
             probability = (some @ unembedding.T).float().softmax(-1)
             chance += probability.sum(0)
@@ -79,9 +92,3 @@ def output_curvature(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
     if not curvature.isfinite().all():
         raise RunError("the logits on the calibration text are not finite; try dtype float32 or bfloat16")
     return curvature / curvature.diagonal().mean()
-
-
-def _root(matrix: Tensor) -> Tensor:
-    """The symmetric square root of a positive semidefinite matrix."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return (vectors * values.clamp_min(0.0).sqrt()) @ vectors.T

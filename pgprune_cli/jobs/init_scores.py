@@ -63,6 +63,12 @@ def load_text(recipe: Recipe, source: Source, quiet: bool) -> CalibrationText:
         return calibration_text(wanted.corpus, load_tokenizer(source), wanted.sequences, wanted.heldout, wanted.seqlen)
 
 
+def scoring_batches(recipe: Recipe, text: CalibrationText) -> list[Tensor]:
+    """The windows that a calibrated metric reads, as many tokens at a time as the search has (and no more memory)."""
+    windows = text.long_windows(recipe.saliency.sequences, recipe.saliency.seqlen)
+    return list(windows.split(max(1, recipe.calibration.batch * recipe.calibration.seqlen // windows.shape[1])))
+
+
 def compute_scores(
     recipe: Recipe, run: Path, source: Source, model: nn.Module, text: CalibrationText | None, quiet: bool
 ) -> Scores:
@@ -71,9 +77,7 @@ def compute_scores(
     batches: list[Tensor] = []
     if metric in CALIBRATED:
         assert text is not None, "the caller loads the text of a calibrated metric"
-        windows = text.long_windows(recipe.saliency.sequences, recipe.saliency.seqlen)
-        # as many tokens at a time as the search has, so that scoring needs no more memory than searching
-        batches = list(windows.split(max(1, recipe.calibration.batch * recipe.calibration.seqlen // windows.shape[1])))
+        batches = scoring_batches(recipe, text)
     with working(f"scoring with {metric}", quiet):
         tensors = score(model, metric, batches, recipe.seed)
     for name, values in tensors.items():

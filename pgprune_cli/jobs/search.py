@@ -24,15 +24,15 @@ from pgprune_cli.core.widths import WidthState
 from pgprune_cli.data import Batches, CalibrationText, spread
 from pgprune_cli.decision import RECORD, Decision
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.jobs.init_scores import SCORES, Scores, compute_scores, load_text
+from pgprune_cli.jobs.init_scores import SCORES, Scores, compute_scores, load_text, scoring_batches
 from pgprune_cli.jobs.run_directory import RECIPE_FILE, History, identity_of, refuse_other_recipe, resumed
 from pgprune_cli.loading import load_model, resolve
 from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
 from pgprune_cli.progress import Row, SearchProgress, memory_in_use, working
 from pgprune_cli.recipe import Recipe, dump
 from pgprune_cli.reconstruct import PASSES, Repaired, repair
-from pgprune_cli.saliency import CALIBRATED, flat_saliency
-from pgprune_cli.sensitivity import windows_run
+from pgprune_cli.saliency import CALIBRATED, NEEDS, flat_saliency
+from pgprune_cli.sensitivity import some_windows
 from pgprune_cli.substrate import Evaluator
 from pgprune_cli.width_table import width_table
 
@@ -183,7 +183,7 @@ def _policy(
         damping = recipe.reconstruct.damping
         multiple = recipe.budget.ffn_multiple
         table = width_table(evaluator.model, saliency_of, _repair_batches(recipe, text), damping, solve, multiple)
-    return LayerPolicy(table, table.priorities(space), space, budget, multiple)
+    return LayerPolicy(table, table.priorities(space), space, budget)
 
 
 def _repair_batches(recipe: Recipe, text: CalibrationText) -> list[Tensor]:
@@ -203,15 +203,21 @@ def _repaired(recipe: Recipe, model: nn.Module, keep: Keep, text: CalibrationTex
 
 def _calibration_forwards(recipe: Recipe, text: CalibrationText) -> int:
     """Passes over calibration text besides the search's, in batches of the search."""
-    batch = recipe.calibration.batch * recipe.calibration.seqlen
-    windows = min(recipe.reconstruct.sequences, len(text.search)) * recipe.calibration.seqlen
-    layers, repaired = recipe.search.policy == "layers", recipe.reconstruct.method != "none"
-    roots = layers + (repaired and recipe.reconstruct.reselect)
-    directions = roots * windows_run(len(_repair_batches(recipe, text))) * recipe.calibration.seqlen
-    passes = layers + PASSES * repaired
-    scored = recipe.saliency.metric in CALIBRATED
-    saliency = min(recipe.saliency.sequences * recipe.saliency.seqlen, len(text.stream)) if scored else 0
-    return math.ceil((passes * windows + directions + saliency) / batch)
+    repaired = recipe.reconstruct.method != "none"
+    read: list[Tensor] = []
+    if recipe.saliency.metric in CALIBRATED:
+        scoring = scoring_batches(recipe, text)
+        read += scoring
+        if NEEDS[recipe.saliency.metric] == "covariance":
+            read += some_windows(scoring)
+    repairing = _repair_batches(recipe, text)
+    if recipe.search.policy == "layers":
+        read += repairing + some_windows(repairing)
+    if repaired:
+        read += PASSES * repairing
+    if repaired and recipe.reconstruct.reselect:
+        read += some_windows(repairing)
+    return math.ceil(sum(map(Tensor.numel, read)) / (recipe.calibration.batch * recipe.calibration.seqlen))
 
 
 def _run_steps(problem: Problem, run: Path, identity: str, quiet: bool) -> Loop:
