@@ -131,7 +131,7 @@ def evaluate(
         typer.Option(
             metavar="CORPUS",
             help="wikitext2, c4, ptb, demo, a hub name, or NAME=FILE; repeatable.  "
-            "[default: as the recipe of a RUN says, or wikitext2; none with --speed]",
+            "[default: as the recipe of a RUN says, or wikitext2; none with --speed or --tasks]",
         ),
     ] = None,
     seqlen: Annotated[
@@ -140,6 +140,16 @@ def evaluate(
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="At most so many windows of each corpus, spread over it.")
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Tasks of the lm-evaluation-harness with commas, such as hellaswag,piqa, or task files (*.yaml).",
+        ),
+    ] = None,
+    task_limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Only the first N items of each task.")
     ] = None,
     speed: Annotated[
         bool, typer.Option("--speed", help="Measure tokens per second and memory, beside the base.")
@@ -154,14 +164,16 @@ def evaluate(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity and speed of a dense model, an exported one or a run directory."""
+    """Measure perplexity, accuracy on tasks and speed of a dense model, an exported one or a run directory."""
     if dtype not in (None, "auto", "float32", "float16", "bfloat16"):
         raise UserError(f"--dtype {dtype}: expected auto, float32, float16 or bfloat16")
     from pgprune_cli.jobs.evaluate import Corpus, evaluate, measure_speed, open_target, remember
+    from pgprune_cli.jobs.tasks import load_tasks, measure_tasks, names_of
 
+    loaded = load_tasks(names_of(tasks), quiet) if tasks is not None else None
     targets = [open_target(model, dtype, device, quiet)]
     wanted = targets[0].evaluation
-    corpora = [Corpus.parse(option) for option in ppl or (() if speed else wanted.corpora)]
+    corpora = [Corpus.parse(option) for option in ppl or (() if speed or loaded else wanted.corpora)]
     seqlens = seqlen or wanted.seqlen
     others = list(against or [])
     base = targets[0].base
@@ -169,11 +181,14 @@ def evaluate(
         others.append(base)
     targets += [open_target(name, dtype, device, quiet) for name in others]
     results = [evaluate(target, corpora, seqlens, limit, quiet) for target in targets]
+    if loaded:
+        for target, result in zip(targets, results, strict=True):
+            result["tasks"] = measure_tasks(target, loaded, task_limit, quiet)
     if speed:
         for result, measured in zip(results, measure_speed(targets), strict=True):
             result["speed"] = measured
     for target, result in zip(targets, results, strict=True):
-        if corpora and limit is None:
+        if (corpora or loaded) and limit is None and task_limit is None:
             remember(target, result)
     if as_json:
         print(json.dumps(results[0] | ({"against": results[1:]} if results[1:] else {})))
@@ -292,41 +307,41 @@ def _quoted(word: str) -> str:
     return shlex.quote(word)
 
 
-def _grid(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def _grid(headings: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 2) -> None:
+    """A table whose first `texts` columns are text, and the others numbers."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table()
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place < 2 else "right", overflow="fold")
+        table.add_column(heading, justify="left" if place < texts else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
 
 
-def _table(results: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _measurements(result: dict[str, Any]) -> dict[str, str]:
+    """What was measured of a model, by the name of the row it stands in."""
+    cells = {"parameters": f"{result['parameters']:,}"}
+    for row in result["perplexity"]:
+        cells[f"{row['corpus']} PPL, {row['seqlen']} tokens"] = f"{row['ppl']:,.2f}"
+    for row in result.get("tasks", []):
+        error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
+        cells[f"{row['task']} {row['metric']}"] = f"{row['value']:.4f}{error}"
+    if "speed" in result:
+        speed = result["speed"]
+        cells["prefill tokens/s"] = f"{speed['prefill_tokens_per_second']:,.0f}"
+        cells["decode tokens/s"] = f"{speed['decode_tokens_per_second']:,.0f}"
+        cells["weights MB"] = f"{speed['weight_bytes'] / 1e6:,.1f}"
+    return cells
 
-    table = Table()
-    table.add_column("model", overflow="fold")
-    table.add_column("parameters", justify="right")
-    for row in results[0]["perplexity"]:
-        table.add_column(f"{row['corpus']} PPL\n{row['seqlen']} tokens", justify="right")
-    if "speed" in results[0]:
-        for heading in ("prefill\ntokens/s", "decode\ntokens/s", "weights\nMB"):
-            table.add_column(heading, justify="right")
-    for result in results:
-        cells = [result["model"], f"{result['parameters']:,}", *(f"{row['ppl']:,.2f}" for row in result["perplexity"])]
-        if "speed" in result:
-            speed = result["speed"]
-            cells += [
-                f"{speed['prefill_tokens_per_second']:,.0f}",
-                f"{speed['decode_tokens_per_second']:,.0f}",
-                f"{speed['weight_bytes'] / 1e6:,.1f}",
-            ]
-        table.add_row(*cells)
-    Console().print(table)
+
+def _table(results: list[dict[str, Any]]) -> None:
+    """A column for each model, a row for each measurement: there may be many of these, and few of those."""
+    columns = [_measurements(result) for result in results]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [[name, *(column.get(name, "") for column in columns)] for name in names]
+    _grid(["", *(result["model"] for result in results)], rows, texts=1)
 
 
 if __name__ == "__main__":

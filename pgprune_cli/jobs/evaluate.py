@@ -1,4 +1,4 @@
-"""eval: perplexity and speed of a dense model, an exported one or a run directory, alone or against others."""
+"""eval: perplexity and speed of a dense model, an exported one or a run directory; jobs/tasks.py has the accuracies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.arch import Keep, Outputs, Shape
-from pgprune_cli.atomic import write_json
+from pgprune_cli.atomic import read_json, write_json
 from pgprune_cli.data import spread, tokens_of
 from pgprune_cli.decision import RECORD, Decision
 from pgprune_cli.errors import RunError, UserError
@@ -227,6 +227,14 @@ def _seconds_to_generate(model: nn.Module, prompt: Tensor, tokens: int) -> float
 
 
 def remember(target: Target, result: dict[str, Any]) -> None:
-    """Keeps the result of a run directory in it, for the model card that export writes."""
-    if target.keep is not None:
-        write_json(Path(target.name) / EVALUATION_FILE, result)
+    """Keeps the result of a run directory in it, for the model card that export writes.
+
+    What another call measured in the same dtype on the same device, and this one did not measure, stays.
+    """
+    if target.keep is None:
+        return
+    path = Path(target.name) / EVALUATION_FILE
+    before = read_json(path) if path.exists() else {}
+    if any(before.get(key) != result[key] for key in ("parameters", "dtype", "device")):
+        before = {}
+    write_json(path, before | {key: value for key, value in result.items() if value != []})

@@ -28,7 +28,14 @@ class Card:
 
     def text(self, decision: Decision) -> str:
         """The card as Markdown with YAML front matter."""
-        parts = [self._head(decision), self._loading(), self._measured(), self._layers(), self._recipe(decision)]
+        parts = [
+            self._head(decision),
+            self._loading(),
+            self._perplexity(),
+            self._tasks(),
+            self._layers(),
+            self._recipe(decision),
+        ]
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def _head(self, decision: Decision) -> str:
@@ -64,12 +71,29 @@ class Card:
             ]
         return "\n".join(lines)
 
-    def _measured(self) -> str:
+    def _perplexity(self) -> str:
         rows = (self.measured or {}).get("perplexity", [])
         if not rows:
             return ""
         lines = ["## Perplexity", "", "| corpus | window | perplexity | tokens |", "|---|---|---|---|"]
         lines += [f"| {row['corpus']} | {row['seqlen']} | {row['ppl']:.2f} | {row['tokens']:,} |" for row in rows]
+        return "\n".join(lines)
+
+    def _tasks(self) -> str:
+        rows = (self.measured or {}).get("tasks", [])
+        if not rows:
+            return ""
+        lines = [
+            "## Tasks",
+            "",
+            "| task | shots | metric | value | standard error | items |",
+            "|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            error = "" if row["stderr"] is None else f"{row['stderr']:.4f}"
+            shots = "" if row["shots"] is None else row["shots"]
+            cells = [row["task"], shots, row["metric"], f"{row['value']:.4f}", error, f"{row['items']:,}"]
+            lines.append(f"| {' | '.join(map(str, cells))} |")
         return "\n".join(lines)
 
     def _layers(self) -> str:

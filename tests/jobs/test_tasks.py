@@ -1,0 +1,202 @@
+"""Tasks through the harness, against a plain loop over the choices; of a run, its export and its base alike."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pgprune_cli.errors import UserError
+from pgprune_cli.jobs.evaluate import EVALUATION_FILE, evaluate, open_target, remember
+from pgprune_cli.jobs.export import export
+from pgprune_cli.jobs.search import search
+from pgprune_cli.jobs.tasks import load_tasks, measure_tasks, names_of
+from pgprune_cli.loading import load_tokenizer
+
+WORDS = ["king", "queen", "garden", "letter", "river", "old", "small", "dark", "glad", "the", "a", "was", "and", "saw"]
+
+
+@pytest.fixture
+def harness() -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra: pip install 'pgprune[eval]'")
+
+
+def items_of(count: int) -> list[dict[str, Any]]:
+    """Multiple-choice items as HellaSwag has them; the endings differ in length, so that acc and acc_norm do."""
+    generator = torch.Generator().manual_seed(0)
+
+    def words(most: int) -> str:
+        length = int(torch.randint(1, most + 1, (1,), generator=generator))
+        return " ".join(WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=generator).tolist())
+
+    return [{"ctx": words(8), "endings": [words(6) for _ in range(4)], "label": index % 4} for index in range(count)]
+
+
+def task_file(folder: Path, data: Path, name: str = "tales") -> Path:
+    """The task of a file of such items, as docs/cli.md's readers would write it."""
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"validation": str(data)}, "cache_dir": str(folder / "cache")},
+        "validation_split": "validation",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{ctx}}",
+        "doc_to_target": "{{label}}",
+        "doc_to_choice": "{{endings}}",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps(task))  # which is YAML too
+    return folder / f"{name}.yaml"
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Path:
+    data = tmp_path / "tales.jsonl"
+    data.write_text("".join(json.dumps(item) + "\n" for item in items_of(12)))
+    return task_file(tmp_path, data)
+
+
+@torch.inference_mode()
+def by_hand(model: Any, tokenizer: Any, items: list[dict[str, Any]]) -> dict[str, float]:
+    """Accuracies of choosing the likeliest ending, by its log-likelihood and by that for each of its characters."""
+    right = {"acc": 0, "acc_norm": 0}
+    for item in items:
+        scores = []
+        for ending in item["endings"]:
+            before, whole = tokenizer.encode(item["ctx"]), tokenizer.encode(f"{item['ctx']} {ending}")
+            log_probs = model(torch.tensor([whole])).logits[0].float().log_softmax(-1)
+            scores.append(sum(float(log_probs[i - 1, whole[i]]) for i in range(len(before), len(whole))))
+        normed = [score / len(ending) for score, ending in zip(scores, item["endings"], strict=True)]
+        right["acc"] += scores.index(max(scores)) == item["label"]
+        right["acc_norm"] += normed.index(max(normed)) == item["label"]
+    return {name: count / len(items) for name, count in right.items()}
+
+
+def values(rows: list[dict[str, Any]]) -> dict[str, float]:
+    return {row["metric"]: row["value"] for row in rows}
+
+
+@pytest.fixture
+def run(small, tmp_path: Path) -> Path:
+    search(small("search.forwards=4"), tmp_path / "run", quiet=True)
+    return tmp_path / "run"
+
+
+def test_accuracies_are_those_of_a_plain_loop_for_the_run_and_its_export(
+    harness, run: Path, task: Path, tmp_path: Path
+) -> None:
+    export(run, tmp_path / "exported")
+    tasks = load_tasks([str(task)], quiet=True)
+    found = {}
+    for name in (str(run), str(tmp_path / "exported"), "demo"):
+        target = open_target(name, None, "cpu", quiet=True)
+        before = {key: value.clone() for key, value in target.model.state_dict().items()}
+        rows = measure_tasks(target, tasks, None, quiet=True)
+        with target.ready() as model:
+            expected = by_hand(model, load_tokenizer(target.source), items_of(12))
+        assert values(rows) == pytest.approx(expected)
+        for row in rows:
+            assert (row["task"], row["items"], row["shots"]) == ("tales", 12, 0)
+            assert 0 < row["stderr"] < 0.2
+        assert all(torch.equal(value, before[key]) for key, value in target.model.state_dict().items())
+        found[name] = rows
+    assert found[str(run)] == found[str(tmp_path / "exported")]
+
+
+def test_a_limit_takes_the_first_items(harness, task: Path) -> None:
+    target = open_target("demo", None, "cpu", quiet=True)
+    rows = measure_tasks(target, load_tasks([str(task)], quiet=True), 5, quiet=True)
+    assert values(rows) == pytest.approx(by_hand(target.model, load_tokenizer(target.source), items_of(5)))
+    assert {row["items"] for row in rows} == {5}
+
+
+def test_a_group_is_one_row_a_metric_its_own(harness, task: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("pgprune_cli.jobs.tasks._looked_up", lambda name: False)  # the index is slow, and not needed
+    member = json.loads(task.read_text())
+    group = {
+        "group": "both",
+        "task": [member | {"task": "one"}, member | {"task": "other"}],
+        "aggregate_metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "both.yaml").write_text(json.dumps(group))
+    target = open_target("demo", None, "cpu", quiet=True)
+    (row,) = measure_tasks(target, load_tasks([str(tmp_path / "both.yaml")], quiet=True), None, quiet=True)
+    alone = values(measure_tasks(target, load_tasks([str(task)], quiet=True), None, quiet=True))
+    assert (row["task"], row["metric"], row["items"]) == ("both", "acc", 24)
+    assert row["value"] == pytest.approx(alone["acc"])
+
+
+def test_what_was_measured_stays_in_the_run_and_stands_in_the_model_card(
+    harness, run: Path, task: Path, tmp_path: Path
+) -> None:
+    target = open_target(str(run), None, "cpu", quiet=True)
+    empty = evaluate(target, [], [32], None, quiet=True)
+    perplexity = [{"corpus": "tales", "seqlen": 32, "ppl": 5.0, "tokens": 100}]
+    remember(target, empty | {"perplexity": perplexity})
+    rows = measure_tasks(target, load_tasks([str(task)], quiet=True), None, quiet=True)
+    remember(target, empty | {"tasks": rows})
+    assert json.loads((run / EVALUATION_FILE).read_text()) == empty | {"perplexity": perplexity, "tasks": rows}
+    export(run, tmp_path / "exported")
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert "| tales | 32 | 5.00 | 100 |" in card
+    for row in rows:
+        assert f"| tales | 0 | {row['metric']} | {row['value']:.4f} | {row['stderr']:.4f} | 12 |" in card
+    remember(target, empty | {"tasks": rows, "dtype": "bfloat16"})  # other arithmetic: not to be mixed
+    assert json.loads((run / EVALUATION_FILE).read_text())["perplexity"] == []
+
+
+# --- what is wrong
+
+
+@pytest.mark.parametrize("bad", ["", "piqa,", ",piqa"])
+def test_a_list_with_a_gap_is_refused(bad: str) -> None:
+    with pytest.raises(UserError) as error:
+        names_of(bad)
+    assert str(error.value) == f"--tasks {bad}: expected names or files with commas, such as hellaswag,piqa"
+    assert names_of("piqa, boolq,piqa") == ["piqa", "boolq"]
+
+
+def test_without_the_harness_the_extra_is_named(monkeypatch) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(UserError, match=r"^--tasks needs the extra: pip install 'pgprune\[eval\]'"):
+        load_tasks(["hellaswag"], quiet=True)
+
+
+def test_an_unknown_task_is_refused_with_the_one_that_may_be_meant(harness) -> None:
+    with pytest.raises(UserError) as error:
+        load_tasks(["helaswag"], quiet=True)
+    expected = (
+        "--tasks helaswag: neither a task of the harness (`lm_eval ls tasks`) nor a file; did you mean hellaswag?"
+    )
+    assert str(error.value) == expected
+
+
+def test_a_task_file_that_is_wrong_is_refused_in_one_line(harness, task: Path, tmp_path: Path) -> None:
+    described = json.loads(task.read_text())
+    described["dataset_kwargs"]["data_files"] = {"validation": str(tmp_path / "gone.jsonl")}
+    for text in ("no: task", "a: [", json.dumps(described)):
+        task.write_text(text)
+        with pytest.raises(UserError) as error:
+            load_tasks([str(task)], quiet=True)
+        assert str(error.value).startswith(f"--tasks {task}: cannot be loaded: ")
+        assert "\n" not in str(error.value)
+
+
+def test_perplexity_does_without_the_harness(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("The king was glad. " * 20)
+    code = (
+        "import sys; from pgprune_cli.cli import main\n"
+        "sys.argv = ['pgprune', 'eval', 'demo', '--ppl', 'tales=text.txt', '--seqlen', '32', '--limit', '1']\n"
+        "try: main()\n"
+        "except SystemExit as done: assert not done.code\n"
+        "assert 'lm_eval' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
