@@ -3,8 +3,8 @@
     python scripts/distill.py MODEL --teacher DENSE --text FILE --out DIR [--steps 400] [--lora 16]
 
 MODEL is a directory that `pgprune export` wrote, DENSE anything that a recipe's `model:` may be, FILE a corpus as
-`calibration.corpus` names it. DIR loads as MODEL does, with the same modelling file. This is training: it needs
-gradients and memory for them (16 bytes a parameter and more; with --lora far less), unlike all that pgprune itself does.
+`calibration.corpus` names it. DIR loads as MODEL does, with the same modelling file. This is training: unlike all
+that pgprune itself does it needs gradients, and memory for them (16 bytes a parameter and more; with --lora far less).
 
 The loss is the Kullback-Leibler divergence of the student's next-token distributions from the teacher's, in nats per
 token, after Hinton et al. 2015 (arXiv:1503.02531); `--lm` adds so many times the loss on the text's own tokens. A plain
@@ -118,9 +118,9 @@ def card(settings: argparse.Namespace) -> str:
     how = f", by adapters of rank {settings.lora} merged into its weights" if settings.lora else ""
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- pgprune\n- pruned\n---\n\n"
-        f"# {settings.out.name}\n\n`{Path(settings.model).name}`, a model pruned by pgprune, trained on {tokens:,} tokens "
-        f"to predict what `{Path(settings.teacher).name}`, the dense one, predicts{how}: {settings.steps} steps, learning "
-        f"rate {settings.lr:g}, {settings.lm:g} times the loss on the text itself.\n"
+        f"# {settings.out.name}\n\n`{Path(settings.model).name}`, a model pruned by pgprune, trained on {tokens:,} "
+        f"tokens to predict what its dense model, `{Path(settings.teacher).name}`, predicts{how}: {settings.steps} steps, "
+        f"learning rate {settings.lr:g}, {settings.lm:g} times the loss on the text itself.\n"
     )
 
 

@@ -52,9 +52,7 @@ def load_tasks(names: Sequence[str], quiet: bool = False) -> dict[str, Any]:
             if not Path(name).is_file() and name not in manager.all_tasks:
                 near = get_close_matches(name, manager.all_tasks, n=1)
                 instead = f"; did you mean {near[0]}?" if near else ""
-                raise UserError(
-                    f"--tasks {name}: neither a task of the harness (`lm_eval ls tasks`) nor a file{instead}"
-                )
+                raise UserError(f"--tasks {name}: no file, and no task of the harness (`lm_eval ls tasks`){instead}")
             try:
                 loaded = manager.load([name])
             except Exception as error:  # bad YAML, bad templates, data that is not there: each has a kind of its own

@@ -28,14 +28,8 @@ class Card:
 
     def text(self, decision: Decision) -> str:
         """The card as Markdown with YAML front matter."""
-        parts = [
-            self._head(decision),
-            self._loading(),
-            self._perplexity(),
-            self._tasks(),
-            self._layers(),
-            self._recipe(decision),
-        ]
+        measured = [self._perplexity(), self._tasks()]
+        parts = [self._head(decision), self._loading(), *measured, self._layers(), self._recipe(decision)]
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def _head(self, decision: Decision) -> str:
@@ -83,12 +77,8 @@ class Card:
         rows = (self.measured or {}).get("tasks", [])
         if not rows:
             return ""
-        lines = [
-            "## Tasks",
-            "",
-            "| task | shots | metric | value | standard error | items |",
-            "|---|---|---|---|---|---|",
-        ]
+        lines = ["## Tasks", "", "| task | shots | metric | value | standard error | items |"]
+        lines.append("|---|---|---|---|---|---|")
         for row in rows:
             error = "" if row["stderr"] is None else f"{row['stderr']:.4f}"
             shots = "" if row["shots"] is None else row["shots"]
