@@ -119,8 +119,8 @@ def card(settings: argparse.Namespace) -> str:
     return (
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags:\n- pgprune\n- pruned\n---\n\n"
         f"# {settings.out.name}\n\n`{Path(settings.model).name}`, a model pruned by pgprune, trained on {tokens:,} "
-        f"tokens to predict what its dense model, `{Path(settings.teacher).name}`, predicts{how}: {settings.steps} steps, "
-        f"learning rate {settings.lr:g}, {settings.lm:g} times the loss on the text itself.\n"
+        f"tokens to predict what its dense model, `{Path(settings.teacher).name}`, predicts{how}: "
+        f"{settings.steps} steps, learning rate {settings.lr:g}, {settings.lm:g} times the loss on the text itself.\n"
     )
 
 

@@ -47,20 +47,19 @@ def load_tasks(names: Sequence[str], quiet: bool = False) -> dict[str, Any]:
     with _at_work(f"loading {', '.join(names)}", quiet):
         # its index of 14,000 tasks takes a while, and a file needs it only where it names others
         manager = TaskManager(include_defaults=any(_looked_up(name) for name in names))
-        built: list[Any] = []
+        tasks: dict[str, Any] = {"tasks": {}, "groups": {}}
         for name in names:
             if not Path(name).is_file() and name not in manager.all_tasks:
                 near = get_close_matches(name, manager.all_tasks, n=1)
                 instead = f"; did you mean {near[0]}?" if near else ""
                 raise UserError(f"--tasks {name}: no file, and no task of the harness (`lm_eval ls tasks`){instead}")
             try:
-                loaded = manager.load([name])
+                loaded: Any = manager.load([name])
             except Exception as error:  # bad YAML, bad templates, data that is not there: each has a kind of its own
                 reason = " ".join(str(error).split())[:300]
                 raise UserError(f"--tasks {name}: cannot be loaded: {reason}") from error
-            inside = {member for members in loaded["group_map"].values() for member in members}
-            built += [item for key in ("groups", "tasks") for label, item in loaded[key].items() if label not in inside]
-        tasks: dict[str, Any] = dict(manager.load(built))
+            for kind, found in tasks.items():
+                found.update(loaded[kind])
     for task in tasks["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config("num_fewshot", 0)
@@ -106,7 +105,7 @@ def measure_tasks(
 def _looked_up(name: str) -> bool:
     """Whether loading `name` needs the harness's index."""
     path = Path(name)
-    return not path.is_file() or "group:" in path.read_text(errors="replace")
+    return not path.is_file() or "group" in path.read_text(errors="replace")
 
 
 @contextmanager

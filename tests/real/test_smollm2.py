@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from multiple_choice import by_hand, task_file
 
 from pgprune_cli.data import tokens_of
 from pgprune_cli.jobs.evaluate import open_target, perplexity
 from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.jobs.search import search
+from pgprune_cli.jobs.tasks import load_tasks, measure_tasks
 from pgprune_cli.loading import load_tokenizer, resolve
 from pgprune_cli.recipe import Recipe, find, load
 
@@ -81,3 +84,15 @@ def test_a_short_search_beats_the_metric_and_its_export_is_the_masked_model(
         expected = shrunk(tokens).logits
     with torch.inference_mode():
         torch.testing.assert_close(exported.model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_accuracies_are_those_of_a_plain_loop_on_hellaswag(model: str, shared: Path, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra: pip install 'pgprune[eval]'")
+    lines = (shared / "data" / "hellaswag.dev.jsonl").read_text().splitlines()[:100]
+    (tmp_path / "hellaswag.jsonl").write_text("\n".join(lines))
+    task = task_file(tmp_path, tmp_path / "hellaswag.jsonl", "hellaswag_local")
+    target = open_target(model, "float32", "cpu", quiet=True)
+    rows = measure_tasks(target, load_tasks([str(task)], quiet=True), None, quiet=True)
+    expected = by_hand(target.model, load_tokenizer(target.source), [json.loads(line) for line in lines])
+    assert {row["metric"]: row["value"] for row in rows} == pytest.approx(expected)
+    assert expected["acc_norm"] > 0.3  # a guess is right in 0.25
