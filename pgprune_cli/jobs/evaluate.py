@@ -235,6 +235,8 @@ def remember(target: Target, result: dict[str, Any]) -> None:
         return
     path = Path(target.name) / EVALUATION_FILE
     before = read_json(path) if path.exists() else {}
-    if any(before.get(key) != result[key] for key in ("parameters", "dtype", "device")):
-        before = {}
-    write_json(path, before | {key: value for key, value in result.items() if value != []})
+    if all(before.get(key) == result[key] for key in ("parameters", "dtype", "device")):
+        result = result | {
+            key: before[key] for key in ("perplexity", "tasks") if before.get(key) and not result.get(key)
+        }
+    write_json(path, result)
