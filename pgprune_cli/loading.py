@@ -127,6 +127,8 @@ def load_tokenizer(source: Source) -> Any:
     """The model's tokenizer. Raises UserError where there is none."""
     from transformers import AutoTokenizer
 
+    from pgprune_cli.writers import modeling_pruned  # noqa: F401  (or transformers would ask whether to run its copy)
+
     arguments = {} if source.gguf is None else {"gguf_file": source.gguf}
     try:
         return AutoTokenizer.from_pretrained(source.directory, **arguments)

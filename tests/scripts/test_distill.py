@@ -77,6 +77,7 @@ def test_a_pruned_model_gets_better_and_stays_what_it_was(options: list[str], pr
     command += ["--steps", "30", "--seqlen", "32", *options]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "custom code" not in done.stdout + done.stderr  # nobody is asked whether to run the modelling file
     better = tmp_path / "better"
     assert (better / "modeling_pruned.py").read_bytes() == (pruned / "modeling_pruned.py").read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"run", "pruned", "text.txt", "better"}
