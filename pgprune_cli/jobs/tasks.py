@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
@@ -45,14 +46,16 @@ def load_tasks(names: Sequence[str], quiet: bool = False) -> dict[str, Any]:
         raise UserError(f"--tasks needs the extra: pip install 'pgprune[eval]' ({error})") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with _at_work(f"loading {', '.join(names)}", quiet):
-        # its index of 14,000 tasks takes a while, and a file needs it only where it names others
-        manager = TaskManager(include_defaults=any(_looked_up(name) for name in names))
+        # its index of 14,000 tasks takes a while, and files do not need it
+        manager = TaskManager(include_defaults=not all(Path(name).is_file() for name in names))
         tasks: dict[str, Any] = {"tasks": {}, "groups": {}}
         for name in names:
             if not Path(name).is_file() and name not in manager.all_tasks:
                 near = get_close_matches(name, manager.all_tasks, n=1)
                 instead = f"; did you mean {near[0]}?" if near else ""
                 raise UserError(f"--tasks {name}: no file, and no task of the harness (`lm_eval ls tasks`){instead}")
+            if Path(name).is_file() and re.search(r"^group:", Path(name).read_text(errors="replace"), re.MULTILINE):
+                raise UserError(f"--tasks {name}: a group, which the harness reads by name only; give its tasks' files")
             try:
                 loaded: Any = manager.load([name])
             except Exception as error:  # bad YAML, bad templates, data that is not there: each has a kind of its own
@@ -100,12 +103,6 @@ def measure_tasks(
                 }
             )
     return rows
-
-
-def _looked_up(name: str) -> bool:
-    """Whether loading `name` needs the harness's index."""
-    path = Path(name)
-    return not path.is_file() or "group" in path.read_text(errors="replace")
 
 
 @contextmanager

@@ -70,20 +70,29 @@ def test_a_limit_takes_the_first_items(harness, task: Path) -> None:
     assert {row["items"] for row in rows} == {5}
 
 
-def test_a_group_is_one_row_a_metric_its_own(harness, task: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("pgprune_cli.jobs.tasks._looked_up", lambda name: False)  # the index is slow, and not needed
+def test_a_group_is_one_row_a_metric_its_own(harness, task: Path, tmp_path: Path) -> None:
+    from lm_eval.tasks import TaskManager
+
     member = json.loads(task.read_text())
     group = {
         "group": "both",
-        "task": [member | {"task": "one"}, member | {"task": "other"}],
+        "task": [member | {"task": "one", "num_fewshot": 0}, member | {"task": "other", "num_fewshot": 0}],
         "aggregate_metric_list": [{"metric": "acc"}],
     }
-    (tmp_path / "both.yaml").write_text(json.dumps(group))
+    (tmp_path / "groups").mkdir()
+    (tmp_path / "groups" / "both.yaml").write_text(json.dumps(group))
     target = open_target("demo", None, "cpu", quiet=True)
-    (row,) = measure_tasks(target, load_tasks([str(tmp_path / "both.yaml")], quiet=True), None, quiet=True)
+    both: Any = TaskManager(include_path=str(tmp_path / "groups"), include_defaults=False).load(["both"])
+    (row,) = measure_tasks(target, both, None, quiet=True)
     alone = values(measure_tasks(target, load_tasks([str(task)], quiet=True), None, quiet=True))
     assert (row["task"], row["metric"], row["items"]) == ("both", "acc", 24)
     assert row["value"] == pytest.approx(alone["acc"])
+
+
+def test_the_file_of_a_group_is_refused(harness, tmp_path: Path) -> None:
+    (tmp_path / "both.yaml").write_text("group: both\ntask: [one, other]\n")
+    with pytest.raises(UserError, match=r"both\.yaml: a group, which the harness reads by name only"):
+        load_tasks([str(tmp_path / "both.yaml")], quiet=True)
 
 
 def test_what_was_measured_stays_in_the_run_and_stands_in_the_model_card(
