@@ -139,7 +139,8 @@ def evaluate(
         typer.Option(min=2, metavar="TOKENS", help="Window length in tokens; repeatable.  [default: 128 and 2048]"),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="At most so many windows of each corpus, spread over it.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Windows of the shortest length, at most; other lengths read as much."),
     ] = None,
     speed: Annotated[
         bool, typer.Option("--speed", help="Measure tokens per second and memory, beside the base.")
@@ -193,12 +194,13 @@ def compare(
         list[str] | None, typer.Option(metavar="VARIANT", help="This row only; repeatable.  [default: all]")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="At most so many windows of each corpus, spread over it.")
+        int | None,
+        typer.Option(min=1, metavar="N", help="Windows of the shortest length, at most; other lengths read as much."),
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the paper's ablation on the recipe's model: metric, start, allocation and repair, each with and without.
+    """Run the paper's tables on the recipe's model: other methods; metric, start, allocation, repair, with and without.
 
     Long, and resumable: the same command goes on where an earlier call was stopped.
     """
