@@ -31,6 +31,10 @@ Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's key; repeatable.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Windows of the shortest length, at most; other lengths read as much."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 
 
@@ -138,10 +142,7 @@ def evaluate(
         list[int] | None,
         typer.Option(min=2, metavar="TOKENS", help="Window length in tokens; repeatable.  [default: 128 and 2048]"),
     ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Windows of the shortest length, at most; other lengths read as much."),
-    ] = None,
+    limit: Limit = None,
     speed: Annotated[
         bool, typer.Option("--speed", help="Measure tokens per second and memory, beside the base.")
     ] = False,
@@ -193,10 +194,7 @@ def compare(
     only: Annotated[
         list[str] | None, typer.Option(metavar="VARIANT", help="This row only; repeatable.  [default: all]")
     ] = None,
-    limit: Annotated[
-        int | None,
-        typer.Option(min=1, metavar="N", help="Windows of the shortest length, at most; other lengths read as much."),
-    ] = None,
+    limit: Limit = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
