@@ -44,7 +44,6 @@ def variants_of(recipe: Recipe) -> list[Variant]:
     units = replace(recipe.search, policy="units", samples=2, estimator="paper")
     layers = replace(recipe.search, policy="layers")
     nothing = replace(units, forwards=0)
-    kept = replace(recipe, reconstruct=replace(recipe.reconstruct, reselect=False))  # the units that were chosen
 
     def of(base: Recipe, settings: Any, metric: Any = recipe.saliency.metric, scope: Any = None) -> Recipe:
         budget = replace(base.budget, scope=scope or base.budget.scope)
@@ -58,8 +57,8 @@ def variants_of(recipe: Recipe) -> list[Variant]:
             Variant(name, f"{shows}, widths as they come", of(base, nothing, metric), seeded),
         ]
 
-    with_bias = replace(recipe, reconstruct=replace(recipe.reconstruct, method="bias", reselect=False))
-    updated = replace(recipe, reconstruct=replace(recipe.reconstruct, method="least-squares", reselect=False))
+    with_bias = replace(recipe, reconstruct=replace(recipe.reconstruct, method="bias"))
+    updated = replace(recipe, reconstruct=replace(recipe.reconstruct, method="least-squares"))
     methods = [
         *method("random", "a random choice", "random"),
         *method("magnitude", "sum of squared weights", "magnitude"),
@@ -72,13 +71,13 @@ def variants_of(recipe: Recipe) -> list[Variant]:
     ablation = [
         Variant("metric-uniform", f"{metric} only, all layers alike", of(plain, nothing, scope="per-layer"), False),
         Variant("metric", f"{metric} only, widths as they come", of(plain, nothing), False),
-        Variant("metric-uniform-repaired", "the first, repaired", of(kept, nothing, scope="per-layer"), False),
-        Variant("metric-repaired", "the second, repaired", of(kept, nothing), False),
+        Variant("metric-uniform-repaired", "the first, repaired", of(recipe, nothing, scope="per-layer"), False),
+        Variant("metric-repaired", "the second, repaired", of(recipe, nothing), False),
         Variant("curves-repaired", "widths by repaired error alone", of(recipe, replace(layers, forwards=0)), False),
         Variant("random-start", "the paper's search from a random start", of(plain, units, "random"), True),
         Variant("uniform-start", "the paper's search from a uniform start", of(plain, units, "uniform"), True),
         Variant("metric-start", "the paper's search from the metric", of(plain, units), True),
-        Variant("metric-start-repaired", "the same, repaired", of(kept, units), True),
+        Variant("metric-start-repaired", "the same, repaired", of(recipe, units), True),
         Variant("layers", "search over widths, without repair", of(plain, layers), True),
         Variant("layers-repaired", "search over widths, with repair", of(recipe, layers), True),
     ]

@@ -26,8 +26,8 @@ from pgprune_cli.jobs.search import search
 from pgprune_cli.recipe import find, load
 
 ESTIMATORS = {
-    "paper": ["search.policy=units", "search.samples=2", "search.estimator=paper", "reconstruct.reselect=false"],
-    "rloo": ["search.policy=units", "search.samples=2", "search.estimator=rloo", "reconstruct.reselect=false"],
+    "paper": ["search.policy=units", "search.samples=2", "search.estimator=paper"],
+    "rloo": ["search.policy=units", "search.samples=2", "search.estimator=rloo"],
     "layers": [],
 }
 MEASURED = "bench.json"
