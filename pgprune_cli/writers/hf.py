@@ -21,7 +21,7 @@ from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.loading import INDEX, Source
 from pgprune_cli.writers import modeling_pruned
-from pgprune_cli.writers.base import Base, Shard, open_base
+from pgprune_cli.writers.base import Shard, open_base
 from pgprune_cli.writers.card import Card
 from pgprune_cli.writers.surgery import Cut, Surgery
 
@@ -68,13 +68,14 @@ def write(
             f"{fingerprint}, the decision was made for {decision.fingerprint}"
         )
     base = open_base(source, decision)
-    _check_biases(base, decision)
-    surgery = Surgery(base.shape.spec, decision.keep, decision.outputs)
+    shapes = {name: shape for shard in base.shards for name, shape in shard.shapes.items()}
+    surgery = Surgery(base.shape.spec, decision.keep, decision.outputs, shapes)
     config = surgery.config(base.json, base.config)
     stock = "per_layer_config" not in config
-    shards = [(shard, surgery.cuts(shard.shapes)) for shard in base.shards]
-    before = sum(size.numel() for shard in base.shards for size in shard.shapes.values())
-    after = sum(cut.numel(shard.shapes[name]) for shard, cuts in shards for name, cut in cuts.items())
+    cuts = surgery.cuts()
+    shards = [(shard, [cut for cut in cuts if cut.source in shard.shapes]) for shard in base.shards]
+    before = sum(size.numel() for size in shapes.values())
+    after = sum(cut.shape.numel() for cut in cuts)
     _check_space(out, base.bytes * after // before + SLACK)
 
     with _new_directory(out) as directory:
@@ -91,22 +92,7 @@ def write(
     return Written(out, config["model_type"], stock, len(decision.keep), layers_after, before, after, size)
 
 
-def _check_biases(base: Base, decision: Decision) -> None:
-    """A repair may have fitted a bias where the base has none, and its architecture then has no place for it."""
-    found = {name for shard in base.shards for name in shard.shapes}
-    for (index, name), output in decision.outputs.items():
-        block = dict(base.shape.spec.blocks())[name]
-        bias = f"{base.shape.spec.layers}.{index}.{block.module}.{block.output.name}.bias"
-        if output.bias is not None and bias not in found:
-            raise UserError(
-                f"{bias}: the repair has fitted this bias, for which the base model has no place; "
-                "search with reconstruct.method: least-squares"
-            )
-
-
-def _write_weights(
-    directory: Path, shards: list[tuple[Shard, dict[str, Cut]]], on_shard: Callable[[int, int], None]
-) -> int:
+def _write_weights(directory: Path, shards: list[tuple[Shard, list[Cut]]], on_shard: Callable[[int, int], None]) -> int:
     """Writes one file for each shard, and the index where they are several. Returns the bytes of the files."""
     weight_map: dict[str, str] = {}
     total_size = file_size = 0
@@ -114,19 +100,19 @@ def _write_weights(
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         total_size += _write_shard(directory / name, shard, cuts)
         file_size += (directory / name).stat().st_size
-        weight_map |= {cut.name: name for cut in cuts.values()}
+        weight_map |= {cut.name: name for cut in cuts}
         on_shard(number, len(shards))
     if len(shards) > 1:
         write_json(directory / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
     return file_size
 
 
-def _write_shard(path: Path, shard: Shard, cuts: Mapping[str, Cut]) -> int:
+def _write_shard(path: Path, shard: Shard, cuts: list[Cut]) -> int:
     """Writes what is left of one shard; its tensors are freed on return. Returns the bytes of the tensors."""
     from safetensors.torch import save_file
 
     with shard.open() as read:
-        tensors: dict[str, Tensor] = {cut.name: cut.apply(read(name)) for name, cut in cuts.items()}
+        tensors: dict[str, Tensor] = {cut.name: cut.apply(read(cut.source)) for cut in cuts}
     save_file(tensors, path, metadata={"format": "pt"})
     # safetensors makes files that only their owner can read.
     shutil.copymode(path.with_name("config.json"), path)

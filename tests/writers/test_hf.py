@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -16,12 +17,15 @@ import torch
 from conftest import VOCABULARY, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pgprune_cli.arch import LayerKeep, Shape
+from pgprune_cli.arch import LayerKeep
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
-from pgprune_cli.loading import load_model, resolve
+from pgprune_cli.loading import resolve
+from pgprune_cli.reconstruct import repair
+from pgprune_cli.substrate import Evaluator
 from pgprune_cli.writers import hf
 
 GROUPS, CHANNELS, LAYERS = 4, 24, 4
@@ -378,46 +382,63 @@ def test_an_incomplete_or_quantised_base_is_refused(llama, tmp_path):
         export(base, tmp_path / "out", keep)
 
 
-@pytest.mark.parametrize("reselect", [False, True])
-def test_an_export_holds_the_repaired_weights(architecture, reselect, tmp_path):
-    """The exported model equals the dense one shrunk with the repair, not with the kept columns as they were."""
-    from pgprune_cli.reconstruct import repair
-    from pgprune_cli.substrate import Evaluator
-
-    model = tiny_model(architecture)
-    model.save_pretrained(tmp_path / "base")
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(VOCABULARY, (4, 16), generator=generator)
-    shape = Shape.of(model)
+def repaired(base: Path, model, method: str, reselect: bool = False, uniform: bool = False) -> tuple[Decision, Tensor]:
+    """A decision with its repair, and the text that it saw. Whole blocks, without a repair, are among the layers."""
+    tokens = torch.randint(VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
     keep = tuple(
-        LayerKeep(torch.arange(groups) != layer % 2, torch.arange(channels) % 3 != 0)
-        for layer, (groups, channels) in enumerate(zip(shape.kv_groups, shape.channels, strict=True))
+        LayerKeep(torch.arange(GROUPS) != (0 if uniform else layer % 2 * 9), torch.arange(CHANNELS) % 3 != 0)
+        for layer in range(LAYERS)
     )
-    keep, outputs = repair(model, keep, [tokens], "least-squares", 1e-3, reselect)
-    fingerprint = resolve(str(tmp_path / "base")).fingerprint()
-    decision = Decision(keep, str(tmp_path / "base"), fingerprint, 0.3, "dtype: float32", 1, 2, 3, 2.5, outputs)
-    hf.write(resolve(str(tmp_path / "base")), decision, tmp_path / "small", None, lambda *_: None)
-    exported = load_model(resolve(str(tmp_path / "small")), "float32", "cpu")
+    keep, outputs = repair(model, keep, [tokens], method, 1e-3, reselect)
+    fingerprint = resolve(str(base)).fingerprint()
+    return Decision(keep, str(base), fingerprint, 0.3, "dtype: float32", 1, 2, 3, 2.5, outputs), tokens
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize(
+    ("method", "reselect"),
+    [("least-squares", False), ("least-squares", True), ("least-squares-bias", False), ("bias", False)],
+)
+@torch.inference_mode()
+def test_an_export_holds_the_repaired_weights(saved, tmp_path, method, reselect, uniform):
+    """The exported model equals the dense one shrunk with the repair, not with the kept columns as they were."""
+    model, base = saved
+    decision, tokens = repaired(base, model, method, reselect, uniform)
+    written = hf.write(resolve(str(base)), decision, tmp_path / "small", None, lambda *_: None)
+    exported = load(tmp_path / "small")
     evaluator = Evaluator(model)
-    with torch.inference_mode():
-        with evaluator.shrunk(keep, outputs) as shrunk:
-            expected = shrunk(tokens).logits
-        with evaluator.shrunk(keep) as unrepaired:
-            other = unrepaired(tokens).logits
-        got = exported(tokens).logits
+    with evaluator.shrunk(decision.keep, decision.outputs) as shrunk:
+        expected = shrunk(tokens).logits
+    with evaluator.shrunk(decision.keep) as unrepaired:
+        other = unrepaired(tokens).logits
+    got = exported(tokens).logits
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert (got - other).abs().max() > 1e-2
 
+    has_biases = getattr(model.config, "mlp_bias", False)
+    fitted = "bias" in method and not has_biases
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert config.get("output_biases") == (["attention", "mlp"] if fitted else None)
+    assert written.parameters_after == sum(parameter.numel() for parameter in exported.parameters())
+    if fitted:
+        assert not written.stock
+    exported.save_pretrained(tmp_path / "again")
+    assert torch.equal(load(tmp_path / "again")(tokens).logits, got)
 
-def test_a_fitted_bias_without_a_place_is_refused(tmp_path):
-    from pgprune_cli.reconstruct import repair
 
-    model = tiny_model("llama-gqa")
-    model.save_pretrained(tmp_path / "base")
-    keep = tuple(LayerKeep(torch.ones(4, dtype=torch.bool), torch.arange(24) > 3) for _ in range(4))
-    outputs = repair(model, keep, [torch.arange(32).view(2, 16)], "bias", 1e-3).outputs
-    fingerprint = resolve(str(tmp_path / "base")).fingerprint()
-    decision = Decision(keep, str(tmp_path / "base"), fingerprint, 0.3, "dtype: float32", 1, 2, 3, 2.5, outputs)
-    with pytest.raises(UserError, match=r"mlp.down_proj.bias: the repair has fitted this bias"):
-        hf.write(resolve(str(tmp_path / "base")), decision, tmp_path / "small", None, lambda *_: None)
-    assert not (tmp_path / "small").exists()
+@torch.inference_mode()
+def test_a_bias_fitted_in_one_block_only_is_zero_in_the_others(llama, tmp_path):
+    model, base = llama
+    tokens = torch.randint(VOCABULARY, (4, 16))
+    keep = draw([(4, 24), (0, 9), (4, 24), (4, 0)])
+    outputs = repair(model, keep, [tokens], "bias", 1e-3).outputs
+    decision = dataclasses.replace(decide(base, keep), outputs=outputs)
+    hf.write(resolve(str(base)), decision, tmp_path / "small", None, lambda *_: None)
+    pruned = load(tmp_path / "small")
+    assert pruned.config.output_biases == ["mlp"]
+    assert {name for name, value in pruned.named_parameters() if name.endswith("bias") and value.any()} == {
+        "model.layers.1.mlp.down_proj.bias"
+    }
+    assert sum(name.endswith("bias") for name, _ in pruned.named_parameters()) == 3
+    with Evaluator(model).shrunk(keep, outputs) as shrunk:
+        torch.testing.assert_close(pruned(tokens).logits, shrunk(tokens).logits, **TOLERANCE)
