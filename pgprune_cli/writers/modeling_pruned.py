@@ -5,7 +5,7 @@ Where pgprune is installed, `import pgprune_cli.writers.modeling_pruned` does in
 
 The sizes stand in `per_layer_config` as transformers (5.14 and later) defines it: by layer index, the values in which a
 layer differs from the global, dense ones; `"skip": ["attention"]` or `["mlp"]` for a layer that lost that block.
-`output_biases`, where there, lists which of these blocks have a bias on their output, in every layer; the base has none.
+`output_biases` lists which of these blocks have a bias on their output in every layer, where the base's have none.
 """
 
 import copy

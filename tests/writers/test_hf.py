@@ -26,7 +26,7 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.loading import resolve
 from pgprune_cli.reconstruct import repair
 from pgprune_cli.substrate import Evaluator
-from pgprune_cli.writers import hf
+from pgprune_cli.writers import hf, weights
 
 GROUPS, CHANNELS, LAYERS = 4, 24, 4
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-4}
@@ -72,8 +72,14 @@ def decide(base: Path, keep) -> Decision:
     return Decision(keep, str(base), resolve(str(base)).fingerprint(), 0.5, "dtype: float32", 10, 80, 9, 2.5)
 
 
-def export(base: Path, out: Path, keep, measured=None) -> hf.Written:
-    return hf.write(resolve(str(base)), decide(base, keep), out, measured, lambda done, total: None)
+def export(base: Path, out: Path, keep, measured=None, **options) -> hf.Plan:
+    return replay(decide(base, keep), out, measured, **options)
+
+
+def replay(decision: Decision, out: Path, measured=None, **options) -> hf.Plan:
+    planned = hf.plan(resolve(decision.model), decision, hf.Options(**options))
+    hf.write(planned, out, measured, lambda count: None)
+    return planned
 
 
 def load(directory: Path):
@@ -117,7 +123,7 @@ def test_export_equals_the_masked_dense_model(saved, tmp_path, name):
     with masked(model, keep):
         torch.testing.assert_close(pruned(tokens).logits, model(tokens).logits, **TOLERANCE)
     assert not written.stock
-    assert written.layers_after == len(pruned.model.layers) == sum(a + f > 0 for a, f in DECISIONS[name])
+    assert len(written.form.layers) == len(pruned.model.layers) == sum(a + f > 0 for a, f in DECISIONS[name])
     assert written.parameters_after == sum(parameter.numel() for parameter in pruned.parameters())
     assert written.parameters_before == sum(parameter.numel() for parameter in model.parameters())
 
@@ -231,7 +237,7 @@ def test_a_uniform_decision_becomes_a_stock_model(saved, tmp_path, architecture)
     written = export(base, tmp_path / "out", keep)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written.stock
-    assert config["model_type"] == written.model_type == model.config.model_type
+    assert config["model_type"] == written.config["model_type"] == model.config.model_type
     assert not {"auto_map", "per_layer_config"} & set(config)
     assert not list((tmp_path / "out").glob("*.py"))
     tokens = torch.randint(3, VOCABULARY, (2, 30))
@@ -248,34 +254,35 @@ def test_heads_that_do_not_divide_the_hidden_size(tmp_path, architecture, stock,
     model.save_pretrained(tmp_path / "base")
     keep = draw([(3, 7)] * LAYERS)  # 6 heads, hidden size 32
     written = export(tmp_path / "base", tmp_path / "out", keep)
-    assert (written.stock, written.model_type) == (stock, model_type)
+    assert (written.stock, written.config["model_type"]) == (stock, model_type)
     tokens = torch.randint(3, VOCABULARY, (2, 30))
     with masked(model, keep):
         torch.testing.assert_close(load(tmp_path / "out")(tokens).logits, model(tokens).logits, **TOLERANCE)
 
 
-def test_a_sharded_base_gives_the_same_tensors(saved, tmp_path):
+def test_a_sharded_base_gives_the_same_tensors_in_shards_of_any_size(saved, tmp_path):
     model, base = saved
     model.save_pretrained(tmp_path / "sharded", max_shard_size="6KB")
     keep = draw(DECISIONS["layers gone, the first one too"])
     export(base, tmp_path / "one", keep)
-    seen = []
-    source = resolve(str(tmp_path / "sharded"))
-    written = hf.write(source, decide(tmp_path / "sharded", keep), tmp_path / "many", None, lambda *at: seen.append(at))
+    decision = decide(tmp_path / "sharded", keep)
+    seen: list[int] = []
+    planned = hf.plan(resolve(decision.model), decision, hf.Options(shard_size=4000))
+    hf.write(planned, tmp_path / "many", None, seen.append)
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors") if path.name.startswith("model"))
-    # Shards of which nothing was left are not there, and the names count those that are.
-    assert len(files) < len(source.weight_files())
+    assert len(files) > 2
     assert files == [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
-    assert seen == [(n, len(files)) for n in range(1, len(files) + 1)]
-    assert written.bytes == sum((tmp_path / "many" / name).stat().st_size for name in files)
+    assert planned.bytes == sum((tmp_path / "many" / name).stat().st_size for name in files)
     wanted = load_file(tmp_path / "one" / "model.safetensors")
     found = {}
     for name in files:
         found |= (part := load_file(tmp_path / "many" / name))
         assert part and all(index["weight_map"][key] == name for key in part)
+        assert sum(tensor.nbytes for tensor in part.values()) <= 4000 or len(part) == 1
     assert set(index["weight_map"]) == set(found) == set(wanted)
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values()) == sum(seen)
+    assert seen == [tensor.nbytes for tensor in map(found.get, [cut.name for cut in planned.cuts])]
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
     load(tmp_path / "many")
 
@@ -332,11 +339,11 @@ def test_what_stands_there_already_is_refused(llama, tmp_path):
 def test_a_failure_leaves_nothing_behind(llama, tmp_path, monkeypatch):
     _, base = llama
 
-    def full(tensors, path, metadata):
-        Path(path).write_bytes(b"half")
+    def full(path, entries, tensors):
+        path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr(weights, "write", full)
     with pytest.raises(OSError, match="no space"):
         export(base, tmp_path / "out", draw(DECISIONS["some of everything"]))
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
@@ -356,7 +363,7 @@ def test_another_base_is_refused(llama, tmp_path):
     tiny_model("llama-gqa", seed=1).save_pretrained(base)
     changed = resolve(str(base))
     with pytest.raises(UserError, match=re.escape(decision.fingerprint)) as refusal:
-        hf.write(changed, decision, tmp_path / "out", None, lambda *_: None)
+        hf.plan(changed, decision, hf.Options())
     assert changed.fingerprint() in str(refusal.value)
 
 
@@ -404,7 +411,7 @@ def test_an_export_holds_the_repaired_weights(saved, tmp_path, method, reselect,
     """The exported model equals the dense one shrunk with the repair, not with the kept columns as they were."""
     model, base = saved
     decision, tokens = repaired(base, model, method, reselect, uniform)
-    written = hf.write(resolve(str(base)), decision, tmp_path / "small", None, lambda *_: None)
+    written = replay(decision, tmp_path / "small")
     exported = load(tmp_path / "small")
     evaluator = Evaluator(model)
     with evaluator.shrunk(decision.keep, decision.outputs) as shrunk:
@@ -433,7 +440,7 @@ def test_a_bias_fitted_in_one_block_only_is_zero_in_the_others(llama, tmp_path):
     keep = draw([(4, 24), (0, 9), (4, 24), (4, 0)])
     outputs = repair(model, keep, [tokens], "bias", 1e-3).outputs
     decision = dataclasses.replace(decide(base, keep), outputs=outputs)
-    hf.write(resolve(str(base)), decision, tmp_path / "small", None, lambda *_: None)
+    replay(decision, tmp_path / "small")
     pruned = load(tmp_path / "small")
     assert pruned.config.output_biases == ["mlp"]
     assert {name for name, value in pruned.named_parameters() if name.endswith("bias") and value.any()} == {
