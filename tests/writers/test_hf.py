@@ -27,6 +27,7 @@ from pgprune_cli.loading import resolve
 from pgprune_cli.reconstruct import repair
 from pgprune_cli.substrate import Evaluator
 from pgprune_cli.writers import hf, weights
+from pgprune_cli.writers.normal_form import Needs
 
 GROUPS, CHANNELS, LAYERS = 4, 24, 4
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-4}
@@ -449,3 +450,83 @@ def test_a_bias_fitted_in_one_block_only_is_zero_in_the_others(llama, tmp_path):
     assert sum(name.endswith("bias") for name, _ in pruned.named_parameters()) == 3
     with Evaluator(model).shrunk(keep, outputs) as shrunk:
         torch.testing.assert_close(pruned(tokens).logits, shrunk(tokens).logits, **TOLERANCE)
+
+
+PADDED = {
+    "zero groups": Needs("every"),
+    "heads in the first layer": Needs("first"),
+    "multiples": Needs(kv_multiple=2, ffn_multiple=8),
+    "everything": Needs("every", "every", kv_multiple=3, ffn_multiple=5),
+}
+
+
+@pytest.mark.parametrize("needs", PADDED)
+@pytest.mark.parametrize("method", ["none", "least-squares", "least-squares-bias"])
+@torch.inference_mode()
+def test_padding_leaves_the_logits_as_they_were(saved, tmp_path, needs, method):
+    model, base = saved
+    keep = draw([(0, 9), (2, 24), (3, 0), (1, 5)])
+    tokens = torch.randint(3, VOCABULARY, (2, 20))
+    outputs = {} if method == "none" else repair(model, keep, [tokens], method, 1e-3).outputs
+    decision = dataclasses.replace(decide(base, keep), outputs=outputs)
+    planned = replay(decision, tmp_path / "out", needs=PADDED[needs])
+    pruned = load(tmp_path / "out")
+    sizes = planned.form.sizes()
+    assert sizes != [(0, 9), (2, 24), (3, 0), (1, 5)]
+    for layer, (groups, channels) in zip(pruned.model.layers, sizes, strict=True):
+        found = layer.self_attn.k_proj.out_features // 8 if groups else 0
+        assert (found, layer.mlp.down_proj.in_features if channels else 0) == (groups, channels)
+    with Evaluator(model).shrunk(keep, outputs) as shrunk:
+        torch.testing.assert_close(pruned(tokens).logits, shrunk(tokens).logits, **TOLERANCE)
+    assert planned.parameters_after == sum(parameter.numel() for parameter in pruned.parameters())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"with these counted as kept, {planned.sparsity:.1%} of what could be pruned is gone" in card
+
+
+@torch.inference_mode()
+def test_padding_can_make_a_stock_model(llama, tmp_path):
+    model, base = llama
+    keep = draw([(2, 6), (1, 8), (2, 7), (0, 5)])
+    planned = export(base, tmp_path / "out", keep, needs=Needs("every", kv_multiple=2, ffn_multiple=8))
+    assert planned.stock
+    tokens = torch.randint(3, VOCABULARY, (2, 30))
+    with masked(model, keep):
+        torch.testing.assert_close(load(tmp_path / "out")(tokens).logits, model(tokens).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_weights_are_written_in_the_dtype_asked_for(llama, tmp_path, dtype):
+    model, base = llama
+    decision, _ = repaired(base, model, "least-squares")
+    replay(decision, tmp_path / "same")
+    planned = replay(decision, tmp_path / "out", dtype=dtype)
+    wanted, found = (load_file(tmp_path / name / "model.safetensors") for name in ("same", "out"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name].to(dtype)) for name in wanted)
+    assert {tensor.dtype for tensor in found.values()} == {dtype}
+    assert load(tmp_path / "out").dtype == dtype
+    assert planned.bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+
+
+def test_weights_too_large_for_the_dtype_are_refused(llama, tmp_path):
+    model, base = llama
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = 1e6
+    model.save_pretrained(base)
+    keep = draw([(4, 24)] * LAYERS)
+    said = r"model\.layers\.1\.mlp\.up_proj\.weight: has weights of up to 1e\+06, and float16 ends at 6\.55e\+04"
+    with pytest.raises(UserError, match=said):
+        export(base, tmp_path / "out", keep, dtype=torch.float16)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    export(base, tmp_path / "out", keep, dtype=torch.bfloat16)
+
+
+def test_a_decision_beside_the_weights_is_never_taken_for_weights(llama, tmp_path):
+    """Servers read every *.safetensors of a directory unless an index says which are the model's."""
+    model, base = llama
+    decision, _ = repaired(base, model, "least-squares")
+    replay(decision, tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {"model.safetensors"}
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert files == ["decision.safetensors", "model.safetensors"]
+    assert Decision.load(tmp_path / "out").model == str(base)
