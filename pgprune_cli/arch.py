@@ -7,7 +7,7 @@ its units is gone as a whole, its output bias and norm too.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -108,7 +108,7 @@ class Output(NamedTuple):
     bias: Tensor | None
 
 
-Outputs = dict[tuple[int, str], Output]
+Outputs = Mapping[tuple[int, str], Output]
 """Repaired output projections by (layer, block name); a block without an entry keeps its weights as they are."""
 
 

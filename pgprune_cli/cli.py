@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -16,6 +16,7 @@ from pgprune_cli.errors import ExitCode, RunError, UserError
 
 if TYPE_CHECKING:
     from pgprune_cli.recipe import Recipe
+    from pgprune_cli.writers.hf import Options
 
 app = typer.Typer(
     help="Make a language model structurally smaller: learn which heads and FFN channels to keep, forward passes only.",
@@ -30,7 +31,12 @@ Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run 
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's key; repeatable.")
 ]
+Format = Literal["hf"]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Windows of the shortest length, at most; other lengths read as much."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 
 
@@ -98,27 +104,57 @@ def search(
     )
 
 
-@app.command(epilog="Example: pgprune export runs/smollm2-135m-30 --out models/smollm2-135m-30")
+@app.command(epilog="Example: pgprune export runs/smollm2-135m-30 --dtype bfloat16 --ffn-multiple 64")
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run directory of a finished search.")],
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="The model directory to write; must not exist yet.")
-    ],
+        Path | None,
+        typer.Option(
+            "--out", metavar="DIR", help="The model directory to write; must not exist yet.  [default: models/<run>]"
+        ),
+    ] = None,
+    format: Annotated[Format, typer.Option("--format", help="hf: for transformers, and what reads its models.")] = "hf",
+    dtype: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="float32, float16 or bfloat16.  [default: the base's]")
+    ] = None,
+    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Tensors in one weight file, at most.")] = "5GB",
+    zero_groups: Annotated[
+        bool, typer.Option("--zero-groups", help="A KV group that adds nothing where a layer has none, for vLLM.")
+    ] = False,
+    kv_multiple: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Pad KV groups to a multiple, with zeros; or all of them.")
+    ] = 1,
+    ffn_multiple: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Pad FFN channels to a multiple, with zeros; or all of them.")
+    ] = 1,
+    push: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Upload it to the Hugging Face hub, too: OWNER/NAME.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write nothing; print the shapes and sizes of what would be written.")
+    ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Write the smaller model: safetensors, config, tokenizer, model card and the decision."""
-    from pgprune_cli.jobs.export import export
+    from pgprune_cli.jobs import export as job
     from pgprune_cli.progress import working
+    from pgprune_cli.writers import hub
 
-    with working(f"writing {out}", quiet):
-        written = export(run, out)
-    before, after = written.parameters_before, written.parameters_after
-    _print(
-        {"model": str(out), "parameters_before": before, "parameters_after": after, "bytes": written.bytes},
-        as_json,
-        f"{out}: {after / 1e6:.1f} M of {before / 1e6:.1f} M parameters, {written.bytes / 1e6:.1f} MB",
-    )
+    options = job.options_of(dtype, shard_size, zero_groups, kv_multiple, ffn_multiple)
+    if push is not None:
+        hub.check_name(push)
+    out = out or Path("models") / run.resolve().name
+    if dry_run:
+        _dry_run(run, out, options, as_json)
+        return
+    summary = {"model": str(out), **job.summary(job.export(run, out, options, quiet))}
+    line = _export_line(summary)
+    if push is not None:
+        with working(f"uploading {out} to {push}", quiet):
+            summary["pushed"] = hub.push(out, push)
+        line += f"; {summary['pushed']}"
+    _print(summary, as_json, line)
 
 
 @app.command(
@@ -138,9 +174,7 @@ def evaluate(
         list[int] | None,
         typer.Option(min=2, metavar="TOKENS", help="Window length in tokens; repeatable.  [default: 128 and 2048]"),
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="At most so many windows of each corpus, spread over it.")
-    ] = None,
+    limit: Limit = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -207,13 +241,11 @@ def compare(
     only: Annotated[
         list[str] | None, typer.Option(metavar="VARIANT", help="This row only; repeatable.  [default: all]")
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, metavar="N", help="At most so many windows of each corpus, spread over it.")
-    ] = None,
+    limit: Limit = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the paper's ablation on the recipe's model: metric, start, allocation and repair, each with and without.
+    """Run the paper's tables on the recipe's model: other methods; metric, start, allocation, repair, with and without.
 
     Long, and resumable: the same command goes on where an earlier call was stopped.
     """
@@ -290,6 +322,29 @@ def _resumable() -> Iterator[None]:
         _complain(f"stopped after step {stopped.step}, which is saved; to go on: {again}")
         code = ExitCode.INTERRUPTED if stopped.signum == 2 else ExitCode.TERMINATED
         raise typer.Exit(code) from None
+
+
+def _dry_run(run: Path, out: Path, options: Options, as_json: bool) -> None:
+    from pgprune_cli.jobs import export as job
+
+    planned = job.plan(run, options)
+    summary = {"model": str(out), **job.summary(planned)}
+    tensors = job.tensors(planned)
+    if as_json:
+        print(json.dumps(summary | {"tensors": tensors}))
+        return
+    rows = [
+        [row["name"], row["file"], " × ".join(map(str, row["shape"])), row["dtype"], f"{row['bytes'] / 1e6:,.3f}"]
+        for row in tensors
+    ]
+    _grid(("tensor", "file", "shape", "dtype", "MB"), rows)
+    print(f"would write {_export_line(summary)}")
+
+
+def _export_line(summary: dict[str, Any]) -> str:
+    before, after = summary["parameters_before"], summary["parameters_after"]
+    size = f"{after / 1e6:.1f} M of {before / 1e6:.1f} M parameters, {summary['bytes'] / 1e6:.1f} MB"
+    return f"{summary['model']}: {size}; sparsity {summary['sparsity']:.4f}"
 
 
 def _print(result: dict[str, Any], as_json: bool, text: str) -> None:

@@ -8,6 +8,7 @@ and so on, and the record its checksum.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -106,10 +107,33 @@ def _load_outputs(run: Path, record: dict[str, Any]) -> Outputs:
         return {}
     if not (run / REPAIR).exists() or checksum(run / REPAIR) != wanted:
         raise UserError(f"{run / REPAIR}: missing, damaged, or not the repair that {RECORD} describes; search again")
-    tensors = read_tensors(run / REPAIR)
-    outputs: Outputs = {}
-    for key in tensors:
-        _, index, name, part = key.split(".")
-        if part == "weight":
-            outputs[int(index), name] = Output(tensors[key], tensors.get(f"layers.{index}.{name}.bias"))
-    return outputs
+    return RepairFile(run / REPAIR)
+
+
+class RepairFile(Mapping[tuple[int, str], Output]):
+    """Repaired outputs in a file, read one by one as they are asked for: all together can be as large as a model."""
+
+    def __init__(self, path: Path) -> None:
+        from safetensors import safe_open
+
+        self.path = path
+        with safe_open(path, framework="pt") as file:
+            self._names = set(file.keys())
+
+    def __getitem__(self, key: tuple[int, str]) -> Output:
+        from safetensors import safe_open
+
+        weight, bias = (f"layers.{key[0]}.{key[1]}.{part}" for part in ("weight", "bias"))
+        if weight not in self._names:
+            raise KeyError(key)
+        with safe_open(self.path, framework="pt") as file:
+            return Output(file.get_tensor(weight), file.get_tensor(bias) if bias in self._names else None)
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        for name in sorted(self._names):
+            _, index, block, part = name.split(".")
+            if part == "weight":
+                yield int(index), block
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

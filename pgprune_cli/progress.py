@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
@@ -11,7 +11,15 @@ from types import TracebackType
 import psutil
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 PLAIN_LINES = 10
 """About how many lines a whole search prints where there is no terminal."""
@@ -97,6 +105,21 @@ def working(text: str, quiet: bool = False) -> Iterator[None]:
     else:
         print(f"{text} …", file=sys.stderr, flush=True)
         yield
+
+
+@contextmanager
+def writing(text: str, total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """A bar over `total` bytes on a terminal, one line elsewhere. Gives what is to be told how many more are done."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        with working(text, quiet):
+            yield lambda _: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(20), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task(text, total=total)
+        yield lambda more: bar.update(task, advance=more)
+        bar.update(task, completed=total)
 
 
 def memory_in_use() -> int:

@@ -147,7 +147,6 @@ class Reconstruct:
 
     method: Literal["none", "bias", "least-squares", "least-squares-bias"] = "least-squares"
     sequences: Count = 384  # windows of calibration.seqlen that it is fitted to
-    reselect: bool = True  # which units of a block stay is decided again, by obs, behind the pruned layers before it
     damping: Positive = 1e-3  # of the mean second moment; more keeps closer to the weights as they are
 
 

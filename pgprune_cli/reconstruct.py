@@ -78,7 +78,7 @@ def repair(
     shape = Shape.of(model)
     roots = error_roots(model, batches) if reselect else None
     stream = layer_inputs(model, batches)
-    outputs: Outputs = {}
+    outputs: dict[tuple[int, str], Output] = {}
     repaired = []
     for index, (layer, wanted) in enumerate(zip(stream.layers, keep, strict=True)):
         masks = {name: wanted.of(name) for name, _ in shape.spec.blocks()}

@@ -40,8 +40,6 @@ def typed(kind: Any, node: yaml.Node, report: Callable[[yaml.Node, str], None]) 
         hint = "; put it in quotes" if isinstance(scalar, int | float) else ""
     elif kind is int:
         expected, value = "an integer", scalar if type(scalar) is int else None
-    elif kind is bool:
-        expected, value = "true or false", scalar if isinstance(scalar, bool) else None
     else:  # float: an integer will do, a boolean (which Python takes for an integer) will not
         number = isinstance(scalar, int | float) and not isinstance(scalar, bool)
         expected, value = "a number", float(cast(float, scalar)) if number else None

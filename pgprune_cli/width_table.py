@@ -65,7 +65,7 @@ class WidthTable:
     def outputs_for(self, keep: Keep) -> Outputs:
         """The repaired projections for a decision along the orders and at solved widths; none for whole or empty
         blocks."""
-        found: Outputs = {}
+        found: dict[tuple[int, str], Output] = {}
         for (index, name), at_widths in self.outputs.items():
             mask = keep[index].of(name)
             if mask.any() and not mask.all():

@@ -62,7 +62,7 @@ def test_defaults() -> None:
         checkpoint_every=100,
         evaluate_every=100,
     )
-    assert got.reconstruct == recipe.Reconstruct(method="least-squares", sequences=384, reselect=True, damping=1e-3)
+    assert got.reconstruct == recipe.Reconstruct(method="least-squares", sequences=384, damping=1e-3)
     assert got.evaluation == recipe.Evaluation(corpora=("wikitext2",), seqlen=(128, 2048))
 
 
@@ -75,16 +75,6 @@ def test_an_integer_is_a_number_too_and_becomes_a_float() -> None:
     rate = read(MINIMAL + "search: {learning_rate: 1}").search.learning_rate
     assert rate == 1.0
     assert type(rate) is float
-
-
-@pytest.mark.parametrize("text", ["true", "false", "yes", "no", "on", "Off"])
-def test_every_spelling_of_a_boolean(text: str) -> None:
-    """Read, written down as a run does, and read again."""
-    wanted = text in ("true", "yes", "on")
-    got = read(MINIMAL + f"reconstruct: {{reselect: {text}}}")
-    assert got.reconstruct.reselect is wanted
-    assert read(MINIMAL, f"reconstruct.reselect={text}") == got
-    assert read(dump(got)) == got
 
 
 def test_relative_paths_stay_as_they_are_written() -> None:
@@ -176,9 +166,6 @@ def test_contradictions_are_told_together() -> None:
         ("search: {samples: 1}", "search.samples: expected value >= 2, got 1"),
         ("search: {learning_rate: -1}", "search.learning_rate: expected value >= 0, got -1.0"),
         ("search: {learning_rate: yes}", "search.learning_rate: expected a number, got the boolean yes"),
-        ("reconstruct: {reselect: 1}", "reconstruct.reselect: expected true or false, got 1"),
-        ("reconstruct: {reselect: 'true'}", "reconstruct.reselect: expected true or false, got text 'true'"),
-        ("reconstruct: {reselect: }", "reconstruct.reselect: expected true or false, got nothing"),
         ("search: {learning_rate: nan}", "search.learning_rate: expected a number, got text 'nan'"),
         ("search: {learning_rate: .nan}", "search.learning_rate: expected a number, got text '.nan'"),
         ("search: {learning_rate: .inf}", "search.learning_rate: expected a number, got text '.inf'"),

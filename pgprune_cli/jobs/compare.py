@@ -1,4 +1,4 @@
-"""compare: the paper's ablation on the user's model: what the metric, the start, the allocation and the repair bring.
+"""compare: the paper's tables on the user's model: other methods, and what metric, start, allocation and repair bring.
 
 Every variant is the recipe with a few keys changed, run once for each seed in a directory of its own. A run that is
 finished and measured is not repeated, one that was stopped goes on: `compare` is the same command until it is done.
@@ -39,30 +39,50 @@ class Variant:
 
 
 def variants_of(recipe: Recipe) -> list[Variant]:
-    """The rows for a recipe, from the metric alone to all of it."""
+    """The rows for a recipe: the methods that it does not use itself, then from its metric alone to all of it."""
     plain = replace(recipe, reconstruct=replace(recipe.reconstruct, method="none"))
     units = replace(recipe.search, policy="units", samples=2, estimator="paper")
     layers = replace(recipe.search, policy="layers")
     nothing = replace(units, forwards=0)
-    kept = replace(recipe, reconstruct=replace(recipe.reconstruct, reselect=False))  # the units that were chosen
 
     def of(base: Recipe, settings: Any, metric: Any = recipe.saliency.metric, scope: Any = None) -> Recipe:
         budget = replace(base.budget, scope=scope or base.budget.scope)
         return replace(base, search=settings, saliency=replace(base.saliency, metric=metric), budget=budget)
 
-    return [
-        Variant("metric-uniform", "metric only, all layers alike", of(plain, nothing, scope="per-layer"), False),
-        Variant("metric", "metric only, widths as they come", of(plain, nothing), False),
-        Variant("metric-uniform-repaired", "the first, repaired", of(kept, nothing, scope="per-layer"), False),
-        Variant("metric-repaired", "the second, repaired", of(kept, nothing), False),
+    def method(name: str, shows: str, metric: str, base: Recipe = plain) -> list[Variant]:
+        """A method of the field that only scores, with the same width in every layer and with widths as they come."""
+        seeded = metric == "random"
+        return [
+            Variant(f"{name}-uniform", f"{shows}, all layers alike", of(base, nothing, metric, "per-layer"), seeded),
+            Variant(name, f"{shows}, widths as they come", of(base, nothing, metric), seeded),
+        ]
+
+    with_bias = replace(recipe, reconstruct=replace(recipe.reconstruct, method="bias"))
+    updated = replace(recipe, reconstruct=replace(recipe.reconstruct, method="least-squares"))
+    methods = [
+        *method("random", "a random choice", "random"),
+        *method("magnitude", "sum of squared weights", "magnitude"),
+        *method("wanda-sp", "Wanda-sp", "wanda-sp"),
+        *method("flap", "FLAP with its bias", "flap", with_bias),
+        *method("llm-pruner", "LLM-Pruner's Taylor scores, with a backward pass", "taylor"),
+        *method("sparsegpt", "SparseGPT on units, with its updates", "obs", updated),
+    ]
+    metric = recipe.saliency.metric
+    ablation = [
+        Variant("metric-uniform", f"{metric} only, all layers alike", of(plain, nothing, scope="per-layer"), False),
+        Variant("metric", f"{metric} only, widths as they come", of(plain, nothing), False),
+        Variant("metric-uniform-repaired", "the first, repaired", of(recipe, nothing, scope="per-layer"), False),
+        Variant("metric-repaired", "the second, repaired", of(recipe, nothing), False),
         Variant("curves-repaired", "widths by repaired error alone", of(recipe, replace(layers, forwards=0)), False),
         Variant("random-start", "the paper's search from a random start", of(plain, units, "random"), True),
         Variant("uniform-start", "the paper's search from a uniform start", of(plain, units, "uniform"), True),
         Variant("metric-start", "the paper's search from the metric", of(plain, units), True),
-        Variant("metric-start-repaired", "the same, repaired", of(kept, units), True),
+        Variant("metric-start-repaired", "the same, repaired", of(recipe, units), True),
         Variant("layers", "search over widths, without repair", of(plain, layers), True),
         Variant("layers-repaired", "search over widths, with repair", of(recipe, layers), True),
     ]
+    known = [variant.recipe for variant in ablation]  # of the metrics, the recipe's own has its rows there
+    return [*(variant for variant in methods if variant.recipe not in known), *ablation]
 
 
 def compare(
@@ -70,7 +90,7 @@ def compare(
 ) -> dict[str, Any]:
     """Runs every variant (or those named in `only`) for every seed and writes the table into `out` after each.
 
-    `limit`: at most so many windows of each corpus. Returns the object that `--json` prints. Raises UserError for a
+    `limit`: as `evaluate` takes it. Returns the object that `--json` prints. Raises UserError for a
     name that is no variant's or for an `out` of another comparison, and what `search` and `evaluate` raise.
     """
     variants = variants_of(recipe)

@@ -112,7 +112,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexities of every corpus at every window length, as the object that `--json` prints.
 
-    A length above the model's limit is lowered to it. `limit`: at most so many windows of each corpus, spread over it.
+    A length above the model's limit is lowered to it. `limit`: at most so many windows of the shortest length of each
+    corpus, spread over it, and as many tokens at every other length.
     """
     tokenizer = load_tokenizer(target.source)
     longest = getattr(target.model.config, "max_position_embeddings", None) or max(seqlens)
@@ -122,8 +123,9 @@ def evaluate(
         with working(f"perplexity of {target.name} on {corpus.name}", quiet):
             tokens = tokens_of(corpus.text, "evaluation", tokenizer)
             for seqlen in lengths:
+                windows = None if limit is None else max(1, limit * lengths[0] // seqlen)
                 with target.ready() as model:
-                    ppl, predicted = perplexity(model, tokens, seqlen, limit)
+                    ppl, predicted = perplexity(model, tokens, seqlen, windows)
                 rows.append({"corpus": corpus.name, "seqlen": seqlen, "ppl": ppl, "tokens": predicted})
     return {
         "model": target.name,

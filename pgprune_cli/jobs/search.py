@@ -198,7 +198,12 @@ def _repaired(recipe: Recipe, model: nn.Module, keep: Keep, text: CalibrationTex
     with working("repairing the kept weights", quiet):
         settings = recipe.reconstruct
         batches = _repair_batches(recipe, text)
-        return repair(model, keep, batches, settings.method, settings.damping, settings.reselect)
+        return repair(model, keep, batches, settings.method, settings.damping, _reselects(recipe))
+
+
+def _reselects(recipe: Recipe) -> bool:
+    """Whether the repair chooses the units: a search over widths has only said how many, one over units which."""
+    return recipe.search.policy == "layers"
 
 
 def _calibration_forwards(recipe: Recipe, text: CalibrationText) -> int:
@@ -215,7 +220,7 @@ def _calibration_forwards(recipe: Recipe, text: CalibrationText) -> int:
         read += repairing + some_windows(repairing)
     if repaired:
         read += PASSES * repairing
-    if repaired and recipe.reconstruct.reselect:
+    if repaired and _reselects(recipe):
         read += some_windows(repairing)
     return math.ceil(sum(map(Tensor.numel, read)) / (recipe.calibration.batch * recipe.calibration.seqlen))
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pgprune_cli.atomic import read_json
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.loading import Source, load_model, load_tokenizer
+from pgprune_cli.writers.weights import DTYPES
 
 SIDE_FILES = (
     *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
@@ -29,30 +31,38 @@ SIDE_FILES = (
 )
 """What is copied from a base directory as it is."""
 
-GGUF_SHARD = 4 * 10**9
-"""Bytes of unpacked weights in one shard where the base is a GGUF file."""
-
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of the base's tensors: their shapes, and a context that gives their values by name."""
+    """A run of the base's tensors: meta tensors of their shapes and dtypes, and a context that gives them by name."""
 
-    shapes: Mapping[str, torch.Size]
+    tensors: Mapping[str, Tensor]
     open: Callable[[], AbstractContextManager[Callable[[str], Tensor]]]
 
 
 @dataclass(frozen=True)
 class Base:
-    """A dense model as files: `json` is its config.json, `config` what transformers reads it as; `bytes` of weights."""
+    """A dense model as files: `json` is its config.json, `config` what transformers reads it as."""
 
     json: dict[str, Any]
     config: Any
     shape: Shape
     shards: tuple[Shard, ...]
-    bytes: int
     write_side_files: Callable[[Path], None]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Meta tensors of all that the base holds, by name, shard after shard."""
+        return {name: tensor for shard in self.shards for name, tensor in shard.tensors.items()}
+
+    def read(self, names: Iterable[str]) -> Iterator[Tensor]:
+        """These tensors in turn. One shard is open at a time, so names had best come shard by shard."""
+        places = {name: place for place, shard in enumerate(self.shards) for name in shard.tensors}
+        for place, run in groupby(names, places.__getitem__):
+            with self.shards[place].open() as tensor:
+                yield from map(tensor, run)
 
 
 def open_base(source: Source, decision: Decision) -> Base:
@@ -87,8 +97,7 @@ def _from_directory(source: Source) -> tuple[Base, nn.Module]:
                 target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(path, target)
 
-    size = sum(path.stat().st_size for path in files)
-    return Base(given, config, Shape.of(model), tuple(shards), size, write_side_files), model
+    return Base(given, config, Shape.of(model), tuple(shards), write_side_files), model
 
 
 def _shard_of(path: Path) -> Shard:
@@ -101,11 +110,24 @@ def _shard_of(path: Path) -> Shard:
 
     try:
         with safe_open(path, framework="pt") as file:
-            shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            # Old checkpoints hold rotary_emb.inv_freq; it is computed nowadays.
+            found = {
+                name: _described(path, name, file.get_slice(name))
+                for name in file.keys()  # noqa: SIM118
+                if not name.endswith("rotary_emb.inv_freq")
+            }
     except SafetensorError as error:
         raise UserError(f"{path}: damaged or not safetensors ({error})") from None
-    # Old checkpoints hold this buffer; it is computed nowadays.
-    return Shard({name: shape for name, shape in shapes.items() if not name.endswith("rotary_emb.inv_freq")}, tensors)
+    return Shard(found, tensors)
+
+
+def _described(path: Path, name: str, part: Any) -> Tensor:
+    """The meta tensor of a slice that the safetensors library gives."""
+    if part.get_dtype() not in DTYPES:
+        raise UserError(
+            f"{path}: {name} is of dtype {part.get_dtype()}; weights that can be cut are {', '.join(DTYPES)}"
+        )
+    return torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
 
 
 def _is_duplicate(shards: list[Shard]) -> bool:
@@ -113,14 +135,14 @@ def _is_duplicate(shards: list[Shard]) -> bool:
     pair = []
     for wanted in (EMBEDDING, HEAD):
         for shard in shards:
-            if wanted in shard.shapes:
+            if wanted in shard.tensors:
                 with shard.open() as read:
                     pair.append(read(wanted))
     return len(pair) == 2 and torch.equal(*pair)
 
 
 def _without(shard: Shard, name: str) -> Shard:
-    return Shard({key: shape for key, shape in shard.shapes.items() if key != name}, shard.open)
+    return Shard({key: tensor for key, tensor in shard.tensors.items() if key != name}, shard.open)
 
 
 def _from_gguf(source: Source, decision: Decision) -> tuple[Base, nn.Module]:
@@ -131,22 +153,14 @@ def _from_gguf(source: Source, decision: Decision) -> tuple[Base, nn.Module]:
     tensors = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         tensors.pop(HEAD, None)
-    runs: list[dict[str, torch.Size]] = [{}]
-    size = 0
-    for name, tensor in tensors.items():
-        if size + tensor.nbytes > GGUF_SHARD and runs[-1]:
-            runs.append({})
-            size = 0
-        runs[-1][name] = tensor.shape
-        size += tensor.nbytes
 
     def write_side_files(directory: Path) -> None:
         load_tokenizer(source).save_pretrained(directory)
         model.generation_config.save_pretrained(directory)
 
-    shards = tuple(Shard(run, lambda: nullcontext(tensors.__getitem__)) for run in runs)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    return Base(given, model.config, Shape.of(model), shards, total, write_side_files), model
+    meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    shard = Shard(meta, lambda: nullcontext(tensors.__getitem__))
+    return Base(given, model.config, Shape.of(model), (shard,), write_side_files), model
 
 
 def _check(name: str, base: Base, model: nn.Module, keep: Keep) -> None:
@@ -154,10 +168,10 @@ def _check(name: str, base: Base, model: nn.Module, keep: Keep) -> None:
     decided = [(len(layer.attention), len(layer.ffn)) for layer in keep]
     if decided != list(zip(base.shape.kv_groups, base.shape.channels, strict=True)):
         raise UserError(f"{name}: has other layers, KV groups or FFN channels than the decision was made for")
-    found = {key: shape for shard in base.shards for key, shape in shard.shapes.items()}
+    found = base.tensors
     for key, tensor in model.state_dict().items():
         if key == HEAD and key not in found and base.config.tie_word_embeddings:
             continue
-        if found.get(key) != tensor.shape:
-            shape = "is missing" if key not in found else f"has the shape {tuple(found[key])}"
+        if key not in found or found[key].shape != tensor.shape:
+            shape = "is missing" if key not in found else f"has the shape {tuple(found[key].shape)}"
             raise UserError(f"{name}: the tensor {key} {shape}; by the config it should be {tuple(tensor.shape)}")

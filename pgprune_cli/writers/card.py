@@ -16,13 +16,15 @@ class Card:
     """What the card says beyond the decision.
 
     title: the directory's name; layers: for every layer of the base its kept and all KV groups, kept and all FFN
-    channels; code: whether loading runs the modelling file; measured: the object of `pgprune eval`.
+    channels; padded: where blocks are wider than that, the sparsity with their padding counted as kept; code: whether
+    loading runs the modelling file; measured: the object of `pgprune eval`.
     """
 
     title: str
     layers: Sequence[tuple[int, int, int, int]]
     parameters_before: int
     parameters_after: int
+    padded: float | None
     code: bool
     measured: Mapping[str, Any] | None
 
@@ -43,11 +45,17 @@ class Card:
         )
         front = ["---", "library_name: transformers", *base, "pipeline_tag: text-generation", "tags:"]
         front += ["- pgprune", "- pruned", "---", "", f"# {self.title}", "", ""]
+        padding = (
+            ""
+            if self.padded is None
+            else f"Some blocks are padded to sizes that suit runtimes, with units whose output weights are zero; with "
+            f"these counted as kept, {self.padded:.1%} of what could be pruned is gone. "
+        )
         less = 1 - self.parameters_after / self.parameters_before
         return "\n".join(front) + (
             f"{name}, with attention heads and FFN channels removed by pgprune: {self.parameters_after:,} of "
             f"{self.parameters_before:,} parameters are left ({less:.1%} fewer; {decision.sparsity:.1%} of those that "
-            f"could be pruned are gone). The kept weights were not retrained. "
+            f"could be pruned are gone). {padding}The kept weights were not retrained. "
             f"`decision.safetensors` and `decision.json` say which units stayed, and in which model."
         )
 

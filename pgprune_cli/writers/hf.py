@@ -1,28 +1,32 @@
-"""Export to a transformers model directory: the decision replayed on the base's weights, shard by shard.
+"""Export to a transformers model directory: the decision replayed on the base's weights, a tensor at a time.
 
-Layers with neither heads nor channels are dropped. A model whose layers then all have the same sizes is written as a
-stock one; any other takes `modeling_pruned.py` along. Either way its logits are those of the masked dense model.
+A model whose layers all have the same sizes is written as a stock one; any other takes `modeling_pruned.py` along.
+Either way its logits are those of the masked dense model, with the repaired outputs where there was a repair.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pgprune_cli.atomic import sync_directory, write_bytes, write_json
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.loading import INDEX, Source
-from pgprune_cli.writers import modeling_pruned
-from pgprune_cli.writers.base import Base, Shard, open_base
+from pgprune_cli.writers import modeling_pruned, weights
+from pgprune_cli.writers.base import Base, open_base
 from pgprune_cli.writers.card import Card
+from pgprune_cli.writers.hf_config import config_of
+from pgprune_cli.writers.normal_form import Needs, NormalForm, normal_form
 from pgprune_cli.writers.surgery import Cut, Surgery
 
 SLACK = 64 * 2**20
@@ -30,37 +34,60 @@ SLACK = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Written:
-    """What an export came to. `bytes` counts the weight files; tied parameters count once; `stock`: no code travels."""
+class Options:
+    """How it is written. dtype: None for the base's; shard_size: bytes of tensors in one file, at most, unless a single
+    tensor has more."""
 
-    directory: Path
-    model_type: str
-    stock: bool
-    layers_before: int
-    layers_after: int
-    parameters_before: int
-    parameters_after: int
-    bytes: int
+    needs: Needs = field(default_factory=Needs)
+    dtype: torch.dtype | None = None
+    shard_size: int = 5 * 10**9
 
 
-def write(
-    source: Source,
-    decision: Decision,
-    out: Path,
-    measured: Mapping[str, Any] | None,
-    on_shard: Callable[[int, int], None],
-) -> Written:
-    """Writes the pruned model into the new directory `out`; on any failure nothing of it is left.
+@dataclass(frozen=True)
+class Plan:
+    """All that an export will be, known before a byte of it is written. `files`: the tensors of every weight file."""
 
-    `measured` is the object of `pgprune eval`, for the card. `on_shard(done, total)` follows every weight file.
+    base: Base
+    decision: Decision
+    form: NormalForm
+    config: Mapping[str, Any]
+    files: Mapping[str, list[Cut]]
 
-    Raises:
-        UserError: `out` exists and is not an empty directory; the base is not the one that the decision was made for,
-            or is quantised or incomplete; nothing is kept; the disk is too full.
+    @property
+    def cuts(self) -> list[Cut]:
+        return [cut for cuts in self.files.values() for cut in cuts]
+
+    @property
+    def stock(self) -> bool:
+        """Whether no code travels."""
+        return "per_layer_config" not in self.config
+
+    @property
+    def bytes(self) -> int:
+        """Of the weight files."""
+        return sum(len(weights.header(cuts)) + sum(map(weights.bytes_of, cuts)) for cuts in self.files.values())
+
+    @property
+    def parameters_before(self) -> int:
+        """Tied ones count once; likewise after."""
+        return sum(tensor.numel() for tensor in self.base.tensors.values())
+
+    @property
+    def parameters_after(self) -> int:
+        return sum(cut.shape.numel() for cut in self.cuts)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the prunable parameters that is not written; padding counts as kept."""
+        return self.form.sparsity(self.base.shape.parameters)
+
+
+def plan(source: Source, decision: Decision, options: Options) -> Plan:
+    """What `write` will write; reads no weights.
+
+    Raises UserError: the base is not the one that the decision was made for, or is quantised or incomplete; nothing is
+    kept.
     """
-    out = out.expanduser().resolve()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: exists already and is not an empty directory")
     fingerprint = source.fingerprint()
     if fingerprint != decision.fingerprint:
         raise UserError(
@@ -68,69 +95,68 @@ def write(
             f"{fingerprint}, the decision was made for {decision.fingerprint}"
         )
     base = open_base(source, decision)
-    _check_biases(base, decision)
-    surgery = Surgery(base.shape.spec, decision.keep, decision.outputs)
-    config = surgery.config(base.json, base.config)
-    stock = "per_layer_config" not in config
-    shards = [(shard, surgery.cuts(shard.shapes)) for shard in base.shards]
-    before = sum(size.numel() for shard in base.shards for size in shard.shapes.values())
-    after = sum(cut.numel(shard.shapes[name]) for shard, cuts in shards for name, cut in cuts.items())
-    _check_space(out, base.bytes * after // before + SLACK)
+    form = normal_form(decision.keep, options.needs)
+    surgery = Surgery(base.shape.spec, form, decision.outputs, base.tensors, options.dtype)
+    dtype = None if options.dtype is None else str(options.dtype).removeprefix("torch.")
+    config = config_of(base.json, base.config, form, surgery.new_biases, dtype)
+    return Plan(base, decision, form, config, _files(surgery.cuts(), options.shard_size))
 
+
+def _files(cuts: list[Cut], shard_size: int) -> dict[str, list[Cut]]:
+    """The tensors in files of at most `shard_size` bytes, in their order but for the wider dtypes first in a file, so
+    that every tensor is aligned."""
+    runs: list[list[Cut]] = [[]]
+    size = 0
+    for cut in cuts:
+        size += weights.bytes_of(cut)
+        if size > shard_size and runs[-1]:
+            runs.append([])
+            size = weights.bytes_of(cut)
+        runs[-1].append(cut)
+    runs = [sorted(run, key=lambda cut: -cut.dtype.itemsize) for run in runs]
+    if len(runs) == 1:
+        return {"model.safetensors": runs[0]}
+    return {f"model-{number:05}-of-{len(runs):05}.safetensors": run for number, run in enumerate(runs, 1)}
+
+
+def write(plan: Plan, out: Path, measured: Mapping[str, Any] | None, on_bytes: Callable[[int], None]) -> None:
+    """Writes the planned model into the new directory `out`; on any failure nothing of it is left.
+
+    `measured` is the object of `pgprune eval`, for the card. `on_bytes(n)` follows every tensor of n bytes.
+
+    Raises:
+        UserError: `out` exists and is not an empty directory; the disk is too full; a weight does not fit the dtype.
+    """
+    out = out.expanduser().resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out}: exists already and is not an empty directory")
+    _check_space(out, plan.bytes + SLACK)
     with _new_directory(out) as directory:
-        write_json(directory / "config.json", config)
-        size = _write_weights(directory, [(shard, cuts) for shard, cuts in shards if cuts], on_shard)
-        base.write_side_files(directory)
-        if not stock:
+        write_json(directory / "config.json", plan.config)
+        for name, cuts in plan.files.items():
+            weights.write(directory / name, cuts, _tensors(plan.base, cuts, on_bytes))
+        places = {cut.name: name for name, cuts in plan.files.items() for cut in cuts}
+        total = sum(map(weights.bytes_of, plan.cuts))
+        # For a single file too: without an index, servers take decision.safetensors for weights.
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
+        plan.base.write_side_files(directory)
+        if not plan.stock:
             shutil.copyfile(modeling_pruned.__file__, directory / Path(modeling_pruned.__file__).name)
-        decision.save(directory)
-        layers = [(int(k.attention.sum()), len(k.attention), int(k.ffn.sum()), len(k.ffn)) for k in decision.keep]
-        card = Card(out.name, layers, before, after, not stock, measured)
-        write_bytes(directory / "README.md", card.text(decision).encode())
-    layers_after = config["num_hidden_layers"]
-    return Written(out, config["model_type"], stock, len(decision.keep), layers_after, before, after, size)
+        # The repaired outputs are in the weights; a second time they could double the size.
+        dataclasses.replace(plan.decision, outputs={}).save(directory)
+        write_bytes(directory / "README.md", _card(plan, out.name, measured).text(plan.decision).encode())
 
 
-def _check_biases(base: Base, decision: Decision) -> None:
-    """A repair may have fitted a bias where the base has none, and its architecture then has no place for it."""
-    found = {name for shard in base.shards for name in shard.shapes}
-    for (index, name), output in decision.outputs.items():
-        block = dict(base.shape.spec.blocks())[name]
-        bias = f"{base.shape.spec.layers}.{index}.{block.module}.{block.output.name}.bias"
-        if output.bias is not None and bias not in found:
-            raise UserError(
-                f"{bias}: the repair has fitted this bias, for which the base model has no place; "
-                "search with reconstruct.method: least-squares"
-            )
+def _tensors(base: Base, cuts: list[Cut], on_bytes: Callable[[int], None]) -> Iterator[Tensor]:
+    for cut, tensor in zip(cuts, base.read(cut.source for cut in cuts), strict=True):
+        yield cut.apply(tensor)
+        on_bytes(weights.bytes_of(cut))
 
 
-def _write_weights(
-    directory: Path, shards: list[tuple[Shard, dict[str, Cut]]], on_shard: Callable[[int, int], None]
-) -> int:
-    """Writes one file for each shard, and the index where they are several. Returns the bytes of the files."""
-    weight_map: dict[str, str] = {}
-    total_size = file_size = 0
-    for number, (shard, cuts) in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        total_size += _write_shard(directory / name, shard, cuts)
-        file_size += (directory / name).stat().st_size
-        weight_map |= {cut.name: name for cut in cuts.values()}
-        on_shard(number, len(shards))
-    if len(shards) > 1:
-        write_json(directory / INDEX, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
-    return file_size
-
-
-def _write_shard(path: Path, shard: Shard, cuts: Mapping[str, Cut]) -> int:
-    """Writes what is left of one shard; its tensors are freed on return. Returns the bytes of the tensors."""
-    from safetensors.torch import save_file
-
-    with shard.open() as read:
-        tensors: dict[str, Tensor] = {cut.name: cut.apply(read(name)) for name, cut in cuts.items()}
-    save_file(tensors, path, metadata={"format": "pt"})
-    # safetensors makes files that only their owner can read.
-    shutil.copymode(path.with_name("config.json"), path)
-    return sum(tensor.nbytes for tensor in tensors.values())
+def _card(plan: Plan, title: str, measured: Mapping[str, Any] | None) -> Card:
+    kept = [(int(k.attention.sum()), len(k.attention), int(k.ffn.sum()), len(k.ffn)) for k in plan.form.kept]
+    padded = plan.sparsity if plan.form.padded else None
+    return Card(title, kept, plan.parameters_before, plan.parameters_after, padded, not plan.stock, measured)
 
 
 def _check_space(out: Path, needed: int) -> None:

@@ -5,6 +5,7 @@ Where pgprune is installed, `import pgprune_cli.writers.modeling_pruned` does in
 
 The sizes stand in `per_layer_config` as transformers (5.14 and later) defines it: by layer index, the values in which a
 layer differs from the global, dense ones; `"skip": ["attention"]` or `["mlp"]` for a layer that lost that block.
+`output_biases` lists which of these blocks have a bias on their output in every layer, where the base's have none.
 """
 
 import copy
@@ -81,6 +82,10 @@ class PrunedModel:
         layer = self.layer_class(config, index)
         # Only the sizes are the layer's own: what may change later (set_attn_implementation) is read from the whole's.
         layer.self_attn.config = layer.mlp.config = self.config
+        for name, block, output in (("attention", layer.self_attn, "o_proj"), ("mlp", layer.mlp, "down_proj")):
+            if name in (getattr(config, "output_biases", None) or ()):
+                linear = getattr(block, output)
+                setattr(block, output, nn.Linear(linear.in_features, linear.out_features))
         if "attention" in config.skip:
             layer.input_layernorm, layer.self_attn = nn.Identity(), NoHeads()
         if "mlp" in config.skip:

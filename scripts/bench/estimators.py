@@ -4,6 +4,7 @@
 
 `paper` and `rloo` sample every unit by itself, `layers` the widths of the layers. All of them get the same number of
 forwards, the same text and in the end a repair; the units that were sampled one by one stay the ones they are in it.
+A line of the plot is the search as it sees itself, the dot at its end the decision after the repair.
 DIR holds a run for each estimator and seed; one that is finished is not repeated, and one that was stopped goes on.
 Every directory `DIR/NAME/seed-N` is then read, also those that another version of pgprune made: a table goes to stdout
 and `estimators.md`, a plot to `estimators.svg` (matplotlib, `pip install pgprune[dev]`).
@@ -25,10 +26,11 @@ from pgprune_cli.jobs.run_directory import METRICS_FILE
 from pgprune_cli.jobs.search import search
 from pgprune_cli.recipe import find, load
 
+UNITS = ["search.policy=units", "search.samples=2", "search.evaluate_every=8"]
 ESTIMATORS = {
-    "paper": ["search.policy=units", "search.samples=2", "search.estimator=paper", "reconstruct.reselect=false"],
-    "rloo": ["search.policy=units", "search.samples=2", "search.estimator=rloo", "reconstruct.reselect=false"],
-    "layers": [],
+    "paper": [*UNITS, "search.estimator=paper"],
+    "rloo": [*UNITS, "search.estimator=rloo"],
+    "layers": ["search.evaluate_every=1"],  # of 16 samples, so that all are looked at after as many forwards
 }
 MEASURED = "bench.json"
 
@@ -100,6 +102,8 @@ def plot(runs: list[Path], names: list[str], target: Path) -> None:
         forwards, perplexities = zip(*curve(run), strict=True)
         label = name if run == next(one for one in runs if one.parent.name == name) else None
         axes.plot(forwards, perplexities, color=colours[name], alpha=0.8, linewidth=1.4, label=label)
+        repaired = math.exp(Decision.load(run).heldout_loss or math.inf)
+        axes.plot(forwards[-1:], [repaired], "o", color=colours[name], markersize=5)
     axes.set(xlabel="forward passes of the search", ylabel="held-out perplexity of the hard mask", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend()

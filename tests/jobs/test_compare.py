@@ -19,9 +19,25 @@ def recipe(small):
 
 
 def test_every_variant_differs_from_every_other(recipe) -> None:
-    recipes = [variant.recipe for variant in variants_of(recipe)]
-    assert len(set(recipes)) == len(recipes) == 11
-    assert len({variant.name for variant in variants_of(recipe)}) == 11
+    variants = variants_of(recipe)
+    assert len({variant.recipe for variant in variants}) == len({variant.name for variant in variants}) == len(variants)
+
+
+@pytest.mark.parametrize(
+    ("metric", "method", "own"),
+    [
+        ("obs", "least-squares", {"sparsegpt", "sparsegpt-uniform"}),
+        ("wanda-sp", "least-squares", {"wanda-sp", "wanda-sp-uniform"}),
+        ("flap", "bias", {"flap", "flap-uniform"}),
+    ],
+)
+def test_every_method_has_its_rows_once(small, metric, method, own) -> None:
+    names = {
+        variant.name for variant in variants_of(small(f"saliency.metric={metric}", f"reconstruct.method={method}"))
+    }
+    methods = {"random", "magnitude", "wanda-sp", "flap", "llm-pruner", "sparsegpt"}
+    wanted = methods | {f"{name}-uniform" for name in methods}
+    assert wanted - names == own  # those are the ablation's own rows
 
 
 def test_a_comparison_is_a_table_and_goes_on_where_it_was(recipe, tmp_path, monkeypatch) -> None:
@@ -47,5 +63,5 @@ def test_a_comparison_is_a_table_and_goes_on_where_it_was(recipe, tmp_path, monk
 
 
 def test_a_name_that_is_no_variants_is_refused(recipe, tmp_path) -> None:
-    with pytest.raises(UserError, match="--only metrics: expected one of metric-uniform, metric, "):
+    with pytest.raises(UserError, match="--only metrics: expected one of random-uniform, random, "):
         compare(recipe, tmp_path, [0], ["metrics"], None, quiet=True)

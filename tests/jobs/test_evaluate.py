@@ -137,6 +137,12 @@ def test_windows_longer_than_the_model_reads_become_its_limit(text: Corpus) -> N
     assert [row["seqlen"] for row in rows] == [32, longest]
 
 
+def test_a_limit_reads_as_much_text_at_every_length(text: Corpus) -> None:
+    target = open_target("demo", None, "cpu", quiet=True)
+    rows = evaluate(target, [text], [16, 32, 64], 8, quiet=True)["perplexity"]
+    assert [row["tokens"] for row in rows] == [8 * 15, 4 * 31, 2 * 63]
+
+
 def test_a_run_is_evaluated_as_its_recipe_says(run: Path, small) -> None:
     target = open_target(str(run), None, None, quiet=True)
     assert target.evaluation == small().evaluation

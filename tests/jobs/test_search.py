@@ -408,19 +408,16 @@ def test_a_search_over_widths_resumes_bit_for_bit_and_repairs_the_same(step, sma
     assert first.calibration_forwards > 0
 
 
-@pytest.mark.parametrize("reselect", ["true", "false"])
-def test_the_repair_lowers_the_loss_and_is_what_the_decision_carries(reselect, small, tmp_path) -> None:
-    enough = ("search.forwards=0", "calibration.sequences=132")  # of fewer windows it learns too much by heart
+def test_the_repair_lowers_the_loss_and_is_what_the_decision_carries(small, tmp_path) -> None:
+    # of fewer windows it learns too much by heart
+    enough = ("search.policy=units", "search.forwards=0", "calibration.sequences=132")
     plain = search(small(*enough), tmp_path / "plain", quiet=True)
-    recipe = small(*enough, "reconstruct.method=least-squares", f"reconstruct.reselect={reselect}")
+    recipe = small(*enough, "reconstruct.method=least-squares")
     repaired = search(recipe, tmp_path / "repaired", quiet=True)
     assert repaired.heldout_loss < plain.heldout_loss
     assert (repaired.sparsity, repaired.budget) == (plain.sparsity, plain.budget)
-    for one, other in zip(repaired.keep, plain.keep, strict=True):  # as many units; which ones, reselect decides
-        assert (int(one.attention.sum()), int(one.ffn.sum())) == (int(other.attention.sum()), int(other.ffn.sum()))
-    assert (reselect == "true") == any(
-        not torch.equal(one.ffn, other.ffn) for one, other in zip(repaired.keep, plain.keep, strict=True)
-    )
+    for one, other in zip(repaired.keep, plain.keep, strict=True):  # the units that were searched
+        assert torch.equal(one.attention, other.attention) and torch.equal(one.ffn, other.ffn)
     again = Decision.load(tmp_path / "repaired").outputs
     assert again.keys() == repaired.outputs.keys() != set()
     assert all(torch.equal(again[key].weight, repaired.outputs[key].weight) for key in again)
@@ -431,6 +428,17 @@ def test_the_repair_lowers_the_loss_and_is_what_the_decision_carries(reselect, s
     (tmp_path / "repaired" / REPAIR).write_bytes(b"cut")
     with pytest.raises(UserError, match="missing, damaged, or not the repair"):
         Decision.load(tmp_path / "repaired")
+
+
+def test_a_search_over_widths_leaves_the_choice_of_units_to_the_repair(small, tmp_path) -> None:
+    kept = {}
+    for method in ("none", "least-squares"):
+        recipe = small("search.policy=layers", "search.forwards=0", f"reconstruct.method={method}")
+        decision = search(recipe, tmp_path / method, quiet=True)
+        scores = Scores.load(tmp_path / method).tensors
+        channels = {f"layers.{index}.ffn": layer.ffn for index, layer in enumerate(decision.keep)}
+        kept[method] = all(mask[scores[name].topk(int(mask.sum())).indices].all() for name, mask in channels.items())
+    assert kept == {"none": True, "least-squares": False}
 
 
 def test_widths_of_whole_blocks_are_refused(small, tmp_path) -> None:

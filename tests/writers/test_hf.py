@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -16,13 +17,17 @@ import torch
 from conftest import VOCABULARY, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pgprune_cli.arch import LayerKeep, Shape
+from pgprune_cli.arch import LayerKeep
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
-from pgprune_cli.loading import load_model, resolve
-from pgprune_cli.writers import hf
+from pgprune_cli.loading import resolve
+from pgprune_cli.reconstruct import repair
+from pgprune_cli.substrate import Evaluator
+from pgprune_cli.writers import hf, weights
+from pgprune_cli.writers.normal_form import Needs
 
 GROUPS, CHANNELS, LAYERS = 4, 24, 4
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-4}
@@ -68,8 +73,14 @@ def decide(base: Path, keep) -> Decision:
     return Decision(keep, str(base), resolve(str(base)).fingerprint(), 0.5, "dtype: float32", 10, 80, 9, 2.5)
 
 
-def export(base: Path, out: Path, keep, measured=None) -> hf.Written:
-    return hf.write(resolve(str(base)), decide(base, keep), out, measured, lambda done, total: None)
+def export(base: Path, out: Path, keep, measured=None, **options) -> hf.Plan:
+    return replay(decide(base, keep), out, measured, **options)
+
+
+def replay(decision: Decision, out: Path, measured=None, **options) -> hf.Plan:
+    planned = hf.plan(resolve(decision.model), decision, hf.Options(**options))
+    hf.write(planned, out, measured, lambda count: None)
+    return planned
 
 
 def load(directory: Path):
@@ -113,7 +124,7 @@ def test_export_equals_the_masked_dense_model(saved, tmp_path, name):
     with masked(model, keep):
         torch.testing.assert_close(pruned(tokens).logits, model(tokens).logits, **TOLERANCE)
     assert not written.stock
-    assert written.layers_after == len(pruned.model.layers) == sum(a + f > 0 for a, f in DECISIONS[name])
+    assert len(written.form.layers) == len(pruned.model.layers) == sum(a + f > 0 for a, f in DECISIONS[name])
     assert written.parameters_after == sum(parameter.numel() for parameter in pruned.parameters())
     assert written.parameters_before == sum(parameter.numel() for parameter in model.parameters())
 
@@ -227,7 +238,7 @@ def test_a_uniform_decision_becomes_a_stock_model(saved, tmp_path, architecture)
     written = export(base, tmp_path / "out", keep)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written.stock
-    assert config["model_type"] == written.model_type == model.config.model_type
+    assert config["model_type"] == written.config["model_type"] == model.config.model_type
     assert not {"auto_map", "per_layer_config"} & set(config)
     assert not list((tmp_path / "out").glob("*.py"))
     tokens = torch.randint(3, VOCABULARY, (2, 30))
@@ -244,34 +255,35 @@ def test_heads_that_do_not_divide_the_hidden_size(tmp_path, architecture, stock,
     model.save_pretrained(tmp_path / "base")
     keep = draw([(3, 7)] * LAYERS)  # 6 heads, hidden size 32
     written = export(tmp_path / "base", tmp_path / "out", keep)
-    assert (written.stock, written.model_type) == (stock, model_type)
+    assert (written.stock, written.config["model_type"]) == (stock, model_type)
     tokens = torch.randint(3, VOCABULARY, (2, 30))
     with masked(model, keep):
         torch.testing.assert_close(load(tmp_path / "out")(tokens).logits, model(tokens).logits, **TOLERANCE)
 
 
-def test_a_sharded_base_gives_the_same_tensors(saved, tmp_path):
+def test_a_sharded_base_gives_the_same_tensors_in_shards_of_any_size(saved, tmp_path):
     model, base = saved
     model.save_pretrained(tmp_path / "sharded", max_shard_size="6KB")
     keep = draw(DECISIONS["layers gone, the first one too"])
     export(base, tmp_path / "one", keep)
-    seen = []
-    source = resolve(str(tmp_path / "sharded"))
-    written = hf.write(source, decide(tmp_path / "sharded", keep), tmp_path / "many", None, lambda *at: seen.append(at))
+    decision = decide(tmp_path / "sharded", keep)
+    seen: list[int] = []
+    planned = hf.plan(resolve(decision.model), decision, hf.Options(shard_size=4000))
+    hf.write(planned, tmp_path / "many", None, seen.append)
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors") if path.name.startswith("model"))
-    # Shards of which nothing was left are not there, and the names count those that are.
-    assert len(files) < len(source.weight_files())
+    assert len(files) > 2
     assert files == [f"model-{n:05}-of-{len(files):05}.safetensors" for n in range(1, len(files) + 1)]
-    assert seen == [(n, len(files)) for n in range(1, len(files) + 1)]
-    assert written.bytes == sum((tmp_path / "many" / name).stat().st_size for name in files)
+    assert planned.bytes == sum((tmp_path / "many" / name).stat().st_size for name in files)
     wanted = load_file(tmp_path / "one" / "model.safetensors")
     found = {}
     for name in files:
         found |= (part := load_file(tmp_path / "many" / name))
         assert part and all(index["weight_map"][key] == name for key in part)
+        assert sum(tensor.nbytes for tensor in part.values()) <= 4000 or len(part) == 1
     assert set(index["weight_map"]) == set(found) == set(wanted)
-    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values()) == sum(seen)
+    assert seen == [tensor.nbytes for tensor in map(found.get, [cut.name for cut in planned.cuts])]
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
     load(tmp_path / "many")
 
@@ -328,11 +340,11 @@ def test_what_stands_there_already_is_refused(llama, tmp_path):
 def test_a_failure_leaves_nothing_behind(llama, tmp_path, monkeypatch):
     _, base = llama
 
-    def full(tensors, path, metadata):
-        Path(path).write_bytes(b"half")
+    def full(path, entries, tensors):
+        path.write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr(weights, "write", full)
     with pytest.raises(OSError, match="no space"):
         export(base, tmp_path / "out", draw(DECISIONS["some of everything"]))
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
@@ -352,7 +364,7 @@ def test_another_base_is_refused(llama, tmp_path):
     tiny_model("llama-gqa", seed=1).save_pretrained(base)
     changed = resolve(str(base))
     with pytest.raises(UserError, match=re.escape(decision.fingerprint)) as refusal:
-        hf.write(changed, decision, tmp_path / "out", None, lambda *_: None)
+        hf.plan(changed, decision, hf.Options())
     assert changed.fingerprint() in str(refusal.value)
 
 
@@ -378,46 +390,143 @@ def test_an_incomplete_or_quantised_base_is_refused(llama, tmp_path):
         export(base, tmp_path / "out", keep)
 
 
-@pytest.mark.parametrize("reselect", [False, True])
-def test_an_export_holds_the_repaired_weights(architecture, reselect, tmp_path):
-    """The exported model equals the dense one shrunk with the repair, not with the kept columns as they were."""
-    from pgprune_cli.reconstruct import repair
-    from pgprune_cli.substrate import Evaluator
-
-    model = tiny_model(architecture)
-    model.save_pretrained(tmp_path / "base")
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(VOCABULARY, (4, 16), generator=generator)
-    shape = Shape.of(model)
+def repaired(base: Path, model, method: str, reselect: bool = False, uniform: bool = False) -> tuple[Decision, Tensor]:
+    """A decision with its repair, and the text that it saw. Whole blocks, without a repair, are among the layers."""
+    tokens = torch.randint(VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
     keep = tuple(
-        LayerKeep(torch.arange(groups) != layer % 2, torch.arange(channels) % 3 != 0)
-        for layer, (groups, channels) in enumerate(zip(shape.kv_groups, shape.channels, strict=True))
+        LayerKeep(torch.arange(GROUPS) != (0 if uniform else layer % 2 * 9), torch.arange(CHANNELS) % 3 != 0)
+        for layer in range(LAYERS)
     )
-    keep, outputs = repair(model, keep, [tokens], "least-squares", 1e-3, reselect)
-    fingerprint = resolve(str(tmp_path / "base")).fingerprint()
-    decision = Decision(keep, str(tmp_path / "base"), fingerprint, 0.3, "dtype: float32", 1, 2, 3, 2.5, outputs)
-    hf.write(resolve(str(tmp_path / "base")), decision, tmp_path / "small", None, lambda *_: None)
-    exported = load_model(resolve(str(tmp_path / "small")), "float32", "cpu")
+    keep, outputs = repair(model, keep, [tokens], method, 1e-3, reselect)
+    fingerprint = resolve(str(base)).fingerprint()
+    return Decision(keep, str(base), fingerprint, 0.3, "dtype: float32", 1, 2, 3, 2.5, outputs), tokens
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+@pytest.mark.parametrize(
+    ("method", "reselect"),
+    [("least-squares", False), ("least-squares", True), ("least-squares-bias", False), ("bias", False)],
+)
+@torch.inference_mode()
+def test_an_export_holds_the_repaired_weights(saved, tmp_path, method, reselect, uniform):
+    """The exported model equals the dense one shrunk with the repair, not with the kept columns as they were."""
+    model, base = saved
+    decision, tokens = repaired(base, model, method, reselect, uniform)
+    written = replay(decision, tmp_path / "small")
+    exported = load(tmp_path / "small")
     evaluator = Evaluator(model)
-    with torch.inference_mode():
-        with evaluator.shrunk(keep, outputs) as shrunk:
-            expected = shrunk(tokens).logits
-        with evaluator.shrunk(keep) as unrepaired:
-            other = unrepaired(tokens).logits
-        got = exported(tokens).logits
+    with evaluator.shrunk(decision.keep, decision.outputs) as shrunk:
+        expected = shrunk(tokens).logits
+    with evaluator.shrunk(decision.keep) as unrepaired:
+        other = unrepaired(tokens).logits
+    got = exported(tokens).logits
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
     assert (got - other).abs().max() > 1e-2
 
+    has_biases = getattr(model.config, "mlp_bias", False)
+    fitted = "bias" in method and not has_biases
+    config = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert config.get("output_biases") == (["attention", "mlp"] if fitted else None)
+    assert written.parameters_after == sum(parameter.numel() for parameter in exported.parameters())
+    if fitted:
+        assert not written.stock
+    exported.save_pretrained(tmp_path / "again")
+    assert torch.equal(load(tmp_path / "again")(tokens).logits, got)
 
-def test_a_fitted_bias_without_a_place_is_refused(tmp_path):
-    from pgprune_cli.reconstruct import repair
 
-    model = tiny_model("llama-gqa")
-    model.save_pretrained(tmp_path / "base")
-    keep = tuple(LayerKeep(torch.ones(4, dtype=torch.bool), torch.arange(24) > 3) for _ in range(4))
-    outputs = repair(model, keep, [torch.arange(32).view(2, 16)], "bias", 1e-3).outputs
-    fingerprint = resolve(str(tmp_path / "base")).fingerprint()
-    decision = Decision(keep, str(tmp_path / "base"), fingerprint, 0.3, "dtype: float32", 1, 2, 3, 2.5, outputs)
-    with pytest.raises(UserError, match=r"mlp.down_proj.bias: the repair has fitted this bias"):
-        hf.write(resolve(str(tmp_path / "base")), decision, tmp_path / "small", None, lambda *_: None)
-    assert not (tmp_path / "small").exists()
+@torch.inference_mode()
+def test_a_bias_fitted_in_one_block_only_is_zero_in_the_others(llama, tmp_path):
+    model, base = llama
+    tokens = torch.randint(VOCABULARY, (4, 16))
+    keep = draw([(4, 24), (0, 9), (4, 24), (4, 0)])
+    outputs = repair(model, keep, [tokens], "bias", 1e-3).outputs
+    decision = dataclasses.replace(decide(base, keep), outputs=outputs)
+    replay(decision, tmp_path / "small")
+    pruned = load(tmp_path / "small")
+    assert pruned.config.output_biases == ["mlp"]
+    assert {name for name, value in pruned.named_parameters() if name.endswith("bias") and value.any()} == {
+        "model.layers.1.mlp.down_proj.bias"
+    }
+    assert sum(name.endswith("bias") for name, _ in pruned.named_parameters()) == 3
+    with Evaluator(model).shrunk(keep, outputs) as shrunk:
+        torch.testing.assert_close(pruned(tokens).logits, shrunk(tokens).logits, **TOLERANCE)
+
+
+PADDED = {
+    "zero groups": Needs("every"),
+    "heads in the first layer": Needs("first"),
+    "multiples": Needs(kv_multiple=2, ffn_multiple=8),
+    "everything": Needs("every", "every", kv_multiple=3, ffn_multiple=5),
+}
+
+
+@pytest.mark.parametrize("needs", PADDED)
+@pytest.mark.parametrize("method", ["none", "least-squares", "least-squares-bias"])
+@torch.inference_mode()
+def test_padding_leaves_the_logits_as_they_were(saved, tmp_path, needs, method):
+    model, base = saved
+    keep = draw([(0, 9), (2, 24), (3, 0), (1, 5)])
+    tokens = torch.randint(3, VOCABULARY, (2, 20))
+    outputs = {} if method == "none" else repair(model, keep, [tokens], method, 1e-3).outputs
+    decision = dataclasses.replace(decide(base, keep), outputs=outputs)
+    planned = replay(decision, tmp_path / "out", needs=PADDED[needs])
+    pruned = load(tmp_path / "out")
+    sizes = planned.form.sizes()
+    assert sizes != [(0, 9), (2, 24), (3, 0), (1, 5)]
+    for layer, (groups, channels) in zip(pruned.model.layers, sizes, strict=True):
+        found = layer.self_attn.k_proj.out_features // 8 if groups else 0
+        assert (found, layer.mlp.down_proj.in_features if channels else 0) == (groups, channels)
+    with Evaluator(model).shrunk(keep, outputs) as shrunk:
+        torch.testing.assert_close(pruned(tokens).logits, shrunk(tokens).logits, **TOLERANCE)
+    assert planned.parameters_after == sum(parameter.numel() for parameter in pruned.parameters())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"with these counted as kept, {planned.sparsity:.1%} of what could be pruned is gone" in card
+
+
+@torch.inference_mode()
+def test_padding_can_make_a_stock_model(llama, tmp_path):
+    model, base = llama
+    keep = draw([(2, 6), (1, 8), (2, 7), (0, 5)])
+    planned = export(base, tmp_path / "out", keep, needs=Needs("every", kv_multiple=2, ffn_multiple=8))
+    assert planned.stock
+    tokens = torch.randint(3, VOCABULARY, (2, 30))
+    with masked(model, keep):
+        torch.testing.assert_close(load(tmp_path / "out")(tokens).logits, model(tokens).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_weights_are_written_in_the_dtype_asked_for(llama, tmp_path, dtype):
+    model, base = llama
+    decision, _ = repaired(base, model, "least-squares")
+    replay(decision, tmp_path / "same")
+    planned = replay(decision, tmp_path / "out", dtype=dtype)
+    wanted, found = (load_file(tmp_path / name / "model.safetensors") for name in ("same", "out"))
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name].to(dtype)) for name in wanted)
+    assert {tensor.dtype for tensor in found.values()} == {dtype}
+    assert load(tmp_path / "out").dtype == dtype
+    assert planned.bytes == (tmp_path / "out" / "model.safetensors").stat().st_size
+
+
+def test_weights_too_large_for_the_dtype_are_refused(llama, tmp_path):
+    model, base = llama
+    model.model.layers[1].mlp.up_proj.weight.data[3, 4] = 1e6
+    model.save_pretrained(base)
+    keep = draw([(4, 24)] * LAYERS)
+    said = r"model\.layers\.1\.mlp\.up_proj\.weight: has weights of up to 1e\+06, and float16 ends at 6\.55e\+04"
+    with pytest.raises(UserError, match=said):
+        export(base, tmp_path / "out", keep, dtype=torch.float16)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+    export(base, tmp_path / "out", keep, dtype=torch.bfloat16)
+
+
+def test_a_decision_beside_the_weights_is_never_taken_for_weights(llama, tmp_path):
+    """Servers read every *.safetensors of a directory unless an index says which are the model's."""
+    model, base = llama
+    decision, _ = repaired(base, model, "least-squares")
+    replay(decision, tmp_path / "out")
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {"model.safetensors"}
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert files == ["decision.safetensors", "model.safetensors"]
+    assert Decision.load(tmp_path / "out").model == str(base)

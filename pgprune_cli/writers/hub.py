@@ -1,0 +1,38 @@
+"""Exported models on the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pgprune_cli.errors import RunError, UserError
+
+
+def check_name(name: str) -> None:
+    """Raises UserError for what cannot be the name of a model on the hub."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise UserError(f"--push {name}: not a name on the hub: {' '.join(str(error).split())}") from None
+
+
+def push(directory: Path, name: str) -> str:
+    """Uploads the model to the repository `name`, made where there is none; returns where it is to be seen.
+
+    Raises RunError where it does not arrive; `directory` is as it was.
+    """
+    from huggingface_hub import HfApi
+
+    try:
+        api = HfApi()
+        repository = api.create_repo(name, exist_ok=True)
+        api.upload_folder(repo_id=repository.repo_id, folder_path=directory, commit_message="Pruned by pgprune")
+    except Exception as error:  # of the hub, of its HTTP library (another one in older versions), of the network
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise RunError(
+            f"--push {name}: did not arrive on the hub ({reason}); the model is in {directory}, and "
+            f"`hf upload {name} {directory}` tries again"
+        ) from None
+    return str(repository)
