@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import SMALL
+from multiple_choice import items_of, task_file
 
 from pgprune_cli import cli
 from pgprune_cli.decision import MASKS
@@ -115,6 +116,24 @@ def test_the_whole_job_prints_one_object_a_command(pgprune) -> None:
         "weight_bytes",
         "peak_memory_bytes",
     }
+
+
+def test_accuracies_stand_beside_perplexity_in_the_object_and_in_the_table(pgprune, tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra: pip install 'pgprune[eval]'")
+    (tmp_path / "tales.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items_of(4)))
+    task = task_file(tmp_path, tmp_path / "tales.jsonl")
+    (tmp_path / "text.txt").write_text("The king was glad. " * 20)
+    words = ["eval", "demo", "--tasks", str(task), "--task-limit", "3", "--ppl", "text=text.txt", "--seqlen", "32"]
+    code, out, err = pgprune(*words, "--json")
+    assert code == 0, err
+    measured = json.loads(out)
+    assert [row["corpus"] for row in measured["perplexity"]] == ["text"]
+    assert [(row["metric"], row["items"]) for row in measured["tasks"]] == [("acc", 3), ("acc_norm", 3)]
+    code, out, err = pgprune(*words)
+    assert code == 0, err
+    assert f"{measured['perplexity'][0]['ppl']:,.2f}" in out
+    for row in measured["tasks"]:
+        assert f"{row['value']:.4f} ± {row['stderr']:.4f}" in out
 
 
 def test_without_json_a_person_reads_a_line_or_a_table(pgprune) -> None:
