@@ -31,7 +31,7 @@ Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run 
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's key; repeatable.")
 ]
-Format = Literal["hf"]
+Format = Literal["hf", "mlx"]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Limit = Annotated[
     int | None,
@@ -113,7 +113,10 @@ def export(
             "--out", metavar="DIR", help="The model directory to write; must not exist yet.  [default: models/<run>]"
         ),
     ] = None,
-    format: Annotated[Format, typer.Option("--format", help="hf: for transformers, and what reads its models.")] = "hf",
+    format: Annotated[
+        Format,
+        typer.Option("--format", help="hf: for transformers and what reads its models; mlx: for mlx-lm, too."),
+    ] = "hf",
     dtype: Annotated[
         str | None, typer.Option(metavar="DTYPE", help="float32, float16 or bfloat16.  [default: the base's]")
     ] = None,
@@ -146,9 +149,9 @@ def export(
         hub.check_name(push)
     out = out or Path("models") / run.resolve().name
     if dry_run:
-        _dry_run(run, out, options, as_json)
+        _dry_run(run, out, options, format, as_json)
         return
-    summary = {"model": str(out), **job.summary(job.export(run, out, options, quiet))}
+    summary = {"model": str(out), **job.summary(job.export(run, out, options, quiet, format))}
     line = _export_line(summary)
     if push is not None:
         with working(f"uploading {out} to {push}", quiet):
@@ -309,10 +312,10 @@ def _resumable() -> Iterator[None]:
         raise typer.Exit(code) from None
 
 
-def _dry_run(run: Path, out: Path, options: Options, as_json: bool) -> None:
+def _dry_run(run: Path, out: Path, options: Options, format: Format, as_json: bool) -> None:
     from pgprune_cli.jobs import export as job
 
-    planned = job.plan(run, options)
+    planned = job.plan(run, options, format)
     summary = {"model": str(out), **job.summary(planned)}
     tensors = job.tensors(planned)
     if as_json:

@@ -14,9 +14,12 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.evaluate import EVALUATION_FILE
 from pgprune_cli.loading import resolve
 from pgprune_cli.progress import writing
-from pgprune_cli.writers import hf
+from pgprune_cli.writers import hf, mlx
 from pgprune_cli.writers.normal_form import Needs
 from pgprune_cli.writers.weights import bytes_of
+
+PLANS = {"hf": hf.plan, "mlx": mlx.plan}
+"""By format. `hf.write` writes them all."""
 
 DTYPES = ("float32", "float16", "bfloat16")
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -35,18 +38,18 @@ def options_of(
     return hf.Options(needs, None if dtype is None else getattr(torch, dtype), int(float(size[1]) * UNITS[size[2]]))
 
 
-def plan(run: Path, options: hf.Options | None = None) -> hf.Plan:
+def plan(run: Path, options: hf.Options | None = None, format: str = "hf") -> hf.Plan:
     """What an export of the run directory `run` will be. Raises UserError as `Decision.load` and `hf.plan` do."""
     decision = Decision.load(run)
-    return hf.plan(resolve(decision.model), decision, options or hf.Options())
+    return PLANS[format](resolve(decision.model), decision, options or hf.Options())
 
 
-def export(run: Path, out: Path, options: hf.Options | None = None, quiet: bool = True) -> hf.Plan:
+def export(run: Path, out: Path, options: hf.Options | None = None, quiet: bool = True, format: str = "hf") -> hf.Plan:
     """Writes the pruned model of the run directory `run` into the new directory `out`.
 
     What `pgprune eval RUN` measured goes into the model card. Raises UserError as `plan` and `hf.write` do.
     """
-    planned = plan(run, options)
+    planned = plan(run, options, format)
     evaluation = run / EVALUATION_FILE
     measured = read_json(evaluation) if evaluation.exists() else None
     with writing(f"writing {out}", planned.bytes, quiet) as on_bytes:

@@ -45,13 +45,15 @@ class Options:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that an export will be, known before a byte of it is written. `files`: the tensors of every weight file."""
+    """All that an export will be, known before a byte of it is written. `files`: the tensors of every weight file;
+    `code`: the modelling files that travel."""
 
     base: Base
     decision: Decision
     form: NormalForm
     config: Mapping[str, Any]
     files: Mapping[str, list[Cut]]
+    code: tuple[Path, ...]
 
     @property
     def cuts(self) -> list[Cut]:
@@ -59,7 +61,7 @@ class Plan:
 
     @property
     def stock(self) -> bool:
-        """Whether no code travels."""
+        """Whether transformers needs no code for it."""
         return "per_layer_config" not in self.config
 
     @property
@@ -99,7 +101,8 @@ def plan(source: Source, decision: Decision, options: Options) -> Plan:
     surgery = Surgery(base.shape.spec, form, decision.outputs, base.tensors, options.dtype)
     dtype = None if options.dtype is None else str(options.dtype).removeprefix("torch.")
     config = config_of(base.json, base.config, form, surgery.new_biases, dtype)
-    return Plan(base, decision, form, config, _files(surgery.cuts(), options.shard_size))
+    code = (Path(modeling_pruned.__file__),) if "per_layer_config" in config else ()
+    return Plan(base, decision, form, config, _files(surgery.cuts(), options.shard_size), code)
 
 
 def _files(cuts: list[Cut], shard_size: int) -> dict[str, list[Cut]]:
@@ -140,8 +143,8 @@ def write(plan: Plan, out: Path, measured: Mapping[str, Any] | None, on_bytes: C
         # For a single file too: without an index, servers take decision.safetensors for weights.
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": places})
         plan.base.write_side_files(directory)
-        if not plan.stock:
-            shutil.copyfile(modeling_pruned.__file__, directory / Path(modeling_pruned.__file__).name)
+        for file in plan.code:
+            shutil.copyfile(file, directory / file.name)
         # The repaired outputs are in the weights; a second time they could double the size.
         dataclasses.replace(plan.decision, outputs={}).save(directory)
         write_bytes(directory / "README.md", _card(plan, out.name, measured).text(plan.decision).encode())
