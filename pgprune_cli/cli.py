@@ -102,17 +102,28 @@ def search(
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The run directory of a finished search.")],
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="The model directory to write; must not exist yet.")
+        Path,
+        typer.Option("--out", metavar="PATH", help="The model directory, or .gguf file, to write; must not exist yet."),
     ],
+    format: Annotated[
+        str, typer.Option(metavar="FORMAT", help="hf: a directory for transformers; gguf: a file for llama.cpp.")
+    ] = "hf",
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="gguf: float32, float16, bfloat16 or q8_0.  [default: the base's]",
+        ),
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the smaller model: safetensors, config, tokenizer, model card and the decision."""
+    """Write the smaller model: safetensors, config, tokenizer, model card and the decision; or one GGUF file."""
     from pgprune_cli.jobs.export import export
     from pgprune_cli.progress import working
 
     with working(f"writing {out}", quiet):
-        written = export(run, out)
+        written = export(run, out, format=format, dtype=dtype)
     before, after = written.parameters_before, written.parameters_after
     _print(
         {"model": str(out), "parameters_before": before, "parameters_after": after, "bytes": written.bytes},

@@ -61,12 +61,7 @@ def write(
     out = out.expanduser().resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out}: exists already and is not an empty directory")
-    fingerprint = source.fingerprint()
-    if fingerprint != decision.fingerprint:
-        raise UserError(
-            f"{source.name}: not the model that was searched: its config and weights have the fingerprint "
-            f"{fingerprint}, the decision was made for {decision.fingerprint}"
-        )
+    check_base(source, decision)
     base = open_base(source, decision)
     _check_biases(base, decision)
     surgery = Surgery(base.shape.spec, decision.keep, decision.outputs)
@@ -75,7 +70,7 @@ def write(
     shards = [(shard, surgery.cuts(shard.shapes)) for shard in base.shards]
     before = sum(size.numel() for shard in base.shards for size in shard.shapes.values())
     after = sum(cut.numel(shard.shapes[name]) for shard, cuts in shards for name, cut in cuts.items())
-    _check_space(out, base.bytes * after // before + SLACK)
+    check_space(out, base.bytes * after // before + SLACK)
 
     with _new_directory(out) as directory:
         write_json(directory / "config.json", config)
@@ -89,6 +84,16 @@ def write(
         write_bytes(directory / "README.md", card.text(decision).encode())
     layers_after = config["num_hidden_layers"]
     return Written(out, config["model_type"], stock, len(decision.keep), layers_after, before, after, size)
+
+
+def check_base(source: Source, decision: Decision) -> None:
+    """Raises UserError unless the decision was made for this very model."""
+    fingerprint = source.fingerprint()
+    if fingerprint != decision.fingerprint:
+        raise UserError(
+            f"{source.name}: not the model that was searched: its config and weights have the fingerprint "
+            f"{fingerprint}, the decision was made for {decision.fingerprint}"
+        )
 
 
 def _check_biases(base: Base, decision: Decision) -> None:
@@ -133,7 +138,8 @@ def _write_shard(path: Path, shard: Shard, cuts: Mapping[str, Cut]) -> int:
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
-def _check_space(out: Path, needed: int) -> None:
+def check_space(out: Path, needed: int) -> None:
+    """Raises UserError where `needed` bytes for `out` are more than the disk has."""
     free = shutil.disk_usage(next(folder for folder in out.parents if folder.exists())).free
     if free < needed:
         raise UserError(f"{out}: needs about {needed / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are free")
