@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +79,7 @@ def write(
         _announce(writer, name, tensor.shape, wanted)
     check_space(out, sum(info.nbytes for infos in writer.tensors for info in infos.values()) + SLACK)
 
-    with _new_file(out) as temporary:
+    with _new_file(out) as temporary, closing(writer):
         writer.write_header_to_file(temporary)
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -91,7 +91,6 @@ def write(
             on_shard(number, len(shards))
         for name, tensor in additions.items():
             writer.write_tensor_data(_stored(tensor, _type(tensor.shape, wanted), name))
-        writer.close()
     before = sum(shape.numel() for shape in found.values())
     after = sum(cut.numel(found[name]) for name, cut in cuts.items())
     stock = layout.architecture != "deci"

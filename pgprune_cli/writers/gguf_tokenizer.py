@@ -86,9 +86,8 @@ def _split_name(name: str, splitters: list[dict[str, Any]]) -> str:
         pattern = splitters[0]["pattern"].get("Regex")
         if pattern in SPLITS:
             return SPLITS[pattern]
-    raise UserError(
-        f"{name}: its tokenizer splits text in a way that is not known by a name of llama.cpp's: {splitters}"
-    )
+    steps = json.dumps(splitters)
+    raise UserError(f"{name}: its tokenizer splits text in a way that llama.cpp has no name for: {steps}")
 
 
 def _add_tokens(writer: Any, name: str, model: dict[str, Any], added: dict[int, Any], vocabulary: int) -> None:
