@@ -49,7 +49,7 @@ def add_tokenizer(writer: Any, source: Source, vocabulary: int) -> None:
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores(_scores(model, merges, vocabulary))
-        writer.add_add_space_prefix(tokenizer.tokenize("a")[0] == "▁a")
+        writer.add_add_space_prefix(tokenizer.tokenize("a")[0].startswith("▁"))
     else:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_split_name(source.name, splitters))

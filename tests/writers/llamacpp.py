@@ -21,9 +21,15 @@ def require() -> None:
         pytest.skip("no llama.cpp: pip install 'pgprune[serving-tests]'")
 
 
-def generate(models: list[Path], prompt: Prompt, tokens: int, vocabulary: int) -> list[tuple[list[int], Tensor]]:
-    """For each file what llama.cpp makes of the prompt, greedily: the ids, and the log-probabilities `(tokens, V)`."""
+def generate(
+    models: list[Path], prompt: Prompt, tokens: int, vocabulary: int, forced: int | None = None
+) -> list[tuple[list[int], Tensor]]:
+    """With each file what follows the prompt, greedily and never ending: ids, and log-probabilities `(tokens, V)`.
+
+    `forced` is generated whatever is likely: llama.cpp tells no probabilities where text ends within a character.
+    """
     task = {"models": [str(model) for model in models], "prompt": prompt, "tokens": tokens, "vocabulary": vocabulary}
+    task["bias"] = [] if forced is None else [[forced, 1000.0]]
     ended = subprocess.run([sys.executable, __file__], input=json.dumps(task), capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr[-2000:]
     results = json.loads(ended.stdout.splitlines()[-1])
@@ -45,7 +51,8 @@ def _run(task: dict) -> list[tuple[list[int], list[list[float]]]]:
         parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
         server = xllamacpp.Server(parameters)
-        wanted = {"n_predict": task["tokens"], "n_probs": task["vocabulary"], "temperature": 0, "ignore_eos": False}
+        wanted = {"n_predict": task["tokens"], "n_probs": task["vocabulary"], "temperature": 0, "ignore_eos": True}
+        wanted["logit_bias"] = task["bias"]
         answer = server.handle_completions({"prompt": task["prompt"], **wanted})
         steps = answer["choices"][0]["logprobs"]["content"]
         rows = [{entry["id"]: entry["logprob"] for entry in step["top_logprobs"]} for step in steps]
