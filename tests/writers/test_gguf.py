@@ -533,3 +533,12 @@ def check_text(tmp_path: Path, savers: dict) -> None:
     made = llamacpp.generate(models, TEXT, 1, 400, forced[0])
     for name, (_, found), row in zip(savers, made, wanted, strict=True):
         assert (found[0] - row).abs().max() < 2e-4, name
+
+
+def test_formats_and_dtypes_that_there_are_not(tmp_path):
+    from pgprune_cli.jobs.export import export as job
+
+    with pytest.raises(UserError, match="--format onnx: expected hf or gguf"):
+        job(tmp_path, tmp_path / "out", format="onnx")
+    with pytest.raises(UserError, match="--dtype int4: expected float32, float16, bfloat16, q8_0 with --format gguf"):
+        job(tmp_path, tmp_path / "out.gguf", format="gguf", dtype="int4")
