@@ -13,12 +13,13 @@ from pathlib import Path
 from pgprune_cli.decision import Decision
 from pgprune_cli.loading import Source
 from pgprune_cli.writers import hf
+from pgprune_cli.writers.plan import Measured, Options
 
 MODEL_FILE = Path(__file__).with_name("modeling_mlx.py")
 
 
-def plan(source: Source, decision: Decision, options: hf.Options) -> hf.Plan:
-    """What `hf.write` will write for MLX. Raises UserError as `hf.plan` does."""
-    planned = hf.plan(source, decision, options)
+def plan(source: Source, decision: Decision, options: Options, measured: Measured | None = None) -> hf.DirectoryPlan:
+    """The plan of a model directory for MLX. Raises UserError as `hf.plan` does."""
+    planned = hf.plan(source, decision, options, measured)
     config = {**planned.config, "model_file": MODEL_FILE.name}
     return dataclasses.replace(planned, config=config, code=(*planned.code, MODEL_FILE))

@@ -14,7 +14,8 @@ from conftest import tiny_model
 from pgprune_cli.arch import LayerKeep
 from pgprune_cli.decision import Decision
 from pgprune_cli.loading import resolve
-from pgprune_cli.writers import hf, mlx
+from pgprune_cli.writers import mlx
+from pgprune_cli.writers.plan import Options
 
 sys.path.append(str(Path(__file__).parent))
 from shapes import SIZES, greedy, prompts, write_pruned
@@ -68,6 +69,5 @@ def test_an_export_with_its_rope(architecture, alike, tmp_path):
     groups = dense.config.num_key_value_heads
     keep = [LayerKeep(torch.arange(groups) < (2 if alike else index), torch.arange(24) % 3 > 0) for index in range(4)]
     decision = Decision(tuple(keep), source.name, source.fingerprint(), 0.5, "dtype: float32", 10, 80, 9, 2.5)
-    planned = mlx.plan(source, decision, hf.Options())
-    hf.write(planned, tmp_path / "out", None, lambda _: None)
+    mlx.plan(source, decision, Options()).write(tmp_path / "out", lambda _: None)
     check(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), tmp_path / "out")

@@ -21,6 +21,7 @@ from pgprune_cli.arch import LayerKeep
 from pgprune_cli.decision import Decision
 from pgprune_cli.loading import resolve
 from pgprune_cli.writers import hf
+from pgprune_cli.writers.plan import Options
 
 sys.path.append(str(Path(__file__).parent))
 from shapes import SIZES, greedy, prompts, write_pruned
@@ -81,7 +82,7 @@ def test_the_openai_server_serves_an_export(tmp_path):
         ffn = torch.arange(dense.config.intermediate_size) % (index + 2) > 0
         keep.append(LayerKeep(attention & (index != 1), ffn))
     decision = Decision(tuple(keep), "demo", source.fingerprint(), 0.5, "dtype: float32", 10, 80, 9, 2.5)
-    hf.write(hf.plan(source, decision, hf.Options()), tmp_path / "out", None, lambda _: None)
+    hf.plan(source, decision, Options()).write(tmp_path / "out", lambda _: None)
     ids = AutoTokenizer.from_pretrained(tmp_path / "out")("the")["input_ids"]
     wanted, _ = greedy(AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32), ids, COUNT)
 
