@@ -1,25 +1,24 @@
-"""How much memory does an export take? Random LLaMA-shaped checkpoints, one half the depth of the other, exported apart.
+"""How much memory does an export take? Checkpoints of LLaMA-7B's sizes and of half its layers, exported apart.
 
-    python scripts/bench/export_memory.py [--layers 16 32] [--hidden 4096] [--dtype bfloat16] [--keep-files DIR]
+    python scripts/bench/export_memory.py [--layers 16 32] [--hidden 4096] [--dtype bfloat16] [--folder DIR]
 
-A checkpoint has LLaMA-7B's sizes but for its number of layers, in shards of 1 GB; half of the units go, and what is left
-of o and down is repaired (with random weights, from a file as a search writes it). Every export runs in a process of its
-own, whose peak resident memory (which counts the mapped pages of the open shard) the kernel reports at its end. Peaks
-that do not grow with the layers show that it is independent of the model's size. Needs disk for the largest checkpoint,
-its repair and its export at a time; it says how much before it begins.
+The weights are random, in shards of 1 GB. Half of the units go, and what is left of o and down is repaired (with random
+weights, from a file as a search writes it). Every export runs in a process of its own and reports the peak of its
+resident memory (VmHWM, so on Linux only), which counts the mapped pages of the open shard. Peaks that do not grow with
+the layers show that it is independent of the model's size. Needs disk for a checkpoint, its repair and its export.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,8 +58,8 @@ def config_of(layers: int, hidden: int) -> LlamaConfig:
 def make(folder: Path, layers: int, hidden: int, dtype: torch.dtype) -> Model:
     """Writes a random checkpoint shard by shard, a decision that keeps half of every layer, and its repair."""
     config = config_of(layers, hidden)
-    with torch.device("meta"):
-        tensors = AutoModelForCausalLM.from_config(config, dtype=dtype).state_dict()
+    tensors = tensors_of(config, dtype)
+    draw = random_tensors(dtype)
     checkpoint, run = folder / "base", folder / "run"
     checkpoint.mkdir(parents=True)
     config.dtype = dtype
@@ -69,24 +68,34 @@ def make(folder: Path, layers: int, hidden: int, dtype: torch.dtype) -> Model:
     places, runs = {}, list(shards(tensors))
     for number, names in enumerate(runs, 1):
         file = f"model-{number:05}-of-{len(runs):05}.safetensors"
-        save_file({name: torch.randn(tensors[name].shape, dtype=dtype) * 0.02 for name in names}, checkpoint / file)
+        save_file({name: draw(tensors[name].shape).clone() for name in names}, checkpoint / file)
         places |= dict.fromkeys(names, file)
     (checkpoint / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    heads, channels = torch.arange(config.num_attention_heads), torch.arange(config.intermediate_size)
+    # Of the last layer a little more, so that the layers differ.
     keep = tuple(
-        LayerKeep(
-            torch.arange(config.num_attention_heads) % 2 == index % 2, torch.arange(config.intermediate_size) % 2 == 0
-        )
+        LayerKeep(heads % 2 == 0, (channels % 2 == 0) | (channels < 8 * (index == layers - 1)))
         for index in range(layers)
     )
-    keep = (*keep[:-1], LayerKeep(keep[-1].attention, torch.arange(config.intermediate_size) < 512))
     outputs = {}
     for index, layer in enumerate(keep):
         for name, width in (("attention", int(layer.attention.sum()) * 128), ("ffn", int(layer.ffn.sum()))):
-            outputs[index, name] = Output(torch.randn(hidden, width, dtype=dtype) * 0.02, None)
+            outputs[index, name] = Output(draw((hidden, width)).clone(), None)
     fingerprint = resolve(str(checkpoint)).fingerprint()
     recipe = f"dtype: {str(dtype).removeprefix('torch.')}"
     Decision(keep, str(checkpoint), fingerprint, 0.5, recipe, 0, 0, 0, None, outputs).save(run)
     return Model(checkpoint, run, sum(tensor.nbytes for tensor in tensors.values()))
+
+
+def tensors_of(config: LlamaConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """On the meta device, by name."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).state_dict()
+
+
+def random_tensors(dtype: torch.dtype) -> Callable[[Sequence[int]], torch.Tensor]:
+    """Random weights by shape. Those of one shape are the same, for drawing billions takes long."""
+    return cache(lambda shape: torch.randn(shape, dtype=dtype) * 0.02)
 
 
 def shards(tensors: dict[str, torch.Tensor]) -> Iterator[list[str]]:
@@ -104,12 +113,17 @@ def shards(tensors: dict[str, torch.Tensor]) -> Iterator[list[str]]:
 
 def measured(run: Path, out: Path) -> None:
     """In a process of its own: exports, and prints what the kernel says of it."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = peak_memory()
     began = time.perf_counter()
     planned = export(run, out, hf.Options(shard_size=SHARD))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     seconds = time.perf_counter() - began
-    print(json.dumps({"before": before, "peak": peak, "seconds": seconds, "bytes": planned.bytes}))
+    print(json.dumps({"before": before, "peak": peak_memory(), "seconds": seconds, "bytes": planned.bytes}))
+
+
+def peak_memory() -> int:
+    """Bytes. (getrusage would count what the process was forked from.)"""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
 
 
 def main() -> None:
@@ -123,16 +137,15 @@ def main() -> None:
     if options.measure:
         measured(*options.measure)
         return
+    dtype = getattr(torch, options.dtype)
     print(f"{'layers':>6} {'base GB':>8} {'export GB':>9} {'start MB':>8} {'peak MB':>8} {'s':>6}")
     for layers in options.layers:
         with tempfile.TemporaryDirectory(dir=options.folder) as name:
             folder = Path(name)
-            needed = 2.2 * sum(
-                tensor.nbytes for tensor in _meta(layers, options.hidden, getattr(torch, options.dtype)).values()
-            )
+            needed = 2 * sum(tensor.nbytes for tensor in tensors_of(config_of(layers, options.hidden), dtype).values())
             if (free := shutil.disk_usage(folder).free) < needed:
                 sys.exit(f"{layers} layers need about {needed / 1e9:.0f} GB of disk, {free / 1e9:.0f} GB are free")
-            model = make(folder, layers, options.hidden, getattr(torch, options.dtype))
+            model = make(folder, layers, options.hidden, dtype)
             command = [sys.executable, __file__, "--measure", str(model.run), str(folder / "out")]
             result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
             print(

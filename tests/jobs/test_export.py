@@ -1,0 +1,118 @@
+"""The export job and its verb: what is planned is what is written."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+from safetensors import safe_open
+
+from pgprune_cli.arch import LayerKeep
+from pgprune_cli.cli import main
+from pgprune_cli.decision import REPAIR, Decision
+from pgprune_cli.errors import UserError
+from pgprune_cli.jobs import export as job
+from pgprune_cli.loading import resolve
+from pgprune_cli.reconstruct import repair
+from pgprune_cli.writers.normal_form import Needs
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch) -> Path:
+    """A finished run on a tiny Llama, with a repair."""
+    monkeypatch.chdir(tmp_path)
+    model = tiny_model("llama-gqa")
+    model.save_pretrained("base")
+    keep = tuple(LayerKeep(torch.arange(4) < 4 - layer, torch.arange(24) < 9 + layer) for layer in range(4))
+    outputs = repair(model, keep, [torch.arange(64).view(4, 16)], "least-squares", 1e-3).outputs
+    recipe = "dtype: float32\n"
+    Decision(keep, "base", resolve("base").fingerprint(), 0.5, recipe, 1, 2, 3, 2.5, outputs).save(Path("runs/tiny"))
+    return Path("runs/tiny")
+
+
+@pytest.fixture
+def pgprune(monkeypatch, capsys):
+    """Runs the program in this process: (exit code, stdout, stderr)."""
+
+    def program(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pgprune", *arguments])
+        with pytest.raises(SystemExit) as exit_of:
+            main()
+        out, err = capsys.readouterr()
+        return int(exit_of.value.code or 0), out, err
+
+    return program
+
+
+def test_options_are_what_the_command_line_says():
+    options = job.options_of("bfloat16", "1.5GB", True, 2, 64)
+    assert options.needs == Needs("every", "any", 2, 64)
+    assert (options.dtype, options.shard_size) == (torch.bfloat16, 1_500_000_000)
+    assert job.options_of(None, "500mb", False, 1, 1).needs == Needs()
+    with pytest.raises(UserError, match="--dtype int8: expected float32, float16, bfloat16"):
+        job.options_of("int8", "5GB", False, 1, 1)
+    for size in ("5", "GB", "0GB", "-1GB", "5TB"):
+        with pytest.raises(UserError, match=f"--shard-size {size}: expected a size such as 500MB or 5GB"):
+            job.options_of(None, size, False, 1, 1)
+
+
+def test_a_dry_run_writes_nothing_and_tells_what_an_export_writes(run, pgprune):
+    options = ["--dtype", "bfloat16", "--shard-size", "9KB", "--ffn-multiple", "8", "--json"]
+    code, out, err = pgprune("export", str(run), "--dry-run", *options)
+    assert (code, err) == (0, "")
+    assert not Path("models").exists()
+    planned = json.loads(out)
+    tensors = planned.pop("tensors")
+    code, out, _ = pgprune("export", str(run), *options)
+    assert code == 0
+    assert json.loads(out) == planned
+    assert planned["model"] == "models/tiny"
+    found = []
+    for path in sorted(Path("models/tiny").glob("model-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_tensor(name)
+                found.append([name, list(tensor.shape), "bfloat16", tensor.nbytes, path.name])
+    assert sorted(found) == sorted(list(row.values()) for row in tensors)
+    assert planned["parameters_after"] == sum(row["bytes"] for row in tensors) // 2
+    assert planned["bytes"] == sum(path.stat().st_size for path in Path("models/tiny").glob("model-*.safetensors"))
+
+
+def test_a_person_reads_a_table_of_shapes(run, pgprune):
+    code, out, _ = pgprune("export", str(run), "--dry-run")
+    assert code == 0
+    assert "48 × 32" in out  # layer 1's queries: 3 groups of 2 heads of 8
+    assert out.splitlines()[-1].startswith("would write models/tiny: ")
+
+
+def test_a_push_that_fails_is_one_line_and_the_directory_stays(run, pgprune, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    code, out, err = pgprune("export", str(run), "--push", "me/tiny", "--quiet")
+    assert (code, out) == (1, "")
+    assert err.startswith("pgprune: --push me/tiny: did not arrive on the hub") and err.count("\n") == 1
+    assert Path("models/tiny/model.safetensors").exists()
+
+
+def test_a_push_to_no_name_is_refused_before_anything_is_written(run, pgprune):
+    code, _, err = pgprune("export", str(run), "--push", "a/b/c", "--quiet")
+    assert code == 2
+    assert "--push a/b/c: not a name on the hub" in err
+    assert not Path("models").exists()
+
+
+def test_a_repair_is_read_as_it_is_needed(run):
+    """Every access reads anew and nothing is held: all together could fill the memory."""
+    decision = Decision.load(run)
+    with safe_open(run / REPAIR, framework="pt") as file:
+        names = {name for name in file.keys() if name.endswith("weight")}  # noqa: SIM118
+    assert {f"layers.{index}.{block}.weight" for index, block in decision.outputs} == names
+    assert len(decision.outputs) == len(names)
+    first = decision.outputs[1, "ffn"]
+    assert first.weight is not decision.outputs[1, "ffn"].weight
+    assert first.bias is None
+    with pytest.raises(KeyError):
+        decision.outputs[9, "ffn"]
