@@ -30,6 +30,7 @@ def write_pruned(architecture: str, sizes: list[tuple[int, int]], out: Path, out
     }
     causal = FAMILIES[dense.model_type]
     given = {key: value for key, value in dense.to_dict().items() if key not in ("model_type", "architectures")}
+    given["head_dim"] = 32  # the least of vLLM's attention on a CPU
     given |= {"per_layer_config": overrides} | ({"output_biases": list(output_biases)} if output_biases else {})
     torch.manual_seed(0)
     model = causal(causal.config_class(**given))
