@@ -302,6 +302,12 @@ def test_what_gguf_has_no_place_for_is_refused_before_anything_is_written(tmp_pa
             export(tmp_path / "base", tmp_path / "new" / "out.gguf", draw(counts))
         assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
+    saved("qwen3", tmp_path / "base")
+    fitted = dataclasses.replace(
+        decide(tmp_path / "base", draw(ALIKE)), outputs={(1, "ffn"): Output(torch.zeros(32, 6), torch.zeros(32))}
+    )
+    with pytest.raises(UserError, match="Qwen3 with a bias that a repair fitted"):
+        export(tmp_path / "base", tmp_path / "out.gguf", draw(ALIKE), decision=fitted)
     tokenizer = None
     odd = DECISIONS["some of everything"]
     refused("Qwen3 whose layers differ", "qwen3", odd)
@@ -401,11 +407,13 @@ def test_llama_cpp_scales_rope_as_transformers_does(rope, tmp_path):
     compare([tmp_path / "out.gguf"], [lambda: masked(model, keep)], prompt())
 
 
-def test_llama_cpp_adds_the_biases_that_a_repair_fitted(tmp_path):
+@pytest.mark.parametrize("architecture", ["llama-gqa", "qwen2"])
+def test_llama_cpp_adds_the_biases_that_a_repair_fitted(architecture, tmp_path):
+    """In a Qwen2 of equal layers too, for which the stock architecture has no place for them."""
     llamacpp.require()
     from contextlib import contextmanager
 
-    model = saved("llama-gqa", tmp_path / "base")
+    model = saved(architecture, tmp_path / "base")
     models, references = [], []
     for number, counts in enumerate((DECISIONS["no heads twice, no channels last"], ALIKE)):
         keep, outputs, wanted = draw(counts), {}, []
@@ -444,6 +452,7 @@ def test_llama_cpp_adds_the_biases_that_a_repair_fitted(tmp_path):
 
         references.append(repaired)
     assert "blk.0.ffn_down.bias" in values(models[0])
+    assert fields(models[1])["general.architecture"] == {"llama-gqa": "llama", "qwen2": "deci"}[architecture]
     compare(models, references, prompt())
 
 
