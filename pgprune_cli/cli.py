@@ -16,7 +16,6 @@ from pgprune_cli.errors import ExitCode, RunError, UserError
 
 if TYPE_CHECKING:
     from pgprune_cli.recipe import Recipe
-    from pgprune_cli.writers.hf import Options
 
 app = typer.Typer(
     help="Make a language model structurally smaller: learn which heads and FFN channels to keep, forward passes only.",
@@ -31,7 +30,7 @@ Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run 
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's key; repeatable.")
 ]
-Format = Literal["hf"]
+Format = Literal["hf", "gguf", "mlx"]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Limit = Annotated[
     int | None,
@@ -110,14 +109,26 @@ def export(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="DIR", help="The model directory to write; must not exist yet.  [default: models/<run>]"
+            "--out",
+            metavar="PATH",
+            help="The directory to write, or the .gguf file; must not exist yet.  [default: models/<run>]",
         ),
     ] = None,
-    format: Annotated[Format, typer.Option("--format", help="hf: for transformers, and what reads its models.")] = "hf",
+    format: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="hf: for transformers and what reads its models; gguf: one file for llama.cpp; mlx: for mlx-lm, too.",
+        ),
+    ] = "hf",
     dtype: Annotated[
-        str | None, typer.Option(metavar="DTYPE", help="float32, float16 or bfloat16.  [default: the base's]")
+        str | None,
+        typer.Option(metavar="DTYPE", help="float32, float16, bfloat16, or q8_0 in GGUF.  [default: the base's]"),
     ] = None,
-    shard_size: Annotated[str, typer.Option(metavar="SIZE", help="Tensors in one weight file, at most.")] = "5GB",
+    shard_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Tensors in one weight file, at most; not for GGUF.  [default: 5GB]"),
+    ] = None,
     zero_groups: Annotated[
         bool, typer.Option("--zero-groups", help="A KV group that adds nothing where a layer has none, for vLLM.")
     ] = False,
@@ -136,19 +147,20 @@ def export(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the smaller model: safetensors, config, tokenizer, model card and the decision."""
+    """Write the smaller model: a directory with its weights, tokenizer, card and decision, or one GGUF file."""
     from pgprune_cli.jobs import export as job
     from pgprune_cli.progress import working
     from pgprune_cli.writers import hub
 
-    options = job.options_of(dtype, shard_size, zero_groups, kv_multiple, ffn_multiple)
+    options = job.options_of(format, dtype, shard_size, zero_groups, kv_multiple, ffn_multiple)
+    out = job.target(run, out, format)
     if push is not None:
         hub.check_name(push)
-    out = out or Path("models") / run.resolve().name
     if dry_run:
-        _dry_run(run, out, options, as_json)
+        planned = job.plan(run, options, format)
+        _print_plan(job.summary(planned, out), job.tensors(planned, out), as_json)
         return
-    summary = {"model": str(out), **job.summary(job.export(run, out, options, quiet))}
+    summary = job.summary(job.export(run, out, options, format, quiet), out)
     line = _export_line(summary)
     if push is not None:
         with working(f"uploading {out} to {push}", quiet):
@@ -324,12 +336,7 @@ def _resumable() -> Iterator[None]:
         raise typer.Exit(code) from None
 
 
-def _dry_run(run: Path, out: Path, options: Options, as_json: bool) -> None:
-    from pgprune_cli.jobs import export as job
-
-    planned = job.plan(run, options)
-    summary = {"model": str(out), **job.summary(planned)}
-    tensors = job.tensors(planned)
+def _print_plan(summary: dict[str, Any], tensors: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary | {"tensors": tensors}))
         return

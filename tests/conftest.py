@@ -84,6 +84,31 @@ def tiny_model(architecture: str, seed: int = 0) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+TEXT = "Don't stop: 12345 foxes' dens, they'RE 3 métres   deep!\n\n\tThe  end… of 2024-11-25 (日本語) <s> again. "
+
+
+def save_tokenizer(directory: Path, size: int = VOCABULARY, splitter=None, **options) -> None:
+    """A BPE over bytes of `size` tokens, three of them special; one of few tokens lacks most bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|endoftext|>", "<s>", "</s>"]  # the first one transformers gives every Qwen2
+    few = [*special, *letters[: size - 4], "ab"]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(few)}, [("a", "b")]))
+    tokenizer.pre_tokenizer = splitter or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if size > len(special + letters):
+        trainer = trainers.BpeTrainer(
+            vocab_size=size, special_tokens=special, initial_alphabet=letters, show_progress=False
+        )
+        tokenizer.train_from_iterator([TEXT] * 4, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<|endoftext|>", **options
+    )
+    fast.save_pretrained(directory)
+
+
 @pytest.fixture(params=ARCHITECTURES)
 def architecture(request) -> str:
     return request.param

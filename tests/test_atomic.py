@@ -9,7 +9,16 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from pgprune_cli.atomic import checksum, read_json, read_tensors, sync_directory, write_bytes, write_json
+from pgprune_cli.atomic import (
+    checksum,
+    new_directory,
+    new_file,
+    read_json,
+    read_tensors,
+    sync_directory,
+    write_bytes,
+    write_json,
+)
 from pgprune_cli.errors import UserError
 
 
@@ -150,3 +159,21 @@ def test_json_floats_come_back_to_the_last_bit(tmp_path):
     write_json(tmp_path / "x.json", {"values": values})
     assert read_json(tmp_path / "x.json")["values"] == values
     assert json.loads((tmp_path / "x.json").read_text())["values"] == values
+
+
+@pytest.mark.parametrize("new", [new_file, new_directory])
+def test_what_is_new_appears_whole_or_not_at_all(new, tmp_path):
+    out = tmp_path / "folder" / "out"
+
+    def fill(path):
+        (path / "part" if new is new_directory else path).write_text("whole")
+        assert not out.exists()
+
+    with pytest.raises(RuntimeError, match="half-way"), new(out) as temporary:
+        fill(temporary)
+        raise RuntimeError("half-way")
+    assert list(out.parent.iterdir()) == []
+    with new(out) as temporary:
+        fill(temporary)
+    assert list(out.parent.iterdir()) == [out]
+    assert (out / "part" if new is new_directory else out).read_text() == "whole"

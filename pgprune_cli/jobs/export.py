@@ -3,61 +3,90 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from pgprune_cli.atomic import read_json
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.evaluate import EVALUATION_FILE
-from pgprune_cli.loading import resolve
+from pgprune_cli.loading import Source, resolve
 from pgprune_cli.progress import writing
-from pgprune_cli.writers import hf
+from pgprune_cli.writers import gguf, hf, mlx
 from pgprune_cli.writers.normal_form import Needs
-from pgprune_cli.writers.weights import bytes_of
+from pgprune_cli.writers.plan import DTYPES, Measured, Options, Plan
 
-DTYPES = ("float32", "float16", "bfloat16")
+
+@dataclass(frozen=True)
+class Format:
+    """suffix: of its name, where an export is one file."""
+
+    plan: Callable[[Source, Decision, Options, Measured | None], Plan]
+    dtypes: tuple[str, ...] = DTYPES
+    suffix: str = ""
+
+
+FORMATS = {"hf": Format(hf.plan), "gguf": Format(gguf.plan, gguf.DTYPES, ".gguf"), "mlx": Format(mlx.plan)}
+
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 def options_of(
-    dtype: str | None, shard_size: str, zero_groups: bool, kv_multiple: int, ffn_multiple: int
-) -> hf.Options:
-    """The options as the command line gives them. Raises UserError."""
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"--dtype {dtype}: expected {', '.join(DTYPES)}")
+    format: str, dtype: str | None, shard_size: str | None, zero_groups: bool, kv_multiple: int, ffn_multiple: int
+) -> Options:
+    """The options as the command line gives them. Raises UserError for what the format does not have."""
+    known = FORMATS[format]
+    if dtype is not None and dtype not in known.dtypes:
+        raise UserError(f"--dtype {dtype}: expected {', '.join(known.dtypes)} with --format {format}")
+    needs = Needs("every" if zero_groups else "any", kv_multiple=kv_multiple, ffn_multiple=ffn_multiple)
+    if shard_size is None:
+        return Options(needs, dtype)
+    if known.suffix:
+        raise UserError(f"--shard-size {shard_size}: an export with --format {format} is one file")
     size = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B", shard_size.upper())
     if size is None or not float(size[1]):
         raise UserError(f"--shard-size {shard_size}: expected a size such as 500MB or 5GB")
-    needs = Needs("every" if zero_groups else "any", kv_multiple=kv_multiple, ffn_multiple=ffn_multiple)
-    return hf.Options(needs, None if dtype is None else getattr(torch, dtype), int(float(size[1]) * UNITS[size[2]]))
+    return Options(needs, dtype, int(float(size[1]) * UNITS[size[2]]))
 
 
-def plan(run: Path, options: hf.Options | None = None) -> hf.Plan:
-    """What an export of the run directory `run` will be. Raises UserError as `Decision.load` and `hf.plan` do."""
-    decision = Decision.load(run)
-    return hf.plan(resolve(decision.model), decision, options or hf.Options())
+def target(run: Path, out: Path | None, format: str) -> Path:
+    """Where an export goes that is to go to `out`. Raises UserError for a name that its file cannot have."""
+    suffix = FORMATS[format].suffix
+    out = out or Path("models") / f"{run.resolve().name}{suffix}"
+    if suffix and out.suffix != suffix:
+        raise UserError(f"--out {out}: is one file with --format {format}, and its name should end in {suffix}")
+    return out
 
 
-def export(run: Path, out: Path, options: hf.Options | None = None, quiet: bool = True) -> hf.Plan:
-    """Writes the pruned model of the run directory `run` into the new directory `out`.
+def plan(run: Path, options: Options | None = None, format: str = "hf") -> Plan:
+    """What an export of the run directory `run` will be.
 
-    What `pgprune eval RUN` measured goes into the model card. Raises UserError as `plan` and `hf.write` do.
+    What `pgprune eval RUN` measured goes along. Raises UserError as `Decision.load` and the format's `plan` do.
     """
-    planned = plan(run, options)
+    decision = Decision.load(run)
     evaluation = run / EVALUATION_FILE
     measured = read_json(evaluation) if evaluation.exists() else None
+    return FORMATS[format].plan(resolve(decision.model), decision, options or Options(), measured)
+
+
+def export(run: Path, out: Path, options: Options | None = None, format: str = "hf", quiet: bool = True) -> Plan:
+    """Writes the pruned model of the run directory `run` as the new `out`.
+
+    Raises UserError as `plan` and `Plan.write` do.
+    """
+    planned = plan(run, options, format)
     with writing(f"writing {out}", planned.bytes, quiet) as on_bytes:
-        hf.write(planned, out, measured, on_bytes)
+        planned.write(out, on_bytes)
     return planned
 
 
-def summary(planned: hf.Plan) -> dict[str, Any]:
+def summary(planned: Plan, out: Path) -> dict[str, Any]:
     """An export in numbers. `sparsity`: of the prunable parameters, padding counts as kept."""
     return {
-        "model_type": planned.config["model_type"],
+        "model": str(out),
+        "model_type": planned.model_type,
         "stock": planned.stock,
         "layers_before": len(planned.form.kept),
         "layers_after": len(planned.form.layers),
@@ -68,16 +97,12 @@ def summary(planned: hf.Plan) -> dict[str, Any]:
     }
 
 
-def tensors(planned: hf.Plan) -> list[dict[str, Any]]:
+def tensors(planned: Plan, out: Path) -> list[dict[str, Any]]:
     """Every tensor of an export, in the order of its files."""
-    return [
-        {
-            "name": cut.name,
-            "shape": list(cut.shape),
-            "dtype": str(cut.dtype).removeprefix("torch."),
-            "bytes": bytes_of(cut),
-            "file": file,
-        }
-        for file, cuts in planned.files.items()
-        for cut in cuts
-    ]
+    rows = []
+    for file, cuts in planned.files.items():
+        for cut in cuts:
+            dtype, size = planned.stored(cut)
+            row = {"name": cut.name, "shape": list(cut.shape), "dtype": dtype, "bytes": size, "file": file or out.name}
+            rows.append(row)
+    return rows

@@ -10,6 +10,7 @@ padding to use, for its other rows are the base's.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import lcm
 from typing import Literal
 
 import torch
@@ -31,6 +32,15 @@ class Needs:
     ffn: Literal["any", "every"] = "any"
     kv_multiple: int = 1
     ffn_multiple: int = 1
+
+    def and_of(self, other: Needs) -> Needs:
+        """What meets both."""
+        return Needs(
+            max(self.attention, other.attention, key=("any", "first", "every").index),
+            max(self.ffn, other.ffn, key=("any", "every").index),
+            lcm(self.kv_multiple, other.kv_multiple),
+            lcm(self.ffn_multiple, other.ffn_multiple),
+        )
 
 
 @dataclass(frozen=True)

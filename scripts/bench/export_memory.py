@@ -30,7 +30,7 @@ from pgprune_cli.arch import LayerKeep, Output
 from pgprune_cli.decision import Decision
 from pgprune_cli.jobs.export import export
 from pgprune_cli.loading import INDEX, resolve
-from pgprune_cli.writers import hf
+from pgprune_cli.writers.plan import Options
 
 SHARD = 10**9
 
@@ -115,7 +115,7 @@ def measured(run: Path, out: Path) -> None:
     """In a process of its own: exports, and prints what the kernel says of it."""
     before = peak_memory()
     began = time.perf_counter()
-    planned = export(run, out, hf.Options(shard_size=SHARD))
+    planned = export(run, out, Options(shard_size=SHARD))
     seconds = time.perf_counter() - began
     print(json.dumps({"before": before, "peak": peak_memory(), "seconds": seconds, "bytes": planned.bytes}))
 

@@ -35,6 +35,7 @@ BELOW = {
     "data": {"atomic", "demo", "errors"},
     "loading": {"atomic", "errors", "writers"},
     "writers": {"arch", "atomic", "core", "decision", "errors", "loading", "writers"},
+    "serving": {"serving", "writers"},
     "report": {"atomic", "errors", "report"},
     "reconstruct": {"arch", "errors", "moments", "saliency", "sensitivity", "streaming", "substrate"},
     "width_table": {"arch", "core", "moments", "reconstruct", "sensitivity", "streaming"},
@@ -90,10 +91,9 @@ def test_the_layers_have_no_circle() -> None:
         left = {part: below for part, below in left.items() if part not in free}
 
 
-def test_the_modelling_code_that_travels_needs_no_pgprune() -> None:
-    assert not any(
-        name.startswith("pgprune") for name in imports_in(ast.parse(SOURCES["writers.modeling_pruned"].read_text()))
-    )
+@pytest.mark.parametrize("name", ["writers.modeling_pruned", "writers.modeling_mlx"])
+def test_the_modelling_code_that_travels_needs_no_pgprune(name: str) -> None:
+    assert not any(module.startswith("pgprune") for module in imports_in(ast.parse(SOURCES[name].read_text())))
 
 
 @pytest.mark.parametrize("name", CORE)

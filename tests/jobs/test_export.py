@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import save_tokenizer, tiny_model
 from safetensors import safe_open
 
+from pgprune_cli import cli
 from pgprune_cli.arch import LayerKeep
 from pgprune_cli.cli import main
 from pgprune_cli.decision import REPAIR, Decision
@@ -19,6 +21,7 @@ from pgprune_cli.jobs import export as job
 from pgprune_cli.loading import resolve
 from pgprune_cli.reconstruct import repair
 from pgprune_cli.writers.normal_form import Needs
+from pgprune_cli.writers.plan import Options
 
 
 @pytest.fixture
@@ -27,6 +30,7 @@ def run(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     model = tiny_model("llama-gqa")
     model.save_pretrained("base")
+    save_tokenizer(Path("base"))
     keep = tuple(LayerKeep(torch.arange(4) < 4 - layer, torch.arange(24) < 9 + layer) for layer in range(4))
     outputs = repair(model, keep, [torch.arange(64).view(4, 16)], "least-squares", 1e-3).outputs
     recipe = "dtype: float32\n"
@@ -49,15 +53,35 @@ def pgprune(monkeypatch, capsys):
 
 
 def test_options_are_what_the_command_line_says():
-    options = job.options_of("bfloat16", "1.5GB", True, 2, 64)
+    options = job.options_of("hf", "bfloat16", "1.5GB", True, 2, 64)
     assert options.needs == Needs("every", "any", 2, 64)
-    assert (options.dtype, options.shard_size) == (torch.bfloat16, 1_500_000_000)
-    assert job.options_of(None, "500mb", False, 1, 1).needs == Needs()
-    with pytest.raises(UserError, match="--dtype int8: expected float32, float16, bfloat16"):
-        job.options_of("int8", "5GB", False, 1, 1)
+    assert (options.dtype, options.shard_size) == ("bfloat16", 1_500_000_000)
+    assert job.options_of("mlx", None, "500mb", False, 1, 1).needs == Needs()
+    assert job.options_of("gguf", "q8_0", None, False, 1, 1) == Options(Needs(), "q8_0")
+    for format in ("hf", "mlx"):
+        with pytest.raises(
+            UserError, match=f"--dtype q8_0: expected float32, float16, bfloat16 with --format {format}"
+        ):
+            job.options_of(format, "q8_0", None, False, 1, 1)
+    with pytest.raises(UserError, match="--dtype int8: expected float32, float16, bfloat16, q8_0 with --format gguf"):
+        job.options_of("gguf", "int8", None, False, 1, 1)
+    with pytest.raises(UserError, match="--shard-size 1GB: an export with --format gguf is one file"):
+        job.options_of("gguf", None, "1GB", False, 1, 1)
     for size in ("5", "GB", "0GB", "-1GB", "5TB"):
         with pytest.raises(UserError, match=f"--shard-size {size}: expected a size such as 500MB or 5GB"):
-            job.options_of(None, size, False, 1, 1)
+            job.options_of("hf", None, size, False, 1, 1)
+
+
+def test_the_table_has_the_formats_of_the_command_line():
+    assert get_args(cli.Format) == tuple(job.FORMATS)
+
+
+def test_where_an_export_goes():
+    assert job.target(Path("runs/tiny"), None, "hf") == Path("models/tiny")
+    assert job.target(Path("runs/tiny"), None, "gguf") == Path("models/tiny.gguf")
+    assert job.target(Path("runs/tiny"), Path("x"), "mlx") == Path("x")
+    with pytest.raises(UserError, match=r"--out x: is one file with --format gguf, and its name should end in \.gguf"):
+        job.target(Path("runs/tiny"), Path("x"), "gguf")
 
 
 def test_a_dry_run_writes_nothing_and_tells_what_an_export_writes(run, pgprune):
@@ -80,6 +104,32 @@ def test_a_dry_run_writes_nothing_and_tells_what_an_export_writes(run, pgprune):
     assert sorted(found) == sorted(list(row.values()) for row in tensors)
     assert planned["parameters_after"] == sum(row["bytes"] for row in tensors) // 2
     assert planned["bytes"] == sum(path.stat().st_size for path in Path("models/tiny").glob("model-*.safetensors"))
+
+
+def test_a_gguf_file_is_planned_too(run, pgprune):
+    gguf = pytest.importorskip("gguf", reason="no gguf: pip install 'pgprune[gguf]'")
+    options = ["--format", "gguf", "--dtype", "float16", "--kv-multiple", "2", "--json"]
+    code, out, err = pgprune("export", str(run), "--dry-run", *options)
+    assert (code, err) == (0, "")
+    assert not Path("models").exists()
+    planned = json.loads(out)
+    tensors = planned.pop("tensors")
+    code, out, _ = pgprune("export", str(run), *options)
+    assert code == 0
+    assert json.loads(out) == planned
+    assert planned["bytes"] == Path("models/tiny.gguf").stat().st_size
+    found = gguf.GGUFReader("models/tiny.gguf").tensors
+    words = {"F16": "float16", "F32": "float32"}
+    assert tensors == [
+        {
+            "name": tensor.name,
+            "shape": [int(size) for size in reversed(tensor.shape)],
+            "dtype": words[tensor.tensor_type.name],
+            "bytes": int(tensor.n_bytes),
+            "file": "tiny.gguf",
+        }
+        for tensor in found
+    ]
 
 
 def test_a_person_reads_a_table_of_shapes(run, pgprune):

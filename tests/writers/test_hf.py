@@ -28,6 +28,7 @@ from pgprune_cli.reconstruct import repair
 from pgprune_cli.substrate import Evaluator
 from pgprune_cli.writers import hf, weights
 from pgprune_cli.writers.normal_form import Needs
+from pgprune_cli.writers.plan import Options, Plan
 
 GROUPS, CHANNELS, LAYERS = 4, 24, 4
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-4}
@@ -73,13 +74,13 @@ def decide(base: Path, keep) -> Decision:
     return Decision(keep, str(base), resolve(str(base)).fingerprint(), 0.5, "dtype: float32", 10, 80, 9, 2.5)
 
 
-def export(base: Path, out: Path, keep, measured=None, **options) -> hf.Plan:
+def export(base: Path, out: Path, keep, measured=None, **options) -> Plan:
     return replay(decide(base, keep), out, measured, **options)
 
 
-def replay(decision: Decision, out: Path, measured=None, **options) -> hf.Plan:
-    planned = hf.plan(resolve(decision.model), decision, hf.Options(**options))
-    hf.write(planned, out, measured, lambda count: None)
+def replay(decision: Decision, out: Path, measured=None, **options) -> Plan:
+    planned = hf.plan(resolve(decision.model), decision, Options(**options), measured)
+    planned.write(out, lambda count: None)
     return planned
 
 
@@ -268,8 +269,8 @@ def test_a_sharded_base_gives_the_same_tensors_in_shards_of_any_size(saved, tmp_
     export(base, tmp_path / "one", keep)
     decision = decide(tmp_path / "sharded", keep)
     seen: list[int] = []
-    planned = hf.plan(resolve(decision.model), decision, hf.Options(shard_size=4000))
-    hf.write(planned, tmp_path / "many", None, seen.append)
+    planned = hf.plan(resolve(decision.model), decision, Options(shard_size=4000))
+    planned.write(tmp_path / "many", seen.append)
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
     files = sorted(path.name for path in (tmp_path / "many").glob("*.safetensors") if path.name.startswith("model"))
     assert len(files) > 2
@@ -364,7 +365,7 @@ def test_another_base_is_refused(llama, tmp_path):
     tiny_model("llama-gqa", seed=1).save_pretrained(base)
     changed = resolve(str(base))
     with pytest.raises(UserError, match=re.escape(decision.fingerprint)) as refusal:
-        hf.plan(changed, decision, hf.Options())
+        hf.plan(changed, decision, Options())
     assert changed.fingerprint() in str(refusal.value)
 
 
@@ -494,7 +495,7 @@ def test_padding_can_make_a_stock_model(llama, tmp_path):
         torch.testing.assert_close(load(tmp_path / "out")(tokens).logits, model(tokens).logits, **TOLERANCE)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_weights_are_written_in_the_dtype_asked_for(llama, tmp_path, dtype):
     model, base = llama
     decision, _ = repaired(base, model, "least-squares")
@@ -502,6 +503,7 @@ def test_weights_are_written_in_the_dtype_asked_for(llama, tmp_path, dtype):
     planned = replay(decision, tmp_path / "out", dtype=dtype)
     wanted, found = (load_file(tmp_path / name / "model.safetensors") for name in ("same", "out"))
     assert found.keys() == wanted.keys()
+    dtype = getattr(torch, dtype)
     assert all(torch.equal(found[name], wanted[name].to(dtype)) for name in wanted)
     assert {tensor.dtype for tensor in found.values()} == {dtype}
     assert load(tmp_path / "out").dtype == dtype
@@ -515,9 +517,9 @@ def test_weights_too_large_for_the_dtype_are_refused(llama, tmp_path):
     keep = draw([(4, 24)] * LAYERS)
     said = r"model\.layers\.1\.mlp\.up_proj\.weight: has weights of up to 1e\+06, and float16 ends at 6\.55e\+04"
     with pytest.raises(UserError, match=said):
-        export(base, tmp_path / "out", keep, dtype=torch.float16)
+        export(base, tmp_path / "out", keep, dtype="float16")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
-    export(base, tmp_path / "out", keep, dtype=torch.bfloat16)
+    export(base, tmp_path / "out", keep, dtype="bfloat16")
 
 
 def test_a_decision_beside_the_weights_is_never_taken_for_weights(llama, tmp_path):

@@ -23,6 +23,19 @@ class FakeApi:
         assert commit_message
         self.calls.append(("upload", repo_id, sorted(path.name for path in folder_path.iterdir())))
 
+    def upload_file(self, repo_id, path_or_fileobj, path_in_repo, commit_message):
+        assert commit_message
+        self.calls.append(("upload", repo_id, [path_or_fileobj, path_in_repo]))
+
+
+def test_a_file_goes_under_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeApi)
+    monkeypatch.setattr(FakeApi, "calls", [])
+    file = tmp_path / "small.gguf"
+    file.touch()
+    hub.push(file, "small")
+    assert FakeApi.calls == [("create", "small", True), ("upload", "someone/small", [file, "small.gguf"])]
+
 
 def test_the_directory_goes_to_the_repository_that_the_hub_made(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", FakeApi)

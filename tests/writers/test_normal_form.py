@@ -58,6 +58,21 @@ def test_the_padding_is_the_least_that_meets_the_needs(keep, needs):
     )
 
 
+@settings(max_examples=100, deadline=None)
+@given(keeps, all_needs, all_needs)
+def test_needs_together_are_met_both(keep, one, other):
+    if not any(layer.attention.any() or layer.ffn.any() for layer in keep):
+        return
+    both = one.and_of(other)
+    assert both == other.and_of(one) == both.and_of(one)
+    for needs in (one, other):
+        for (groups, channels), (least_groups, least_channels) in zip(
+            normal_form(keep, both).sizes(), normal_form(keep, needs).sizes(), strict=True
+        ):
+            assert groups >= least_groups and (groups % needs.kv_multiple == 0 or groups == GROUPS)
+            assert channels >= least_channels and (channels % needs.ffn_multiple == 0 or channels == CHANNELS)
+
+
 def test_what_pads_counts_as_kept():
     keep = (LayerKeep(torch.arange(4) < 1, torch.arange(10) < 3), LayerKeep(torch.arange(4) < 0, torch.arange(10) < 8))
     costs = UnitCosts((5, 5), (1, 2))

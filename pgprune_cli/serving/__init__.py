@@ -1,0 +1,1 @@
+"""Runtimes that load exported models by what pgprune registers there."""

@@ -1,0 +1,73 @@
+"""Pruned models in the real mlx-lm against transformers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from pgprune_cli.arch import LayerKeep
+from pgprune_cli.decision import Decision
+from pgprune_cli.loading import resolve
+from pgprune_cli.writers import mlx
+from pgprune_cli.writers.plan import Options
+
+sys.path.append(str(Path(__file__).parent))
+from shapes import SIZES, greedy, prompts, write_pruned
+
+pytestmark = [pytest.mark.serving, pytest.mark.filterwarnings("default")]
+mx = pytest.importorskip(
+    "mlx.core", reason="MLX is not installed: make test-serving, or pgprune[mlx]", exc_type=ImportError
+)
+mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: make test-serving, or pgprune[mlx]")
+COUNT = 20
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu():
+    """For float32 all through."""
+    mx.set_default_device(mx.cpu)
+
+
+def check(model, directory: Path) -> None:
+    """Greedy tokens and their log probabilities, through mlx-lm's cache, are those of transformers."""
+    from mlx_lm.generate import generate_step
+    from mlx_lm.utils import load_model
+
+    loaded, _ = load_model(directory, trust_remote_code=True)
+    for prompt in prompts():
+        tokens, logprobs = greedy(model, prompt, COUNT)
+        steps = [(int(token), row) for token, row in generate_step(mx.array(prompt), loaded, max_tokens=COUNT)]
+        assert [token for token, _ in steps] == tokens
+        assert [float(row[token]) for token, row in steps] == pytest.approx(logprobs, abs=1e-3)
+
+
+@pytest.mark.parametrize("biases", [(), ("attention", "mlp")], ids=["", "output biases"])
+@pytest.mark.parametrize("name", SIZES)
+def test_layers_of_all_sizes(architecture, name, biases, tmp_path):
+    model = write_pruned(architecture, SIZES[name], tmp_path, biases)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_file": mlx.MODEL_FILE.name}))
+    shutil.copy(mlx.MODEL_FILE, tmp_path)
+    check(model, tmp_path)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_an_export_with_its_rope(architecture, alike, tmp_path):
+    """Of layers all alike too, which transformers loads as a stock model."""
+    from transformers import AutoModelForCausalLM
+
+    dense = tiny_model(architecture)
+    dense.config.rope_parameters = {"rope_type": "default", "rope_theta": 500.0}
+    dense.save_pretrained(tmp_path / "base")
+    source = resolve(str(tmp_path / "base"))
+    groups = dense.config.num_key_value_heads
+    keep = [LayerKeep(torch.arange(groups) < (2 if alike else index), torch.arange(24) % 3 > 0) for index in range(4)]
+    decision = Decision(tuple(keep), source.name, source.fingerprint(), 0.5, "dtype: float32", 10, 80, 9, 2.5)
+    mlx.plan(source, decision, Options()).write(tmp_path / "out", lambda _: None)
+    check(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), tmp_path / "out")

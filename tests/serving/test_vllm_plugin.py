@@ -1,0 +1,55 @@
+"""What the plugin does without vLLM."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+from conftest import tiny_config
+
+from pgprune_cli.serving.vllm_plugin import check_parallel
+from pgprune_cli.writers.modeling_pruned import FAMILIES
+
+
+def config(*overrides: dict):
+    """A pruned Llama of 8 query heads in 4 KV groups and 24 channels, in these layers as they say."""
+    given = {key: value for key, value in tiny_config("llama-gqa").to_dict().items() if key != "model_type"}
+    per_layer = {str(index): layer for index, layer in enumerate(overrides)}
+    return FAMILIES["llama"].config_class(**given | {"per_layer_config": per_layer})
+
+
+def heads(groups: int) -> dict[str, int]:
+    return {"num_attention_heads": 2 * groups, "num_key_value_heads": groups}
+
+
+@pytest.mark.parametrize("degree", [1, 2, 4])
+def test_layers_that_can_be_split_pass(degree):
+    check_parallel(config(heads(4), heads(2) | {"intermediate_size": 8}, {"skip": ["attention"]}), degree)
+
+
+@pytest.mark.parametrize(
+    ("layer", "degree", "named"),
+    [
+        (heads(3), 2, "3 KV heads with 6 query heads"),
+        (heads(1), 4, "1 KV heads with 2 query heads"),
+        ({"intermediate_size": 9}, 2, "9 FFN channels"),
+        (heads(3) | {"intermediate_size": 9}, 2, "3 KV heads with 6 query heads and 9 FFN channels"),
+    ],
+)
+def test_a_layer_that_cannot_be_split_is_named(layer, degree, named):
+    with pytest.raises(
+        ValueError, match=rf"of {degree} cannot split layer 1: it has {named}\. .*--kv-multiple {degree}"
+    ):
+        check_parallel(config(heads(4), layer), degree)
+
+
+def test_what_a_layer_skips_need_not_be_split():
+    check_parallel(config({"skip": ["mlp"], "intermediate_size": 9}, {"skip": ["attention"], **heads(3)}), 2)
+
+
+def test_the_entry_point_leads_to_the_plugin():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    module, _, function = project["entry-points"]["vllm.general_plugins"]["pgprune"].partition(":")
+    assert callable(getattr(import_module(module), function))

@@ -1,0 +1,537 @@
+"""GGUF files: what is in them, against the masked dense weights; what llama.cpp makes of them, against the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import llamacpp
+import numpy as np
+import pytest
+import torch
+from conftest import TEXT, VOCABULARY, save_tokenizer, tiny_config, tiny_model
+from test_hf import DECISIONS, LAYERS, decide, draw, masked
+
+from pgprune_cli.arch import LayerKeep, Output
+from pgprune_cli.decision import Decision
+from pgprune_cli.errors import UserError
+from pgprune_cli.loading import load_model, load_tokenizer, resolve
+from pgprune_cli.writers import gguf as writer
+from pgprune_cli.writers.gguf_layout import NEEDS
+from pgprune_cli.writers.normal_form import Needs, normal_form
+from pgprune_cli.writers.plan import Options
+
+gguf = pytest.importorskip("gguf", reason="no gguf: pip install 'pgprune[gguf]'")
+
+ALIKE = [(2, 6)] * LAYERS
+DIFFERING = ("llama-mha", "llama-gqa", "llama-biased", "mistral", "qwen2")
+
+
+def saved(architecture: str, directory: Path, **changes):
+    """A tiny model with a tokenizer in `directory`; `changes` to its config."""
+    from transformers import AutoModelForCausalLM
+
+    model = tiny_model(architecture)
+    if changes:
+        weights = model.state_dict()
+        config = tiny_config(architecture)
+        for name, value in changes.items():
+            setattr(config, name, value)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
+        model.load_state_dict(weights)
+    model.save_pretrained(directory)
+    save_tokenizer(directory)
+    return model
+
+
+def export(base: Path, out: Path, keep, dtype=None, decision=None, measured=None, needs=None) -> writer.FilePlan:
+    decision = decision or decide(base, keep)
+    options = Options(needs or Needs(), dtype)
+    planned = writer.plan(resolve(str(base)), decision, options, measured)
+    planned.write(out, lambda count: None)
+    return planned
+
+
+@pytest.fixture
+def eights(monkeypatch):
+    """A smaller multiple of FFN channels, which the 24 of the tiny models leave a choice of."""
+    monkeypatch.setattr(writer, "NEEDS", dataclasses.replace(NEEDS, ffn_multiple=8))
+
+
+def values(path: Path) -> dict[str, torch.Tensor]:
+    """Every tensor, dequantised."""
+    tensors = gguf.GGUFReader(path).tensors
+    return {
+        t.name: torch.from_numpy(np.array(gguf.quants.dequantize(t.data, t.tensor_type), dtype=np.float32)).view(
+            *(int(n) for n in reversed(t.shape))
+        )
+        for t in tensors
+    }
+
+
+def fields(path: Path) -> dict:
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+def halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of q and k back from llama.cpp's order, row by row: 0, 2, 4, … of a head, then 1, 3, 5, …"""
+    size = len(rows) // heads
+    order = [head * size + place for head in range(heads) for place in (*range(0, size, 2), *range(1, size, 2))]
+    return rows[order]
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+@pytest.mark.parametrize("architecture", DIFFERING)
+def test_the_tensors_are_the_masked_dense_ones(architecture, name, tmp_path, eights):
+    model = saved(architecture, tmp_path / "base")
+    keep = draw(DECISIONS[name])
+    planned = export(tmp_path / "base", tmp_path / "out.gguf", keep, "float32")
+    found, meta = values(tmp_path / "out.gguf"), fields(tmp_path / "out.gguf")
+    dense, config = model.state_dict(), model.config
+    queries = config.num_attention_heads // config.num_key_value_heads
+
+    kept = [index for index, layer in enumerate(keep) if layer.attention.any() or layer.ffn.any()]
+    groups = [int(keep[index].attention.sum()) for index in kept]
+    groups[0] = max(groups[0], 1)
+    assert meta["general.architecture"] == "deci" == planned.model_type and not planned.stock
+    assert meta["deci.block_count"] == len(kept) == len(planned.form.layers)
+    assert meta["deci.attention.head_count_kv"] == groups
+    assert meta["deci.attention.head_count"] == [count * queries for count in groups]
+    assert meta["deci.feed_forward_length"] == [-(-max(int(keep[i].ffn.sum()), 1) // 8) * 8 for i in kept]
+
+    expected = {
+        "token_embd.weight": dense["model.embed_tokens.weight"],
+        "output_norm.weight": dense["model.norm.weight"],
+    }
+    if not config.tie_word_embeddings:
+        expected["output.weight"] = dense["lm_head.weight"]
+    for place, index in enumerate(kept):
+        expected |= layer_by_hand(dense, index, place, keep[index], planned.form.written[index], queries, config)
+    for place, count in enumerate(groups):
+        for key, heads in (("attn_q", count * queries), ("attn_k", count)):
+            for kind in ("weight", "bias"):
+                if (full := f"blk.{place}.{key}.{kind}") in found and heads:
+                    found[full] = halves(found[full], heads)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+
+
+def layer_by_hand(dense, index, place, kept: LayerKeep, written: LayerKeep, queries, config) -> dict[str, torch.Tensor]:
+    """The tensors of one layer as the file should have them, with rows of q and k in transformers' order.
+
+    Padding has the base's rows, and zeros in the columns of the output.
+    """
+    base, size = f"model.layers.{index}", config.head_dim
+    result = {}
+    for block, norm, inputs, output, mask, used in (
+        ("self_attn", "input_layernorm", "qkv", "o", written.attention, kept.attention),
+        ("mlp", "post_attention_layernorm", ("gate", "up"), "down", written.ffn, kept.ffn),
+    ):
+        if not mask.any():
+            continue
+        name, gguf_name = f"{base}.{block}", "attn" if block == "self_attn" else "ffn"
+        result[f"{gguf_name}_norm.weight"] = dense[f"{base}.{norm}.weight"]
+        width = {"q": size * queries, "k": size, "v": size, "o": size * queries}
+        for key in inputs:
+            for kind in ("weight", "bias"):
+                if (full := f"{name}.{key}_proj.{kind}") in dense:
+                    result[f"{gguf_name}_{key}.{kind}"] = dense[full][mask.repeat_interleave(width.get(key, 1))]
+        columns = mask.repeat_interleave(width.get(output, 1))
+        weight = dense[f"{name}.{output}_proj.weight"] * used.repeat_interleave(width.get(output, 1))
+        written_output = f"{gguf_name}_{'output' if output == 'o' else output}"
+        result[f"{written_output}.weight"] = weight[:, columns]
+        if (full := f"{name}.{output}_proj.bias") in dense:
+            result[f"{written_output}.bias"] = dense[full] * used.any()
+    return {f"blk.{place}.{name}": tensor for name, tensor in result.items()}
+
+
+def test_channels_come_in_blocks_of_q8_0(tmp_path):
+    """And what the user wants padded is, on top; all that the base has is enough."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = tiny_config("llama-gqa")
+    config.intermediate_size = 80
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base")
+    kept = [(1, 5), (3, 33), (0, 70), (4, 0)]
+    keep = tuple(LayerKeep(torch.arange(4) < groups, torch.arange(80) < channels) for groups, channels in kept)
+    export(tmp_path / "base", tmp_path / "out.gguf", keep, "q8_0")
+    meta = fields(tmp_path / "out.gguf")
+    assert meta["deci.feed_forward_length"] == [32, 64, 80, 32]
+    assert meta["deci.attention.head_count_kv"] == [1, 3, 0, 4]
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    assert [kinds[f"blk.{layer}.ffn_down.weight"] for layer in range(4)] == ["Q8_0", "Q8_0", "F16", "Q8_0"]
+    needs = Needs("every", kv_multiple=2, ffn_multiple=48)
+    planned = export(tmp_path / "base", tmp_path / "wide.gguf", keep, needs=needs)
+    assert fields(tmp_path / "wide.gguf")["deci.feed_forward_length"] == [80] * 4
+    assert planned.form.sizes() == [(2, 80), (4, 80), (2, 80), (4, 80)]
+    assert planned.form.sizes() == normal_form(keep, Needs("every", "every", 2, 96)).sizes()
+
+
+def test_metadata(tmp_path):
+    saved("mistral", tmp_path / "base")
+    keep = draw(DECISIONS["some of everything"])
+    measured = {"perplexity": [{"corpus": "wikitext2", "ppl": 12.5}]}
+    out = tmp_path / "new" / "small.gguf"
+    planned = export(tmp_path / "base", out, keep, measured=measured)
+    meta = fields(out)
+    assert meta["general.name"] == "base, pruned"
+    assert meta["general.file_type"] == gguf.LlamaFileType.ALL_F32
+    assert meta["deci.context_length"] == 16, "the sliding window, within which there is none"
+    assert meta["deci.attention.key_length"] == meta["deci.attention.value_length"] == 8
+    assert meta["deci.rope.dimension_count"] == 8
+    assert meta["deci.rope.freq_base"] == 10000.0
+    assert meta["deci.embedding_length"] == 32
+    assert meta["deci.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
+    assert meta["pgprune.recipe"] == "dtype: float32"
+    assert meta["pgprune.kept.kv_groups"] == [4, 3, 1, 2]
+    assert json.loads(meta["pgprune.evaluation"]) == measured
+    assert planned.bytes == out.stat().st_size
+    assert planned.parameters_after < planned.parameters_before
+    assert [path.name for path in out.parent.iterdir()] == ["small.gguf"]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
+def test_types(dtype, tmp_path):
+    """Matrices in the wanted type, where its blocks divide the rows; norms and biases in float32."""
+    saved("llama-biased", tmp_path / "base")
+    keep = draw(DECISIONS["some of everything"])
+    export(tmp_path / "base", tmp_path / "exact.gguf", keep, "float32")
+    export(tmp_path / "base", tmp_path / "out.gguf", keep, dtype)
+    wanted = {"float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}[dtype]
+    exact, found = values(tmp_path / "exact.gguf"), values(tmp_path / "out.gguf")
+    for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors:
+        rows = int(tensor.shape[0])
+        kind = "F32" if len(tensor.shape) == 1 else "F16" if dtype == "q8_0" and rows % 32 else wanted
+        assert tensor.tensor_type.name == kind, tensor.name
+        width = {"F32": 0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 1 / 254 + 2**-11}[kind]
+        error = (found[tensor.name] - exact[tensor.name]).abs().max()
+        assert error <= 1.01 * width * exact[tensor.name].abs().max(), tensor.name
+        assert kind == "F32" or error > 0 or not exact[tensor.name].any()
+    assert fields(tmp_path / "out.gguf")["general.file_type"] == gguf.LlamaFileType[f"MOSTLY_{wanted}"]
+
+
+def test_the_dtype_is_the_bases_own(tmp_path):
+    saved("llama-gqa", tmp_path / "base")
+    tiny_model("llama-gqa").to(torch.bfloat16).save_pretrained(tmp_path / "base")
+    export(tmp_path / "base", tmp_path / "out.gguf", draw(ALIKE))
+    kinds = {t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors if len(t.shape) > 1}
+    assert kinds == {"BF16"}
+
+
+def test_values_beyond_float16_are_refused_and_nothing_is_left(tmp_path):
+    model = saved("llama-gqa", tmp_path / "base")
+    model.model.layers[3].mlp.up_proj.weight[:] = 1e5
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match=r"blk\.3\.ffn_up\.weight: has weights of up to 1e\+05, and float16 ends"):
+        export(tmp_path / "base", tmp_path / "out.gguf", draw(ALIKE), "float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "stock"), [("llama-biased", "llama"), ("mistral", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3")]
+)
+def test_layers_that_are_alike_make_a_stock_file(architecture, stock, tmp_path):
+    saved(architecture, tmp_path / "base")
+    planned = export(tmp_path / "base", tmp_path / "out.gguf", draw(ALIKE))
+    meta = fields(tmp_path / "out.gguf")
+    assert (meta["general.architecture"], planned.stock) == (stock, True)
+    assert meta[f"{stock}.attention.head_count"] == 4
+    assert meta[f"{stock}.feed_forward_length"] == 24
+
+
+def test_a_gguf_base_gives_the_same_file(tmp_path):
+    """And transformers reads a stock file as the model that it is."""
+    model = saved("llama-mha", tmp_path / "base")
+    export(tmp_path / "base", tmp_path / "dense.gguf", draw([(4, 24)] * LAYERS))
+    tokens = torch.randint(VOCABULARY, (2, 20))
+    read = load_model(resolve(str(tmp_path / "dense.gguf")), "float32", "cpu")
+    torch.testing.assert_close(read(tokens).logits, model(tokens).logits)
+
+    keep = draw(DECISIONS["no heads first"])
+    export(tmp_path / "base", tmp_path / "direct.gguf", keep)
+    export(tmp_path / "dense.gguf", tmp_path / "again.gguf", keep)
+    direct, again = values(tmp_path / "direct.gguf"), values(tmp_path / "again.gguf")
+    assert direct.keys() == again.keys() and all(torch.equal(direct[name], again[name]) for name in direct)
+    direct, again = fields(tmp_path / "direct.gguf"), fields(tmp_path / "again.gguf")
+    assert {k: v for k, v in direct.items() if "tokenizer" in k} == {k: v for k, v in again.items() if "tokenizer" in k}
+
+
+def test_a_sharded_base_gives_the_same_tensors(tmp_path):
+    model = saved("llama-biased", tmp_path / "base")
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="6KB")
+    save_tokenizer(tmp_path / "sharded")
+    keep = draw(DECISIONS["layers gone, the first one too"])
+    export(tmp_path / "base", tmp_path / "one.gguf", keep)
+    seen: list[int] = []
+    planned = writer.plan(resolve(str(tmp_path / "sharded")), decide(tmp_path / "sharded", keep), Options())
+    assert len(planned.base.shards) > 1
+    planned.write(tmp_path / "many.gguf", seen.append)
+    one, many = values(tmp_path / "one.gguf"), values(tmp_path / "many.gguf")
+    assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
+    assert seen == [planned.stored(cut)[1] for cut in planned.cuts]
+
+
+def test_tokenizer_and_chat_template(tmp_path):
+    saved("llama-gqa", tmp_path / "base", vocab_size=VOCABULARY)
+    save_tokenizer(tmp_path / "base", VOCABULARY - 3, chat_template="{{ messages[0].content }}")
+    export(tmp_path / "base", tmp_path / "out.gguf", draw(ALIKE))
+    meta, tokenizer = fields(tmp_path / "out.gguf"), load_tokenizer(resolve(str(tmp_path / "base")))
+    tokens = [*tokenizer.convert_ids_to_tokens(range(VOCABULARY - 3)), "[PAD93]", "[PAD94]", "[PAD95]"]
+    assert meta["tokenizer.ggml.model"] == "gpt2" and meta["tokenizer.ggml.pre"] == "gpt-2"
+    assert meta["tokenizer.ggml.tokens"] == tokens
+    assert meta["tokenizer.ggml.token_type"] == [3] * 3 + [1] * (VOCABULARY - 6) + [5] * 3
+    assert [meta[f"tokenizer.ggml.{kind}_token_id"] for kind in ("padding", "bos", "eos")] == [0, 1, 2]
+    assert not meta["tokenizer.ggml.add_bos_token"]
+    assert meta["tokenizer.chat_template"] == "{{ messages[0].content }}"
+
+
+def test_what_gguf_has_no_place_for_is_refused_before_anything_is_written(tmp_path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def refused(message: str, architecture: str, counts, **changes) -> None:
+        shutil.rmtree(tmp_path / "base", ignore_errors=True)
+        saved(architecture, tmp_path / "base", **changes)
+        if tokenizer is not None:
+            PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "base")
+        with pytest.raises(UserError, match=message):
+            export(tmp_path / "base", tmp_path / "new" / "out.gguf", draw(counts))
+        assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+    saved("qwen3", tmp_path / "base")
+    fitted = dataclasses.replace(
+        decide(tmp_path / "base", draw(ALIKE)), outputs={(1, "ffn"): Output(torch.zeros(32, 6), torch.zeros(32))}
+    )
+    with pytest.raises(UserError, match="Qwen3 with a bias that a repair fitted"):
+        export(tmp_path / "base", tmp_path / "out.gguf", draw(ALIKE), decision=fitted)
+    tokenizer = None
+    odd = DECISIONS["some of everything"]
+    refused("Qwen3 whose layers differ", "qwen3", odd)
+    refused("computes SiLU, and the base model gelu", "llama-gqa", odd, hidden_act="gelu")
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    refused("no place for .* dynamic", "llama-gqa", odd, rope_parameters=dynamic)
+    linear = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    refused("qwen2 .* no place for .* linear", "qwen2", ALIKE, rope_parameters=linear)
+    refused("keeps nothing", "llama-gqa", [(0, 0)] * LAYERS)
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    refused("its tokenizer is WordLevel", "llama-gqa", odd)
+    tokenizer = Tokenizer(models.BPE({"a": 0}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    refused("splits text .*Punctuation", "llama-gqa", odd)
+    tokenizer = Tokenizer(models.BPE({"a": VOCABULARY}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    refused("has the token 96, and the model 96 embeddings", "llama-gqa", odd)
+
+
+def test_what_is_there_already_other_bases_and_full_disks_are_refused(tmp_path, monkeypatch):
+    saved("llama-gqa", tmp_path / "base")
+    keep = draw(ALIKE)
+    (tmp_path / "there.gguf").touch()
+    with pytest.raises(UserError, match="exists already"):
+        export(tmp_path / "base", tmp_path / "there.gguf", keep)
+    decision = decide(tmp_path / "base", keep)
+    tiny_model("llama-gqa", seed=1).save_pretrained(tmp_path / "base")
+    with pytest.raises(UserError, match="not the model that was searched"):
+        export(tmp_path / "base", tmp_path / "out.gguf", keep, decision=decision)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(UserError, match="GB are free"):
+        export(tmp_path / "base", tmp_path / "new" / "out.gguf", keep)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "there.gguf"]
+
+
+# What llama.cpp makes of it
+
+
+ENDS = [0, 2]
+"""<|endoftext|> and </s>."""
+
+
+def compare(models: list[Path], references: list, prompt: list[int], tolerance: float = 2e-4) -> None:
+    """llama.cpp's greedy tokens and log-probabilities, with its cache, against whole passes of the references."""
+    for path, (ids, found), reference in zip(
+        models, llamacpp.generate(models, prompt, 12, VOCABULARY), references, strict=True
+    ):
+        sequence = torch.tensor([prompt + ids])
+        with torch.inference_mode(), reference() as model:
+            logits = model(sequence, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        assert (found - logits.log_softmax(-1)).abs().max() < tolerance, path
+        # what would end the text has its probability, but is not chosen
+        assert ids == logits.index_fill(1, torch.tensor(ENDS), -torch.inf).argmax(-1).tolist(), path
+
+
+def prompt() -> list[int]:
+    return torch.randint(3, VOCABULARY, (9,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@pytest.mark.parametrize("architecture", [*DIFFERING, "qwen3"])
+def test_llama_cpp_computes_the_masked_dense_model(architecture, tmp_path):
+    llamacpp.require()
+    # beyond the window of 16 of the Mistral the file promises nothing
+    changes = {"sliding_window": 128} if architecture == "mistral" else {}
+    model = saved(architecture, tmp_path / "base", **changes)
+    decisions = {"alike": ALIKE} | (DECISIONS if architecture in DIFFERING else {})
+    models, references = [], []
+    for number, counts in enumerate(decisions.values()):
+        keep = draw(counts)
+        models.append(tmp_path / f"{number}.gguf")
+        export(tmp_path / "base", models[-1], keep)
+        references.append(lambda keep=keep: masked(model, keep))
+    compare(models, references, prompt())
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        {"rope_type": "linear", "factor": 3.0},
+        {"rope_type": "yarn", "factor": 4.0},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)
+def test_llama_cpp_scales_rope_as_transformers_does(rope, tmp_path):
+    llamacpp.require()
+    original = {} if rope["rope_type"] == "linear" else {"original_max_position_embeddings": 8}
+    parameters = {"rope_theta": 100.0, **rope, **original}
+    model = saved("llama-gqa", tmp_path / "base", rope_parameters=parameters)
+    plain = tiny_model("llama-gqa")
+    tokens = torch.tensor([prompt()])
+    assert not torch.allclose(model(tokens).logits, plain(tokens).logits, atol=1e-2), "the scaling matters"
+    keep = draw(DECISIONS["no heads first"])
+    export(tmp_path / "base", tmp_path / "out.gguf", keep)
+    compare([tmp_path / "out.gguf"], [lambda: masked(model, keep)], prompt())
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa", "qwen2"])
+def test_llama_cpp_adds_the_biases_that_a_repair_fitted(architecture, tmp_path):
+    """In a Qwen2 of equal layers too, for which the stock architecture has no place for them."""
+    llamacpp.require()
+    from contextlib import contextmanager
+
+    model = saved(architecture, tmp_path / "base")
+    models, references = [], []
+    for number, counts in enumerate((DECISIONS["no heads twice, no channels last"], ALIKE)):
+        keep, outputs, wanted = draw(counts), {}, []
+        generator = torch.Generator().manual_seed(number)
+        for index, layer in enumerate(keep):
+            for family, linear in (
+                ("attention", model.model.layers[index].self_attn.o_proj),
+                ("ffn", model.model.layers[index].mlp.down_proj),
+            ):
+                mask = layer.of(family)
+                columns = mask.repeat_interleave(linear.in_features // len(mask))
+                if mask.any():
+                    weight = torch.randn(32, int(columns.sum()), generator=generator) * 0.3
+                    outputs[index, family] = Output(weight, torch.randn(32, generator=generator))
+                    wanted.append((linear, columns, outputs[index, family]))
+        base = tmp_path / "base"
+        decision = Decision(
+            keep, str(base), resolve(str(base)).fingerprint(), 0.5, "dtype: float32", 1, 2, 3, 2.5, outputs
+        )
+        models.append(tmp_path / f"{number}.gguf")
+        export(base, models[-1], keep, decision=decision)
+
+        @contextmanager
+        def repaired(keep=keep, wanted=wanted):
+            before = [linear.weight.clone() for linear, _, _ in wanted]
+            handles = []
+            for linear, columns, output in wanted:
+                linear.weight[:, columns] = output.weight
+                handles.append(linear.register_forward_hook(lambda _, __, y, bias=output.bias: y + bias))
+            with masked(model, keep):
+                yield model
+            for (linear, _, _), weight in zip(wanted, before, strict=True):
+                linear.weight[:] = weight
+            for handle in handles:
+                handle.remove()
+
+        references.append(repaired)
+    assert "blk.0.ffn_down.bias" in values(models[0])
+    assert fields(models[1])["general.architecture"] == {"llama-gqa": "llama", "qwen2": "deci"}[architecture]
+    compare(models, references, prompt())
+
+
+def splitters():
+    from tokenizers import Regex, pre_tokenizers
+
+    from pgprune_cli.writers.gguf_tokenizer import SPLITS
+
+    whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    yield "gpt-2", whole
+    yield "smollm", pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), whole])
+    for pattern, name in SPLITS.items():
+        yield name, pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), rest])
+
+
+def test_llama_cpp_reads_text_as_the_tokenizer_does(tmp_path):
+    """By the model's next-token probabilities, which another splitting would change."""
+    llamacpp.require()
+    check_text(tmp_path, {name: (lambda path, s=s: save_tokenizer(path, 400, s)) for name, s in splitters()})
+
+
+def test_llama_cpp_reads_text_as_a_sentencepiece_tokenizer_does(tmp_path):
+    llamacpp.require()
+
+    def save(directory: Path) -> None:
+        from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors, trainers
+        from transformers import PreTrainedTokenizerFast
+
+        tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+        special = ["<unk>", "<s>", "</s>"]
+        trainer = trainers.BpeTrainer(
+            vocab_size=380, special_tokens=special + [f"<0x{n:02X}>" for n in range(256)], show_progress=False
+        )
+        words = TEXT.replace("日本語", "").replace(" ", "▁ ").split(" ")
+        tokenizer.train_from_iterator(words * 4, trainer)
+        state = json.loads(tokenizer.to_str())
+        # as transformers converts SentencePiece's: every pair that makes a piece, the better piece first
+        vocabulary = state["model"]["vocab"]
+        pieces = sorted((piece for piece in vocabulary if piece[0] != "<"), key=vocabulary.get)
+        state["model"]["merges"] = [
+            [piece[:cut], piece[cut:]]
+            for piece in pieces
+            for cut in range(1, len(piece))
+            if piece[:cut] in vocabulary and piece[cut:] in vocabulary
+        ]
+        state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] in special]
+        tokenizer = Tokenizer.from_str(json.dumps(state))
+        tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in special])
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+        fast.save_pretrained(directory)
+
+    check_text(tmp_path, {"sentencepiece": save})
+
+
+def check_text(tmp_path: Path, savers: dict) -> None:
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    config = LlamaConfig(**tiny_config("llama-gqa").to_dict() | {"vocab_size": 400})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    models, wanted, forced = [], [], []
+    for name, save in savers.items():
+        base = tmp_path / name
+        model.save_pretrained(base)
+        save(base)
+        models.append(tmp_path / f"{name}.gguf")
+        export(base, models[-1], draw(ALIKE))
+        tokenizer = load_tokenizer(resolve(str(base)))
+        ids = tokenizer(TEXT).input_ids
+        forced.append(tokenizer.convert_tokens_to_ids("a"))
+        with torch.inference_mode(), masked(model, draw(ALIKE)):
+            wanted.append(model(torch.tensor([ids])).logits[0, -1].log_softmax(-1))
+    assert len(set(forced)) == 1
+    made = llamacpp.generate(models, TEXT, 1, 400, forced[0])
+    for name, (_, found), row in zip(savers, made, wanted, strict=True):
+        assert (found[0] - row).abs().max() < 2e-4, name
