@@ -54,7 +54,8 @@ class Policy(Protocol[State]):
     def outputs(self, keep: Keep) -> Outputs:
         """The repaired output projections that `keep` is to be evaluated with."""
 
-    def rate(self, state: State) -> float: ...
+    def rate(self, state: State) -> float | None:
+        """The learning rate of the next update; None where there is no such thing."""
 
     def entropy(self, state: State) -> float:
         """Of the policy's distribution, in nats."""
@@ -130,8 +131,8 @@ class LayerPolicy:
     def outputs(self, keep: Keep) -> Outputs:
         return self.table.outputs_for(keep)
 
-    def rate(self, state: WidthState) -> float:
-        return 1.0
+    def rate(self, state: WidthState) -> None:
+        return None
 
     def entropy(self, state: WidthState) -> float:
         return float(0.5 * (2 * math.pi * math.e * state.spread.square()).log().sum())

@@ -32,7 +32,7 @@ class Row:
     step: int
     losses: list[float | None]
     baseline: float | None
-    learning_rate: float
+    learning_rate: float | None
     entropy: float
     heldout_loss: float | None
     skipped: int
