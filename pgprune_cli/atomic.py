@@ -46,6 +46,8 @@ def new_file(out: Path) -> Iterator[Path]:
         sync_directory(temporary)  # which does for files too
         temporary.rename(out)
         sync_directory(out.parent)
+    except OSError as error:
+        raise _of(out, temporary, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -64,8 +66,16 @@ def new_directory(out: Path) -> Iterator[Path]:
             out.rmdir()
         temporary.rename(out)
         sync_directory(out.parent)
+    except OSError as error:
+        raise _of(out, temporary, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _of(out: Path, temporary: Path, error: OSError) -> OSError:
+    """The error as one of `out`, where it names no file or one that nobody asked for."""
+    own = error.filename is None or str(error.filename).startswith(str(temporary))
+    return OSError(error.errno, error.strerror, str(out)) if own else error
 
 
 def _beside(path: Path) -> Path:

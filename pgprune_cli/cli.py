@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -111,7 +112,7 @@ def export(
         typer.Option(
             "--out",
             metavar="PATH",
-            help="The directory to write, or the .gguf file; must not exist yet.  [default: models/<run>]",
+            help="The directory to write, new or empty, or the new .gguf file.  [default: models/<run>]",
         ),
     ] = None,
     format: Annotated[
@@ -292,7 +293,8 @@ def main() -> NoReturn:
     """The `pgprune` program."""
     code: int = ExitCode.OK
     try:
-        code = app(standalone_mode=False) or ExitCode.OK
+        with _stoppable():
+            code = app(standalone_mode=False) or ExitCode.OK
     except UserError as error:
         _complain(str(error))
         code = ExitCode.BAD_INPUT
@@ -302,9 +304,6 @@ def main() -> NoReturn:
     except OSError as error:
         _complain(f"{error.filename or 'a file'}: {error.strerror or error}")
         code = ExitCode.FAILED
-    except KeyboardInterrupt:
-        _complain("interrupted")
-        code = ExitCode.INTERRUPTED
     except Exception as error:
         # click's own errors know how to show themselves; anything else is a bug of ours, and its traceback is wanted
         if not hasattr(error, "format_message"):
@@ -320,6 +319,23 @@ def _open(name: str, out: Path | None, overrides: list[str], runs: Path = Path("
 
     path = find(name)
     return load(path, overrides), out or runs / name_of(path)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """SIGINT and SIGTERM end the program with a word and its exit code, all cleaned up. A search catches its own."""
+
+    def stop(signum: int, _: object) -> NoReturn:
+        interrupted = signum == signal.SIGINT
+        _complain("interrupted" if interrupted else "terminated")
+        raise SystemExit(ExitCode.INTERRUPTED if interrupted else ExitCode.TERMINATED)
+
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
 
 
 @contextmanager

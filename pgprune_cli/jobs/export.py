@@ -16,7 +16,7 @@ from pgprune_cli.loading import Source, resolve
 from pgprune_cli.progress import writing
 from pgprune_cli.writers import gguf, hf, mlx
 from pgprune_cli.writers.normal_form import Needs
-from pgprune_cli.writers.plan import DTYPES, Measured, Options, Plan
+from pgprune_cli.writers.plan import DTYPES, Measured, Options, Plan, check_new
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,15 @@ def options_of(
 
 
 def target(run: Path, out: Path | None, format: str) -> Path:
-    """Where an export goes that is to go to `out`. Raises UserError for a name that its file cannot have."""
+    """Where an export goes that is to go to `out`.
+
+    Raises UserError for a name that its file cannot have, and where there is something already.
+    """
     suffix = FORMATS[format].suffix
     out = out or Path("models") / f"{run.resolve().name}{suffix}"
     if suffix and out.suffix != suffix:
-        raise UserError(f"--out {out}: is one file with --format {format}, and its name should end in {suffix}")
+        raise UserError(f"--out {out}: --format {format} writes one file, whose name should end in {suffix}")
+    check_new(out.expanduser(), directory=not suffix)
     return out
 
 
@@ -65,6 +69,8 @@ def plan(run: Path, options: Options | None = None, format: str = "hf") -> Plan:
 
     What `pgprune eval RUN` measured goes along. Raises UserError as `Decision.load` and the format's `plan` do.
     """
+    if (run / "config.json").exists():  # it holds a decision too, for the record, and no repair any more
+        raise UserError(f"{run}: an exported model; export the run directory that it was made from")
     decision = Decision.load(run)
     evaluation = run / EVALUATION_FILE
     measured = read_json(evaluation) if evaluation.exists() else None

@@ -44,6 +44,8 @@ def load_tasks(names: Sequence[str], quiet: bool = False) -> dict[str, Any]:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise UserError(f"--tasks needs the extra: pip install 'pgprune[eval]' ({error})") from None
+    if missing := [name for name in names if name.endswith(".yaml") and not Path(name).is_file()]:
+        raise UserError(f"--tasks {missing[0]}: no such file")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with _at_work(f"loading {', '.join(names)}", quiet):
         # its index of 14,000 tasks takes a while, and files do not need it

@@ -28,7 +28,7 @@ from pgprune_cli.writers import gguf_types
 from pgprune_cli.writers.base import Base
 from pgprune_cli.writers.gguf_layout import NEEDS, Layout
 from pgprune_cli.writers.gguf_tokenizer import add_tokenizer
-from pgprune_cli.writers.plan import SLACK, Measured, Options, Plan, check_space, operate
+from pgprune_cli.writers.plan import SLACK, Measured, Options, Plan, check_new, check_space, operate
 from pgprune_cli.writers.surgery import Cut
 
 DTYPES = tuple(gguf_types.TYPES)
@@ -64,8 +64,7 @@ class FilePlan(Plan):
 
     def write(self, out: Path, on_bytes: Callable[[int], None]) -> None:
         out = out.expanduser().resolve()
-        if out.exists():
-            raise UserError(f"{out}: exists already")
+        check_new(out, directory=False)
         check_space(out, self.bytes + SLACK)
         with new_file(out) as temporary, temporary.open("xb") as file:
             file.write(self.header)

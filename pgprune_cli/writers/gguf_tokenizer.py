@@ -42,6 +42,7 @@ def add_tokenizer(writer: Any, source: Source, vocabulary: int) -> None:
     splitters = _flat(described["pre_tokenizer"], "pretokenizers")
     if model["type"] != "BPE" or not (model["byte_fallback"] or any(s["type"] == "ByteLevel" for s in splitters)):
         raise UserError(f"{source.name}: its tokenizer is {model['type']}, and llama.cpp knows BPE over bytes only")
+    _refuse_rewriting(source.name, _flat(described["normalizer"], "normalizers"), model["byte_fallback"])
     added = {token["id"]: token for token in described["added_tokens"]}
     _add_tokens(writer, source.name, model, added, vocabulary)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
@@ -72,6 +73,14 @@ def _flat(described: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
     if described is None:
         return []
     return described[inner] if described["type"] == "Sequence" else [described]
+
+
+def _refuse_rewriting(name: str, normalizers: list[dict[str, Any]], byte_fallback: bool) -> None:
+    """llama.cpp rewrites no text before it splits it, but for SentencePiece's spaces. Composed letters (NFC) are let
+    pass, as llama.cpp's own converter does: text mostly has them composed."""
+    known = ("Prepend", "Replace") if byte_fallback else ("NFC",)
+    if other := [step["type"] for step in normalizers if step["type"] not in known]:
+        raise UserError(f"{name}: its tokenizer rewrites text first ({', '.join(other)}), which llama.cpp does not")
 
 
 def _split_name(name: str, splitters: list[dict[str, Any]]) -> str:

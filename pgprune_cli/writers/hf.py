@@ -17,12 +17,11 @@ import torch
 
 from pgprune_cli.atomic import new_directory, write_bytes, write_json
 from pgprune_cli.decision import Decision
-from pgprune_cli.errors import UserError
 from pgprune_cli.loading import INDEX, Source
 from pgprune_cli.writers import modeling_pruned, weights
 from pgprune_cli.writers.card import Card
 from pgprune_cli.writers.hf_config import config_of
-from pgprune_cli.writers.plan import SLACK, Measured, Options, Plan, check_space, operate
+from pgprune_cli.writers.plan import SLACK, Measured, Options, Plan, check_new, check_space, operate
 from pgprune_cli.writers.surgery import Cut
 
 
@@ -48,8 +47,7 @@ class DirectoryPlan(Plan):
 
     def write(self, out: Path, on_bytes: Callable[[int], None]) -> None:
         out = out.expanduser().resolve()
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UserError(f"{out}: exists already and is not an empty directory")
+        check_new(out, directory=True)
         check_space(out, self.bytes + SLACK)
         with new_directory(out) as directory:
             write_json(directory / "config.json", self.config)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.decision import Decision
-from pgprune_cli.errors import UserError
+from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.loading import Source
 from pgprune_cli.writers import weights
 from pgprune_cli.writers.base import Base, open_base
@@ -71,7 +71,7 @@ class Plan(ABC):
     def write(self, out: Path, on_bytes: Callable[[int], None]) -> None:
         """Writes it as the new `out`; on any failure nothing of it is left. `on_bytes(n)` follows a tensor's n bytes.
 
-        Raises UserError: `out` exists; the disk is too full; a weight does not fit the dtype.
+        Raises UserError: `out` exists, a weight does not fit the dtype; RunError: the disk is too full.
         """
 
     def stored(self, cut: Cut) -> tuple[str, int]:
@@ -124,8 +124,14 @@ def operate(source: Source, decision: Decision, needs: Needs, dtype: torch.dtype
     return base, Surgery(base.shape.spec, form, decision.outputs, base.tensors, dtype)
 
 
+def check_new(out: Path, directory: bool) -> None:
+    """Raises UserError where an export as `out` would replace something; an empty directory may become the export."""
+    if out.exists() and not (directory and out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out}: exists already" + (" and is not an empty directory" if directory else ""))
+
+
 def check_space(out: Path, needed: int) -> None:
-    """Raises UserError where `needed` bytes for `out`, which is absolute, are more than the disk has."""
+    """Raises RunError where `needed` bytes for `out`, which is absolute, are more than the disk has."""
     free = shutil.disk_usage(next(folder for folder in out.parents if folder.exists())).free
     if free < needed:
-        raise UserError(f"{out}: needs about {needed / 1e9:.1f} GB of disk, and {free / 1e9:.1f} GB are free")
+        raise RunError(f"{out}: needs about {needed / 1e6:,.0f} MB of disk, and {free / 1e6:,.0f} MB are free")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import get_args
@@ -80,7 +83,7 @@ def test_where_an_export_goes():
     assert job.target(Path("runs/tiny"), None, "hf") == Path("models/tiny")
     assert job.target(Path("runs/tiny"), None, "gguf") == Path("models/tiny.gguf")
     assert job.target(Path("runs/tiny"), Path("x"), "mlx") == Path("x")
-    with pytest.raises(UserError, match=r"--out x: is one file with --format gguf, and its name should end in \.gguf"):
+    with pytest.raises(UserError, match=r"--out x: --format gguf writes one file, whose name should end in \.gguf"):
         job.target(Path("runs/tiny"), Path("x"), "gguf")
 
 
@@ -166,3 +169,54 @@ def test_a_repair_is_read_as_it_is_needed(run):
     assert first.bias is None
     with pytest.raises(KeyError):
         decision.outputs[9, "ffn"]
+
+
+def test_an_exported_model_is_no_run(run, pgprune):
+    job.export(run, Path("once"))
+    code, _, err = pgprune("export", "once", "--out", "twice", "-q")
+    assert (code, err) == (2, "pgprune: once: an exported model; export the run directory that it was made from\n")
+
+
+@pytest.mark.parametrize(("format", "out"), [("hf", "there"), ("mlx", "there"), ("gguf", "there.gguf")])
+def test_what_is_there_already_is_refused_before_anything_is_planned(format, out, run, pgprune, monkeypatch):
+    monkeypatch.setattr(job, "plan", lambda *_: pytest.fail("planned"))
+    if format != "gguf":
+        Path(out).mkdir()
+    Path(out, "file" if format != "gguf" else "").touch()
+    for more in ([], ["--dry-run"]):
+        code, _, err = pgprune("export", str(run), "--format", format, "--out", out, *more)
+        assert code == 2
+        assert err.startswith(f"pgprune: {out}: exists already")
+        assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("format", ["hf", "gguf"])
+@pytest.mark.parametrize(
+    ("signum", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_leaves_nothing_half_written(format, signum, code, said, run, pgprune, monkeypatch):
+    before, handlers = (
+        sorted(Path().iterdir()),
+        [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
+    )
+
+    def tensors(*_: object):
+        os.kill(os.getpid(), signum)
+        yield torch.zeros(1)
+
+    monkeypatch.setattr("pgprune_cli.writers.plan.Plan.tensors", tensors)
+    result = pgprune("export", str(run), "--format", format, "--out", f"out.{format}", "-q")
+    assert result == (code, "", f"pgprune: {said}\n")
+    assert sorted(Path().iterdir()) == before
+    assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize("format", ["hf", "gguf"])
+def test_a_disk_that_fills_up_is_named_by_what_was_asked_for(format, run, pgprune, monkeypatch):
+    def tensors(*_: object):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("pgprune_cli.writers.plan.Plan.tensors", tensors)
+    code, _, err = pgprune("export", str(run), "--format", format, "--out", f"new.{format}", "-q")
+    assert code == 1
+    assert err == f"pgprune: {Path('new').resolve()}.{format}: No space left on device\n"

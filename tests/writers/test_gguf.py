@@ -16,7 +16,7 @@ from test_hf import DECISIONS, LAYERS, decide, draw, masked
 
 from pgprune_cli.arch import LayerKeep, Output
 from pgprune_cli.decision import Decision
-from pgprune_cli.errors import UserError
+from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.loading import load_model, load_tokenizer, resolve
 from pgprune_cli.writers import gguf as writer
 from pgprune_cli.writers.gguf_layout import NEEDS
@@ -290,7 +290,7 @@ def test_tokenizer_and_chat_template(tmp_path):
 
 
 def test_what_gguf_has_no_place_for_is_refused_before_anything_is_written(tmp_path):
-    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     def refused(message: str, architecture: str, counts, **changes) -> None:
@@ -324,6 +324,9 @@ def test_what_gguf_has_no_place_for_is_refused_before_anything_is_written(tmp_pa
         [pre_tokenizers.Punctuation(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     refused("splits text .*Punctuation", "llama-gqa", odd)
+    tokenizer = Tokenizer(models.BPE({"a": 0}, []))
+    tokenizer.pre_tokenizer, tokenizer.normalizer = pre_tokenizers.ByteLevel(), normalizers.Lowercase()
+    refused("rewrites text first .Lowercase.", "llama-gqa", odd)
     tokenizer = Tokenizer(models.BPE({"a": VOCABULARY}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
     refused("has the token 96, and the model 96 embeddings", "llama-gqa", odd)
@@ -340,7 +343,7 @@ def test_what_is_there_already_other_bases_and_full_disks_are_refused(tmp_path, 
     with pytest.raises(UserError, match="not the model that was searched"):
         export(tmp_path / "base", tmp_path / "out.gguf", keep, decision=decision)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(UserError, match="GB are free"):
+    with pytest.raises(RunError, match="MB are free"):
         export(tmp_path / "base", tmp_path / "new" / "out.gguf", keep)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "there.gguf"]
 

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pgprune_cli.arch import LayerKeep
 from pgprune_cli.decision import Decision
-from pgprune_cli.errors import UserError
+from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.loading import resolve
 from pgprune_cli.reconstruct import repair
 from pgprune_cli.substrate import Evaluator
@@ -354,7 +354,7 @@ def test_a_failure_leaves_nothing_behind(llama, tmp_path, monkeypatch):
 def test_a_full_disk_is_seen_beforehand(llama, tmp_path, monkeypatch):
     _, base = llama
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
-    with pytest.raises(UserError, match="GB are free"):
+    with pytest.raises(RunError, match="MB are free"):
         export(base, tmp_path / "new" / "out", draw(DECISIONS["some of everything"]))
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
