@@ -17,7 +17,7 @@ class Card:
 
     title: the directory's name; layers: for every layer of the base its kept and all KV groups, kept and all FFN
     channels; padded: where blocks are wider than that, the sparsity with their padding counted as kept; code: whether
-    loading runs the modelling file; measured: the object of `pgprune eval`.
+    loading runs the modelling file; mlx: whether mlx-lm can load it; measured: the object of `pgprune eval`.
     """
 
     title: str
@@ -26,6 +26,7 @@ class Card:
     parameters_after: int
     padded: float | None
     code: bool
+    mlx: bool
     measured: Mapping[str, Any] | None
 
     def text(self, decision: Decision) -> str:
@@ -71,6 +72,11 @@ class Card:
                 "does. Where pgprune is installed, `import pgprune_cli.writers.modeling_pruned` will do instead of "
                 "`trust_remote_code`.",
             ]
+        if self.mlx:
+            trust = '{"trust_remote_code": True}'
+            lines += ["", "In mlx-lm, which runs `modeling_mlx.py` of this directory:", "", "```python"]
+            lines += ["from mlx_lm import load", ""]
+            lines += [f'load("{self.title}", tokenizer_config={trust}, trust_remote_code=True)', "```"]
         return "\n".join(lines)
 
     def _perplexity(self) -> str:

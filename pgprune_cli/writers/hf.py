@@ -68,7 +68,7 @@ class DirectoryPlan(Plan):
         kept = [(int(k.attention.sum()), len(k.attention), int(k.ffn.sum()), len(k.ffn)) for k in self.form.kept]
         padded = self.sparsity if self.form.padded else None
         before, after = self.parameters_before, self.parameters_after
-        return Card(title, kept, before, after, padded, not self.stock, self.measured)
+        return Card(title, kept, before, after, padded, not self.stock, "model_file" in self.config, self.measured)
 
 
 def plan(source: Source, decision: Decision, options: Options, measured: Measured | None = None) -> DirectoryPlan:

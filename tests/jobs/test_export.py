@@ -220,3 +220,9 @@ def test_a_disk_that_fills_up_is_named_by_what_was_asked_for(format, run, pgprun
     code, _, err = pgprune("export", str(run), "--format", format, "--out", f"new.{format}", "-q")
     assert code == 1
     assert err == f"pgprune: {Path('new').resolve()}.{format}: No space left on device\n"
+
+
+def test_the_card_says_how_mlx_loads_it_where_it_can(run):
+    for format in ("hf", "mlx"):
+        job.export(run, Path(format), format=format)
+        assert ("mlx_lm" in Path(format, "README.md").read_text()) == (format == "mlx")
