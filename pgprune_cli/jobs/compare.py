@@ -71,13 +71,13 @@ def variants_of(recipe: Recipe) -> list[Variant]:
     ablation = [
         Variant("metric-uniform", f"{metric} only, all layers alike", of(plain, nothing, scope="per-layer"), False),
         Variant("metric", f"{metric} only, widths as they come", of(plain, nothing), False),
-        Variant("metric-uniform-repaired", "the first, repaired", of(recipe, nothing, scope="per-layer"), False),
-        Variant("metric-repaired", "the second, repaired", of(recipe, nothing), False),
+        Variant("metric-uniform-repaired", "metric-uniform, repaired", of(recipe, nothing, scope="per-layer"), False),
+        Variant("metric-repaired", "metric, repaired", of(recipe, nothing), False),
         Variant("curves-repaired", "widths by repaired error alone", of(recipe, replace(layers, forwards=0)), False),
         Variant("random-start", "the paper's search from a random start", of(plain, units, "random"), True),
         Variant("uniform-start", "the paper's search from a uniform start", of(plain, units, "uniform"), True),
         Variant("metric-start", "the paper's search from the metric", of(plain, units), True),
-        Variant("metric-start-repaired", "the same, repaired", of(recipe, units), True),
+        Variant("metric-start-repaired", "metric-start, repaired", of(recipe, units), True),
         Variant("layers", "search over widths, without repair", of(plain, layers), True),
         Variant("layers-repaired", "search over widths, with repair", of(recipe, layers), True),
     ]

@@ -106,7 +106,7 @@ def plot(runs: list[Path], names: list[str], target: Path) -> None:
         axes.plot(forwards[-1:], [repaired], "o", color=colours[name], markersize=5)
     axes.set(xlabel="forward passes of the search", ylabel="held-out perplexity of the hard mask", yscale="log")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names), frameon=False)  # covers no line
     figure.savefig(target, bbox_inches="tight", metadata={"Date": None})
 
 
