@@ -18,17 +18,8 @@ from pgprune_cli.errors import UserError
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Puts `content` at `path` in one step: a reader, or a crash, sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_directory(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with new_file(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -38,13 +29,13 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def new_file(out: Path) -> Iterator[Path]:
-    """A name beside `out` whose file becomes `out`, synced, when the `with` ends well, and else vanishes."""
+    """A name beside `out` whose file replaces `out`, synced, when the `with` ends well, and else vanishes."""
     temporary = _beside(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield temporary
         sync_directory(temporary)  # which does for files too
-        temporary.rename(out)
+        temporary.replace(out)
         sync_directory(out.parent)
     except OSError as error:
         raise _of(out, temporary, error) from error

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
@@ -66,15 +65,13 @@ class FilePlan(Plan):
         out = out.expanduser().resolve()
         check_new(out, directory=False)
         check_space(out, self.bytes + SLACK)
-        with new_file(out) as temporary, temporary.open("xb") as file:
+        with new_file(out) as temporary, temporary.open("wb") as file:
             file.write(self.header)
             for cut, tensor in zip(self.cuts, self.tensors(self.cuts, on_bytes), strict=True):
                 dtype, size = self.stored(cut)
                 for piece in gguf_types.encoded(tensor, dtype):
                     file.write(piece)
                 file.write(bytes(_aligned(size) - size))
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def plan(source: Source, decision: Decision, options: Options, measured: Measured | None = None) -> FilePlan:

@@ -7,7 +7,6 @@ header, the tensors' bytes without holes (https://huggingface.co/docs/safetensor
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -54,11 +53,12 @@ def header(entries: Sequence[Entry]) -> bytes:
 
 
 def write(path: Path, entries: Sequence[Entry], tensors: Iterable[Tensor]) -> None:
-    """Writes the new file `path`, whose tensors come in the order of their entries. Raises OSError."""
+    """Writes the new file `path`, whose tensors come in the order of their entries; syncing is the caller's.
+
+    Raises OSError.
+    """
     with path.open("xb") as file:
         file.write(header(entries))
         for entry, tensor in zip(entries, tensors, strict=True):
             assert (tensor.shape, tensor.dtype) == (entry.shape, entry.dtype), entry.name
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        file.flush()
-        os.fsync(file.fileno())
