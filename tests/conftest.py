@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -31,6 +33,15 @@ SMALL = (
     "search.evaluate_every=3",
 )
 """Overrides that cut the demo's recipe down to a second: six steps of the units policy, no repair."""
+
+
+def script_module(name: str) -> ModuleType:
+    """`scripts/<name>.py`, which is no module of the package."""
+    path = Path(__file__).parents[1] / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def tiny_config(architecture: str):

@@ -87,8 +87,8 @@ def test_where_an_export_goes():
         job.target(Path("runs/tiny"), Path("x"), "gguf")
 
 
-def test_a_dry_run_writes_nothing_and_tells_what_an_export_writes(run, pgprune):
-    options = ["--dtype", "bfloat16", "--shard-size", "9KB", "--ffn-multiple", "8", "--json"]
+def planned_and_written(pgprune, run: Path, options: list[str]) -> tuple[dict, list[dict]]:
+    """What a dry run with `options`, `--json` among them, says, and its tensors; the export then says the same."""
     code, out, err = pgprune("export", str(run), "--dry-run", *options)
     assert (code, err) == (0, "")
     assert not Path("models").exists()
@@ -97,6 +97,12 @@ def test_a_dry_run_writes_nothing_and_tells_what_an_export_writes(run, pgprune):
     code, out, _ = pgprune("export", str(run), *options)
     assert code == 0
     assert json.loads(out) == planned
+    return planned, tensors
+
+
+def test_a_dry_run_writes_nothing_and_tells_what_an_export_writes(run, pgprune):
+    options = ["--dtype", "bfloat16", "--shard-size", "9KB", "--ffn-multiple", "8", "--json"]
+    planned, tensors = planned_and_written(pgprune, run, options)
     assert planned["model"] == "models/tiny"
     found = []
     for path in sorted(Path("models/tiny").glob("model-*.safetensors")):
@@ -112,14 +118,7 @@ def test_a_dry_run_writes_nothing_and_tells_what_an_export_writes(run, pgprune):
 def test_a_gguf_file_is_planned_too(run, pgprune):
     gguf = pytest.importorskip("gguf", reason="no gguf: pip install 'pgprune[gguf]'")
     options = ["--format", "gguf", "--dtype", "float16", "--kv-multiple", "2", "--json"]
-    code, out, err = pgprune("export", str(run), "--dry-run", *options)
-    assert (code, err) == (0, "")
-    assert not Path("models").exists()
-    planned = json.loads(out)
-    tensors = planned.pop("tensors")
-    code, out, _ = pgprune("export", str(run), *options)
-    assert code == 0
-    assert json.loads(out) == planned
+    planned, tensors = planned_and_written(pgprune, run, options)
     assert planned["bytes"] == Path("models/tiny.gguf").stat().st_size
     found = gguf.GGUFReader("models/tiny.gguf").tensors
     words = {"F16": "float16", "F32": "float32"}

@@ -1,25 +1,19 @@
 """Pickled checkpoints become safetensors ones, without running what is in them."""
 
-import importlib.util
 import json
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import script_module, tiny_model
 
 from pgprune_cli.loading import load_model, resolve
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "convert_to_safetensors.py"
 
 
 @pytest.fixture(scope="module")
 def convert():
-    spec = importlib.util.spec_from_file_location("convert_to_safetensors", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.convert
+    return script_module("convert_to_safetensors").convert
 
 
 @pytest.mark.parametrize("files", [1, 3])

@@ -1,13 +1,12 @@
 """Recovery by distillation: the loss, and the script: the model gets better, and loads as it did."""
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_model
+from conftest import VOCABULARY, script_module, tiny_model
 from transformers import TrainingArguments
 
 from pgprune_cli.demo.grammar import generate
@@ -22,10 +21,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "distill.py"
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("distill", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_module("distill")
 
 
 def test_the_divergence_is_its_definition(script) -> None:
