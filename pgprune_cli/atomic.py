@@ -64,9 +64,9 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 
 def _of(out: Path, temporary: Path, error: OSError) -> OSError:
-    """The error as one of `out`, where it names no file or one that nobody asked for."""
+    """The system's error as one of `out`, where it names no file or one that nobody asked for."""
     own = error.filename is None or str(error.filename).startswith(str(temporary))
-    return OSError(error.errno, error.strerror, str(out)) if own else error
+    return OSError(error.errno, error.strerror, str(out)) if own and error.errno is not None else error
 
 
 def _beside(path: Path) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -14,6 +14,7 @@ import typer
 
 from pgprune_cli import __version__
 from pgprune_cli.errors import ExitCode, RunError, UserError
+from pgprune_cli.tables import export_line, grid, print_measured, print_plan
 
 if TYPE_CHECKING:
     from pgprune_cli.recipe import Recipe
@@ -159,10 +160,10 @@ def export(
         hub.check_name(push)
     if dry_run:
         planned = job.plan(run, options, format)
-        _print_plan(job.summary(planned, out), job.tensors(planned, out), as_json)
+        print_plan(job.summary(planned, out), job.tensors(planned, out), as_json)
         return
     summary = job.summary(job.export(run, out, options, format, quiet), out)
-    line = _export_line(summary)
+    line = export_line(summary)
     if push is not None:
         with working(f"uploading {out} to {push}", quiet):
             summary["pushed"] = hub.push(out, push)
@@ -240,7 +241,7 @@ def evaluate(
     if as_json:
         print(json.dumps(results[0] | ({"against": results[1:]} if results[1:] else {})))
     else:
-        _table(results)
+        print_measured(results)
 
 
 @app.command(epilog="Example: pgprune compare smollm2-135m-30 --seeds 0,1,2 --limit 512")
@@ -275,14 +276,14 @@ def compare(
         print(json.dumps(table))
         return
     headings, rows = cells(table)
-    _grid(headings, rows)
+    grid(headings, rows)
     print(f"{run / TABLE_MARKDOWN}")
 
 
 @app.command(epilog="Example: pgprune recipes")
 def recipes(as_json: AsJson = False) -> None:
     """List the recipes that ship."""
-    from pgprune_cli.recipe import name_of, shipped, summary
+    from pgprune_cli.recipe_reader import name_of, shipped, summary
 
     listed = {name_of(path): summary(path) for path in shipped()}
     width = max(map(len, listed))
@@ -315,7 +316,7 @@ def main() -> NoReturn:
 
 def _open(name: str, out: Path | None, overrides: list[str], runs: Path = Path("runs")) -> tuple[Recipe, Path]:
     """The recipe, and the run directory it is for."""
-    from pgprune_cli.recipe import find, load, name_of
+    from pgprune_cli.recipe_reader import find, load, name_of
 
     path = find(name)
     return load(path, overrides), out or runs / name_of(path)
@@ -352,24 +353,6 @@ def _resumable() -> Iterator[None]:
         raise typer.Exit(code) from None
 
 
-def _print_plan(summary: dict[str, Any], tensors: list[dict[str, Any]], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(summary | {"tensors": tensors}))
-        return
-    rows = [
-        [row["name"], row["file"], " × ".join(map(str, row["shape"])), row["dtype"], f"{row['bytes'] / 1e6:,.3f}"]
-        for row in tensors
-    ]
-    _grid(("tensor", "file", "shape", "dtype", "MB"), rows)
-    print(f"would write {_export_line(summary)}")
-
-
-def _export_line(summary: dict[str, Any]) -> str:
-    before, after = summary["parameters_before"], summary["parameters_after"]
-    size = f"{after / 1e6:.1f} M of {before / 1e6:.1f} M parameters, {summary['bytes'] / 1e6:.1f} MB"
-    return f"{summary['model']}: {size}; sparsity {summary['sparsity']:.4f}"
-
-
 def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
     print(json.dumps(result) if as_json else text)
 
@@ -383,43 +366,6 @@ def _quoted(word: str) -> str:
     import shlex
 
     return shlex.quote(word)
-
-
-def _grid(headings: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 2) -> None:
-    """A table whose first `texts` columns are text, and the others numbers."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table()
-    for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place < texts else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
-
-
-def _measurements(result: dict[str, Any]) -> dict[str, str]:
-    """What was measured of a model, by the name of the row it stands in."""
-    cells = {"parameters": f"{result['parameters']:,}"}
-    for row in result["perplexity"]:
-        cells[f"{row['corpus']} PPL, {row['seqlen']} tokens"] = f"{row['ppl']:,.2f}"
-    for row in result.get("tasks", []):
-        error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
-        cells[f"{row['task']} {row['metric']}"] = f"{row['value']:.4f}{error}"
-    if "speed" in result:
-        speed = result["speed"]
-        cells["prefill tokens/s"] = f"{speed['prefill_tokens_per_second']:,.0f}"
-        cells["decode tokens/s"] = f"{speed['decode_tokens_per_second']:,.0f}"
-        cells["weights MB"] = f"{speed['weight_bytes'] / 1e6:,.1f}"
-    return cells
-
-
-def _table(results: list[dict[str, Any]]) -> None:
-    """A column for each model, a row for each measurement: there may be many of these, and few of those."""
-    columns = [_measurements(result) for result in results]
-    names = dict.fromkeys(name for column in columns for name in column)
-    rows = [[name, *(column.get(name, "") for column in columns)] for name in names]
-    _grid(["", *(result["model"] for result in results)], rows, texts=1)
 
 
 if __name__ == "__main__":

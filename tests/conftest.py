@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from pgprune_cli.recipe import Recipe, find, load
+from pgprune_cli.recipe import Recipe
+from pgprune_cli.recipe_reader import find, load
 
 ARCHITECTURES = ("llama-mha", "llama-gqa", "llama-biased", "mistral", "qwen2", "qwen3")
 

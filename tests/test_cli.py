@@ -18,7 +18,7 @@ from multiple_choice import items_of, task_file
 from pgprune_cli import cli
 from pgprune_cli.decision import MASKS
 from pgprune_cli.errors import RunError
-from pgprune_cli.recipe import name_of, shipped
+from pgprune_cli.recipe_reader import name_of, shipped
 
 SET = [word for override in SMALL for word in ("--set", override)]
 

@@ -12,9 +12,10 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgprune_cli import recipe
+from pgprune_cli import recipe, recipe_reader
 from pgprune_cli.errors import UserError
-from pgprune_cli.recipe import Recipe, dump, find, load, name_of, shipped, summary
+from pgprune_cli.recipe import Recipe
+from pgprune_cli.recipe_reader import dump, find, load, name_of, shipped, summary
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MINIMAL = "model: demo\ncalibration: {corpus: demo}\nbudget: {sparsity: 0.5}\n"
@@ -423,7 +424,7 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
 
 def without_contradictions(any_recipe: Recipe) -> Recipe:
     """Each value alone is sound; together they may be none that `load` takes."""
-    if not recipe._contradictions(any_recipe):
+    if not recipe_reader._contradictions(any_recipe):
         return any_recipe
     harmless = dataclasses.replace(any_recipe.budget, of="parameters", keep_at_least=0.0)
     return dataclasses.replace(any_recipe, budget=harmless)

@@ -21,7 +21,8 @@ from pgprune_cli.decision import RECORD, Decision
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.loading import Source, load_model, load_tokenizer, resolve
 from pgprune_cli.progress import working
-from pgprune_cli.recipe import Evaluation, load
+from pgprune_cli.recipe import Evaluation
+from pgprune_cli.recipe_reader import load
 from pgprune_cli.substrate import Evaluator, summed_loss
 
 EVALUATION_FILE = "evaluation.json"

@@ -16,7 +16,8 @@ from torch import Tensor
 from pgprune_cli.checkpoint import Checkpoint, latest_checkpoint
 from pgprune_cli.errors import UserError
 from pgprune_cli.progress import Row
-from pgprune_cli.recipe import Evaluation, Recipe, dump, load
+from pgprune_cli.recipe import Evaluation, Recipe
+from pgprune_cli.recipe_reader import dump, load
 
 METRICS_FILE = "metrics.jsonl"
 RECIPE_FILE = "recipe.yaml"

@@ -29,7 +29,8 @@ from pgprune_cli.jobs.run_directory import RECIPE_FILE, History, identity_of, re
 from pgprune_cli.loading import load_model, resolve
 from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
 from pgprune_cli.progress import Row, SearchProgress, memory_in_use, working
-from pgprune_cli.recipe import Recipe, dump
+from pgprune_cli.recipe import Recipe
+from pgprune_cli.recipe_reader import dump
 from pgprune_cli.reconstruct import PASSES, Repaired, repair
 from pgprune_cli.saliency import CALIBRATED, NEEDS, flat_saliency
 from pgprune_cli.sensitivity import some_windows

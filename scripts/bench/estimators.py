@@ -24,7 +24,7 @@ from pgprune_cli.decision import Decision
 from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target
 from pgprune_cli.jobs.run_directory import METRICS_FILE
 from pgprune_cli.jobs.search import search
-from pgprune_cli.recipe import find, load
+from pgprune_cli.recipe_reader import find, load
 
 UNITS = ["search.policy=units", "search.samples=2", "search.evaluate_every=8"]
 ESTIMATORS = {

@@ -24,7 +24,8 @@ from pgprune_cli.jobs.init_scores import SCORES, Scores, init_scores, load_text
 from pgprune_cli.jobs.run_directory import METRICS_FILE
 from pgprune_cli.jobs.search import BAD_STEPS, Interrupted, search
 from pgprune_cli.loading import load_model, resolve
-from pgprune_cli.recipe import Recipe, find, load
+from pgprune_cli.recipe import Recipe
+from pgprune_cli.recipe_reader import find, load
 from pgprune_cli.saliency import flat_saliency
 from pgprune_cli.substrate import Evaluator
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -338,12 +339,13 @@ def test_what_stands_there_already_is_refused(llama, tmp_path):
         export(base, tmp_path / "file", keep)
 
 
-def test_a_failure_leaves_nothing_behind(llama, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no space left"), OSError("no space left")])
+def test_a_failure_leaves_nothing_behind(error, llama, tmp_path, monkeypatch):
     _, base = llama
 
     def full(path, entries, tensors):
         path.write_bytes(b"half")
-        raise OSError("no space left on device")
+        raise error
 
     monkeypatch.setattr(weights, "write", full)
     with pytest.raises(OSError, match="no space"):

@@ -1,0 +1,62 @@
+"""What a verb prints on stdout when it is asked for text: tables, and the line an export ends with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+
+def print_plan(summary: dict[str, Any], tensors: list[dict[str, Any]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(summary | {"tensors": tensors}))
+        return
+    rows = [
+        [row["name"], row["file"], " × ".join(map(str, row["shape"])), row["dtype"], f"{row['bytes'] / 1e6:,.3f}"]
+        for row in tensors
+    ]
+    grid(("tensor", "file", "shape", "dtype", "MB"), rows)
+    print(f"would write {export_line(summary)}")
+
+
+def export_line(summary: dict[str, Any]) -> str:
+    before, after = summary["parameters_before"], summary["parameters_after"]
+    size = f"{after / 1e6:.1f} M of {before / 1e6:.1f} M parameters, {summary['bytes'] / 1e6:.1f} MB"
+    return f"{summary['model']}: {size}; sparsity {summary['sparsity']:.4f}"
+
+
+def grid(headings: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 2) -> None:
+    """A table whose first `texts` columns are text, and the others numbers."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for place, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if place < texts else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _cells(result: dict[str, Any]) -> dict[str, str]:
+    """What was measured of a model, by the name of the row it stands in."""
+    cells = {"parameters": f"{result['parameters']:,}"}
+    for row in result["perplexity"]:
+        cells[f"{row['corpus']} PPL, {row['seqlen']} tokens"] = f"{row['ppl']:,.2f}"
+    for row in result.get("tasks", []):
+        error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
+        cells[f"{row['task']} {row['metric']}"] = f"{row['value']:.4f}{error}"
+    if "speed" in result:
+        speed = result["speed"]
+        cells["prefill tokens/s"] = f"{speed['prefill_tokens_per_second']:,.0f}"
+        cells["decode tokens/s"] = f"{speed['decode_tokens_per_second']:,.0f}"
+        cells["weights MB"] = f"{speed['weight_bytes'] / 1e6:,.1f}"
+    return cells
+
+
+def print_measured(results: list[dict[str, Any]]) -> None:
+    """A column for each model, a row for each measurement: there may be many of these, and few of those."""
+    columns = [_cells(result) for result in results]
+    names = dict.fromkeys(name for column in columns for name in column)
+    rows = [[name, *(column.get(name, "") for column in columns)] for name in names]
+    grid(["", *(result["model"] for result in results)], rows, texts=1)
