@@ -38,7 +38,7 @@ def result_of(run: Path) -> tuple:
     decision = json.loads((run / RECORD).read_text())
     found = latest_checkpoint(run)
     scores = {name: values.tolist() for name, values in Scores.load(run).tensors.items()}
-    state = {name: getattr(value, "tolist", lambda value=value: value)() for name, value in vars(found.state).items()}
+    state = {name: value.tolist() if torch.is_tensor(value) else value for name, value in vars(found.state).items()}
     return (run / MASKS).read_bytes(), (run / REPAIR).read_bytes(), history, decision, scores, state
 
 
@@ -186,7 +186,7 @@ def test_a_rank_that_is_gone_is_an_error_of_the_others(exchanged) -> None:
 @pytest.mark.parametrize("count", [0, 1, 2, 16, 17])
 def test_shares_are_a_fair_partition(count, world) -> None:
     shares = [list(Ranks(rank, world).share(count)) for rank in range(world)]
-    assert sorted(sum(shares, [])) == list(range(count))
+    assert sorted(piece for share in shares for piece in share) == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
