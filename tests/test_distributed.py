@@ -49,27 +49,45 @@ def alone(tmp_path_factory: pytest.TempPathFactory, token_cache: str) -> tuple:
     return result_of(run)
 
 
+def arguments(run: Path) -> list[str]:
+    return ["demo", "--out", str(run), *(word for override in RECIPE for word in ("--set", override))]
+
+
+def run_program(program: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    # Threads as this process has: another number of them may sum in another order.
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())} | variables
+    return subprocess.run(program, capture_output=True, text=True, check=False, timeout=SECONDS, env=environment)
+
+
 def torchrun(processes: int, run: Path, accident: tuple[str, int] | None = None, restarts: int = 0):
     """The program under torchrun; with an accident to rank 1 after a step."""
     what = ["-m", "pgprune_cli"]
     if accident is not None:
         what = [str(Path(__file__).with_name("ranks.py")), accident[0], str(accident[1])]
-    arguments = ["search", "demo", "--out", str(run), *(word for override in RECIPE for word in ("--set", override))]
     started = ["--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
-    program = [sys.executable, "-m", "torch.distributed.run", *started, *what, *arguments]
-    # As this process has: another number of threads may sum in another order.
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.run(program, capture_output=True, text=True, check=False, timeout=SECONDS, env=environment)
+    return run_program([sys.executable, "-m", "torch.distributed.run", *started, *what, "search", *arguments(run)], {})
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_the_result_is_the_same_for_any_number_of_processes(processes, alone, tmp_path) -> None:
-    done = torchrun(processes, tmp_path)
+def test_four_processes_find_what_one_does(alone, tmp_path) -> None:
+    done = torchrun(4, tmp_path)
     assert done.returncode == 0, done.stderr
     assert result_of(tmp_path) == alone
     assert done.stdout.count("\n") == 1  # the writer's
     assert done.stderr.count(f"step {STEPS}/{STEPS}") == 1
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_so_do_two_that_the_slurm_script_starts(alone, tmp_path) -> None:
+    """With a cluster of one machine, which is this one."""
+    for name, does in {"srun": 'exec "$@"', "scontrol": "echo localhost"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "x", "SLURM_NNODES": "1", "SLURM_JOB_ID": str(os.getpid()), "PROCESSES": "2"}
+    path = {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    script = Path(__file__).parents[1] / "scripts" / "slurm" / "search.sbatch"
+    done = run_program(["bash", str(script), *arguments(tmp_path / "run")], job | path)
+    assert done.returncode == 0, done.stderr
+    assert result_of(tmp_path / "run") == alone
 
 
 def test_a_killed_rank_costs_nothing_but_time(alone, tmp_path) -> None:
