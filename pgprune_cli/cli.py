@@ -15,7 +15,7 @@ import typer
 from pgprune_cli import __version__
 from pgprune_cli.distributed import of_environment
 from pgprune_cli.errors import ExitCode, RunError, UserError
-from pgprune_cli.tables import export_line, grid, print_measured, print_plan
+from pgprune_cli.tables import export_line, grid, print_estimate, print_measured, print_plan
 
 if TYPE_CHECKING:
     from pgprune_cli.recipe import Recipe
@@ -82,10 +82,22 @@ def init_scores(
 
 @app.command(epilog="Example: pgprune search llama2-7b-50 --set search.forwards=2000 --out runs/short")
 def search(
-    recipe: RecipeName, out: Out = None, overrides: Set = None, quiet: Quiet = False, as_json: AsJson = False
+    recipe: RecipeName,
+    out: Out = None,
+    overrides: Set = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Load nothing; print what memory, forward passes and time it would take.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Search which units to keep. Goes on by itself where an earlier call was stopped."""
     loaded, run = _open(recipe, out, overrides or [])
+    if dry_run:
+        from pgprune_cli.jobs.estimate import estimate
+
+        print_estimate(estimate(loaded, quiet), as_json)
+        return
     from pgprune_cli.decision import MASKS
     from pgprune_cli.jobs.search import search
 

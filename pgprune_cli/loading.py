@@ -23,6 +23,8 @@ from pgprune_cli.errors import UserError
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 INDEX = "model.safetensors.index.json"
+WANTED = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
+"""The files of a hub model that are downloaded: nothing pickled, and no code."""
 SAMPLED = 1 << 16
 """Bytes read at each of the places of a weight file that go into its fingerprint."""
 
@@ -71,8 +73,11 @@ class Source:
         return digest.hexdigest()
 
 
-def resolve(name: str) -> Source:
-    """Finds the model's files, downloading from the hub where `name` is no path. Raises UserError."""
+def resolve(name: str, weights: bool = True) -> Source:
+    """Finds the model's files, downloading from the hub where `name` is no path. Raises UserError.
+
+    Without `weights` a config.json will do, and no more than that is downloaded.
+    """
     if name == "demo":
         return Source(name, DEMO_MODEL, None)
     path = Path(name).expanduser()
@@ -81,10 +86,10 @@ def resolve(name: str) -> Source:
             raise UserError(f"{name}: a model is a directory, a .gguf file or a hub name, and this is another file")
         return Source(name, path.parent, path.name)
     if path.is_dir():
-        return _in_directory(name, path)
+        return _in_directory(name, path, weights)
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "models/")):
         raise UserError(f"{name}: no such directory or .gguf file, and not a hub name (owner/name) either")
-    return _in_directory(name, _download(name))
+    return _in_directory(name, _download(name, WANTED if weights else ["config.json"]), weights)
 
 
 def load_model(source: Source, dtype: str, device: str) -> nn.Module:
@@ -128,6 +133,27 @@ def load_model(source: Source, dtype: str, device: str) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
+def empty_model(name: str, dtype: str) -> nn.Module:
+    """The model as its config says, in `dtype` ("auto": as the config has it), on the meta device: without weights.
+
+    Of a model of the hub only the config is downloaded. Raises UserError where there is none that can be read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from pgprune_cli.writers import modeling_pruned  # noqa: F401  (makes our own exported models loadable)
+
+    source = resolve(name, weights=False)
+    arguments = {} if source.gguf is None else {"gguf_file": source.gguf}
+    try:
+        config = AutoConfig.from_pretrained(source.directory, **arguments)
+        stored = getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=stored if dtype == "auto" else getattr(torch, dtype))
+    except Exception as error:  # of dozens of kinds, see above
+        raise UserError(f"{name}: its config cannot be read: {_one_line(error)}") from error
+    return model.eval().requires_grad_(False)
+
+
 def load_tokenizer(source: Source) -> Any:
     """The model's tokenizer. Raises UserError where there is none."""
     from transformers import AutoTokenizer
@@ -157,9 +183,9 @@ def _config(source: Source) -> Any:
     return AutoConfig.from_pretrained(source.directory, **({} if source.gguf is None else {"gguf_file": source.gguf}))
 
 
-def _in_directory(name: str, directory: Path) -> Source:
+def _in_directory(name: str, directory: Path, weights: bool) -> Source:
     if (directory / "config.json").exists():
-        if (directory / "model.safetensors").exists() or (directory / INDEX).exists():
+        if not weights or (directory / "model.safetensors").exists() or (directory / INDEX).exists():
             return Source(name, directory, None)
         raise UserError(
             f"{name}: has a config.json but neither model.safetensors nor {INDEX}; pickled weights (*.bin), which can "
@@ -173,11 +199,10 @@ def _in_directory(name: str, directory: Path) -> Source:
     raise UserError(f"{name}: holds neither config.json with safetensors nor a .gguf file")
 
 
-def _download(name: str) -> Path:
+def _download(name: str, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

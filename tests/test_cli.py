@@ -154,6 +154,25 @@ def test_quiet_is_quiet(command, pgprune) -> None:
     assert out
 
 
+def test_a_dry_run_says_what_a_search_would_take_and_does_nothing(pgprune) -> None:
+    code, out, _ = pgprune("search", "demo", *SET, "--dry-run")
+    assert code == 0
+    for row in (
+        "weights",
+        "covariances of one layer",
+        "forward passes of the search",
+        "TFLOP: search",
+        "time, at least",
+    ):
+        assert row in out
+    assert "estimates, from the model's shapes and the recipe" in out
+    code, out, _ = pgprune("search", "demo", *SET, "--dry-run", "--json", "--quiet")
+    said = json.loads(out)
+    assert (code, said["forwards"]["search"]) == (0, 12)
+    assert said["seconds"] > 0
+    assert list(Path().iterdir()) == []
+
+
 def test_the_recipes_that_ship_are_listed(pgprune) -> None:
     code, out, err = pgprune("recipes")
     assert (code, err) == (0, "")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from pgprune_cli import loading
 from pgprune_cli.devices import spread
 from pgprune_cli.errors import UserError
-from pgprune_cli.loading import DEMO_MODEL, INDEX, Source, load_model, load_tokenizer, resolve
+from pgprune_cli.loading import DEMO_MODEL, INDEX, Source, empty_model, load_model, load_tokenizer, resolve
 from pgprune_cli.streaming import layer_inputs
 from pgprune_cli.substrate import Evaluator
 
@@ -160,6 +160,20 @@ def test_a_hub_name_is_downloaded_without_pickles_and_code(saved, monkeypatch):
         assert any(fnmatch(file, pattern) for pattern in patterns), file
     for file in ("pytorch_model.bin", "modeling_x.py", "model.gguf", "consolidated.00.pth"):
         assert not any(fnmatch(file, pattern) for pattern in patterns), file
+
+
+def test_only_the_config_of_a_hub_model_is_downloaded_for_one_without_weights(saved, tmp_path, monkeypatch):
+    shutil.copy(saved / "config.json", tmp_path)
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda _, **given: asked.append(given) or str(tmp_path))
+    model = empty_model("owner/name", "auto")
+    assert asked == [{"allow_patterns": ["config.json"]}]
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    whole = load_model(resolve(str(saved)), "auto", "cpu")
+    assert [(n, p.shape, p.dtype) for n, p in model.named_parameters()] == [
+        (n, p.shape, p.dtype) for n, p in whole.named_parameters()
+    ]
+    assert empty_model(str(tmp_path), "bfloat16").dtype == torch.bfloat16
 
 
 def test_without_the_hub_the_message_says_what_to_give_instead(monkeypatch):

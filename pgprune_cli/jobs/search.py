@@ -158,7 +158,7 @@ def _search(recipe: Recipe, run: Path, quiet: bool, ranks: Ranks) -> Decision:
         recipe=dump(recipe),
         steps=loop.state.step,
         forwards=loop.forwards,
-        calibration_forwards=_calibration_forwards(recipe, text),
+        calibration_forwards=calibration_forwards(recipe, text),
         heldout_loss=heldout_loss if math.isfinite(heldout_loss) else None,
         outputs=outputs,
         budget={"of": recipe.budget.of, "kept": int(space.costs[mask].sum()) / int(space.costs.sum())},
@@ -205,11 +205,11 @@ def _policy(
         solve = recipe.reconstruct.method.startswith("least-squares")
         damping = recipe.reconstruct.damping
         multiple = recipe.budget.ffn_multiple
-        table = width_table(evaluator.model, saliency_of, _repair_batches(recipe, text), damping, solve, multiple)
+        table = width_table(evaluator.model, saliency_of, repair_batches(recipe, text), damping, solve, multiple)
     return LayerPolicy(table, table.priorities(space), space, budget)
 
 
-def _repair_batches(recipe: Recipe, text: CalibrationText) -> list[Tensor]:
+def repair_batches(recipe: Recipe, text: CalibrationText) -> list[Tensor]:
     """The windows that repair is fitted to, as many tokens at a time as the search has at least."""
     windows = spread(text.search, recipe.reconstruct.sequences)
     return list(windows.split(max(recipe.calibration.batch, REPAIR_TOKENS // windows.shape[1])))
@@ -220,7 +220,7 @@ def _repaired(recipe: Recipe, model: nn.Module, keep: Keep, text: CalibrationTex
         return Repaired(keep, {})
     with working("repairing the kept weights", quiet):
         settings = recipe.reconstruct
-        batches = _repair_batches(recipe, text)
+        batches = repair_batches(recipe, text)
         return repair(model, keep, batches, settings.method, settings.damping, _reselects(recipe))
 
 
@@ -229,7 +229,7 @@ def _reselects(recipe: Recipe) -> bool:
     return recipe.search.policy == "layers"
 
 
-def _calibration_forwards(recipe: Recipe, text: CalibrationText) -> int:
+def calibration_forwards(recipe: Recipe, text: CalibrationText) -> int:
     """Passes over calibration text besides the search's, in batches of the search."""
     repaired = recipe.reconstruct.method != "none"
     read: list[Tensor] = []
@@ -238,7 +238,7 @@ def _calibration_forwards(recipe: Recipe, text: CalibrationText) -> int:
         read += scoring
         if NEEDS[recipe.saliency.metric] == "covariance":
             read += some_windows(scoring)
-    repairing = _repair_batches(recipe, text)
+    repairing = repair_batches(recipe, text)
     if recipe.search.policy == "layers":
         read += repairing + some_windows(repairing)
     if repaired:

@@ -44,6 +44,8 @@ BELOW = {
     "reconstruct": {"arch", "errors", "moments", "saliency", "sensitivity", "streaming", "substrate"},
     "width_table": {"arch", "core", "moments", "reconstruct", "sensitivity", "streaming"},
     "costs": {"arch", "atomic", "errors", "streaming", "substrate"},
+    "matrix_rate": {"costs"},
+    "estimate": {"arch", "costs", "estimate", "recipe", "saliency", "sensitivity", "substrate", "width_table"},
     "budget": {"arch", "core", "costs", "errors", "progress", "recipe", "substrate"},
 }
 ABOVE = {"jobs", "cli", "__main__"}  # may import anything but what is said of them below
