@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from pgprune_cli import __version__
-from pgprune_cli.errors import ExitCode, RunError, UserError
+from pgprune_cli import __version__, signals
+from pgprune_cli.errors import ExitCode, RunError, UserError, advice_on
+from pgprune_cli.stderr import STDERR
 from pgprune_cli.tables import export_line, grid, print_measured, print_plan
 
 if TYPE_CHECKING:
@@ -79,7 +80,14 @@ def init_scores(
 
 @app.command(epilog="Example: pgprune search llama2-7b-50 --set search.forwards=2000 --out runs/short")
 def search(
-    recipe: RecipeName, out: Out = None, overrides: Set = None, quiet: Quiet = False, as_json: AsJson = False
+    recipe: RecipeName,
+    out: Out = None,
+    overrides: Set = None,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Where the newest checkpoint is damaged, go on from the one before.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Search which units to keep. Goes on by itself where an earlier call was stopped."""
     loaded, run = _open(recipe, out, overrides or [])
@@ -87,7 +95,7 @@ def search(
     from pgprune_cli.jobs.search import search
 
     with _resumable():
-        decision = search(loaded, run, quiet)
+        decision = search(loaded, run, quiet, skip_damaged)
     result = {
         "run": str(run),
         "decision": str(run / MASKS),
@@ -303,7 +311,7 @@ def main() -> NoReturn:
         _complain(str(error))
         code = ExitCode.FAILED
     except OSError as error:
-        _complain(f"{error.filename or 'a file'}: {error.strerror or error}")
+        _complain(f"{error.filename or 'a file'}: {error.strerror or error}{advice_on(error)}")
         code = ExitCode.FAILED
     except Exception as error:
         # click's own errors know how to show themselves; anything else is a bug of ours, and its traceback is wanted
@@ -324,14 +332,13 @@ def _open(name: str, out: Path | None, overrides: list[str], runs: Path = Path("
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM end the program with a word and its exit code, all cleaned up. A search catches its own."""
+    """Signals to stop end the program with a word and its exit code, all cleaned up. A search catches its own."""
 
     def stop(signum: int, _: object) -> NoReturn:
-        interrupted = signum == signal.SIGINT
-        _complain("interrupted" if interrupted else "terminated")
-        raise SystemExit(ExitCode.INTERRUPTED if interrupted else ExitCode.TERMINATED)
+        _complain(signals.WORDS[signal.Signals(signum)])
+        raise SystemExit(signals.exit_code(signum))
 
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, stop) for signum in signals.stopping()}
     try:
         yield
     finally:
@@ -341,16 +348,18 @@ def _stoppable() -> Iterator[None]:
 
 @contextmanager
 def _resumable() -> Iterator[None]:
-    """Turns a saved stop of a search into its exit code, and says how to go on."""
+    """Turns a saved stop of a search into its exit code, and says how to go on; after any other stop, too."""
     from pgprune_cli.jobs.search import Interrupted
 
+    again = " ".join(["pgprune", *map(_quoted, sys.argv[1:])])
     try:
         yield
     except Interrupted as stopped:
-        again = " ".join(["pgprune", *map(_quoted, sys.argv[1:])])
         _complain(f"stopped after step {stopped.step}, which is saved; to go on: {again}")
-        code = ExitCode.INTERRUPTED if stopped.signum == 2 else ExitCode.TERMINATED
-        raise typer.Exit(code) from None
+        raise typer.Exit(signals.exit_code(stopped.signum)) from None
+    except SystemExit:
+        _complain(f"what was saved stays; to go on: {again}")
+        raise
 
 
 def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
@@ -359,7 +368,7 @@ def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
 
 def _complain(text: str) -> None:
     for line in text.splitlines():
-        print(f"pgprune: {line}", file=sys.stderr)
+        print(f"pgprune: {line}", file=STDERR)
 
 
 def _quoted(word: str) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
@@ -10,15 +13,17 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from pgprune_cli.atomic import read_tensors, write_bytes
+from pgprune_cli.atomic import SEAL, read_tensors, refuse_newer, write_bytes
 from pgprune_cli.data import CalibrationText, calibration_text
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.loading import Source, load_model, load_tokenizer, resolve
+from pgprune_cli.lock import locked
 from pgprune_cli.progress import working
 from pgprune_cli.recipe import MetricName, Recipe
 from pgprune_cli.saliency import CALIBRATED, score
 
 SCORES = "scores.safetensors"
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,8 @@ class Scores:
     fingerprint: str
 
     def save(self, run: Path) -> Path:
-        about = {"metric": self.metric, "fingerprint": self.fingerprint}
+        about = {"metric": self.metric, "fingerprint": self.fingerprint, "version": str(VERSION)}
+        about[SEAL] = _digest(self.tensors, about)
         write_bytes(run / SCORES, save(self.tensors, metadata=about))
         return run / SCORES
 
@@ -40,20 +46,31 @@ class Scores:
         tensors = read_tensors(run / SCORES)
         with safe_open(run / SCORES, "pt") as file:
             about = file.metadata() or {}
+        # those of before there were checksums have none
+        if SEAL in about and about[SEAL] != _digest(tensors, about):
+            raise UserError(f"{run / SCORES}: damaged: it is not what was written; run `pgprune init-scores` again")
+        if about.get("version", "").isdecimal():
+            refuse_newer(run / SCORES, int(about["version"]), VERSION)
         if about.get("metric") not in get_args(MetricName) or "fingerprint" not in about:
             raise UserError(f"{run / SCORES}: not scores of pgprune; `pgprune init-scores` writes them")
         return cls(tensors, cast(MetricName, about["metric"]), about["fingerprint"])
 
 
+def _digest(tensors: dict[str, Tensor], about: Mapping[str, str]) -> str:
+    rest = {key: value for key, value in about.items() if key != SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode() + save(tensors)).hexdigest()
+
+
 def init_scores(recipe: Recipe, run: Path, quiet: bool = False) -> Scores:
     """Scores the recipe's model with its metric and writes them into `run`. Raises UserError, RunError."""
-    source = resolve(recipe.model)
-    text = None
-    if recipe.saliency.metric in CALIBRATED:
-        text = load_text(recipe, source, quiet)
-    with working(f"loading {recipe.model}", quiet):
-        model = load_model(source, recipe.dtype, recipe.device)
-    return compute_scores(recipe, run, source, model, text, quiet)
+    with locked(run):
+        source = resolve(recipe.model)
+        text = None
+        if recipe.saliency.metric in CALIBRATED:
+            text = load_text(recipe, source, quiet)
+        with working(f"loading {recipe.model}", quiet):
+            model = load_model(source, recipe.dtype, recipe.device)
+        return compute_scores(recipe, run, source, model, text, quiet)
 
 
 def load_text(recipe: Recipe, source: Source, quiet: bool) -> CalibrationText:

@@ -25,8 +25,9 @@ from pgprune_cli.data import Batches, CalibrationText, spread
 from pgprune_cli.decision import RECORD, Decision
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs.init_scores import SCORES, Scores, compute_scores, load_text, scoring_batches
-from pgprune_cli.jobs.run_directory import RECIPE_FILE, History, identity_of, refuse_other_recipe, resumed
+from pgprune_cli.jobs.run_directory import RECIPE_FILE, History, finished, identity_of, refuse_other_recipe, resumed
 from pgprune_cli.loading import load_model, resolve
+from pgprune_cli.lock import locked
 from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
 from pgprune_cli.progress import Row, SearchProgress, memory_in_use, working
 from pgprune_cli.recipe import Recipe
@@ -34,6 +35,7 @@ from pgprune_cli.recipe_reader import dump
 from pgprune_cli.reconstruct import PASSES, Repaired, repair
 from pgprune_cli.saliency import CALIBRATED, NEEDS, flat_saliency
 from pgprune_cli.sensitivity import some_windows
+from pgprune_cli.signals import stopping
 from pgprune_cli.substrate import Evaluator
 from pgprune_cli.width_table import width_table
 
@@ -93,16 +95,20 @@ class Loop:
         return self.seconds + time.monotonic() - self.started
 
 
-def search(recipe: Recipe, run: Path, quiet: bool = False) -> Decision:
+def search(recipe: Recipe, run: Path, quiet: bool = False, skip_damaged: bool = False) -> Decision:
     """Searches as the recipe says, or goes on where an earlier call was stopped, and writes the decision into `run`.
 
-    Raises UserError for a run directory of another recipe or with damage in it, RunError where every loss is bad,
+    `skip_damaged`: where the newest checkpoint is damaged, goes on from the one before it. Raises UserError for a run
+    directory of another recipe, with damage in it or with another process in it, RunError where every loss is bad,
     Interrupted after a signal, with the state saved.
     """
     if (run / RECORD).exists():
-        decision = Decision.load(run)
-        refuse_other_recipe(run, recipe)
-        return decision
+        return finished(run, recipe)
+    with locked(run):
+        return _search(recipe, run, quiet, skip_damaged)
+
+
+def _search(recipe: Recipe, run: Path, quiet: bool, skip_damaged: bool) -> Decision:
     source = resolve(recipe.model)
     text = load_text(recipe, source, quiet)
     with working(f"loading {recipe.model}", quiet):
@@ -129,7 +135,7 @@ def search(recipe: Recipe, run: Path, quiet: bool = False) -> Decision:
         text.heldout,
         recipe,
     )
-    loop = _run_steps(problem, run, identity_of(recipe, fingerprint, problem.policy.origin), quiet)
+    loop = _run_steps(problem, run, identity_of(recipe, fingerprint, problem.policy.origin), quiet, skip_damaged)
 
     mask = problem.policy.final_mask(loop.state)
     keep = problem.keep(mask)
@@ -226,10 +232,10 @@ def _calibration_forwards(recipe: Recipe, text: CalibrationText) -> int:
     return math.ceil(sum(map(Tensor.numel, read)) / (recipe.calibration.batch * recipe.calibration.seqlen))
 
 
-def _run_steps(problem: Problem, run: Path, identity: str, quiet: bool) -> Loop:
+def _run_steps(problem: Problem, run: Path, identity: str, quiet: bool, skip_damaged: bool) -> Loop:
     """The loop. Returns where it ended."""
     recipe, schedule = problem.recipe, problem.recipe.search
-    loop = _loop(problem, resumed(run, identity))
+    loop = _loop(problem, resumed(run, identity, skip_damaged))
     with SearchProgress(schedule.steps, quiet) as progress, History(run) as history, _stop_signals() as stop:
         if loop.state.step:
             progress.say(f"going on from step {loop.state.step} of {schedule.steps}")
@@ -308,9 +314,9 @@ def _checkpoint(loop: Loop, recipe: Recipe, history_bytes: int, identity: str) -
 
 @contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """A list that holds the signal once SIGINT or SIGTERM came. A second one acts as if this were not here."""
+    """A list that holds the signal once one asked to stop. A second one acts as if this were not here."""
     caught: list[int] = []
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.getsignal(signum) for signum in stopping()}
 
     def restore() -> None:
         for signum, handler in before.items():

@@ -17,7 +17,10 @@ CORE = [name for name in SOURCES if name.split(".")[0] == "core"]
 # What each part of the package may import of the package. `__init__`, the version, is open to all.
 BELOW = {
     "errors": set(),
-    "atomic": {"errors"},
+    "stderr": set(),
+    "signals": set(),
+    "lock": {"errors", "stderr"},
+    "atomic": {"errors", "lock"},
     "core": {"core"},
     "arch": {"core", "errors"},
     "demo": {"demo"},
@@ -25,7 +28,7 @@ BELOW = {
     "recipe_reader": {"errors", "recipe", "strict_yaml"},
     "tables": set(),
     "strict_yaml": {"errors"},
-    "progress": {"errors"},
+    "progress": {"errors", "stderr"},
     "policies": {"arch", "core", "errors", "width_table"},
     "checkpoint": {"atomic", "core", "errors"},
     "decision": {"arch", "atomic", "errors"},
