@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import json
@@ -10,12 +11,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from pgprune_cli import lock
 from pgprune_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SEAL = "sha256"
 
@@ -97,10 +98,19 @@ def _held(temporary: Path, flags: int) -> Iterator[None]:
     handle = os.open(temporary, flags, 0o666)
     try:
         with suppress(OSError):  # not every file system has locks
-            lock.take(handle)
+            take(handle)
         yield
     finally:
         os.close(handle)
+
+
+def take(handle: int) -> bool:
+    """Locks an open file for as long as it is open; False where another process has. Raises OSError without locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _sweep(out: Path) -> None:
@@ -109,7 +119,7 @@ def _sweep(out: Path) -> None:
         with suppress(OSError):  # gone already, or nobody can tell
             handle = os.open(path, os.O_RDONLY)
             try:
-                if lock.take(handle):
+                if take(handle):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             finally:
                 os.close(handle)
@@ -168,6 +178,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged or not safetensors ({error})") from None
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What a whole safetensors file says of itself."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def checksum(path: Path) -> str:

@@ -8,7 +8,6 @@ its lock service runs (v4: always). Where a file system has none, `locked` says 
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import socket
@@ -17,11 +16,12 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from pgprune_cli.atomic import make_directory, take
 from pgprune_cli.errors import UserError
 from pgprune_cli.stderr import STDERR
 
 LOCK = ".lock"
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF)  # the last: of a directory, on NFS
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
@@ -31,7 +31,7 @@ def locked(run: Path) -> Iterator[None]:
     Raises UserError where another process is in it.
     """
     new = not run.exists()
-    run.mkdir(parents=True, exist_ok=True)
+    make_directory(run)
     handle = _open(run)
     try:
         yield
@@ -41,15 +41,6 @@ def locked(run: Path) -> Iterator[None]:
         if new:
             with suppress(OSError):  # not empty
                 run.rmdir()
-
-
-def take(handle: int) -> bool:
-    """Locks an open file for as long as it is open; False where another process has. Raises OSError of NO_LOCKS."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _open(run: Path) -> int:

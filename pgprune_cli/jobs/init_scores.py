@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from pgprune_cli.atomic import SEAL, read_tensors, refuse_newer, write_bytes
+from pgprune_cli.atomic import metadata, read_tensors, refuse_newer, sealed, write_bytes
 from pgprune_cli.data import CalibrationText, calibration_text
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.loading import Source, load_model, load_tokenizer, resolve
@@ -23,6 +21,7 @@ from pgprune_cli.recipe import MetricName, Recipe
 from pgprune_cli.saliency import CALIBRATED, score
 
 SCORES = "scores.safetensors"
+ABOUT = "pgprune"
 VERSION = 1
 
 
@@ -35,30 +34,39 @@ class Scores:
     fingerprint: str
 
     def save(self, run: Path) -> Path:
-        about = {"metric": self.metric, "fingerprint": self.fingerprint, "version": str(VERSION)}
-        about[SEAL] = _digest(self.tensors, about)
-        write_bytes(run / SCORES, save(self.tensors, metadata=about))
+        about = {"metric": self.metric, "fingerprint": self.fingerprint, "version": VERSION}
+        about["tensors_sha256"] = _digest(self.tensors)
+        # of several entries, the library writes them now in this order, now in that
+        write_bytes(run / SCORES, save(self.tensors, metadata={ABOUT: json.dumps(sealed(about))}))
         return run / SCORES
 
     @classmethod
     def load(cls, run: Path) -> Scores:
         """Raises UserError when the file is damaged or not ours."""
-        tensors = read_tensors(run / SCORES)
-        with safe_open(run / SCORES, "pt") as file:
-            about = file.metadata() or {}
-        # those of before there were checksums have none
-        if SEAL in about and about[SEAL] != _digest(tensors, about):
-            raise UserError(f"{run / SCORES}: damaged: it is not what was written; run `pgprune init-scores` again")
-        if about.get("version", "").isdecimal():
-            refuse_newer(run / SCORES, int(about["version"]), VERSION)
+        path = run / SCORES
+        tensors, found = read_tensors(path), metadata(path)
+        about: dict[str, Any] = dict(found)  # as they were before there were checksums
+        if ABOUT in found:
+            about = _whole(path, found[ABOUT], tensors)
         if about.get("metric") not in get_args(MetricName) or "fingerprint" not in about:
-            raise UserError(f"{run / SCORES}: not scores of pgprune; `pgprune init-scores` writes them")
+            raise UserError(f"{path}: not scores of pgprune; `pgprune init-scores` writes them")
         return cls(tensors, cast(MetricName, about["metric"]), about["fingerprint"])
 
 
-def _digest(tensors: dict[str, Tensor], about: Mapping[str, str]) -> str:
-    rest = {key: value for key, value in about.items() if key != SEAL}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode() + save(tensors)).hexdigest()
+def _whole(path: Path, text: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """What scores say of themselves. Raises UserError where they are not what was written."""
+    try:
+        about = json.loads(text)
+        if about != sealed(about) or about["tensors_sha256"] != _digest(tensors):
+            raise ValueError
+    except (ValueError, AttributeError, KeyError):
+        raise UserError(f"{path}: damaged: not what was written; run `pgprune init-scores` again") from None
+    refuse_newer(path, about.get("version"), VERSION)
+    return cast(dict[str, Any], about)
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    return hashlib.sha256(save(tensors)).hexdigest()
 
 
 def init_scores(recipe: Recipe, run: Path, quiet: bool = False) -> Scores:
