@@ -12,24 +12,30 @@ class Stderr(io.TextIOBase):
     """Writes to whatever `sys.stderr` is; once that fails, to nowhere."""
 
     def write(self, text: str) -> int:
+        stream = _stream()
         try:
-            sys.stderr.write(text)
-            sys.stderr.flush()
+            stream.write(text)
+            stream.flush()
         except OSError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stderr.fileno())  # what is left in its buffer goes there too
+            os.dup2(nowhere, stream.fileno())  # what is left in its buffer goes there too
             os.close(nowhere)
         return len(text)
 
     def isatty(self) -> bool:
-        return sys.stderr.isatty()
+        return _stream().isatty()
 
     def fileno(self) -> int:
-        return sys.stderr.fileno()
+        return _stream().fileno()
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        return sys.stderr.encoding
+        return _stream().encoding
+
+
+def _stream() -> IO[str]:
+    """Not the one that rich puts in its place while a bar is drawn: that draws by writing here."""
+    return cast(IO[str], getattr(sys.stderr, "rich_proxied_file", sys.stderr))
 
 
 STDERR = cast(IO[str], Stderr())
