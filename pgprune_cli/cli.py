@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from pgprune_cli import __version__
+from pgprune_cli import __version__, signals
 from pgprune_cli.distributed import of_environment
-from pgprune_cli.errors import ExitCode, RunError, UserError
+from pgprune_cli.errors import ExitCode, RunError, UserError, advice_on
+from pgprune_cli.stderr import STDERR
 from pgprune_cli.tables import export_line, grid, print_estimate, print_measured, print_plan
 
 if TYPE_CHECKING:
@@ -88,6 +89,9 @@ def search(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Load nothing; print what memory, forward passes and time it would take.")
     ] = False,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Where the newest checkpoint is damaged, go on from the one before.")
+    ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -102,7 +106,7 @@ def search(
     from pgprune_cli.jobs.search import search
 
     with _resumable():
-        decision = search(loaded, run, quiet)
+        decision = search(loaded, run, quiet, skip_damaged)
     if not of_environment().writer:
         return
     result = {
@@ -320,7 +324,7 @@ def main() -> NoReturn:
         _complain(str(error))
         code = ExitCode.FAILED
     except OSError as error:
-        _complain(f"{error.filename or 'a file'}: {error.strerror or error}")
+        _complain(f"{error.filename or 'a file'}: {error.strerror or error}{advice_on(error)}")
         code = ExitCode.FAILED
     except Exception as error:
         # click's own errors know how to show themselves; anything else is a bug of ours, and its traceback is wanted
@@ -341,14 +345,13 @@ def _open(name: str, out: Path | None, overrides: list[str], runs: Path = Path("
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM end the program with a word and its exit code, all cleaned up. A search catches its own."""
+    """Signals to stop end the program with a word and its exit code, all cleaned up. A search catches its own."""
 
     def stop(signum: int, _: object) -> NoReturn:
-        interrupted = signum == signal.SIGINT
-        _complain("interrupted" if interrupted else "terminated")
-        raise SystemExit(ExitCode.INTERRUPTED if interrupted else ExitCode.TERMINATED)
+        _complain(signals.WORDS[signal.Signals(signum)])
+        raise SystemExit(signals.exit_code(signum))
 
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, stop) for signum in signals.stopping()}
     try:
         yield
     finally:
@@ -358,17 +361,19 @@ def _stoppable() -> Iterator[None]:
 
 @contextmanager
 def _resumable() -> Iterator[None]:
-    """Turns a saved stop of a search into its exit code, and says how to go on."""
+    """Turns a saved stop of a search into its exit code, and says how to go on; after any other stop, too."""
     from pgprune_cli.jobs.search import Interrupted
 
+    alone = of_environment().world == 1
+    again = " ".join(["pgprune", *map(_quoted, sys.argv[1:])]) if alone else "the same torchrun command"
     try:
         yield
     except Interrupted as stopped:
-        again = " ".join(["pgprune", *map(_quoted, sys.argv[1:])])
-        again = again if of_environment().world == 1 else "the same torchrun command"
         _complain(f"stopped after step {stopped.step}, which is saved; to go on: {again}")
-        code = ExitCode.INTERRUPTED if stopped.signum == 2 else ExitCode.TERMINATED
-        raise typer.Exit(code) from None
+        raise typer.Exit(signals.exit_code(stopped.signum)) from None
+    except SystemExit:
+        _complain(f"what was saved stays; to go on: {again}")
+        raise
 
 
 def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
@@ -379,7 +384,7 @@ def _complain(text: str) -> None:
     ranks = of_environment()
     who = "pgprune" if ranks.world == 1 else f"pgprune, rank {ranks.rank}"
     for line in text.splitlines():
-        print(f"{who}: {line}", file=sys.stderr)
+        print(f"{who}: {line}", file=STDERR)
 
 
 def _quoted(word: str) -> str:

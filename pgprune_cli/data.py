@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pgprune_cli.atomic import checksum, read_tensors, write_bytes
+from pgprune_cli.atomic import SEAL, checksum, metadata, read_tensors, write_bytes
 from pgprune_cli.errors import UserError
+from pgprune_cli.stderr import STDERR
 
 Purpose = Literal["calibration", "evaluation"]
 
@@ -69,15 +70,37 @@ def tokens_of(corpus: str, purpose: Purpose, tokenizer: Any, wanted: int | None 
     identity = _identity(corpus, purpose)
     key = hashlib.sha256(json.dumps([identity, wanted, _tokenizer_identity(tokenizer)]).encode()).hexdigest()
     cached = cache_directory() / "tokens" / f"{key[:32]}.safetensors"
-    if cached.exists():
-        return read_tensors(cached)["tokens"].long()
+    if (tokens := _cached(cached)) is not None:
+        return tokens
     tokens = _tokenise(_documents(corpus, purpose), tokenizer, wanted)
     if not tokens.numel():
         raise UserError(f"{corpus}: holds no text")
+    _keep(cached, tokens)
+    return tokens
+
+
+def _cached(path: Path) -> Tensor | None:
+    """The tokens that `_keep` kept, None where there are none or they are not whole: they can be made again."""
+    try:
+        found = read_tensors(path)["tokens"].int()
+        whole = metadata(path).get(SEAL) == _digest(found)
+    except (UserError, OSError, KeyError):
+        return None
+    return found.long() if whole else None
+
+
+def _keep(path: Path, tokens: Tensor) -> None:
+    """Without a place to keep them in, a run goes on and says so."""
     from safetensors.torch import save
 
-    write_bytes(cached, save({"tokens": tokens.int()}))
-    return tokens
+    try:
+        write_bytes(path, save({"tokens": tokens.int()}, {SEAL: _digest(tokens.int())}))
+    except OSError as error:
+        print(f"pgprune: {path}: {error.strerror or error}; the tokens of the text are not kept", file=STDERR)
+
+
+def _digest(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
 
 
 @dataclass(frozen=True)

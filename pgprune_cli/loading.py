@@ -52,7 +52,7 @@ class Source:
             if Path(name).name != name:
                 raise UserError(f"{self.directory / INDEX}: {name!r} is not a plain file name")
             if not (self.directory / name).is_file():
-                raise UserError(f"{self.name}: {self.directory / name} is missing")
+                raise UserError(f"{self.name}: {self.directory / name} is missing; fetch the model's files again")
         return [self.directory / name for name in names]
 
     def fingerprint(self) -> str:
@@ -130,6 +130,7 @@ def load_model(source: Source, dtype: str, device: str) -> nn.Module:
         raise UserError(f"{source.name}: its files lack {len(missing)} weights, the first is {missing[0]}")
     if len(devices) == 1:
         model = model.to(devices[0])
+    _refuse_what_is_not_finite(source, model)
     return model.eval().requires_grad_(False)
 
 
@@ -152,6 +153,14 @@ def empty_model(name: str, dtype: str) -> nn.Module:
     except Exception as error:  # of dozens of kinds, see above
         raise UserError(f"{name}: its config cannot be read: {_one_line(error)}") from error
     return model.eval().requires_grad_(False)
+
+
+def _refuse_what_is_not_finite(source: Source, model: nn.Module) -> None:
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            dtype = str(weight.dtype).removeprefix("torch.")
+            more = "; or it has more than float16 holds: set dtype to bfloat16 or float32" if dtype == "float16" else ""
+            raise UserError(f"{source.name}: {name} holds NaN or infinity: fetch the model's files again{more}")
 
 
 def load_tokenizer(source: Source) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+
+from pgprune_cli.stderr import STDERR
 
 PLAIN_LINES = 10
 """About how many lines a whole search prints where there is no terminal."""
@@ -52,7 +53,7 @@ class SearchProgress:
     def __init__(self, steps: int, quiet: bool = False) -> None:
         self.steps = steps
         self.quiet = quiet
-        self.console = Console(stderr=True)
+        self.console = Console(file=STDERR)
         self.heldout = "…"
         self.live = Progress(
             BarColumn(bar_width=8),  # all of the line fits into 80 columns
@@ -96,21 +97,21 @@ class SearchProgress:
 @contextmanager
 def working(text: str, quiet: bool = False) -> Iterator[None]:
     """A line that says what takes a while, with a spinner on a terminal."""
-    console = Console(stderr=True)
+    console = Console(file=STDERR)
     if quiet:
         yield
     elif console.is_terminal:
         with console.status(text):
             yield
     else:
-        print(f"{text} …", file=sys.stderr, flush=True)
+        print(f"{text} …", file=STDERR)
         yield
 
 
 @contextmanager
 def writing(text: str, total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
     """A bar over `total` bytes on a terminal, one line elsewhere. Gives what is to be told how many more are done."""
-    console = Console(stderr=True)
+    console = Console(file=STDERR)
     if quiet or not console.is_terminal:
         with working(text, quiet):
             yield lambda _: None

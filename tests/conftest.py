@@ -13,6 +13,8 @@ from torch import nn
 from pgprune_cli.recipe import Recipe
 from pgprune_cli.recipe_reader import find, load
 
+pytest.register_assert_rewrite("faults_bench")
+
 ARCHITECTURES = ("llama-mha", "llama-gqa", "llama-biased", "mistral", "qwen2", "qwen3")
 
 VOCABULARY = 96
@@ -138,6 +140,25 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def token_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory):
+    """Of tests/faults: pgprune on a tiny model, in processes that may be killed and on disks that fail."""
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("no /proc to tell which file a handle is of")
+    from faults_bench import RECIPE, Bench
+
+    base = tmp_path_factory.mktemp("base")
+    tiny_model("llama-gqa").save_pretrained(base / "model")
+    save_tokenizer(base / "model")
+    (base / "text.txt").write_text("ab" * 400 + "The king was glad. " * 40)
+    (base / "recipe.yaml").write_text(RECIPE.format(base=base))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PGPRUNE_CACHE", str(base / "cache"))
+        made = Bench(base, tmp_path_factory.mktemp("jobs"))
+    yield made
+    made.close()
 
 
 @pytest.fixture(autouse=True)

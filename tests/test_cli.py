@@ -242,7 +242,10 @@ def test_an_export_never_overwrites(pgprune) -> None:
     ("error", "said"),
     [
         (RunError("step 3: no finite loss"), "pgprune: step 3: no finite loss\n"),
-        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), "pgprune: runs/x: No space left on device\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/x"),
+            "pgprune: runs/x: No space left on device; make room, then run the same command again\n",
+        ),
     ],
 )
 def test_a_run_that_fails_is_exit_code_1(error, said, pgprune, monkeypatch) -> None:
@@ -262,7 +265,7 @@ def test_a_bug_of_ours_shows_its_traceback(pgprune, monkeypatch) -> None:
 # --- signals
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_stopped_search_says_how_to_go_on_and_does(signum, code) -> None:
     many = [*SET, "--set", "search.forwards=200000", "--set", "search.checkpoint_every=100000"]
     program = [sys.executable, "-m", "pgprune_cli", "search", "demo", "--out", "a run", *many]

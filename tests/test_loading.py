@@ -197,7 +197,7 @@ def test_a_missing_shard_is_refused(copy):
     (copy / "one.safetensors").unlink()
     with pytest.raises(UserError) as caught:
         source.weight_files()
-    assert str(caught.value) == f"{copy}: {copy / 'one.safetensors'} is missing"
+    assert str(caught.value) == f"{copy}: {copy / 'one.safetensors'} is missing; fetch the model's files again"
     with pytest.raises(UserError, match=r"one\.safetensors is missing"):
         load_model(source, "auto", "cpu")
 

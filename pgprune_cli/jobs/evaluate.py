@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.arch import Keep, Outputs, Shape
-from pgprune_cli.atomic import read_json, write_json
+from pgprune_cli.atomic import read_record, write_record
 from pgprune_cli.data import spread, tokens_of
 from pgprune_cli.decision import RECORD, Decision
 from pgprune_cli.errors import RunError, UserError
@@ -237,9 +237,9 @@ def remember(target: Target, result: dict[str, Any]) -> None:
     if target.keep is None:
         return
     path = Path(target.name) / EVALUATION_FILE
-    before = read_json(path) if path.exists() else {}
+    before = read_record(path) if path.exists() else {}
     if all(before.get(key) == result[key] for key in ("parameters", "dtype", "device")):
         result = result | {
             key: before[key] for key in ("perplexity", "tasks") if before.get(key) and not result.get(key)
         }
-    write_json(path, result)
+    write_record(path, result)

@@ -8,12 +8,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+import yaml
 from torch import Tensor
 
+from pgprune_cli.atomic import sync_directory
 from pgprune_cli.checkpoint import Checkpoint, latest_checkpoint
+from pgprune_cli.decision import RECORD, Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.progress import Row
 from pgprune_cli.recipe import Evaluation, Recipe
@@ -34,6 +40,20 @@ def _comparable(recipe: Recipe) -> str:
     return dump(replace(recipe, device="auto", evaluation=Evaluation(), search=search))
 
 
+def finished(run: Path, recipe: Recipe) -> Decision:
+    """The decision of a run that is done. Raises UserError where it is damaged or of another recipe."""
+    decision = Decision.load(run)
+    refuse_other_recipe(run, recipe)
+    if (run / RECIPE_FILE).exists() and _decides((run / RECIPE_FILE).read_text()) != _decides(decision.recipe):
+        raise UserError(f"{run / RECORD}: of another run than {RECIPE_FILE} beside it; put this run's own back")
+    return decision
+
+
+def _decides(recipe: str) -> dict[str, Any]:
+    """What a resolved recipe says of the search itself."""
+    return {key: value for key, value in yaml.safe_load(recipe).items() if key not in ("device", "evaluation")}
+
+
 def refuse_other_recipe(run: Path, recipe: Recipe) -> None:
     """Raises UserError where the run was begun with a recipe that gives another result."""
     if not (run / RECIPE_FILE).exists():
@@ -48,12 +68,12 @@ def refuse_other_recipe(run: Path, recipe: Recipe) -> None:
         )
 
 
-def resumed(run: Path, identity: str) -> Checkpoint | None:
+def resumed(run: Path, identity: str, skip_damaged: bool = False) -> Checkpoint | None:
     """What a search goes on from, its history cut back to that moment; None, and no history, at the beginning.
 
     Raises UserError for a checkpoint of another search or with damage, and for a history that was cut.
     """
-    checkpoint = latest_checkpoint(run)
+    checkpoint = latest_checkpoint(run, skip_damaged)
     if checkpoint is None:
         (run / METRICS_FILE).unlink(missing_ok=True)
         return None
@@ -71,21 +91,34 @@ class History:
     """`metrics.jsonl`, one row a step."""
 
     def __init__(self, run: Path) -> None:
-        run.mkdir(parents=True, exist_ok=True)
         self.file = (run / METRICS_FILE).open("a", encoding="utf-8")
+        sync_directory(run)
 
     def __enter__(self) -> History:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.close()
+        with _naming(self.file.name):
+            self.file.close()
 
     def append(self, row: Row) -> None:
-        self.file.write(json.dumps(asdict(row), allow_nan=False) + "\n")
-        self.file.flush()
+        """Raises OSError."""
+        with _naming(self.file.name):
+            self.file.write(json.dumps(asdict(row), allow_nan=False) + "\n")
+            self.file.flush()
 
     def flush(self) -> int:
         """Makes all rows durable. Returns the file's length in bytes."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        return self.file.tell()
+        with _naming(self.file.name):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            return self.file.tell()
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """The system names no file when a write to an open one fails."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error

@@ -27,8 +27,9 @@ from pgprune_cli.decision import RECORD, Decision
 from pgprune_cli.distributed import Ranks, joined
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs.init_scores import SCORES, Scores, compute_scores, load_text, scoring_batches
-from pgprune_cli.jobs.run_directory import RECIPE_FILE, History, identity_of, refuse_other_recipe, resumed
+from pgprune_cli.jobs.run_directory import RECIPE_FILE, History, finished, identity_of, refuse_other_recipe, resumed
 from pgprune_cli.loading import Source, load_model, resolve
+from pgprune_cli.lock import locked
 from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
 from pgprune_cli.progress import Row, SearchProgress, memory_in_use, working
 from pgprune_cli.recipe import Recipe
@@ -36,6 +37,7 @@ from pgprune_cli.recipe_reader import dump
 from pgprune_cli.reconstruct import PASSES, Repaired, repair
 from pgprune_cli.saliency import CALIBRATED, NEEDS, flat_saliency
 from pgprune_cli.sensitivity import some_windows
+from pgprune_cli.signals import stopping
 from pgprune_cli.substrate import Evaluator
 from pgprune_cli.width_table import width_table
 
@@ -100,25 +102,24 @@ class Loop:
         return self.seconds + time.monotonic() - self.started
 
 
-def search(recipe: Recipe, run: Path, quiet: bool = False) -> Decision:
+def search(recipe: Recipe, run: Path, quiet: bool = False, skip_damaged: bool = False) -> Decision:
     """Searches as the recipe says, or goes on where an earlier call was stopped, and writes the decision into `run`.
 
-    Under torchrun all processes call it alike, and the writer among them writes. Raises UserError for a run directory
-    of another recipe or with damage in it, RunError where every loss is bad or another process is gone, Interrupted
-    after a signal, with the state saved.
+    `skip_damaged`: where the newest checkpoint is damaged, goes on from the one before it. Under torchrun all processes
+    call it alike, and the writer among them writes. Raises UserError for a run directory of another recipe, with damage
+    in it or with another process in it, RunError where every loss is bad or another process of the search is gone,
+    Interrupted after a signal, with the state saved.
     """
     if (run / RECORD).exists():
-        decision = Decision.load(run)
-        refuse_other_recipe(run, recipe)
-        return decision
-    with joined() as ranks:
-        decision = _search(recipe, run, quiet or not ranks.writer, ranks)
+        return finished(run, recipe)
+    with joined() as ranks, locked(run) if ranks.writer else nullcontext():
+        decision = _search(recipe, run, quiet or not ranks.writer, skip_damaged, ranks)
         if ranks.writer:
             decision.save(run)
     return decision
 
 
-def _search(recipe: Recipe, run: Path, quiet: bool, ranks: Ranks) -> Decision:
+def _search(recipe: Recipe, run: Path, quiet: bool, skip_damaged: bool, ranks: Ranks) -> Decision:
     with ranks.writer_first():
         source = resolve(recipe.model)
         text = load_text(recipe, source, quiet)
@@ -143,7 +144,7 @@ def _search(recipe: Recipe, run: Path, quiet: bool, ranks: Ranks) -> Decision:
         recipe,
         ranks,
     )
-    loop = _run_steps(problem, run, identity_of(recipe, fingerprint, problem.policy.origin), quiet)
+    loop = _run_steps(problem, run, identity_of(recipe, fingerprint, problem.policy.origin), quiet, skip_damaged)
 
     mask = problem.policy.final_mask(loop.state)
     keep = problem.keep(mask)
@@ -248,11 +249,11 @@ def calibration_forwards(recipe: Recipe, text: CalibrationText) -> int:
     return math.ceil(sum(map(Tensor.numel, read)) / (recipe.calibration.batch * recipe.calibration.seqlen))
 
 
-def _run_steps(problem: Problem, run: Path, identity: str, quiet: bool) -> Loop:
+def _run_steps(problem: Problem, run: Path, identity: str, quiet: bool, skip_damaged: bool) -> Loop:
     """The loop. Returns where it ended."""
     recipe, schedule, ranks = problem.recipe, problem.recipe.search, problem.ranks
     with ranks.writer_first():
-        loop = _loop(problem, resumed(run, identity) if ranks.writer else latest_checkpoint(run))
+        loop = _loop(problem, resumed(run, identity, skip_damaged) if ranks.writer else latest_checkpoint(run))
     written = History(run) if ranks.writer else nullcontext()
     with SearchProgress(schedule.steps, quiet) as progress, written as history, _stop_signals(ranks) as stop:
         if loop.state.step:
@@ -334,12 +335,12 @@ def _checkpoint(loop: Loop, recipe: Recipe, history_bytes: int, identity: str) -
 
 @contextmanager
 def _stop_signals(ranks: Ranks) -> Iterator[list[int]]:
-    """A list that holds the signal once SIGINT or SIGTERM came. A second one acts as if this were not here.
+    """A list that holds the signal once one asked to stop. A second one acts as if this were not here.
 
     Not so under torchrun, which passes on what its processes may have received already.
     """
     caught: list[int] = []
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.getsignal(signum) for signum in stopping()}
 
     def restore() -> None:
         for signum, handler in before.items():

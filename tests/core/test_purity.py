@@ -17,6 +17,9 @@ CORE = [name for name in SOURCES if name.split(".")[0] == "core"]
 # What each part of the package may import of the package. `__init__`, the version, is open to all.
 BELOW = {
     "errors": set(),
+    "stderr": set(),
+    "signals": set(),
+    "lock": {"atomic", "errors", "stderr"},
     "atomic": {"errors"},
     "core": {"core"},
     "distributed": {"errors"},
@@ -27,7 +30,7 @@ BELOW = {
     "recipe_reader": {"errors", "recipe", "strict_yaml"},
     "tables": set(),
     "strict_yaml": {"errors"},
-    "progress": {"errors"},
+    "progress": {"errors", "stderr"},
     "policies": {"arch", "core", "errors", "width_table"},
     "checkpoint": {"atomic", "core", "errors"},
     "decision": {"arch", "atomic", "errors"},
@@ -36,7 +39,7 @@ BELOW = {
     "sensitivity": {"arch", "errors"},
     "substrate": {"arch", "core", "errors"},
     "streaming": {"arch", "core", "errors"},
-    "data": {"atomic", "demo", "errors"},
+    "data": {"atomic", "demo", "errors", "stderr"},
     "loading": {"atomic", "devices", "errors", "writers"},
     "writers": {"arch", "atomic", "core", "decision", "errors", "loading", "writers"},
     "serving": {"serving", "writers"},
