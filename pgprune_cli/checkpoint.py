@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,11 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
 def latest_checkpoint(run: Path) -> Checkpoint | None:
     """The newest checkpoint of a run, or None where it has none. Raises UserError when that one is damaged."""
     folders = _all(run)
-    return _load(folders[-1], folders[:-1]) if folders else None
+    return load_checkpoint(folders[-1], folders[:-1]) if folders else None
 
 
-def _load(folder: Path, older: list[Path]) -> Checkpoint:
+def load_checkpoint(folder: Path, older: Sequence[Path] = ()) -> Checkpoint:
+    """The checkpoint in `folder`; `older` ones there are. Raises UserError when it is damaged."""
     try:
         record = read_json(folder / RECORD)
         if record.get("version") != VERSION:

@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from pgprune_cli.arch import spec_of
 from pgprune_cli.atomic import read_json
 from pgprune_cli.errors import UserError
+from pgprune_cli.trust import HOW_TO_CONVERT, PICKLED, check_directory, check_weight_name, refuse_links_out
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 INDEX = "model.safetensors.index.json"
@@ -46,10 +48,11 @@ class Source:
         else:
             names = ["model.safetensors"]
         for name in names:
-            if Path(name).name != name:
-                raise UserError(f"{self.directory / INDEX}: {name!r} is not a plain file name")
+            check_weight_name(self.directory / INDEX, name)
             if not (self.directory / name).is_file():
                 raise UserError(f"{self.name}: {self.directory / name} is missing")
+        if (self.directory / "model.safetensors").exists() and names != ["model.safetensors"]:  # which would be loaded
+            raise UserError(f"{self.name}: holds both model.safetensors and other weights, of {INDEX}; remove one")
         return [self.directory / name for name in names]
 
     def fingerprint(self) -> str:
@@ -76,6 +79,8 @@ def resolve(name: str) -> Source:
         return Source(name, DEMO_MODEL, None)
     path = Path(name).expanduser()
     if path.is_file():
+        if path.suffix in PICKLED:
+            raise UserError(f"{name}: {HOW_TO_CONVERT}")
         if path.suffix != ".gguf":
             raise UserError(f"{name}: a model is a directory, a .gguf file or a hub name, and this is another file")
         return Source(name, path.parent, path.name)
@@ -86,34 +91,58 @@ def resolve(name: str) -> Source:
     return _in_directory(name, _download(name))
 
 
+def read_config(source: Source) -> Any:
+    """What transformers reads the model's config as. Raises UserError where it cannot, or would run code for it."""
+    from transformers import AutoConfig
+
+    from pgprune_cli.writers import modeling_pruned  # noqa: F401  (makes our own exported models loadable)
+
+    check_directory(source.name, source.directory)
+    arguments = {} if source.gguf is None else {"gguf_file": source.gguf}
+    try:
+        return AutoConfig.from_pretrained(source.directory, trust_remote_code=False, **arguments)
+    except Exception as error:  # the loaders raise dozens of kinds for files that are not what they should be
+        raise UserError(f"{source.name}: its config cannot be used: {_reason(error)}") from error
+
+
+def check_prunable(source: Source) -> None:
+    """Raises UserError for a model that no search could end well on; reads no weights, and of GGUF files nothing."""
+    if source.gguf is not None:
+        return
+    config = read_config(source)
+    spec_of(config.model_type)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{source.name}: holds quantised weights, which cannot be cut; prune the original ones")
+
+
 def load_model(source: Source, dtype: str, device: str) -> nn.Module:
     """The model, ready for forward passes: eval mode, no gradients, in `dtype` ("auto": as stored) on `device`.
 
     `device` is auto, a torch device, or a comma-separated list of them over which the layers are spread in order
     (which needs accelerate). Raises UserError where the weights or the device are not to be had.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     from pgprune_cli.writers import modeling_pruned  # noqa: F401  (makes our own exported models loadable)
 
     devices = devices_of(device)
     arguments: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-    if source.gguf is None:
-        arguments["use_safetensors"] = True
-        source.weight_files()
-    else:
+    arguments |= {"use_safetensors": True, "trust_remote_code": False}
+    check_directory(source.name, source.directory)
+    source.weight_files()
+    if source.gguf is not None:
         arguments.update(_gguf_arguments(source.gguf))
     logging.disable_progress_bar()
     # the GGUF reader draws a bar of its own, on a terminal or not
     silence = redirect_stderr(StringIO()) if source.gguf else nullcontext()
     try:
         if len(devices) > 1:
-            arguments["device_map"] = spread(AutoConfig.from_pretrained(source.directory).num_hidden_layers, devices)
+            arguments["device_map"] = spread(read_config(source).num_hidden_layers, devices)
         with silence:
             model, info = AutoModelForCausalLM.from_pretrained(source.directory, output_loading_info=True, **arguments)
     except Exception as error:  # the loaders raise dozens of kinds for files that are not what they should be
-        raise UserError(f"{source.name}: cannot be loaded: {_one_line(error)}") from error
+        raise UserError(f"{source.name}: cannot be loaded: {_reason(error)}") from error
     finally:
         logging.enable_progress_bar()
     if missing := sorted(info["missing_keys"]):  # which transformers makes up, with a warning
@@ -129,11 +158,12 @@ def load_tokenizer(source: Source) -> Any:
 
     from pgprune_cli.writers import modeling_pruned  # noqa: F401  (or transformers would ask whether to run its copy)
 
+    check_directory(source.name, source.directory)
     arguments = {} if source.gguf is None else {"gguf_file": source.gguf}
     try:
-        return AutoTokenizer.from_pretrained(source.directory, **arguments)
+        return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False, **arguments)
     except Exception as error:  # of dozens of kinds, see above
-        raise UserError(f"{source.name}: its tokenizer cannot be loaded: {_one_line(error)}") from error
+        raise UserError(f"{source.name}: its tokenizer cannot be loaded: {_reason(error)}") from error
 
 
 def devices_of(device: str) -> list[torch.device]:
@@ -164,13 +194,11 @@ def spread(layers: int, devices: list[torch.device]) -> dict[str, torch.device]:
 
 
 def _in_directory(name: str, directory: Path) -> Source:
+    refuse_links_out(name, directory)
     if (directory / "config.json").exists():
         if (directory / "model.safetensors").exists() or (directory / INDEX).exists():
             return Source(name, directory, None)
-        raise UserError(
-            f"{name}: has a config.json but neither model.safetensors nor {INDEX}; pickled weights (*.bin), which can "
-            "run code, are not read: scripts/convert_to_safetensors.py converts them"
-        )
+        raise UserError(f"{name}: has a config.json but neither model.safetensors nor {INDEX}; {HOW_TO_CONVERT}")
     files = sorted(path.name for path in directory.glob("*.gguf"))
     if len(files) == 1:
         return Source(name, directory, files[0])
@@ -204,6 +232,15 @@ def _gguf_arguments(file: str) -> dict[str, Any]:
     except ImportError:  # before it existed, transformers always unpacked GGUF weights
         return arguments
     return arguments | {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def _reason(error: Exception) -> str:
+    """Why a loader failed; it would ask for an argument that users have not."""
+    return (
+        "it needs code of its own (auto_map), and none is run"
+        if "trust_remote_code" in str(error)
+        else _one_line(error)
+    )
 
 
 def _one_line(error: Exception) -> str:
