@@ -148,7 +148,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of ours. Raises UserError when it is damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__}, not an object")

@@ -301,6 +301,46 @@ def compare(
     print(f"{run / TABLE_MARKDOWN}")
 
 
+@app.command(epilog="Example: pgprune verify runs/smollm2-135m-30")
+def verify(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="PATH", help="Scores, a checkpoint, a decision, a run directory or an exported model."),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Check that what pgprune wrote is whole. Exit code 1, and a line for every damage, where it is not."""
+    from dataclasses import asdict
+
+    from pgprune_cli.jobs.verify import verify
+
+    verdict = verify(path)
+    _print(asdict(verdict), as_json, verdict.text())
+    if verdict.faults:
+        raise typer.Exit(ExitCode.FAILED)
+
+
+@app.command(epilog="Example: pgprune doctor llama2-7b-50")
+def doctor(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="Check the model and the data of this recipe, too.")
+    ] = None,
+    overrides: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check Python, packages, devices, memory, disk and the hub, and say what to mend. Exit code 1 for anything."""
+    from dataclasses import asdict
+
+    loaded = _open(recipe, None, overrides or [])[0] if recipe else None
+    from pgprune_cli.jobs.doctor import doctor
+
+    findings = doctor(loaded)
+    rows = [asdict(finding) for finding in findings]
+    _print({"findings": rows}, as_json, "\n".join(finding.text() for finding in findings))
+    if any(finding.fix for finding in findings):
+        raise typer.Exit(ExitCode.FAILED)
+
+
 @app.command(epilog="Example: pgprune recipes")
 def recipes(as_json: AsJson = False) -> None:
     """List the recipes that ship."""

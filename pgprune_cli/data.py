@@ -72,7 +72,7 @@ def tokens_of(corpus: str, purpose: Purpose, tokenizer: Any, wanted: int | None 
     cached = cache_directory() / "tokens" / f"{key[:32]}.safetensors"
     if (tokens := _cached(cached)) is not None:
         return tokens
-    tokens = _tokenise(_documents(corpus, purpose), tokenizer, wanted)
+    tokens = _tokenise(documents(corpus, purpose), tokenizer, wanted)
     if not tokens.numel():
         raise UserError(f"{corpus}: holds no text")
     _keep(cached, tokens)
@@ -101,6 +101,15 @@ def _keep(path: Path, tokens: Tensor) -> None:
 
 def _digest(tokens: Tensor) -> str:
     return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
+
+
+def check_vocabulary(tokens: Tensor, corpus: str, embeddings: int) -> None:
+    """Raises UserError where a corpus was cut into tokens that a model of so many embeddings has none of."""
+    if tokens.numel() and int(tokens.max()) >= embeddings:
+        raise UserError(
+            f"{corpus}: its tokens go up to number {int(tokens.max())}, and the model has {embeddings} embeddings: "
+            "the tokenizer beside it is another model's"
+        )
 
 
 @dataclass(frozen=True)
@@ -165,7 +174,8 @@ class Batches:
 # --- reading
 
 
-def _documents(corpus: str, purpose: Purpose) -> Iterator[str]:
+def documents(corpus: str, purpose: Purpose) -> Iterator[str]:
+    """The corpus's texts in order. Raises UserError where it is not there or not readable."""
     if corpus == "demo":
         from pgprune_cli.demo.grammar import generate
 
@@ -221,7 +231,7 @@ def _text_of_row(line: str, place: str) -> str:
 
 
 def _from_hub(corpus: str, purpose: Purpose) -> Iterator[str]:
-    known = _known(corpus)
+    known = hub_corpus(corpus)
     split = known.calibration if purpose == "calibration" else known.evaluation
     from datasets import load_dataset
     from datasets.utils.logging import disable_progress_bar
@@ -246,7 +256,8 @@ def _from_hub(corpus: str, purpose: Purpose) -> Iterator[str]:
         ) from None
 
 
-def _known(corpus: str) -> HubCorpus:
+def hub_corpus(corpus: str) -> HubCorpus:
+    """Where a corpus that is no file lies on the hub. Raises UserError for a name that none could have."""
     if corpus in NAMED:
         return NAMED[corpus]
     path, _, config = corpus.partition(":")
@@ -268,7 +279,7 @@ def _identity(corpus: str, purpose: Purpose) -> str:
         return f"demo:{DEMO_TEXT[purpose]}:{checksum(Path(__file__).parent / 'demo' / 'grammar.py')}"
     path = Path(corpus).expanduser()
     if corpus in NAMED or not path.exists():
-        return f"{_known(corpus)}:{purpose}"
+        return f"{hub_corpus(corpus)}:{purpose}"
     if path.is_dir() or path.suffix not in FORMATS:
         raise UserError(f"{corpus}: expected a {', '.join(FORMATS)} file")
     return f"{path.suffix}:{checksum(path)}"

@@ -93,6 +93,8 @@ def name_of(path: Path) -> str:
     """What a recipe is called: `llama2-7b-50`, or with its folder `paper/llama2-7b-50` where it ships in one."""
     folder = _shipped_folder()
     inside = path.resolve().is_relative_to(folder.resolve())
+    if not inside and not path.stem.strip("."):  # runs/.. is not a run directory
+        raise UserError(f"{path.name}: a recipe's file needs a name, such as my-model.yaml")
     return (path.resolve().relative_to(folder.resolve()) if inside else Path(path.name)).with_suffix("").as_posix()
 
 

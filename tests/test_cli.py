@@ -60,7 +60,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.startswith("Usage: ")
 
 
-@pytest.mark.parametrize("verb", ["init-scores", "search", "export", "eval", "recipes"])
+@pytest.mark.parametrize("verb", ["init-scores", "search", "export", "eval", "verify", "doctor", "recipes"])
 def test_every_verb_helps_with_an_example(verb, pgprune) -> None:
     code, out, err = pgprune(verb, "--help")
     assert (code, err) == (0, "")
@@ -302,3 +302,28 @@ def test_the_command_that_goes_on_finishes_the_search() -> None:
     assert done.returncode == 0, done.stderr
     assert "going on from step " in done.stderr
     assert json.loads(done.stdout)["forwards"] == 300
+
+
+# --- what there is to look at
+
+
+def test_verify_says_what_is_whole_and_what_is_not(pgprune) -> None:
+    from pgprune_cli.decision import RECORD
+
+    assert pgprune("verify", "nothing")[0] == 2
+    assert pgprune("init-scores", "demo", "--out", "run", "--metric", "magnitude", "-q")[0] == 0
+    assert pgprune("verify", "run") == (0, "run: whole, a run directory: scores.safetensors\n", "")
+    Path("run", RECORD).write_text("{")
+    code, out, err = pgprune("verify", "run")
+    assert (code, len(out.splitlines()), err) == (1, 1, "")
+    code, out, _ = pgprune("verify", "run", "--json")
+    assert code == 1 and len(json.loads(out)["faults"]) == 1
+
+
+def test_doctor_says_what_is_fine_and_what_is_not(pgprune) -> None:
+    code, out, err = pgprune("doctor", "demo")
+    assert (code, err) == (0, "")
+    assert all(line.startswith("ok ") for line in out.splitlines())
+    code, out, _ = pgprune("doctor", "demo", "--set", "model=nowhere", "--json")
+    assert code == 1
+    assert [row["name"] for row in json.loads(out)["findings"] if row["fix"]] == ["model"]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pgprune_cli.arch import Keep, Outputs, Shape
 from pgprune_cli.atomic import read_record, write_record
-from pgprune_cli.data import spread, tokens_of
+from pgprune_cli.data import check_vocabulary, spread, tokens_of
 from pgprune_cli.decision import RECORD, Decision
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.loading import Source, load_model, load_tokenizer, resolve
@@ -123,6 +123,7 @@ def evaluate(
     for corpus in corpora:
         with working(f"perplexity of {target.name} on {corpus.name}", quiet):
             tokens = tokens_of(corpus.text, "evaluation", tokenizer)
+            check_vocabulary(tokens, corpus.name, target.model.get_input_embeddings().num_embeddings)
             for seqlen in lengths:
                 windows = None if limit is None else max(1, limit * lengths[0] // seqlen)
                 with target.ready() as model:

@@ -12,9 +12,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from pgprune_cli.atomic import metadata, read_tensors, refuse_newer, sealed, write_bytes
-from pgprune_cli.data import CalibrationText, calibration_text
+from pgprune_cli.data import CalibrationText, calibration_text, check_vocabulary
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.loading import Source, load_model, load_tokenizer, resolve
+from pgprune_cli.loading import Source, check_prunable, load_model, load_tokenizer, read_config, resolve
 from pgprune_cli.lock import locked
 from pgprune_cli.progress import working
 from pgprune_cli.recipe import MetricName, Recipe
@@ -82,10 +82,16 @@ def init_scores(recipe: Recipe, run: Path, quiet: bool = False) -> Scores:
 
 
 def load_text(recipe: Recipe, source: Source, quiet: bool) -> CalibrationText:
-    """The calibration text that a recipe asks for, tokenised for its model."""
+    """The calibration text that a recipe asks for, tokenised for its model. Raises UserError for what cannot be pruned,
+    too: before the model is loaded."""
+    check_prunable(source)
     wanted = recipe.calibration
     with working(f"reading {wanted.corpus}", quiet):
-        return calibration_text(wanted.corpus, load_tokenizer(source), wanted.sequences, wanted.heldout, wanted.seqlen)
+        tokenizer = load_tokenizer(source)
+        text = calibration_text(wanted.corpus, tokenizer, wanted.sequences, wanted.heldout, wanted.seqlen)
+    if source.gguf is None:  # whose tokenizer is in the model's own file
+        check_vocabulary(text.stream, wanted.corpus, read_config(source).vocab_size)
+    return text
 
 
 def scoring_batches(recipe: Recipe, text: CalibrationText) -> list[Tensor]:
