@@ -46,7 +46,7 @@ def figures_of(run: Run, prefix: str) -> Iterator[Figure]:
             _spec(_widths(run.dense(family), widths, family)),
         )
     for family, cells in theta_cells(run).items():
-        says = f"The keep probability of every {_plural(family)}, at the last checkpoint{_runs_of(cells)}."
+        says = f"The keep probability of every {UNIT.get(family, family)}, at the last checkpoint{_runs_of(cells)}."
         spec = _spec(_heat(cells, family, "θ"))
         yield Figure(f"{prefix}-theta-{family}", f"θ: {_plural(family)}", says, spec)
     for family, cells in kept_cells(run).items():
@@ -71,9 +71,10 @@ def figures_of(run: Run, prefix: str) -> Iterator[Figure]:
 def comparison(runs: Sequence[Run], measures: Sequence[Measure]) -> Iterator[Figure]:
     """Several runs in one plot each: what they lose as they search, and what they ended at."""
     for number, measure in enumerate(measures):
-        says = "Sparsity is of the prunable parameters. The line joins the runs that no other beats in both."
+        says = "Sparsity is of the prunable parameters. The line joins the runs of a model that no other beats in both."
         yield Figure(f"pareto-{number}", f"Sparsity and {measure.name}", says, _spec(_pareto(measure)))
-    points = [point | {"run": run.name} for run in runs for point in _heldout(run)]
+    courses = {run.name: _heldout(run) for run in runs}
+    points = [point | {"run": name} for name, course in courses.items() if len(course) > 1 for point in course]
     if points:
         yield Figure("heldout", "Held-out loss", "Each run on its own held-out text.", _spec(_together(points)))
 
@@ -169,19 +170,26 @@ def _sensitivity(learned: list[dict[str, Any]]) -> Chart:
         tooltip=_tip(layer="layer:O", family="family:N", cost="value:Q"),
     )
     scale = alt.Scale(type="log")
-    spread = chart.mark_rule().encode(alt.Y("low:Q", scale=scale, title="loss for an error", axis=alt.Axis(tickCount=4)), y2="high:Q")
+    spread = chart.mark_rule().encode(
+        alt.Y("low:Q", scale=scale, title="loss for an error", axis=alt.Axis(tickCount=4)), y2="high:Q"
+    )
     mean = chart.mark_point(filled=True, size=36, opacity=1).encode(alt.Y("value:Q", scale=scale))
     return alt.layer(spread, mean).properties(width="container", height=HEIGHT)
 
 
 def _pareto(measure: Measure) -> Chart:
-    x = alt.X("sparsity:Q", scale=alt.Scale(zero=False, padding=24), axis=alt.Axis(format="%"))
-    y = alt.Y("ppl:Q", title=measure.name, scale=alt.Scale(type="log", zero=False, padding=16))
+    x = alt.X("sparsity:Q", scale=alt.Scale(zero=False, padding=60), axis=alt.Axis(format=".3~p", tickCount=5))
+    y = alt.Y(
+        "ppl:Q", title=measure.name, scale=alt.Scale(type="log", nice=False, padding=24), axis=alt.Axis(tickCount=5)
+    )
     tip = _tip(run="run:N", model="model:N", sparsity="sparsity:Q", perplexity="ppl:Q")
     chart = alt.Chart(alt.Data(values=measure.points)).encode(x, y)
-    front = chart.transform_filter("datum.best").mark_line(interpolate="step-after", strokeDash=[4, 3], opacity=0.6)
-    dots = chart.mark_point(filled=True, size=70, opacity=1).encode(alt.Color("model:N", title=None), tooltip=tip)
-    names = chart.mark_text(align="left", dx=8, dy=-6).encode(text="run:N")
+    colour = alt.Color("model:N", title=None)
+    best = chart.transform_filter("datum.best")
+    front = best.mark_line(interpolate="step-before", strokeDash=[4, 3], opacity=0.6).encode(colour)
+    dots = chart.mark_point(filled=True, size=70, opacity=1).encode(colour, tooltip=tip)
+    named = chart if len(measure.points) <= 8 else best  # of many, names would lie on top of each other
+    names = named.mark_text(dy=-12).encode(text="run:N")
     return alt.layer(front, dots, names).properties(width="container", height=HEIGHT * 1.3)
 
 
@@ -206,7 +214,7 @@ def _shade(title: str) -> alt.Color:
 
 def _rows(layers: int) -> int:
     """The height of a heat map."""
-    return layers * (14 if layers <= 40 else 8)
+    return max(layers * (14 if layers <= 40 else 8), 120)
 
 
 def _judged(run: Run) -> list[str]:

@@ -84,10 +84,18 @@ class Run:
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
-    """The runs, each under the part of its path that the others do not share. Raises UserError as `read_run` does."""
-    paths = [directory.resolve() for directory in dict.fromkeys(directories)]
+    """The runs, each under the part of its path that tells it from the others. Raises UserError as `read_run` does."""
+    paths = list(dict.fromkeys(directory.resolve() for directory in directories))
+    return [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+
+
+def _names(paths: Sequence[Path]) -> list[str]:
+    """`x/flap/seed-0` and `x/obs/seed-0` are `flap` and `obs`."""
     shared = Path(os.path.commonpath([path.parent for path in paths]))
-    return [read_run(path, str(path.relative_to(shared))) for path in paths]
+    names = [path.relative_to(shared).parts for path in paths]
+    while min(map(len, names)) > 1 and len({name[-1] for name in names}) == 1:
+        names = [name[:-1] for name in names]
+    return ["/".join(name) for name in names]
 
 
 def read_run(directory: Path, name: str) -> Run:

@@ -3,27 +3,26 @@ const specs = JSON.parse(document.getElementById("figures").textContent);
 
 function theme() {
   const style = getComputedStyle(document.documentElement);
-  const [ink, faint, rule, one, two, three, four, low, middle, high] = [
-    "ink", "faint", "rule", "one", "two", "three", "four", "low", "middle", "high",
-  ].map((name) => style.getPropertyValue(`--${name}`).trim());
-  const shades = [low, middle, high];
+  const colours = (name) => style.getPropertyValue(name).split(",").map((colour) => colour.trim());
+  const [ink, faint, rule] = ["--ink", "--faint", "--rule"].map((name) => colours(name)[0]);
+  const series = colours("--series");
+  const shades = colours("--shades");
+  const plain = { titleColor: faint, titleFontWeight: "normal" };
   return {
     background: "transparent",
     font: "system-ui, sans-serif",
     view: { stroke: null },
-    axis: { labelColor: faint, titleColor: faint, titleFontWeight: "normal", gridColor: rule, domainColor: rule, tickColor: rule, labelSeparation: 8 },
-    legend: { labelColor: ink, titleColor: faint, titleFontWeight: "normal", orient: "top", symbolOpacity: 1, gradientLength: 120, gradientThickness: 8 },
-    range: { category: [one, two, three, four], heatmap: shades, ramp: shades },
-    bar: { color: one },
-    line: { color: one },
-    rule: { color: one },
+    axis: { ...plain, labelColor: faint, gridColor: rule, domainColor: rule, tickColor: rule, labelSeparation: 8 },
+    legend: { ...plain, labelColor: ink, orient: "top", columns: 2, symbolOpacity: 1, gradientLength: 120, gradientThickness: 8 },
+    range: { category: series, heatmap: shades, ramp: shades },
+    mark: { color: series[0] },
     text: { color: ink },
   };
 }
 
 async function draw() {
   const config = theme();
-  const seen = [...document.querySelectorAll(".plot")].filter((place) => place.offsetParent !== null);
+  const seen = [...document.querySelectorAll(".plot")].filter((place) => !place.closest("details:not([open])"));
   await Promise.all(seen.map((place) =>
     vegaEmbed(place, specs[place.id], { config, renderer: "svg", actions: false, tooltip: { theme: "custom" } })));
   document.body.dataset.drawn = seen.length;

@@ -25,7 +25,7 @@ def page(runs: Sequence[Run], reload_after: int | None = None) -> str:
     drawn = [*together, *(figure for _, figures, _ in sections for figure in figures)]
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_asset("page.html"))
     return template.render(
-        title=", ".join(run.name for run in runs),
+        title=", ".join(run.name for run in runs) if len(runs) <= 3 else f"{len(runs)} runs",
         written=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
         version=__version__,
         reload_after=reload_after,

@@ -48,6 +48,6 @@ def _marked(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _beats(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """At least as sparse and losing no more, and better in one of both."""
+    """Of the same model, at least as sparse and losing no more, and better in one of both."""
     a, b = (-one["sparsity"], one["ppl"]), (-other["sparsity"], other["ppl"])
-    return a[0] <= b[0] and a[1] <= b[1] and a != b
+    return one["model"] == other["model"] and a[0] <= b[0] and a[1] <= b[1] and a != b

@@ -42,7 +42,17 @@ BELOW = {
     "loading": {"atomic", "errors", "writers"},
     "writers": {"arch", "atomic", "core", "decision", "errors", "loading", "writers"},
     "serving": {"serving", "writers"},
-    "report": {"report", "checkpoint", "core", "decision", "errors", "history", "measured", "provenance", "recipe_reader"}
+    "report": {
+        "report",
+        "checkpoint",
+        "core",
+        "decision",
+        "errors",
+        "history",
+        "measured",
+        "provenance",
+        "recipe_reader",
+    }
     | {"scores", "tables"},
     "reconstruct": {"arch", "errors", "moments", "saliency", "sensitivity", "streaming", "substrate"},
     "width_table": {"arch", "core", "moments", "reconstruct", "sensitivity", "streaming"},
