@@ -24,7 +24,7 @@ from pgprune_cli.core.widths import WidthState
 from pgprune_cli.data import Batches, CalibrationText, spread
 from pgprune_cli.decision import RECORD, Decision
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.history import History, Row
+from pgprune_cli.history import History, Row, read_history
 from pgprune_cli.jobs.init_scores import compute_scores, load_text, scoring_batches
 from pgprune_cli.jobs.run_directory import identity_of, refuse_other_recipe, resumed
 from pgprune_cli.loading import load_model, resolve
@@ -234,7 +234,10 @@ def _run_steps(problem: Problem, run: Path, identity: str, quiet: bool) -> Loop:
     """The loop. Returns where it ended."""
     recipe, schedule = problem.recipe, problem.recipe.search
     loop = _loop(problem, resumed(run, identity))
-    with SearchProgress(schedule.steps, quiet) as progress, History(run) as history, _stop_signals() as stop:
+    units = {family.name: family.counts for family in problem.space.families}
+    budget = f"{recipe.budget.sparsity:.0%} of {recipe.budget.of} go"
+    shown = SearchProgress(schedule.steps, units, budget, read_history(run), quiet)
+    with shown as progress, History(run) as history, _stop_signals() as stop:
         if loop.state.step:
             progress.say(f"going on from step {loop.state.step} of {schedule.steps}")
         while loop.state.step < schedule.steps:
@@ -244,6 +247,7 @@ def _run_steps(problem: Problem, run: Path, identity: str, quiet: bool) -> Loop:
             done = loop.state.step == schedule.steps
             if stop or done or loop.state.step % schedule.checkpoint_every == 0:
                 save_checkpoint(run, _checkpoint(loop, recipe, history.flush(), identity))
+                progress.saved(loop.state.step)
             if stop and not done:
                 raise Interrupted(stop[0], loop.state.step)
     return loop
