@@ -80,7 +80,15 @@ def init_scores(
 
 @app.command(epilog="Example: pgprune search llama2-7b-50 --set search.forwards=2000 --out runs/short")
 def search(
-    recipe: RecipeName, out: Out = None, overrides: Set = None, quiet: Quiet = False, as_json: AsJson = False
+    recipe: RecipeName,
+    out: Out = None,
+    overrides: Set = None,
+    log: Annotated[
+        Literal["tensorboard", "trackio", "wandb"] | None,
+        typer.Option("--log", help="Tell a tracker every step, too; an extra of the same name installs it."),
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Search which units to keep. Goes on by itself where an earlier call was stopped."""
     loaded, run = _open(recipe, out, overrides or [])
@@ -88,7 +96,7 @@ def search(
     from pgprune_cli.jobs.search import search
 
     with _resumable():
-        decision = search(loaded, run, quiet)
+        decision = search(loaded, run, quiet, log)
     result = {
         "run": str(run),
         "decision": str(run / MASKS),

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -38,6 +38,7 @@ from pgprune_cli.saliency import CALIBRATED, NEEDS, flat_saliency
 from pgprune_cli.scores import SCORES, Scores
 from pgprune_cli.sensitivity import some_windows
 from pgprune_cli.substrate import Evaluator
+from pgprune_cli.trackers import TrackerName, check_installed, tracking
 from pgprune_cli.width_table import width_table
 
 BAD_STEPS = 10
@@ -96,8 +97,10 @@ class Loop:
         return self.seconds + time.monotonic() - self.started
 
 
-def search(recipe: Recipe, run: Path, quiet: bool = False) -> Decision:
+def search(recipe: Recipe, run: Path, quiet: bool = False, log: TrackerName | None = None) -> Decision:
     """Searches as the recipe says, or goes on where an earlier call was stopped, and writes the decision into `run`.
+
+    `log`: a tracker that is told every step.
 
     Raises UserError for a run directory of another recipe or with damage in it, RunError where every loss is bad,
     Interrupted after a signal, with the state saved.
@@ -106,6 +109,8 @@ def search(recipe: Recipe, run: Path, quiet: bool = False) -> Decision:
         decision = Decision.load(run)
         refuse_other_recipe(run, recipe)
         return decision
+    if log is not None:
+        check_installed(log)
     source = resolve(recipe.model)
     text = load_text(recipe, source, quiet)
     with working(f"loading {recipe.model}", quiet):
@@ -133,7 +138,7 @@ def search(recipe: Recipe, run: Path, quiet: bool = False) -> Decision:
         text.heldout,
         recipe,
     )
-    loop = _run_steps(problem, run, identity_of(recipe, fingerprint, problem.policy.origin), quiet)
+    loop = _run_steps(problem, run, identity_of(recipe, fingerprint, problem.policy.origin), quiet, log)
 
     mask = problem.policy.final_mask(loop.state)
     keep = problem.keep(mask)
@@ -230,19 +235,21 @@ def _calibration_forwards(recipe: Recipe, text: CalibrationText) -> int:
     return math.ceil(sum(map(Tensor.numel, read)) / (recipe.calibration.batch * recipe.calibration.seqlen))
 
 
-def _run_steps(problem: Problem, run: Path, identity: str, quiet: bool) -> Loop:
+def _run_steps(problem: Problem, run: Path, identity: str, quiet: bool, log: TrackerName | None) -> Loop:
     """The loop. Returns where it ended."""
     recipe, schedule = problem.recipe, problem.recipe.search
     loop = _loop(problem, resumed(run, identity))
     units = {family.name: family.counts for family in problem.space.families}
     budget = f"{recipe.budget.sparsity:.0%} of {recipe.budget.of} go"
     shown = SearchProgress(schedule.steps, units, budget, read_history(run), quiet)
-    with shown as progress, History(run) as history, _stop_signals() as stop:
+    tracked = tracking(log, run, asdict(recipe), loop.state.step)
+    with tracked as track, shown as progress, History(run) as history, _stop_signals() as stop:
         if loop.state.step:
             progress.say(f"going on from step {loop.state.step} of {schedule.steps}")
         while loop.state.step < schedule.steps:
             row = _one_step(problem, loop)
             history.append(row)
+            track(row)
             progress.show(row)
             done = loop.state.step == schedule.steps
             if stop or done or loop.state.step % schedule.checkpoint_every == 0:

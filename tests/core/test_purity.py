@@ -27,6 +27,7 @@ BELOW = {
     "strict_yaml": {"errors"},
     "progress": {"errors", "history", "live_view"},
     "live_view": {"history"},
+    "trackers": {"errors", "history", "provenance"},
     "history": {"errors"},
     "provenance": set(),
     "measured": {"atomic"},
