@@ -74,7 +74,8 @@ def init_scores(
     """Score every unit of the recipe's model with a saliency metric, the search's start."""
     given = [*(overrides or []), *([f"saliency.metric={metric}"] if metric else [])]
     loaded, run = _open(recipe, out, given)
-    from pgprune_cli.jobs.init_scores import SCORES, init_scores
+    from pgprune_cli.jobs.init_scores import init_scores
+    from pgprune_cli.scores import SCORES
 
     scores = init_scores(loaded, run, quiet)
     result = {"run": str(run), "scores": str(run / SCORES), "metric": scores.metric}
@@ -86,6 +87,10 @@ def search(
     recipe: RecipeName,
     out: Out = None,
     overrides: Set = None,
+    log: Annotated[
+        Literal["tensorboard", "trackio", "wandb"] | None,
+        typer.Option("--log", help="Tell a tracker every step, too; an extra of the same name installs it."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Load nothing; print what memory, forward passes and time it would take.")
     ] = False,
@@ -106,7 +111,7 @@ def search(
     from pgprune_cli.jobs.search import search
 
     with _resumable():
-        decision = search(loaded, run, quiet, skip_damaged)
+        decision = search(loaded, run, quiet, skip_damaged, log)
     if not of_environment().writer:
         return
     result = {
@@ -339,6 +344,34 @@ def doctor(
     _print({"findings": rows}, as_json, "\n".join(finding.text() for finding in findings))
     if any(finding.fix for finding in findings):
         raise typer.Exit(ExitCode.FAILED)
+
+
+@app.command(epilog="Example: pgprune report runs/smollm2-135m-30 runs/smollm2-135m-50 --out both.html")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run directories, finished or still searching.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="The page.  [default: report.html, in the run or, of several, here]"
+        ),
+    ] = None,
+    watch: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="SECONDS", help="Write it anew so often, until every run is finished."),
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page about runs: what was done, the losses, theta or widths, and how several compare."""
+    from pgprune_cli.jobs import report as job
+
+    page = job.target(runs, out)
+    for read in job.report(runs, page, watch):
+        states = ", ".join(f"{run.name} {run.progress}" for run in read)
+        if watch is not None and not quiet:
+            print(f"{page}: {states}", file=sys.stderr, flush=True)
+    result = {"report": str(page), "runs": [{"run": str(run.directory), "state": run.progress} for run in read]}
+    _print(result, as_json, f"{page}: {states}")
 
 
 @app.command(epilog="Example: pgprune recipes")

@@ -27,6 +27,9 @@ from pgprune_cli.strict_yaml import (
     typed,
 )
 
+RECIPE_FILE = "recipe.yaml"
+"""The resolved recipe of a run, in its directory."""
+
 
 def _walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
     """Every key of a section, dotted: (key, type, required); a section comes as a key of its own, never required."""

@@ -17,13 +17,14 @@ from pgprune_cli.atomic import read_record, write_bytes, write_json, write_recor
 from pgprune_cli.checkpoint import latest_checkpoint
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target
-from pgprune_cli.jobs.init_scores import SCORES, init_scores
+from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.jobs.search import search
 from pgprune_cli.lock import locked
+from pgprune_cli.measured import MEASURED_FILE
 from pgprune_cli.recipe import Recipe
+from pgprune_cli.scores import SCORES
 from pgprune_cli.stderr import STDERR
 
-MEASURED_FILE = "measured.json"
 TABLE_JSON, TABLE_MARKDOWN = "comparison.json", "comparison.md"
 
 

@@ -20,12 +20,13 @@ from pgprune_cli.data import check_vocabulary, spread, tokens_of
 from pgprune_cli.decision import RECORD, Decision
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.loading import Source, load_model, load_tokenizer, resolve
+from pgprune_cli.measured import EVALUATION_FILE
 from pgprune_cli.progress import working
+from pgprune_cli.provenance import note
 from pgprune_cli.recipe import Evaluation
-from pgprune_cli.recipe_reader import load
+from pgprune_cli.recipe_reader import RECIPE_FILE, load
 from pgprune_cli.substrate import Evaluator, summed_loss
 
-EVALUATION_FILE = "evaluation.json"
 TOKENS_AT_A_TIME = 4096
 """Tokens of one forward pass, whatever the window length."""
 
@@ -94,8 +95,8 @@ def open_target(name: str, dtype: str | None, device: str | None, quiet: bool = 
     keep: Keep | None = None
     outputs: Outputs = {}
     evaluation = Evaluation()
-    if run.is_dir() and not (run / "config.json").exists() and (run / "recipe.yaml").exists():
-        recipe = load(run / "recipe.yaml")
+    if run.is_dir() and not (run / "config.json").exists() and (run / RECIPE_FILE).exists():
+        recipe = load(run / RECIPE_FILE)
         decision = Decision.load(run)
         keep, outputs = decision.keep, decision.outputs
         source = resolve(recipe.model)
@@ -244,3 +245,4 @@ def remember(target: Target, result: dict[str, Any]) -> None:
             key: before[key] for key in ("perplexity", "tasks") if before.get(key) and not result.get(key)
         }
     write_record(path, result)
+    note(path.parent)

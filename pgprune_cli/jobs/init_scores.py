@@ -2,71 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast, get_args
 
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from pgprune_cli.atomic import metadata, read_tensors, refuse_newer, sealed, write_bytes
 from pgprune_cli.data import CalibrationText, calibration_text, check_vocabulary
-from pgprune_cli.errors import RunError, UserError
+from pgprune_cli.errors import RunError
 from pgprune_cli.loading import Source, check_prunable, load_model, load_tokenizer, read_config, resolve
 from pgprune_cli.lock import locked
 from pgprune_cli.progress import working
-from pgprune_cli.recipe import MetricName, Recipe
+from pgprune_cli.provenance import note
+from pgprune_cli.recipe import Recipe
 from pgprune_cli.saliency import CALIBRATED, score
-
-SCORES = "scores.safetensors"
-ABOUT = "pgprune"
-VERSION = 1
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Saliencies of a model: `layers.<l>.attention` `(kv groups,)`, `layers.<l>.ffn` `(channels,)`, float64."""
-
-    tensors: dict[str, Tensor]
-    metric: MetricName
-    fingerprint: str
-
-    def save(self, run: Path) -> Path:
-        about = {"metric": self.metric, "fingerprint": self.fingerprint, "version": VERSION}
-        about["tensors_sha256"] = _digest(self.tensors)
-        # of several entries, the library writes them now in this order, now in that
-        write_bytes(run / SCORES, save(self.tensors, metadata={ABOUT: json.dumps(sealed(about))}))
-        return run / SCORES
-
-    @classmethod
-    def load(cls, run: Path) -> Scores:
-        """Raises UserError when the file is damaged or not ours."""
-        path = run / SCORES
-        tensors, found = read_tensors(path), metadata(path)
-        about: dict[str, Any] = dict(found)  # as they were before there were checksums
-        if ABOUT in found:
-            about = _whole(path, found[ABOUT], tensors)
-        if about.get("metric") not in get_args(MetricName) or "fingerprint" not in about:
-            raise UserError(f"{path}: not scores of pgprune; `pgprune init-scores` writes them")
-        return cls(tensors, cast(MetricName, about["metric"]), about["fingerprint"])
-
-
-def _whole(path: Path, text: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """What scores say of themselves. Raises UserError where they are not what was written."""
-    try:
-        about = json.loads(text)
-        if about != sealed(about) or about["tensors_sha256"] != _digest(tensors):
-            raise ValueError
-    except (ValueError, AttributeError, KeyError):
-        raise UserError(f"{path}: damaged: not what was written; run `pgprune init-scores` again") from None
-    refuse_newer(path, about.get("version"), VERSION)
-    return cast(dict[str, Any], about)
-
-
-def _digest(tensors: dict[str, Tensor]) -> str:
-    return hashlib.sha256(save(tensors)).hexdigest()
+from pgprune_cli.scores import Scores
 
 
 def init_scores(recipe: Recipe, run: Path, quiet: bool = False) -> Scores:
@@ -78,7 +26,9 @@ def init_scores(recipe: Recipe, run: Path, quiet: bool = False) -> Scores:
             text = load_text(recipe, source, quiet)
         with working(f"loading {recipe.model}", quiet):
             model = load_model(source, recipe.dtype, recipe.device)
-        return compute_scores(recipe, run, source, model, text, quiet)
+        scores = compute_scores(recipe, run, source, model, text, quiet)
+        note(run)
+        return scores
 
 
 def load_text(recipe: Recipe, source: Source, quiet: bool) -> CalibrationText:

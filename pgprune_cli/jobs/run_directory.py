@@ -1,4 +1,4 @@
-"""What belongs to one run of a search: the recipe it was begun with, its checkpoints and its history.
+"""What belongs to one run of a search: the recipe it was begun with and its checkpoints.
 
 A directory is refused where it is another run's or damaged; nothing in it is ever started over.
 """
@@ -6,27 +6,20 @@ A directory is refused where it is another run's or damaged; nothing in it is ev
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 from torch import Tensor
 
-from pgprune_cli.atomic import sync_directory
 from pgprune_cli.checkpoint import Checkpoint, latest_checkpoint
 from pgprune_cli.decision import RECORD, Decision
 from pgprune_cli.errors import UserError
-from pgprune_cli.progress import Row
+from pgprune_cli.history import METRICS_FILE
 from pgprune_cli.recipe import Evaluation, Recipe
-from pgprune_cli.recipe_reader import dump, load
-
-METRICS_FILE = "metrics.jsonl"
-RECIPE_FILE = "recipe.yaml"
+from pgprune_cli.recipe_reader import RECIPE_FILE, dump, load
 
 
 def identity_of(recipe: Recipe, fingerprint: str, origin: Tensor) -> str:
@@ -85,40 +78,3 @@ def resumed(run: Path, identity: str, skip_damaged: bool = False) -> Checkpoint 
         raise UserError(f"{history}: {size} bytes where the checkpoint wrote {checkpoint.history_bytes}: it was cut")
     os.truncate(history, checkpoint.history_bytes)
     return checkpoint
-
-
-class History:
-    """`metrics.jsonl`, one row a step."""
-
-    def __init__(self, run: Path) -> None:
-        self.file = (run / METRICS_FILE).open("a", encoding="utf-8")
-        sync_directory(run)
-
-    def __enter__(self) -> History:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with _naming(self.file.name):
-            self.file.close()
-
-    def append(self, row: Row) -> None:
-        """Raises OSError."""
-        with _naming(self.file.name):
-            self.file.write(json.dumps(asdict(row), allow_nan=False) + "\n")
-            self.file.flush()
-
-    def flush(self) -> int:
-        """Makes all rows durable. Returns the file's length in bytes."""
-        with _naming(self.file.name):
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            return self.file.tell()
-
-
-@contextmanager
-def _naming(path: str) -> Iterator[None]:
-    """The system names no file when a write to an open one fails."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, path) from error

@@ -14,11 +14,11 @@ from pgprune_cli.atomic import read_json
 from pgprune_cli.costs import COSTS
 from pgprune_cli.decision import MASKS, RECORD, REPAIR, Decision
 from pgprune_cli.errors import UserError
+from pgprune_cli.history import METRICS_FILE
 from pgprune_cli.jobs.compare import TABLE_JSON
 from pgprune_cli.jobs.evaluate import EVALUATION_FILE
-from pgprune_cli.jobs.init_scores import SCORES, Scores
-from pgprune_cli.jobs.run_directory import METRICS_FILE, RECIPE_FILE
-from pgprune_cli.recipe_reader import load
+from pgprune_cli.recipe_reader import RECIPE_FILE, load
+from pgprune_cli.scores import SCORES, Scores
 from pgprune_cli.writers import gguf_seal, sums
 
 Faults = Iterator[str]
