@@ -8,7 +8,7 @@ SOURCES := pgprune_cli tests scripts
 # The serving runtimes hold other libraries back, and are 4 GB: an environment of their own.
 SERVING ?= .venv-serving
 
-.PHONY: demo test test-serving check docs format clean
+.PHONY: demo test test-serving check references docs format clean
 
 demo: $(BIN)/pgprune
 	$(BIN)/python scripts/demo.py
@@ -24,9 +24,15 @@ check: $(BIN)/.dev
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/python scripts/write_cli_reference.py --check
+	$(BIN)/python scripts/write_recipe_reference.py --check
 
-docs: $(BIN)/.dev
+references: $(BIN)/.dev
 	$(BIN)/python scripts/write_cli_reference.py
+	$(BIN)/python scripts/write_recipe_reference.py
+	$(BIN)/python scripts/draw_method.py
+
+docs: references
+	$(BIN)/mkdocs build --strict
 
 format: $(BIN)/.dev
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -51,4 +57,4 @@ $(SERVING)/.installed: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(SERVING) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(SERVING) site .pytest_cache .mypy_cache .ruff_cache

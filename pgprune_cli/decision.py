@@ -19,10 +19,7 @@ from pgprune_cli import __version__
 from pgprune_cli.arch import Keep, LayerKeep, Output, Outputs
 from pgprune_cli.atomic import checksum, read_json, read_tensors, write_bytes, write_json
 from pgprune_cli.errors import UserError
-
-MASKS = "decision.safetensors"
-RECORD = "decision.json"
-REPAIR = "repair.safetensors"
+from pgprune_cli.run_files import MASKS, RECORD, REPAIR, refuse_unfinished
 
 
 @dataclass(frozen=True)
@@ -74,8 +71,7 @@ class Decision:
     @classmethod
     def load(cls, run: Path) -> Decision:
         """Reads a decision. Raises UserError when it is missing, damaged or does not belong together."""
-        if not (run / RECORD).exists() or not (run / MASKS).exists():
-            raise UserError(f"{run}: no finished decision here; `pgprune search` writes {MASKS} and {RECORD}")
+        refuse_unfinished(run)
         record = read_json(run / RECORD)
         if checksum(run / MASKS) != record.get("masks_sha256"):
             raise UserError(f"{run / MASKS}: damaged, or not the masks that {RECORD} describes; run the search again")

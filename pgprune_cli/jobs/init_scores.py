@@ -16,9 +16,8 @@ from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.loading import Source, load_model, load_tokenizer, resolve
 from pgprune_cli.progress import working
 from pgprune_cli.recipe import MetricName, Recipe
+from pgprune_cli.run_files import SCORES
 from pgprune_cli.saliency import CALIBRATED, score
-
-SCORES = "scores.safetensors"
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,7 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.progress import Row
 from pgprune_cli.recipe import Evaluation, Recipe
 from pgprune_cli.recipe_reader import dump, load
-
-METRICS_FILE = "metrics.jsonl"
-RECIPE_FILE = "recipe.yaml"
+from pgprune_cli.run_files import METRICS_FILE, RECIPE_FILE
 
 
 def identity_of(recipe: Recipe, fingerprint: str, origin: Tensor) -> str:

@@ -22,16 +22,17 @@ from pgprune_cli.core.space import Budget, MaskSpace
 from pgprune_cli.core.step import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.data import Batches, CalibrationText, spread
-from pgprune_cli.decision import RECORD, Decision
+from pgprune_cli.decision import Decision
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.jobs.init_scores import SCORES, Scores, compute_scores, load_text, scoring_batches
-from pgprune_cli.jobs.run_directory import RECIPE_FILE, History, identity_of, refuse_other_recipe, resumed
+from pgprune_cli.jobs.init_scores import Scores, compute_scores, load_text, scoring_batches
+from pgprune_cli.jobs.run_directory import History, identity_of, refuse_other_recipe, resumed
 from pgprune_cli.loading import load_model, resolve
 from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
 from pgprune_cli.progress import Row, SearchProgress, memory_in_use, working
 from pgprune_cli.recipe import Recipe
 from pgprune_cli.recipe_reader import dump
 from pgprune_cli.reconstruct import PASSES, Repaired, repair
+from pgprune_cli.run_files import RECIPE_FILE, RECORD, SCORES
 from pgprune_cli.saliency import CALIBRATED, NEEDS, flat_saliency
 from pgprune_cli.sensitivity import some_windows
 from pgprune_cli.substrate import Evaluator

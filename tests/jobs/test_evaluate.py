@@ -170,7 +170,7 @@ def test_a_run_whose_base_changed_is_refused(run: Path) -> None:
 
 def test_a_run_without_a_decision_is_refused(run: Path) -> None:
     (run / "decision.json").unlink()
-    with pytest.raises(UserError, match="no finished decision here"):
+    with pytest.raises(UserError, match="its search is not finished"):
         open_target(str(run), None, "cpu", quiet=True)
 
 
