@@ -49,7 +49,7 @@ BELOW = {
     "costs": {"arch", "atomic", "errors", "streaming", "substrate"},
     "budget": {"arch", "core", "costs", "errors", "progress", "recipe", "substrate"},
 }
-ABOVE = {"jobs", "cli", "__main__"}  # may import anything but what is said of them below
+ABOVE = {"jobs", "api", "cli", "__main__"}  # may import anything but what is said of them below
 
 
 def imports_in(tree: ast.AST) -> set[str]:
