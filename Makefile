@@ -32,7 +32,7 @@ references: $(BIN)/.dev
 	$(BIN)/python scripts/draw_method.py
 
 docs: references
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(BIN)/.dev
 	$(BIN)/ruff check --fix $(SOURCES)

@@ -95,7 +95,7 @@ def _table(prefix: str, section: Any, base: dict[str, Any]) -> list[str]:
     lines = ["| key | values | default | what it is | what the recipes that ship say of it |", "|---|---|---|---|---|"]
     for entry in fields(section):
         if not is_dataclass(entry.type):
-            cells = [f"`{prefix}{entry.name}`", values_of(entry.type), _defaults(entry, base)]
+            cells = [f"`{entry.name}`", values_of(entry.type), _defaults(entry, base)]
             cells += [said.get(entry.name, ""), known.get(prefix + entry.name, "")]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -107,7 +107,11 @@ def _defaults(entry: Field[Any], base: dict[str, Any]) -> str:
         return f"required; `{base[entry.name]}` in `_base`" if entry.name in base else "required"
     default = list(entry.default) if isinstance(entry.default, tuple) else entry.default
     shipped = base.get(entry.name, default)
-    return f"`{default}`" + ("" if shipped == default else f"; `{shipped}` in `_base`")
+    return _code(default) + ("" if shipped == default else f"; {_code(shipped)} in `_base`")
+
+
+def _code(value: Any) -> str:
+    return f"`[{', '.join(map(str, value))}]`" if isinstance(value, list) else f"`{value}`"
 
 
 def json_page() -> str:
