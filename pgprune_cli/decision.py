@@ -69,8 +69,11 @@ class Decision:
         return [entry.name for entry in fields(cls) if entry.name not in ("keep", "outputs", "budget")]
 
     @classmethod
-    def load(cls, run: Path) -> Decision:
-        """Reads a decision. Raises UserError when it is missing, damaged or does not belong together."""
+    def load(cls, run: Path, with_repair: bool = True) -> Decision:
+        """Reads a decision. Raises UserError when it is missing, damaged or does not belong together.
+
+        The checksum of a repair takes a while on a large model; without it, `outputs` is empty.
+        """
         refuse_unfinished(run)
         record = read_json(run / RECORD)
         if checksum(run / MASKS) != record.get("masks_sha256"):
@@ -82,8 +85,9 @@ class Decision:
                 for i in range(len(record["kept"]))
             )
             values = {name: record[name] for name in cls._recorded()}
+            outputs = _load_outputs(run, record) if with_repair else {}
             # decisions of before there were budgets of anything but parameters say nothing of theirs
-            return cls(keep, **values, outputs=_load_outputs(run, record), budget=record.get("budget", {}))
+            return cls(keep, **values, outputs=outputs, budget=record.get("budget", {}))
         except KeyError as missing:
             raise UserError(f"{run / RECORD}: {missing} is missing; the file is not a whole decision") from None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 
 import psutil
@@ -21,29 +20,10 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from pgprune_cli.history import Row
+
 PLAIN_LINES = 10
 """About how many lines a whole search prints where there is no terminal."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of `metrics.jsonl`: a step of the search. Losses are nats per token; a bad loss is None."""
-
-    step: int
-    losses: list[float | None]
-    baseline: float | None
-    learning_rate: float | None
-    entropy: float
-    heldout_loss: float | None
-    skipped: int
-    tokens_per_second: float
-    memory_bytes: int
-    seconds: float
-
-    @property
-    def mean_loss(self) -> float | None:
-        good = [loss for loss in self.losses if loss is not None]
-        return sum(good) / len(good) if good else None
 
 
 class SearchProgress:

@@ -16,6 +16,9 @@ METRICS_FILE = "metrics.jsonl"
 MASKS, RECORD = "decision.safetensors", "decision.json"
 REPAIR = "repair.safetensors"
 EVALUATION_FILE = "evaluation.json"
+"""By `pgprune eval RUN`."""
+MEASURED_FILE = "measured.json"
+"""By `pgprune compare`, of each of its runs."""
 
 
 def runs_folder() -> Path:

@@ -48,7 +48,7 @@ def grid(headings: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 2)
     Console(width=None if terminal else PIPE_WIDTH).print(table)
 
 
-def _cells(result: dict[str, Any]) -> dict[str, str]:
+def measurements(result: dict[str, Any]) -> dict[str, str]:
     """What was measured of a model, by the name of the row it stands in."""
     cells = {"parameters": f"{result['parameters']:,}"}
     for row in result["perplexity"]:
@@ -66,7 +66,7 @@ def _cells(result: dict[str, Any]) -> dict[str, str]:
 
 def print_measured(results: list[dict[str, Any]]) -> None:
     """A column for each model, a row for each measurement: there may be many of these, and few of those."""
-    columns = [_cells(result) for result in results]
+    columns = [measurements(result) for result in results]
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [[name, *(column.get(name, "") for column in columns)] for name in names]
     grid(["", *(result["model"] for result in results)], rows, texts=1)

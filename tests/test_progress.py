@@ -7,7 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from pgprune_cli.progress import PLAIN_LINES, Row, SearchProgress, working
+from pgprune_cli.history import Row
+from pgprune_cli.progress import PLAIN_LINES, SearchProgress, working
 
 
 def row(step: int, losses: list[float | None], heldout: float | None = None, skipped: int = 0) -> Row:

@@ -6,7 +6,6 @@ finished and measured is not repeated, one that was stopped goes on: `compare` i
 
 from __future__ import annotations
 
-import json
 import statistics
 import sys
 import time
@@ -17,13 +16,13 @@ from typing import Any
 
 from pgprune_cli.atomic import read_json, write_bytes, write_json
 from pgprune_cli.errors import UserError
+from pgprune_cli.history import read_history
 from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target
 from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.jobs.search import search
 from pgprune_cli.recipe import Recipe
-from pgprune_cli.run_files import METRICS_FILE, SCORES
+from pgprune_cli.run_files import MEASURED_FILE, SCORES
 
-MEASURED_FILE = "measured.json"
 TABLE_JSON, TABLE_MARKDOWN = "comparison.json", "comparison.md"
 
 
@@ -162,9 +161,8 @@ def _share_scores(recipe: Recipe, run: Path, out: Path, quiet: bool) -> None:
 
 def _seconds_so_far(run: Path) -> float:
     """Of a search that an earlier call began."""
-    history = run / METRICS_FILE
-    lines = history.read_text().splitlines() if history.exists() else []
-    return float(json.loads(lines[-1])["seconds"]) if lines else 0.0
+    rows = read_history(run)
+    return rows[-1].seconds if rows else 0.0
 
 
 def _perplexities(target: Any, recipe: Recipe, limit: int | None, quiet: bool) -> dict[str, Any]:

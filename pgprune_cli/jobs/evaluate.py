@@ -21,6 +21,7 @@ from pgprune_cli.decision import Decision
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.loading import Source, load_model, load_tokenizer, resolve
 from pgprune_cli.progress import working
+from pgprune_cli.provenance import note
 from pgprune_cli.recipe import Evaluation
 from pgprune_cli.recipe_reader import load
 from pgprune_cli.run_files import EVALUATION_FILE, RECIPE_FILE, RECORD, is_run
@@ -243,3 +244,4 @@ def remember(target: Target, result: dict[str, Any]) -> None:
             key: before[key] for key in ("perplexity", "tasks") if before.get(key) and not result.get(key)
         }
     write_json(path, result)
+    note(path.parent)

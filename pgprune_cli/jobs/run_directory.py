@@ -1,4 +1,4 @@
-"""What belongs to one run of a search: the recipe it was begun with, its checkpoints and its history.
+"""What belongs to one run of a search: the recipe it was begun with and its checkpoints.
 
 A directory is refused where it is another run's or damaged; nothing in it is ever started over.
 """
@@ -6,16 +6,14 @@ A directory is refused where it is another run's or damaged; nothing in it is ev
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from pgprune_cli.checkpoint import Checkpoint, latest_checkpoint
 from pgprune_cli.errors import UserError
-from pgprune_cli.progress import Row
 from pgprune_cli.recipe import Evaluation, Recipe
 from pgprune_cli.recipe_reader import dump, load
 from pgprune_cli.run_files import METRICS_FILE, RECIPE_FILE
@@ -63,27 +61,3 @@ def resumed(run: Path, identity: str) -> Checkpoint | None:
         raise UserError(f"{history}: {size} bytes where the checkpoint wrote {checkpoint.history_bytes}: it was cut")
     os.truncate(history, checkpoint.history_bytes)
     return checkpoint
-
-
-class History:
-    """`metrics.jsonl`, one row a step."""
-
-    def __init__(self, run: Path) -> None:
-        run.mkdir(parents=True, exist_ok=True)
-        self.file = (run / METRICS_FILE).open("a", encoding="utf-8")
-
-    def __enter__(self) -> History:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def append(self, row: Row) -> None:
-        self.file.write(json.dumps(asdict(row), allow_nan=False) + "\n")
-        self.file.flush()
-
-    def flush(self) -> int:
-        """Makes all rows durable. Returns the file's length in bytes."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        return self.file.tell()

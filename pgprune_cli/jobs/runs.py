@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from pgprune_cli.atomic import read_json
 from pgprune_cli.errors import UserError
+from pgprune_cli.measured import read_measured
 from pgprune_cli.recipe_reader import load
 from pgprune_cli.run_files import (
-    EVALUATION_FILE,
     MASKS,
     METRICS_FILE,
     RECIPE_FILE,
@@ -42,8 +42,7 @@ def _row(run: Path) -> dict[str, Any]:
         if (run / RECORD).exists() and (run / MASKS).exists():
             record = read_json(run / RECORD)
             row |= {"state": "finished", "sparsity": record["sparsity"], "heldout_loss": record["heldout_loss"]}
-        if (run / EVALUATION_FILE).exists():
-            row["perplexity"] = read_json(run / EVALUATION_FILE)["perplexity"]
+        row["perplexity"] = (read_measured(run) or {"perplexity": []})["perplexity"]
     except (UserError, KeyError, ValueError) as error:
         row |= {"state": "damaged", "fault": f"{error}" if isinstance(error, UserError) else f"{run}: {error!r}"}
     return row

@@ -24,16 +24,19 @@ from pgprune_cli.core.widths import WidthState
 from pgprune_cli.data import Batches, CalibrationText, spread
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.jobs.init_scores import Scores, compute_scores, load_text, scoring_batches
-from pgprune_cli.jobs.run_directory import History, identity_of, refuse_other_recipe, resumed
+from pgprune_cli.history import History, Row
+from pgprune_cli.jobs.init_scores import compute_scores, load_text, scoring_batches
+from pgprune_cli.jobs.run_directory import identity_of, refuse_other_recipe, resumed
 from pgprune_cli.loading import load_model, resolve
 from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
-from pgprune_cli.progress import Row, SearchProgress, memory_in_use, working
+from pgprune_cli.progress import SearchProgress, memory_in_use, working
+from pgprune_cli.provenance import note
 from pgprune_cli.recipe import Recipe
 from pgprune_cli.recipe_reader import dump
 from pgprune_cli.reconstruct import PASSES, Repaired, repair
 from pgprune_cli.run_files import RECIPE_FILE, RECORD, SCORES
 from pgprune_cli.saliency import CALIBRATED, NEEDS, flat_saliency
+from pgprune_cli.scores import Scores
 from pgprune_cli.sensitivity import some_windows
 from pgprune_cli.substrate import Evaluator
 from pgprune_cli.width_table import width_table
@@ -119,6 +122,7 @@ def search(recipe: Recipe, run: Path, quiet: bool = False) -> Decision:
     recipe = replace(recipe, saliency=replace(recipe.saliency, metric=scores.metric))
     refuse_other_recipe(run, recipe)
     write_bytes(run / RECIPE_FILE, dump(recipe).encode())
+    note(run)
 
     evaluator = Evaluator(model)
     space, budget = budget_for(recipe, evaluator, run, fingerprint, quiet)
@@ -267,7 +271,8 @@ def _one_step(problem: Problem, loop: Loop) -> Row:
         )
     step = loop.state.step
     due = step % schedule.evaluate_every == 0 or step in (1, schedule.steps)
-    decided = problem.keep(policy.mask(loop.state)) if due else None
+    mask = policy.mask(loop.state) if due else None
+    decided = None if mask is None else problem.keep(mask)
     return Row(
         step=step,
         losses=[_finite(float(loss)) for loss in losses],
@@ -279,6 +284,7 @@ def _one_step(problem: Problem, loop: Loop) -> Row:
         tokens_per_second=len(masks) * tokens.numel() / spent,
         memory_bytes=memory_in_use(),
         seconds=loop.elapsed(),
+        kept=None if mask is None else problem.space.widths(mask),
     )
 
 

@@ -16,7 +16,6 @@ from pgprune_cli.data import tokens_of
 from pgprune_cli.demo.grammar import generate
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs.evaluate import (
-    EVALUATION_FILE,
     Corpus,
     evaluate,
     measure_speed,
@@ -27,6 +26,7 @@ from pgprune_cli.jobs.evaluate import (
 from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.search import search
 from pgprune_cli.loading import load_tokenizer
+from pgprune_cli.run_files import EVALUATION_FILE
 
 
 def stream(length: int) -> torch.Tensor:

@@ -7,9 +7,11 @@ import torch
 
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs import init_scores as job
-from pgprune_cli.jobs.init_scores import SCORES, Scores, init_scores
+from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.loading import load_model, resolve
+from pgprune_cli.provenance import PROVENANCE_FILE, read_provenance
 from pgprune_cli.saliency import METRICS
+from pgprune_cli.scores import SCORES, Scores
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -82,7 +84,8 @@ def test_scoring_again_replaces_the_scores(small, tmp_path) -> None:
     init_scores(small("saliency.metric=magnitude"), tmp_path, quiet=True)
     init_scores(small("saliency.metric=uniform"), tmp_path, quiet=True)
     assert Scores.load(tmp_path).metric == "uniform"
-    assert [path.name for path in tmp_path.iterdir()] == [SCORES]
+    assert {path.name for path in tmp_path.iterdir()} == {SCORES, PROVENANCE_FILE}
+    assert len(read_provenance(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("metric", ["wanda-sp", "magnitude", "random", "uniform"])
