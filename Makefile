@@ -10,7 +10,7 @@ SERVING ?= .venv-serving
 # pip-audit's own packages are not what it is to look at.
 AUDIT ?= .venv-audit
 
-.PHONY: demo test soak fuzz test-gpu test-serving audit check docs format clean
+.PHONY: demo test soak fuzz test-gpu test-serving audit check references docs format clean
 
 demo: $(BIN)/pgprune
 	$(BIN)/python scripts/demo.py
@@ -36,9 +36,15 @@ check: $(BIN)/.dev
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/python scripts/write_cli_reference.py --check
+	$(BIN)/python scripts/write_recipe_reference.py --check
 
-docs: $(BIN)/.dev
+references: $(BIN)/.dev
 	$(BIN)/python scripts/write_cli_reference.py
+	$(BIN)/python scripts/write_recipe_reference.py
+	$(BIN)/python scripts/draw_method.py
+
+docs: references
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(BIN)/.dev
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -68,4 +74,4 @@ $(AUDIT)/.installed:
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(SERVING) $(AUDIT) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(SERVING) $(AUDIT) site .pytest_cache .mypy_cache .ruff_cache

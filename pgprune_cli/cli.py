@@ -8,39 +8,44 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
 from pgprune_cli import __version__, signals
 from pgprune_cli.distributed import of_environment
 from pgprune_cli.errors import ExitCode, RunError, UserError, advice_on
+from pgprune_cli.options import (
+    AsJson,
+    Limit,
+    Out,
+    Quiet,
+    RecipeName,
+    Set,
+    examples,
+    metric_names,
+    model_names,
+    run_names,
+)
+from pgprune_cli.recipe_verbs import recipes_app
+from pgprune_cli.run_files import runs_folder
 from pgprune_cli.stderr import STDERR
-from pgprune_cli.tables import export_line, grid, print_estimate, print_measured, print_plan
+from pgprune_cli.tables import export_line, grid, print_estimate, print_measured, print_plan, print_result
+from pgprune_cli.usage import usage_fault
 
 if TYPE_CHECKING:
     from pgprune_cli.recipe import Recipe
 
 app = typer.Typer(
     help="Make a language model structurally smaller: learn which heads and FFN channels to keep, forward passes only.",
-    epilog="Start with: pgprune search demo",
+    epilog=examples("search demo", "export runs/demo", "eval models/demo --ppl demo --seqlen 128"),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(recipes_app, name="recipes")
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships.")]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run directory.  [default: runs/<recipe>]")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's key; repeatable.")
-]
 Format = Literal["hf", "gguf", "mlx"]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-Limit = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="N", help="Windows of the shortest length, at most; other lengths read as much."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 
 
 def _version(wanted: bool) -> None:
@@ -60,13 +65,14 @@ def _program(
         raise UserError(f"{context.invoked_subcommand} is the work of one process; torchrun is for search")
 
 
-@app.command(epilog="Example: pgprune init-scores smollm2-135m-30 --metric magnitude")
+@app.command(epilog=examples("init-scores smollm2-135m-30", "init-scores demo --metric magnitude"))
 def init_scores(
     recipe: RecipeName,
     out: Out = None,
     overrides: Set = None,
     metric: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Saliency metric, instead of the recipe's.")
+        str | None,
+        typer.Option(metavar="NAME", help="Saliency metric, instead of the recipe's.", autocompletion=metric_names),
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -75,14 +81,20 @@ def init_scores(
     given = [*(overrides or []), *([f"saliency.metric={metric}"] if metric else [])]
     loaded, run = _open(recipe, out, given)
     from pgprune_cli.jobs.init_scores import init_scores
-    from pgprune_cli.scores import SCORES
+    from pgprune_cli.run_files import SCORES
 
     scores = init_scores(loaded, run, quiet)
     result = {"run": str(run), "scores": str(run / SCORES), "metric": scores.metric}
-    _print(result, as_json, f"{run / SCORES}: {scores.metric} of {loaded.model}")
+    print_result(result, as_json, f"{run / SCORES}: {scores.metric} of {loaded.model}")
 
 
-@app.command(epilog="Example: pgprune search llama2-7b-50 --set search.forwards=2000 --out runs/short")
+@app.command(
+    epilog=examples(
+        "search demo",
+        "search mine.yaml --out runs/mine",
+        "search llama2-7b-50 --set model=/data/my-llama --set budget.sparsity=0.4",
+    )
+)
 def search(
     recipe: RecipeName,
     out: Out = None,
@@ -107,8 +119,8 @@ def search(
 
         print_estimate(estimate(loaded, quiet), as_json)
         return
-    from pgprune_cli.decision import MASKS
     from pgprune_cli.jobs.search import search
+    from pgprune_cli.run_files import MASKS
 
     with _resumable():
         decision = search(loaded, run, quiet, skip_damaged, log)
@@ -123,7 +135,7 @@ def search(
         "heldout_loss": decision.heldout_loss,
     }
     loss = "not finite" if decision.heldout_loss is None else f"{decision.heldout_loss:.4f} nats per token"
-    _print(
+    print_result(
         result,
         as_json,
         f"{run / MASKS}: sparsity {decision.sparsity:.4f} after {decision.steps} steps, "
@@ -131,9 +143,18 @@ def search(
     )
 
 
-@app.command(epilog="Example: pgprune export runs/smollm2-135m-30 --dtype bfloat16 --ffn-multiple 64")
+@app.command(
+    epilog=examples(
+        "export runs/smollm2-135m-30 --dry-run",
+        "export runs/smollm2-135m-30 --dtype bfloat16 --ffn-multiple 64",
+        "export runs/smollm2-135m-30 --format gguf --dtype q8_0",
+    )
+)
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run directory of a finished search.")],
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="The run directory of a finished search.", autocompletion=run_names),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -167,7 +188,7 @@ def export(
         int, typer.Option(min=1, metavar="N", help="Pad FFN channels to a multiple, with zeros; or all of them.")
     ] = 1,
     push: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Upload it to the Hugging Face hub, too: OWNER/NAME.")
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to the Hugging Face hub, too.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Write nothing; print the shapes and sizes of what would be written.")
@@ -194,14 +215,25 @@ def export(
         with working(f"uploading {out} to {push}", quiet):
             summary["pushed"] = hub.push(out, push)
         line += f"; {summary['pushed']}"
-    _print(summary, as_json, line)
+    print_result(summary, as_json, line)
 
 
 @app.command(
-    name="eval", epilog="Example: pgprune eval models/smollm2-135m-30 --ppl wikitext2 --against models/smollm2-135m"
+    name="eval",
+    epilog=examples(
+        "eval runs/smollm2-135m-30",
+        "eval models/smollm2-135m-30 --ppl wikitext2 --ppl mine=texts.jsonl --against models/smollm2-135m",
+        "eval models/smollm2-135m-30 --tasks hellaswag,piqa",
+        "eval models/smollm2-135m-30 --speed",
+    ),
 )
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model as in recipes, an exported one, or a RUN.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A model as in recipes, an exported one, or a RUN.", autocompletion=model_names
+        ),
+    ],
     ppl: Annotated[
         list[str] | None,
         typer.Option(
@@ -229,7 +261,10 @@ def evaluate(
         bool, typer.Option("--speed", help="Measure tokens per second and memory, beside the base.")
     ] = False,
     against: Annotated[
-        list[str] | None, typer.Option(metavar="MODEL", help="Another model to measure the same way; repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL", help="Another model to measure the same way; repeatable.", autocompletion=model_names
+        ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Load in this dtype, not the stored one.")] = None,
     device: Annotated[
@@ -270,16 +305,27 @@ def evaluate(
         print_measured(results)
 
 
-@app.command(epilog="Example: pgprune compare smollm2-135m-30 --seeds 0,1,2 --limit 512")
+@app.command(
+    epilog=examples(
+        "compare smollm2-135m-30 --seeds 0,1,2 --limit 512",
+        "compare smollm2-135m-30 --only metric --only layers-repaired",
+    )
+)
 def compare(
     recipe: RecipeName,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Where the runs go.  [default: runs/compare/<recipe>]")
+        Path | None,
+        typer.Option(
+            "--out", metavar="DIR", help="Where the runs go.  [default: runs/compare/<recipe>, or in $PGPRUNE_RUNS]"
+        ),
     ] = None,
     overrides: Set = None,
     seeds: Annotated[str, typer.Option(metavar="LIST", help="Seeds of the variants that search.")] = "0",
     only: Annotated[
-        list[str] | None, typer.Option(metavar="VARIANT", help="This row only; repeatable.  [default: all]")
+        list[str] | None,
+        typer.Option(
+            metavar="VARIANT", help="This row only, beside those measured earlier; repeatable.  [default: all]"
+        ),
     ] = None,
     limit: Limit = None,
     quiet: Quiet = False,
@@ -293,7 +339,7 @@ def compare(
         numbers = list(dict.fromkeys(int(seed) for seed in seeds.split(",")))
     except ValueError:
         raise UserError(f"--seeds {seeds}: expected whole numbers with commas, such as 0,1,2") from None
-    loaded, run = _open(recipe, out, overrides or [], Path("runs/compare"))
+    loaded, run = _open(recipe, out, overrides or [], runs_folder() / "compare")
     from pgprune_cli.jobs.compare import TABLE_MARKDOWN, cells, compare
 
     with _resumable():
@@ -306,7 +352,7 @@ def compare(
     print(f"{run / TABLE_MARKDOWN}")
 
 
-@app.command(epilog="Example: pgprune verify runs/smollm2-135m-30")
+@app.command(epilog=examples("verify runs/smollm2-135m-30"))
 def verify(
     path: Annotated[
         Path,
@@ -320,12 +366,12 @@ def verify(
     from pgprune_cli.jobs.verify import verify
 
     verdict = verify(path)
-    _print(asdict(verdict), as_json, verdict.text())
+    print_result(asdict(verdict), as_json, verdict.text())
     if verdict.faults:
         raise typer.Exit(ExitCode.FAILED)
 
 
-@app.command(epilog="Example: pgprune doctor llama2-7b-50")
+@app.command(epilog=examples("doctor", "doctor llama2-7b-50"))
 def doctor(
     recipe: Annotated[
         str | None, typer.Argument(metavar="[RECIPE]", help="Check the model and the data of this recipe, too.")
@@ -341,14 +387,22 @@ def doctor(
 
     findings = doctor(loaded)
     rows = [asdict(finding) for finding in findings]
-    _print({"findings": rows}, as_json, "\n".join(finding.text() for finding in findings))
+    print_result({"findings": rows}, as_json, "\n".join(finding.text() for finding in findings))
     if any(finding.fix for finding in findings):
         raise typer.Exit(ExitCode.FAILED)
 
 
-@app.command(epilog="Example: pgprune report runs/smollm2-135m-30 runs/smollm2-135m-50 --out both.html")
+@app.command(
+    epilog=examples(
+        "report runs/smollm2-135m-30",
+        "report runs/smollm2-135m-30 runs/smollm2-135m-50 --out both.html",
+    )
+)
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run directories, finished or still searching.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN…", help="Run directories, finished or still searching.", autocompletion=run_names),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -371,17 +425,28 @@ def report(
         if watch is not None and not quiet:
             print(f"{page}: {states}", file=sys.stderr, flush=True)
     result = {"report": str(page), "runs": [{"run": str(run.directory), "state": run.progress} for run in read]}
-    _print(result, as_json, f"{page}: {states}")
+    print_result(result, as_json, f"{page}: {states}")
 
 
-@app.command(epilog="Example: pgprune recipes")
-def recipes(as_json: AsJson = False) -> None:
-    """List the recipes that ship."""
-    from pgprune_cli.recipe_reader import name_of, shipped, summary
+@app.command(epilog=examples("runs", "runs runs/compare --json"))
+def runs(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="DIR", help="Where to look, also below.  [default: runs, or $PGPRUNE_RUNS]"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List runs: how far they have come, what they removed, and what `eval` measured."""
+    from pgprune_cli.jobs.runs import cells, runs_in
 
-    listed = {name_of(path): summary(path) for path in shipped()}
-    width = max(map(len, listed))
-    _print({"recipes": listed}, as_json, "\n".join(f"{name:<{width}}  {text}" for name, text in listed.items()))
+    rows = runs_in(folder or runs_folder())
+    if as_json:
+        print(json.dumps({"runs": rows}))
+        return
+    grid(*cells(rows), texts=5)
+    for row in rows:
+        if row["fault"]:
+            _complain(row["fault"])
 
 
 def main() -> NoReturn:
@@ -389,7 +454,7 @@ def main() -> NoReturn:
     code: int = ExitCode.OK
     try:
         with _stoppable():
-            code = app(standalone_mode=False) or ExitCode.OK
+            code = app(prog_name="pgprune", standalone_mode=False) or ExitCode.OK
     except UserError as error:
         _complain(str(error))
         code = ExitCode.BAD_INPUT
@@ -400,20 +465,20 @@ def main() -> NoReturn:
         _complain(f"{error.filename or 'a file'}: {error.strerror or error}{advice_on(error)}")
         code = ExitCode.FAILED
     except Exception as error:
-        # click's own errors know how to show themselves; anything else is a bug of ours, and its traceback is wanted
-        if not hasattr(error, "format_message"):
+        fault = usage_fault(error)
+        if fault is None:  # a bug of ours, and its traceback is wanted
             raise
-        error.show()  # type: ignore[attr-defined]
+        _complain(fault)
         code = ExitCode.BAD_INPUT
     sys.exit(code)
 
 
-def _open(name: str, out: Path | None, overrides: list[str], runs: Path = Path("runs")) -> tuple[Recipe, Path]:
-    """The recipe, and the run directory it is for."""
+def _open(name: str, out: Path | None, overrides: list[str], runs: Path | None = None) -> tuple[Recipe, Path]:
+    """The recipe, and the run directory it is for, in `runs` if it is not given."""
     from pgprune_cli.recipe_reader import find, load, name_of
 
     path = find(name)
-    return load(path, overrides), out or runs / name_of(path)
+    return load(path, overrides), out or (runs or runs_folder()) / name_of(path)
 
 
 @contextmanager
@@ -447,10 +512,6 @@ def _resumable() -> Iterator[None]:
     except SystemExit:
         _complain(f"what was saved stays; to go on: {again}")
         raise
-
-
-def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
-    print(json.dumps(result) if as_json else text)
 
 
 def _complain(text: str) -> None:

@@ -19,10 +19,8 @@ from pgprune_cli import __version__
 from pgprune_cli.arch import Keep, LayerKeep, Output, Outputs
 from pgprune_cli.atomic import checksum, read_record, read_tensors, refuse_newer, write_bytes, write_record
 from pgprune_cli.errors import UserError
+from pgprune_cli.run_files import MASKS, RECORD, REPAIR, refuse_unfinished
 
-MASKS = "decision.safetensors"
-RECORD = "decision.json"
-REPAIR = "repair.safetensors"
 VERSION = 1
 
 
@@ -79,8 +77,7 @@ class Decision:
 
         The checksum of a repair takes a while on a large model; without it, `outputs` is empty.
         """
-        if not (run / RECORD).exists() or not (run / MASKS).exists():
-            raise UserError(f"{run}: no finished decision here; `pgprune search` writes {MASKS} and {RECORD}")
+        refuse_unfinished(run)
         record = read_record(run / RECORD)
         refuse_newer(run / RECORD, record.get("version"), VERSION)
         if checksum(run / MASKS) != record.get("masks_sha256"):

@@ -11,8 +11,7 @@ from pathlib import Path
 
 from pgprune_cli.atomic import sync_directory
 from pgprune_cli.errors import UserError
-
-METRICS_FILE = "metrics.jsonl"
+from pgprune_cli.run_files import METRICS_FILE
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ def resolve(name: str, weights: bool = True) -> Source:
         return Source(name, path.parent, path.name)
     if path.is_dir():
         return _in_directory(name, path, weights)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "models/")):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "models/", "runs/")):
         raise UserError(f"{name}: no such directory or .gguf file, and not a hub name (owner/name) either")
     return _in_directory(name, _download(name, WANTED if weights else ["config.json"]), weights)
 

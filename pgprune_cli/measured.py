@@ -6,11 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pgprune_cli.atomic import read_record
-
-EVALUATION_FILE = "evaluation.json"
-"""By `pgprune eval RUN`."""
-MEASURED_FILE = "measured.json"
-"""By `pgprune compare`, of each of its runs."""
+from pgprune_cli.run_files import EVALUATION_FILE, MEASURED_FILE
 
 
 def read_measured(run: Path) -> dict[str, Any] | None:

@@ -14,8 +14,8 @@ from torch import Tensor
 from pgprune_cli.atomic import metadata, read_tensors, refuse_newer, sealed, write_bytes
 from pgprune_cli.errors import UserError
 from pgprune_cli.recipe import MetricName
+from pgprune_cli.run_files import SCORES
 
-SCORES = "scores.safetensors"
 ABOUT = "pgprune"
 VERSION = 1
 

@@ -10,8 +10,9 @@ from safetensors.torch import save
 
 from pgprune_cli.arch import LayerKeep
 from pgprune_cli.atomic import checksum, read_record, write_record
-from pgprune_cli.decision import MASKS, RECORD, Decision
+from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
+from pgprune_cli.run_files import MASKS, RECIPE_FILE, RECORD
 
 
 def a_decision() -> Decision:
@@ -75,13 +76,16 @@ def test_the_same_decision_gives_the_same_bytes(run, tmp_path_factory):
 @pytest.mark.parametrize("missing", [MASKS, RECORD])
 def test_a_missing_file_is_refused(run, missing):
     (run / missing).unlink()
+    assert refused(run) == f"{run}: holds no run; `pgprune runs` lists those there are"
+    (run / RECIPE_FILE).touch()
     assert refused(run) == (
-        f"{run}: no finished decision here; `pgprune search` writes decision.safetensors and decision.json"
+        f"{run}: its search is not finished, there is no decision yet; "
+        f"to go on: pgprune search {run}/recipe.yaml --out {run}"
     )
 
 
 def test_no_run_at_all_is_refused(tmp_path):
-    assert refused(tmp_path / "nowhere").startswith(f"{tmp_path / 'nowhere'}: no finished decision here; ")
+    assert refused(tmp_path / "nowhere").startswith(f"{tmp_path / 'nowhere'}: no such run directory; ")
 
 
 def test_every_damage_to_the_masks_is_refused(run):
@@ -135,7 +139,7 @@ def test_a_search_killed_between_the_two_files_leaves_no_decision(tmp_path, monk
         patch.setattr("pgprune_cli.decision.write_record", killed)
         with pytest.raises(KeyboardInterrupt):
             a_decision().save(tmp_path)
-    assert "no finished decision here" in refused(tmp_path)
+    assert "holds no run" in refused(tmp_path)
     a_decision().save(tmp_path)
     assert_same(Decision.load(tmp_path), a_decision())
 

@@ -1,7 +1,10 @@
 """From a name to a model's files: every kind of name, and every refusal."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -361,3 +364,18 @@ def test_a_spread_model_computes_what_it_did():
     for stream in streams:
         stream.advance(0)
     assert torch.equal(streams[0].hidden[0], streams[1].hidden[0])
+
+
+def test_the_hubs_files_are_looked_for_where_hf_home_says(tmp_path):
+    repository = tmp_path / "hub" / "models--me--tiny"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    for name in ("config.json", "model.safetensors"):
+        (snapshot / name).touch()
+    code = "from pgprune_cli.loading import resolve; print(resolve('me/tiny').directory)"
+    home = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    home.pop("HF_HUB_CACHE", None)
+    done = subprocess.run([sys.executable, "-c", code], env=home, capture_output=True, text=True, check=False)
+    assert done.stdout == f"{snapshot}\n", done.stderr

@@ -13,16 +13,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pgprune_cli.atomic import read_record, write_bytes, write_json, write_record
+from pgprune_cli.atomic import read_json, read_record, write_bytes, write_json, write_record
 from pgprune_cli.checkpoint import latest_checkpoint
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target
 from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.jobs.search import search
 from pgprune_cli.lock import locked
-from pgprune_cli.measured import MEASURED_FILE
 from pgprune_cli.recipe import Recipe
-from pgprune_cli.scores import SCORES
+from pgprune_cli.run_files import MEASURED_FILE, SCORES
 from pgprune_cli.stderr import STDERR
 
 TABLE_JSON, TABLE_MARKDOWN = "comparison.json", "comparison.md"
@@ -92,24 +91,36 @@ def compare(
     """Runs every variant (or those named in `only`) for every seed and writes the table into `out` after each.
 
     `limit`: as `evaluate` takes it. Returns the object that `--json` prints. Raises UserError for a
-    name that is no variant's or for an `out` of another comparison, and what `search` and `evaluate` raise.
+    name that is no variant's or for an `out` of another comparison, and what `search` and `evaluate` raise. Rows that
+    an earlier call measured stay in the table.
     """
     variants = variants_of(recipe)
     if unknown := sorted(set(only) - {variant.name for variant in variants}):
         raise UserError(f"--only {unknown[0]}: expected one of {', '.join(variant.name for variant in variants)}")
     wanted = [variant for variant in variants if not only or variant.name in only]
-    table: dict[str, Any] = {"model": recipe.model, "sparsity": recipe.budget.sparsity, "limit": limit, "rows": []}
+    table: dict[str, Any] = {"model": recipe.model, "sparsity": recipe.budget.sparsity, "limit": limit}
     with locked(out):
-        table["rows"].append(_dense(recipe, out, limit, quiet))
+        rows = _earlier_rows(recipe, out) | {"dense": _dense(recipe, out, limit, quiet)}
         for variant in wanted:
             runs = []
             for seed in seeds if variant.seeded else seeds[:1]:
                 runs.append(_one(variant, replace(variant.recipe, seed=seed), out, limit, quiet))
-                row = {"name": variant.name, "shows": variant.shows, "runs": runs, "mean": _mean(runs)}
-                table["rows"] = [*(old for old in table["rows"] if old["name"] != variant.name), row]
+                rows[variant.name] = {"name": variant.name, "shows": variant.shows, "runs": runs, "mean": _mean(runs)}
+                table["rows"] = [rows[name] for name in ("dense", *(each.name for each in variants)) if name in rows]
                 write_json(out / TABLE_JSON, table)
                 write_bytes(out / TABLE_MARKDOWN, markdown(table).encode())
     return table
+
+
+def _earlier_rows(recipe: Recipe, out: Path) -> dict[str, dict[str, Any]]:
+    """The rows that earlier calls put into the table in `out`, by name. Raises UserError for another comparison's."""
+    if not (out / TABLE_JSON).exists():
+        return {}
+    before = read_json(out / TABLE_JSON)
+    for key, value in {"model": recipe.model, "sparsity": recipe.budget.sparsity}.items():
+        if before.get(key) != value:
+            raise UserError(f"{out / TABLE_JSON}: its {key} is {before.get(key)}, not {value}; give another --out")
+    return {row["name"]: row for row in before["rows"]}
 
 
 def _dense(recipe: Recipe, out: Path, limit: int | None, quiet: bool) -> dict[str, Any]:

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from pgprune_cli.arch import Keep, Outputs, Shape
 from pgprune_cli.atomic import read_record, write_record
 from pgprune_cli.data import check_vocabulary, spread, tokens_of
-from pgprune_cli.decision import RECORD, Decision
+from pgprune_cli.decision import Decision
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.loading import Source, load_model, load_tokenizer, resolve
-from pgprune_cli.measured import EVALUATION_FILE
 from pgprune_cli.progress import working
 from pgprune_cli.provenance import note
 from pgprune_cli.recipe import Evaluation
-from pgprune_cli.recipe_reader import RECIPE_FILE, load
+from pgprune_cli.recipe_reader import load
+from pgprune_cli.run_files import EVALUATION_FILE, RECIPE_FILE, RECORD, is_run
 from pgprune_cli.substrate import Evaluator, summed_loss
 
 TOKENS_AT_A_TIME = 4096
@@ -95,9 +95,9 @@ def open_target(name: str, dtype: str | None, device: str | None, quiet: bool = 
     keep: Keep | None = None
     outputs: Outputs = {}
     evaluation = Evaluation()
-    if run.is_dir() and not (run / "config.json").exists() and (run / RECIPE_FILE).exists():
-        recipe = load(run / RECIPE_FILE)
+    if is_run(run):
         decision = Decision.load(run)
+        recipe = load(run / RECIPE_FILE)
         keep, outputs = decision.keep, decision.outputs
         source = resolve(recipe.model)
         if source.fingerprint() != decision.fingerprint:

@@ -15,11 +15,11 @@ import yaml
 from torch import Tensor
 
 from pgprune_cli.checkpoint import Checkpoint, latest_checkpoint
-from pgprune_cli.decision import RECORD, Decision
+from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
-from pgprune_cli.history import METRICS_FILE
 from pgprune_cli.recipe import Evaluation, Recipe
-from pgprune_cli.recipe_reader import RECIPE_FILE, dump, load
+from pgprune_cli.recipe_reader import dump, load
+from pgprune_cli.run_files import METRICS_FILE, RECIPE_FILE, RECORD
 
 
 def identity_of(recipe: Recipe, fingerprint: str, origin: Tensor) -> str:

@@ -23,7 +23,7 @@ from pgprune_cli.core.space import Budget, MaskSpace
 from pgprune_cli.core.step import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.data import Batches, CalibrationText, spread
-from pgprune_cli.decision import RECORD, Decision
+from pgprune_cli.decision import Decision
 from pgprune_cli.distributed import Ranks, joined
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.history import History, Row, read_history
@@ -35,10 +35,11 @@ from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
 from pgprune_cli.progress import SearchProgress, memory_in_use, working
 from pgprune_cli.provenance import note
 from pgprune_cli.recipe import Recipe
-from pgprune_cli.recipe_reader import RECIPE_FILE, dump
+from pgprune_cli.recipe_reader import dump
 from pgprune_cli.reconstruct import PASSES, Repaired, repair
+from pgprune_cli.run_files import RECIPE_FILE, RECORD, SCORES
 from pgprune_cli.saliency import CALIBRATED, NEEDS, flat_saliency
-from pgprune_cli.scores import SCORES, Scores
+from pgprune_cli.scores import Scores
 from pgprune_cli.sensitivity import some_windows
 from pgprune_cli.signals import stopping
 from pgprune_cli.substrate import Evaluator

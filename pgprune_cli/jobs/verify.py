@@ -12,13 +12,12 @@ from torch import Tensor
 from pgprune_cli import checkpoint
 from pgprune_cli.atomic import read_json
 from pgprune_cli.costs import COSTS
-from pgprune_cli.decision import MASKS, RECORD, REPAIR, Decision
+from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
-from pgprune_cli.history import METRICS_FILE
 from pgprune_cli.jobs.compare import TABLE_JSON
-from pgprune_cli.jobs.evaluate import EVALUATION_FILE
-from pgprune_cli.recipe_reader import RECIPE_FILE, load
-from pgprune_cli.scores import SCORES, Scores
+from pgprune_cli.recipe_reader import load
+from pgprune_cli.run_files import EVALUATION_FILE, MASKS, METRICS_FILE, RECIPE_FILE, RECORD, REPAIR, SCORES
+from pgprune_cli.scores import Scores
 from pgprune_cli.writers import gguf_seal, sums
 
 Faults = Iterator[str]

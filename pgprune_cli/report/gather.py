@@ -15,12 +15,12 @@ from torch import Tensor
 from pgprune_cli.checkpoint import latest_checkpoint
 from pgprune_cli.core.step import SearchState
 from pgprune_cli.core.widths import WidthState
-from pgprune_cli.decision import RECORD, Decision
+from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.history import Row, read_history
 from pgprune_cli.measured import read_measured
 from pgprune_cli.provenance import read_provenance
-from pgprune_cli.recipe_reader import RECIPE_FILE
+from pgprune_cli.run_files import RECIPE_FILE, RECORD
 from pgprune_cli.scores import Scores
 
 BLOCKS = 48

@@ -28,18 +28,23 @@ BELOW = {
     "demo": {"demo"},
     "recipe": {"strict_yaml"},
     "recipe_reader": {"errors", "recipe", "strict_yaml"},
+    "recipe_text": {"atomic", "errors", "recipe", "recipe_reader", "strict_yaml"},
+    "run_files": {"errors"},
+    "options": {"recipe", "recipe_reader", "run_files"},
+    "recipe_verbs": {"options", "recipe_reader", "recipe_text", "tables"},
+    "usage": set(),
     "tables": set(),
     "strict_yaml": {"errors"},
     "progress": {"errors", "history", "live_view", "stderr"},
     "live_view": {"history"},
     "trackers": {"errors", "history", "provenance"},
-    "history": {"atomic", "errors"},
+    "history": {"atomic", "errors", "run_files"},
     "provenance": set(),
-    "measured": {"atomic"},
-    "scores": {"atomic", "errors", "recipe"},
+    "measured": {"atomic", "run_files"},
+    "scores": {"atomic", "errors", "recipe", "run_files"},
     "policies": {"arch", "core", "errors", "width_table"},
     "checkpoint": {"atomic", "core", "errors"},
-    "decision": {"arch", "atomic", "errors"},
+    "decision": {"arch", "atomic", "errors", "run_files"},
     "saliency": {"saliency", "arch", "core", "errors", "moments", "sensitivity", "streaming"},
     "moments": {"arch", "streaming"},
     "sensitivity": {"arch", "errors"},
@@ -59,7 +64,7 @@ BELOW = {
         "history",
         "measured",
         "provenance",
-        "recipe_reader",
+        "run_files",
     }
     | {"scores", "tables"},
     "reconstruct": {"arch", "errors", "moments", "saliency", "sensitivity", "streaming", "substrate"},
@@ -69,7 +74,7 @@ BELOW = {
     "estimate": {"arch", "costs", "estimate", "recipe", "saliency", "sensitivity", "substrate", "width_table"},
     "budget": {"arch", "core", "costs", "errors", "progress", "recipe", "substrate"},
 }
-ABOVE = {"jobs", "cli", "__main__"}  # may import anything but what is said of them below
+ABOVE = {"jobs", "api", "cli", "__main__"}  # may import anything but what is said of them below
 
 
 def imports_in(tree: ast.AST) -> set[str]:

@@ -26,7 +26,7 @@ from pgprune_cli.jobs.evaluate import (
 from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.search import search
 from pgprune_cli.loading import load_tokenizer
-from pgprune_cli.measured import EVALUATION_FILE
+from pgprune_cli.run_files import EVALUATION_FILE
 
 
 def stream(length: int) -> torch.Tensor:
@@ -170,7 +170,7 @@ def test_a_run_whose_base_changed_is_refused(run: Path) -> None:
 
 def test_a_run_without_a_decision_is_refused(run: Path) -> None:
     (run / "decision.json").unlink()
-    with pytest.raises(UserError, match="no finished decision here"):
+    with pytest.raises(UserError, match="its search is not finished"):
         open_target(str(run), None, "cpu", quiet=True)
 
 

@@ -19,7 +19,7 @@ from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.tasks import load_tasks, measure_tasks, names_of
 from pgprune_cli.loading import load_tokenizer
-from pgprune_cli.measured import EVALUATION_FILE
+from pgprune_cli.run_files import EVALUATION_FILE
 
 
 @pytest.fixture

@@ -14,18 +14,17 @@ from safetensors.torch import load_file, save
 
 from pgprune_cli.arch import LayerKeep
 from pgprune_cli.costs import COSTS
-from pgprune_cli.decision import MASKS, RECORD, REPAIR, Decision
+from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
-from pgprune_cli.history import METRICS_FILE
 from pgprune_cli.jobs.compare import TABLE_JSON
-from pgprune_cli.jobs.evaluate import EVALUATION_FILE
 from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.verify import verify
 from pgprune_cli.loading import resolve
-from pgprune_cli.recipe_reader import RECIPE_FILE, find, load
+from pgprune_cli.recipe_reader import find, load
 from pgprune_cli.reconstruct import repair
-from pgprune_cli.scores import SCORES, Scores
+from pgprune_cli.run_files import EVALUATION_FILE, MASKS, METRICS_FILE, RECIPE_FILE, RECORD, REPAIR, SCORES
+from pgprune_cli.scores import Scores
 from pgprune_cli.writers import gguf_seal, sums
 
 
