@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
-from pgprune_cli import __version__
+from pgprune_cli import __version__, signals
 from pgprune_cli.distributed import of_environment
-from pgprune_cli.errors import ExitCode, RunError, UserError
-from pgprune_cli.tables import export_line, grid, print_measured, print_plan
+from pgprune_cli.errors import ExitCode, RunError, UserError, advice_on
+from pgprune_cli.stderr import STDERR
+from pgprune_cli.tables import export_line, grid, print_estimate, print_measured, print_plan
 
 if TYPE_CHECKING:
     from pgprune_cli.recipe import Recipe
@@ -73,7 +74,8 @@ def init_scores(
     """Score every unit of the recipe's model with a saliency metric, the search's start."""
     given = [*(overrides or []), *([f"saliency.metric={metric}"] if metric else [])]
     loaded, run = _open(recipe, out, given)
-    from pgprune_cli.jobs.init_scores import SCORES, init_scores
+    from pgprune_cli.jobs.init_scores import init_scores
+    from pgprune_cli.scores import SCORES
 
     scores = init_scores(loaded, run, quiet)
     result = {"run": str(run), "scores": str(run / SCORES), "metric": scores.metric}
@@ -82,15 +84,34 @@ def init_scores(
 
 @app.command(epilog="Example: pgprune search llama2-7b-50 --set search.forwards=2000 --out runs/short")
 def search(
-    recipe: RecipeName, out: Out = None, overrides: Set = None, quiet: Quiet = False, as_json: AsJson = False
+    recipe: RecipeName,
+    out: Out = None,
+    overrides: Set = None,
+    log: Annotated[
+        Literal["tensorboard", "trackio", "wandb"] | None,
+        typer.Option("--log", help="Tell a tracker every step, too; an extra of the same name installs it."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Load nothing; print what memory, forward passes and time it would take.")
+    ] = False,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Where the newest checkpoint is damaged, go on from the one before.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Search which units to keep. Goes on by itself where an earlier call was stopped."""
     loaded, run = _open(recipe, out, overrides or [])
+    if dry_run:
+        from pgprune_cli.jobs.estimate import estimate
+
+        print_estimate(estimate(loaded, quiet), as_json)
+        return
     from pgprune_cli.decision import MASKS
     from pgprune_cli.jobs.search import search
 
     with _resumable():
-        decision = search(loaded, run, quiet)
+        decision = search(loaded, run, quiet, skip_damaged, log)
     if not of_environment().writer:
         return
     result = {
@@ -285,6 +306,74 @@ def compare(
     print(f"{run / TABLE_MARKDOWN}")
 
 
+@app.command(epilog="Example: pgprune verify runs/smollm2-135m-30")
+def verify(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="PATH", help="Scores, a checkpoint, a decision, a run directory or an exported model."),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Check that what pgprune wrote is whole. Exit code 1, and a line for every damage, where it is not."""
+    from dataclasses import asdict
+
+    from pgprune_cli.jobs.verify import verify
+
+    verdict = verify(path)
+    _print(asdict(verdict), as_json, verdict.text())
+    if verdict.faults:
+        raise typer.Exit(ExitCode.FAILED)
+
+
+@app.command(epilog="Example: pgprune doctor llama2-7b-50")
+def doctor(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="Check the model and the data of this recipe, too.")
+    ] = None,
+    overrides: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check Python, packages, devices, memory, disk and the hub, and say what to mend. Exit code 1 for anything."""
+    from dataclasses import asdict
+
+    loaded = _open(recipe, None, overrides or [])[0] if recipe else None
+    from pgprune_cli.jobs.doctor import doctor
+
+    findings = doctor(loaded)
+    rows = [asdict(finding) for finding in findings]
+    _print({"findings": rows}, as_json, "\n".join(finding.text() for finding in findings))
+    if any(finding.fix for finding in findings):
+        raise typer.Exit(ExitCode.FAILED)
+
+
+@app.command(epilog="Example: pgprune report runs/smollm2-135m-30 runs/smollm2-135m-50 --out both.html")
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN…", help="Run directories, finished or still searching.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="The page.  [default: report.html, in the run or, of several, here]"
+        ),
+    ] = None,
+    watch: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="SECONDS", help="Write it anew so often, until every run is finished."),
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page about runs: what was done, the losses, theta or widths, and how several compare."""
+    from pgprune_cli.jobs import report as job
+
+    page = job.target(runs, out)
+    for read in job.report(runs, page, watch):
+        states = ", ".join(f"{run.name} {run.progress}" for run in read)
+        if watch is not None and not quiet:
+            print(f"{page}: {states}", file=sys.stderr, flush=True)
+    result = {"report": str(page), "runs": [{"run": str(run.directory), "state": run.progress} for run in read]}
+    _print(result, as_json, f"{page}: {states}")
+
+
 @app.command(epilog="Example: pgprune recipes")
 def recipes(as_json: AsJson = False) -> None:
     """List the recipes that ship."""
@@ -308,7 +397,7 @@ def main() -> NoReturn:
         _complain(str(error))
         code = ExitCode.FAILED
     except OSError as error:
-        _complain(f"{error.filename or 'a file'}: {error.strerror or error}")
+        _complain(f"{error.filename or 'a file'}: {error.strerror or error}{advice_on(error)}")
         code = ExitCode.FAILED
     except Exception as error:
         # click's own errors know how to show themselves; anything else is a bug of ours, and its traceback is wanted
@@ -329,14 +418,13 @@ def _open(name: str, out: Path | None, overrides: list[str], runs: Path = Path("
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM end the program with a word and its exit code, all cleaned up. A search catches its own."""
+    """Signals to stop end the program with a word and its exit code, all cleaned up. A search catches its own."""
 
     def stop(signum: int, _: object) -> NoReturn:
-        interrupted = signum == signal.SIGINT
-        _complain("interrupted" if interrupted else "terminated")
-        raise SystemExit(ExitCode.INTERRUPTED if interrupted else ExitCode.TERMINATED)
+        _complain(signals.WORDS[signal.Signals(signum)])
+        raise SystemExit(signals.exit_code(signum))
 
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, stop) for signum in signals.stopping()}
     try:
         yield
     finally:
@@ -346,17 +434,19 @@ def _stoppable() -> Iterator[None]:
 
 @contextmanager
 def _resumable() -> Iterator[None]:
-    """Turns a saved stop of a search into its exit code, and says how to go on."""
+    """Turns a saved stop of a search into its exit code, and says how to go on; after any other stop, too."""
     from pgprune_cli.jobs.search import Interrupted
 
+    alone = of_environment().world == 1
+    again = " ".join(["pgprune", *map(_quoted, sys.argv[1:])]) if alone else "the same torchrun command"
     try:
         yield
     except Interrupted as stopped:
-        again = " ".join(["pgprune", *map(_quoted, sys.argv[1:])])
-        again = again if of_environment().world == 1 else "the same torchrun command"
         _complain(f"stopped after step {stopped.step}, which is saved; to go on: {again}")
-        code = ExitCode.INTERRUPTED if stopped.signum == 2 else ExitCode.TERMINATED
-        raise typer.Exit(code) from None
+        raise typer.Exit(signals.exit_code(stopped.signum)) from None
+    except SystemExit:
+        _complain(f"what was saved stays; to go on: {again}")
+        raise
 
 
 def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
@@ -367,7 +457,7 @@ def _complain(text: str) -> None:
     ranks = of_environment()
     who = "pgprune" if ranks.world == 1 else f"pgprune, rank {ranks.rank}"
     for line in text.splitlines():
-        print(f"{who}: {line}", file=sys.stderr)
+        print(f"{who}: {line}", file=STDERR)
 
 
 def _quoted(word: str) -> str:

@@ -18,7 +18,7 @@ from pgprune_cli.arch import Keep, Outputs
 from pgprune_cli.core import step as units
 from pgprune_cli.core import widths as layers
 from pgprune_cli.core.policy import entropy
-from pgprune_cli.core.projection import bundled_mask, hard_mask
+from pgprune_cli.core.projection import Bundles, bundled, coarser, hard_mask, mask_of
 from pgprune_cli.core.space import Budget, MaskSpace
 from pgprune_cli.core.step import SearchState
 from pgprune_cli.core.widths import WidthState
@@ -138,12 +138,17 @@ class LayerPolicy:
         return float(0.5 * (2 * math.pi * math.e * state.spread.square()).log().sum())
 
     def _mask(self, offsets: Tensor) -> Tensor:
-        value = layers.priorities(self.origin, offsets, self.space)
-        return bundled_mask(value, self.space, self.budget, self._grid)
+        bundles = self._bundles
+        return mask_of(bundles, bundles.mean + offsets[bundles.pair], self.space, self._coarse)
 
     @cached_property
-    def _grid(self) -> Tensor:
-        """Of every (family, layer) the step between the table's widths: `(J,)` int64."""
+    def _bundles(self) -> Bundles:
+        """An offset moves a layer's units together, so that they are sorted once for all samples."""
+        return bundled(self.origin, self.space, self._coarse)
+
+    @cached_property
+    def _coarse(self) -> Budget:
+        """The budget in the table's widths."""
         of_budget = self.budget.limits(self.space)[1]
         pairs = zip(self.space.pair_counts.tolist(), of_budget.tolist(), strict=True)
-        return torch.tensor([level_of(count, multiple) for count, multiple in pairs])
+        return coarser(self.budget, self.space, torch.tensor([level_of(count, multiple) for count, multiple in pairs]))

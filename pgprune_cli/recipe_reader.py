@@ -27,6 +27,9 @@ from pgprune_cli.strict_yaml import (
     typed,
 )
 
+RECIPE_FILE = "recipe.yaml"
+"""The resolved recipe of a run, in its directory."""
+
 
 def _walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
     """Every key of a section, dotted: (key, type, required); a section comes as a key of its own, never required."""
@@ -93,6 +96,8 @@ def name_of(path: Path) -> str:
     """What a recipe is called: `llama2-7b-50`, or with its folder `paper/llama2-7b-50` where it ships in one."""
     folder = _shipped_folder()
     inside = path.resolve().is_relative_to(folder.resolve())
+    if not inside and not path.stem.strip("."):  # runs/.. is not a run directory
+        raise UserError(f"{path.name}: a recipe's file needs a name, such as my-model.yaml")
     return (path.resolve().relative_to(folder.resolve()) if inside else Path(path.name)).with_suffix("").as_posix()
 
 

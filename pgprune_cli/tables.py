@@ -19,6 +19,42 @@ def print_plan(summary: dict[str, Any], tensors: list[dict[str, Any]], as_json: 
     print(f"would write {export_line(summary)}")
 
 
+MEMORY = {
+    "weights": "weights",
+    "activations": "activations of a forward",
+    "slices": "slices of one block",
+    "covariances": "covariances of one layer, and solving",
+    "gradients": "gradients, and activations for them",
+    "device": "at most, on {device}",
+    "hidden_states": "hidden states of the calibration text",
+    "width_table": "repaired projections of all widths",
+    "host": "at most, in the host's memory besides",
+}
+
+
+def print_estimate(estimate: dict[str, Any], as_json: bool) -> None:
+    """What a search would take."""
+    if as_json:
+        print(json.dumps(estimate))
+        return
+    passes, rates = estimate["forwards"], estimate["flops_per_second"]
+    rows = [
+        [label.format(**estimate), f"{estimate['memory'][key] / 1e9:,.3f} GB"]
+        for key, label in MEMORY.items()
+        if estimate["memory"][key]
+    ]
+    rows += [
+        [f"forward passes of the {name}, {passes['tokens']:,} tokens", f"{passes[name]:,}"]
+        for name in ("search", "calibration")
+    ]
+    for name, part in estimate["flops"].items():
+        rows.append([f"TFLOP: {name}", f"{sum(part.values()) / 1e12:,.3f}"])
+    rows += [[f"TFLOP/s in {dtype}, measured now", f"{rate / 1e12:,.3f}"] for dtype, rate in rates.items()]
+    rows.append(["time, at least", f"{estimate['seconds']:,.0f} s"])
+    grid((f"{estimate['model']}, {estimate['parameters'] / 1e6:,.1f} M parameters, {estimate['dtype']}", ""), rows, 1)
+    print(estimate["rests_on"])
+
+
 def export_line(summary: dict[str, Any]) -> str:
     before, after = summary["parameters_before"], summary["parameters_after"]
     size = f"{after / 1e6:.1f} M of {before / 1e6:.1f} M parameters, {summary['bytes'] / 1e6:.1f} MB"
@@ -38,7 +74,7 @@ def grid(headings: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 2)
     Console().print(table)
 
 
-def _cells(result: dict[str, Any]) -> dict[str, str]:
+def measurements(result: dict[str, Any]) -> dict[str, str]:
     """What was measured of a model, by the name of the row it stands in."""
     cells = {"parameters": f"{result['parameters']:,}"}
     for row in result["perplexity"]:
@@ -56,7 +92,7 @@ def _cells(result: dict[str, Any]) -> dict[str, str]:
 
 def print_measured(results: list[dict[str, Any]]) -> None:
     """A column for each model, a row for each measurement: there may be many of these, and few of those."""
-    columns = [_cells(result) for result in results]
+    columns = [measurements(result) for result in results]
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [[name, *(column.get(name, "") for column in columns)] for name in names]
     grid(["", *(result["model"] for result in results)], rows, texts=1)

@@ -57,10 +57,9 @@ class WidthTable:
 
     def errors_of(self, masks: Tensor, space: MaskSpace) -> Tensor:
         """What every (family, layer) loses under masks `(K, n)`, by their widths: `(K, J)` float64."""
-        widths = torch.zeros(len(masks), len(space.pair_counts), dtype=torch.int64)
-        widths.index_add_(1, space.pair_of, masks.long())
+        widths = [part.sum(1) for part in masks.split(space.pair_counts.tolist(), dim=1)]
         keys = [(index, family.name) for family in space.families for index in range(len(family.counts))]
-        return torch.stack([self.errors[key][width] for key, width in zip(keys, widths.T, strict=True)], dim=1)
+        return torch.stack([self.errors[key][width] for key, width in zip(keys, widths, strict=True)], dim=1)
 
     def outputs_for(self, keep: Keep) -> Outputs:
         """The repaired projections for a decision along the orders and at solved widths; none for whole or empty

@@ -60,7 +60,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.startswith("Usage: ")
 
 
-@pytest.mark.parametrize("verb", ["init-scores", "search", "export", "eval", "recipes"])
+@pytest.mark.parametrize("verb", ["init-scores", "search", "export", "eval", "verify", "doctor", "recipes"])
 def test_every_verb_helps_with_an_example(verb, pgprune) -> None:
     code, out, err = pgprune(verb, "--help")
     assert (code, err) == (0, "")
@@ -154,6 +154,25 @@ def test_quiet_is_quiet(command, pgprune) -> None:
     assert out
 
 
+def test_a_dry_run_says_what_a_search_would_take_and_does_nothing(pgprune) -> None:
+    code, out, _ = pgprune("search", "demo", *SET, "--dry-run")
+    assert code == 0
+    for row in (
+        "weights",
+        "covariances of one layer",
+        "forward passes of the search",
+        "TFLOP: search",
+        "time, at least",
+    ):
+        assert row in out
+    assert "estimates, from the model's shapes and the recipe" in out
+    code, out, _ = pgprune("search", "demo", *SET, "--dry-run", "--json", "--quiet")
+    said = json.loads(out)
+    assert (code, said["forwards"]["search"]) == (0, 12)
+    assert said["seconds"] > 0
+    assert list(Path().iterdir()) == []
+
+
 def test_the_recipes_that_ship_are_listed(pgprune) -> None:
     code, out, err = pgprune("recipes")
     assert (code, err) == (0, "")
@@ -223,7 +242,10 @@ def test_an_export_never_overwrites(pgprune) -> None:
     ("error", "said"),
     [
         (RunError("step 3: no finite loss"), "pgprune: step 3: no finite loss\n"),
-        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), "pgprune: runs/x: No space left on device\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/x"),
+            "pgprune: runs/x: No space left on device; make room, then run the same command again\n",
+        ),
     ],
 )
 def test_a_run_that_fails_is_exit_code_1(error, said, pgprune, monkeypatch) -> None:
@@ -243,7 +265,7 @@ def test_a_bug_of_ours_shows_its_traceback(pgprune, monkeypatch) -> None:
 # --- signals
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_stopped_search_says_how_to_go_on_and_does(signum, code) -> None:
     many = [*SET, "--set", "search.forwards=200000", "--set", "search.checkpoint_every=100000"]
     program = [sys.executable, "-m", "pgprune_cli", "search", "demo", "--out", "a run", *many]
@@ -280,3 +302,28 @@ def test_the_command_that_goes_on_finishes_the_search() -> None:
     assert done.returncode == 0, done.stderr
     assert "going on from step " in done.stderr
     assert json.loads(done.stdout)["forwards"] == 300
+
+
+# --- what there is to look at
+
+
+def test_verify_says_what_is_whole_and_what_is_not(pgprune) -> None:
+    from pgprune_cli.decision import RECORD
+
+    assert pgprune("verify", "nothing")[0] == 2
+    assert pgprune("init-scores", "demo", "--out", "run", "--metric", "magnitude", "-q")[0] == 0
+    assert pgprune("verify", "run") == (0, "run: whole, a run directory: scores.safetensors\n", "")
+    Path("run", RECORD).write_text("{")
+    code, out, err = pgprune("verify", "run")
+    assert (code, len(out.splitlines()), err) == (1, 1, "")
+    code, out, _ = pgprune("verify", "run", "--json")
+    assert code == 1 and len(json.loads(out)["faults"]) == 1
+
+
+def test_doctor_says_what_is_fine_and_what_is_not(pgprune) -> None:
+    code, out, err = pgprune("doctor", "demo")
+    assert (code, err) == (0, "")
+    assert all(line.startswith("ok ") for line in out.splitlines())
+    code, out, _ = pgprune("doctor", "demo", "--set", "model=nowhere", "--json")
+    assert code == 1
+    assert [row["name"] for row in json.loads(out)["findings"] if row["fix"]] == ["model"]

@@ -56,9 +56,18 @@ def hard_mask(theta: Tensor, space: MaskSpace, budget: Budget) -> Tensor:
 
     Raises ValueError where the least widths are above the budget.
     """
+    bundles = bundled(theta, space, budget)
+    return mask_of(bundles, bundles.mean, space, budget)
+
+
+def mask_of(bundles: Bundles, value: Tensor, space: MaskSpace, budget: Budget) -> Tensor:
+    """The mask of units in `bundles` of this budget, by falling `value` `(b,)` in place of the bundles' own means.
+
+    Within a layer the values must fall as the means do. A search that only moves whole layers sorts its units once.
+    Raises ValueError as `hard_mask` does.
+    """
     least, multiples = budget.limits(space)
-    bundles = _bundles(theta, space, multiples)
-    pair, number, cost = bundles.pair, bundles.number, bundles.cost
+    pair, number, cost, order = bundles.pair, bundles.number, bundles.cost, _order(bundles, value)
     kept = number * multiples[pair] < least[pair]
     refused = torch.zeros_like(kept)
     for constraint in budget:
@@ -66,7 +75,7 @@ def hard_mask(theta: Tensor, space: MaskSpace, budget: Budget) -> Tensor:
         room = constraint.kept - int(cost[inside & kept].sum())
         if room < 0:
             raise ValueError(f"{constraint.name}: the least widths cost {-room} more than the {constraint.kept} kept")
-        left = bundles.order[(inside & ~kept)[bundles.order]]
+        left = order[(inside & ~kept)[order]]
         while len(left):
             refused[left[cost[left] > room]] = True
             # A smaller bundle at the end of a layer may fit where the one above it does not; it goes with that one.
@@ -76,29 +85,29 @@ def hard_mask(theta: Tensor, space: MaskSpace, budget: Budget) -> Tensor:
             kept[left[:taken]] = True
             room -= int(spent[:taken][-1:].sum())
             left = left[taken:]
-    mask = torch.zeros(space.n, dtype=torch.bool)
-    mask[bundles.units] = kept[bundles.at]
-    return mask
+    return kept.index_select(0, bundles.of)
 
 
-class _Bundles(NamedTuple):
+class Bundles(NamedTuple):
     """The bundles of every (family, layer), numbered one layer after the other, within a layer by falling θ.
 
-    units: `(n,)` the units in that order, equal ones of a layer in their own; at: `(n,)` the bundles they are in. And
-    of every bundle, `(b,)`: its (family, layer); its number there, from 0; where in `units` it begins; its cost.
-    order: the bundles by falling mean θ, ties by their places in their layers. All int64.
+    of: `(n,)` the bundle that every unit is in, equal ones of a layer by their places. And of every bundle, `(b,)`: its
+    (family, layer); its number there, from 0; how many units the bundles before it hold; its cost, all int64; mean: of
+    its θ, float64; evenness: of its units' places in their layers, float64.
     """
 
-    units: Tensor
-    at: Tensor
+    of: Tensor
     pair: Tensor
     number: Tensor
     begin: Tensor
     cost: Tensor
-    order: Tensor
+    mean: Tensor
+    evenness: Tensor
 
 
-def _bundles(theta: Tensor, space: MaskSpace, multiples: Tensor) -> _Bundles:
+def bundled(theta: Tensor, space: MaskSpace, budget: Budget) -> Bundles:
+    """The units `(n,)` in bundles of the budget's multiples."""
+    multiples = budget.limits(space)[1]
     units = theta.argsort(descending=True, stable=True)
     units = units[space.pair_of[units].argsort(stable=True)]
     place = torch.arange(space.n) - space.pair_starts[space.pair_of]
@@ -114,21 +123,28 @@ def _bundles(theta: Tensor, space: MaskSpace, multiples: Tensor) -> _Bundles:
     # A mean is rounded; between the least and the greatest θ it is exact where they are equal, and ties stay ties.
     mean = (_summed(ranked, at, len(size)) / size).clamp(ranked[begin + size - 1], ranked[begin])
     evenness = _summed(space.evenness[units], at, len(size)) / size
-    order = evenness.argsort(stable=True)
-    order = order[mean[order].argsort(descending=True, stable=True)]
+    of = torch.empty_like(at)
+    of[units] = at
+    return Bundles(of, pair, number, begin, size * space.pair_costs[pair], mean, evenness)
+
+
+def _order(bundles: Bundles, value: Tensor) -> Tensor:
+    """The bundles by falling value `(b,)`, ties by their places in their layers."""
+    order = bundles.evenness.argsort(stable=True)
+    order = order[value[order].argsort(descending=True, stable=True)]
     # And a layer's bundles keep their order, even where θ that differ by a rounding error have one mean.
-    order[pair[order].argsort(stable=True)] = torch.arange(len(order))
-    return _Bundles(units, at, pair, number, begin, size * space.pair_costs[pair], order)
+    order[bundles.pair[order].argsort(stable=True)] = torch.arange(len(order))
+    return order
 
 
 def _summed(values: Tensor, index: Tensor, length: int) -> Tensor:
     return torch.zeros(length, dtype=values.dtype).index_add_(0, index, values)
 
 
-def bundled_mask(value: Tensor, space: MaskSpace, budget: Budget, multiples: Tensor) -> Tensor:
-    """Like `hard_mask`, but widths are multiples of `multiples` `(J,)` instead of the budget's: `(n,)` → `(n,)` bool.
+def coarser(budget: Budget, space: MaskSpace, multiples: Tensor) -> Budget:
+    """The same budget with widths in `multiples` `(J,)` instead of its own.
 
     For a search on a coarser grid than its result's: least widths are rounded down to it, for up might not fit.
     """
     least = budget.limits(space)[0] // multiples * multiples
-    return hard_mask(value, space, replace(budget, least=tuple(least.tolist()), multiples=tuple(multiples.tolist())))
+    return replace(budget, least=tuple(least.tolist()), multiples=tuple(multiples.tolist()))

@@ -146,18 +146,21 @@ def _within_steps(values: Tensor, heard: Tensor, weight: Tensor) -> Tensor:
 
 def _ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """Posterior mean `(J,)` of w in y = x w + noise, w ~ N(0, τ²), and its deviation over τ; both by evidence."""
-    identity = torch.eye(x.shape[1], dtype=x.dtype)
     gram, right = x.T @ x, x.T @ y
+    # In the eigenvectors of the Gram matrix every covariance that follows is diagonal.
+    values, vectors = torch.linalg.eigh(gram)
+    values, right = values.clamp_min(0.0), vectors.T @ right
     # Samples that the families alone explain leave a y of nothing: never less noise than can be inverted.
     floor = (1e-12 * (y.square().mean() + gram.trace() / len(y))).clamp_min(1e-30)
     prior, noise = 0.25, y.square().mean().clamp_min(floor)
     for _ in range(REFINEMENTS):
-        covariance = torch.linalg.inv(gram / noise + identity / prior)
-        mean = covariance @ right / noise
-        known = (len(mean) - covariance.trace() / prior).clamp_min(1e-3)
+        variance = 1.0 / (values / noise + 1.0 / prior)
+        mean = variance * right / noise
+        known = (len(mean) - variance.sum() / prior).clamp_min(1e-3)
         prior = (mean.square().sum() / known).clamp(0.02, 1.0)
-        noise = ((y - x @ mean).square().sum() / (len(y) - known).clamp_min(1.0)).clamp_min(floor)
-    return mean, (covariance.diagonal() / prior).clamp(0.0, 1.0).sqrt()
+        noise = ((y - x @ (vectors @ mean)).square().sum() / (len(y) - known).clamp_min(1.0)).clamp_min(floor)
+    deviation = (vectors.square() @ variance / prior).clamp(0.0, 1.0).sqrt()
+    return vectors @ mean, deviation
 
 
 def priorities(base: Tensor, offsets: Tensor, space: MaskSpace) -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pgprune_cli.core.projection import bundled_mask, hard_mask, project, project_onto
+from pgprune_cli.core.projection import coarser, hard_mask, project, project_onto
 from pgprune_cli.core.space import Budget, Constraint, Family, MaskSpace, budget_of
 
 
@@ -406,7 +406,9 @@ def test_a_multiple_may_be_given_for_one_mask_alone() -> None:
     theta = torch.rand(space.n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     own = budget_of(space, 0.4, "global", 0.25, {"attention": 2, "ffn": 3})
     bare = budget_of(space, 0.4, "global", 0.25)
-    assert torch.equal(bundled_mask(theta, space, bare, torch.tensor([2, 2, 3, 3])), hard_mask(theta, space, own))
+    assert torch.equal(
+        hard_mask(theta, space, coarser(bare, space, torch.tensor([2, 2, 3, 3]))), hard_mask(theta, space, own)
+    )
 
 
 def test_on_a_coarser_grid_least_widths_are_rounded_down_to_it() -> None:
@@ -415,7 +417,7 @@ def test_on_a_coarser_grid_least_widths_are_rounded_down_to_it() -> None:
     theta = torch.linspace(0, 1, 20, dtype=torch.float64)
     budget = budget_of(space, 0.4, "per-layer", 0.6)
     assert [int(part.sum()) for part in space.per_layer(hard_mask(theta, space, budget), "ffn")] == [6, 6]
-    coarse = bundled_mask(theta, space, budget, torch.tensor([4, 4]))
+    coarse = hard_mask(theta, space, coarser(budget, space, torch.tensor([4, 4])))
     assert [int(part.sum()) for part in space.per_layer(coarse, "ffn")] == [4, 4]
 
 

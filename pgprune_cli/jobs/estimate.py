@@ -1,0 +1,73 @@
+"""search --dry-run: what a search would take, from the model's config and the recipe, before anything is loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgprune_cli.data import CalibrationText
+from pgprune_cli.estimate.memory import memory
+from pgprune_cli.estimate.sizes import Sizes, Texts
+from pgprune_cli.estimate.work import flops, seconds
+from pgprune_cli.jobs.init_scores import scoring_batches
+from pgprune_cli.jobs.search import calibration_forwards, repair_batches
+from pgprune_cli.loading import devices_of, empty_model
+from pgprune_cli.matrix_rate import matrix_rate
+from pgprune_cli.progress import working
+from pgprune_cli.recipe import Recipe
+
+RESTS_ON = (
+    "estimates, from the model's shapes and the recipe: bytes and FLOPs at most, where the corpus has as much text as "
+    "the recipe reads; the time is that of the matrix products alone, at the rates measured here just now, so the "
+    "search takes longer"
+)
+
+
+def estimate(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
+    """Memory in bytes, forward passes, FLOPs and seconds of a search. No weights are read, and no text.
+
+    Raises UserError for a model whose config is not to be had or cannot be pruned, and for a device that is not there.
+    """
+    device = devices_of(recipe.device)[0]
+    sizes = Sizes(empty_model(recipe.model, recipe.dtype), recipe)
+    text = empty_text(recipe)
+    step = text.search[: recipe.calibration.batch]
+    texts = Texts(scoring_batches(recipe, text), repair_batches(recipe, text), step, text.heldout)
+    parts = flops(sizes, texts)
+    with working(f"measuring matrix products on {device}", quiet):
+        rates = {dtype: matrix_rate(device, dtype) for part in parts.values() for dtype in part}
+    needed = memory(sizes, texts)
+    schedule = recipe.search
+    return {
+        "model": recipe.model,
+        "parameters": sum(parameter.numel() for parameter in sizes.model.parameters()),
+        "dtype": _name(sizes.dtype),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "memory": vars(needed) | {"device": needed.device, "host": needed.host},
+        "forwards": {
+            "search": schedule.steps * schedule.samples,
+            "calibration": calibration_forwards(recipe, text),
+            "tokens": step.numel(),
+        },
+        "flops": {name: {_name(dtype): count for dtype, count in part.items()} for name, part in parts.items()},
+        "flops_per_second": {_name(dtype): rate for dtype, rate in rates.items()},
+        "seconds": seconds(parts, rates),
+        "rests_on": RESTS_ON,
+    }
+
+
+def empty_text(recipe: Recipe) -> CalibrationText:
+    """As many windows as the recipe reads at most, on the meta device: they have shapes and no tokens."""
+    wanted = recipe.calibration
+
+    def tokens(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.int64, device="meta")
+
+    stream = tokens(wanted.sequences * wanted.seqlen)
+    return CalibrationText(stream.view(-1, wanted.seqlen), tokens(wanted.heldout, wanted.seqlen), stream)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

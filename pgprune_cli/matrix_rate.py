@@ -1,0 +1,33 @@
+"""How many FLOPs a second a device does in matrix products: what forwards and estimates are measured against."""
+
+from __future__ import annotations
+
+import torch
+
+from pgprune_cli.costs import synchronised_clock
+
+SMALLEST, LARGEST = 512, 8192
+"""Rows of the square matrices: doubled until a product takes long enough, or the largest is reached."""
+
+LONG_ENOUGH = 50_000_000
+"""Nanoseconds of one product whose rate is no longer that of its start."""
+
+REPEATS = 3
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, largest: int = LARGEST) -> float:
+    """FLOPs a second, the best of a few products of random square matrices of growing size. Takes a moment."""
+    best, size = 0.0, SMALLEST
+    while True:
+        generator = torch.Generator().manual_seed(0)
+        left = torch.randn(size, size, generator=generator).to(device, dtype)
+        taken = []
+        for _ in range(REPEATS + 1):
+            began = synchronised_clock(device)
+            left @ left
+            taken.append(max(1, synchronised_clock(device) - began))
+        fastest = min(taken[1:])  # the first warms up
+        best = max(best, 2 * size**3 / fastest * 1e9)
+        size *= 2
+        if fastest >= LONG_ENOUGH or size > largest:
+            return best

@@ -1,0 +1,93 @@
+"""Does a search take more memory than it must? Loads a model in a process of its own and evaluates pruned masks.
+
+    python scripts/bench/search_memory.py MODEL [--keep 0.5] [--repeats 3]
+
+Allowed are 1.10 times the weights, the activations of a forward and one block's slices (pgprune_cli/estimate/memory.py)
+on top of a process that has loaded its libraries and run a tiny model; the peak of the resident memory (VmHWM, so on
+Linux only) or, on a GPU, of what PyTorch allocates is divided by it. Exits with 1 where the ratio is above 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from subject import SHAPES, arguments, headline, open_evaluator, random_keep, random_model, some_tokens, table
+from torch import Tensor
+
+from pgprune_cli.estimate.memory import Memory, memory
+from pgprune_cli.estimate.sizes import Sizes, Texts
+from pgprune_cli.loading import devices_of, load_model, resolve
+from pgprune_cli.recipe import Budget, Calibration, Recipe
+from pgprune_cli.substrate import Evaluator
+
+SLACK = 1.10
+
+
+def needed(evaluator: Evaluator, tokens: Tensor) -> Memory:
+    recipe = Recipe(model="", calibration=Calibration(corpus=""), budget=Budget(sparsity=0.5))
+    return memory(Sizes(evaluator.model, recipe), Texts([], [], tokens, tokens))
+
+
+def measured(folder: str, options: argparse.Namespace) -> dict[str, int]:
+    """In a process of its own: bytes before anything is loaded, after it, and at the peak of all."""
+    device = devices_of(options.device)[0]
+    tiny = Evaluator(random_model("tiny", getattr(torch, options.dtype), device))
+    tiny.losses([random_keep(tiny, options.keep)], some_tokens(tiny, options) % SHAPES["tiny"]["vocab"])
+    before = peak_memory(device)
+    evaluator = Evaluator(load_model(resolve(folder), options.dtype, options.device))
+    loaded = peak_memory(device)
+    tokens = some_tokens(evaluator, options)
+    for seed in range(options.repeats):
+        evaluator.losses([random_keep(evaluator, options.keep, seed)], tokens)
+    allowed = needed(evaluator, tokens)
+    return {
+        "before": before,
+        "loaded": loaded,
+        "peak": peak_memory(device),
+        "weights": allowed.weights,
+        "activations": allowed.activations,
+        "slices": allowed.slices,
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes so far: of the device, or of this process. (getrusage would count what the process was forked from.)"""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def main() -> None:
+    parser = arguments(__doc__, repeats=3)
+    parser.add_argument("--keep", type=float, default=0.5)
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        print(json.dumps(measured(options.model, options)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        where = options.model
+        if options.model in SHAPES:  # only what is loaded from files is loaded as a search loads it
+            where = folder
+            open_evaluator(argparse.Namespace(**vars(options) | {"device": "cpu"})).model.save_pretrained(folder)
+        command = [sys.executable, __file__, where, "--measure"]
+        for key in ("keep", "repeats", "batch", "seqlen", "dtype", "device"):
+            command += [f"--{key}", str(getattr(options, key))]
+        result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    allowed = SLACK * result["weights"] + result["activations"] + result["slices"]
+    ratio = (result["peak"] - result["before"]) / allowed
+    print(headline(options, devices_of(options.device)[0]))
+    columns = ("before", "loaded", "peak", "weights", "activations", "slices")
+    table((*(f"{name} MB" for name in columns), "ratio"), [(*(round(result[name] / 1e6) for name in columns), ratio)])
+    sys.exit(int(ratio > 1.0))
+
+
+if __name__ == "__main__":
+    main()

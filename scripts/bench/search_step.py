@@ -1,0 +1,138 @@
+"""What does a step of the search take besides its forwards? And how many forwards a second come out in the end?
+
+    python scripts/bench/search_step.py MODEL [--policy layers] [--samples 16] [--keep 0.5] [--repeats 5]
+
+`pgprune search` itself runs, on the model named here and the demo's text, with made-up repairs in place of solved ones
+(they take the memory and time of real ones in a step). Whatever is not a forward pass counts as outside: sampling,
+projection, masks, hooks, history, progress, checkpoints. A dense forward of the same tokens is timed after every step.
+Each forward is waited for here, so that on a GPU, where the host works ahead, the share outside is an upper bound.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from subject import arguments, headline, open_evaluator, seconds, some_tokens, table
+from torch import Tensor, nn
+
+from pgprune_cli import substrate
+from pgprune_cli.arch import Output, Shape
+from pgprune_cli.history import Row
+from pgprune_cli.jobs import search as job
+from pgprune_cli.progress import SearchProgress
+from pgprune_cli.recipe_reader import find, load
+from pgprune_cli.reconstruct import Repaired
+from pgprune_cli.substrate import Evaluator, summed_loss
+from pgprune_cli.width_table import WidthTable, level_of
+
+
+class Watch:
+    """Seconds of every step, of the forwards in it and of a dense forward behind it; and their number."""
+
+    def __init__(self, evaluator: Evaluator, tokens: Tensor) -> None:
+        self.evaluator, self.tokens = evaluator, tokens
+        self.steps: list[tuple[float, float, float, int]] = []
+        self.begin()
+
+    def begin(self) -> None:
+        self.began, self.inside, self.forwards = time.perf_counter(), 0.0, 0
+
+    def loss(self, model: nn.Module, tokens: Tensor) -> Tensor:
+        losses: list[Tensor] = []
+        self.inside += seconds(lambda: losses.append(summed_loss(model, tokens)), self.evaluator.input_device)
+        self.forwards += 1
+        return losses[0]
+
+    def end(self) -> None:
+        taken = time.perf_counter() - self.began
+        dense = seconds(lambda: summed_loss(self.evaluator.model, self.tokens), self.evaluator.input_device)
+        self.steps.append((taken, self.inside, dense, self.forwards))
+        self.begin()
+
+
+def made_up_table(model: nn.Module, saliency: Mapping[tuple[int, str], Tensor], *_: Any) -> WidthTable:
+    """Errors that rise evenly, and the dense projections' own columns as repairs, at the widths of a real table."""
+    shape = Shape.of(model)
+    errors, orders, outputs = {}, {}, {}
+    for (index, name), values in saliency.items():
+        weight = model.get_submodule(shape.spec.layers)[index].get_submodule(
+            dict(shape.spec.blocks())[name].output_path
+        )
+        units = len(values)
+        orders[index, name] = values.argsort(descending=True)
+        errors[index, name] = torch.linspace(1.0, 0.0, units + 1, dtype=torch.float64).square()
+        widths = range(level_of(units), units, level_of(units))
+        columns = {kept: weight.weight[:, : kept * weight.in_features // units] for kept in widths}
+        outputs[index, name] = {kept: Output(some.clone().cpu(), None) for kept, some in columns.items()}
+    return WidthTable(errors, orders, outputs)
+
+
+def watched_steps(evaluator: Evaluator, overrides: list[str], tokens: Tensor) -> list[tuple[float, float, float, int]]:
+    """Runs the search. Returns of every step but the first (seconds, in forwards, of a dense forward, forwards)."""
+    watch = Watch(evaluator, tokens)
+
+    class Shown(SearchProgress):
+        def show(self, row: Row) -> None:
+            super().show(row)
+            watch.end()
+
+    with ExitStack() as patched, tempfile.TemporaryDirectory() as folder:
+        patched.enter_context(patch.object(job, "load_model", lambda *_: evaluator.model))
+        patched.enter_context(patch.object(job, "width_table", made_up_table))
+        patched.enter_context(patch.object(job, "repair", lambda _, keep, *__: Repaired(keep, {})))
+        patched.enter_context(patch.object(job, "SearchProgress", Shown))
+        patched.enter_context(patch.object(substrate, "summed_loss", watch.loss))
+        job.search(load(find("demo"), overrides), Path(folder) / "run")
+    return watch.steps[1:]
+
+
+def main() -> None:
+    parser = arguments(__doc__, repeats=5)
+    parser.add_argument("--keep", type=float, default=0.5)
+    parser.add_argument("--policy", choices=("layers", "units"), default="layers")
+    parser.add_argument("--samples", type=int, default=16)
+    options = parser.parse_args()
+    evaluator = open_evaluator(options)
+    overrides = [
+        f"dtype={options.dtype}",
+        f"budget.sparsity={1.0 - options.keep}",
+        f"calibration.batch={options.batch}",
+        f"calibration.seqlen={options.seqlen}",
+        f"calibration.heldout={options.batch}",
+        f"search.policy={options.policy}",
+        f"search.samples={options.samples}",
+        f"search.forwards={options.samples * (options.repeats + 1)}",
+        "saliency.metric=magnitude",
+    ]
+    steps = watched_steps(evaluator, overrides, some_tokens(evaluator, options))
+    print(headline(options, evaluator.input_device))
+    taken, inside, _, forwards = (sum(column) for column in zip(*steps, strict=True))
+    outside = [1.0 - inner / whole for whole, inner, _, _ in steps]
+    end_to_end = [whole / count / dense for whole, _, dense, count in steps]
+    table(
+        ("policy", "keep", "step s", "outside, ratio", "least", "greatest", "forwards/s", "a forward over a dense one"),
+        [
+            (
+                options.policy,
+                options.keep,
+                statistics.median(whole for whole, *_ in steps),
+                1.0 - inside / taken,
+                min(outside),
+                max(outside),
+                forwards / taken,
+                statistics.median(end_to_end),
+            )
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()

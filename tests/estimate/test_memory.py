@@ -1,0 +1,121 @@
+"""Bytes against the allocations of models that run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from medium import medium_model, medium_recipe, some_batches
+from memory import Allocations
+from torch import Tensor
+
+from pgprune_cli.arch import LayerKeep
+from pgprune_cli.estimate.memory import Memory, layer_bytes, logit_bytes, memory, solving_bytes, table_bytes
+from pgprune_cli.estimate.sizes import Sizes, Texts
+from pgprune_cli.reconstruct import repair
+from pgprune_cli.saliency import score
+from pgprune_cli.substrate import Evaluator, summed_loss
+from pgprune_cli.width_table import width_table
+
+
+def peak(run: Callable[[], object]) -> int:
+    with Allocations() as seen:
+        run()
+    return seen.peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"intermediate_size": 192},
+        {"intermediate_size": 16},
+        {"intermediate_size": 16, "num_key_value_heads": 8},
+        {"intermediate_size": 192, "vocab_size": 3000},
+    ],
+    ids=["wide", "attention", "attention without groups", "vocabulary"],
+)
+def test_what_a_dense_forward_allocates(shape: dict[str, int], dtype: torch.dtype) -> None:
+    model = medium_model(dtype, **shape)
+    (tokens,) = some_batches(windows=4, length=64, batches=1)
+    sizes = Sizes(model, medium_recipe())
+    expected = max(layer_bytes(sizes, tokens.numel()), logit_bytes(sizes, tokens))
+    assert expected == pytest.approx(peak(lambda: summed_loss(model, tokens)), rel=0.12)
+
+
+def test_a_pruned_forward_allocates_no_more_than_one_blocks_slices_on_top() -> None:
+    model = medium_model(intermediate_size=512)
+    keep = tuple(LayerKeep(torch.arange(2) < 1, torch.arange(512) < 480) for _ in model.model.layers)
+    (tokens,) = some_batches(windows=1, length=16, batches=1)
+    sizes = Sizes(model, medium_recipe())
+    expected = memory(sizes, Texts([], [], tokens, tokens))
+    evaluator = Evaluator(model)
+    assert expected.slices == 3 * 512 * 64 * 4
+    seen = peak(lambda: evaluator.losses([keep] * 3, tokens))
+    assert 0.9 * expected.slices < seen < 1.05 * (expected.slices + expected.activations)
+
+
+@pytest.mark.parametrize("part", ["score", "width table", "repair"])
+@pytest.mark.parametrize("shape", [{}, {"intermediate_size": 384}, {"hidden_size": 128}], ids=str)
+def test_what_is_solved_for_calibration(part: str, shape: dict[str, int]) -> None:
+    model, text = medium_model(**shape), some_batches(windows=1)
+    channels = shape.get("intermediate_size", 192)
+    saliency: dict[tuple[int, str], Tensor] = {}
+    for index in range(3):
+        saliency |= {(index, "attention"): torch.rand(2), (index, "ffn"): torch.rand(channels)}
+    keep = tuple(LayerKeep(torch.arange(2) < 1, torch.arange(channels) < channels // 2) for _ in range(3))
+    sizes = Sizes(model, medium_recipe())
+    stays = table_bytes(sizes) if part == "width table" else 0
+    seen = peak(
+        {
+            "score": lambda: score(model, "obs", text, 0),
+            "width table": lambda: width_table(model, saliency, text, 1e-3, True),
+            "repair": lambda: repair(model, keep, text, "least-squares", 1e-3, True),
+        }[part]
+    )
+    assert 0.8 * seen < solving_bytes(sizes) + stays < 1.6 * seen
+
+
+def test_the_table_holds_what_it_is_said_to_hold() -> None:
+    model, text = medium_model(), some_batches()
+    saliency = {(i, name): torch.rand(n) for i in range(3) for name, n in (("attention", 2), ("ffn", 192))}
+    table = width_table(model, saliency, text, 1e-3, True)
+    held = sum(output.weight.nbytes for widths in table.outputs.values() for output in widths.values())
+    assert table_bytes(Sizes(model, medium_recipe())) == held
+
+
+def test_weights_are_counted_once_where_they_are_tied() -> None:
+    for tied in (True, False):
+        model = medium_model(torch.bfloat16, tie_word_embeddings=tied)
+        (text,) = some_batches(batches=1)
+        storages = {parameter.untyped_storage().data_ptr(): parameter.nbytes for parameter in model.parameters()}
+        assert memory(Sizes(model, medium_recipe()), Texts([], [], text, text)).weights == sum(storages.values())
+
+
+def test_what_a_recipe_does_not_do_takes_no_memory() -> None:
+    text = some_batches()
+    texts = Texts(text, text, text[0], text[1])
+
+    def needed(*overrides: str) -> Memory:
+        return memory(Sizes(medium_model(), medium_recipe(*overrides)), texts)
+
+    bare = needed("search.policy=units", "reconstruct.method=none", "saliency.metric=magnitude")
+    assert (bare.covariances, bare.gradients, bare.hidden_states, bare.width_table) == (0, 0, 0, 0)
+    assert bare.device == bare.weights + bare.activations + bare.slices
+    flap = needed("search.policy=units", "reconstruct.method=none", "saliency.metric=flap")
+    assert (flap.covariances, flap.hidden_states) == (0, 2 * 4 * 16 * 64 * 4)
+    taylor = needed("search.policy=units", "reconstruct.method=none", "saliency.metric=taylor")
+    assert taylor.gradients > sum(p.nbytes for p in medium_model().model.layers.parameters()) * 0.95
+    assert taylor.device == taylor.weights + max(taylor.activations + taylor.slices, taylor.gradients)
+    whole = needed()
+    assert min(whole.covariances, whole.hidden_states, whole.width_table) > 0
+    assert whole.host == whole.hidden_states + whole.width_table
+
+
+def test_a_backward_pass_takes_what_is_said() -> None:
+    model = medium_model(num_hidden_layers=6)
+    (text,) = some_batches(windows=4, length=32, batches=1)
+    sizes = Sizes(model, medium_recipe("saliency.metric=taylor"))
+    expected = memory(sizes, Texts([text], [], text, text)).gradients
+    assert 0.6 * expected < peak(lambda: score(model, "taylor", [text], 0)) < 1.2 * expected

@@ -1,0 +1,131 @@
+"""FLOPs against those that torch counts while the parts of a search run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from medium import medium_model, medium_recipe, some_batches
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pgprune_cli.arch import Keep, LayerKeep
+from pgprune_cli.estimate.sizes import Sizes, Texts
+from pgprune_cli.estimate.work import EIGH, Flops, flops, forwards, repair, scoring, seconds, width_table
+from pgprune_cli.reconstruct import repair as run_repair
+from pgprune_cli.saliency import score
+from pgprune_cli.substrate import Evaluator
+from pgprune_cli.width_table import width_table as run_width_table
+
+aten = torch.ops.aten
+
+
+def _each(a: Any) -> int:
+    """Matrices in a batch of them."""
+    return a[0] if len(a) == 3 else 1
+
+
+SOLVERS: dict[Any, Callable[..., int]] = {
+    # What torch's counter does not know, by textbook, attention without the keys that are not seen. Shapes come in.
+    aten.addmm_: lambda _, a, b, *x, **k: 2 * a[0] * a[1] * b[1],
+    aten.linalg_cholesky_ex: lambda a, *x, **k: _each(a) * a[-1] ** 3 // 3,
+    aten.cholesky_inverse: lambda a, *x, **k: 2 * a[-1] ** 3 // 3,
+    aten.linalg_solve_triangular: lambda a, b, *x, **k: _each(a) * a[-1] ** 2 * b[-1],
+    aten.cholesky_solve: lambda b, a, *x, **k: _each(a) * 2 * a[-1] ** 2 * b[-1],
+    aten._linalg_eigh: lambda a, *x, **k: EIGH * a[-1] ** 3,
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, *x, **k: 2 * q[0] * q[1] * q[3] * q[2] * (q[2] + 1),
+}
+
+
+def counted(run: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False, custom_mapping=SOLVERS) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    return medium_model()
+
+
+def half(model: nn.Module) -> Keep:
+    return tuple(LayerKeep(torch.arange(2) < 1, torch.arange(192) < 96) for _ in model.model.layers)
+
+
+def saliency_of(model: nn.Module) -> dict[tuple[int, str], Tensor]:
+    layers = range(len(model.model.layers))
+    return {(index, name): torch.rand(n) for index in layers for name, n in (("attention", 2), ("ffn", 192))}
+
+
+@pytest.mark.parametrize("metric", ["obs", "flap", "wanda-sp", "taylor", "magnitude", "uniform"])
+def test_scoring(metric: str, model: nn.Module) -> None:
+    text = some_batches()
+    sizes = Sizes(model, medium_recipe(f"saliency.metric={metric}"))
+    expected = counted(lambda: score(model, metric, text, 0))
+    # The first layer's inputs need no gradient, and weights that are not pruned need none.
+    assert scoring(sizes, text).total() == pytest.approx(expected, rel=0.1 if metric == "taylor" else 0.01)
+
+
+@pytest.mark.parametrize("method", ["least-squares", "none"])
+def test_the_width_table(method: str, model: nn.Module) -> None:
+    text, sizes = some_batches(), Sizes(model, medium_recipe(f"reconstruct.method={method}"))
+    solve = method == "least-squares"
+    expected = counted(lambda: run_width_table(model, saliency_of(model), text, 1e-3, solve))
+    assert width_table(sizes, text).total() == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("policy", ["layers", "units"])
+def test_the_repair(policy: str, model: nn.Module) -> None:
+    text, sizes = some_batches(), Sizes(model, medium_recipe(f"search.policy={policy}"))
+    expected = counted(lambda: run_repair(model, half(model), text, "least-squares", 1e-3, policy == "layers"))
+    assert repair(sizes, text).total() == pytest.approx(expected, rel=0.01)
+
+
+def test_forwards(model: nn.Module) -> None:
+    (text,) = some_batches(batches=1)
+    keeps = [half(model)] * 3
+    expected = counted(lambda: Evaluator(model).losses(keeps, text))
+    assert forwards(Sizes(model, medium_recipe()), text, 3).total() == pytest.approx(expected, rel=0.01)
+    dense = Sizes(model, medium_recipe("budget.sparsity=0"))
+    assert forwards(dense, text, 1).total() > 1.2 * expected / 3
+
+
+def test_a_family_that_is_not_searched_stays_whole(model: nn.Module) -> None:
+    (text,) = some_batches(batches=1)
+    keep = tuple(replace(layer, attention=torch.ones(2, dtype=torch.bool)) for layer in half(model))
+    expected = counted(lambda: Evaluator(model).losses([keep], text))
+    for family in ("ffn", "ffn-block"):
+        sizes = Sizes(model, medium_recipe(f"units.families=[{family}]"))
+        assert forwards(sizes, text, 1).total() == pytest.approx(expected, rel=0.01)
+
+
+def test_the_parts_of_a_search_and_how_often_it_looks_at_the_text_held_out(model: nn.Module) -> None:
+    text = some_batches()
+    texts = Texts(text, text, text[0], text[1])
+
+    def parts(*overrides: str) -> dict[str, Flops]:
+        return flops(Sizes(model, medium_recipe(*overrides)), texts)
+
+    assert list(parts()) == ["scoring", "width table", "search", "held-out text", "repair"]
+    few = parts("search.policy=units", "reconstruct.method=none", "saliency.metric=magnitude")
+    assert list(few) == ["search", "held-out text"]
+    once = forwards(Sizes(model, medium_recipe()), text[1], 1).total()
+    for steps, every, looks in ((0, 5, 1), (1, 5, 2), (20, 5, 6), (21, 5, 7), (3, 100, 3)):
+        found = parts(f"search.forwards={16 * steps}", f"search.evaluate_every={every}")
+        assert found["held-out text"].total() == looks * once
+        assert found.get("search", Flops()).total() == 16 * steps * once
+
+
+def test_dtypes_are_counted_apart_and_take_their_own_time() -> None:
+    text = some_batches()
+    texts = Texts(text, text, text[0], text[1])
+    low, full = (flops(Sizes(medium_model(dtype), medium_recipe()), texts) for dtype in (torch.bfloat16, torch.float32))
+    assert {name: part.total() for name, part in low.items()} == {name: part.total() for name, part in full.items()}
+    assert set(low["search"]) == {torch.bfloat16}
+    assert set(low["scoring"]) == {torch.bfloat16, torch.float32, torch.float64}
+    rates = {torch.bfloat16: 4e9, torch.float32: 2e9, torch.float64: 1e9}
+    parts = {"a": Flops({torch.bfloat16: 8, torch.float64: 3}), "b": Flops({torch.float32: 4})}
+    assert seconds(parts, rates) == pytest.approx((2 + 3 + 2) / 1e9)

@@ -1,0 +1,71 @@
+"""What `search --dry-run` says: the counts of a search that runs, and nothing loaded for them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from pgprune_cli.errors import UserError
+from pgprune_cli.jobs import estimate as job
+from pgprune_cli.jobs.estimate import estimate
+from pgprune_cli.jobs.search import search
+from pgprune_cli.loading import DEMO_MODEL, load_model, resolve
+
+
+@pytest.fixture(autouse=True)
+def _a_rate_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "matrix_rate", lambda device, dtype: {torch.float64: 1e9}.get(dtype, 2e9))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        (),
+        ("saliency.metric=magnitude", "search.forwards=7"),
+        ("search.policy=layers", "search.samples=4", "reconstruct.method=least-squares", "reconstruct.sequences=9"),
+    ],
+)
+def test_a_search_takes_as_many_forward_passes_as_were_said(overrides: tuple[str, ...], small, tmp_path: Path) -> None:
+    recipe = small(*overrides)
+    said = estimate(recipe, quiet=True)["forwards"]
+    decision = search(recipe, tmp_path / "run", quiet=True)
+    assert said == {
+        "search": decision.forwards,
+        "calibration": decision.calibration_forwards,
+        "tokens": recipe.calibration.batch * recipe.calibration.seqlen,
+    }
+
+
+def test_no_weights_are_needed(small, tmp_path: Path) -> None:
+    shutil.copy(DEMO_MODEL / "config.json", tmp_path)
+    ours, demo = (estimate(small(f"model={name}"), quiet=True) for name in (tmp_path, "demo"))
+    assert ours == demo | {"model": str(tmp_path)}
+    real = load_model(resolve("demo"), "float32", "cpu")
+    assert demo["parameters"] == sum(parameter.numel() for parameter in real.parameters())
+    assert demo["memory"]["weights"] == 4 * demo["parameters"]
+    assert estimate(small("dtype=bfloat16"), quiet=True)["memory"]["weights"] == 2 * demo["parameters"]
+    assert estimate(small("dtype=auto"), quiet=True) == demo
+
+
+def test_time_is_flops_at_the_rates_measured(small) -> None:
+    said = estimate(small("dtype=float32"), quiet=True)
+    by_dtype = [pair for part in said["flops"].values() for pair in part.items()]
+    assert said["seconds"] == pytest.approx(sum(n / (1e9 if dtype == "float64" else 2e9) for dtype, n in by_dtype))
+    assert said["flops_per_second"] == {"float32": 2e9, "float64": 1e9}
+
+
+@pytest.mark.parametrize(
+    ("config", "fault"),
+    [
+        ('{"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1}', "model type 'gpt2' is not supported"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "its config cannot be used"),
+        ("{}", "its config cannot be used"),
+    ],
+)
+def test_a_model_that_cannot_be_pruned_is_refused(config: str, fault: str, small, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError, match=fault):
+        estimate(small(f"model={tmp_path}"), quiet=True)

@@ -1,0 +1,49 @@
+"""What a computation allocates, tensor by tensor: seen by a dispatch mode, whatever the allocator makes of it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Allocations(TorchDispatchMode):
+    """While inside, counts the bytes of new tensors that are alive: `peak` at most, `largest` of a single one.
+
+    Tensors from before are not counted, views are no tensors of their own, and memory inside an operator is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive = self.peak = self.largest = 0
+        self.known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage(), 0)
+        with self:  # an operator that is made of others: inference mode hands it over whole
+            result = func.decompose(*args, **(kwargs or {}))
+        if result is NotImplemented:
+            result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._note(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage, size: int) -> None:
+        key = storage._cdata
+        if key in self.known:
+            return
+
+        def gone(_: object) -> None:
+            del self.known[key]
+            self.alive -= size
+
+        self.known[key] = weakref.ref(storage, gone)
+        self.alive += size
+        self.peak = max(self.peak, self.alive)
+        self.largest = max(self.largest, size)
