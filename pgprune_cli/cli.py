@@ -25,6 +25,7 @@ from pgprune_cli.options import (
     examples,
     metric_names,
     model_names,
+    recipe_names,
     run_names,
 )
 from pgprune_cli.recipe_verbs import recipes_app
@@ -374,7 +375,10 @@ def verify(
 @app.command(epilog=examples("doctor", "doctor llama2-7b-50"))
 def doctor(
     recipe: Annotated[
-        str | None, typer.Argument(metavar="[RECIPE]", help="Check the model and the data of this recipe, too.")
+        str | None,
+        typer.Argument(
+            metavar="RECIPE", help="Check the model and the data of this recipe, too.", autocompletion=recipe_names
+        ),
     ] = None,
     overrides: Set = None,
     as_json: AsJson = False,

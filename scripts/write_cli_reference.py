@@ -27,6 +27,7 @@ EXIT_CODES = {
 
 VARIABLES = {
     RUNS_VARIABLE: "where runs go and are looked for, instead of `runs`",
+    "PGPRUNE_CACHE": "where tokenised texts are kept, instead of `pgprune` in the user's cache",
     "HF_HOME": "where the hub's downloads and its token lie; `HF_HUB_OFFLINE=1` uses what lies there and asks nobody",
     "NO_COLOR": "set to anything: no colours, on a terminal either",
 }

@@ -41,7 +41,7 @@ def pgprune(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
         with pytest.raises(SystemExit) as exit_of:
             cli.main()
         out, err = capfd.readouterr()
-        if "--json" in arguments and not exit_of.value.code:
+        if "--json" in arguments and out:
             validate(parsed(arguments), json.loads(out))
         return int(exit_of.value.code or 0), out, err
 
