@@ -280,3 +280,20 @@ def test_the_command_that_goes_on_finishes_the_search() -> None:
     assert done.returncode == 0, done.stderr
     assert "going on from step " in done.stderr
     assert json.loads(done.stdout)["forwards"] == 300
+
+
+# --- report
+
+
+def test_a_report_says_where_it_is_and_of_what(pgprune, finished, tmp_path) -> None:
+    pytest.importorskip("altair", reason="pgprune[report] is not installed")
+    code, out, err = pgprune("report", *map(str, finished.values()), "--out", "both.html", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {
+        "report": "both.html",
+        "runs": [{"run": str(run), "state": "finished"} for run in finished.values()],
+    }
+    assert (tmp_path / "both.html").read_text().startswith("<!doctype html>")
+    code, out, err = pgprune("report", str(tmp_path))
+    assert (code, out) == (2, "")
+    assert err == f"pgprune: {tmp_path}: no run of a search here, it has no recipe.yaml; `pgprune search` makes one\n"
