@@ -8,13 +8,16 @@ SOURCES := pgprune_cli tests scripts
 # The serving runtimes hold other libraries back, and are 4 GB: an environment of their own.
 SERVING ?= .venv-serving
 
-.PHONY: demo test test-serving check docs format clean
+.PHONY: demo test test-gpu test-serving check docs format clean
 
 demo: $(BIN)/pgprune
 	$(BIN)/python scripts/demo.py
 
 test: check
 	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+
+test-gpu: $(BIN)/.dev
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu tests/gpu
 
 test-serving: $(SERVING)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(SERVING)/bin/python -m pytest -m serving tests/serving

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 
 from pgprune_cli import __version__
+from pgprune_cli.distributed import of_environment
 from pgprune_cli.errors import ExitCode, RunError, UserError
 from pgprune_cli.tables import export_line, grid, print_estimate, print_measured, print_plan
 
@@ -49,11 +50,13 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def _program(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    if of_environment().world > 1 and context.invoked_subcommand != "search":
+        raise UserError(f"{context.invoked_subcommand} is the work of one process; torchrun is for search")
 
 
 @app.command(epilog="Example: pgprune init-scores smollm2-135m-30 --metric magnitude")
@@ -100,6 +103,8 @@ def search(
 
     with _resumable():
         decision = search(loaded, run, quiet)
+    if not of_environment().writer:
+        return
     result = {
         "run": str(run),
         "decision": str(run / MASKS),
@@ -360,6 +365,7 @@ def _resumable() -> Iterator[None]:
         yield
     except Interrupted as stopped:
         again = " ".join(["pgprune", *map(_quoted, sys.argv[1:])])
+        again = again if of_environment().world == 1 else "the same torchrun command"
         _complain(f"stopped after step {stopped.step}, which is saved; to go on: {again}")
         code = ExitCode.INTERRUPTED if stopped.signum == 2 else ExitCode.TERMINATED
         raise typer.Exit(code) from None
@@ -370,8 +376,10 @@ def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
 
 
 def _complain(text: str) -> None:
+    ranks = of_environment()
+    who = "pgprune" if ranks.world == 1 else f"pgprune, rank {ranks.rank}"
     for line in text.splitlines():
-        print(f"pgprune: {line}", file=sys.stderr)
+        print(f"{who}: {line}", file=sys.stderr)
 
 
 def _quoted(word: str) -> str:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from pgprune_cli.atomic import read_json
+from pgprune_cli.devices import devices_of, enough, spread
 from pgprune_cli.errors import UserError
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
@@ -94,10 +95,11 @@ def resolve(name: str, weights: bool = True) -> Source:
 def load_model(source: Source, dtype: str, device: str) -> nn.Module:
     """The model, ready for forward passes: eval mode, no gradients, in `dtype` ("auto": as stored) on `device`.
 
-    `device` is auto, a torch device, or a comma-separated list of them over which the layers are spread in order
-    (which needs accelerate). Raises UserError where the weights or the device are not to be had.
+    `device` is auto (one GPU, or as many as the weights need, or the CPU where there is none), a torch device, or a
+    comma-separated list of them over which the layers are spread in order (several need accelerate). Raises UserError
+    where the weights or the device are not to be had.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     from pgprune_cli.writers import modeling_pruned  # noqa: F401  (makes our own exported models loadable)
@@ -113,8 +115,11 @@ def load_model(source: Source, dtype: str, device: str) -> nn.Module:
     # the GGUF reader draws a bar of its own, on a terminal or not
     silence = redirect_stderr(StringIO()) if source.gguf else nullcontext()
     try:
+        if len(devices) > 1 and device == "auto":
+            free = [torch.cuda.mem_get_info(one)[0] for one in devices]
+            devices = devices[: enough(_weight_bytes(source, dtype), free)]
         if len(devices) > 1:
-            arguments["device_map"] = spread(AutoConfig.from_pretrained(source.directory).num_hidden_layers, devices)
+            arguments["device_map"] = spread(_config(source).num_hidden_layers, devices)
         with silence:
             model, info = AutoModelForCausalLM.from_pretrained(source.directory, output_loading_info=True, **arguments)
     except Exception as error:  # the loaders raise dozens of kinds for files that are not what they should be
@@ -162,31 +167,20 @@ def load_tokenizer(source: Source) -> Any:
         raise UserError(f"{source.name}: its tokenizer cannot be loaded: {_one_line(error)}") from error
 
 
-def devices_of(device: str) -> list[torch.device]:
-    """The devices that a recipe's `device` names. Raises UserError for one that this machine lacks."""
-    if device == "auto":
-        return [torch.device("cuda" if torch.cuda.is_available() else "cpu")]
-    try:
-        devices = [torch.device(name.strip()) for name in device.split(",")]
-    except RuntimeError:
-        raise UserError(
-            f"device {device!r}: expected auto, cpu, cuda, cuda:N or a list such as cuda:0,cuda:1"
-        ) from None
-    for wanted in devices:
-        if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return devices
+def _weight_bytes(source: Source, dtype: str) -> int:
+    from transformers import AutoModelForCausalLM
+
+    config = _config(source)
+    wanted = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=wanted)
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
-def spread(layers: int, devices: list[torch.device]) -> dict[str, torch.device]:
-    """A device map that puts equal runs of layers on the devices in order, the embedding first and the head last."""
-    device_map = {f"model.layers.{i}": devices[i * len(devices) // layers] for i in range(layers)}
-    return device_map | {
-        "model.embed_tokens": devices[0],
-        "model.rotary_emb": devices[0],
-        "model.norm": devices[-1],
-        "lm_head": devices[-1],
-    }
+def _config(source: Source) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(source.directory, **({} if source.gguf is None else {"gguf_file": source.gguf}))
 
 
 def _in_directory(name: str, directory: Path, weights: bool) -> Source:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pgprune_cli.arch import Block, Keep, Output, Outputs, Shape, gather_units
+from pgprune_cli.errors import RunError
 
 LOGIT_ROWS = 512
 """Positions whose logits exist at a time: of a 128k vocabulary 262 MB in float32, and as much for their log-softmax."""
@@ -67,26 +68,48 @@ class NoFeedForward(nn.Module):
 
 
 class Evaluator:
-    """Losses of a causal language model under masks. Changes nothing of the model that outlives a call."""
+    """Losses of a causal language model under masks. Changes nothing of the model that outlives a call.
+
+    Where memory runs out, a batch goes through in halves, quarters and so on from then on: `windows` at a time.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.shape = Shape.of(model)
         self.layers = model.get_submodule(self.shape.spec.layers)
         self.input_device = model.get_input_embeddings().weight.device
+        self.windows: int | None = None
 
     def losses(self, keeps: Sequence[Keep], tokens: Tensor, outputs: Sequence[Outputs] | None = None) -> Tensor:
         """Mean next-token loss on `tokens` `(B, T)` int64 under each of K decisions: `(K,)` float64, nats per token.
 
         `outputs` holds the repaired projections of each decision. A loss that overflows comes back as it is (inf or
-        NaN); the caller decides.
+        NaN); the caller decides. Raises RunError where the memory does not suffice for one window.
         """
         tokens = tokens.to(self.input_device)
-        results = []
-        for keep, repaired in zip(keeps, outputs or [{} for _ in keeps], strict=True):
-            with self.shrunk(keep, repaired):
-                results.append(summed_loss(self.model, tokens))
-        return torch.stack(results).double().cpu() / (tokens.shape[0] * (tokens.shape[1] - 1))
+        pairs = zip(keeps, outputs or [{} for _ in keeps], strict=True)
+        results = [self._summed(keep, tokens, repaired) for keep, repaired in pairs]
+        if not results:
+            return torch.zeros(0, dtype=torch.float64)
+        return torch.stack(results).cpu() / (tokens.shape[0] * (tokens.shape[1] - 1))
+
+    def _summed(self, keep: Keep, tokens: Tensor, outputs: Outputs) -> Tensor:
+        """The loss of one decision over all predictions: a float64 scalar on the model's device."""
+        while True:
+            windows = min(self.windows or len(tokens), len(tokens))
+            try:
+                with self.shrunk(keep, outputs):
+                    parts = [summed_loss(self.model, some) for some in tokens.split(windows)]
+                return torch.stack(parts).double().sum()
+            except torch.OutOfMemoryError as error:
+                if windows == 1:
+                    raise RunError(
+                        f"out of memory with one window of {tokens.shape[1]} tokens at a time; give more devices, "
+                        "or lower calibration.seqlen"
+                    ) from error
+            # Not before the error is gone, whose traceback holds on to what the forward had.
+            torch.cuda.empty_cache()
+            self.windows = (windows + 1) // 2
 
     @contextmanager
     def shrunk(self, keep: Keep, outputs: Outputs | None = None) -> Iterator[nn.Module]:

@@ -9,18 +9,12 @@ import torch
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
+from pgprune_cli import loading
+from pgprune_cli.devices import spread
 from pgprune_cli.errors import UserError
-from pgprune_cli.loading import (
-    DEMO_MODEL,
-    INDEX,
-    Source,
-    devices_of,
-    empty_model,
-    load_model,
-    load_tokenizer,
-    resolve,
-    spread,
-)
+from pgprune_cli.loading import DEMO_MODEL, INDEX, Source, empty_model, load_model, load_tokenizer, resolve
+from pgprune_cli.streaming import layer_inputs
+from pgprune_cli.substrate import Evaluator
 
 
 def refused(name: object) -> str:
@@ -338,49 +332,32 @@ def test_a_fingerprint_sees_every_part_of_a_file_too_large_to_read_whole(tmp_pat
     assert len(seen) == 9
 
 
-# --- devices
+# --- several devices
 
 
-def test_devices_by_name():
-    assert devices_of("cpu") == [torch.device("cpu")]
-    assert devices_of("auto") == [torch.device("cuda" if torch.cuda.is_available() else "cpu")]
+@pytest.mark.parametrize(("free", "count"), [(1 << 40, 1), (3 << 20, 2)])
+def test_auto_weighs_the_model_before_it_is_loaded(free, count, monkeypatch):
+    """The demo model has 3.2 MB in bfloat16."""
+    two, used = [torch.device("cpu"), torch.device("cpu", 0)], [torch.device("cpu")]
+    monkeypatch.setattr(loading, "devices_of", lambda _: two)
+    monkeypatch.setattr(loading, "spread", lambda layers, devices: used.append(devices[1]) or spread(layers, used[:1]))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
+    load_model(resolve("demo"), "bfloat16", "auto")
+    assert used == two[:count]
 
 
-def test_a_device_that_is_not_there_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert devices_of("cuda:0, cuda:1") == [torch.device("cuda:0"), torch.device("cuda:1")]
-    for device in ("cuda:2", "cuda:0,cuda:2"):
-        with pytest.raises(UserError) as caught:
-            devices_of(device)
-        assert str(caught.value) == "device cuda:2: this machine has 2 CUDA devices"
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    with pytest.raises(UserError, match="device cuda: this machine has 0 CUDA devices"):
-        devices_of("cuda")
-
-
-@pytest.mark.parametrize("device", ["gpu", "cuda:x", "", "cpu,", "cuda:-1"])
-def test_what_is_no_device_is_refused(device):
-    with pytest.raises(UserError) as caught:
-        devices_of(device)
-    assert str(caught.value).startswith("device ") and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(("layers", "count"), [(32, 2), (7, 3), (4, 4), (2, 3), (1, 1)])
-def test_layers_are_spread_evenly_and_in_order(layers, count):
-    devices = [torch.device("cuda", index) for index in range(count)]
-    places = spread(layers, devices)
-    order = [places.pop(f"model.layers.{index}").index for index in range(layers)]
-    assert order == sorted(order)
-    sizes = [order.count(index) for index in range(count)]
-    assert max(sizes) - min(sizes) <= 1 and sum(sizes) == layers
-    first, last = devices[0], devices[-1]
-    ends = {"model.embed_tokens": first, "model.rotary_emb": first, "model.norm": last, "lm_head": last}
-    assert places == ends
-
-
-def test_a_spread_names_every_part_of_a_model():
-    """What accelerate has no place for, it refuses to load."""
-    model = tiny_model("llama-mha")
-    places = spread(4, [torch.device("cpu")])
-    for name, _ in model.named_parameters():
-        assert sum(name.startswith(f"{module}.") for module in places) == 1, name
+def test_a_spread_model_computes_what_it_did():
+    """All of it on the CPU, but with accelerate's hooks, which the shrunk forward and the streams must live with."""
+    accelerate = pytest.importorskip("accelerate", reason="needs the extra: pip install 'pgprune[multi-gpu]'")
+    alone, hooked = (Evaluator(load_model(resolve("demo"), "float32", "cpu")) for _ in range(2))
+    layers = len(alone.shape.channels)
+    accelerate.dispatch_model(hooked.model, spread(layers, [torch.device("cpu")]), force_hooks=True)
+    assert all(hasattr(layer, "_hf_hook") for layer in hooked.layers)
+    space = alone.shape.space(("attention", "ffn"))
+    keep = alone.shape.keep(space, torch.arange(space.n) % 3 > 0)
+    tokens = torch.arange(48).view(2, 24)
+    assert torch.equal(hooked.losses([keep], tokens), alone.losses([keep], tokens))
+    streams = [layer_inputs(evaluator.model, [tokens]) for evaluator in (alone, hooked)]
+    for stream in streams:
+        stream.advance(0)
+    assert torch.equal(streams[0].hidden[0], streams[1].hidden[0])

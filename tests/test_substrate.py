@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pgprune_cli import substrate
 from pgprune_cli.arch import Keep, LayerKeep, Output, Outputs
+from pgprune_cli.errors import RunError
 from pgprune_cli.substrate import Evaluator, summed_loss
 
 GROUPS, CHANNELS, LAYERS = 4, 24, 4
@@ -284,6 +285,58 @@ def test_an_exception_while_gathering_restores_the_model(watched: nn.Module, mon
 def test_losses_restore_the_model_when_a_forward_fails(watched: nn.Module) -> None:
     with pytest.raises(IndexError):
         Evaluator(watched).losses([random_keep(0)], torch.full((1, 5), VOCABULARY))
+
+
+@contextmanager
+def memory_for(model: nn.Module, windows: int) -> Iterator[list[int]]:
+    """While inside, a forward of more windows runs out of memory in the third layer. Gives the sizes of all."""
+    sizes = []
+
+    def fail(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) > windows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = model.model.layers[2].self_attn.o_proj.register_forward_pre_hook(fail)
+    try:
+        yield sizes
+    finally:
+        handle.remove()
+
+
+def test_where_memory_runs_out_a_batch_goes_through_in_parts(watched: nn.Module) -> None:
+    keeps, tokens = [KEEPS["random"], KEEPS["another random"]], some_tokens(rows=7)
+    outputs = [some_outputs(watched, keep, bias=False) for keep in keeps]
+    expected = Evaluator(watched).losses(keeps, tokens, outputs)
+    evaluator = Evaluator(watched)
+    with memory_for(watched, 2) as sizes:
+        losses = evaluator.losses(keeps, tokens, outputs)
+        evaluator.losses(keeps[:1], tokens[:1])
+    assert sizes == [7, 4, 2, 2, 2, 1, 2, 2, 2, 1, 1]  # and no more of them fails
+    torch.testing.assert_close(losses, expected, rtol=1e-6, atol=0)
+
+
+def test_memory_that_runs_out_while_gathering_is_no_different(
+    watched: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of the block's matrices are swapped then, and must not be gathered from when it is tried again."""
+    calls = []
+
+    def fails_third(*arguments: object) -> Tensor:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return gather(*arguments)
+
+    keep, tokens, gather = random_keep(9), some_tokens(), substrate.gather_units
+    expected = Evaluator(watched).losses([keep], tokens)
+    monkeypatch.setattr(substrate, "gather_units", fails_third)
+    torch.testing.assert_close(Evaluator(watched).losses([keep], tokens), expected, rtol=1e-6, atol=0)
+
+
+def test_memory_for_less_than_one_window_is_an_error(watched: nn.Module) -> None:
+    with memory_for(watched, 0), pytest.raises(RunError, match="out of memory with one window of 24 tokens at a time"):
+        Evaluator(watched).losses([KEEPS["random"]], some_tokens())
 
 
 def direct_loss(model: nn.Module, tokens: Tensor) -> float:

@@ -6,27 +6,29 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
+import torch
 from torch import Tensor, nn
 
 from pgprune_cli.arch import Keep, Outputs
 from pgprune_cli.atomic import write_bytes
 from pgprune_cli.budget import budget_for
-from pgprune_cli.checkpoint import Checkpoint, save_checkpoint
+from pgprune_cli.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.space import Budget, MaskSpace
 from pgprune_cli.core.step import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.data import Batches, CalibrationText, spread
 from pgprune_cli.decision import RECORD, Decision
+from pgprune_cli.distributed import Ranks, joined
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs.init_scores import SCORES, Scores, compute_scores, load_text, scoring_batches
 from pgprune_cli.jobs.run_directory import RECIPE_FILE, History, identity_of, refuse_other_recipe, resumed
-from pgprune_cli.loading import load_model, resolve
+from pgprune_cli.loading import Source, load_model, resolve
 from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
 from pgprune_cli.progress import Row, SearchProgress, memory_in_use, working
 from pgprune_cli.recipe import Recipe
@@ -62,20 +64,25 @@ class Problem:
     batches: Batches
     heldout: Tensor
     recipe: Recipe
+    ranks: Ranks
 
     def keep(self, mask: Tensor) -> Keep:
         return self.evaluator.shape.keep(self.space, mask)
 
     def losses(self, masks: Tensor, tokens: Tensor) -> Tensor:
         """Of masks `(K, n)` on one batch, with the repair that the policy has for each: `(K,)` nats per token."""
-        keeps = [self.keep(mask) for mask in masks]
-        return self.evaluator.losses(keeps, tokens, [self.policy.outputs(keep) for keep in keeps])
+        self.ranks.refuse_differences(masks, tokens)
+        keeps = [self.keep(masks[index]) for index in self.ranks.share(len(masks))]
+        own = self.evaluator.losses(keeps, tokens, [self.policy.outputs(keep) for keep in keeps])
+        return self.ranks.gathered(own, len(masks))
 
     def heldout_loss(self, keep: Keep, outputs: Outputs) -> float:
         """Of one decision on text the search never sees: nats per token."""
         batches = self.heldout.split(self.recipe.calibration.batch)
-        losses = [float(self.evaluator.losses([keep], tokens, [outputs])[0]) * len(tokens) for tokens in batches]
-        return sum(losses) / len(self.heldout)
+        share = [batches[index] for index in self.ranks.share(len(batches))]
+        own = [float(self.evaluator.losses([keep], tokens, [outputs])[0]) for tokens in share]
+        losses = self.ranks.gathered(torch.tensor(own, dtype=torch.float64), len(batches)).tolist()
+        return sum(loss * len(tokens) for loss, tokens in zip(losses, batches, strict=True)) / len(self.heldout)
 
 
 @dataclass
@@ -96,31 +103,37 @@ class Loop:
 def search(recipe: Recipe, run: Path, quiet: bool = False) -> Decision:
     """Searches as the recipe says, or goes on where an earlier call was stopped, and writes the decision into `run`.
 
-    Raises UserError for a run directory of another recipe or with damage in it, RunError where every loss is bad,
-    Interrupted after a signal, with the state saved.
+    Under torchrun all processes call it alike, and the writer among them writes. Raises UserError for a run directory
+    of another recipe or with damage in it, RunError where every loss is bad or another process is gone, Interrupted
+    after a signal, with the state saved.
     """
     if (run / RECORD).exists():
         decision = Decision.load(run)
         refuse_other_recipe(run, recipe)
         return decision
-    source = resolve(recipe.model)
-    text = load_text(recipe, source, quiet)
+    with joined() as ranks:
+        decision = _search(recipe, run, quiet or not ranks.writer, ranks)
+        if ranks.writer:
+            decision.save(run)
+    return decision
+
+
+def _search(recipe: Recipe, run: Path, quiet: bool, ranks: Ranks) -> Decision:
+    with ranks.writer_first():
+        source = resolve(recipe.model)
+        text = load_text(recipe, source, quiet)
     with working(f"loading {recipe.model}", quiet):
         model = load_model(source, recipe.dtype, recipe.device)
     fingerprint = source.fingerprint()
-    if (run / SCORES).exists():
-        scores = Scores.load(run)
-        if scores.fingerprint != fingerprint:
-            raise UserError(f"{run / SCORES}: scores of another model than {recipe.model}; run `pgprune init-scores`")
-    else:
-        scores = compute_scores(recipe, run, source, model, text, quiet)
-    # what is recorded is what was done: the scores may have been made with `init-scores --metric`
-    recipe = replace(recipe, saliency=replace(recipe.saliency, metric=scores.metric))
-    refuse_other_recipe(run, recipe)
-    write_bytes(run / RECIPE_FILE, dump(recipe).encode())
-
     evaluator = Evaluator(model)
-    space, budget = budget_for(recipe, evaluator, run, fingerprint, quiet)
+    with ranks.writer_first():
+        scores = _scores(recipe, run, source, model, text, quiet)
+        # what is recorded is what was done: the scores may have been made with `init-scores --metric`
+        recipe = replace(recipe, saliency=replace(recipe.saliency, metric=scores.metric))
+        refuse_other_recipe(run, recipe)
+        if ranks.writer:
+            write_bytes(run / RECIPE_FILE, dump(recipe).encode())
+        space, budget = budget_for(recipe, evaluator, run, fingerprint, quiet)
     problem = Problem(
         evaluator,
         space,
@@ -128,6 +141,7 @@ def search(recipe: Recipe, run: Path, quiet: bool = False) -> Decision:
         Batches(text.search, recipe.calibration.batch, recipe.seed),
         text.heldout,
         recipe,
+        ranks,
     )
     loop = _run_steps(problem, run, identity_of(recipe, fingerprint, problem.policy.origin), quiet)
 
@@ -136,7 +150,7 @@ def search(recipe: Recipe, run: Path, quiet: bool = False) -> Decision:
     parameters = evaluator.shape.space(recipe.units.families).costs
     keep, outputs = _repaired(recipe, model, keep, text, quiet)
     heldout_loss = problem.heldout_loss(keep, outputs)
-    decision = Decision(
+    return Decision(
         keep=keep,
         model=recipe.model,
         fingerprint=fingerprint,
@@ -149,8 +163,16 @@ def search(recipe: Recipe, run: Path, quiet: bool = False) -> Decision:
         outputs=outputs,
         budget={"of": recipe.budget.of, "kept": int(space.costs[mask].sum()) / int(space.costs.sum())},
     )
-    decision.save(run)
-    return decision
+
+
+def _scores(recipe: Recipe, run: Path, source: Source, model: nn.Module, text: CalibrationText, quiet: bool) -> Scores:
+    """Those of the run where it has some. Raises UserError where they are another model's."""
+    if not (run / SCORES).exists():
+        return compute_scores(recipe, run, source, model, text, quiet)
+    scores = Scores.load(run)
+    if scores.fingerprint != source.fingerprint():
+        raise UserError(f"{run / SCORES}: scores of another model than {recipe.model}; run `pgprune init-scores`")
+    return scores
 
 
 def _policy(
@@ -228,20 +250,24 @@ def calibration_forwards(recipe: Recipe, text: CalibrationText) -> int:
 
 def _run_steps(problem: Problem, run: Path, identity: str, quiet: bool) -> Loop:
     """The loop. Returns where it ended."""
-    recipe, schedule = problem.recipe, problem.recipe.search
-    loop = _loop(problem, resumed(run, identity))
-    with SearchProgress(schedule.steps, quiet) as progress, History(run) as history, _stop_signals() as stop:
+    recipe, schedule, ranks = problem.recipe, problem.recipe.search, problem.ranks
+    with ranks.writer_first():
+        loop = _loop(problem, resumed(run, identity) if ranks.writer else latest_checkpoint(run))
+    written = History(run) if ranks.writer else nullcontext()
+    with SearchProgress(schedule.steps, quiet) as progress, written as history, _stop_signals(ranks) as stop:
         if loop.state.step:
             progress.say(f"going on from step {loop.state.step} of {schedule.steps}")
         while loop.state.step < schedule.steps:
             row = _one_step(problem, loop)
-            history.append(row)
             progress.show(row)
             done = loop.state.step == schedule.steps
-            if stop or done or loop.state.step % schedule.checkpoint_every == 0:
-                save_checkpoint(run, _checkpoint(loop, recipe, history.flush(), identity))
-            if stop and not done:
-                raise Interrupted(stop[0], loop.state.step)
+            stopped_by = ranks.greatest(stop[0] if stop else 0)
+            if history:
+                history.append(row)
+                if stopped_by or done or loop.state.step % schedule.checkpoint_every == 0:
+                    save_checkpoint(run, _checkpoint(loop, recipe, history.flush(), identity))
+            if stopped_by and not done:
+                raise Interrupted(stopped_by, loop.state.step)
     return loop
 
 
@@ -307,8 +333,11 @@ def _checkpoint(loop: Loop, recipe: Recipe, history_bytes: int, identity: str) -
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that holds the signal once SIGINT or SIGTERM came. A second one acts as if this were not here."""
+def _stop_signals(ranks: Ranks) -> Iterator[list[int]]:
+    """A list that holds the signal once SIGINT or SIGTERM came. A second one acts as if this were not here.
+
+    Not so under torchrun, which passes on what its processes may have received already.
+    """
     caught: list[int] = []
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
 
@@ -318,7 +347,8 @@ def _stop_signals() -> Iterator[list[int]]:
 
     def note(signum: int, _: FrameType | None) -> None:
         caught.append(signum)
-        restore()
+        if ranks.world == 1:
+            restore()
 
     for signum in before:
         signal.signal(signum, note)

@@ -27,9 +27,9 @@ without channels forgets what its attention put out. And a block of Q8_0 and its
 STOCK = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 """llama.cpp's architecture by the model type of the base, where all layers are alike."""
 
-PAIRED = ("llama", "deci")
-"""Architectures that rotate neighbouring pairs of a head's rows; transformers and the others rotate its halves. And
-those with a place for any output bias, and for the frequencies of a scaled RoPE."""
+LIKE_LLAMA = ("llama", "deci")
+"""Architectures that llama.cpp reads as it reads a Llama: they rotate neighbouring pairs of a head's rows, where the
+others and transformers rotate its halves, and have a place for any output bias and for a scaled RoPE's frequencies."""
 
 STATIC_ROPE = ("linear", "llama3", "yarn")
 """Kinds of rope scaling whose frequencies do not depend on the text's length: one vector holds them."""
@@ -94,7 +94,7 @@ class Layout:
         """A tensor under its name in the file, rows of q and k in its order; and what the file has beside it."""
         match = re.fullmatch(re.escape(self.layers) + r"\.(\d+)\.self_attn\.([qk])_proj\.(weight|bias)", cut.name)
         make = cut.make
-        if match is not None and self.architecture in PAIRED:
+        if match is not None and self.architecture in LIKE_LLAMA:
             heads = (self.heads if match[2] == "q" else self.groups)[int(match[1])]
             make = _in_pairs(cut.make, heads)
         placed = dataclasses.replace(cut, name=self._name(cut.name), make=make)
@@ -114,7 +114,7 @@ class Layout:
 
 def _architecture(model_type: str, surgery: Surgery) -> str:
     stock = STOCK[model_type]
-    if surgery.form.uniform and (stock in PAIRED or not surgery.new_biases):
+    if surgery.form.uniform and (stock in LIKE_LLAMA or not surgery.new_biases):
         return stock
     if model_type == "qwen3":
         what = "with a bias that a repair fitted" if surgery.form.uniform else "whose layers differ"
@@ -149,7 +149,7 @@ def _rope(config: Any, head_dim: int, architecture: str) -> tuple[Tensor | None,
     kind = given["rope_type"]
     if kind == "default" and given.get("partial_rotary_factor", 1.0) == 1.0:
         return None, 1.0
-    if kind not in STATIC_ROPE or architecture not in PAIRED or given.get("partial_rotary_factor", 1.0) != 1.0:
+    if kind not in STATIC_ROPE or architecture not in LIKE_LLAMA or given.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError(f"GGUF's {architecture} architecture has no place for the base model's rope_parameters, {kind}")
     frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     plain = given["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)

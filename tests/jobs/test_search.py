@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pgprune_cli import substrate
 from pgprune_cli.checkpoint import FOLDER, latest_checkpoint
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.projection import hard_mask
@@ -263,6 +264,23 @@ def test_a_search_whose_every_loss_is_bad_stops(small, tmp_path, broken_losses) 
         "try dtype float32 or bfloat16, or a lower sparsity"
     )
     assert not (tmp_path / RECORD).exists()
+
+
+def test_a_search_goes_on_where_memory_runs_out(small, whole, tmp_path, monkeypatch) -> None:
+    original = substrate.summed_loss
+
+    def summed_loss(model, tokens):
+        if len(tokens) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(model, tokens)
+
+    monkeypatch.setattr(substrate, "summed_loss", summed_loss)
+    search(small(), tmp_path, quiet=True)
+    masks, rows, theta = whole(small())
+    assert (tmp_path / MASKS).read_bytes() == masks
+    for row, expected in zip(rows_of(tmp_path), rows, strict=True):
+        assert row["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert latest_checkpoint(tmp_path).state.theta.tolist() == pytest.approx(theta, abs=1e-4)
 
 
 # --- what is decided

@@ -1,0 +1,132 @@
+"""One search on many processes: each evaluates its share of the masks, and all of them hear all losses.
+
+`torchrun` starts the processes. Every one of them draws the same masks from the seed and moves the same policy; only
+the forwards are divided. A loss is computed by one process alone and reaches the others as it is, so that nothing
+depends on how many they are. Only the writer (rank 0) writes. Without torchrun there is one process, the writer, and
+`torch.distributed` is not touched.
+
+What is exchanged are some numbers a step, on the CPU and by gloo, also where the models are on GPUs: NCCL would gain
+nothing on them, would take memory of the GPU, and hang where gloo says at once that a process is gone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from pgprune_cli.errors import RunError
+
+if TYPE_CHECKING:  # the command line asks who writes, and must be quick
+    from torch import Tensor
+
+PATIENCE = timedelta(hours=24)
+"""The others wait so long for rank 0's scores. One that dies is noticed at once: its connections close."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among those of the search: `rank` of `world`."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def writer(self) -> bool:
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """Which of `count` pieces of work are this process's."""
+        return range(self.rank, count, self.world)
+
+    def gathered(self, own: Tensor, count: int) -> Tensor:
+        """From each process the results of its `share`, float64: all `(count,)`, in order, bit for bit as they were."""
+        if self.world == 1:
+            return own
+        import torch
+
+        everything = torch.zeros(count, dtype=torch.float64)
+        everything[list(self.share(count))] = own.double()
+        return self._summed(everything)  # of every place's terms all but one are 0
+
+    def greatest(self, value: int) -> int:
+        """Of the values that the processes give."""
+        if self.world == 1:
+            return value
+        import torch
+
+        values = torch.zeros(self.world, dtype=torch.int64)
+        values[self.rank] = value
+        return int(self._summed(values).max())
+
+    def refuse_differences(self, *tensors: Tensor) -> None:
+        """Raises RunError, on all processes, where they do not hold the same tensors (on the CPU)."""
+        if self.world == 1:
+            return
+        import torch
+
+        digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).digest()
+        digests = torch.zeros(self.world, 4, dtype=torch.int64)
+        digests[self.rank] = torch.frombuffer(bytearray(digest), dtype=torch.int64)
+        different = (self._summed(digests) != digests[self.rank]).any(1).nonzero()
+        if len(different):
+            raise RunError(
+                f"rank {self.rank} and rank {int(different[0])} are not in the same search: every process needs the "
+                "same files, the same versions and the same kind of device"
+            )
+
+    @contextmanager
+    def writer_first(self) -> Iterator[None]:
+        """The writer runs what is inside before the others do, so that they find what it has written."""
+        if self.writer:
+            yield
+        self.greatest(0)
+        if not self.writer:
+            yield
+        self.greatest(0)
+
+    def _summed(self, values: Tensor) -> Tensor:
+        from torch import distributed
+
+        try:
+            distributed.all_reduce(values)
+        except RuntimeError as error:
+            raise RunError(f"another process of this search is gone ({' '.join(str(error).split())[:160]})") from error
+        return values
+
+
+@contextmanager
+def joined() -> Iterator[Ranks]:
+    """This process's place, connected to the others inside the `with`. Raises RunError where they cannot be reached."""
+    ranks = of_environment()
+    if ranks.world == 1:
+        yield ranks
+        return
+    from torch import distributed
+
+    try:
+        distributed.init_process_group("gloo", timeout=PATIENCE)
+    except RuntimeError as error:
+        raise RunError(f"cannot reach the other processes: {' '.join(str(error).split())[:160]}") from error
+    try:
+        yield ranks
+    finally:
+        distributed.destroy_process_group()
+
+
+def of_environment() -> Ranks:
+    """What torchrun says of this process; alone where it was not torchrun that started it."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return Ranks()
+    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+
+
+def on_this_machine() -> Ranks:
+    """Likewise, among the processes of this machine only."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return Ranks()
+    return Ranks(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))

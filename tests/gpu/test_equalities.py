@@ -1,0 +1,183 @@
+"""What holds on the CPU, on the chip: shrunk equals silenced, streams equal forwards, parts equal wholes, runs resume.
+
+Two devices compute the same function in another order: they are compared in float32 with TF32 off, within a tolerance.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, VOCABULARY, tiny_model
+from torch import Tensor, nn
+
+from pgprune_cli import substrate
+from pgprune_cli.arch import Keep, LayerKeep
+from pgprune_cli.checkpoint import latest_checkpoint
+from pgprune_cli.decision import MASKS, REPAIR
+from pgprune_cli.errors import RunError
+from pgprune_cli.jobs import search as job
+from pgprune_cli.jobs.search import search
+from pgprune_cli.loading import load_model, resolve
+from pgprune_cli.recipe import Recipe
+from pgprune_cli.streaming import layer_inputs
+from pgprune_cli.substrate import Evaluator
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+LAYERS = ("search.policy=layers", "search.samples=4", "search.forwards=12", "reconstruct.method=least-squares")
+LAYERS += ("reconstruct.sequences=8", "calibration.sequences=24")
+
+
+@pytest.fixture(autouse=True)
+def _exact_products() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def pair(request) -> tuple[nn.Module, nn.Module]:
+    """One tiny model, on the CPU and on the chip."""
+    model = tiny_model(request.param)
+    return model, copy.deepcopy(model).to("cuda")
+
+
+def some_tokens(rows: int = 3) -> Tensor:
+    return torch.randint(VOCABULARY, (rows, 24), generator=torch.Generator().manual_seed(0))
+
+
+def keeps() -> list[Keep]:
+    """About half of all units, one layer without attention, one without an FFN."""
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for empty in ((9, 9), (1, 2), (0, 3)):
+        masks = [
+            (torch.rand(4, generator=generator) < 0.5, torch.rand(24, generator=generator) < 0.5) for _ in range(4)
+        ]
+        some = enumerate(masks)
+        found.append(tuple(LayerKeep(a & (index != empty[0]), f & (index != empty[1])) for index, (a, f) in some))
+    return found
+
+
+def test_losses_are_those_of_the_cpu(pair) -> None:
+    on_cpu, on_chip = (Evaluator(model).losses(keeps(), some_tokens()) for model in pair)
+    torch.testing.assert_close(on_chip, on_cpu, rtol=1e-4, atol=0)
+    assert len(set(on_chip.tolist())) == 3
+
+
+def test_losses_are_the_same_twice_and_leave_no_trace(pair) -> None:
+    _, model = pair
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    evaluator = Evaluator(model)
+    assert torch.equal(evaluator.losses(keeps(), some_tokens()), evaluator.losses(keeps(), some_tokens()))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_stream_is_the_models_own_forward(pair) -> None:
+    _, model = pair
+    stream = layer_inputs(model, [some_tokens()])
+    for index in range(4):
+        stream.advance(index)
+    with torch.no_grad():
+        expected = model.get_decoder()(input_ids=some_tokens().cuda(), use_cache=False).last_hidden_state
+        found = model.model.norm(stream.hidden[0].cuda())
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_step_never_waits_for_the_chip(pair) -> None:
+    """Of the forwards of a step; that their losses come back in the end is the one wait."""
+    _, model = pair
+    evaluator, tokens = Evaluator(model), some_tokens().cuda()
+    evaluator.losses(keeps(), tokens)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for keep in keeps():
+            evaluator._summed(keep, tokens, {})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_where_memory_really_runs_out_a_batch_goes_through_in_parts() -> None:
+    """Of the chip's memory, this process may take what half of the batch needs."""
+    model = load_model(resolve("demo"), "float32", "cuda")
+    evaluator = Evaluator(model)
+    space = evaluator.shape.space(("attention", "ffn"))
+    keep = evaluator.shape.keep(space, torch.arange(space.n) % 2 > 0)
+    tokens = torch.randint(200, (512, 128), generator=torch.Generator().manual_seed(0))
+    expected = evaluator.losses([keep], tokens)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    Evaluator(model).losses([keep], tokens[:256])
+    half, total = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.1 * half / total)
+    try:
+        torch.testing.assert_close(evaluator.losses([keep], tokens), expected, rtol=1e-5, atol=0)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert evaluator.windows and evaluator.windows <= 256
+
+
+def test_no_memory_for_one_window_is_an_error(monkeypatch) -> None:
+    def fails(*_: object) -> Tensor:
+        return torch.empty(1 << 50, device="cuda")
+
+    monkeypatch.setattr(substrate, "summed_loss", fails)
+    with pytest.raises(RunError, match="out of memory with one window"):
+        Evaluator(tiny_model("llama-gqa").to("cuda")).losses(keeps(), some_tokens())
+
+
+def test_a_search_on_the_chip_is_the_same_twice(small, tmp_path) -> None:
+    recipe: Recipe = small(*LAYERS, "device=cuda")
+    first, second = (search(recipe, tmp_path / name, quiet=True) for name in ("first", "second"))
+    for name in (MASKS, REPAIR):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    assert first.heldout_loss == second.heldout_loss
+
+
+def test_a_search_on_the_chip_resumes_bit_for_bit(small, tmp_path, monkeypatch) -> None:
+    original = job._one_step
+
+    def stopped_after_two(problem, loop):
+        row = original(problem, loop)
+        if loop.state.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return row
+
+    recipe: Recipe = small(*LAYERS, "device=cuda")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    search(recipe, whole, quiet=True)
+    monkeypatch.setattr(job, "_one_step", stopped_after_two)
+    with pytest.raises(job.Interrupted):
+        search(recipe, cut, quiet=True)
+    monkeypatch.setattr(job, "_one_step", original)
+    search(recipe, cut, quiet=True)
+    assert latest_checkpoint(cut).state.losses.tolist() == latest_checkpoint(whole).state.losses.tolist()
+    assert (cut / MASKS).read_bytes() == (whole / MASKS).read_bytes()
+
+
+def test_a_search_on_the_chip_loses_what_one_on_the_cpu_does(small, tmp_path) -> None:
+    on_cpu, on_chip = (
+        search(small(*LAYERS, f"device={device}"), tmp_path / device, quiet=True) for device in ("cpu", "cuda")
+    )
+    assert on_chip.heldout_loss == pytest.approx(on_cpu.heldout_loss, rel=0.02)
+    assert on_chip.sparsity == pytest.approx(on_cpu.sparsity, abs=1e-2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_spread_over_two_chips_loses_what_it_did() -> None:
+    alone, halves = (Evaluator(load_model(resolve("demo"), "float32", device)) for device in ("cuda", "cuda:0,cuda:1"))
+    space = alone.shape.space(("attention", "ffn"))
+    keep = alone.shape.keep(space, torch.arange(space.n) % 3 > 0)
+    tokens = torch.arange(48).view(2, 24)
+    torch.testing.assert_close(halves.losses([keep], tokens), alone.losses([keep], tokens), rtol=1e-6, atol=0)

@@ -1,0 +1,36 @@
+"""What torchrun runs in test_distributed.py: the program, with an accident to rank 1 of the first start.
+
+    torchrun … ranks.py ACCIDENT STEP search RECIPE …
+
+STEP steps are done then, on all ranks, and what follows them is not: their losses are heard, no checkpoint is written.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+
+from pgprune_cli import cli
+from pgprune_cli.jobs import search as job
+
+
+def main() -> None:
+    accident, step = sys.argv[1], int(sys.argv[2])
+    del sys.argv[1:3]
+    original = job._one_step
+
+    def one_step(problem: job.Problem, loop: job.Loop) -> job.Row:
+        row = original(problem, loop)
+        if loop.state.step == step and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            if accident == "exception":
+                raise ArithmeticError("an accident")
+            os.kill(os.getpid(), getattr(signal, accident))
+        return row
+
+    job._one_step = one_step
+    cli.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""One search on several processes: the same result, bit for bit, whatever happens to one of them; and no hanging."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SMALL
+
+from pgprune_cli import cli
+from pgprune_cli.checkpoint import latest_checkpoint
+from pgprune_cli.decision import MASKS, RECORD, REPAIR
+from pgprune_cli.distributed import Ranks, joined, of_environment, on_this_machine
+from pgprune_cli.jobs.init_scores import Scores
+from pgprune_cli.jobs.run_directory import METRICS_FILE
+from pgprune_cli.jobs.search import search
+from pgprune_cli.recipe_reader import find, load
+
+STEPS = 5
+# 3 masks a step leave one of 4 ranks without any, and 5 held-out windows make batches of 2, 2 and 1.
+RECIPE = [*SMALL, "calibration.heldout=5", "search.samples=3", f"search.forwards={3 * STEPS}", "search.policy=layers"]
+RECIPE += ["reconstruct.method=least-squares", "reconstruct.sequences=8", "search.checkpoint_every=2"]
+TIMING = ("seconds", "tokens_per_second", "memory_bytes")
+SECONDS = 240
+"""No test may hang: after so long its processes are killed, and it fails."""
+
+
+def result_of(run: Path) -> tuple:
+    """All that must not depend on the number of processes: files bit for bit, the history without its clock."""
+    rows = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
+    history = [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
+    decision = json.loads((run / RECORD).read_text())
+    found = latest_checkpoint(run)
+    scores = {name: values.tolist() for name, values in Scores.load(run).tensors.items()}
+    state = {name: value.tolist() if torch.is_tensor(value) else value for name, value in vars(found.state).items()}
+    return (run / MASKS).read_bytes(), (run / REPAIR).read_bytes(), history, decision, scores, state
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, token_cache: str) -> tuple:
+    run = tmp_path_factory.mktemp("alone")
+    search(load(find("demo"), RECIPE), run, quiet=True)
+    return result_of(run)
+
+
+def arguments(run: Path) -> list[str]:
+    return ["demo", "--out", str(run), *(word for override in RECIPE for word in ("--set", override))]
+
+
+def run_program(program: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    # Threads as this process has: another number of them may sum in another order.
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())} | variables
+    return subprocess.run(program, capture_output=True, text=True, check=False, timeout=SECONDS, env=environment)
+
+
+def torchrun(processes: int, run: Path, accident: tuple[str, int] | None = None, restarts: int = 0):
+    """The program under torchrun; with an accident to rank 1 after a step."""
+    what = ["-m", "pgprune_cli"]
+    if accident is not None:
+        what = [str(Path(__file__).with_name("ranks.py")), accident[0], str(accident[1])]
+    started = ["--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
+    return run_program([sys.executable, "-m", "torch.distributed.run", *started, *what, "search", *arguments(run)], {})
+
+
+def test_four_processes_find_what_one_does(alone, tmp_path) -> None:
+    done = torchrun(4, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert result_of(tmp_path) == alone
+    assert done.stdout.count("\n") == 1  # the writer's
+    assert done.stderr.count(f"step {STEPS}/{STEPS}") == 1
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_so_do_two_that_the_slurm_script_starts(alone, tmp_path) -> None:
+    """With a cluster of one machine, which is this one."""
+    for name, does in {"srun": 'exec "$@"', "scontrol": "echo localhost"}.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "x", "SLURM_NNODES": "1", "SLURM_JOB_ID": str(os.getpid()), "PROCESSES": "2"}
+    path = {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    script = Path(__file__).parents[1] / "scripts" / "slurm" / "search.sbatch"
+    done = run_program(["bash", str(script), *arguments(tmp_path / "run")], job | path)
+    assert done.returncode == 0, done.stderr
+    assert result_of(tmp_path / "run") == alone
+
+
+def test_a_killed_rank_costs_nothing_but_time(alone, tmp_path) -> None:
+    """Killed after step 3, the checkpoint being of step 2: torchrun restarts all, and they go on from there."""
+    done = torchrun(2, tmp_path, ("SIGKILL", 3), restarts=1)
+    assert done.returncode == 0, done.stderr
+    assert f"going on from step 2 of {STEPS}" in done.stderr
+    assert result_of(tmp_path) == alone
+
+
+def test_a_signal_to_one_rank_stops_all_with_their_step_saved(alone, tmp_path) -> None:
+    done = torchrun(2, tmp_path, ("SIGTERM", 3))
+    assert done.returncode != 0
+    for rank in (0, 1):
+        said = f"pgprune, rank {rank}: stopped after step 3, which is saved; to go on: the same torchrun command"
+        assert said in done.stderr
+    assert latest_checkpoint(tmp_path).state.step == 3
+    search(load(find("demo"), RECIPE), tmp_path, quiet=True)  # by itself, this time
+    assert result_of(tmp_path) == alone
+
+
+def test_an_exception_on_one_rank_ends_all(tmp_path) -> None:
+    done = torchrun(2, tmp_path, ("exception", 2))
+    assert done.returncode != 0
+    assert "ArithmeticError: an accident" in done.stderr
+    assert not (tmp_path / RECORD).exists()
+
+
+# --- without the search: three processes and a few numbers
+
+EXCHANGE = """
+import json, sys, torch
+from pgprune_cli.distributed import joined
+from pgprune_cli.errors import RunError
+found = {}
+with joined() as ranks:
+    values = torch.tensor([0.1, float("nan"), float("-inf"), 1e300, 5e-324, -0.1, 1 / 3], dtype=torch.float64)
+    found["few"] = ranks.gathered(values[:2][list(ranks.share(2))], 2).view(torch.int64).tolist()
+    found["all"] = ranks.gathered(values[list(ranks.share(7))], 7).view(torch.int64).tolist()
+    found["expected"] = values.view(torch.int64).tolist()
+    found["greatest"] = ranks.greatest(15 if ranks.rank == 1 else 0)
+    with ranks.writer_first():
+        if ranks.writer:
+            open(sys.argv[1], "w").write("whole")
+        found["read"] = open(sys.argv[1]).read()
+    ranks.refuse_differences(values, torch.arange(3))
+    try:
+        ranks.refuse_differences(torch.arange(3) == (2 if ranks.rank == 2 else 1))
+    except RunError as error:
+        found["different"] = str(error)
+    if ranks.rank == 2:
+        print(json.dumps(found), flush=True)
+        import os
+        os._exit(1)
+    try:
+        ranks.greatest(0)
+    except RunError as error:
+        found["gone"] = str(error)
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture(scope="module")
+def exchanged(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = []
+    file = tmp_path_factory.mktemp("exchange") / "file"
+    for rank in range(3):
+        place = {"RANK": str(rank), "WORLD_SIZE": "3", "TORCHELASTIC_RUN_ID": "test"}
+        environment = os.environ | place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        program = [sys.executable, "-c", EXCHANGE, str(file)]
+        started.append(
+            subprocess.Popen(program, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        )
+    try:
+        ended = [process.communicate(timeout=SECONDS) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert all(out for out, _ in ended), [err for _, err in ended]
+    return [json.loads(out) for out, _ in ended]
+
+
+def test_losses_reach_every_rank_bit_for_bit_in_order(exchanged) -> None:
+    for found in exchanged:
+        assert found["all"] == found["expected"]
+        assert found["few"] == found["expected"][:2]  # of three ranks one had none
+
+
+def test_a_signal_of_one_rank_is_every_ranks(exchanged) -> None:
+    assert [found["greatest"] for found in exchanged] == [15, 15, 15]
+
+
+def test_what_the_writer_wrote_first_the_others_find(exchanged) -> None:
+    assert [found["read"] for found in exchanged] == ["whole"] * 3
+
+
+def test_ranks_of_different_searches_are_refused_by_all(exchanged) -> None:
+    said = [found["different"].partition(" are not in the same search")[0] for found in exchanged]
+    assert said == ["rank 0 and rank 2", "rank 1 and rank 2", "rank 2 and rank 0"]
+
+
+def test_a_rank_that_is_gone_is_an_error_of_the_others(exchanged) -> None:
+    for found in exchanged[:2]:
+        assert found["gone"].startswith("another process of this search is gone (")
+
+
+# --- one process
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("count", [0, 1, 2, 16, 17])
+def test_shares_are_a_fair_partition(count, world) -> None:
+    shares = [list(Ranks(rank, world).share(count)) for rank in range(world)]
+    assert sorted(piece for share in shares for piece in share) == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_without_torchrun_there_is_one_process_and_no_group(monkeypatch) -> None:
+    """Also where a cluster has set the variables that it would read."""
+    for name, value in {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert of_environment() == on_this_machine() == Ranks(0, 1)
+    with joined() as ranks:
+        assert not torch.distributed.is_initialized()
+        assert ranks.writer
+        assert ranks.greatest(3) == 3
+
+
+@pytest.fixture
+def second_of_two(monkeypatch) -> None:
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.parametrize("verb", ["init-scores", "export", "compare", "recipes"])
+def test_torchrun_is_for_search(verb, second_of_two, monkeypatch, capfd) -> None:
+    monkeypatch.setattr(sys, "argv", ["pgprune", verb, "x"][: 2 if verb == "recipes" else 3])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert capfd.readouterr().err == f"pgprune, rank 1: {verb} is the work of one process; torchrun is for search\n"
