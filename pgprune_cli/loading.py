@@ -10,6 +10,7 @@ import hashlib
 import re
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,8 @@ def load_model(source: Source, dtype: str, device: str) -> nn.Module:
             devices = devices[: enough(_weight_bytes(source, dtype), free)]
         if len(devices) > 1:
             arguments["device_map"] = spread(_config(source).num_hidden_layers, devices)
+        elif devices[0].type == "cuda" and find_spec("accelerate"):
+            arguments["device_map"] = {"": devices[0]}  # tensor by tensor, and never all of them in main memory
         with silence:
             model, info = AutoModelForCausalLM.from_pretrained(source.directory, output_loading_info=True, **arguments)
     except Exception as error:  # the loaders raise dozens of kinds for files that are not what they should be
