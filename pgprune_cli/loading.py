@@ -10,6 +10,7 @@ import hashlib
 import re
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,8 @@ def load_model(source: Source, dtype: str, device: str) -> nn.Module:
         devices = devices[: enough(weights, free)]
     if len(devices) > 1:
         arguments["device_map"] = spread(read_config(source).num_hidden_layers, devices)
+    elif devices[0].type == "cuda" and find_spec("accelerate"):
+        arguments["device_map"] = {"": devices[0]}  # tensor by tensor, and never all of them in main memory
     logging.disable_progress_bar()
     # the GGUF reader draws a bar of its own, on a terminal or not
     silence = redirect_stderr(StringIO()) if source.gguf else nullcontext()

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -262,6 +263,25 @@ def test_a_model_arrives_ready_for_forward_passes(copy):
     loaded = dict(model.named_parameters())
     assert loaded.keys() == expected.keys()
     assert all(loaded[name].equal(expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("installed", "given"), [(True, {"": torch.device("cuda")}), (False, None)])
+def test_weights_go_straight_to_a_gpu(installed: bool, given: object, saved, monkeypatch):
+    """As far as that can be seen without one: what transformers is asked for."""
+    from transformers import AutoModelForCausalLM
+
+    asked = []
+
+    def loads(*_: object, **arguments: object) -> tuple[object, dict[str, object]]:
+        asked.append(arguments.get("device_map"))
+        return MagicMock(), {"missing_keys": set()}
+
+    monkeypatch.setattr("pgprune_cli.loading.devices_of", lambda device: [torch.device(device)])
+    monkeypatch.setattr("pgprune_cli.loading.find_spec", lambda name: installed)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loads)
+    load_model(resolve(str(saved)), "float32", "cuda")
+    load_model(resolve(str(saved)), "float32", "cpu")
+    assert asked == [given, None]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
