@@ -398,8 +398,10 @@ def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
 
 
 def _complain(text: str) -> None:
-    for line in text.splitlines():
-        print(f"pgprune: {line}", file=sys.stderr)
+    from pgprune_cli.strict_yaml import one_line
+
+    for line in text.splitlines():  # of which parts may come from files, and so what terminals take for commands
+        print(f"pgprune: {one_line(line)}", file=sys.stderr)
 
 
 def _quoted(word: str) -> str:

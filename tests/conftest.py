@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -154,3 +155,10 @@ def small():
         return load(find("demo"), [*SMALL, *overrides])
 
     return recipe
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """How many inputs the tests of fuzz/ tried, where they ran."""
+    if inputs := sys.modules.get("inputs"):
+        terminalreporter.section("inputs tried")
+        terminalreporter.write_line(inputs.report())

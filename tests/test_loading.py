@@ -10,7 +10,17 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.loading import DEMO_MODEL, INDEX, Source, devices_of, load_model, load_tokenizer, resolve, spread
+from pgprune_cli.loading import (
+    DEMO_MODEL,
+    INDEX,
+    Source,
+    check_prunable,
+    devices_of,
+    load_model,
+    load_tokenizer,
+    resolve,
+    spread,
+)
 
 
 def refused(name: object) -> str:
@@ -360,3 +370,25 @@ def test_a_spread_names_every_part_of_a_model():
     places = spread(4, [torch.device("cpu")])
     for name, _ in model.named_parameters():
         assert sum(name.startswith(f"{module}.") for module in places) == 1, name
+
+
+# --- what cannot be pruned is seen before anything is loaded
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "holds quantised weights, which cannot be cut"),
+        ({"model_type": "gpt2"}, "model type 'gpt2' is not supported; pgprune prunes llama, mistral, qwen2, qwen3"),
+    ],
+)
+def test_what_cannot_be_pruned(change, said, copy):
+    path = copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=said):
+        check_prunable(resolve(str(copy)))
+
+
+def test_what_can_be_pruned(saved):
+    check_prunable(resolve(str(saved)))
+    check_prunable(Source("x", saved, "x.gguf"))  # is not read twice
