@@ -233,7 +233,9 @@ def test_weights_of_another_shape_are_refused(copy):
     save_file(tensors | {name: tensors[name][:5].clone()}, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError) as caught:
         load_model(resolve(str(copy)), "auto", "cpu")
-    assert str(caught.value).startswith(f"{copy}: cannot be loaded: ")
+    assert "1 weights do not fit its config: model.layers.1.mlp.up_proj.weight has the shape (5, 32)" in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize("config", ["{", "[]", '{"model_type": "llama", "num_attention_heads": "x"}'])
@@ -392,3 +394,15 @@ def test_what_cannot_be_pruned(change, said, copy):
 def test_what_can_be_pruned(saved):
     check_prunable(resolve(str(saved)))
     check_prunable(Source("x", saved, "x.gguf"))  # is not read twice
+
+
+def test_weights_that_do_not_fit_the_config_are_named(copy, capfd):
+    path = copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 23}))
+    with pytest.raises(UserError) as caught:
+        load_model(resolve(str(copy)), "auto", "cpu")
+    assert str(caught.value) == (
+        f"{copy}: 12 weights do not fit its config: model.layers.0.mlp.down_proj.weight has the shape (32, 24), and by "
+        "the config it should be (32, 23)"
+    )
+    assert capfd.readouterr().err == "", "a line for the user, no table"
