@@ -396,6 +396,11 @@ def test_the_command_that_goes_on_finishes_the_search() -> None:
 # --- what there is to look at
 
 
+def test_what_terminals_take_for_commands_is_shown_as_text(pgprune) -> None:
+    code, _, err = pgprune("verify", "\x1b[2Jnothing")
+    assert (code, err) == (2, "pgprune: \\x1b[2Jnothing: no such file or directory\n")
+
+
 def test_verify_says_what_is_whole_and_what_is_not(pgprune) -> None:
     from pgprune_cli.run_files import RECORD
 
