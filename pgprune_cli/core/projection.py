@@ -31,12 +31,19 @@ def project_onto(wanted: Tensor, weight: Tensor, kept: int, low: Tensor) -> Tens
     KKT: x = clip(wanted − ν, low, 1) for one ν. Σ weight·x falls piecewise linearly in ν, so its root is found exactly.
     An entry starts to fall at ν = wanted − 1 (it leaves 1) and stops at ν = wanted − low. A `kept` out of reach gives
     the nearest that is in reach: all entries at `low`, or all at 1.
+
+    The greatest entries that together could have what is kept end with a pivot, and ν is in [pivot − 1, pivot]. Entries
+    further than 2 from it are at a bound in any case, so that none of them, however far, costs the others their digits.
     """
     total = weight.sum()
     if kept <= (weight * low).sum():
         return low.clone()
     if kept >= total:
         return torch.ones_like(wanted)
+    falling = wanted.argsort(descending=True)
+    could = (weight * (1.0 - low))[falling].cumsum(0)
+    pivot = wanted[falling][torch.searchsorted(could, kept - (weight * low).sum()).clamp_max(len(wanted) - 1)]
+    wanted = (wanted - pivot).clamp(-2.0, 2.0)
     bends, order = torch.cat([wanted - 1.0, wanted - low]).sort()
     slope = torch.cat([weight, -weight])[order].cumsum(0)
     fallen = torch.cat([bends.new_zeros(1), (slope[:-1] * bends.diff()).cumsum(0)])
