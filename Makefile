@@ -27,6 +27,13 @@ test-gpu: $(BIN)/.dev
 test-serving: $(SERVING)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(SERVING)/bin/python -m pytest -m serving tests/serving
 
+# Forty times the inputs of the suite, others each time: hours. FUZZ=4 make fuzz is shorter.
+fuzz: $(BIN)/.dev
+	FUZZ=$${FUZZ:-40} OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --timeout 0 tests/fuzz
+	if $(BIN)/python -m pip install --quiet --disable-pip-version-check atheris; \
+		then $(BIN)/python tests/fuzz/guided_recipes.py -max_total_time=600; \
+		else echo "atheris has no wheel for this Python: left out"; fi
+
 # Known vulnerabilities of everything that is installed. It asks pypi.org; what it lists as skipped, it knows nothing of.
 audit: $(BIN)/.dev $(AUDIT)/.installed
 	$(AUDIT)/bin/pip-audit --skip-editable --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"

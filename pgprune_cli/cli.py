@@ -519,10 +519,12 @@ def _resumable() -> Iterator[None]:
 
 
 def _complain(text: str) -> None:
+    from pgprune_cli.strict_yaml import one_line
+
     ranks = of_environment()
     who = "pgprune" if ranks.world == 1 else f"pgprune, rank {ranks.rank}"
-    for line in text.splitlines():
-        print(f"{who}: {line}", file=STDERR)
+    for line in text.splitlines():  # of which parts may come from files, and so what terminals take for commands
+        print(f"{who}: {one_line(line)}", file=STDERR)
 
 
 def _quoted(word: str) -> str:

@@ -201,7 +201,7 @@ def _from_file(path: Path) -> Iterator[str]:
             for batch in file.iter_batches(columns=["text"]):
                 yield from (text for text in batch["text"].to_pylist() if text)
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path}: not a readable parquet file ({error})") from None
+            raise UserError(f"{path}: not a readable parquet file ({' '.join(str(error).split())})") from None
     elif path.suffix == ".jsonl":
         for number, line in enumerate(_text(path).split("\n"), 1):
             if line.strip():
@@ -222,11 +222,13 @@ def _text(path: Path) -> str:
 def _text_of_row(line: str, place: str) -> str:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not JSON ({error})") from None
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise UserError(f"{place}: expected an object with a text in 'text'")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # JSON can say so, and no tokenizer takes it
+        raise UserError(f"{place}: half of a surrogate pair (\\ud800 to \\udfff), which is no letter")
     return text
 
 

@@ -10,6 +10,7 @@ import hashlib
 import re
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
+from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def read_config(source: Source) -> Any:
     try:
         return AutoConfig.from_pretrained(source.directory, trust_remote_code=False, **arguments)
     except Exception as error:  # the loaders raise dozens of kinds for files that are not what they should be
-        raise UserError(f"{source.name}: its config cannot be used: {_reason(error)}") from error
+        raise UserError(f"{source.name}: its config cannot be used: {reason_of(error)}") from error
 
 
 def check_prunable(source: Source) -> None:
@@ -136,6 +137,7 @@ def load_model(source: Source, dtype: str, device: str) -> nn.Module:
     devices = devices_of(device)
     arguments: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     arguments |= {"use_safetensors": True, "trust_remote_code": False}
+    arguments["ignore_mismatched_sizes"] = True  # which are refused below, by their names
     check_directory(source.name, source.directory)
     source.weight_files()
     if source.gguf is not None:
@@ -146,6 +148,10 @@ def load_model(source: Source, dtype: str, device: str) -> nn.Module:
         devices = devices[: enough(weights, free)]
     if len(devices) > 1:
         arguments["device_map"] = spread(read_config(source).num_hidden_layers, devices)
+    elif devices[0].type == "cuda" and find_spec("accelerate"):
+        arguments["device_map"] = {"": devices[0]}  # tensor by tensor, and never all of them in main memory
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # or a table of all that does not fit would come before the line that says so
     logging.disable_progress_bar()
     # the GGUF reader draws a bar of its own, on a terminal or not
     silence = redirect_stderr(StringIO()) if source.gguf else nullcontext()
@@ -153,9 +159,16 @@ def load_model(source: Source, dtype: str, device: str) -> nn.Module:
         with silence:
             model, info = AutoModelForCausalLM.from_pretrained(source.directory, output_loading_info=True, **arguments)
     except Exception as error:  # the loaders raise dozens of kinds for files that are not what they should be
-        raise UserError(f"{source.name}: cannot be loaded: {_reason(error)}") from error
+        raise UserError(f"{source.name}: cannot be loaded: {reason_of(error)}") from error
     finally:
         logging.enable_progress_bar()
+        logging.set_verbosity(verbosity)
+    if misfits := sorted(info["mismatched_keys"]):
+        name, stored, wanted = misfits[0]
+        raise UserError(
+            f"{source.name}: {len(misfits)} weights do not fit its config: {name} has the shape {tuple(stored)}, and "
+            f"by the config it should be {tuple(wanted)}"
+        )
     if missing := sorted(info["missing_keys"]):  # which transformers makes up, with a warning
         raise UserError(f"{source.name}: its files lack {len(missing)} weights, the first is {missing[0]}")
     if len(devices) == 1:
@@ -181,7 +194,7 @@ def _empty(source: Source, dtype: str) -> nn.Module:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, wanted))
     except Exception as error:  # of dozens of kinds, see above
-        raise UserError(f"{source.name}: no model can be made of its config: {_reason(error)}") from error
+        raise UserError(f"{source.name}: no model can be made of its config: {reason_of(error)}") from error
     return model.eval().requires_grad_(False)
 
 
@@ -204,7 +217,7 @@ def load_tokenizer(source: Source) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False, **arguments)
     except Exception as error:  # of dozens of kinds, see above
-        raise UserError(f"{source.name}: its tokenizer cannot be loaded: {_reason(error)}") from error
+        raise UserError(f"{source.name}: its tokenizer cannot be loaded: {reason_of(error)}") from error
 
 
 def _in_directory(name: str, directory: Path, weights: bool) -> Source:
@@ -247,7 +260,7 @@ def _gguf_arguments(file: str) -> dict[str, Any]:
     return arguments | {"quantization_config": GgufConfig(dequantize=True)}
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """Why a loader failed; it would ask for an argument that users have not."""
     return (
         "it needs code of its own (auto_map), and none is run"

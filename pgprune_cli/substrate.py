@@ -18,7 +18,7 @@ from pgprune_cli.arch import Block, Keep, Output, Outputs, Shape, gather_units
 from pgprune_cli.errors import RunError
 
 LOGIT_ROWS = 512
-"""Positions whose logits exist at a time: 512 × a 128k vocabulary in float32 is 262 MB."""
+"""Positions whose logits exist at a time: of a 128k vocabulary 262 MB in float32, and as much for their log-softmax."""
 
 
 @torch.inference_mode()
@@ -27,7 +27,8 @@ def summed_loss(model: nn.Module, tokens: Tensor) -> Tensor:
 
     Logits exist for a few hundred positions at a time only, and nothing waits for the device.
     """
-    hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+    with _one_window_a_row():
+        hidden = model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
     head = model.get_output_embeddings()
     rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     targets = tokens[:, 1:].reshape(-1).to(rows.device)
@@ -35,6 +36,21 @@ def summed_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     for some, wanted in zip(rows.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
         total += functional.cross_entropy(head(some).float(), wanted, reduction="sum")
     return total
+
+
+@contextmanager
+def _one_window_a_row() -> Iterator[None]:
+    """Inside, transformers takes a row of tokens for one window. Else it reads that off the positions in each forward,
+    which on a GPU keeps the host waiting for all that it has launched."""
+    from transformers import masking_utils
+
+    name = "find_packed_sequence_indices"
+    known = getattr(masking_utils, name)
+    setattr(masking_utils, name, lambda position_ids: None)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, known)
 
 
 class NoAttention(nn.Module):
@@ -117,6 +133,11 @@ def shrunk_block(
     return _replaced(layer, block.module, NoAttention() if name == "attention" else NoFeedForward())
 
 
+def _sent(index: Tensor, device: torch.device) -> Tensor:
+    """A small tensor of the host on the device. What a GPU reads from pinned memory the host need not wait for."""
+    return (index.pin_memory() if device.type == "cuda" else index).to(device, non_blocking=True)
+
+
 @contextmanager
 def _replaced(layer: nn.Module, name: str, stub: nn.Module) -> Iterator[None]:
     dense = layer.get_submodule(name)
@@ -131,7 +152,7 @@ def _replaced(layer: nn.Module, name: str, stub: nn.Module) -> Iterator[None]:
 def _gathered(module: nn.Module, block: Block, mask: Tensor, output: Output | None) -> Iterator[None]:
     """While inside, every forward of `module` runs on the kept units of its projections."""
     linears = [(module.get_submodule(projection.name), projection) for projection in block.projections]
-    kept = mask.nonzero().squeeze(1).to(linears[0][0].weight.device, non_blocking=True)
+    kept = _sent(mask.nonzero().squeeze(1), linears[0][0].weight.device)
     dense: list[tuple[nn.Module, str, nn.Parameter | None, Tensor | None]] = []
 
     def put(linear: nn.Module, key: str, value: Tensor) -> None:

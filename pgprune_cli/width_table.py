@@ -88,8 +88,8 @@ def width_table(
     """Solves every block of the dense model at every level, from one pass over `batches` of tokens `(B, T)`.
 
     `saliency` per (layer, block) gives the order in which units go. Without `solve` the errors are those of the removal
-    alone. FFN widths are multiples of `ffn_multiple`. Memory: one layer's moments, and the outputs on the CPU in the
-    model's dtype.
+    alone. FFN widths are multiples of `ffn_multiple`. Memory: one layer's moments, and the outputs in the model's
+    dtype, on the CPU or on a GPU with room for them.
     """
     shape = Shape.of(model)
     roots = error_roots(model, batches)
@@ -137,11 +137,21 @@ def _solve_levels(
             if 0 < kept < count:
                 solution = torch.linalg.solve_triangular(factor[:some, :some].T, forward[:some], upper=True)
                 ascending = columns[:some].argsort()
-                outputs[kept] = Output(solution[ascending].T.to(linear.weight.dtype).cpu(), linear.bias)
+                repaired = _put_away(solution[ascending].T.to(linear.weight.dtype))
+                outputs[kept] = Output(repaired, linear.bias)
         else:
             rest = felt[:, some:]
             points.append((rest @ ordered[some:, some:] * rest).sum())
     return _interpolated(torch.tensor(widths), (torch.stack(points) * moments.weight).cpu(), count), outputs
+
+
+def _put_away(weight: Tensor) -> Tensor:
+    """Where steps find it again: on its GPU as long as half of it is free, as a copy takes longer than a product."""
+    if weight.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(weight.device)
+        if free > total // 2:
+            return weight
+    return weight.cpu()
 
 
 def _interpolated(widths: Tensor, points: Tensor, count: int) -> Tensor:

@@ -214,3 +214,10 @@ def searching(finished: dict[str, Path], tmp_path: Path) -> Path:
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "losses": [1.')
     return run
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """How many inputs the tests of fuzz/ tried, where they ran."""
+    if inputs := sys.modules.get("inputs"):
+        terminalreporter.section("inputs tried")
+        terminalreporter.write_line(inputs.report())

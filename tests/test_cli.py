@@ -396,6 +396,11 @@ def test_the_command_that_goes_on_finishes_the_search() -> None:
 # --- what there is to look at
 
 
+def test_what_terminals_take_for_commands_is_shown_as_text(pgprune) -> None:
+    code, _, err = pgprune("verify", "\x1b[2Jnothing")
+    assert (code, err) == (2, "pgprune: \\x1b[2Jnothing: no such file or directory\n")
+
+
 def test_verify_says_what_is_whole_and_what_is_not(pgprune) -> None:
     from pgprune_cli.run_files import RECORD
 
@@ -416,3 +421,20 @@ def test_doctor_says_what_is_fine_and_what_is_not(pgprune) -> None:
     code, out, _ = pgprune("doctor", "demo", "--set", "model=nowhere", "--json")
     assert code == 1
     assert [row["name"] for row in json.loads(out)["findings"] if row["fix"]] == ["model"]
+
+
+# --- report
+
+
+def test_a_report_says_where_it_is_and_of_what(pgprune, finished, tmp_path) -> None:
+    pytest.importorskip("altair", reason="pgprune[report] is not installed")
+    code, out, err = pgprune("report", *map(str, finished.values()), "--out", "both.html", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {
+        "report": "both.html",
+        "runs": [{"run": str(run), "state": "finished"} for run in finished.values()],
+    }
+    assert (tmp_path / "both.html").read_text().startswith("<!doctype html>")
+    code, out, err = pgprune("report", str(tmp_path))
+    assert (code, out) == (2, "")
+    assert err == f"pgprune: {tmp_path}: no run of a search here, it has no recipe.yaml; `pgprune search` makes one\n"

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 import pgprune_cli.demo
 from pgprune_cli import data
-from pgprune_cli.data import NAMED, Batches, cache_directory, calibration_text, tokens_of, windows
+from pgprune_cli.data import NAMED, Batches, cache_directory, calibration_text, check_vocabulary, tokens_of, windows
 from pgprune_cli.errors import UserError
 
 TEXTS = ["Mira owned one red kite.", "The old king slept.", "It was Monday and the geese were loud."]
@@ -445,3 +445,10 @@ def test_a_position_names_its_batch_whatever_was_drawn_before() -> None:
     assert torch.equal(batches.at(17), alone)
     torch.manual_seed(123)
     assert torch.equal(batches.at(17), alone)
+
+
+def test_tokens_of_another_models_tokenizer_are_refused():
+    check_vocabulary(torch.tensor([0, 95]), "x.txt", 96)
+    check_vocabulary(torch.tensor([], dtype=torch.int64), "x.txt", 96)
+    with pytest.raises(UserError, match=r"x\.txt: its tokens go up to number 96, and the model has 96 embeddings"):
+        check_vocabulary(torch.tensor([96, 0]), "x.txt", 96)

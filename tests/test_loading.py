@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -15,7 +16,16 @@ from safetensors.torch import load_file, save_file
 from pgprune_cli import loading
 from pgprune_cli.devices import spread
 from pgprune_cli.errors import UserError
-from pgprune_cli.loading import DEMO_MODEL, INDEX, Source, empty_model, load_model, load_tokenizer, resolve
+from pgprune_cli.loading import (
+    DEMO_MODEL,
+    INDEX,
+    Source,
+    check_prunable,
+    empty_model,
+    load_model,
+    load_tokenizer,
+    resolve,
+)
 from pgprune_cli.streaming import layer_inputs
 from pgprune_cli.substrate import Evaluator
 
@@ -244,7 +254,9 @@ def test_weights_of_another_shape_are_refused(copy):
     save_file(tensors | {name: tensors[name][:5].clone()}, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError) as caught:
         load_model(resolve(str(copy)), "auto", "cpu")
-    assert str(caught.value).startswith(f"{copy}: cannot be loaded: ")
+    assert "1 weights do not fit its config: model.layers.1.mlp.up_proj.weight has the shape (5, 32)" in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize("config", ["{", "[]", '{"model_type": "llama", "num_attention_heads": "x"}'])
@@ -262,6 +274,25 @@ def test_a_model_arrives_ready_for_forward_passes(copy):
     loaded = dict(model.named_parameters())
     assert loaded.keys() == expected.keys()
     assert all(loaded[name].equal(expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("installed", "given"), [(True, {"": torch.device("cuda")}), (False, None)])
+def test_weights_go_straight_to_a_gpu(installed: bool, given: object, saved, monkeypatch):
+    """As far as that can be seen without one: what transformers is asked for."""
+    from transformers import AutoModelForCausalLM
+
+    asked = []
+
+    def loads(*_: object, **arguments: object) -> tuple[object, dict[str, object]]:
+        asked.append(arguments.get("device_map"))
+        return MagicMock(), {"missing_keys": set()}
+
+    monkeypatch.setattr("pgprune_cli.loading.devices_of", lambda device: [torch.device(device)])
+    monkeypatch.setattr("pgprune_cli.loading.find_spec", lambda name: installed)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loads)
+    load_model(resolve(str(saved)), "float32", "cuda")
+    load_model(resolve(str(saved)), "float32", "cpu")
+    assert asked == [given, None]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -379,3 +410,37 @@ def test_the_hubs_files_are_looked_for_where_hf_home_says(tmp_path):
     home.pop("HF_HUB_CACHE", None)
     done = subprocess.run([sys.executable, "-c", code], env=home, capture_output=True, text=True, check=False)
     assert done.stdout == f"{snapshot}\n", done.stderr
+
+
+# --- what cannot be pruned is seen before anything is loaded
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "holds quantised weights, which cannot be cut"),
+        ({"model_type": "gpt2"}, "model type 'gpt2' is not supported; pgprune prunes llama, mistral, qwen2, qwen3"),
+    ],
+)
+def test_what_cannot_be_pruned(change, said, copy):
+    path = copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=said):
+        check_prunable(resolve(str(copy)))
+
+
+def test_what_can_be_pruned(saved):
+    check_prunable(resolve(str(saved)))
+    check_prunable(Source("x", saved, "x.gguf"))  # is not read twice
+
+
+def test_weights_that_do_not_fit_the_config_are_named(copy, capfd):
+    path = copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 23}))
+    with pytest.raises(UserError) as caught:
+        load_model(resolve(str(copy)), "auto", "cpu")
+    assert str(caught.value) == (
+        f"{copy}: 12 weights do not fit its config: model.layers.0.mlp.down_proj.weight has the shape (32, 24), and by "
+        "the config it should be (32, 23)"
+    )
+    assert capfd.readouterr().err == "", "a line for the user, no table"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -9,6 +10,11 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.core.space import Budget, MaskSpace
+
+PASSES = 200
+"""At most, every third of them a bisection; ten are many, and 66 halvings leave no float64 between the bounds."""
+FAR = 1e3
+"""A spread of what is projected from which on its greatest entries cost the others digits."""
 
 
 def project(theta: Tensor, space: MaskSpace, budget: Budget) -> Tensor:
@@ -28,21 +34,48 @@ def project(theta: Tensor, space: MaskSpace, budget: Budget) -> Tensor:
 def project_onto(wanted: Tensor, weight: Tensor, kept: int, low: Tensor) -> Tensor:
     """argmin Σ weight·(x − wanted)² over {low ≤ x ≤ 1, Σ weight·x = kept}, all `(m,)` float64.
 
-    KKT: x = clip(wanted − ν, low, 1) for one ν. Σ weight·x falls piecewise linearly in ν, so its root is found exactly.
-    An entry starts to fall at ν = wanted − 1 (it leaves 1) and stops at ν = wanted − low. A `kept` out of reach gives
-    the nearest that is in reach: all entries at `low`, or all at 1.
+    KKT: x = clip(wanted − ν, low, 1) for one ν. Σ weight·x falls piecewise linearly in ν, so that Newton's method, kept
+    between bounds, ends on the root's own piece, and there it is exact. It begins at ν = 0, the root where `wanted` has
+    hardly moved, and takes a few passes where sorting the bends would take twenty. A `kept` out of reach gives the
+    nearest that is in reach: all entries at `low`, or all at 1.
     """
     total = weight.sum()
     if kept <= (weight * low).sum():
         return low.clone()
     if kept >= total:
         return torch.ones_like(wanted)
-    bends, order = torch.cat([wanted - 1.0, wanted - low]).sort()
-    slope = torch.cat([weight, -weight])[order].cumsum(0)
-    fallen = torch.cat([bends.new_zeros(1), (slope[:-1] * bends.diff()).cumsum(0)])
-    before = int(torch.searchsorted(fallen, total - kept, right=True)) - 1
-    nu = bends[before] + (total - kept - fallen[before]) / slope[before]
-    return (wanted - nu).clamp(low, torch.ones_like(low))
+    if wanted.max() - wanted.min() > FAR:
+        wanted = _near(wanted, weight, kept, low)
+    ones = torch.ones_like(low)
+    least, greatest = float((wanted - 1.0).min()), float((wanted - low).max())
+    nu = min(max(0.0, least), greatest)
+    for number in range(PASSES):
+        moved = (wanted - nu).clamp(low, ones)
+        excess = float(weight @ moved) - kept
+        if excess == 0.0:
+            break
+        least, greatest = (nu, greatest) if excess > 0 else (least, nu)
+        slope = float(weight[(moved > low) & (moved < 1.0)].sum())
+        following = nu + excess / slope if slope > 0 else math.nan
+        # Newton alone might creep from piece to piece; and where two pieces meet, go from one to the other for ever.
+        if number % 3 == 2 or not least < following < greatest:
+            following = (least + greatest) / 2
+        if not least < following < greatest:
+            break
+        nu = following
+    return (wanted - nu).clamp(low, ones)
+
+
+def _near(wanted: Tensor, weight: Tensor, kept: int, low: Tensor) -> Tensor:
+    """`wanted`, moved so that the root is within [−1, 0], and cut off where an entry is at a bound in any case.
+
+    The greatest entries that together could have what is kept end with a pivot, and ν is in [pivot − 1, pivot]. Without
+    the entries further than 2 from it none, however far, costs the others their digits.
+    """
+    falling = wanted.argsort(descending=True)
+    could = (weight * (1.0 - low))[falling].cumsum(0)
+    pivot = wanted[falling][torch.searchsorted(could, kept - (weight * low).sum()).clamp_max(len(wanted) - 1)]
+    return (wanted - pivot).clamp(-2.0, 2.0)
 
 
 def hard_mask(theta: Tensor, space: MaskSpace, budget: Budget) -> Tensor:

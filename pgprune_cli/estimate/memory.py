@@ -18,7 +18,8 @@ from pgprune_cli.substrate import LOGIT_ROWS
 class Memory:
     """Bytes. On the device: weights; activations of one forward, its logits with them; slices of one block;
     covariances of one layer, with what they are solved in; gradients of the metric taylor, with all that a backward
-    pass keeps. In the host's memory: hidden states of the calibration text, and the repaired projections of all widths.
+    pass keeps. In the host's memory: hidden states of the calibration text, and the repaired projections of all widths
+    (which go to a GPU as long as half of it is free).
     """
 
     weights: int

@@ -48,7 +48,7 @@ class Finding:
 
 def doctor(recipe: Recipe | None = None) -> list[Finding]:
     """Of the machine, and with a recipe of its model and data, too."""
-    findings = [_python(), *_packages(), _extras(), *_torch(), *_disks(), *_hub()]
+    findings = [_python(), *_packages(), *_torch(), *_disks(), *_hub()]
     return [*findings, *_model(recipe), *_data(recipe)] if recipe else findings
 
 
@@ -61,9 +61,13 @@ def _python() -> Finding:
 
 
 def _packages() -> Iterator[Finding]:
-    """What every verb needs."""
-    missing = _unmet("")
-    yield Finding("packages", "; ".join(missing) or "all there", "pip install --upgrade pgprune" if missing else "")
+    """What every verb needs, and what some do."""
+    try:
+        missing = _unmet("")
+        yield Finding("packages", "; ".join(missing) or "all there", "pip install --upgrade pgprune" if missing else "")
+        yield _extras()
+    except metadata.PackageNotFoundError:
+        yield Finding("packages", "pgprune runs from its sources, and nobody knows what it needs", "pip install -e .")
 
 
 def _extras() -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ def estimate(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
 
     Raises UserError for a model whose config is not to be had or cannot be pruned, and for a device that is not there.
     """
-    device = devices_of(recipe.device)[0]
+    devices = devices_of(recipe.device)
+    device = devices[0]
     sizes = Sizes(empty_model(recipe.model, recipe.dtype), recipe)
     text = empty_text(recipe)
     step = text.search[: recipe.calibration.batch]
@@ -44,7 +46,7 @@ def estimate(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
         "model": recipe.model,
         "parameters": sum(parameter.numel() for parameter in sizes.model.parameters()),
         "dtype": _name(sizes.dtype),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+        "device": _of_all(devices),
         "memory": vars(needed) | {"device": needed.device, "host": needed.host},
         "forwards": {
             "search": schedule.steps * schedule.samples,
@@ -67,6 +69,12 @@ def empty_text(recipe: Recipe) -> CalibrationText:
 
     stream = tokens(wanted.sequences * wanted.seqlen)
     return CalibrationText(stream.view(-1, wanted.seqlen), tokens(wanted.heldout, wanted.seqlen), stream)
+
+
+def _of_all(devices: Sequence[torch.device]) -> str:
+    """What the devices are called that share the weights, all of the first one's kind."""
+    name = torch.cuda.get_device_name(devices[0]) if devices[0].type == "cuda" else str(devices[0])
+    return name if len(devices) == 1 else f"up to {len(devices)} × {name} together"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -18,6 +18,7 @@ from pgprune_cli.jobs.compare import TABLE_JSON
 from pgprune_cli.recipe_reader import load
 from pgprune_cli.run_files import EVALUATION_FILE, MASKS, METRICS_FILE, RECIPE_FILE, RECORD, REPAIR, SCORES
 from pgprune_cli.scores import Scores
+from pgprune_cli.strict_yaml import one_line
 from pgprune_cli.writers import gguf_seal, sums
 
 Faults = Iterator[str]
@@ -57,11 +58,11 @@ def verify(path: Path) -> Verdict:
 
 
 def _lines(faults: Faults) -> Faults:
-    """These, and after them the one that they stop at."""
+    """These, and after them the one that they stop at; a line each, whatever the names in it hold."""
     try:
-        yield from faults
+        yield from map(one_line, faults)
     except UserError as error:
-        yield from str(error).splitlines()
+        yield from map(one_line, str(error).splitlines())
 
 
 # --- the parts of a run, by the run directory

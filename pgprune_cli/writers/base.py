@@ -22,7 +22,7 @@ from pgprune_cli.arch import Keep, Shape
 from pgprune_cli.atomic import read_json, write_json
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
-from pgprune_cli.loading import Source, load_model, load_tokenizer, read_config
+from pgprune_cli.loading import Source, load_model, load_tokenizer, read_config, reason_of
 from pgprune_cli.writers.weights import DTYPES
 
 SIDE_FILES = (
@@ -84,7 +84,7 @@ def _from_directory(source: Source) -> tuple[Base, nn.Module]:
         with torch.device("meta"):
             model = build(config)
     except Exception as error:  # of dozens of kinds
-        raise UserError(f"{source.name}: its config.json cannot be used: {error}") from error
+        raise UserError(f"{source.name}: its config.json cannot be used: {reason_of(error)}") from error
     files = source.weight_files()
     shards = [_shard_of(path) for path in files]
     if config.tie_word_embeddings and _is_duplicate(shards):

@@ -53,6 +53,14 @@ def test_packages_that_are_absent_or_old(monkeypatch) -> None:
     assert job._unmet("vllm")[0].startswith("vllm ")
 
 
+def test_sources_that_are_not_installed(monkeypatch) -> None:
+    def absent(name: str):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", absent)
+    assert [finding.fix for finding in job._packages()] == ["pip install -e ."]
+
+
 def test_extras_are_nobodys_fault(monkeypatch) -> None:
     monkeypatch.setattr(metadata, "requires", lambda _: ["surely-nothing>=2; extra == 'vllm'", "typer>=0.1"])
     finding = job._extras()

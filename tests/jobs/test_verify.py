@@ -250,6 +250,11 @@ def test_the_card_is_for_people_to_edit(out: Path) -> None:
     assert faults(out / "hf") == []
 
 
+def test_a_name_that_would_be_two_lines(out: Path) -> None:
+    (out / "hf" / "a\n\x1b[2J.py").touch()
+    assert faults(out / "hf") == [f"{out / 'hf'}/a\\n\\x1b[2J.py: code that pgprune did not put there"]
+
+
 def test_a_list_that_is_none(out: Path) -> None:
     (out / "hf" / sums.SUMS).write_text("0" * 64 + "  ../config.json\n")
     assert "damaged" in faults(out / "hf")[0]
