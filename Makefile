@@ -7,8 +7,10 @@ TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 SOURCES := pgprune_cli tests scripts
 # The serving runtimes hold other libraries back, and are 4 GB: an environment of their own.
 SERVING ?= .venv-serving
+# pip-audit's own packages are not what it is to look at.
+AUDIT ?= .venv-audit
 
-.PHONY: demo test test-gpu test-serving check docs format clean
+.PHONY: demo test soak fuzz test-gpu test-serving audit check references docs format clean
 
 demo: $(BIN)/pgprune
 	$(BIN)/python scripts/demo.py
@@ -16,20 +18,40 @@ demo: $(BIN)/pgprune
 test: check
 	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
+soak: $(BIN)/.dev
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m soak
+
 test-gpu: $(BIN)/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu tests/gpu
 
 test-serving: $(SERVING)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(SERVING)/bin/python -m pytest -m serving tests/serving
 
+# Forty times the inputs of the suite, others each time: hours. FUZZ=4 make fuzz is shorter.
+fuzz: $(BIN)/.dev
+	FUZZ=$${FUZZ:-40} OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --timeout 0 tests/fuzz
+	if $(BIN)/python -m pip install --quiet --disable-pip-version-check atheris; \
+		then $(BIN)/python tests/fuzz/guided_recipes.py -max_total_time=600; \
+		else echo "atheris has no wheel for this Python: left out"; fi
+
+# Known vulnerabilities of everything that is installed. It asks pypi.org; what it lists as skipped, it knows nothing of.
+audit: $(BIN)/.dev $(AUDIT)/.installed
+	$(AUDIT)/bin/pip-audit --skip-editable --path "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
 check: $(BIN)/.dev
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 	$(BIN)/mypy
 	$(BIN)/python scripts/write_cli_reference.py --check
+	$(BIN)/python scripts/write_recipe_reference.py --check
 
-docs: $(BIN)/.dev
+references: $(BIN)/.dev
 	$(BIN)/python scripts/write_cli_reference.py
+	$(BIN)/python scripts/write_recipe_reference.py
+	$(BIN)/python scripts/draw_method.py
+
+docs: references
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: $(BIN)/.dev
 	$(BIN)/ruff check --fix $(SOURCES)
@@ -53,5 +75,10 @@ $(SERVING)/.installed: pyproject.toml
 	$(SERVING)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+$(AUDIT)/.installed:
+	$(PYTHON) -m venv $(AUDIT)
+	$(AUDIT)/bin/python -m pip install --quiet --disable-pip-version-check pip-audit
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(SERVING) .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(SERVING) $(AUDIT) site .pytest_cache .mypy_cache .ruff_cache

@@ -1,3 +1,7 @@
 """pgprune: structurally smaller language models by policy gradient, forward passes only."""
 
 __version__ = "0.1.0"
+
+from pgprune_cli.api import Pruned, prune
+
+__all__ = ["Pruned", "__version__", "prune"]

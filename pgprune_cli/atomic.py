@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from pgprune_cli.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SEAL = "sha256"
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -27,15 +32,28 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
 
 
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Like `write_json`, with a checksum of its own."""
+    write_json(path, sealed(record))
+
+
+def sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """The record with its own checksum: a digit that flipped is as bad as a tensor that did."""
+    rest = {key: value for key, value in record.items() if key != SEAL}
+    return rest | {SEAL: hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+
+
 @contextmanager
 def new_file(out: Path) -> Iterator[Path]:
     """A name beside `out` whose file replaces `out`, synced, when the `with` ends well, and else vanishes."""
     temporary = _beside(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(out.parent)
+    _sweep(out)
     try:
-        yield temporary
-        sync_directory(temporary)  # which does for files too
-        temporary.replace(out)
+        with _held(temporary, os.O_RDWR | os.O_CREAT):
+            yield temporary
+            sync_directory(temporary)  # which does for files too
+            temporary.replace(out)
         sync_directory(out.parent)
     except OSError as error:
         raise _of(out, temporary, error) from error
@@ -47,20 +65,64 @@ def new_file(out: Path) -> Iterator[Path]:
 def new_directory(out: Path) -> Iterator[Path]:
     """Likewise a directory; `out` is absent or an empty one."""
     temporary = _beside(out)
+    make_directory(out.parent)
+    _sweep(out)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for path in (*temporary.rglob("*"), temporary):
-            sync_directory(path)
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
+        temporary.mkdir()
+        with _held(temporary, os.O_RDONLY):
+            yield temporary
+            for path in (*temporary.rglob("*"), temporary):
+                sync_directory(path)
+            if out.exists():
+                out.rmdir()
+            temporary.rename(out)
         sync_directory(out.parent)
     except OSError as error:
         raise _of(out, temporary, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_directory(directory: Path) -> None:
+    """Makes it, and what is above it, so that a power cut does not take what will be in it."""
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        sync_directory(path.parent)
+
+
+@contextmanager
+def _held(temporary: Path, flags: int) -> Iterator[None]:
+    """Locks a temporary file or directory, by which others know that its writer lives."""
+    handle = os.open(temporary, flags, 0o666)
+    try:
+        with suppress(OSError):  # not every file system has locks
+            take(handle)
+        yield
+    finally:
+        os.close(handle)
+
+
+def take(handle: int) -> bool:
+    """Locks an open file for as long as it is open; False where another process has. Raises OSError without locks."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _sweep(out: Path) -> None:
+    """Removes what writers of `out` left that were killed; it may be as large as a model."""
+    for path in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+        with suppress(OSError):  # gone already, or nobody can tell
+            handle = os.open(path, os.O_RDONLY)
+            try:
+                if take(handle):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            finally:
+                os.close(handle)
 
 
 def _of(out: Path, temporary: Path, error: OSError) -> OSError:
@@ -86,11 +148,25 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file of ours. Raises UserError when it is damaged."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: holds a {type(value).__name__}, not an object")
     return value
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """What `write_record` wrote, or an earlier pgprune without a checksum. Raises UserError when it is damaged."""
+    record = read_json(path)
+    if SEAL in record and record != sealed(record):
+        raise UserError(f"{path}: damaged: it is not what was written")
+    return {key: value for key, value in record.items() if key != SEAL}
+
+
+def refuse_newer(path: Path, version: object, known: int) -> None:
+    """Raises UserError for a file of a pgprune that is newer than this one."""
+    if isinstance(version, int) and version > known:
+        raise UserError(f"{path}: of a newer pgprune (version {version}, this one reads {known}); upgrade pgprune")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -102,6 +178,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged or not safetensors ({error})") from None
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """What a whole safetensors file says of itself."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}
 
 
 def checksum(path: Path) -> str:

@@ -6,10 +6,8 @@ two are kept. `metrics.jsonl` grows beside them, and a checkpoint says how many 
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,16 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from pgprune_cli.atomic import checksum, read_json, read_tensors, sync_directory, write_bytes, write_json
+from pgprune_cli.atomic import (
+    checksum,
+    new_directory,
+    read_json,
+    read_tensors,
+    refuse_newer,
+    sealed,
+    write_bytes,
+    write_record,
+)
 from pgprune_cli.core.step import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.errors import UserError
@@ -53,15 +60,12 @@ class Checkpoint:
 def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
     """Writes `checkpoint` into the run directory and drops all but the last two. Returns its directory."""
     state = checkpoint.state
-    folder = run / FOLDER
-    target = folder / f"step-{state.step:08d}"
+    target = run / FOLDER / f"step-{state.step:08d}"
     if target.exists():  # a search that resumes here and stops at once
         return target
-    temporary = folder / f".{target.name}.{os.getpid()}.tmp"
-    temporary.mkdir(parents=True, exist_ok=True)  # a killed process of the same number, as in containers, left it
-    try:
-        values = {entry.name: getattr(state, entry.name) for entry in fields(state)}
-        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    values = {entry.name: getattr(state, entry.name) for entry in fields(state)}
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    with new_directory(target) as temporary:
         write_bytes(temporary / TENSORS, save(tensors))
         record = {
             "version": VERSION,
@@ -76,55 +80,67 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
             "identity": checkpoint.identity,
             "state_sha256": checksum(temporary / TENSORS),
         }
-        write_json(temporary / RECORD, _seal(record))
-        temporary.rename(target)
-        sync_directory(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        write_record(temporary / RECORD, record)
     for old in _all(run)[:-KEPT]:
         shutil.rmtree(old)
     return target
 
 
-def latest_checkpoint(run: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run, or None where it has none. Raises UserError when that one is damaged."""
+def latest_checkpoint(run: Path, skip_damaged: bool = False) -> Checkpoint | None:
+    """The newest checkpoint of a run, or None where it has none. Raises UserError when that one is damaged.
+
+    With `skip_damaged` a damaged one goes, where the one before it is whole, which then is the newest.
+    """
     folders = _all(run)
-    return _load(folders[-1], folders[:-1]) if folders else None
+    if not folders:
+        return None
+    try:
+        return load_checkpoint(folders[-1], folders[:-1])
+    except Damaged:
+        if not skip_damaged or len(folders) == 1:
+            raise
+    before = load_checkpoint(folders[-2], folders[:-2])
+    shutil.rmtree(folders[-1])
+    return before
 
 
-def _load(folder: Path, older: list[Path]) -> Checkpoint:
+class Damaged(UserError):  # noqa: N818  (it says what the file is)
+    """A checkpoint is not what was written."""
+
+
+def load_checkpoint(folder: Path, older: Sequence[Path] = ()) -> Checkpoint:
+    """The checkpoint in `folder`; `older` ones there are. Raises Damaged, or UserError for one of another version."""
+    remedy = f"go on from {older[-1].name}, or search with --skip-damaged" if older else "start this search over"
     try:
         record = read_json(folder / RECORD)
-        if record.get("version") != VERSION:
-            raise UserError(f"version {record.get('version')!r}, and this pgprune reads version {VERSION}")
-        if record != _seal(record):
+        if record != sealed(record):
             raise UserError(f"{RECORD} is not what was written")
-        if not (folder / TENSORS).exists() or checksum(folder / TENSORS) != record["state_sha256"]:
-            raise UserError(f"{TENSORS} is not what was written")
-        tensors = read_tensors(folder / TENSORS)
-        name, rate, steps = record["schedule"]
-        kind = STATES[record["policy"]]
-        values: dict[str, Any] = record | tensors
-        state = kind(**{entry.name: values[entry.name] for entry in fields(kind)})
-        return Checkpoint(
-            state,
-            record["data_position"],
-            (name, rate, steps),
-            record["bad_steps"],
-            record["forwards"],
-            record["seconds"],
-            record["history_bytes"],
-            record["identity"],
-        )
+        if record["version"] == VERSION:
+            return _read(folder, record)
     except (UserError, KeyError, ValueError, TypeError) as error:
-        remedy = f"go on from {older[-1].name}" if older else "start this search over"
-        raise UserError(f"{folder}: damaged checkpoint: {error}; remove that directory to {remedy}") from None
+        raise Damaged(f"{folder}: damaged checkpoint: {error}; remove that directory to {remedy}") from None
+    refuse_newer(folder, record["version"], VERSION)
+    raise UserError(
+        f"{folder}: of version {record['version']}, and this pgprune reads {VERSION}; start over with --out"
+    )
 
 
-def _seal(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with its own checksum: a digit that flipped is as bad as a tensor that did."""
-    rest = {key: value for key, value in record.items() if key != "sha256"}
-    return rest | {"sha256": hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+def _read(folder: Path, record: dict[str, Any]) -> Checkpoint:
+    if not (folder / TENSORS).exists() or checksum(folder / TENSORS) != record["state_sha256"]:
+        raise UserError(f"{TENSORS} is not what was written")
+    name, rate, steps = record["schedule"]
+    kind = STATES[record["policy"]]
+    values: dict[str, Any] = record | read_tensors(folder / TENSORS)
+    return Checkpoint(
+        kind(**{entry.name: values[entry.name] for entry in fields(kind)}),
+        record["data_position"],
+        (name, rate, steps),
+        record["bad_steps"],
+        record["forwards"],
+        record["seconds"],
+        record["history_bytes"],
+        record["identity"],
+    )
 
 
 def _all(run: Path) -> list[Path]:

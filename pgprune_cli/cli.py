@@ -8,38 +8,44 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from pgprune_cli import __version__
+from pgprune_cli import __version__, signals
 from pgprune_cli.distributed import of_environment
-from pgprune_cli.errors import ExitCode, RunError, UserError
-from pgprune_cli.tables import export_line, grid, print_estimate, print_measured, print_plan
+from pgprune_cli.errors import ExitCode, RunError, UserError, advice_on
+from pgprune_cli.options import (
+    AsJson,
+    Limit,
+    Out,
+    Quiet,
+    RecipeName,
+    Set,
+    examples,
+    metric_names,
+    model_names,
+    run_names,
+)
+from pgprune_cli.recipe_verbs import recipes_app
+from pgprune_cli.run_files import runs_folder
+from pgprune_cli.stderr import STDERR
+from pgprune_cli.tables import export_line, grid, print_estimate, print_measured, print_plan, print_result
+from pgprune_cli.usage import usage_fault
 
 if TYPE_CHECKING:
     from pgprune_cli.recipe import Recipe
 
 app = typer.Typer(
     help="Make a language model structurally smaller: learn which heads and FFN channels to keep, forward passes only.",
-    epilog="Start with: pgprune search demo",
+    epilog=examples("search demo", "export runs/demo", "eval models/demo --ppl demo --seqlen 128"),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(recipes_app, name="recipes")
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships.")]
-Out = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="The run directory.  [default: runs/<recipe>]")]
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's key; repeatable.")
-]
 Format = Literal["hf", "gguf", "mlx"]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-Limit = Annotated[
-    int | None,
-    typer.Option(min=1, metavar="N", help="Windows of the shortest length, at most; other lengths read as much."),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 
 
 def _version(wanted: bool) -> None:
@@ -59,13 +65,14 @@ def _program(
         raise UserError(f"{context.invoked_subcommand} is the work of one process; torchrun is for search")
 
 
-@app.command(epilog="Example: pgprune init-scores smollm2-135m-30 --metric magnitude")
+@app.command(epilog=examples("init-scores smollm2-135m-30", "init-scores demo --metric magnitude"))
 def init_scores(
     recipe: RecipeName,
     out: Out = None,
     overrides: Set = None,
     metric: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Saliency metric, instead of the recipe's.")
+        str | None,
+        typer.Option(metavar="NAME", help="Saliency metric, instead of the recipe's.", autocompletion=metric_names),
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -73,20 +80,34 @@ def init_scores(
     """Score every unit of the recipe's model with a saliency metric, the search's start."""
     given = [*(overrides or []), *([f"saliency.metric={metric}"] if metric else [])]
     loaded, run = _open(recipe, out, given)
-    from pgprune_cli.jobs.init_scores import SCORES, init_scores
+    from pgprune_cli.jobs.init_scores import init_scores
+    from pgprune_cli.run_files import SCORES
 
     scores = init_scores(loaded, run, quiet)
     result = {"run": str(run), "scores": str(run / SCORES), "metric": scores.metric}
-    _print(result, as_json, f"{run / SCORES}: {scores.metric} of {loaded.model}")
+    print_result(result, as_json, f"{run / SCORES}: {scores.metric} of {loaded.model}")
 
 
-@app.command(epilog="Example: pgprune search llama2-7b-50 --set search.forwards=2000 --out runs/short")
+@app.command(
+    epilog=examples(
+        "search demo",
+        "search mine.yaml --out runs/mine",
+        "search llama2-7b-50 --set model=/data/my-llama --set budget.sparsity=0.4",
+    )
+)
 def search(
     recipe: RecipeName,
     out: Out = None,
     overrides: Set = None,
+    log: Annotated[
+        Literal["tensorboard", "trackio", "wandb"] | None,
+        typer.Option("--log", help="Tell a tracker every step, too; an extra of the same name installs it."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Load nothing; print what memory, forward passes and time it would take.")
+    ] = False,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Where the newest checkpoint is damaged, go on from the one before.")
     ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -98,11 +119,11 @@ def search(
 
         print_estimate(estimate(loaded, quiet), as_json)
         return
-    from pgprune_cli.decision import MASKS
     from pgprune_cli.jobs.search import search
+    from pgprune_cli.run_files import MASKS
 
     with _resumable():
-        decision = search(loaded, run, quiet)
+        decision = search(loaded, run, quiet, skip_damaged, log)
     if not of_environment().writer:
         return
     result = {
@@ -114,7 +135,7 @@ def search(
         "heldout_loss": decision.heldout_loss,
     }
     loss = "not finite" if decision.heldout_loss is None else f"{decision.heldout_loss:.4f} nats per token"
-    _print(
+    print_result(
         result,
         as_json,
         f"{run / MASKS}: sparsity {decision.sparsity:.4f} after {decision.steps} steps, "
@@ -122,9 +143,18 @@ def search(
     )
 
 
-@app.command(epilog="Example: pgprune export runs/smollm2-135m-30 --dtype bfloat16 --ffn-multiple 64")
+@app.command(
+    epilog=examples(
+        "export runs/smollm2-135m-30 --dry-run",
+        "export runs/smollm2-135m-30 --dtype bfloat16 --ffn-multiple 64",
+        "export runs/smollm2-135m-30 --format gguf --dtype q8_0",
+    )
+)
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run directory of a finished search.")],
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="The run directory of a finished search.", autocompletion=run_names),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -158,7 +188,7 @@ def export(
         int, typer.Option(min=1, metavar="N", help="Pad FFN channels to a multiple, with zeros; or all of them.")
     ] = 1,
     push: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Upload it to the Hugging Face hub, too: OWNER/NAME.")
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to the Hugging Face hub, too.")
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Write nothing; print the shapes and sizes of what would be written.")
@@ -185,14 +215,25 @@ def export(
         with working(f"uploading {out} to {push}", quiet):
             summary["pushed"] = hub.push(out, push)
         line += f"; {summary['pushed']}"
-    _print(summary, as_json, line)
+    print_result(summary, as_json, line)
 
 
 @app.command(
-    name="eval", epilog="Example: pgprune eval models/smollm2-135m-30 --ppl wikitext2 --against models/smollm2-135m"
+    name="eval",
+    epilog=examples(
+        "eval runs/smollm2-135m-30",
+        "eval models/smollm2-135m-30 --ppl wikitext2 --ppl mine=texts.jsonl --against models/smollm2-135m",
+        "eval models/smollm2-135m-30 --tasks hellaswag,piqa",
+        "eval models/smollm2-135m-30 --speed",
+    ),
 )
 def evaluate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model as in recipes, an exported one, or a RUN.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A model as in recipes, an exported one, or a RUN.", autocompletion=model_names
+        ),
+    ],
     ppl: Annotated[
         list[str] | None,
         typer.Option(
@@ -220,7 +261,10 @@ def evaluate(
         bool, typer.Option("--speed", help="Measure tokens per second and memory, beside the base.")
     ] = False,
     against: Annotated[
-        list[str] | None, typer.Option(metavar="MODEL", help="Another model to measure the same way; repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL", help="Another model to measure the same way; repeatable.", autocompletion=model_names
+        ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Load in this dtype, not the stored one.")] = None,
     device: Annotated[
@@ -261,16 +305,27 @@ def evaluate(
         print_measured(results)
 
 
-@app.command(epilog="Example: pgprune compare smollm2-135m-30 --seeds 0,1,2 --limit 512")
+@app.command(
+    epilog=examples(
+        "compare smollm2-135m-30 --seeds 0,1,2 --limit 512",
+        "compare smollm2-135m-30 --only metric --only layers-repaired",
+    )
+)
 def compare(
     recipe: RecipeName,
     out: Annotated[
-        Path | None, typer.Option("--out", metavar="DIR", help="Where the runs go.  [default: runs/compare/<recipe>]")
+        Path | None,
+        typer.Option(
+            "--out", metavar="DIR", help="Where the runs go.  [default: runs/compare/<recipe>, or in $PGPRUNE_RUNS]"
+        ),
     ] = None,
     overrides: Set = None,
     seeds: Annotated[str, typer.Option(metavar="LIST", help="Seeds of the variants that search.")] = "0",
     only: Annotated[
-        list[str] | None, typer.Option(metavar="VARIANT", help="This row only; repeatable.  [default: all]")
+        list[str] | None,
+        typer.Option(
+            metavar="VARIANT", help="This row only, beside those measured earlier; repeatable.  [default: all]"
+        ),
     ] = None,
     limit: Limit = None,
     quiet: Quiet = False,
@@ -284,7 +339,7 @@ def compare(
         numbers = list(dict.fromkeys(int(seed) for seed in seeds.split(",")))
     except ValueError:
         raise UserError(f"--seeds {seeds}: expected whole numbers with commas, such as 0,1,2") from None
-    loaded, run = _open(recipe, out, overrides or [], Path("runs/compare"))
+    loaded, run = _open(recipe, out, overrides or [], runs_folder() / "compare")
     from pgprune_cli.jobs.compare import TABLE_MARKDOWN, cells, compare
 
     with _resumable():
@@ -297,14 +352,101 @@ def compare(
     print(f"{run / TABLE_MARKDOWN}")
 
 
-@app.command(epilog="Example: pgprune recipes")
-def recipes(as_json: AsJson = False) -> None:
-    """List the recipes that ship."""
-    from pgprune_cli.recipe_reader import name_of, shipped, summary
+@app.command(epilog=examples("verify runs/smollm2-135m-30"))
+def verify(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="PATH", help="Scores, a checkpoint, a decision, a run directory or an exported model."),
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Check that what pgprune wrote is whole. Exit code 1, and a line for every damage, where it is not."""
+    from dataclasses import asdict
 
-    listed = {name_of(path): summary(path) for path in shipped()}
-    width = max(map(len, listed))
-    _print({"recipes": listed}, as_json, "\n".join(f"{name:<{width}}  {text}" for name, text in listed.items()))
+    from pgprune_cli.jobs.verify import verify
+
+    verdict = verify(path)
+    print_result(asdict(verdict), as_json, verdict.text())
+    if verdict.faults:
+        raise typer.Exit(ExitCode.FAILED)
+
+
+@app.command(epilog=examples("doctor", "doctor llama2-7b-50"))
+def doctor(
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[RECIPE]", help="Check the model and the data of this recipe, too.")
+    ] = None,
+    overrides: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check Python, packages, devices, memory, disk and the hub, and say what to mend. Exit code 1 for anything."""
+    from dataclasses import asdict
+
+    loaded = _open(recipe, None, overrides or [])[0] if recipe else None
+    from pgprune_cli.jobs.doctor import doctor
+
+    findings = doctor(loaded)
+    rows = [asdict(finding) for finding in findings]
+    print_result({"findings": rows}, as_json, "\n".join(finding.text() for finding in findings))
+    if any(finding.fix for finding in findings):
+        raise typer.Exit(ExitCode.FAILED)
+
+
+@app.command(
+    epilog=examples(
+        "report runs/smollm2-135m-30",
+        "report runs/smollm2-135m-30 runs/smollm2-135m-50 --out both.html",
+    )
+)
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN…", help="Run directories, finished or still searching.", autocompletion=run_names),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="The page.  [default: report.html, in the run or, of several, here]"
+        ),
+    ] = None,
+    watch: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="SECONDS", help="Write it anew so often, until every run is finished."),
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page about runs: what was done, the losses, theta or widths, and how several compare."""
+    from pgprune_cli.jobs import report as job
+
+    page = job.target(runs, out)
+    for read in job.report(runs, page, watch):
+        states = ", ".join(f"{run.name} {run.progress}" for run in read)
+        if watch is not None and not quiet:
+            print(f"{page}: {states}", file=sys.stderr, flush=True)
+    result = {"report": str(page), "runs": [{"run": str(run.directory), "state": run.progress} for run in read]}
+    print_result(result, as_json, f"{page}: {states}")
+
+
+@app.command(epilog=examples("runs", "runs runs/compare --json"))
+def runs(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="DIR", help="Where to look, also below.  [default: runs, or $PGPRUNE_RUNS]"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List runs: how far they have come, what they removed, and what `eval` measured."""
+    from pgprune_cli.jobs.runs import cells, runs_in
+
+    rows = runs_in(folder or runs_folder())
+    if as_json:
+        print(json.dumps({"runs": rows}))
+        return
+    grid(*cells(rows), texts=5)
+    for row in rows:
+        if row["fault"]:
+            _complain(row["fault"])
 
 
 def main() -> NoReturn:
@@ -312,7 +454,7 @@ def main() -> NoReturn:
     code: int = ExitCode.OK
     try:
         with _stoppable():
-            code = app(standalone_mode=False) or ExitCode.OK
+            code = app(prog_name="pgprune", standalone_mode=False) or ExitCode.OK
     except UserError as error:
         _complain(str(error))
         code = ExitCode.BAD_INPUT
@@ -320,35 +462,34 @@ def main() -> NoReturn:
         _complain(str(error))
         code = ExitCode.FAILED
     except OSError as error:
-        _complain(f"{error.filename or 'a file'}: {error.strerror or error}")
+        _complain(f"{error.filename or 'a file'}: {error.strerror or error}{advice_on(error)}")
         code = ExitCode.FAILED
     except Exception as error:
-        # click's own errors know how to show themselves; anything else is a bug of ours, and its traceback is wanted
-        if not hasattr(error, "format_message"):
+        fault = usage_fault(error)
+        if fault is None:  # a bug of ours, and its traceback is wanted
             raise
-        error.show()  # type: ignore[attr-defined]
+        _complain(fault)
         code = ExitCode.BAD_INPUT
     sys.exit(code)
 
 
-def _open(name: str, out: Path | None, overrides: list[str], runs: Path = Path("runs")) -> tuple[Recipe, Path]:
-    """The recipe, and the run directory it is for."""
+def _open(name: str, out: Path | None, overrides: list[str], runs: Path | None = None) -> tuple[Recipe, Path]:
+    """The recipe, and the run directory it is for, in `runs` if it is not given."""
     from pgprune_cli.recipe_reader import find, load, name_of
 
     path = find(name)
-    return load(path, overrides), out or runs / name_of(path)
+    return load(path, overrides), out or (runs or runs_folder()) / name_of(path)
 
 
 @contextmanager
 def _stoppable() -> Iterator[None]:
-    """SIGINT and SIGTERM end the program with a word and its exit code, all cleaned up. A search catches its own."""
+    """Signals to stop end the program with a word and its exit code, all cleaned up. A search catches its own."""
 
     def stop(signum: int, _: object) -> NoReturn:
-        interrupted = signum == signal.SIGINT
-        _complain("interrupted" if interrupted else "terminated")
-        raise SystemExit(ExitCode.INTERRUPTED if interrupted else ExitCode.TERMINATED)
+        _complain(signals.WORDS[signal.Signals(signum)])
+        raise SystemExit(signals.exit_code(signum))
 
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.signal(signum, stop) for signum in signals.stopping()}
     try:
         yield
     finally:
@@ -358,28 +499,28 @@ def _stoppable() -> Iterator[None]:
 
 @contextmanager
 def _resumable() -> Iterator[None]:
-    """Turns a saved stop of a search into its exit code, and says how to go on."""
+    """Turns a saved stop of a search into its exit code, and says how to go on; after any other stop, too."""
     from pgprune_cli.jobs.search import Interrupted
 
+    alone = of_environment().world == 1
+    again = " ".join(["pgprune", *map(_quoted, sys.argv[1:])]) if alone else "the same torchrun command"
     try:
         yield
     except Interrupted as stopped:
-        again = " ".join(["pgprune", *map(_quoted, sys.argv[1:])])
-        again = again if of_environment().world == 1 else "the same torchrun command"
         _complain(f"stopped after step {stopped.step}, which is saved; to go on: {again}")
-        code = ExitCode.INTERRUPTED if stopped.signum == 2 else ExitCode.TERMINATED
-        raise typer.Exit(code) from None
-
-
-def _print(result: dict[str, Any], as_json: bool, text: str) -> None:
-    print(json.dumps(result) if as_json else text)
+        raise typer.Exit(signals.exit_code(stopped.signum)) from None
+    except SystemExit:
+        _complain(f"what was saved stays; to go on: {again}")
+        raise
 
 
 def _complain(text: str) -> None:
+    from pgprune_cli.strict_yaml import one_line
+
     ranks = of_environment()
     who = "pgprune" if ranks.world == 1 else f"pgprune, rank {ranks.rank}"
-    for line in text.splitlines():
-        print(f"{who}: {line}", file=sys.stderr)
+    for line in text.splitlines():  # of which parts may come from files, and so what terminals take for commands
+        print(f"{who}: {one_line(line)}", file=STDERR)
 
 
 def _quoted(word: str) -> str:

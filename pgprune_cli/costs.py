@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.arch import ArchSpec, Block, Shape, UnitCosts, projections, spec_of
-from pgprune_cli.atomic import read_json, write_json
+from pgprune_cli.atomic import read_record, write_record
 from pgprune_cli.errors import UserError
 from pgprune_cli.streaming import Stream, layer_inputs
 from pgprune_cli.substrate import Evaluator, shrunk_block
@@ -99,9 +99,9 @@ def latency_of_run(run: Path, evaluator: Evaluator, context: int, fingerprint: s
     if not path.exists():
         costs = measure_latency(evaluator, context)
         device = torch.cuda.get_device_name(evaluator.input_device) if evaluator.input_device.type == "cuda" else "cpu"
-        write_json(path, about | {"device": device, "attention": costs.attention, "ffn": costs.ffn})
+        write_record(path, about | {"device": device, "attention": costs.attention, "ffn": costs.ffn})
         return costs
-    record = read_json(path)
+    record = read_record(path)
     lists = [record.get("attention"), record.get("ffn")]
     whole = all(
         isinstance(values, list) and len(values) == layers and all(type(ns) is int and ns > 0 for ns in values)

@@ -16,8 +16,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pgprune_cli.atomic import checksum, read_tensors, write_bytes
+from pgprune_cli.atomic import SEAL, checksum, metadata, read_tensors, write_bytes
 from pgprune_cli.errors import UserError
+from pgprune_cli.stderr import STDERR
 
 Purpose = Literal["calibration", "evaluation"]
 
@@ -69,15 +70,46 @@ def tokens_of(corpus: str, purpose: Purpose, tokenizer: Any, wanted: int | None 
     identity = _identity(corpus, purpose)
     key = hashlib.sha256(json.dumps([identity, wanted, _tokenizer_identity(tokenizer)]).encode()).hexdigest()
     cached = cache_directory() / "tokens" / f"{key[:32]}.safetensors"
-    if cached.exists():
-        return read_tensors(cached)["tokens"].long()
-    tokens = _tokenise(_documents(corpus, purpose), tokenizer, wanted)
+    if (tokens := _cached(cached)) is not None:
+        return tokens
+    tokens = _tokenise(documents(corpus, purpose), tokenizer, wanted)
     if not tokens.numel():
         raise UserError(f"{corpus}: holds no text")
+    _keep(cached, tokens)
+    return tokens
+
+
+def _cached(path: Path) -> Tensor | None:
+    """The tokens that `_keep` kept, None where there are none or they are not whole: they can be made again."""
+    try:
+        found = read_tensors(path)["tokens"].int()
+        whole = metadata(path).get(SEAL) == _digest(found)
+    except (UserError, OSError, KeyError):
+        return None
+    return found.long() if whole else None
+
+
+def _keep(path: Path, tokens: Tensor) -> None:
+    """Without a place to keep them in, a run goes on and says so."""
     from safetensors.torch import save
 
-    write_bytes(cached, save({"tokens": tokens.int()}))
-    return tokens
+    try:
+        write_bytes(path, save({"tokens": tokens.int()}, {SEAL: _digest(tokens.int())}))
+    except OSError as error:
+        print(f"pgprune: {path}: {error.strerror or error}; the tokens of the text are not kept", file=STDERR)
+
+
+def _digest(tokens: Tensor) -> str:
+    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
+
+
+def check_vocabulary(tokens: Tensor, corpus: str, embeddings: int) -> None:
+    """Raises UserError where a corpus was cut into tokens that a model of so many embeddings has none of."""
+    if tokens.numel() and int(tokens.max()) >= embeddings:
+        raise UserError(
+            f"{corpus}: its tokens go up to number {int(tokens.max())}, and the model has {embeddings} embeddings: "
+            "the tokenizer beside it is another model's"
+        )
 
 
 @dataclass(frozen=True)
@@ -142,7 +174,8 @@ class Batches:
 # --- reading
 
 
-def _documents(corpus: str, purpose: Purpose) -> Iterator[str]:
+def documents(corpus: str, purpose: Purpose) -> Iterator[str]:
+    """The corpus's texts in order. Raises UserError where it is not there or not readable."""
     if corpus == "demo":
         from pgprune_cli.demo.grammar import generate
 
@@ -168,7 +201,7 @@ def _from_file(path: Path) -> Iterator[str]:
             for batch in file.iter_batches(columns=["text"]):
                 yield from (text for text in batch["text"].to_pylist() if text)
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{path}: not a readable parquet file ({error})") from None
+            raise UserError(f"{path}: not a readable parquet file ({' '.join(str(error).split())})") from None
     elif path.suffix == ".jsonl":
         for number, line in enumerate(_text(path).split("\n"), 1):
             if line.strip():
@@ -189,16 +222,18 @@ def _text(path: Path) -> str:
 def _text_of_row(line: str, place: str) -> str:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not JSON ({error})") from None
     text = row.get("text") if isinstance(row, dict) else None
     if not isinstance(text, str):
         raise UserError(f"{place}: expected an object with a text in 'text'")
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # JSON can say so, and no tokenizer takes it
+        raise UserError(f"{place}: half of a surrogate pair (\\ud800 to \\udfff), which is no letter")
     return text
 
 
 def _from_hub(corpus: str, purpose: Purpose) -> Iterator[str]:
-    known = _known(corpus)
+    known = hub_corpus(corpus)
     split = known.calibration if purpose == "calibration" else known.evaluation
     from datasets import load_dataset
     from datasets.utils.logging import disable_progress_bar
@@ -223,7 +258,8 @@ def _from_hub(corpus: str, purpose: Purpose) -> Iterator[str]:
         ) from None
 
 
-def _known(corpus: str) -> HubCorpus:
+def hub_corpus(corpus: str) -> HubCorpus:
+    """Where a corpus that is no file lies on the hub. Raises UserError for a name that none could have."""
     if corpus in NAMED:
         return NAMED[corpus]
     path, _, config = corpus.partition(":")
@@ -245,7 +281,7 @@ def _identity(corpus: str, purpose: Purpose) -> str:
         return f"demo:{DEMO_TEXT[purpose]}:{checksum(Path(__file__).parent / 'demo' / 'grammar.py')}"
     path = Path(corpus).expanduser()
     if corpus in NAMED or not path.exists():
-        return f"{_known(corpus)}:{purpose}"
+        return f"{hub_corpus(corpus)}:{purpose}"
     if path.is_dir() or path.suffix not in FORMATS:
         raise UserError(f"{corpus}: expected a {', '.join(FORMATS)} file")
     return f"{path.suffix}:{checksum(path)}"

@@ -17,12 +17,11 @@ import torch
 
 from pgprune_cli import __version__
 from pgprune_cli.arch import Keep, LayerKeep, Output, Outputs
-from pgprune_cli.atomic import checksum, read_json, read_tensors, write_bytes, write_json
+from pgprune_cli.atomic import checksum, read_record, read_tensors, refuse_newer, write_bytes, write_record
 from pgprune_cli.errors import UserError
+from pgprune_cli.run_files import MASKS, RECORD, REPAIR, refuse_unfinished
 
-MASKS = "decision.safetensors"
-RECORD = "decision.json"
-REPAIR = "repair.safetensors"
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -65,18 +64,22 @@ class Decision:
         record["kept"] = [{"attention": int(x.attention.sum()), "ffn": int(x.ffn.sum())} for x in self.keep]
         record["masks_sha256"] = checksum(run / MASKS)
         record["pgprune"] = __version__
-        write_json(run / RECORD, record)
+        record["version"] = VERSION
+        write_record(run / RECORD, record)
 
     @classmethod
     def _recorded(cls) -> list[str]:
         return [entry.name for entry in fields(cls) if entry.name not in ("keep", "outputs", "budget")]
 
     @classmethod
-    def load(cls, run: Path) -> Decision:
-        """Reads a decision. Raises UserError when it is missing, damaged or does not belong together."""
-        if not (run / RECORD).exists() or not (run / MASKS).exists():
-            raise UserError(f"{run}: no finished decision here; `pgprune search` writes {MASKS} and {RECORD}")
-        record = read_json(run / RECORD)
+    def load(cls, run: Path, with_repair: bool = True) -> Decision:
+        """Reads a decision. Raises UserError when it is missing, damaged or does not belong together.
+
+        The checksum of a repair takes a while on a large model; without it, `outputs` is empty.
+        """
+        refuse_unfinished(run)
+        record = read_record(run / RECORD)
+        refuse_newer(run / RECORD, record.get("version"), VERSION)
         if checksum(run / MASKS) != record.get("masks_sha256"):
             raise UserError(f"{run / MASKS}: damaged, or not the masks that {RECORD} describes; run the search again")
         tensors = read_tensors(run / MASKS)
@@ -86,8 +89,9 @@ class Decision:
                 for i in range(len(record["kept"]))
             )
             values = {name: record[name] for name in cls._recorded()}
+            outputs = _load_outputs(run, record) if with_repair else {}
             # decisions of before there were budgets of anything but parameters say nothing of theirs
-            return cls(keep, **values, outputs=_load_outputs(run, record), budget=record.get("budget", {}))
+            return cls(keep, **values, outputs=outputs, budget=record.get("budget", {}))
         except KeyError as missing:
             raise UserError(f"{run / RECORD}: {missing} is missing; the file is not a whole decision") from None
 

@@ -13,19 +13,25 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING
+from uuid import uuid4
 
 from pgprune_cli.errors import RunError
 
 if TYPE_CHECKING:  # the command line asks who writes, and must be quick
     from torch import Tensor
+    from torch.distributed import Store
 
 PATIENCE = timedelta(hours=24)
 """The others wait so long for rank 0's scores. One that dies is noticed at once: its connections close."""
+
+PAUSE = 0.1
+"""Seconds between two looks for the other processes at the start."""
 
 
 @dataclass(frozen=True)
@@ -109,13 +115,42 @@ def joined() -> Iterator[Ranks]:
     from torch import distributed
 
     try:
-        distributed.init_process_group("gloo", timeout=PATIENCE)
+        store = _meeting_place(ranks)
+        distributed.init_process_group("gloo", store=store, rank=ranks.rank, world_size=ranks.world, timeout=PATIENCE)
     except RuntimeError as error:
         raise RunError(f"cannot reach the other processes: {' '.join(str(error).split())[:160]}") from error
     try:
         yield ranks
     finally:
         distributed.destroy_process_group()
+
+
+def _meeting_place(ranks: Ranks) -> Store:
+    """A store for the processes of this start alone.
+
+    torchrun's own outlives them: after a restart it still holds the addresses of those that were lost
+    (github.com/pytorch/pytorch/issues/135712). So rank 0 opens a room with a new name in it, and the others knock until
+    they are let in: a room whose rank 0 is gone does not answer.
+    """
+    from torch import distributed
+
+    store, _, _ = next(distributed.rendezvous("env://"))
+    own = uuid4().hex
+    if ranks.writer:
+        room = distributed.PrefixStore(own, store)
+        store.set("room", own)
+        for rank in range(1, ranks.world):
+            while not room.check([f"guest {rank}"]):
+                time.sleep(PAUSE)  # and not `get`, in which no signal would be heard
+            room.set(f"welcome {room.get(f'guest {rank}').decode()}", "")
+        return room
+    while True:
+        if store.check(["room"]):
+            room = distributed.PrefixStore(store.get("room").decode(), store)
+            room.set(f"guest {ranks.rank}", own)
+            if room.check([f"welcome {own}"]):
+                return room
+        time.sleep(PAUSE)
 
 
 def of_environment() -> Ranks:

@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from pgprune_cli.arch import spec_of
 from pgprune_cli.atomic import read_json
 from pgprune_cli.devices import devices_of, enough, spread
 from pgprune_cli.errors import UserError
+from pgprune_cli.trust import HOW_TO_CONVERT, PICKLED, check_directory, check_weight_name, refuse_links_out
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 INDEX = "model.safetensors.index.json"
@@ -50,10 +52,11 @@ class Source:
         else:
             names = ["model.safetensors"]
         for name in names:
-            if Path(name).name != name:
-                raise UserError(f"{self.directory / INDEX}: {name!r} is not a plain file name")
+            check_weight_name(self.directory / INDEX, name)
             if not (self.directory / name).is_file():
-                raise UserError(f"{self.name}: {self.directory / name} is missing")
+                raise UserError(f"{self.name}: {self.directory / name} is missing; fetch the model's files again")
+        if (self.directory / "model.safetensors").exists() and names != ["model.safetensors"]:  # which would be loaded
+            raise UserError(f"{self.name}: holds both model.safetensors and other weights, of {INDEX}; remove one")
         return [self.directory / name for name in names]
 
     def fingerprint(self) -> str:
@@ -83,14 +86,40 @@ def resolve(name: str, weights: bool = True) -> Source:
         return Source(name, DEMO_MODEL, None)
     path = Path(name).expanduser()
     if path.is_file():
+        if path.suffix in PICKLED:
+            raise UserError(f"{name}: {HOW_TO_CONVERT}")
         if path.suffix != ".gguf":
             raise UserError(f"{name}: a model is a directory, a .gguf file or a hub name, and this is another file")
         return Source(name, path.parent, path.name)
     if path.is_dir():
         return _in_directory(name, path, weights)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "models/")):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "models/", "runs/")):
         raise UserError(f"{name}: no such directory or .gguf file, and not a hub name (owner/name) either")
     return _in_directory(name, _download(name, WANTED if weights else ["config.json"]), weights)
+
+
+def read_config(source: Source) -> Any:
+    """What transformers reads the model's config as. Raises UserError where it cannot, or would run code for it."""
+    from transformers import AutoConfig
+
+    from pgprune_cli.writers import modeling_pruned  # noqa: F401  (makes our own exported models loadable)
+
+    check_directory(source.name, source.directory)
+    arguments = {} if source.gguf is None else {"gguf_file": source.gguf}
+    try:
+        return AutoConfig.from_pretrained(source.directory, trust_remote_code=False, **arguments)
+    except Exception as error:  # the loaders raise dozens of kinds for files that are not what they should be
+        raise UserError(f"{source.name}: its config cannot be used: {reason_of(error)}") from error
+
+
+def check_prunable(source: Source) -> None:
+    """Raises UserError for a model that no search could end well on; reads no weights, and of GGUF files nothing."""
+    if source.gguf is not None:
+        return
+    config = read_config(source)
+    spec_of(config.model_type)
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(f"{source.name}: holds quantised weights, which cannot be cut; prune the original ones")
 
 
 def load_model(source: Source, dtype: str, device: str) -> nn.Module:
@@ -107,32 +136,44 @@ def load_model(source: Source, dtype: str, device: str) -> nn.Module:
 
     devices = devices_of(device)
     arguments: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-    if source.gguf is None:
-        arguments["use_safetensors"] = True
-        source.weight_files()
-    else:
+    arguments |= {"use_safetensors": True, "trust_remote_code": False}
+    arguments["ignore_mismatched_sizes"] = True  # which are refused below, by their names
+    check_directory(source.name, source.directory)
+    source.weight_files()
+    if source.gguf is not None:
         arguments.update(_gguf_arguments(source.gguf))
+    if len(devices) > 1 and device == "auto":
+        free = [torch.cuda.mem_get_info(one)[0] for one in devices]
+        weights = sum(parameter.nbytes for parameter in _empty(source, dtype).parameters())
+        devices = devices[: enough(weights, free)]
+    if len(devices) > 1:
+        arguments["device_map"] = spread(read_config(source).num_hidden_layers, devices)
+    elif devices[0].type == "cuda" and find_spec("accelerate"):
+        arguments["device_map"] = {"": devices[0]}  # tensor by tensor, and never all of them in main memory
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # or a table of all that does not fit would come before the line that says so
     logging.disable_progress_bar()
     # the GGUF reader draws a bar of its own, on a terminal or not
     silence = redirect_stderr(StringIO()) if source.gguf else nullcontext()
     try:
-        if len(devices) > 1 and device == "auto":
-            free = [torch.cuda.mem_get_info(one)[0] for one in devices]
-            devices = devices[: enough(_weight_bytes(source, dtype), free)]
-        if len(devices) > 1:
-            arguments["device_map"] = spread(_config(source).num_hidden_layers, devices)
-        elif devices[0].type == "cuda" and find_spec("accelerate"):
-            arguments["device_map"] = {"": devices[0]}  # tensor by tensor, and never all of them in main memory
         with silence:
             model, info = AutoModelForCausalLM.from_pretrained(source.directory, output_loading_info=True, **arguments)
     except Exception as error:  # the loaders raise dozens of kinds for files that are not what they should be
-        raise UserError(f"{source.name}: cannot be loaded: {_one_line(error)}") from error
+        raise UserError(f"{source.name}: cannot be loaded: {reason_of(error)}") from error
     finally:
         logging.enable_progress_bar()
+        logging.set_verbosity(verbosity)
+    if misfits := sorted(info["mismatched_keys"]):
+        name, stored, wanted = misfits[0]
+        raise UserError(
+            f"{source.name}: {len(misfits)} weights do not fit its config: {name} has the shape {tuple(stored)}, and "
+            f"by the config it should be {tuple(wanted)}"
+        )
     if missing := sorted(info["missing_keys"]):  # which transformers makes up, with a warning
         raise UserError(f"{source.name}: its files lack {len(missing)} weights, the first is {missing[0]}")
     if len(devices) == 1:
         model = model.to(devices[0])
+    _refuse_what_is_not_finite(source, model)
     return model.eval().requires_grad_(False)
 
 
@@ -141,20 +182,28 @@ def empty_model(name: str, dtype: str) -> nn.Module:
 
     Of a model of the hub only the config is downloaded. Raises UserError where there is none that can be read.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    return _empty(resolve(name, weights=False), dtype)
 
-    from pgprune_cli.writers import modeling_pruned  # noqa: F401  (makes our own exported models loadable)
 
-    source = resolve(name, weights=False)
-    arguments = {} if source.gguf is None else {"gguf_file": source.gguf}
+def _empty(source: Source, dtype: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(source)
+    wanted = str(config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
     try:
-        config = AutoConfig.from_pretrained(source.directory, **arguments)
-        stored = getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=stored if dtype == "auto" else getattr(torch, dtype))
+            model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, wanted))
     except Exception as error:  # of dozens of kinds, see above
-        raise UserError(f"{name}: its config cannot be read: {_one_line(error)}") from error
+        raise UserError(f"{source.name}: no model can be made of its config: {_reason(error)}") from error
     return model.eval().requires_grad_(False)
+
+
+def _refuse_what_is_not_finite(source: Source, model: nn.Module) -> None:
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            dtype = str(weight.dtype).removeprefix("torch.")
+            more = "; or it has more than float16 holds: set dtype to bfloat16 or float32" if dtype == "float16" else ""
+            raise UserError(f"{source.name}: {name} holds NaN or infinity: fetch the model's files again{more}")
 
 
 def load_tokenizer(source: Source) -> Any:
@@ -163,37 +212,20 @@ def load_tokenizer(source: Source) -> Any:
 
     from pgprune_cli.writers import modeling_pruned  # noqa: F401  (or transformers would ask whether to run its copy)
 
+    check_directory(source.name, source.directory)
     arguments = {} if source.gguf is None else {"gguf_file": source.gguf}
     try:
-        return AutoTokenizer.from_pretrained(source.directory, **arguments)
+        return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False, **arguments)
     except Exception as error:  # of dozens of kinds, see above
-        raise UserError(f"{source.name}: its tokenizer cannot be loaded: {_one_line(error)}") from error
-
-
-def _weight_bytes(source: Source, dtype: str) -> int:
-    from transformers import AutoModelForCausalLM
-
-    config = _config(source)
-    wanted = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=wanted)
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-
-
-def _config(source: Source) -> Any:
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(source.directory, **({} if source.gguf is None else {"gguf_file": source.gguf}))
+        raise UserError(f"{source.name}: its tokenizer cannot be loaded: {reason_of(error)}") from error
 
 
 def _in_directory(name: str, directory: Path, weights: bool) -> Source:
+    refuse_links_out(name, directory)
     if (directory / "config.json").exists():
         if not weights or (directory / "model.safetensors").exists() or (directory / INDEX).exists():
             return Source(name, directory, None)
-        raise UserError(
-            f"{name}: has a config.json but neither model.safetensors nor {INDEX}; pickled weights (*.bin), which can "
-            "run code, are not read: scripts/convert_to_safetensors.py converts them"
-        )
+        raise UserError(f"{name}: has a config.json but neither model.safetensors nor {INDEX}; {HOW_TO_CONVERT}")
     files = sorted(path.name for path in directory.glob("*.gguf"))
     if len(files) == 1:
         return Source(name, directory, files[0])
@@ -226,6 +258,15 @@ def _gguf_arguments(file: str) -> dict[str, Any]:
     except ImportError:  # before it existed, transformers always unpacked GGUF weights
         return arguments
     return arguments | {"quantization_config": GgufConfig(dequantize=True)}
+
+
+def reason_of(error: Exception) -> str:
+    """Why a loader failed; it would ask for an argument that users have not."""
+    return (
+        "it needs code of its own (auto_map), and none is run"
+        if "trust_remote_code" in str(error)
+        else _one_line(error)
+    )
 
 
 def _one_line(error: Exception) -> str:

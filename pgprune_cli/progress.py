@@ -1,77 +1,62 @@
-"""What a person sees while a search runs, on stderr: a live line on a terminal, now and then a plain line elsewhere."""
+"""What a person sees of work that takes a while, on stderr: live on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 
 import psutil
 import torch
 from rich.console import Console
+from rich.live import Live
 from rich.progress import (
     BarColumn,
     DownloadColumn,
-    MofNCompleteColumn,
     Progress,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
 
+from pgprune_cli.history import Row
+from pgprune_cli.live_view import LiveView
+from pgprune_cli.stderr import STDERR
+
 PLAIN_LINES = 10
 """About how many lines a whole search prints where there is no terminal."""
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of `metrics.jsonl`: a step of the search. Losses are nats per token; a bad loss is None."""
-
-    step: int
-    losses: list[float | None]
-    baseline: float | None
-    learning_rate: float | None
-    entropy: float
-    heldout_loss: float | None
-    skipped: int
-    tokens_per_second: float
-    memory_bytes: int
-    seconds: float
-
-    @property
-    def mean_loss(self) -> float | None:
-        good = [loss for loss in self.losses if loss is not None]
-        return sum(good) / len(good) if good else None
-
-
 class SearchProgress:
-    """Shows rows as they come; use as a context manager."""
+    """Shows rows as they come; use as a context manager.
 
-    def __init__(self, steps: int, quiet: bool = False) -> None:
+    units: of every layer before pruning, by family; budget: in words; rows: of the search so far, where it goes on.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        units: Mapping[str, Sequence[int]],
+        budget: str,
+        rows: Sequence[Row] = (),
+        quiet: bool = False,
+    ) -> None:
         self.steps = steps
         self.quiet = quiet
-        self.console = Console(stderr=True)
+        self.console = Console(file=STDERR)
         self.heldout = "…"
-        self.live = Progress(
-            BarColumn(bar_width=8),  # all of the line fits into 80 columns
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            TextColumn("eta"),
-            TimeRemainingColumn(),
-            console=self.console,
-            transient=False,
-        )
-        self.task = self.live.add_task("search", total=steps, text="")
+        self.view = LiveView(steps, units, budget, rows)
+        self.live: Live | None = None
 
     def __enter__(self) -> SearchProgress:
-        if self.console.is_terminal and not self.quiet:
+        if not self.quiet and draws(self.console):
+            self.live = Live(self.view, console=self.console, refresh_per_second=1)
             self.live.start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self.live.live.is_started:
+        if self.live is not None:
             self.live.stop()
 
     def say(self, text: str) -> None:
@@ -81,37 +66,46 @@ class SearchProgress:
 
     def show(self, row: Row) -> None:
         """A step was done."""
+        self.view.add(row)
         if row.heldout_loss is not None:
             self.heldout = f"{row.heldout_loss:.3f}"
-        loss = "bad" if row.mean_loss is None else f"{row.mean_loss:.3f}"
-        bad = f" skipped {row.skipped}" if row.skipped else ""
-        losses = f"loss {loss} hard mask {self.heldout}"
-        text = f"{losses} {row.tokens_per_second:,.0f} tok/s {row.memory_bytes / 1e9:.1f} GB{bad}"
-        self.live.update(self.task, completed=row.step, text=text)
         due = row.step % max(1, self.steps // PLAIN_LINES) == 0 or row.step in (1, self.steps)
-        if due and not self.console.is_terminal:
-            self.say(f"step {row.step}/{self.steps} {text} {row.seconds:.0f} s")
+        if due and self.live is None:
+            loss = "bad" if row.mean_loss is None else f"{row.mean_loss:.3f}"
+            bad = f" skipped {row.skipped}" if row.skipped else ""
+            speed = f"{row.tokens_per_second:,.0f} tok/s {row.memory_bytes / 1e9:.1f} GB"
+            losses = f"loss {loss} hard mask {self.heldout}"
+            self.say(f"step {row.step}/{self.steps} {losses} {speed}{bad} {row.seconds:.0f} s")
+
+    def saved(self, step: int) -> None:
+        """A checkpoint was written."""
+        self.view.saved = step
+
+
+def draws(console: Console) -> bool:
+    """Whether lines can be drawn over: on a terminal that is not dumb and no log of a CI."""
+    return console.is_interactive and not os.environ.get("CI")
 
 
 @contextmanager
 def working(text: str, quiet: bool = False) -> Iterator[None]:
     """A line that says what takes a while, with a spinner on a terminal."""
-    console = Console(stderr=True)
+    console = Console(file=STDERR)
     if quiet:
         yield
-    elif console.is_terminal:
+    elif draws(console):
         with console.status(text):
             yield
     else:
-        print(f"{text} …", file=sys.stderr, flush=True)
+        print(f"{text} …", file=STDERR)
         yield
 
 
 @contextmanager
 def writing(text: str, total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
     """A bar over `total` bytes on a terminal, one line elsewhere. Gives what is to be told how many more are done."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
+    console = Console(file=STDERR)
+    if quiet or not draws(console):
         with working(text, quiet):
             yield lambda _: None
         return

@@ -12,6 +12,9 @@ from typing import Annotated, Literal
 
 from pgprune_cli.strict_yaml import shown_text
 
+MOST = 2**31
+"""No count is as large: what is counted here is multiplied with each other in 64 bits."""
+
 
 @dataclass(frozen=True)
 class Range:
@@ -24,7 +27,9 @@ class Range:
     def __call__(self, value: float) -> str:
         if (value > self.low or (value == self.low and not self.above)) and value < self.high:
             return ""
-        if math.isinf(self.high):
+        if value >= MOST == self.high:
+            return f"expected value < {MOST}, got {value}"
+        if math.isinf(self.high) or self.high == MOST:
             return f"expected value {'>' if self.above else '>='} {self.low}, got {value}"
         return f"expected {self.low} {'<' if self.above else '<='} value < {self.high}, got {value}"
 
@@ -45,9 +50,9 @@ def _disjoint(families: tuple[str, ...]) -> str:
     return ""
 
 
-Natural = Annotated[int, Range(0)]
-Count = Annotated[int, Range(1)]
-Length = Annotated[int, Range(2)]  # tokens; a window of one token predicts nothing
+Natural = Annotated[int, Range(0, MOST)]
+Count = Annotated[int, Range(1, MOST)]
+Length = Annotated[int, Range(2, MOST)]  # tokens; a window of one token predicts nothing
 Positive = Annotated[float, Range(0, above=True)]
 Fraction = Annotated[float, Range(0, 1)]
 Family = Literal["attention", "ffn", "attention-block", "ffn-block", "layer"]
@@ -80,7 +85,7 @@ class Budget:
     sparsity: Fraction
     of: Measure = "parameters"  # what sparsity is a fraction of; latency is measured on the device
     scope: Literal["per-family", "global", "per-layer"] = "global"
-    context: Count = 2048  # tokens at which FLOPs, KV-cache bytes and latency are counted
+    context: Annotated[int, Range(1, 2**20 + 1)] = 2048  # tokens at which FLOPs, KV-cache bytes and latency are counted
     keep_at_least: Fraction = 0.0  # of the units of every layer and family
     ffn_multiple: Count = 1  # FFN widths are multiples of it, or a layer's whole width
 

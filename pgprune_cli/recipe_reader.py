@@ -86,13 +86,15 @@ def find(name_or_path: str) -> Path:
 
 def shipped() -> list[Path]:
     """The recipes that come with pgprune, sorted; bases (`_*.yaml`), which only others extend, are not among them."""
-    return sorted(path for path in _shipped_folder().rglob("*.yaml") if not path.name.startswith("_"))
+    return sorted(path for path in shipped_folder().rglob("*.yaml") if not path.name.startswith("_"))
 
 
 def name_of(path: Path) -> str:
     """What a recipe is called: `llama2-7b-50`, or with its folder `paper/llama2-7b-50` where it ships in one."""
-    folder = _shipped_folder()
+    folder = shipped_folder()
     inside = path.resolve().is_relative_to(folder.resolve())
+    if not inside and not path.stem.strip("."):  # runs/.. is not a run directory
+        raise UserError(f"{path.name}: a recipe's file needs a name, such as my-model.yaml")
     return (path.resolve().relative_to(folder.resolve()) if inside else Path(path.name)).with_suffix("").as_posix()
 
 
@@ -146,7 +148,7 @@ class _Reader:
 
     def extend(self, path: Path, chain: tuple[Path, ...], node: yaml.Node, where: str) -> None:
         name = typed(str, node, lambda _, problem: self.fault(f"{where}: {problem}"))
-        folders = (path.parent, _shipped_folder())
+        folders = (path.parent, shipped_folder())
         tries = [folder / file for folder in folders for file in (f"{name}", f"{name}.yaml")]
         base = next((file for file in tries if name and is_file(file)), None)
         if base and base.resolve() not in chain:
@@ -225,7 +227,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
     return found
 
 
-def _shipped_folder() -> Path:
+def shipped_folder() -> Path:
     package = Path(__file__).resolve().parent
     folders = [package / "configs", package.parent / "configs"]  # in a wheel, in a checkout
     return next((folder for folder in folders if folder.is_dir()), folders[0])

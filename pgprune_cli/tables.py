@@ -6,6 +6,14 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+PIPE_WIDTH = 10_000
+"""Characters that a line may have where no terminal bounds it."""
+
+
+def print_result(result: dict[str, Any], as_json: bool, text: str) -> None:
+    """The one object that `--json` promises, or the text that a person reads."""
+    print(json.dumps(result) if as_json else text)
+
 
 def print_plan(summary: dict[str, Any], tensors: list[dict[str, Any]], as_json: bool) -> None:
     if as_json:
@@ -62,19 +70,21 @@ def export_line(summary: dict[str, Any]) -> str:
 
 
 def grid(headings: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 2) -> None:
-    """A table whose first `texts` columns are text, and the others numbers."""
+    """A table whose first `texts` columns are text, and the others numbers; no row is ever folded in a pipe."""
+    from rich.box import HEAVY_HEAD
     from rich.console import Console
     from rich.table import Table
 
-    table = Table()
+    terminal = Console().is_terminal
+    table = Table(box=HEAVY_HEAD if terminal else None, pad_edge=terminal)
     for place, heading in enumerate(headings):
         table.add_column(heading, justify="left" if place < texts else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=None if terminal else PIPE_WIDTH).print(table)
 
 
-def _cells(result: dict[str, Any]) -> dict[str, str]:
+def measurements(result: dict[str, Any]) -> dict[str, str]:
     """What was measured of a model, by the name of the row it stands in."""
     cells = {"parameters": f"{result['parameters']:,}"}
     for row in result["perplexity"]:
@@ -92,7 +102,7 @@ def _cells(result: dict[str, Any]) -> dict[str, str]:
 
 def print_measured(results: list[dict[str, Any]]) -> None:
     """A column for each model, a row for each measurement: there may be many of these, and few of those."""
-    columns = [_cells(result) for result in results]
+    columns = [measurements(result) for result in results]
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [[name, *(column.get(name, "") for column in columns)] for name in names]
     grid(["", *(result["model"] for result in results)], rows, texts=1)

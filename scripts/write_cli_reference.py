@@ -7,12 +7,14 @@ With --check it writes nothing, and fails where the file is not what the help sa
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import typer
 from click.testing import CliRunner
 
 from pgprune_cli.cli import app
 from pgprune_cli.errors import ExitCode
+from pgprune_cli.run_files import RUNS_VARIABLE
 
 TARGET = Path(__file__).parents[1] / "docs" / "cli.md"
 EXIT_CODES = {
@@ -23,17 +25,34 @@ EXIT_CODES = {
     ExitCode.TERMINATED: "SIGTERM, likewise",
 }
 
+VARIABLES = {
+    RUNS_VARIABLE: "where runs go and are looked for, instead of `runs`",
+    "HF_HOME": "where the hub's downloads and its token lie; `HF_HUB_OFFLINE=1` uses what lies there and asks nobody",
+    "NO_COLOR": "set to anything: no colours, on a terminal either",
+}
+
+
+def verbs(group: Any) -> list[str]:
+    """Every command as it is typed, those of a group behind it."""
+    found = []
+    for name, command in group.commands.items():
+        found += [name, *(f"{name} {below}" for below in verbs(command))] if hasattr(command, "commands") else [name]
+    return found
+
 
 def reference() -> str:
     """The page: exit codes, then the help of every verb."""
     program = typer.main.get_command(app)
-    lines = ["# Command line", "", "Written by `make docs` from `pgprune --help`; do not edit.", ""]
+    lines = ["# Command line", "", "Written by `make references` from `pgprune --help`; do not edit.", ""]
     lines += ["| exit code | means |", "|---|---|"]
     lines += [f"| {int(code)} | {meaning} |" for code, meaning in EXIT_CODES.items()]
-    for verb in ["", *program.commands]:
-        arguments = [verb, "--help"] if verb else ["--help"]
+    lines += ["", "| environment variable | means |", "|---|---|"]
+    lines += [f"| `{name}` | {meaning} |" for name, meaning in VARIABLES.items()]
+    lines += ["", "`pgprune --install-completion` teaches the shell to complete verbs, options, recipes and runs."]
+    for verb in ["", *verbs(program)]:
+        arguments = [*verb.split(), "--help"]
         shown = CliRunner().invoke(program, arguments, prog_name="pgprune", terminal_width=100, max_content_width=100)
-        lines += ["", f"## pgprune {verb}".rstrip(), "", "```", shown.output.rstrip(), "```"]
+        lines += ["", f"## pgprune {verb}".rstrip(), "", "```text", shown.output.rstrip(), "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -42,7 +61,7 @@ def main() -> None:
     if "--check" not in sys.argv[1:]:
         TARGET.write_text(page, encoding="utf-8")
     elif not TARGET.exists() or TARGET.read_text(encoding="utf-8") != page:
-        sys.exit(f"{TARGET.name} is not what the help says; run `make docs`")
+        sys.exit(f"{TARGET.name} is not what the help says; run `make references`")
 
 
 if __name__ == "__main__":

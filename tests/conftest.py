@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +14,8 @@ from torch import nn
 
 from pgprune_cli.recipe import Recipe
 from pgprune_cli.recipe_reader import find, load
+
+pytest.register_assert_rewrite("faults_bench")
 
 ARCHITECTURES = ("llama-mha", "llama-gqa", "llama-biased", "mistral", "qwen2", "qwen3")
 
@@ -140,6 +144,25 @@ def token_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory):
+    """Of tests/faults: pgprune on a tiny model, in processes that may be killed and on disks that fail."""
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("no /proc to tell which file a handle is of")
+    from faults_bench import RECIPE, Bench
+
+    base = tmp_path_factory.mktemp("base")
+    tiny_model("llama-gqa").save_pretrained(base / "model")
+    save_tokenizer(base / "model")
+    (base / "text.txt").write_text("ab" * 400 + "The king was glad. " * 40)
+    (base / "recipe.yaml").write_text(RECIPE.format(base=base))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PGPRUNE_CACHE", str(base / "cache"))
+        made = Bench(base, tmp_path_factory.mktemp("jobs"))
+    yield made
+    made.close()
+
+
 @pytest.fixture(autouse=True)
 def _one_cache(token_cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text is tokenised once for all tests, and never into the user's own cache."""
@@ -154,3 +177,47 @@ def small():
         return load(find("demo"), [*SMALL, *overrides])
 
     return recipe
+
+
+LAYERS_POLICY = ("search.policy=layers", "reconstruct.method=least-squares", "reconstruct.sequences=8")
+COMMAND = ["/usr/bin/pgprune", "search", "demo", "--out", "a run"]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, token_cache: str) -> dict[str, Path]:
+    """Run directories by the policy that searched, a few steps each, of the demo; measured, too."""
+    from pgprune_cli.jobs.search import search
+
+    folder = tmp_path_factory.mktemp("runs")
+    runs = {}
+    for policy, overrides in (("units", ()), ("layers", LAYERS_POLICY)):
+        run = runs[policy] = folder / policy
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", COMMAND)
+            patch.setenv("PGPRUNE_CACHE", token_cache)
+            search(load(find("demo"), [*SMALL, *overrides]), run, quiet=True)
+        ppl = {"units": 4.5, "layers": 3.25}[policy]
+        (run / "evaluation.json").write_text(
+            f'{{"model": "{policy}", "parameters": 7, "perplexity": '
+            f'[{{"corpus": "demo", "seqlen": 128, "ppl": {ppl}, "tokens": 99}}]}}'
+        )
+    return runs
+
+
+@pytest.fixture
+def searching(finished: dict[str, Path], tmp_path: Path) -> Path:
+    """The search over units while it goes on: no decision yet, and a row that is half written."""
+    run = tmp_path / "searching"
+    shutil.copytree(finished["units"], run)
+    for name in ("decision.safetensors", "decision.json", "repair.safetensors", "evaluation.json"):
+        (run / name).unlink(missing_ok=True)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "losses": [1.')
+    return run
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    """How many inputs the tests of fuzz/ tried, where they ran."""
+    if inputs := sys.modules.get("inputs"):
+        terminalreporter.section("inputs tried")
+        terminalreporter.write_line(inputs.report())

@@ -10,19 +10,22 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 
 from pgprune_cli import cli
 from pgprune_cli.jobs import search as job
 
 
 def main() -> None:
-    accident, step = sys.argv[1], int(sys.argv[2])
+    accident, step, start = sys.argv[1], int(sys.argv[2]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     del sys.argv[1:3]
+    if start and os.environ["RANK"] == "0":
+        time.sleep(3)  # the others find what the first start has left
     original = job._one_step
 
     def one_step(problem: job.Problem, loop: job.Loop) -> job.Row:
         row = original(problem, loop)
-        if loop.state.step == step and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        if loop.state.step == step and os.environ["RANK"] == "1" and not start:
             if accident == "exception":
                 raise ArithmeticError("an accident")
             os.kill(os.getpid(), getattr(signal, accident))

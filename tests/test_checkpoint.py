@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from pgprune_cli.atomic import read_json, write_record
 from pgprune_cli.checkpoint import FOLDER, RECORD, TENSORS, Checkpoint, latest_checkpoint, save_checkpoint
 from pgprune_cli.core.space import Family, MaskSpace
 from pgprune_cli.core.step import SearchState
@@ -152,6 +153,12 @@ def edited(folder: Path, **changes: object) -> None:
     (folder / RECORD).write_text(json.dumps({key: value for key, value in record.items() if value is not None}))
 
 
+def resealed(folder: Path, **changes: object) -> None:
+    """Likewise, as something that was written so."""
+    edited(folder, **changes)
+    write_record(folder / RECORD, read_json(folder / RECORD))
+
+
 def truncate(folder: Path) -> None:
     os.truncate(folder / TENSORS, (folder / TENSORS).stat().st_size - 8)
 
@@ -182,8 +189,8 @@ DAMAGE = {
     "no record": (lambda folder: (folder / RECORD).unlink(), f"{RECORD}: cannot be read"),
     "not json": (lambda folder: (folder / RECORD).write_text("{"), f"{RECORD}: cannot be read"),
     "not an object": (lambda folder: (folder / RECORD).write_text("[]"), f"{RECORD}: holds a list, not an object"),
-    "version": (lambda folder: edited(folder, version=1), "version 1, and this pgprune reads version 3"),
-    "no version": (lambda folder: edited(folder, version=None), "version None, and this pgprune reads version 3"),
+    "version": (lambda folder: edited(folder, version=4), f"{RECORD} is not what was written"),
+    "no version": (lambda folder: resealed(folder, version=None), "'version'; "),
     "edited": (lambda folder: edited(folder, data_position=11), f"{RECORD} is not what was written"),
     "missing key": (lambda folder: edited(folder, data_position=None), f"{RECORD} is not what was written"),
     "empty": (lambda folder: [file.unlink() for file in folder.iterdir()], f"{RECORD}: cannot be read"),
@@ -197,7 +204,7 @@ def test_damage_is_refused_with_the_way_out(run, damage):
     message = refused(run)
     assert message.startswith(f"{run / FOLDER / 'step-00000006'}: damaged checkpoint: ")
     assert words in message
-    assert message.endswith("; remove that directory to go on from step-00000003")
+    assert message.endswith("; remove that directory to go on from step-00000003, or search with --skip-damaged")
     assert "\n" not in message
 
 
@@ -210,6 +217,46 @@ def test_the_way_out_leads_out(run, damage):
     assert_same(latest_checkpoint(run), a_checkpoint(3))
 
 
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_one_is_skipped_when_told_so(run, damage):
+    DAMAGE[damage][0](run / FOLDER / "step-00000006")
+    for _ in range(2):  # the second time it finds nothing to skip
+        assert_same(latest_checkpoint(run, skip_damaged=True), a_checkpoint(3))
+        assert folders(run) == ["step-00000003"]
+    save_checkpoint(run, a_checkpoint(6))
+    assert_same(latest_checkpoint(run), a_checkpoint(6))
+
+
+def test_a_sound_one_is_never_skipped(run):
+    assert_same(latest_checkpoint(run, skip_damaged=True), a_checkpoint(6))
+    assert folders(run) == ["step-00000003", "step-00000006"]
+
+
+def test_where_both_are_damaged_nothing_is_skipped_and_nothing_goes(run):
+    for name in ("step-00000003", "step-00000006"):
+        truncate(run / FOLDER / name)
+    with pytest.raises(UserError, match=r"step-00000003: damaged checkpoint: .* to start this search over"):
+        latest_checkpoint(run, skip_damaged=True)
+    assert folders(run) == ["step-00000003", "step-00000006"]
+
+
+@pytest.mark.parametrize(
+    ("version", "words"),
+    [
+        (4, "of a newer pgprune (version 4, this one reads 3); upgrade pgprune"),
+        (2, "of version 2, and this pgprune reads 3; start over with --out"),
+    ],
+)
+@pytest.mark.parametrize("skip", [False, True])
+def test_another_versions_checkpoint_is_no_damage(run, version, words, skip):
+    newest = run / FOLDER / "step-00000006"
+    resealed(newest, version=version)
+    with pytest.raises(UserError) as caught:
+        latest_checkpoint(run, skip_damaged=skip)
+    assert str(caught.value) == f"{newest}: {words}"
+    assert len(folders(run)) == 2
+
+
 def test_where_there_is_no_older_one_the_way_out_is_to_start_over(tmp_path):
     save_checkpoint(tmp_path, a_checkpoint(6))
     truncate(tmp_path / FOLDER / "step-00000006")
@@ -220,13 +267,10 @@ def test_where_there_is_no_older_one_the_way_out_is_to_start_over(tmp_path):
 
 
 def test_missing_tensors_in_a_file_that_checks_out_are_refused(run):
-    from pgprune_cli.checkpoint import _seal  # a record that is whole, about tensors that are not
-
     folder = run / FOLDER / "step-00000006"
     without_theta(folder)
-    record = json.loads((folder / RECORD).read_text())
-    (folder / RECORD).write_text(json.dumps(_seal(record)))
-    assert "damaged checkpoint: 'theta'; remove that directory to go on from step-00000003" in refused(run)
+    resealed(folder)
+    assert "damaged checkpoint: 'theta'; remove that directory to go on from step-00000003, or" in refused(run)
 
 
 def test_every_flipped_bit_of_the_record_is_noticed(run):
@@ -283,7 +327,7 @@ def test_a_full_disk_at_any_moment_leaves_the_old_one_or_the_new_one(tmp_path, m
     assert outcomes.count("failed") >= 4 and outcomes[-1] == "written"
 
 
-@pytest.mark.parametrize("name", ["save", "write_json", "checksum"])
+@pytest.mark.parametrize("name", ["save", "write_record", "checksum"])
 def test_any_failure_leaves_nothing_half_written(tmp_path, monkeypatch, name):
     def failing(*_: object) -> None:
         raise OSError(5, "Input/output error")

@@ -12,13 +12,16 @@ import time
 from pathlib import Path
 
 import pytest
+import typer
+from commands import parsed, verbs
 from conftest import SMALL
 from multiple_choice import items_of, task_file
+from schemas import SCHEMAS, validate
 
 from pgprune_cli import cli
-from pgprune_cli.decision import MASKS
 from pgprune_cli.errors import RunError
-from pgprune_cli.recipe_reader import name_of, shipped
+from pgprune_cli.recipe_reader import find, load, name_of, shipped
+from pgprune_cli.run_files import MASKS
 
 SET = [word for override in SMALL for word in ("--set", override)]
 
@@ -30,7 +33,7 @@ def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def pgprune(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """Runs the program in this process: (exit code, stdout, stderr)."""
+    """Runs the program in this process: (exit code, stdout, stderr). What --json prints is held to its schema."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["pgprune", *arguments])
@@ -38,6 +41,8 @@ def pgprune(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
         with pytest.raises(SystemExit) as exit_of:
             cli.main()
         out, err = capfd.readouterr()
+        if "--json" in arguments and not exit_of.value.code:
+            validate(parsed(arguments), json.loads(out))
         return int(exit_of.value.code or 0), out, err
 
     return run
@@ -60,11 +65,15 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.startswith("Usage: ")
 
 
-@pytest.mark.parametrize("verb", ["init-scores", "search", "export", "eval", "recipes"])
-def test_every_verb_helps_with_an_example(verb, pgprune) -> None:
-    code, out, err = pgprune(verb, "--help")
+@pytest.mark.parametrize("verb", ["", *verbs()])
+def test_every_help_page_ends_with_examples_that_parse(verb, pgprune) -> None:
+    code, out, err = pgprune(*verb.split(), "--help")
     assert (code, err) == (0, "")
-    assert f"Example: pgprune {verb}" in out
+    examples = [line.strip() for line in out.partition("Example")[2].splitlines()[1:]]
+    assert examples, out
+    for example in examples:
+        assert example.startswith(f"pgprune {verb}")
+        parsed(shlex.split(example)[1:])
 
 
 def test_no_arguments_is_a_call_for_help(pgprune) -> None:
@@ -180,6 +189,68 @@ def test_the_recipes_that_ship_are_listed(pgprune) -> None:
     assert json.loads(pgprune("recipes", "--json")[1])["recipes"].keys() == {name_of(path) for path in shipped()}
 
 
+def test_a_recipe_is_shown_whole_and_copied_once(pgprune) -> None:
+    code, out, err = pgprune("recipes", "show", "demo", "--set", "budget.sparsity=0.25")
+    assert (code, err) == (0, "")
+    Path("shown.yaml").write_text(out)
+    assert load(Path("shown.yaml")) == load(find("demo"), ["budget.sparsity=0.25"])
+    assert json.loads(pgprune("recipes", "show", "demo", "--json")[1])["budget"]["sparsity"] == 0.5
+    assert pgprune("recipes", "copy", "paper/llama2-7b-50")[0] == 0
+    before = Path("llama2-7b-50.yaml").read_bytes()
+    assert load(Path("llama2-7b-50.yaml")) == load(find("paper/llama2-7b-50"))
+    code, out, err = pgprune("recipes", "copy", "llama2-7b-50", "--json")
+    assert (code, out) == (2, "")
+    assert err == "pgprune: llama2-7b-50.yaml: exists already; give another file\n"
+    assert Path("llama2-7b-50.yaml").read_bytes() == before
+    assert pgprune("recipes", "copy", "demo", "mine.yaml", "--json")[:2] == (0, '{"recipe": "mine.yaml"}\n')
+
+
+def test_runs_go_where_the_variable_says_and_are_listed_with_their_state(pgprune, monkeypatch) -> None:
+    monkeypatch.setenv("PGPRUNE_RUNS", "elsewhere")
+    assert pgprune("init-scores", "demo", *SET, "--metric", "magnitude", "--out", "elsewhere/scored")[0] == 0
+    assert pgprune("search", "demo", *SET, "--set", "saliency.metric=magnitude")[0] == 0
+    code, out, err = pgprune("eval", "elsewhere/demo", "--ppl", "demo", "--seqlen", "128")
+    assert code == 0, err
+    (evaluated,) = json.loads(Path("elsewhere/demo/evaluation.json").read_text())["perplexity"]
+    code, out, err = pgprune("runs", "--json")
+    assert code == 0, err
+    finished, scored = json.loads(out)["runs"]
+    assert (finished["run"], finished["state"], finished["target"]) == ("elsewhere/demo", "finished", 0.5)
+    assert (finished["step"], finished["steps"], finished["perplexity"]) == (6, 6, [evaluated])
+    assert (scored["run"], scored["state"], scored["sparsity"]) == ("elsewhere/scored", "scored", None)
+    table = pgprune("runs")[1]
+    assert f"demo (128) {evaluated['ppl']:,.2f}" in table
+    code, out, err = pgprune("export", "elsewhere/scored")
+    assert (code, out) == (2, "")
+    assert "elsewhere/scored: only scored so far; `pgprune search RECIPE --out elsewhere/scored`" in err
+
+
+def test_a_planned_export_is_one_line_a_tensor_in_a_pipe(pgprune) -> None:
+    assert pgprune("search", "demo", *SET, "--quiet")[0] == 0
+    planned = json.loads(pgprune("export", "runs/demo", "--dry-run", "--json")[1])
+    out = pgprune("export", "runs/demo", "--dry-run")[1]
+    assert [line.split()[0] for line in out.splitlines()[1:-1]] == [row["name"] for row in planned["tensors"]]
+    assert not Path("models").exists()
+
+
+def test_a_comparison_prints_its_table(pgprune) -> None:
+    words = ["compare", "demo", *SET, "--set", "evaluation.seqlen=[32]", "--limit", "2", "--only", "metric"]
+    code, out, err = pgprune(*words, "--json")
+    assert code == 0, err
+    assert [row["name"] for row in json.loads(out)["rows"]] == ["dense", "metric"]
+    assert "obs only, widths as they come" in pgprune(*words)[1]
+
+
+def test_every_verb_prints_json_of_a_documented_schema() -> None:
+    program = typer.main.get_command(cli.app)
+    for verb in verbs():
+        command = program
+        for word in verb.split():
+            command = command.commands[word]
+        assert "--json" in [name for option in command.params for name in option.opts], verb
+        assert verb in SCHEMAS["output.json"]["$defs"]
+
+
 # --- what is wrong
 
 
@@ -206,7 +277,11 @@ def test_a_bad_recipe_is_two_lines_for_two_faults(pgprune) -> None:
             ["init-scores", "demo", "--metric", "wanda"],
             "expected wanda-sp, flap, obs, taylor, magnitude, random or uniform",
         ),
-        (["export", "nowhere", "--out", "x"], "nowhere: no finished decision here; `pgprune search` writes"),
+        (["export", "nowhere", "--out", "x"], "nowhere: no such run directory; `pgprune runs` lists"),
+        (["export", "nowhere", "--push", "small"], "--push small: expected OWNER/NAME, such as my-name/small"),
+        (["recipes", "copy", "demo", "demo.txt"], "demo.txt: a recipe's file should end in .yaml"),
+        (["runs", "nowhere"], "nowhere: no such directory"),
+        (["eval", "runs/nowhere"], "runs/nowhere: no such directory or .gguf file, and not a hub name"),
         (["eval", "nowhere"], "nowhere: no such directory or .gguf file, and not a hub name"),
         (["eval", "demo", "--ppl", "c4="], "--ppl c4=: expected a corpus name or NAME=FILE"),
         (["eval", "demo", "--ppl", "mine=no.txt"], "no.txt: no such file, and not a corpus; known are wikitext2"),
@@ -215,17 +290,31 @@ def test_a_bad_recipe_is_two_lines_for_two_faults(pgprune) -> None:
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, said, pgprune) -> None:
-    code, out, err = pgprune(*arguments, "--quiet")
+    quiet = [] if arguments[0] in ("recipes", "runs") else ["--quiet"]
+    code, out, err = pgprune(*arguments, *quiet)
     assert (code, out) == (2, "")
     assert said in err
     assert err.startswith("pgprune: ")
     assert err.count("\n") == 1
 
 
-def test_an_unknown_option_is_exit_code_2(pgprune) -> None:
-    code, out, err = pgprune("search", "demo", "--stepz", "3")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["search", "demo", "--stepz", "3"], "no such option: --stepz"),
+        (["search"], "missing argument 'RECIPE'; see `pgprune search --help`"),
+        (["recipes", "show"], "missing argument 'RECIPE'; see `pgprune recipes show --help`"),
+        (["searc", "demo"], "no such command 'searc'"),
+        (["eval", "demo", "--limit", "0"], "invalid value for '--limit'"),
+        (["export", "runs/x", "--format", "onnx"], "invalid value for '--format'"),
+    ],
+)
+def test_what_the_parser_refuses_is_one_line_and_exit_code_2(arguments, said, pgprune) -> None:
+    code, out, err = pgprune(*arguments)
     assert (code, out) == (2, "")
-    assert "No such option: --stepz" in err
+    assert err.startswith(f"pgprune: {said}")
+    assert "; see `pgprune" in err
+    assert err.count("\n") == 1
 
 
 def test_an_export_never_overwrites(pgprune) -> None:
@@ -242,7 +331,10 @@ def test_an_export_never_overwrites(pgprune) -> None:
     ("error", "said"),
     [
         (RunError("step 3: no finite loss"), "pgprune: step 3: no finite loss\n"),
-        (OSError(errno.ENOSPC, "No space left on device", "runs/x"), "pgprune: runs/x: No space left on device\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "runs/x"),
+            "pgprune: runs/x: No space left on device; make room, then run the same command again\n",
+        ),
     ],
 )
 def test_a_run_that_fails_is_exit_code_1(error, said, pgprune, monkeypatch) -> None:
@@ -262,7 +354,7 @@ def test_a_bug_of_ours_shows_its_traceback(pgprune, monkeypatch) -> None:
 # --- signals
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_stopped_search_says_how_to_go_on_and_does(signum, code) -> None:
     many = [*SET, "--set", "search.forwards=200000", "--set", "search.checkpoint_every=100000"]
     program = [sys.executable, "-m", "pgprune_cli", "search", "demo", "--out", "a run", *many]
@@ -299,3 +391,50 @@ def test_the_command_that_goes_on_finishes_the_search() -> None:
     assert done.returncode == 0, done.stderr
     assert "going on from step " in done.stderr
     assert json.loads(done.stdout)["forwards"] == 300
+
+
+# --- what there is to look at
+
+
+def test_what_terminals_take_for_commands_is_shown_as_text(pgprune) -> None:
+    code, _, err = pgprune("verify", "\x1b[2Jnothing")
+    assert (code, err) == (2, "pgprune: \\x1b[2Jnothing: no such file or directory\n")
+
+
+def test_verify_says_what_is_whole_and_what_is_not(pgprune) -> None:
+    from pgprune_cli.run_files import RECORD
+
+    assert pgprune("verify", "nothing")[0] == 2
+    assert pgprune("init-scores", "demo", "--out", "run", "--metric", "magnitude", "-q")[0] == 0
+    assert pgprune("verify", "run") == (0, "run: whole, a run directory: scores.safetensors\n", "")
+    Path("run", RECORD).write_text("{")
+    code, out, err = pgprune("verify", "run")
+    assert (code, len(out.splitlines()), err) == (1, 1, "")
+    code, out, _ = pgprune("verify", "run", "--json")
+    assert code == 1 and len(json.loads(out)["faults"]) == 1
+
+
+def test_doctor_says_what_is_fine_and_what_is_not(pgprune) -> None:
+    code, out, err = pgprune("doctor", "demo")
+    assert (code, err) == (0, "")
+    assert all(line.startswith("ok ") for line in out.splitlines())
+    code, out, _ = pgprune("doctor", "demo", "--set", "model=nowhere", "--json")
+    assert code == 1
+    assert [row["name"] for row in json.loads(out)["findings"] if row["fix"]] == ["model"]
+
+
+# --- report
+
+
+def test_a_report_says_where_it_is_and_of_what(pgprune, finished, tmp_path) -> None:
+    pytest.importorskip("altair", reason="pgprune[report] is not installed")
+    code, out, err = pgprune("report", *map(str, finished.values()), "--out", "both.html", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == {
+        "report": "both.html",
+        "runs": [{"run": str(run), "state": "finished"} for run in finished.values()],
+    }
+    assert (tmp_path / "both.html").read_text().startswith("<!doctype html>")
+    code, out, err = pgprune("report", str(tmp_path))
+    assert (code, out) == (2, "")
+    assert err == f"pgprune: {tmp_path}: no run of a search here, it has no recipe.yaml; `pgprune search` makes one\n"

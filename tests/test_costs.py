@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pgprune_cli.arch import Shape, UnitCosts
+from pgprune_cli.atomic import read_record
 from pgprune_cli.costs import COSTS, WARM_UPS, flops, kv_cache, latency_of_run, measure_latency
 from pgprune_cli.errors import UserError
 from pgprune_cli.substrate import Evaluator
@@ -166,7 +167,7 @@ def test_a_run_measures_once_and_reads_ever_after(tmp_path, monkeypatch) -> None
     first = latency_of_run(tmp_path, evaluator, CONTEXT, "abc")
     monkeypatch.setattr("pgprune_cli.costs.measure_latency", None)
     assert latency_of_run(tmp_path, evaluator, CONTEXT, "abc") == first == UnitCosts((7, 8, 9, 10), (1, 2, 3, 4))
-    assert json.loads((tmp_path / COSTS).read_text()) == {
+    assert read_record(tmp_path / COSTS) == {
         "of": "latency",
         "nanoseconds_at_tokens": CONTEXT,
         "fingerprint": "abc",
@@ -194,7 +195,7 @@ def test_costs_that_are_damaged_or_of_something_else_are_refused(damage, tmp_pat
     evaluator = Evaluator(tiny_model("llama-gqa"))
     monkeypatch.setattr("pgprune_cli.costs.measure_latency", lambda *_: UnitCosts((7, 8, 9, 10), (1, 2, 3, 4)))
     latency_of_run(tmp_path, evaluator, CONTEXT, "abc")
-    record = json.loads((tmp_path / COSTS).read_text())
+    record = read_record(tmp_path / COSTS)
     (tmp_path / COSTS).write_text(json.dumps(record | damage))
     with pytest.raises(UserError) as error:
         latency_of_run(tmp_path, evaluator, CONTEXT, "abc")

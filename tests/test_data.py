@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
+from safetensors.torch import save
 from transformers import AutoTokenizer
 
 import pgprune_cli.demo
 from pgprune_cli import data
-from pgprune_cli.data import NAMED, Batches, cache_directory, calibration_text, tokens_of, windows
+from pgprune_cli.data import NAMED, Batches, cache_directory, calibration_text, check_vocabulary, tokens_of, windows
 from pgprune_cli.errors import UserError
 
 TEXTS = ["Mira owned one red kite.", "The old king slept.", "It was Monday and the geese were loud."]
@@ -298,12 +299,29 @@ def test_another_tokenizer_or_another_length_misses_the_cache(tokenizer: Any) ->
     assert counting.texts == 1
 
 
-def test_a_damaged_cache_is_named(tokenizer: Any) -> None:
+def test_a_damaged_cache_is_made_again(tokenizer: Any) -> None:
+    """Cut, with other tokens in it, of another kind: what can be made again is no reason to stop."""
     Path("a.txt").write_text(TEXTS[0])
-    tokens_of("a.txt", "calibration", tokenizer)
+    tokens = tokens_of("a.txt", "calibration", tokenizer)
     (cached,) = cache_directory().rglob("*.safetensors")
-    cached.write_bytes(cached.read_bytes()[:20])
-    assert refusal("a.txt", tokenizer).startswith(f"{cached}: damaged or not safetensors (")
+    whole = cached.read_bytes()
+    flipped = bytearray(whole)
+    flipped[-3] ^= 1
+    other = save({"tokens": torch.zeros(3)}, {"sha256": "0" * 64})
+    for content in (whole[:20], b"", flipped, other, save({"words": torch.zeros(3)})):
+        cached.write_bytes(content)
+        assert torch.equal(tokens_of("a.txt", "calibration", tokenizer), tokens)
+        assert cached.read_bytes() == whole
+
+
+def test_where_tokens_cannot_be_kept_a_run_goes_on(tokenizer: Any, capsys) -> None:
+    Path("a.txt").write_text(TEXTS[0])
+    cache_directory().parent.mkdir(exist_ok=True)
+    cache_directory().write_text("in the way")
+    assert len(tokens_of("a.txt", "calibration", tokenizer))
+    err = capsys.readouterr().err
+    assert err.startswith(f"pgprune: {cache_directory()}") and err.count("\n") == 1
+    assert err.endswith("; the tokens of the text are not kept\n")
 
 
 def test_the_cache_lies_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,3 +445,10 @@ def test_a_position_names_its_batch_whatever_was_drawn_before() -> None:
     assert torch.equal(batches.at(17), alone)
     torch.manual_seed(123)
     assert torch.equal(batches.at(17), alone)
+
+
+def test_tokens_of_another_models_tokenizer_are_refused():
+    check_vocabulary(torch.tensor([0, 95]), "x.txt", 96)
+    check_vocabulary(torch.tensor([], dtype=torch.int64), "x.txt", 96)
+    with pytest.raises(UserError, match=r"x\.txt: its tokens go up to number 96, and the model has 96 embeddings"):
+        check_vocabulary(torch.tensor([96, 0]), "x.txt", 96)

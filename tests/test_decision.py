@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save
 
 from pgprune_cli.arch import LayerKeep
-from pgprune_cli.atomic import checksum
-from pgprune_cli.decision import MASKS, RECORD, Decision
+from pgprune_cli.atomic import checksum, read_record, write_record
+from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
+from pgprune_cli.run_files import MASKS, RECIPE_FILE, RECORD
 
 
 def a_decision() -> Decision:
@@ -75,13 +76,16 @@ def test_the_same_decision_gives_the_same_bytes(run, tmp_path_factory):
 @pytest.mark.parametrize("missing", [MASKS, RECORD])
 def test_a_missing_file_is_refused(run, missing):
     (run / missing).unlink()
+    assert refused(run) == f"{run}: holds no run; `pgprune runs` lists those there are"
+    (run / RECIPE_FILE).touch()
     assert refused(run) == (
-        f"{run}: no finished decision here; `pgprune search` writes decision.safetensors and decision.json"
+        f"{run}: its search is not finished, there is no decision yet; "
+        f"to go on: pgprune search {run}/recipe.yaml --out {run}"
     )
 
 
 def test_no_run_at_all_is_refused(tmp_path):
-    assert refused(tmp_path / "nowhere").startswith(f"{tmp_path / 'nowhere'}: no finished decision here; ")
+    assert refused(tmp_path / "nowhere").startswith(f"{tmp_path / 'nowhere'}: no such run directory; ")
 
 
 def test_every_damage_to_the_masks_is_refused(run):
@@ -107,7 +111,7 @@ def test_masks_of_another_decision_are_refused(run, tmp_path_factory):
 
 @pytest.mark.parametrize("key", ["model", "fingerprint", "sparsity", "recipe", "steps", "forwards", "heldout_loss"])
 def test_a_missing_key_is_refused(run, key):
-    record = json.loads((run / RECORD).read_text())
+    record = read_record(run / RECORD)
     del record[key]
     (run / RECORD).write_text(json.dumps(record))
     assert refused(run) == f"{run / RECORD}: '{key}' is missing; the file is not a whole decision"
@@ -116,7 +120,7 @@ def test_a_missing_key_is_refused(run, key):
 def test_a_layer_without_masks_is_refused(run):
     masks = save({"layers.0.attention": torch.ones(4, dtype=torch.bool)})
     (run / MASKS).write_bytes(masks)
-    record = json.loads((run / RECORD).read_text()) | {"masks_sha256": checksum(run / MASKS)}
+    record = read_record(run / RECORD) | {"masks_sha256": checksum(run / MASKS)}
     (run / RECORD).write_text(json.dumps(record))
     assert refused(run) == f"{run / RECORD}: 'layers.0.ffn' is missing; the file is not a whole decision"
 
@@ -132,16 +136,35 @@ def test_a_search_killed_between_the_two_files_leaves_no_decision(tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pgprune_cli.decision.write_json", killed)
+        patch.setattr("pgprune_cli.decision.write_record", killed)
         with pytest.raises(KeyboardInterrupt):
             a_decision().save(tmp_path)
-    assert "no finished decision here" in refused(tmp_path)
+    assert "holds no run" in refused(tmp_path)
     a_decision().save(tmp_path)
     assert_same(Decision.load(tmp_path), a_decision())
 
 
 def test_a_decision_of_before_other_budgets_is_read(run):
-    record = json.loads((run / RECORD).read_text())
+    record = read_record(run / RECORD)
     assert record.pop("budget") == {"of": "flops", "kept": 2 / 3}
     (run / RECORD).write_text(json.dumps(record))
     assert_same(Decision.load(run), replace(a_decision(), budget={}))
+
+
+def test_a_changed_digit_of_the_record_is_refused(run):
+    text = (run / RECORD).read_text()
+    (run / RECORD).write_text(text.replace("0.333", "0.433", 1))
+    assert text != (run / RECORD).read_text()
+    assert refused(run) == f"{run / RECORD}: damaged: it is not what was written"
+
+
+def test_a_decision_of_before_records_had_checksums_is_read(run):
+    record = read_record(run / RECORD)
+    del record["version"]
+    (run / RECORD).write_text(json.dumps(record))
+    assert_same(Decision.load(run), a_decision())
+
+
+def test_a_decision_of_a_newer_pgprune_is_refused(run):
+    write_record(run / RECORD, read_record(run / RECORD) | {"version": 2})
+    assert refused(run) == f"{run / RECORD}: of a newer pgprune (version 2, this one reads 1); upgrade pgprune"

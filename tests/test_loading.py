@@ -1,7 +1,10 @@
 """From a name to a model's files: every kind of name, and every refusal."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from unittest.mock import MagicMock
 
@@ -13,7 +16,16 @@ from safetensors.torch import load_file, save_file
 from pgprune_cli import loading
 from pgprune_cli.devices import spread
 from pgprune_cli.errors import UserError
-from pgprune_cli.loading import DEMO_MODEL, INDEX, Source, empty_model, load_model, load_tokenizer, resolve
+from pgprune_cli.loading import (
+    DEMO_MODEL,
+    INDEX,
+    Source,
+    check_prunable,
+    empty_model,
+    load_model,
+    load_tokenizer,
+    resolve,
+)
 from pgprune_cli.streaming import layer_inputs
 from pgprune_cli.substrate import Evaluator
 
@@ -198,7 +210,7 @@ def test_a_missing_shard_is_refused(copy):
     (copy / "one.safetensors").unlink()
     with pytest.raises(UserError) as caught:
         source.weight_files()
-    assert str(caught.value) == f"{copy}: {copy / 'one.safetensors'} is missing"
+    assert str(caught.value) == f"{copy}: {copy / 'one.safetensors'} is missing; fetch the model's files again"
     with pytest.raises(UserError, match=r"one\.safetensors is missing"):
         load_model(source, "auto", "cpu")
 
@@ -242,7 +254,9 @@ def test_weights_of_another_shape_are_refused(copy):
     save_file(tensors | {name: tensors[name][:5].clone()}, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError) as caught:
         load_model(resolve(str(copy)), "auto", "cpu")
-    assert str(caught.value).startswith(f"{copy}: cannot be loaded: ")
+    assert "1 weights do not fit its config: model.layers.1.mlp.up_proj.weight has the shape (5, 32)" in str(
+        caught.value
+    )
 
 
 @pytest.mark.parametrize("config", ["{", "[]", '{"model_type": "llama", "num_attention_heads": "x"}'])
@@ -250,7 +264,7 @@ def test_a_damaged_config_is_refused(copy, config):
     (copy / "config.json").write_text(config)
     with pytest.raises(UserError) as caught:
         load_model(resolve(str(copy)), "auto", "cpu")
-    assert str(caught.value).startswith(f"{copy}: cannot be loaded: ")
+    assert str(caught.value).startswith(str(copy))
 
 
 def test_a_model_arrives_ready_for_forward_passes(copy):
@@ -381,3 +395,52 @@ def test_a_spread_model_computes_what_it_did():
     for stream in streams:
         stream.advance(0)
     assert torch.equal(streams[0].hidden[0], streams[1].hidden[0])
+
+
+def test_the_hubs_files_are_looked_for_where_hf_home_says(tmp_path):
+    repository = tmp_path / "hub" / "models--me--tiny"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    for name in ("config.json", "model.safetensors"):
+        (snapshot / name).touch()
+    code = "from pgprune_cli.loading import resolve; print(resolve('me/tiny').directory)"
+    home = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    home.pop("HF_HUB_CACHE", None)
+    done = subprocess.run([sys.executable, "-c", code], env=home, capture_output=True, text=True, check=False)
+    assert done.stdout == f"{snapshot}\n", done.stderr
+
+
+# --- what cannot be pruned is seen before anything is loaded
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "holds quantised weights, which cannot be cut"),
+        ({"model_type": "gpt2"}, "model type 'gpt2' is not supported; pgprune prunes llama, mistral, qwen2, qwen3"),
+    ],
+)
+def test_what_cannot_be_pruned(change, said, copy):
+    path = copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=said):
+        check_prunable(resolve(str(copy)))
+
+
+def test_what_can_be_pruned(saved):
+    check_prunable(resolve(str(saved)))
+    check_prunable(Source("x", saved, "x.gguf"))  # is not read twice
+
+
+def test_weights_that_do_not_fit_the_config_are_named(copy, capfd):
+    path = copy / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 23}))
+    with pytest.raises(UserError) as caught:
+        load_model(resolve(str(copy)), "auto", "cpu")
+    assert str(caught.value) == (
+        f"{copy}: 12 weights do not fit its config: model.layers.0.mlp.down_proj.weight has the shape (32, 24), and by "
+        "the config it should be (32, 23)"
+    )
+    assert capfd.readouterr().err == "", "a line for the user, no table"

@@ -7,15 +7,19 @@ import io
 import pytest
 from rich.console import Console
 
-from pgprune_cli.progress import PLAIN_LINES, Row, SearchProgress, working
+from pgprune_cli.history import Row
+from pgprune_cli.progress import PLAIN_LINES, SearchProgress, working
 
 
 def row(step: int, losses: list[float | None], heldout: float | None = None, skipped: int = 0) -> Row:
     return Row(step, losses, 3.0, 0.01, 9.0, heldout, skipped, 1234.5, 2_500_000_000, 60.0 + step)
 
 
+UNITS = {"attention": [4, 4], "ffn": [24, 24]}
+
+
 def run_of(steps: int, quiet: bool = False) -> None:
-    with SearchProgress(steps, quiet) as progress:
+    with SearchProgress(steps, UNITS, "50% of parameters go", quiet=quiet) as progress:
         for step in range(1, steps + 1):
             progress.show(row(step, [3.0, 3.5], heldout=2.75 if step == 1 else None))
 
@@ -46,7 +50,7 @@ def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_bad_losses_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    with SearchProgress(2) as progress:
+    with SearchProgress(2, UNITS, "50% of parameters go") as progress:
         progress.show(row(1, [None, 4.0], heldout=3.0, skipped=1))
         progress.show(row(2, [None, None], skipped=3))
     first, second = capsys.readouterr().err.splitlines()
@@ -56,14 +60,32 @@ def test_bad_losses_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert " skipped 3 " in second
 
 
-def test_on_a_terminal_one_line_lives(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = io.StringIO()
-    terminal = Console(file=screen, force_terminal=True, width=80)
+@pytest.fixture
+def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What a terminal of 80 columns without colours is sent."""
+    written = io.StringIO()
+    terminal = Console(file=written, force_terminal=True, force_interactive=True, width=80, no_color=True)
     monkeypatch.setattr("pgprune_cli.progress.Console", lambda **_: terminal)
+    monkeypatch.delenv("CI", raising=False)
+    return written
+
+
+def test_on_a_terminal_a_picture_lives(screen: io.StringIO) -> None:
     run_of(3)
-    last = next(line for line in reversed(screen.getvalue().replace("\r", "\n").split("\n")) if "/3" in line)
-    for part in ("3/3", "loss 3.250", "hard mask 2.750", "1,234 tok/s", "2.5 GB", "eta"):
+    last = screen.getvalue().split("3/3")[-1]
+    for part in ("3.250", "2.750", "50% of parameters go", "1,234 tok/s", "2.5 GB", "nothing saved yet"):
         assert part in last
+
+
+@pytest.mark.parametrize("variable", ["CI", "TERM"])
+def test_in_a_log_or_on_a_dumb_terminal_lines_stay_plain(variable, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a CI that shows colours sets it
+    monkeypatch.delenv("CI", raising=False)
+    monkeypatch.setenv(variable, {"CI": "true", "TERM": "dumb"}[variable])
+    run_of(3)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
+    assert not any("\x1b" in line for line in lines)
 
 
 def test_work_is_announced_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:

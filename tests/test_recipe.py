@@ -165,6 +165,7 @@ def test_contradictions_are_told_together() -> None:
         ("search: {forwards: }", "search.forwards: expected an integer, got nothing"),
         ("search: {forwards: -1}", "search.forwards: expected value >= 0, got -1"),
         ("search: {samples: 1}", "search.samples: expected value >= 2, got 1"),
+        ("search: {samples: 2147483648}", "search.samples: expected value < 2147483648, got 2147483648"),
         ("search: {learning_rate: -1}", "search.learning_rate: expected value >= 0, got -1.0"),
         ("search: {learning_rate: yes}", "search.learning_rate: expected a number, got the boolean yes"),
         ("search: {learning_rate: nan}", "search.learning_rate: expected a number, got text 'nan'"),

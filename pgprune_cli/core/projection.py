@@ -11,7 +11,6 @@ from torch import Tensor
 
 from pgprune_cli.core.space import Budget, MaskSpace
 
-
 PASSES = 200
 """At most, every third of them a bisection; ten are many, and 66 halvings leave no float64 between the bounds."""
 

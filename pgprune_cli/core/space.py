@@ -90,6 +90,10 @@ class MaskSpace:
         family = next(f for f in self.families if f.name == name)
         return torch.split(flat[self.slice_of(name)], list(family.counts))
 
+    def widths(self, mask: Tensor) -> dict[str, list[int]]:
+        """How many units of a mask `(n,)` bool every layer keeps, by family."""
+        return {f.name: [int(part.sum()) for part in self.per_layer(mask, f.name)] for f in self.families}
+
     @cached_property
     def evenness(self) -> Tensor:
         """`(n,)` in (0, 1): a unit's place within its layer. Sorting by it spreads ties evenly over the layers."""

@@ -6,24 +6,24 @@ finished and measured is not repeated, one that was stopped goes on: `compare` i
 
 from __future__ import annotations
 
-import json
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pgprune_cli.atomic import read_json, write_bytes, write_json
+from pgprune_cli.atomic import read_json, read_record, write_bytes, write_json, write_record
+from pgprune_cli.checkpoint import latest_checkpoint
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target
-from pgprune_cli.jobs.init_scores import SCORES, init_scores
-from pgprune_cli.jobs.run_directory import METRICS_FILE
+from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.jobs.search import search
+from pgprune_cli.lock import locked
 from pgprune_cli.recipe import Recipe
+from pgprune_cli.run_files import MEASURED_FILE, SCORES
+from pgprune_cli.stderr import STDERR
 
-MEASURED_FILE = "measured.json"
 TABLE_JSON, TABLE_MARKDOWN = "comparison.json", "comparison.md"
 
 
@@ -91,30 +91,43 @@ def compare(
     """Runs every variant (or those named in `only`) for every seed and writes the table into `out` after each.
 
     `limit`: as `evaluate` takes it. Returns the object that `--json` prints. Raises UserError for a
-    name that is no variant's or for an `out` of another comparison, and what `search` and `evaluate` raise.
+    name that is no variant's or for an `out` of another comparison, and what `search` and `evaluate` raise. Rows that
+    an earlier call measured stay in the table.
     """
     variants = variants_of(recipe)
     if unknown := sorted(set(only) - {variant.name for variant in variants}):
         raise UserError(f"--only {unknown[0]}: expected one of {', '.join(variant.name for variant in variants)}")
     wanted = [variant for variant in variants if not only or variant.name in only]
-    table: dict[str, Any] = {"model": recipe.model, "sparsity": recipe.budget.sparsity, "limit": limit, "rows": []}
-    table["rows"].append(_dense(recipe, out, limit, quiet))
-    for variant in wanted:
-        runs = []
-        for seed in seeds if variant.seeded else seeds[:1]:
-            runs.append(_one(variant, replace(variant.recipe, seed=seed), out, limit, quiet))
-            row = {"name": variant.name, "shows": variant.shows, "runs": runs, "mean": _mean(runs)}
-            table["rows"] = [*(old for old in table["rows"] if old["name"] != variant.name), row]
-            write_json(out / TABLE_JSON, table)
-            write_bytes(out / TABLE_MARKDOWN, markdown(table).encode())
+    table: dict[str, Any] = {"model": recipe.model, "sparsity": recipe.budget.sparsity, "limit": limit}
+    with locked(out):
+        rows = _earlier_rows(recipe, out) | {"dense": _dense(recipe, out, limit, quiet)}
+        for variant in wanted:
+            runs = []
+            for seed in seeds if variant.seeded else seeds[:1]:
+                runs.append(_one(variant, replace(variant.recipe, seed=seed), out, limit, quiet))
+                rows[variant.name] = {"name": variant.name, "shows": variant.shows, "runs": runs, "mean": _mean(runs)}
+                table["rows"] = [rows[name] for name in ("dense", *(each.name for each in variants)) if name in rows]
+                write_json(out / TABLE_JSON, table)
+                write_bytes(out / TABLE_MARKDOWN, markdown(table).encode())
     return table
+
+
+def _earlier_rows(recipe: Recipe, out: Path) -> dict[str, dict[str, Any]]:
+    """The rows that earlier calls put into the table in `out`, by name. Raises UserError for another comparison's."""
+    if not (out / TABLE_JSON).exists():
+        return {}
+    before = read_json(out / TABLE_JSON)
+    for key, value in {"model": recipe.model, "sparsity": recipe.budget.sparsity}.items():
+        if before.get(key) != value:
+            raise UserError(f"{out / TABLE_JSON}: its {key} is {before.get(key)}, not {value}; give another --out")
+    return {row["name"]: row for row in before["rows"]}
 
 
 def _dense(recipe: Recipe, out: Path, limit: int | None, quiet: bool) -> dict[str, Any]:
     record = out / "dense" / MEASURED_FILE
     if not record.exists():
         target = replace(open_target(recipe.model, recipe.dtype, recipe.device, quiet), evaluation=recipe.evaluation)
-        write_json(record, _perplexities(target, recipe, limit, quiet) | {"limit": limit})
+        write_record(record, _perplexities(target, recipe, limit, quiet) | {"limit": limit})
     run = _same_limit(record, limit) | {"seed": None, "forwards": 0, "calibration_forwards": 0, "seconds": 0.0}
     return {"name": "dense", "shows": "the model as it is", "runs": [run], "mean": _mean([run])}
 
@@ -125,7 +138,7 @@ def _one(variant: Variant, recipe: Recipe, out: Path, limit: int | None, quiet: 
     record = run / MEASURED_FILE
     if not record.exists():
         if not quiet:
-            print(f"{variant.name}, seed {recipe.seed}: {variant.shows}", file=sys.stderr, flush=True)
+            print(f"{variant.name}, seed {recipe.seed}: {variant.shows}", file=STDERR)
         _share_scores(recipe, run, out, quiet)
         before, began = _seconds_so_far(run), time.monotonic()
         decision = search(recipe, run, quiet)
@@ -133,7 +146,7 @@ def _one(variant: Variant, recipe: Recipe, out: Path, limit: int | None, quiet: 
         target = open_target(str(run), None, None, quiet)
         measured = _perplexities(target, recipe, limit, quiet)
         spent = {"forwards": decision.forwards, "calibration_forwards": decision.calibration_forwards}
-        write_json(record, measured | spent | {"seconds": seconds, "seed": recipe.seed, "limit": limit})
+        write_record(record, measured | spent | {"seconds": seconds, "seed": recipe.seed, "limit": limit})
     return _same_limit(record, limit)
 
 
@@ -150,9 +163,8 @@ def _share_scores(recipe: Recipe, run: Path, out: Path, quiet: bool) -> None:
 
 def _seconds_so_far(run: Path) -> float:
     """Of a search that an earlier call began."""
-    history = run / METRICS_FILE
-    lines = history.read_text().splitlines() if history.exists() else []
-    return float(json.loads(lines[-1])["seconds"]) if lines else 0.0
+    checkpoint = latest_checkpoint(run)
+    return checkpoint.seconds if checkpoint else 0.0
 
 
 def _perplexities(target: Any, recipe: Recipe, limit: int | None, quiet: bool) -> dict[str, Any]:
@@ -162,7 +174,7 @@ def _perplexities(target: Any, recipe: Recipe, limit: int | None, quiet: bool) -
 
 
 def _same_limit(record: Path, limit: int | None) -> dict[str, Any]:
-    measured = read_json(record)
+    measured = read_record(record)
     if measured.get("limit") != limit:
         raise UserError(f"{record}: measured with --limit {measured.get('limit')}; give the same, or another --out")
     return measured

@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.arch import Keep, Outputs, Shape
-from pgprune_cli.atomic import read_json, write_json
-from pgprune_cli.data import spread, tokens_of
-from pgprune_cli.decision import RECORD, Decision
+from pgprune_cli.atomic import read_record, write_record
+from pgprune_cli.data import check_vocabulary, spread, tokens_of
+from pgprune_cli.decision import Decision
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.loading import Source, load_model, load_tokenizer, resolve
 from pgprune_cli.progress import working
+from pgprune_cli.provenance import note
 from pgprune_cli.recipe import Evaluation
 from pgprune_cli.recipe_reader import load
+from pgprune_cli.run_files import EVALUATION_FILE, RECIPE_FILE, RECORD, is_run
 from pgprune_cli.substrate import Evaluator, summed_loss
 
-EVALUATION_FILE = "evaluation.json"
 TOKENS_AT_A_TIME = 4096
 """Tokens of one forward pass, whatever the window length."""
 
@@ -94,9 +95,9 @@ def open_target(name: str, dtype: str | None, device: str | None, quiet: bool = 
     keep: Keep | None = None
     outputs: Outputs = {}
     evaluation = Evaluation()
-    if run.is_dir() and not (run / "config.json").exists() and (run / "recipe.yaml").exists():
-        recipe = load(run / "recipe.yaml")
+    if is_run(run):
         decision = Decision.load(run)
+        recipe = load(run / RECIPE_FILE)
         keep, outputs = decision.keep, decision.outputs
         source = resolve(recipe.model)
         if source.fingerprint() != decision.fingerprint:
@@ -123,6 +124,7 @@ def evaluate(
     for corpus in corpora:
         with working(f"perplexity of {target.name} on {corpus.name}", quiet):
             tokens = tokens_of(corpus.text, "evaluation", tokenizer)
+            check_vocabulary(tokens, corpus.name, target.model.get_input_embeddings().num_embeddings)
             for seqlen in lengths:
                 windows = None if limit is None else max(1, limit * lengths[0] // seqlen)
                 with target.ready() as model:
@@ -237,9 +239,10 @@ def remember(target: Target, result: dict[str, Any]) -> None:
     if target.keep is None:
         return
     path = Path(target.name) / EVALUATION_FILE
-    before = read_json(path) if path.exists() else {}
+    before = read_record(path) if path.exists() else {}
     if all(before.get(key) == result[key] for key in ("parameters", "dtype", "device")):
         result = result | {
             key: before[key] for key in ("perplexity", "tasks") if before.get(key) and not result.get(key)
         }
-    write_json(path, result)
+    write_record(path, result)
+    note(path.parent)

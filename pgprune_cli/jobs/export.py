@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pgprune_cli.atomic import read_json
+from pgprune_cli.atomic import read_record
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
-from pgprune_cli.jobs.evaluate import EVALUATION_FILE
 from pgprune_cli.loading import Source, resolve
 from pgprune_cli.progress import writing
+from pgprune_cli.run_files import EVALUATION_FILE
 from pgprune_cli.writers import gguf, hf, mlx
 from pgprune_cli.writers.normal_form import Needs
 from pgprune_cli.writers.plan import DTYPES, Measured, Options, Plan, check_new
@@ -73,7 +73,7 @@ def plan(run: Path, options: Options | None = None, format: str = "hf") -> Plan:
         raise UserError(f"{run}: an exported model; export the run directory that it was made from")
     decision = Decision.load(run)
     evaluation = run / EVALUATION_FILE
-    measured = read_json(evaluation) if evaluation.exists() else None
+    measured = read_record(evaluation) if evaluation.exists() else None
     return FORMATS[format].plan(resolve(decision.model), decision, options or Options(), measured)
 
 

@@ -2,65 +2,46 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import cast, get_args
 
-from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
-from pgprune_cli.atomic import read_tensors, write_bytes
-from pgprune_cli.data import CalibrationText, calibration_text
-from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.loading import Source, load_model, load_tokenizer, resolve
+from pgprune_cli.data import CalibrationText, calibration_text, check_vocabulary
+from pgprune_cli.errors import RunError
+from pgprune_cli.loading import Source, check_prunable, load_model, load_tokenizer, read_config, resolve
+from pgprune_cli.lock import locked
 from pgprune_cli.progress import working
-from pgprune_cli.recipe import MetricName, Recipe
+from pgprune_cli.provenance import note
+from pgprune_cli.recipe import Recipe
 from pgprune_cli.saliency import CALIBRATED, score
-
-SCORES = "scores.safetensors"
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Saliencies of a model: `layers.<l>.attention` `(kv groups,)`, `layers.<l>.ffn` `(channels,)`, float64."""
-
-    tensors: dict[str, Tensor]
-    metric: MetricName
-    fingerprint: str
-
-    def save(self, run: Path) -> Path:
-        about = {"metric": self.metric, "fingerprint": self.fingerprint}
-        write_bytes(run / SCORES, save(self.tensors, metadata=about))
-        return run / SCORES
-
-    @classmethod
-    def load(cls, run: Path) -> Scores:
-        """Raises UserError when the file is damaged or not ours."""
-        tensors = read_tensors(run / SCORES)
-        with safe_open(run / SCORES, "pt") as file:
-            about = file.metadata() or {}
-        if about.get("metric") not in get_args(MetricName) or "fingerprint" not in about:
-            raise UserError(f"{run / SCORES}: not scores of pgprune; `pgprune init-scores` writes them")
-        return cls(tensors, cast(MetricName, about["metric"]), about["fingerprint"])
+from pgprune_cli.scores import Scores
 
 
 def init_scores(recipe: Recipe, run: Path, quiet: bool = False) -> Scores:
     """Scores the recipe's model with its metric and writes them into `run`. Raises UserError, RunError."""
-    source = resolve(recipe.model)
-    text = None
-    if recipe.saliency.metric in CALIBRATED:
-        text = load_text(recipe, source, quiet)
-    with working(f"loading {recipe.model}", quiet):
-        model = load_model(source, recipe.dtype, recipe.device)
-    return compute_scores(recipe, run, source, model, text, quiet)
+    with locked(run):
+        source = resolve(recipe.model)
+        text = None
+        if recipe.saliency.metric in CALIBRATED:
+            text = load_text(recipe, source, quiet)
+        with working(f"loading {recipe.model}", quiet):
+            model = load_model(source, recipe.dtype, recipe.device)
+        scores = compute_scores(recipe, run, source, model, text, quiet)
+        note(run)
+        return scores
 
 
 def load_text(recipe: Recipe, source: Source, quiet: bool) -> CalibrationText:
-    """The calibration text that a recipe asks for, tokenised for its model."""
+    """The calibration text that a recipe asks for, tokenised for its model. Raises UserError for what cannot be pruned,
+    too: before the model is loaded."""
+    check_prunable(source)
     wanted = recipe.calibration
     with working(f"reading {wanted.corpus}", quiet):
-        return calibration_text(wanted.corpus, load_tokenizer(source), wanted.sequences, wanted.heldout, wanted.seqlen)
+        tokenizer = load_tokenizer(source)
+        text = calibration_text(wanted.corpus, tokenizer, wanted.sequences, wanted.heldout, wanted.seqlen)
+    if source.gguf is None:  # whose tokenizer is in the model's own file
+        check_vocabulary(text.stream, wanted.corpus, read_config(source).vocab_size)
+    return text
 
 
 def scoring_batches(recipe: Recipe, text: CalibrationText) -> list[Tensor]:

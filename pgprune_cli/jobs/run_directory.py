@@ -1,4 +1,4 @@
-"""What belongs to one run of a search: the recipe it was begun with, its checkpoints and its history.
+"""What belongs to one run of a search: the recipe it was begun with and its checkpoints.
 
 A directory is refused where it is another run's or damaged; nothing in it is ever started over.
 """
@@ -6,21 +6,20 @@ A directory is refused where it is another run's or damaged; nothing in it is ev
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import yaml
 from torch import Tensor
 
 from pgprune_cli.checkpoint import Checkpoint, latest_checkpoint
+from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
-from pgprune_cli.progress import Row
 from pgprune_cli.recipe import Evaluation, Recipe
 from pgprune_cli.recipe_reader import dump, load
-
-METRICS_FILE = "metrics.jsonl"
-RECIPE_FILE = "recipe.yaml"
+from pgprune_cli.run_files import METRICS_FILE, RECIPE_FILE, RECORD
 
 
 def identity_of(recipe: Recipe, fingerprint: str, origin: Tensor) -> str:
@@ -32,6 +31,20 @@ def _comparable(recipe: Recipe) -> str:
     """The recipe without what changes no result: where it runs, how often it saves, what is evaluated later."""
     search = replace(recipe.search, checkpoint_every=1)
     return dump(replace(recipe, device="auto", evaluation=Evaluation(), search=search))
+
+
+def finished(run: Path, recipe: Recipe) -> Decision:
+    """The decision of a run that is done. Raises UserError where it is damaged or of another recipe."""
+    decision = Decision.load(run)
+    refuse_other_recipe(run, recipe)
+    if (run / RECIPE_FILE).exists() and _decides((run / RECIPE_FILE).read_text()) != _decides(decision.recipe):
+        raise UserError(f"{run / RECORD}: of another run than {RECIPE_FILE} beside it; put this run's own back")
+    return decision
+
+
+def _decides(recipe: str) -> dict[str, Any]:
+    """What a resolved recipe says of the search itself."""
+    return {key: value for key, value in yaml.safe_load(recipe).items() if key not in ("device", "evaluation")}
 
 
 def refuse_other_recipe(run: Path, recipe: Recipe) -> None:
@@ -48,12 +61,12 @@ def refuse_other_recipe(run: Path, recipe: Recipe) -> None:
         )
 
 
-def resumed(run: Path, identity: str) -> Checkpoint | None:
+def resumed(run: Path, identity: str, skip_damaged: bool = False) -> Checkpoint | None:
     """What a search goes on from, its history cut back to that moment; None, and no history, at the beginning.
 
     Raises UserError for a checkpoint of another search or with damage, and for a history that was cut.
     """
-    checkpoint = latest_checkpoint(run)
+    checkpoint = latest_checkpoint(run, skip_damaged)
     if checkpoint is None:
         (run / METRICS_FILE).unlink(missing_ok=True)
         return None
@@ -65,27 +78,3 @@ def resumed(run: Path, identity: str) -> Checkpoint | None:
         raise UserError(f"{history}: {size} bytes where the checkpoint wrote {checkpoint.history_bytes}: it was cut")
     os.truncate(history, checkpoint.history_bytes)
     return checkpoint
-
-
-class History:
-    """`metrics.jsonl`, one row a step."""
-
-    def __init__(self, run: Path) -> None:
-        run.mkdir(parents=True, exist_ok=True)
-        self.file = (run / METRICS_FILE).open("a", encoding="utf-8")
-
-    def __enter__(self) -> History:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def append(self, row: Row) -> None:
-        self.file.write(json.dumps(asdict(row), allow_nan=False) + "\n")
-        self.file.flush()
-
-    def flush(self) -> int:
-        """Makes all rows durable. Returns the file's length in bytes."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        return self.file.tell()

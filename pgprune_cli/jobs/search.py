@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 
@@ -23,20 +23,27 @@ from pgprune_cli.core.space import Budget, MaskSpace
 from pgprune_cli.core.step import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.data import Batches, CalibrationText, spread
-from pgprune_cli.decision import RECORD, Decision
+from pgprune_cli.decision import Decision
 from pgprune_cli.distributed import Ranks, joined
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.jobs.init_scores import SCORES, Scores, compute_scores, load_text, scoring_batches
-from pgprune_cli.jobs.run_directory import RECIPE_FILE, History, identity_of, refuse_other_recipe, resumed
+from pgprune_cli.history import History, Row, read_history
+from pgprune_cli.jobs.init_scores import compute_scores, load_text, scoring_batches
+from pgprune_cli.jobs.run_directory import finished, identity_of, refuse_other_recipe, resumed
 from pgprune_cli.loading import Source, load_model, resolve
+from pgprune_cli.lock import locked
 from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
-from pgprune_cli.progress import Row, SearchProgress, memory_in_use, working
+from pgprune_cli.progress import SearchProgress, memory_in_use, working
+from pgprune_cli.provenance import note
 from pgprune_cli.recipe import Recipe
 from pgprune_cli.recipe_reader import dump
 from pgprune_cli.reconstruct import PASSES, Repaired, repair
+from pgprune_cli.run_files import RECIPE_FILE, RECORD, SCORES
 from pgprune_cli.saliency import CALIBRATED, NEEDS, flat_saliency
+from pgprune_cli.scores import Scores
 from pgprune_cli.sensitivity import some_windows
+from pgprune_cli.signals import stopping
 from pgprune_cli.substrate import Evaluator
+from pgprune_cli.trackers import TrackerName, check_installed, tracking
 from pgprune_cli.width_table import width_table
 
 BAD_STEPS = 10
@@ -100,25 +107,30 @@ class Loop:
         return self.seconds + time.monotonic() - self.started
 
 
-def search(recipe: Recipe, run: Path, quiet: bool = False) -> Decision:
+def search(
+    recipe: Recipe, run: Path, quiet: bool = False, skip_damaged: bool = False, log: TrackerName | None = None
+) -> Decision:
     """Searches as the recipe says, or goes on where an earlier call was stopped, and writes the decision into `run`.
 
-    Under torchrun all processes call it alike, and the writer among them writes. Raises UserError for a run directory
-    of another recipe or with damage in it, RunError where every loss is bad or another process is gone, Interrupted
-    after a signal, with the state saved.
+    `skip_damaged`: where the newest checkpoint is damaged, goes on from the one before it. `log`: a tracker that is
+    told every step. Under torchrun all processes call it alike, and the writer among them writes. Raises UserError for
+    a run directory of another recipe, with damage in it or with another process in it, RunError where every loss is bad
+    or another process of the search is gone, Interrupted after a signal, with the state saved.
     """
     if (run / RECORD).exists():
-        decision = Decision.load(run)
-        refuse_other_recipe(run, recipe)
-        return decision
-    with joined() as ranks:
-        decision = _search(recipe, run, quiet or not ranks.writer, ranks)
+        return finished(run, recipe)
+    if log is not None:
+        check_installed(log)
+    with joined() as ranks, locked(run) if ranks.writer else nullcontext():
+        decision = _search(recipe, run, quiet or not ranks.writer, skip_damaged, log if ranks.writer else None, ranks)
         if ranks.writer:
             decision.save(run)
     return decision
 
 
-def _search(recipe: Recipe, run: Path, quiet: bool, ranks: Ranks) -> Decision:
+def _search(
+    recipe: Recipe, run: Path, quiet: bool, skip_damaged: bool, log: TrackerName | None, ranks: Ranks
+) -> Decision:
     with ranks.writer_first():
         source = resolve(recipe.model)
         text = load_text(recipe, source, quiet)
@@ -133,6 +145,7 @@ def _search(recipe: Recipe, run: Path, quiet: bool, ranks: Ranks) -> Decision:
         refuse_other_recipe(run, recipe)
         if ranks.writer:
             write_bytes(run / RECIPE_FILE, dump(recipe).encode())
+            note(run)
         space, budget = budget_for(recipe, evaluator, run, fingerprint, quiet)
     problem = Problem(
         evaluator,
@@ -143,7 +156,8 @@ def _search(recipe: Recipe, run: Path, quiet: bool, ranks: Ranks) -> Decision:
         recipe,
         ranks,
     )
-    loop = _run_steps(problem, run, identity_of(recipe, fingerprint, problem.policy.origin), quiet)
+    identity = identity_of(recipe, fingerprint, problem.policy.origin)
+    loop = _run_steps(problem, run, identity, quiet, skip_damaged, log)
 
     mask = problem.policy.final_mask(loop.state)
     keep = problem.keep(mask)
@@ -248,17 +262,24 @@ def calibration_forwards(recipe: Recipe, text: CalibrationText) -> int:
     return math.ceil(sum(map(Tensor.numel, read)) / (recipe.calibration.batch * recipe.calibration.seqlen))
 
 
-def _run_steps(problem: Problem, run: Path, identity: str, quiet: bool) -> Loop:
+def _run_steps(
+    problem: Problem, run: Path, identity: str, quiet: bool, skip_damaged: bool, log: TrackerName | None
+) -> Loop:
     """The loop. Returns where it ended."""
     recipe, schedule, ranks = problem.recipe, problem.recipe.search, problem.ranks
     with ranks.writer_first():
-        loop = _loop(problem, resumed(run, identity) if ranks.writer else latest_checkpoint(run))
+        loop = _loop(problem, resumed(run, identity, skip_damaged) if ranks.writer else latest_checkpoint(run))
+    units = {family.name: family.counts for family in problem.space.families}
+    budget = f"{recipe.budget.sparsity:.0%} of {recipe.budget.of} go"
+    shown = SearchProgress(schedule.steps, units, budget, read_history(run) if ranks.writer else (), quiet)
+    tracked = tracking(log, run, asdict(recipe), loop.state.step)
     written = History(run) if ranks.writer else nullcontext()
-    with SearchProgress(schedule.steps, quiet) as progress, written as history, _stop_signals(ranks) as stop:
+    with tracked as track, shown as progress, written as history, _stop_signals(ranks) as stop:
         if loop.state.step:
             progress.say(f"going on from step {loop.state.step} of {schedule.steps}")
         while loop.state.step < schedule.steps:
             row = _one_step(problem, loop)
+            track(row)
             progress.show(row)
             done = loop.state.step == schedule.steps
             stopped_by = ranks.greatest(stop[0] if stop else 0)
@@ -266,6 +287,7 @@ def _run_steps(problem: Problem, run: Path, identity: str, quiet: bool) -> Loop:
                 history.append(row)
                 if stopped_by or done or loop.state.step % schedule.checkpoint_every == 0:
                     save_checkpoint(run, _checkpoint(loop, recipe, history.flush(), identity))
+                    progress.saved(loop.state.step)
             if stopped_by and not done:
                 raise Interrupted(stopped_by, loop.state.step)
     return loop
@@ -292,7 +314,8 @@ def _one_step(problem: Problem, loop: Loop) -> Row:
         )
     step = loop.state.step
     due = step % schedule.evaluate_every == 0 or step in (1, schedule.steps)
-    decided = problem.keep(policy.mask(loop.state)) if due else None
+    mask = policy.mask(loop.state) if due else None
+    decided = None if mask is None else problem.keep(mask)
     return Row(
         step=step,
         losses=[_finite(float(loss)) for loss in losses],
@@ -304,6 +327,7 @@ def _one_step(problem: Problem, loop: Loop) -> Row:
         tokens_per_second=len(masks) * tokens.numel() / spent,
         memory_bytes=memory_in_use(),
         seconds=loop.elapsed(),
+        kept=None if mask is None else problem.space.widths(mask),
     )
 
 
@@ -334,12 +358,12 @@ def _checkpoint(loop: Loop, recipe: Recipe, history_bytes: int, identity: str) -
 
 @contextmanager
 def _stop_signals(ranks: Ranks) -> Iterator[list[int]]:
-    """A list that holds the signal once SIGINT or SIGTERM came. A second one acts as if this were not here.
+    """A list that holds the signal once one asked to stop. A second one acts as if this were not here.
 
     Not so under torchrun, which passes on what its processes may have received already.
     """
     caught: list[int] = []
-    before = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    before = {signum: signal.getsignal(signum) for signum in stopping()}
 
     def restore() -> None:
         for signum, handler in before.items():

@@ -19,10 +19,10 @@ import yaml
 from torch import Tensor, nn
 
 from pgprune_cli.arch import Keep, Shape
-from pgprune_cli.atomic import read_json
+from pgprune_cli.atomic import read_json, write_json
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
-from pgprune_cli.loading import Source, load_model, load_tokenizer
+from pgprune_cli.loading import Source, load_model, load_tokenizer, read_config, reason_of
 from pgprune_cli.writers.weights import DTYPES
 
 SIDE_FILES = (
@@ -73,31 +73,47 @@ def open_base(source: Source, decision: Decision) -> Base:
 
 
 def _from_directory(source: Source) -> tuple[Base, nn.Module]:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     build: Any = AutoModelForCausalLM.from_config
     given = read_json(source.directory / "config.json")
     if "quantization_config" in given:
         raise UserError(f"{source.name}: holds quantised weights, which cannot be cut; export from the original ones")
+    config = read_config(source)
     try:
-        config = AutoConfig.from_pretrained(source.directory)
         with torch.device("meta"):
             model = build(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{source.name}: its config.json cannot be used: {error}") from error
+    except Exception as error:  # of dozens of kinds
+        raise UserError(f"{source.name}: its config.json cannot be used: {reason_of(error)}") from error
     files = source.weight_files()
     shards = [_shard_of(path) for path in files]
     if config.tie_word_embeddings and _is_duplicate(shards):
         shards = [_without(shard, HEAD) for shard in shards]
 
     def write_side_files(directory: Path) -> None:
-        for pattern in SIDE_FILES:
-            for path in source.directory.glob(pattern):
-                target = directory / path.relative_to(source.directory)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
+        for path in side_files(source.directory):
+            target = directory / path.relative_to(source.directory)
+            target.parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, target)
+        drop_code(directory / "tokenizer_config.json")
 
     return Base(given, config, Shape.of(model), tuple(shards), write_side_files), model
+
+
+def side_files(directory: Path) -> list[Path]:
+    """What of a base directory is copied as it is: no code, which would run where the export is trusted."""
+    found = {path for pattern in SIDE_FILES for path in directory.glob(pattern)}
+    return sorted(path for path in found if path.is_file() and path.suffix != ".py")
+
+
+def drop_code(path: Path) -> None:
+    """Takes the classes that a tokenizer's config would have loaded from code out of it."""
+    try:
+        config = read_json(path)
+    except UserError:  # absent, or no config that could name any
+        return
+    if config.pop("auto_map", None) is not None:
+        write_json(path, config)
 
 
 def _shard_of(path: Path) -> Shard:

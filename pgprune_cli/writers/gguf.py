@@ -23,7 +23,7 @@ from pgprune_cli.atomic import new_file
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.loading import Source
-from pgprune_cli.writers import gguf_types
+from pgprune_cli.writers import gguf_seal, gguf_types
 from pgprune_cli.writers.base import Base
 from pgprune_cli.writers.gguf_layout import NEEDS, Layout
 from pgprune_cli.writers.gguf_tokenizer import add_tokenizer
@@ -65,13 +65,15 @@ class FilePlan(Plan):
         out = out.expanduser().resolve()
         check_new(out, directory=False)
         check_space(out, self.bytes + SLACK)
-        with new_file(out) as temporary, temporary.open("wb") as file:
-            file.write(self.header)
-            for cut, tensor in zip(self.cuts, self.tensors(self.cuts, on_bytes), strict=True):
-                dtype, size = self.stored(cut)
-                for piece in gguf_types.encoded(tensor, dtype):
-                    file.write(piece)
-                file.write(bytes(_aligned(size) - size))
+        with new_file(out) as temporary:
+            with temporary.open("wb") as file:
+                file.write(self.header)
+                for cut, tensor in zip(self.cuts, self.tensors(self.cuts, on_bytes), strict=True):
+                    dtype, size = self.stored(cut)
+                    for piece in gguf_types.encoded(tensor, dtype):
+                        file.write(piece)
+                    file.write(bytes(_aligned(size) - size))
+            gguf_seal.seal(temporary)
 
 
 def plan(source: Source, decision: Decision, options: Options, measured: Measured | None = None) -> FilePlan:
@@ -123,6 +125,7 @@ def _add_general(writer: Any, decision: Decision, dtype: str, measured: Measured
     writer.add_description(f"{model} without {decision.sparsity:.1%} of its prunable parameters (pgprune)")
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_string(gguf_seal.KEY, gguf_seal.EMPTY)
     writer.add_string("pgprune.version", __version__)
     writer.add_string("pgprune.recipe", decision.recipe)
     writer.add_array("pgprune.kept.kv_groups", [int(layer.attention.sum()) for layer in decision.keep])

@@ -22,6 +22,7 @@ from pgprune_cli.writers import modeling_pruned, weights
 from pgprune_cli.writers.card import Card
 from pgprune_cli.writers.hf_config import config_of
 from pgprune_cli.writers.plan import SLACK, Measured, Options, Plan, check_new, check_space, operate
+from pgprune_cli.writers.sums import write_sums
 from pgprune_cli.writers.surgery import Cut
 
 
@@ -63,6 +64,7 @@ class DirectoryPlan(Plan):
             # The repaired outputs are in the weights; a second time they could double the size.
             dataclasses.replace(self.decision, outputs={}).save(directory)
             write_bytes(directory / "README.md", self._card(out.name).text(self.decision).encode())
+            write_sums(directory)
 
     def _card(self, title: str) -> Card:
         kept = [(int(k.attention.sum()), len(k.attention), int(k.ffn.sum()), len(k.ffn)) for k in self.form.kept]

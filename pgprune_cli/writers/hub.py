@@ -8,10 +8,12 @@ from pgprune_cli.errors import RunError, UserError
 
 
 def check_name(name: str) -> None:
-    """Raises UserError for what cannot be the name of a model on the hub."""
+    """Raises UserError for what is not OWNER/NAME, or cannot be on the hub."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
+    if "/" not in name:
+        raise UserError(f"--push {name}: expected OWNER/NAME, such as my-name/{name or 'my-model'}")
     try:
         validate_repo_id(name)
     except HFValidationError as error:

@@ -117,7 +117,7 @@ def operate(source: Source, decision: Decision, needs: Needs, dtype: torch.dtype
     if fingerprint != decision.fingerprint:
         raise UserError(
             f"{source.name}: not the model that was searched: its config and weights have the fingerprint "
-            f"{fingerprint}, the decision was made for {decision.fingerprint}"
+            f"{fingerprint}, the decision was made for {decision.fingerprint}; put its files back, or search again"
         )
     base = open_base(source, decision)
     form = normal_form(decision.keep, needs)

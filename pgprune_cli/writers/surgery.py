@@ -25,10 +25,14 @@ class Cut:
     make: Callable[[Tensor], Tensor]
 
     def apply(self, tensor: Tensor) -> Tensor:
-        """The result of the base's tensor `source`. Raises UserError where the dtype cannot hold it."""
+        """The result of the base's tensor `source`. Raises UserError where the dtype cannot hold it, or nothing can."""
         made = self.make(tensor)
         result = made.to(self.dtype).contiguous()
-        if made.dtype != self.dtype and made.isfinite().all() and not result.isfinite().all():
+        if not made.isfinite().all():
+            raise UserError(
+                f"{self.source}: holds NaN or infinity in the base's files, or its repair; fetch them again"
+            )
+        if made.dtype != self.dtype and not result.isfinite().all():
             short, limit = str(self.dtype).removeprefix("torch."), torch.finfo(self.dtype).max
             raise UserError(
                 f"{self.name}: has weights of up to {float(made.abs().max()):.4g}, and {short} ends at {limit:.4g}; "

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 from pgprune_cli import substrate
 from pgprune_cli.arch import Output, Shape
+from pgprune_cli.history import Row
 from pgprune_cli.jobs import search as job
-from pgprune_cli.progress import Row, SearchProgress
+from pgprune_cli.progress import SearchProgress
 from pgprune_cli.recipe_reader import find, load
 from pgprune_cli.reconstruct import Repaired
 from pgprune_cli.substrate import Evaluator, summed_loss

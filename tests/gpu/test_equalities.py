@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from pgprune_cli import substrate
 from pgprune_cli.arch import Keep, LayerKeep
 from pgprune_cli.checkpoint import latest_checkpoint
-from pgprune_cli.decision import MASKS, REPAIR
 from pgprune_cli.errors import RunError
 from pgprune_cli.jobs import search as job
 from pgprune_cli.jobs.search import search
 from pgprune_cli.loading import load_model, resolve
 from pgprune_cli.recipe import Recipe
+from pgprune_cli.run_files import MASKS, REPAIR
 from pgprune_cli.streaming import layer_inputs
 from pgprune_cli.substrate import Evaluator
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -58,6 +59,11 @@ def test_a_comparison_is_a_table_and_goes_on_where_it_was(recipe, tmp_path, monk
     monkeypatch.setattr(job, "search", never)
     monkeypatch.setattr(job, "open_target", never)
     assert compare(recipe, tmp_path, [0, 1], NAMES, limit=2, quiet=True) == table
+    few = compare(recipe, tmp_path, [0, 1], NAMES[:1], limit=2, quiet=True)
+    assert few == table  # the rows measured earlier stay, in their places
+    with pytest.raises(UserError, match=r"its sparsity is 0\.5, not 0\.25; give another --out"):
+        other = replace(recipe, budget=replace(recipe.budget, sparsity=0.25))
+        compare(other, tmp_path, [0, 1], NAMES, limit=2, quiet=True)
     with pytest.raises(UserError, match="measured with --limit 2"):
         compare(recipe, tmp_path, [0], NAMES, limit=3, quiet=True)
 

@@ -61,8 +61,8 @@ def test_time_is_flops_at_the_rates_measured(small) -> None:
     ("config", "fault"),
     [
         ('{"model_type": "gpt2", "n_layer": 1, "n_embd": 8, "n_head": 1}', "model type 'gpt2' is not supported"),
-        ('{"model_type": "llama", "hidden_size": "wide"}', "its config cannot be read"),
-        ("{}", "its config cannot be read"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "its config cannot be used"),
+        ("{}", "its config cannot be used"),
     ],
 )
 def test_a_model_that_cannot_be_pruned_is_refused(config: str, fault: str, small, tmp_path: Path) -> None:

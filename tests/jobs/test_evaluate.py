@@ -11,12 +11,11 @@ import torch
 from conftest import VOCABULARY, tiny_model
 from torch.nn import functional
 
-from pgprune_cli.atomic import write_bytes
+from pgprune_cli.atomic import read_record, write_bytes
 from pgprune_cli.data import tokens_of
 from pgprune_cli.demo.grammar import generate
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs.evaluate import (
-    EVALUATION_FILE,
     Corpus,
     evaluate,
     measure_speed,
@@ -27,6 +26,7 @@ from pgprune_cli.jobs.evaluate import (
 from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.search import search
 from pgprune_cli.loading import load_tokenizer
+from pgprune_cli.run_files import EVALUATION_FILE
 
 
 def stream(length: int) -> torch.Tensor:
@@ -153,7 +153,7 @@ def test_what_was_measured_stands_in_the_model_card(run: Path, text: Corpus, tmp
     target = open_target(str(run), None, "cpu", quiet=True)
     result = evaluate(target, [text], [32], None, quiet=True)
     remember(target, result)
-    assert json.loads((run / EVALUATION_FILE).read_text()) == result
+    assert read_record(run / EVALUATION_FILE) == result
     export(run, tmp_path / "small")
     row = result["perplexity"][0]
     card = (tmp_path / "small" / "README.md").read_text()
@@ -170,7 +170,7 @@ def test_a_run_whose_base_changed_is_refused(run: Path) -> None:
 
 def test_a_run_without_a_decision_is_refused(run: Path) -> None:
     (run / "decision.json").unlink()
-    with pytest.raises(UserError, match="no finished decision here"):
+    with pytest.raises(UserError, match="its search is not finished"):
         open_target(str(run), None, "cpu", quiet=True)
 
 

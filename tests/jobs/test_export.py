@@ -18,11 +18,12 @@ from safetensors import safe_open
 from pgprune_cli import cli
 from pgprune_cli.arch import LayerKeep
 from pgprune_cli.cli import main
-from pgprune_cli.decision import REPAIR, Decision
+from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs import export as job
 from pgprune_cli.loading import resolve
 from pgprune_cli.reconstruct import repair
+from pgprune_cli.run_files import REPAIR
 from pgprune_cli.writers.normal_form import Needs
 from pgprune_cli.writers.plan import Options
 

@@ -7,9 +7,12 @@ import torch
 
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs import init_scores as job
-from pgprune_cli.jobs.init_scores import SCORES, Scores, init_scores
+from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.loading import load_model, resolve
+from pgprune_cli.provenance import PROVENANCE_FILE, read_provenance
+from pgprune_cli.run_files import SCORES
 from pgprune_cli.saliency import METRICS
+from pgprune_cli.scores import Scores
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -82,7 +85,8 @@ def test_scoring_again_replaces_the_scores(small, tmp_path) -> None:
     init_scores(small("saliency.metric=magnitude"), tmp_path, quiet=True)
     init_scores(small("saliency.metric=uniform"), tmp_path, quiet=True)
     assert Scores.load(tmp_path).metric == "uniform"
-    assert [path.name for path in tmp_path.iterdir()] == [SCORES]
+    assert {path.name for path in tmp_path.iterdir()} == {SCORES, PROVENANCE_FILE}
+    assert len(read_provenance(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("metric", ["wanda-sp", "magnitude", "random", "uniform"])
@@ -107,3 +111,31 @@ def test_damaged_and_foreign_scores_are_refused(small, tmp_path) -> None:
     save_file({"layers.0.ffn": torch.ones(3)}, tmp_path / SCORES)
     with pytest.raises(UserError, match="not scores of pgprune; `pgprune init-scores` writes them"):
         Scores.load(tmp_path)
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    damaged = bytearray(content)
+    damaged[place] ^= 1
+    return bytes(damaged)
+
+
+def test_every_flipped_bit_of_scores_is_noticed(small, tmp_path) -> None:
+    init_scores(small("saliency.metric=magnitude"), tmp_path, quiet=True)
+    whole = (tmp_path / SCORES).read_bytes()
+    for place in range(0, len(whole), 13):
+        (tmp_path / SCORES).write_bytes(flipped(whole, place))
+        with pytest.raises(UserError, match=r"scores\.safetensors: (damaged|not scores)"):
+            Scores.load(tmp_path)
+
+
+def test_scores_of_a_newer_pgprune_are_refused(small, tmp_path, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "VERSION", 2)
+        init_scores(small("saliency.metric=uniform"), tmp_path, quiet=True)
+    with pytest.raises(UserError, match=r"of a newer pgprune \(version 2, this one reads 1\); upgrade pgprune"):
+        Scores.load(tmp_path)
+
+
+def test_the_same_scores_are_the_same_bytes(tmp_path) -> None:
+    scores = Scores({"layers.0.ffn": torch.arange(3.0, dtype=torch.float64)}, "uniform", "0123")
+    assert len({scores.save(tmp_path).read_bytes() for _ in range(20)}) == 1

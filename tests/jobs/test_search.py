@@ -18,16 +18,17 @@ from pgprune_cli.checkpoint import FOLDER, latest_checkpoint
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.projection import hard_mask
 from pgprune_cli.core.space import budget_of
-from pgprune_cli.decision import MASKS, RECORD, REPAIR, Decision
+from pgprune_cli.decision import Decision
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs import search as job
-from pgprune_cli.jobs.init_scores import SCORES, Scores, init_scores, load_text
-from pgprune_cli.jobs.run_directory import METRICS_FILE
+from pgprune_cli.jobs.init_scores import init_scores, load_text
 from pgprune_cli.jobs.search import BAD_STEPS, Interrupted, search
 from pgprune_cli.loading import load_model, resolve
 from pgprune_cli.recipe import Recipe
 from pgprune_cli.recipe_reader import find, load
+from pgprune_cli.run_files import MASKS, METRICS_FILE, RECORD, REPAIR, SCORES
 from pgprune_cli.saliency import flat_saliency
+from pgprune_cli.scores import Scores
 from pgprune_cli.substrate import Evaluator
 
 STEPS = 6

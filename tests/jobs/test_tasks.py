@@ -12,12 +12,14 @@ import pytest
 import torch
 from multiple_choice import by_hand, items_of, task_file
 
+from pgprune_cli.atomic import read_record
 from pgprune_cli.errors import UserError
-from pgprune_cli.jobs.evaluate import EVALUATION_FILE, evaluate, open_target, remember
+from pgprune_cli.jobs.evaluate import evaluate, open_target, remember
 from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.tasks import load_tasks, measure_tasks, names_of
 from pgprune_cli.loading import load_tokenizer
+from pgprune_cli.run_files import EVALUATION_FILE
 
 
 @pytest.fixture
@@ -104,14 +106,14 @@ def test_what_was_measured_stays_in_the_run_and_stands_in_the_model_card(
     remember(target, empty | {"perplexity": perplexity})
     rows = measure_tasks(target, load_tasks([str(task)], quiet=True), None, quiet=True)
     remember(target, empty | {"tasks": rows})
-    assert json.loads((run / EVALUATION_FILE).read_text()) == empty | {"perplexity": perplexity, "tasks": rows}
+    assert read_record(run / EVALUATION_FILE) == empty | {"perplexity": perplexity, "tasks": rows}
     export(run, tmp_path / "exported")
     card = (tmp_path / "exported" / "README.md").read_text()
     assert "| tales | 32 | 5.00 | 100 |" in card
     for row in rows:
         assert f"| tales | 0 | {row['metric']} | {row['value']:.4f} | {row['stderr']:.4f} | 12 |" in card
     remember(target, empty | {"tasks": rows, "dtype": "bfloat16"})  # other arithmetic: not to be mixed
-    assert json.loads((run / EVALUATION_FILE).read_text())["perplexity"] == []
+    assert read_record(run / EVALUATION_FILE)["perplexity"] == []
 
 
 # --- what is wrong

@@ -61,8 +61,14 @@ def test_without_a_network_the_directory_stays(tmp_path, monkeypatch):
     assert (tmp_path / "config.json").exists()
 
 
-@pytest.mark.parametrize("name", ["a/b/c", "-x/y", "me/a name", ""])
+@pytest.mark.parametrize("name", ["a/b/c", "-x/y", "me/a name", "me/"])
 def test_what_is_no_name_on_the_hub_is_refused(name):
     with pytest.raises(UserError, match="not a name on the hub"):
         hub.check_name(name)
     hub.check_name("me/small-7b")
+
+
+@pytest.mark.parametrize("name", ["small", ""])
+def test_a_name_without_its_owner_is_told_what_is_expected(name):
+    with pytest.raises(UserError, match=f"^--push {name}: expected OWNER/NAME, such as my-name/{name}"):
+        hub.check_name(name)

@@ -1,0 +1,86 @@
+"""Pruning from Python: `prune`, and what one does with what it returns. Thin over the jobs, which it imports late."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from pgprune_cli.decision import Decision
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A finished run: `directory` holds all of it, `decision` says which units stay."""
+
+    directory: Path
+    decision: Decision
+
+    def __repr__(self) -> str:
+        return f"Pruned({str(self.directory)!r}: {self.decision.model}, sparsity {self.decision.sparsity:.4f})"
+
+    def evaluate(
+        self, corpora: Sequence[str] = (), seqlens: Sequence[int] = (), limit: int | None = None, quiet: bool = True
+    ) -> dict[str, Any]:
+        """Perplexities as `pgprune eval RUN --json` gives them, by default those that the recipe asks for.
+
+        `corpora`: names or NAME=FILE; `seqlens`: tokens; `limit`: as `--limit`. Raises UserError, RunError.
+        """
+        from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target, remember
+
+        target = open_target(str(self.directory), None, None, quiet)
+        chosen = [Corpus.parse(name) for name in corpora or target.evaluation.corpora]
+        result = evaluate(target, chosen, seqlens or target.evaluation.seqlen, limit, quiet)
+        if limit is None:
+            remember(target, result)
+        return result
+
+    def export(
+        self,
+        out: str | Path,
+        format: Literal["hf", "gguf", "mlx"] = "hf",
+        dtype: str | None = None,
+        quiet: bool = True,
+    ) -> Path:
+        """Writes the smaller model as the new `out` and returns it; as `pgprune export`, which has more options.
+
+        Raises UserError, also where there is something already.
+        """
+        from pgprune_cli.jobs.export import export, options_of, target
+
+        options = options_of(format, dtype, None, False, 1, 1)
+        path = target(self.directory, Path(out), format)
+        export(self.directory, path, options, format, quiet)
+        return path
+
+
+def prune(
+    recipe: str | Path,
+    settings: Mapping[str, Any] | None = None,
+    out: str | Path | None = None,
+    quiet: bool = False,
+) -> Pruned:
+    """Scores and searches as `pgprune search` does, and goes on where an earlier call was stopped.
+
+    Args:
+        recipe: the name of one that ships, or a recipe file.
+        settings: recipe keys with their values, as `--set` takes them: `{"model": "me/mine", "budget.sparsity": 0.3}`.
+        out: the run directory; by default `runs/<recipe>`, as on the command line.
+
+    Raises:
+        UserError: what was given is wrong; RunError: it failed all the same.
+        Interrupted: stopped by a signal, as when a notebook's kernel is interrupted; the state is saved.
+    """
+    from pgprune_cli.jobs.search import search
+    from pgprune_cli.recipe_reader import find, load, name_of
+    from pgprune_cli.run_files import runs_folder
+
+    path = find(str(recipe))
+    overrides = [
+        f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in (settings or {}).items()
+    ]
+    run = Path(out) if out is not None else runs_folder() / name_of(path)
+    return Pruned(run, search(load(path, overrides), run, quiet))

@@ -1,0 +1,92 @@
+"""`metrics.jsonl`: what a search says of itself, a row a step."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pgprune_cli.atomic import sync_directory
+from pgprune_cli.errors import UserError
+from pgprune_cli.run_files import METRICS_FILE
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of `metrics.jsonl`: a step of the search. Losses are nats per token; a bad loss is None.
+
+    kept: where the decision of the moment was judged on held-out text, how many units of every layer it keeps, by
+    family; rows of before this was recorded have none.
+    """
+
+    step: int
+    losses: list[float | None]
+    baseline: float | None
+    learning_rate: float | None
+    entropy: float
+    heldout_loss: float | None
+    skipped: int
+    tokens_per_second: float
+    memory_bytes: int
+    seconds: float
+    kept: dict[str, list[int]] | None = None
+
+    @property
+    def mean_loss(self) -> float | None:
+        good = [loss for loss in self.losses if loss is not None]
+        return sum(good) / len(good) if good else None
+
+
+class History:
+    """`metrics.jsonl`, open to grow by one row a step."""
+
+    def __init__(self, run: Path) -> None:
+        self.file = (run / METRICS_FILE).open("a", encoding="utf-8")
+        sync_directory(run)
+
+    def __enter__(self) -> History:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with _naming(self.file.name):
+            self.file.close()
+
+    def append(self, row: Row) -> None:
+        """Raises OSError."""
+        with _naming(self.file.name):
+            self.file.write(json.dumps(asdict(row), allow_nan=False) + "\n")
+            self.file.flush()
+
+    def flush(self) -> int:
+        """Makes all rows durable. Returns the file's length in bytes."""
+        with _naming(self.file.name):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            return self.file.tell()
+
+
+@contextmanager
+def _naming(path: str) -> Iterator[None]:
+    """The system names no file when a write to an open one fails."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, path) from error
+
+
+def read_history(run: Path) -> list[Row]:
+    """The rows written so far; a last line that is still being written is left out.
+
+    Raises UserError for a line that is no row.
+    """
+    path = run / METRICS_FILE
+    if not path.exists():
+        return []
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    try:
+        return [Row(**json.loads(line)) for line in lines]
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: damaged, or not a history of pgprune ({error})") from None

@@ -1,0 +1,72 @@
+"""runs: what runs there are and how far they have come. Reads their small files only, so that it is quick."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from pgprune_cli.atomic import read_json
+from pgprune_cli.errors import UserError
+from pgprune_cli.measured import read_measured
+from pgprune_cli.recipe_reader import load
+from pgprune_cli.run_files import (
+    MASKS,
+    METRICS_FILE,
+    RECIPE_FILE,
+    RECORD,
+    run_directories,
+)
+
+State = Literal["scored", "searching", "finished", "damaged"]
+
+
+def runs_in(folder: Path) -> list[dict[str, Any]]:
+    """Every run in `folder` and below it, as the rows that `--json` prints. Raises UserError for no such folder."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such directory; `pgprune search RECIPE` makes the first run")
+    return [_row(run) for run in run_directories(folder)]
+
+
+def _row(run: Path) -> dict[str, Any]:
+    """One run. `target`: the recipe's sparsity, `sparsity`: the decision's; what is not known yet is None."""
+    row: dict[str, Any] = {"run": str(run), "state": "scored", "fault": None}
+    row |= dict.fromkeys(("model", "target", "sparsity", "step", "steps", "heldout_loss"))
+    row["perplexity"] = []
+    try:
+        if (run / RECIPE_FILE).exists():
+            recipe = load(run / RECIPE_FILE)
+            step = _steps_done(run / METRICS_FILE)
+            row |= {"state": "searching", "model": recipe.model, "target": recipe.budget.sparsity}
+            row |= {"step": step, "steps": recipe.search.steps}
+        if (run / RECORD).exists() and (run / MASKS).exists():
+            record = read_json(run / RECORD)
+            row |= {"state": "finished", "sparsity": record["sparsity"], "heldout_loss": record["heldout_loss"]}
+        row["perplexity"] = (read_measured(run) or {"perplexity": []})["perplexity"]
+    except (UserError, KeyError, ValueError) as error:
+        row |= {"state": "damaged", "fault": f"{error}" if isinstance(error, UserError) else f"{run}: {error!r}"}
+    return row
+
+
+def _steps_done(history: Path) -> int:
+    """The last whole row's step; a search that is writing the next one is no reason to fail."""
+    lines = history.read_text(encoding="utf-8").split("\n")[:-1] if history.exists() else []
+    return int(json.loads(lines[-1])["step"]) if lines else 0
+
+
+def cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """The rows as a table of text, headings first."""
+    return ["run", "state", "model", "sparsity", "perplexity"], [
+        [
+            row["run"],
+            _state(row),
+            row["model"] or "",
+            "" if row["sparsity"] is None else f"{row['sparsity']:.4f}",
+            ", ".join(f"{cell['corpus']} ({cell['seqlen']}) {cell['ppl']:,.2f}" for cell in row["perplexity"]),
+        ]
+        for row in rows
+    ]
+
+
+def _state(row: dict[str, Any]) -> str:
+    return f"searching, step {row['step']} of {row['steps']}" if row["state"] == "searching" else str(row["state"])

@@ -1,0 +1,64 @@
+"""What several verbs take alike: arguments and options with their help and their completion, examples under a help."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def examples(*lines: str) -> str:
+    """What a help page ends with: command lines, each on its own (the parser keeps a paragraph after \\b as it is)."""
+    return "\b\nExamples:\n" + "\n".join(f"  pgprune {line}" for line in lines)
+
+
+def recipe_names(incomplete: str) -> Iterator[str]:
+    """Completes the recipes that ship, and recipe files."""
+    from pgprune_cli.recipe_reader import name_of, shipped
+
+    names = [name_of(path) for path in shipped()]
+    files = [str(path) for path in Path(incomplete or ".").parent.glob("*.yaml")]
+    return (name for name in [*names, *files] if name.startswith(incomplete))
+
+
+def run_names(incomplete: str) -> Iterator[str]:
+    """Completes the runs where runs go."""
+    from pgprune_cli.run_files import run_directories, runs_folder
+
+    return (str(run) for run in run_directories(runs_folder()) if str(run).startswith(incomplete))
+
+
+def model_names(incomplete: str) -> Iterator[str]:
+    """Completes what `eval` measures: directories with a model below `models`, and runs."""
+    models = (str(path.parent) for path in sorted(Path("models").glob("*/config.json")))
+    return (name for name in ["demo", *models, *run_names("")] if name.startswith(incomplete))
+
+
+def metric_names(incomplete: str) -> Iterator[str]:
+    """Completes the saliency metrics."""
+    from typing import get_args
+
+    from pgprune_cli.recipe import MetricName
+
+    return (name for name in get_args(MetricName) if name.startswith(incomplete))
+
+
+RecipeName = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships.", autocompletion=recipe_names),
+]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="The run directory.  [default: runs/<recipe>, or in $PGPRUNE_RUNS]"),
+]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's key; repeatable.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
+Limit = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="N", help="Windows of the shortest length, at most; other lengths read as much."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]

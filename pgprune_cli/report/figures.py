@@ -1,0 +1,243 @@
+"""The plots, as Vega-Lite specifications. Colours are the page's, light or dark; nothing here names one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import altair as alt
+
+from pgprune_cli.report.gather import UNIT, Run, kept_cells, sensitivities, theta_cells
+from pgprune_cli.report.pareto import Measure
+
+Chart = Any  # altair has a class for each kind, and methods that say they may return any of them
+
+HEIGHT = 260
+"""Of a plot with a scale along its side, in pixels. Every plot is as wide as the page lets it be."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A plot under its heading. `id` is unique on the page."""
+
+    id: str
+    title: str
+    says: str
+    spec: dict[str, Any]
+
+
+def figures_of(run: Run, prefix: str) -> Iterator[Figure]:
+    """All that one run can show so far; `prefix` begins the ids."""
+    if run.rows:
+        yield Figure(
+            f"{prefix}-loss",
+            "Loss",
+            "What the sampled masks lose on their batches (mean, and from the least to the greatest), and what the "
+            "decision of the moment loses on text that the search never sees.",
+            _spec(_losses(run)),
+        )
+    for family, widths in (run.widths or {}).items():
+        yield Figure(
+            f"{prefix}-width-{family}",
+            f"Layer widths: {_plural(family)}",
+            "Before, in pale, and after." if run.decision else "Before, in pale, and as last judged.",
+            _spec(_widths(run.dense(family), widths, family)),
+        )
+    for family, cells in theta_cells(run).items():
+        says = f"The keep probability of every {UNIT.get(family, family)}, at the last checkpoint{_runs_of(cells)}."
+        spec = _spec(_heat(cells, family, "θ"))
+        yield Figure(f"{prefix}-theta-{family}", f"θ: {_plural(family)}", says, spec)
+    for family, cells in kept_cells(run).items():
+        says = f"Which {_plural(family)} stay{_runs_of(cells)}."
+        yield Figure(f"{prefix}-kept-{family}", f"Kept: {_plural(family)}", says, _spec(_heat(cells, family, "kept")))
+    if learned := sensitivities(run):
+        yield Figure(
+            f"{prefix}-sensitivity",
+            "What an error costs",
+            "How much loss the same error of a layer's block brings, relative to the others, as the search learned it.",
+            _spec(_sensitivity(learned)),
+        )
+    for family in _judged(run):
+        yield Figure(
+            f"{prefix}-course-{family}",
+            f"Widths during the search: {_plural(family)}",
+            "What every layer kept whenever the decision was judged.",
+            _spec(_course(run, family)),
+        )
+
+
+def comparison(runs: Sequence[Run], measures: Sequence[Measure]) -> Iterator[Figure]:
+    """Several runs in one plot each: what they lose as they search, and what they ended at."""
+    for number, measure in enumerate(measures):
+        says = "Sparsity is of the prunable parameters. The line joins the runs of a model that no other beats in both."
+        yield Figure(f"pareto-{number}", f"Sparsity and {measure.name}", says, _spec(_pareto(measure)))
+    courses = {run.name: _heldout(run) for run in runs}
+    points = [point | {"run": name} for name, course in courses.items() if len(course) > 1 for point in course]
+    if points:
+        yield Figure("heldout", "Held-out loss", "Each run on its own held-out text.", _spec(_together(points)))
+
+
+def _losses(run: Run) -> Chart:
+    sampled, heldout = "sampled masks", "the decision, on held-out text"
+    means = []
+    for row, forwards in zip(run.rows, run.forwards, strict=True):
+        good = [loss for loss in row.losses if loss is not None]
+        if good:
+            mean = _loss(row.mean_loss, forwards, row.step)
+            means.append(mean | {"low": min(good), "high": max(good), "of": sampled})
+    x = alt.X("forwards:Q", title="forward passes")
+    left = alt.Axis(title="nats per token")
+    right = alt.Axis(title="perplexity", orient="right", grid=False, labelExpr="format(exp(datum.value), ',.3~r')")
+    scale = alt.Scale(zero=False, nice=False, padding=8)
+    data = alt.Data(values=means)
+    band = alt.Chart(data).mark_area(opacity=0.2).encode(x, alt.Y("low:Q", scale=scale, axis=left), y2="high:Q")
+    line = alt.Chart(data).mark_line(point=len(means) < 2).encode(x, alt.Y("loss:Q", scale=scale, axis=right))
+    points = [point | {"of": heldout} for point in _heldout(run)]
+    judged = alt.Chart(alt.Data(values=points)).mark_line(point=True)
+    judged = judged.encode(x, alt.Y("loss:Q", scale=scale, axis=None))
+    colour = alt.Color("of:N", title=None, scale=alt.Scale(domain=[sampled, heldout]))
+    tip = _tip(step="step:Q", forwards="forwards:Q", loss="loss:Q", perplexity="perplexity:Q")
+    layers = [band.encode(colour), line.encode(colour, tooltip=tip), judged.encode(colour, tooltip=tip)]
+    return alt.layer(*layers).resolve_axis(y="independent").properties(width="container", height=HEIGHT)
+
+
+def _heldout(run: Run) -> list[dict[str, Any]]:
+    """The judged losses against forwards; at the end, that of the written decision."""
+    judged = zip(run.rows, run.forwards, strict=True)
+    points = [_loss(row.heldout_loss, forwards, row.step) for row, forwards in judged if row.heldout_loss is not None]
+    if run.decision is not None and run.decision.heldout_loss is not None:
+        points.append(_loss(run.decision.heldout_loss, run.decision.forwards, run.decision.steps))
+    return points
+
+
+def _loss(loss: float | None, forwards: int, step: int) -> dict[str, Any]:
+    assert loss is not None, "only good losses are drawn"
+    return {"step": step, "forwards": forwards, "loss": round(loss, 5), "perplexity": round(math.exp(loss), 3)}
+
+
+def _widths(before: Sequence[int], after: Sequence[int], family: str) -> Chart:
+    rows = [
+        {"layer": layer, "before": dense, "after": kept}
+        for layer, (dense, kept) in enumerate(zip(before, after, strict=True))
+    ]
+    tip = _tip(layer="layer:O", before="before:Q", after="after:Q")
+    layer = alt.X("layer:O", axis=alt.Axis(labelAngle=0, labelOverlap=True))
+    bars = alt.Chart(alt.Data(values=rows)).encode(layer, tooltip=tip)
+    axis = alt.Axis(title=_plural(family), tickMinStep=1)
+    pale = bars.mark_bar(opacity=0.25).encode(alt.Y("before:Q", axis=axis))
+    full = bars.mark_bar().encode(alt.Y("after:Q", axis=axis))
+    return alt.layer(pale, full).properties(width="container", height=HEIGHT * 0.6)
+
+
+def _heat(cells: list[dict[str, Any]], family: str, value: str) -> Chart:
+    layers = len({cell["layer"] for cell in cells})
+    chart = alt.Chart(alt.Data(values=cells)).mark_rect()
+    return chart.encode(
+        alt.X("first:O", title=UNIT.get(family, family), axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+        alt.Y("layer:O", axis=alt.Axis(labelOverlap=True)),
+        _shade(value),
+        tooltip=[*_tip(layer="layer:O", units="units:N"), alt.Tooltip("value:Q", title=value)],
+    ).properties(width="container", height=_rows(layers))
+
+
+def _course(run: Run, family: str) -> Chart:
+    cells = [
+        {"forwards": forwards, "layer": layer, "value": round(kept / count, 4), "kept": f"{kept} of {count}"}
+        for row, forwards in zip(run.rows, run.forwards, strict=True)
+        if row.kept is not None
+        for layer, (kept, count) in enumerate(zip(row.kept[family], run.dense(family), strict=True))
+    ]
+    return (
+        alt.Chart(alt.Data(values=cells))
+        .mark_rect()
+        .encode(
+            alt.X("forwards:O", title="forward passes", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+            alt.Y("layer:O", axis=alt.Axis(labelOverlap=True)),
+            _shade("kept"),
+            tooltip=_tip(layer="layer:O", forwards="forwards:O", kept="kept:N"),
+        )
+        .properties(width="container", height=_rows(len(run.units[family])))
+    )
+
+
+def _sensitivity(learned: list[dict[str, Any]]) -> Chart:
+    chart = alt.Chart(alt.Data(values=learned)).encode(
+        alt.X("layer:O", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+        alt.Color("family:N", title=None),
+        xOffset="family:N",
+        tooltip=_tip(layer="layer:O", family="family:N", cost="value:Q"),
+    )
+    scale = alt.Scale(type="log")
+    spread = chart.mark_rule().encode(
+        alt.Y("low:Q", scale=scale, title="loss for an error", axis=alt.Axis(tickCount=4)), y2="high:Q"
+    )
+    mean = chart.mark_point(filled=True, size=36, opacity=1).encode(alt.Y("value:Q", scale=scale))
+    return alt.layer(spread, mean).properties(width="container", height=HEIGHT)
+
+
+def _pareto(measure: Measure) -> Chart:
+    x = alt.X("sparsity:Q", scale=alt.Scale(zero=False, padding=60), axis=alt.Axis(format=".3~p", tickCount=5))
+    y = alt.Y(
+        "ppl:Q", title=measure.name, scale=alt.Scale(type="log", nice=False, padding=24), axis=alt.Axis(tickCount=5)
+    )
+    tip = _tip(run="run:N", model="model:N", sparsity="sparsity:Q", perplexity="ppl:Q")
+    chart = alt.Chart(alt.Data(values=measure.points)).encode(x, y)
+    colour = alt.Color("model:N", title=None)
+    best = chart.transform_filter("datum.best")
+    front = best.mark_line(interpolate="step-before", strokeDash=[4, 3], opacity=0.6).encode(colour)
+    dots = chart.mark_point(filled=True, size=70, opacity=1).encode(colour, tooltip=tip)
+    named = chart if len(measure.points) <= 8 else best  # of many, names would lie on top of each other
+    names = named.mark_text(dy=-12).encode(text="run:N")
+    return alt.layer(front, dots, names).properties(width="container", height=HEIGHT * 1.3)
+
+
+def _together(points: list[dict[str, Any]]) -> Chart:
+    tip = _tip(run="run:N", forwards="forwards:Q", loss="loss:Q", perplexity="perplexity:Q")
+    return (
+        alt.Chart(alt.Data(values=points))
+        .mark_line(point=True)
+        .encode(
+            alt.X("forwards:Q", title="forward passes"),
+            alt.Y("loss:Q", title="nats per token", scale=alt.Scale(zero=False)),
+            alt.Color("run:N", title=None),
+            tooltip=tip,
+        )
+        .properties(width="container", height=HEIGHT)
+    )
+
+
+def _shade(title: str) -> alt.Color:
+    return alt.Color("value:Q", title=title, scale=alt.Scale(domain=[0, 1]))
+
+
+def _rows(layers: int) -> int:
+    """The height of a heat map."""
+    return max(layers * (14 if layers <= 40 else 8), 120)
+
+
+def _judged(run: Run) -> list[str]:
+    """The families whose widths the history has more than once."""
+    judged = [row.kept for row in run.rows if row.kept is not None]
+    return list(run.units) if len(judged) > 1 else []
+
+
+def _tip(**fields: str) -> list[alt.Tooltip]:
+    return [alt.Tooltip(field, title=title) for title, field in fields.items()]
+
+
+def _plural(family: str) -> str:
+    return f"{UNIT[family]}s" if family in UNIT else f"{family}s"
+
+
+def _runs_of(cells: list[dict[str, Any]]) -> str:
+    longest = max((cell["first"] for cell in cells if cell["first"]), default=0)
+    step = min((cell["first"] for cell in cells if cell["first"]), default=1)
+    return f", {step} together in a cell" if longest and step > 1 else ""
+
+
+def _spec(chart: Chart) -> dict[str, Any]:
+    spec: dict[str, Any] = chart.to_dict()
+    del spec["config"]  # the page has its own
+    return spec

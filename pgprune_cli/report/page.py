@@ -1,0 +1,61 @@
+"""The page: figures and tables in one HTML file that needs no network, and follows the reader's light or dark."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+from pgprune_cli import __version__
+from pgprune_cli.report.facts import again, commands, environment, evaluation, summary
+from pgprune_cli.report.figures import Figure, comparison, figures_of
+from pgprune_cli.report.gather import Run
+from pgprune_cli.report.pareto import measures
+
+
+def page(runs: Sequence[Run], reload_after: int | None = None) -> str:
+    """The HTML of a report about `runs`. With `reload_after`, a browser reads it anew after so many seconds."""
+    from jinja2 import Environment
+
+    sections = [(run, list(figures_of(run, f"run-{number}")), commands(run)) for number, run in enumerate(runs)]
+    together = list(comparison(runs, measures(runs))) if len(runs) > 1 else []
+    drawn = [*together, *(figure for _, figures, _ in sections for figure in figures)]
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_asset("page.html"))
+    return template.render(
+        title=", ".join(run.name for run in runs) if len(runs) <= 3 else f"{len(runs)} runs",
+        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
+        version=__version__,
+        reload_after=reload_after,
+        style=_asset("page.css"),
+        script=_asset("page.js"),
+        library=_library(),
+        summary=summary(runs),
+        evaluation=evaluation(runs),
+        environment=environment(runs),
+        comparison=together,
+        sections=sections,
+        again=again,
+        figures=_embedded(drawn),
+    )
+
+
+def _embedded(figures: Sequence[Figure]) -> str:
+    """The specifications as JSON that can stand inside a <script>."""
+    specs: dict[str, Any] = {figure.id: figure.spec for figure in figures}
+    return json.dumps(specs, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def _asset(name: str) -> str:
+    return (files("pgprune_cli.report") / name).read_text(encoding="utf-8")
+
+
+@cache
+def _library() -> str:
+    """Vega, Vega-Lite and Vega-Embed, as they come with the package: 0.9 MB."""
+    from vl_convert import javascript_bundle
+
+    library: str = javascript_bundle("window.vegaEmbed = vegaEmbed;")
+    return library.replace("</script", "<\\/script")

@@ -1,0 +1,172 @@
+"""Writes the references that are no help page: of recipes, from the schema's dataclasses, their comments and those of
+`configs/_base.yaml` (docs/recipe.md, docs/schemas/recipe.json); of what --json prints, from its schema (docs/json.md).
+
+    python scripts/write_recipe_reference.py [--check]
+
+With --check it writes nothing, and fails where a file is not what the code says.
+"""
+
+import inspect
+import json
+import math
+import re
+import sys
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+
+from pgprune_cli.recipe import Range, Recipe
+from pgprune_cli.recipe_reader import shipped_folder
+from pgprune_cli.recipe_text import comments
+
+DOCS = Path(__file__).parents[1] / "docs"
+WRITTEN = "Written by `make references`; do not edit."
+INTRODUCTION = """\
+`pgprune recipes show NAME` prints one with every key filled in, `pgprune recipes copy NAME` hands one out to edit. A
+*default* is what a recipe has that does not say; the recipes that ship extend `_base`, which says some of them anew.
+The [schema](schemas/recipe.json) is JSON Schema, for editors that complete YAML; pgprune's own reader says more."""
+JSON_INTRODUCTION = """\
+Every verb takes `--json` and then prints one object on stdout; progress and faults go to stderr. The
+[schema](schemas/output.json) is JSON Schema, with a definition for each verb under `$defs`; what every verb prints is
+validated against it by the tests. Numbers that are not finite are null. `pgprune recipes show --json` prints a
+[recipe](recipe.md)."""
+PLAIN = {int: "integer", float: "number", str: "string"}
+
+
+def schema_of(kind: Any) -> dict[str, Any]:
+    """The JSON schema of a key's annotation, or of a section."""
+    if is_dataclass(kind):
+        properties = {entry.name: schema_of(entry.type) | _default(entry) for entry in fields(kind)}
+        return {"type": "object", "additionalProperties": False, "properties": properties}
+    if get_origin(kind) is Annotated:
+        inner, check = get_args(kind)
+        return schema_of(inner) | (_range(check) if isinstance(check, Range) else {})
+    if get_origin(kind) is Literal:
+        return {"enum": list(get_args(kind))}
+    if get_origin(kind) is tuple:
+        return {"type": "array", "minItems": 1, "uniqueItems": True, "items": schema_of(get_args(kind)[0])}
+    return {"type": PLAIN[kind]}
+
+
+def _range(check: Range) -> dict[str, float]:
+    limits = {"exclusiveMinimum" if check.above else "minimum": check.low}
+    return limits if math.isinf(check.high) else limits | {"exclusiveMaximum": check.high}
+
+
+def _default(entry: Field[Any]) -> dict[str, Any]:
+    if entry.default is MISSING or is_dataclass(entry.default):
+        return {}
+    return {"default": list(entry.default) if isinstance(entry.default, tuple) else entry.default}
+
+
+def values_of(kind: Any) -> str:
+    """What a key may be, in words."""
+    if get_origin(kind) is Annotated:
+        inner, check = get_args(kind)
+        if not isinstance(check, Range):
+            return values_of(inner)
+        low = f"{'>' if check.above else '≥'} {check.low}"
+        return f"{values_of(inner)} {low}" + ("" if math.isinf(check.high) else f", < {check.high}")
+    if get_origin(kind) is Literal:
+        return ", ".join(f"`{choice}`" for choice in get_args(kind))
+    if get_origin(kind) is tuple:
+        return f"a list of: {values_of(get_args(kind)[0])}"
+    return PLAIN[kind].replace("string", "text")
+
+
+def recipe_page() -> str:
+    """A table for each section of a recipe."""
+    base = yaml.safe_load((shipped_folder() / "_base.yaml").read_text(encoding="utf-8"))
+    lines = ["# Recipe reference", "", WRITTEN, "", f"{inspect.getdoc(Recipe)}", "", INTRODUCTION, ""]
+    lines += _table("", Recipe, base)
+    for entry in fields(Recipe):
+        if is_dataclass(entry.type):
+            lines += ["", f"## {entry.name}", "", inspect.getdoc(entry.type) or "", ""]
+            lines += _table(f"{entry.name}.", entry.type, base.get(entry.name, {}))
+    return "\n".join(lines) + "\n"
+
+
+def _table(prefix: str, section: Any, base: dict[str, Any]) -> list[str]:
+    """The keys of one section: their values, their default, and what is said of them in the schema and in `_base`."""
+    known = comments()
+    said = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(section), re.MULTILINE))
+    lines = ["| key | values | default | what it is | what the recipes that ship say of it |", "|---|---|---|---|---|"]
+    for entry in fields(section):
+        if not is_dataclass(entry.type):
+            cells = [f"`{entry.name}`", values_of(entry.type), _defaults(entry, base)]
+            cells += [said.get(entry.name, ""), known.get(prefix + entry.name, "")]
+            lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _defaults(entry: Field[Any], base: dict[str, Any]) -> str:
+    """The schema's default, and that of the recipes that ship where it is another."""
+    if entry.default is MISSING:
+        return f"required; `{base[entry.name]}` in `_base`" if entry.name in base else "required"
+    default = list(entry.default) if isinstance(entry.default, tuple) else entry.default
+    shipped = base.get(entry.name, default)
+    return _code(default) + ("" if shipped == default else f"; {_code(shipped)} in `_base`")
+
+
+def _code(value: Any) -> str:
+    return f"`[{', '.join(map(str, value))}]`" if isinstance(value, list) else f"`{value}`"
+
+
+def json_page() -> str:
+    """A table for each object that `--json` prints, from its schema."""
+    schema = json.loads((DOCS / "schemas" / "output.json").read_text(encoding="utf-8"))
+    lines = ["# JSON output", "", WRITTEN, "", JSON_INTRODUCTION]
+    for name, kind in schema["$defs"].items():
+        if "properties" in kind:
+            lines += ["", f"## {name}", "", "| key | type | what it is |", "|---|---|---|"]
+            lines += [
+                _json_row(key, value, key in kind["required"], schema) for key, value in kind["properties"].items()
+            ]
+    return "\n".join(lines) + "\n"
+
+
+def _json_row(key: str, value: dict[str, Any], required: bool, schema: dict[str, Any]) -> str:
+    said = value.get("description") or _named(value, schema).get("description", "")
+    return f"| `{key}`{'' if required else ' (not always)'} | {_json_type(value, schema)} | {said} |"
+
+
+def _json_type(value: dict[str, Any], schema: dict[str, Any]) -> str:
+    if "$ref" in value and _named(value, schema)["type"] == "object":
+        name = value["$ref"].rpartition("/")[2]
+        return f"[{name}](#{name})"
+    value = _named(value, schema) | value
+    if "enum" in value:
+        return ", ".join(f"`{choice}`" for choice in value["enum"])
+    if value["type"] == "array":
+        return f"list of {_json_type(value['items'], schema)}"
+    return " or ".join([value["type"]] if isinstance(value["type"], str) else value["type"])
+
+
+def _named(value: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    return schema["$defs"][value["$ref"].rpartition("/")[2]] if "$ref" in value else {}
+
+
+def pages() -> dict[Path, str]:
+    """What is written, by file."""
+    recipe: dict[str, Any] = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A recipe of pgprune"}
+    recipe |= schema_of(Recipe)
+    recipe["properties"] = {"extends": {"type": "string", "description": "another recipe"}} | recipe["properties"]
+    return {
+        DOCS / "recipe.md": recipe_page(),
+        DOCS / "schemas" / "recipe.json": json.dumps(recipe, indent=2, ensure_ascii=False) + "\n",
+        DOCS / "json.md": json_page(),
+    }
+
+
+def main() -> None:
+    for file, text in pages().items():
+        if "--check" not in sys.argv[1:]:
+            file.write_text(text, encoding="utf-8")
+        elif not file.exists() or file.read_text(encoding="utf-8") != text:
+            sys.exit(f"{file.name} is not what the code says; run `make references`")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""Corpora: any bytes under every suffix, and files of the right format with the wrong things in them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from inputs import VALUES, damaged, examples, put, told
+from pyarrow import parquet
+
+from pgprune_cli.data import FORMATS, calibration_text, tokens_of
+from pgprune_cli.loading import load_tokenizer, resolve
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(resolve("demo"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("corpora")
+
+
+def read(path: Path, tokenizer, kind: str) -> None:
+    with told(kind):
+        tokens = tokens_of(str(path), "evaluation", tokenizer)
+        assert tokens.dim() == 1 and len(tokens)
+        with told(f"{kind}, windows"):
+            calibration_text(str(path), tokenizer, 4, 2, 8)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@examples(40)
+@given(content=st.binary(max_size=300))
+def test_bytes(suffix: str, content: bytes, folder: Path, tokenizer) -> None:
+    read(put(folder / f"x{suffix}", content), tokenizer, "corpora, bytes")
+
+
+@examples(60)
+@given(text=st.text(max_size=300), encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]))
+def test_encodings(text: str, encoding: str, folder: Path, tokenizer) -> None:
+    content = text.encode(encoding, errors="replace")
+    for suffix in FORMATS:
+        read(put(folder / f"x{suffix}", content), tokenizer, "corpora, encodings")
+
+
+ROWS = st.one_of(
+    VALUES,
+    st.dictionaries(st.sampled_from(["text", "Text", "content"]), VALUES),
+    st.fixed_dictionaries({"text": st.text()}),
+)
+
+
+@examples(80)
+@given(rows=st.lists(ROWS, max_size=4))
+def test_rows(rows: list, folder: Path, tokenizer) -> None:
+    content = "\n".join(json.dumps(row) for row in rows).encode()
+    read(put(folder / "x.jsonl", content), tokenizer, "corpora, rows")
+
+
+TEXTS = st.lists(st.none() | st.text(min_size=1, max_size=40), min_size=2, max_size=2)
+COLUMNS = st.one_of(
+    TEXTS,
+    st.lists(st.integers(0, 9), min_size=2, max_size=2),
+    st.lists(st.binary(max_size=9), min_size=2, max_size=2),
+    st.lists(st.lists(st.text(max_size=9)), min_size=2, max_size=2),
+)
+
+TABLES = st.dictionaries(st.sampled_from(["text", "Text", "x"]), COLUMNS, max_size=2)
+
+
+@examples(60)
+@given(columns=st.one_of(TABLES, st.fixed_dictionaries({"text": TEXTS})))
+def test_columns(columns: dict, folder: Path, tokenizer) -> None:
+    parquet.write_table(pyarrow.table(columns), folder / "x.parquet")
+    read(folder / "x.parquet", tokenizer, "corpora, columns")
+
+
+@examples(80)
+@given(data=st.data())
+def test_parquet_with_damage(data, folder: Path, tokenizer) -> None:
+    parquet.write_table(pyarrow.table({"text": ["a b c", "the end"] * 20}), folder / "whole.parquet")
+    content = data.draw(damaged((folder / "whole.parquet").read_bytes()))
+    read(put(folder / "x.parquet", content), tokenizer, "corpora, parquet")
+
+
+@examples(40)
+@given(data=st.data())
+def test_a_damaged_cache(data, folder: Path, tokenizer, token_cache: str) -> None:
+    path = put(folder / "cached.txt", b"the end " * 99)
+    whole = tokens_of(str(path), "evaluation", tokenizer)
+    before = {file: file.read_bytes() for file in Path(token_cache).rglob("*.safetensors")}
+    file = max(before, key=lambda file: file.stat().st_mtime_ns)
+    put(file, data.draw(damaged(before[file])))
+    with told("corpora, cache"):
+        assert tokens_of(str(path), "evaluation", tokenizer).dim() == whole.dim()
+    put(file, before[file])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("one-token.txt", b"a"),
+        ("empty.txt", b""),
+        ("blank.txt", b" \n \n"),
+        ("nul.txt", b"\0" * 10**5),
+        ("huge-line.txt", b"the end of a line " * 10**5),
+        ("huge-word.txt", b"x" * 10**6),
+        ("huge-line.jsonl", json.dumps({"text": "the end " * 10**5}).encode()),
+        ("deep.jsonl", b'{"text": ' + b"[" * 10**5),
+        ("number.jsonl", b'{"text": ' + b"9" * 10**5),
+        ("blank.jsonl", b"\n\n\n"),
+        ("surrogate.jsonl", b'{"text": "\\ud800 alone"}'),
+    ],
+)
+def test_odd_files(name: str, content: bytes, folder: Path, tokenizer) -> None:
+    read(put(folder / name, content), tokenizer, "corpora, odd")

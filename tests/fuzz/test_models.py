@@ -1,0 +1,213 @@
+"""Model directories with something wrong in them, read by all that reads models: load, prune, evaluate, export."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ARCHITECTURES, TEXT, save_tokenizer, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from inputs import VALUES, changed, damaged, examples, put, rewritten, told, tried
+from safetensors.torch import load_file, save
+
+from pgprune_cli.arch import LayerKeep
+from pgprune_cli.data import check_vocabulary, tokens_of
+from pgprune_cli.decision import Decision
+from pgprune_cli.jobs import export as job
+from pgprune_cli.jobs.doctor import doctor
+from pgprune_cli.loading import INDEX, check_prunable, load_model, load_tokenizer, resolve
+from pgprune_cli.recipe_reader import find, load
+from pgprune_cli.substrate import Evaluator
+
+KEEP = tuple(LayerKeep(torch.arange(4) < 4 - layer, torch.arange(24) < 9 + layer) for layer in range(4))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model of every layout with its tokenizer, and a text."""
+    folder = tmp_path_factory.mktemp("models")
+    for architecture in ARCHITECTURES:
+        tiny_model(architecture).save_pretrained(folder / architecture)
+        save_tokenizer(folder / architecture, 300 if architecture == "qwen2" else 96)
+    put(folder / "text.txt", TEXT.encode() * 9)
+    return folder
+
+
+def read_all(model: Path, kind: str) -> None:
+    """Everything that reads a model. What is read must work: an evaluation and the plan of an export follow."""
+    text = str(model.parent / "text.txt")
+    with told(f"{kind}, doctor"):
+        doctor(load(find("demo"), [f"model={model}", f"calibration.corpus={text}", "evaluation.corpora=[demo]"]))
+    with warnings.catch_warnings():  # which transformers gives of what it then refuses, or takes
+        warnings.simplefilter("ignore")
+        with told(kind):
+            source = resolve(str(model))
+            source.fingerprint()
+            check_prunable(source)
+            loaded = load_model(source, "auto", "cpu")
+            evaluator = Evaluator(loaded)
+            tokens = tokens_of(text, "evaluation", load_tokenizer(source))[:16].unsqueeze(0)
+            check_vocabulary(tokens, text, loaded.get_input_embeddings().num_embeddings)
+            whole = evaluator.shape.keep(evaluator.shape.space(("attention", "ffn")), torch.ones(112).bool())
+            evaluator.losses([whole], tokens)
+        with told(f"{kind}, export"):
+            source = resolve(str(model))
+            Decision(KEEP, str(model), source.fingerprint(), 0.5, "dtype: float32\n", 1, 2, 3, 2.5).save(
+                model.parent / "run"
+            )
+            job.plan(model.parent / "run")
+
+
+class Changed:
+    """A file of a model with other content inside the `with`; None for no file."""
+
+    def __init__(self, path: Path, content: bytes | None) -> None:
+        self.path, self.content, self.before = path, content, path.read_bytes() if path.exists() else None
+
+    def __enter__(self) -> None:
+        self._put(self.content)
+
+    def __exit__(self, *_: object) -> None:
+        self._put(self.before)
+
+    def _put(self, content: bytes | None) -> None:
+        self.path.unlink(missing_ok=True)
+        if content is not None:
+            put(self.path, content)
+
+
+MODELS = st.sampled_from(ARCHITECTURES)
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"),
+    *(
+        "num_hidden_layers",
+        "max_position_embeddings",
+        "sliding_window",
+        "rms_norm_eps",
+        "tie_word_embeddings",
+        "hidden_act",
+    ),
+    *("model_type", "rope_parameters", "layer_types", "attention_bias", "dtype", "torch_dtype", "quantization_config"),
+    *(
+        "pad_token_id",
+        "initializer_range",
+        "attention_dropout",
+        "architectures",
+        "transformers_version",
+        "per_layer_config",
+    ),
+)
+NAMED = st.sampled_from(
+    ["llama", "qwen3", "gpt2", "bert", "t5", "pruned_llama", "float8_e4m3fn", "int8", "gelu", "fp8", "bitsandbytes"]
+)
+
+
+@examples(60)
+@given(name=MODELS, data=st.data())
+def test_another_value_in_the_config(folder: Path, name: str, data) -> None:
+    config = json.loads((folder / name / "config.json").read_text())
+    keys = data.draw(st.lists(st.sampled_from(SIZES), min_size=1, max_size=2))
+    config |= {key: data.draw(st.one_of(VALUES, NAMED, st.integers(1, 64))) for key in keys}
+    with Changed(folder / name / "config.json", json.dumps(config).encode()):
+        read_all(folder / name, "models, config")
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"])
+@examples(15)
+@given(name=MODELS, data=st.data())
+def test_json_with_another_value(folder: Path, file: str, name: str, data) -> None:
+    value = data.draw(changed(json.loads((folder / name / file).read_text())))
+    with Changed(folder / name / file, json.dumps(value).encode()):
+        read_all(folder / name, f"models, {file}")
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
+)
+@examples(8)
+@given(name=MODELS, data=st.data())
+def test_any_damage(folder: Path, file: str, name: str, data) -> None:
+    with Changed(folder / name / file, data.draw(damaged((folder / name / file).read_bytes()))):
+        read_all(folder / name, "models, damaged")
+
+
+@examples(30)
+@given(name=MODELS, data=st.data())
+def test_another_header(folder: Path, name: str, data) -> None:
+    path = folder / name / "model.safetensors"
+    with Changed(path, data.draw(rewritten(path.read_bytes()))):
+        read_all(folder / name, "models, header")
+
+
+@examples(40)
+@given(name=MODELS, data=st.data())
+def test_other_tensors(folder: Path, name: str, data) -> None:
+    """Missing ones, others besides, other shapes and dtypes, no numbers."""
+    path = folder / name / "model.safetensors"
+    tensors = load_file(path)
+    key = data.draw(st.sampled_from(sorted(tensors)))
+    tensor = tensors.pop(key)
+    match data.draw(st.sampled_from(["missing", "renamed", "shape", "scalar", "empty", "dtype", "nan"])):
+        case "renamed":
+            tensors[data.draw(st.sampled_from(["x", "", "model.layers.9.mlp.up_proj.weight", f"{key}.extra"]))] = tensor
+        case "shape":
+            tensors[key] = tensor[..., : data.draw(st.integers(0, 7))].contiguous()
+        case "scalar":
+            tensors[key] = tensor.flatten()[0].clone()
+        case "empty":
+            tensors[key] = torch.empty(0)
+        case "dtype":
+            kinds = [
+                torch.int8,
+                torch.bool,
+                torch.float64,
+                torch.float16,
+                torch.uint8,
+                torch.complex64,
+                torch.float8_e4m3fn,
+            ]
+            tensors[key] = tensor.to(data.draw(st.sampled_from(kinds)))
+        case "nan":
+            tensors[key] = tensor * float("nan")
+    with Changed(path, save(tensors, metadata={"format": "pt"})):
+        read_all(folder / name, "models, tensors")
+
+
+INDEXES = st.one_of(
+    VALUES,
+    st.fixed_dictionaries({"weight_map": VALUES}),
+    st.fixed_dictionaries(
+        {"weight_map": st.dictionaries(st.sampled_from(["x", "lm_head.weight"]), VALUES, max_size=2)}
+    ),
+)
+
+
+@examples(30)
+@given(name=MODELS, value=INDEXES)
+def test_any_index(folder: Path, name: str, value) -> None:
+    with Changed(folder / name / INDEX, json.dumps(value).encode()):
+        read_all(folder / name, "models, index")
+
+
+@pytest.mark.parametrize(
+    "content", [None, b"", b"{}", b"[]", b"null", b"[" * 10**5, b'{"a":' * 10**5, b"\xff\xfe", b"\0" * 64]
+)
+@pytest.mark.parametrize(
+    "file", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors"]
+)
+def test_no_such_thing(file: str, content: bytes | None, folder: Path) -> None:
+    with Changed(folder / "llama-gqa" / file, content):
+        read_all(folder / "llama-gqa", "models, nonsense")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_models_are_whole(architecture: str, folder: Path) -> None:
+    """What was changed is as it was; and a tokenizer of 300 words beside a model of 96 is refused."""
+    kind = f"models, whole {architecture}"
+    read_all(folder / architecture, kind)
+    assert tried[f"{kind}, export, refused"] == 0
+    assert tried[f"{kind}, refused"] == (architecture == "qwen2")

@@ -1,0 +1,77 @@
+"""Whole searches by recipes that are sound to read and odd to run: every key at the ends of its range."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from conftest import SMALL
+from hypothesis import given
+from hypothesis import strategies as st
+from inputs import examples, told
+
+from pgprune_cli import recipe as schema
+from pgprune_cli.jobs.search import search
+from pgprune_cli.recipe_reader import find, load
+
+HUGE = [1, 2, 3, 10**6, 2**31 - 1, 10**30]
+FRACTIONS = [0, 1e-9, 0.3, 0.5, 0.999999]
+KEYS: dict[str, list[object]] = {
+    "seed": [0, 2**32 - 1],
+    "dtype": ["float32", "float16", "bfloat16", "auto"],
+    **{f"calibration.{key}": HUGE for key in ("sequences", "seqlen", "batch", "heldout")},
+    "units.families": ["[attention]", "[ffn]", "[layer]", "[attention-block, ffn]", "[attention-block, ffn-block]"],
+    "budget.sparsity": FRACTIONS,
+    "budget.of": ["parameters", "flops", "kv-cache"],
+    "budget.scope": ["per-family", "global", "per-layer"],
+    "budget.context": [1, 3, 2**20],
+    "budget.keep_at_least": FRACTIONS,
+    "budget.ffn_multiple": HUGE,
+    "saliency.metric": list(get_args(schema.MetricName)),
+    "saliency.sequences": HUGE,
+    "saliency.seqlen": HUGE,
+    "policy.start": ["sigmap", "linear"],
+    "policy.temperature": [1e-300, 1e-9, 1.0, 1e300],
+    "search.policy": ["layers", "units"],
+    "search.forwards": [0, 1, 5, 12],
+    "search.samples": [2, 3, 10**6, 2**31 - 1],
+    "search.estimator": ["paper", "rloo"],
+    "search.learning_rate": [0, 1e-300, 1.0, 1e300],
+    "search.schedule": ["cosine", "constant"],
+    "search.checkpoint_every": HUGE,
+    "search.evaluate_every": HUGE,
+    "reconstruct.method": ["none", "bias", "least-squares", "least-squares-bias"],
+    "reconstruct.sequences": [1, 2, 16, 10**30],
+    "reconstruct.damping": [1e-300, 1e-3, 1e300],
+}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from pgprune_cli.demo.grammar import generate
+
+    path = tmp_path_factory.mktemp("searches") / "text.txt"
+    path.write_text(generate(5, 6000))
+    return path
+
+
+def test_every_key_is_among_them() -> None:
+    from pgprune_cli.recipe_reader import _KINDS
+
+    left_out = {"model", "device", "calibration.corpus", "evaluation.corpora", "evaluation.seqlen"}
+    sections = {key.partition(".")[0] for key in _KINDS if "." in key}
+    assert set(_KINDS) - left_out - sections == set(KEYS)
+
+
+@examples(12, shrink=False)
+@given(data=st.data())
+def test_searches(text: Path, data) -> None:
+    keys = data.draw(st.lists(st.sampled_from(sorted(KEYS)), min_size=1, max_size=4, unique=True))
+    overrides = [f"{key}={data.draw(st.sampled_from(KEYS[key]))}" for key in keys]
+    with told("recipes, searched"):
+        recipe = load(find("demo"), [*SMALL, f"calibration.corpus={text}", "reconstruct.sequences=8", *overrides])
+        shutil.rmtree(text.parent / "run", ignore_errors=True)
+        decision = search(recipe, text.parent / "run", quiet=True)
+        assert 0 <= decision.sparsity <= 1

@@ -1,0 +1,59 @@
+"""The list of runs: states of directories made by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pgprune_cli.errors import UserError
+from pgprune_cli.jobs.runs import cells, runs_in
+from pgprune_cli.recipe_reader import dump, find, load
+from pgprune_cli.run_files import MASKS, METRICS_FILE, RECIPE_FILE, RECORD, SCORES
+
+RECIPE = dump(load(find("demo")))
+
+
+def begun(run: Path, steps: int) -> None:
+    run.mkdir(parents=True)
+    (run / RECIPE_FILE).write_text(RECIPE)
+    (run / METRICS_FILE).write_text("".join(json.dumps({"step": step + 1}) + "\n" for step in range(steps)) + '{"st')
+
+
+def test_every_state_is_told_apart_and_models_are_no_runs(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / SCORES).touch()
+    begun(tmp_path / "b" / "deep", 7)
+    begun(tmp_path / "c", 20)
+    (tmp_path / "c" / MASKS).touch()
+    (tmp_path / "c" / RECORD).write_text('{"sparsity": 0.49, "heldout_loss": null}')
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / RECIPE_FILE).write_text("model: [")
+    (tmp_path / "e").mkdir()  # an exported model
+    (tmp_path / "e" / "config.json").touch()
+    (tmp_path / "e" / RECORD).touch()
+    (tmp_path / ".f.tmp").mkdir()
+    (tmp_path / ".f.tmp" / SCORES).touch()
+    rows = {Path(row["run"]).relative_to(tmp_path).as_posix(): row for row in runs_in(tmp_path)}
+    assert {name: row["state"] for name, row in rows.items()} == {
+        "a": "scored",
+        "b/deep": "searching",
+        "c": "finished",
+        "d": "damaged",
+    }
+    assert (rows["b/deep"]["step"], rows["b/deep"]["steps"]) == (7, 20)
+    assert (rows["c"]["sparsity"], rows["c"]["target"], rows["c"]["heldout_loss"]) == (0.49, 0.5, None)
+    assert rows["d"]["fault"].startswith(f"{tmp_path / 'd' / RECIPE_FILE}:1: ")
+    assert [line[1] for line in cells(list(rows.values()))[1]] == [
+        "scored",
+        "searching, step 7 of 20",
+        "finished",
+        "damaged",
+    ]
+
+
+def test_a_folder_that_is_not_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such directory"):
+        runs_in(tmp_path / "nowhere")
+    assert runs_in(tmp_path) == []

@@ -1,0 +1,155 @@
+"""What a report is made of, against what the run directory holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from pgprune_cli.checkpoint import latest_checkpoint
+from pgprune_cli.decision import Decision
+from pgprune_cli.errors import UserError
+from pgprune_cli.jobs.search import search
+from pgprune_cli.recipe_reader import load
+from pgprune_cli.report.facts import again, commands, environment, evaluation, summary
+from pgprune_cli.report.gather import BLOCKS, _names, kept_cells, read_run, read_runs, sensitivities, theta_cells
+from pgprune_cli.report.pareto import Measure, _marked, measures
+
+LAYERS, GROUPS, CHANNELS = 6, 4, 384
+
+
+def metrics_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("policy", ["units", "layers"])
+def test_a_run_is_read_as_it_was_written(policy, finished) -> None:
+    run = read_run(finished[policy], "it")
+    written = metrics_of(finished[policy])
+    assert (run.progress, run.steps) == ("finished", 6)
+    assert run.units == {"attention": [GROUPS] * LAYERS, "ffn": [CHANNELS] * LAYERS}
+    assert [row.losses for row in run.rows] == [row["losses"] for row in written]
+    assert run.forwards == [2, 4, 6, 8, 10, 12]
+    assert run.forwards[-1] == run.decision.forwards
+    decided = Decision.load(finished[policy]).keep
+    assert run.widths == {
+        "attention": [int(layer.attention.sum()) for layer in decided],
+        "ffn": [int(layer.ffn.sum()) for layer in decided],
+    }
+
+
+def test_the_history_says_what_was_kept_whenever_it_was_judged(finished) -> None:
+    rows = read_run(finished["units"], "it").rows
+    assert [row.step for row in rows if row.kept] == [row.step for row in rows if row.heldout_loss is not None]
+    assert rows[-1].kept == read_run(finished["units"], "it").widths  # the units policy decides what it judged last
+
+
+def test_every_unit_is_in_one_cell_of_theta(finished) -> None:
+    cells = theta_cells(read_run(finished["units"], "it"))
+    theta = latest_checkpoint(finished["units"]).state.theta
+    attention, ffn = theta.split([LAYERS * GROUPS, LAYERS * CHANNELS])
+    assert [cell["value"] for cell in cells["attention"]] == [round(value, 4) for value in attention.tolist()]
+    length = CHANNELS // BLOCKS
+    means = ffn.view(-1, length).mean(1).tolist()
+    assert [cell["value"] for cell in cells["ffn"]] == pytest.approx(means, abs=1e-4)
+    assert cells["ffn"][BLOCKS + 2] == {
+        "layer": 1,
+        "first": 2 * length,
+        "units": f"FFN channels {2 * length}–{3 * length - 1}",
+        "value": pytest.approx(means[BLOCKS + 2], abs=1e-4),
+    }
+    assert cells["attention"][GROUPS + 3]["units"] == "KV group 3"
+
+
+@pytest.mark.parametrize("policy", ["units", "layers"])
+def test_the_kept_cells_are_the_decision(policy, finished) -> None:
+    cells = kept_cells(read_run(finished[policy], "it"))
+    for block, count in (("attention", GROUPS), ("ffn", CHANNELS)):
+        kept = torch.stack([layer.of(block) for layer in Decision.load(finished[policy]).keep]).double()
+        means = kept.view(-1, max(1, count // BLOCKS)).mean(1)
+        assert [cell["value"] for cell in cells[block]] == [round(value, 4) for value in means.tolist()]
+
+
+def test_blocks_that_go_as_a_whole_have_a_cell_a_layer(finished, tmp_path) -> None:
+    recipe = tmp_path / "whole.yaml"
+    recipe.write_text((finished["units"] / "recipe.yaml").read_text().replace("[attention, ffn]", "[attention-block]"))
+    search(load(recipe, ["search.forwards=2"]), tmp_path / "run", quiet=True)
+    run = read_run(tmp_path / "run", "it")
+    assert run.units == {"attention-block": [1] * LAYERS}
+    assert [cell["units"] for cell in theta_cells(run)["attention-block"]] == ["the whole layer"] * LAYERS
+    assert list(kept_cells(run)) == list(run.widths) == ["attention"]
+    assert run.dense("attention") == [GROUPS] * LAYERS
+
+
+def test_the_layers_policy_shows_what_it_learned(finished) -> None:
+    run = read_run(finished["layers"], "it")
+    assert theta_cells(run) == {}
+    learned = sensitivities(run)
+    assert [cell["value"] for cell in learned] == pytest.approx(run.state.mean.exp().tolist())
+    assert [(cell["family"], cell["layer"]) for cell in learned[5:7]] == [("attention", 5), ("ffn", 0)]
+    assert all(cell["low"] < cell["value"] < cell["high"] for cell in learned)
+
+
+def test_a_search_that_goes_on_is_read_up_to_its_last_whole_row(searching) -> None:
+    run = read_run(searching, "it")
+    assert run.progress == "step 6 of 6"
+    assert run.decision is None
+    assert run.widths == run.rows[-1].kept
+    assert kept_cells(run) == {}
+    assert ["forward passes", "12 so far"] in summary([run]).rows
+    assert measures([run, run]) == []
+
+
+def test_runs_are_named_by_what_tells_them_apart(finished) -> None:
+    assert [run.name for run in read_runs(list(finished.values()))] == ["units", "layers"]
+    assert [run.name for run in read_runs([finished["units"], finished["units"]])] == ["units"]
+    assert _names([Path("/x/flap/seed-0"), Path("/x/obs/seed-0")]) == ["flap", "obs"]
+    assert _names([Path("/x/flap/seed-0"), Path("/x/flap/seed-1")]) == ["seed-0", "seed-1"]
+    assert _names([Path("/x/a/one"), Path("/x/b/two")]) == ["a/one", "b/two"]
+
+
+def test_what_is_no_run_is_refused(tmp_path) -> None:
+    with pytest.raises(UserError, match=r"no run of a search here, it has no recipe\.yaml"):
+        read_run(tmp_path, "it")
+
+
+def test_a_damaged_history_is_refused(searching) -> None:
+    (searching / "metrics.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match="damaged, or not a history of pgprune"):
+        read_run(searching, "it")
+
+
+def test_the_tables_say_what_was_done(finished) -> None:
+    runs = read_runs(list(finished.values()))
+    facts = {row[0]: row[1:] for row in summary(runs).rows}
+    assert summary(runs).headings == ["", "units", "layers"]
+    assert facts["search"] == ["over units, 2 samples a step", "over layers, 2 samples a step"]
+    assert facts["forward passes"][0].startswith("12 of search, ")
+    assert evaluation(runs).rows == [["parameters", "7", "7"], ["demo PPL, 128 tokens", "4.50", "3.25"]]
+    assert [row[2] for row in commands(runs[0]).rows] == ["pgprune search demo --out 'a run'"]
+    assert again(runs[0]).startswith("pgprune search ")
+    versions = {row[0]: row[1] for row in environment(runs).rows}
+    assert versions["torch"] == torch.__version__
+    assert {"python", "pgprune", "processor", "memory"} <= versions.keys()
+
+
+def test_perplexities_of_the_same_text_are_compared(finished) -> None:
+    on_text, heldout = measures(read_runs(list(finished.values())))
+    assert on_text.name == "demo perplexity, 128 tokens"
+    assert [(point["run"], point["ppl"]) for point in on_text.points] == [("units", 4.5), ("layers", 3.25)]
+    assert heldout.name == "held-out perplexity"
+    runs = read_runs(list(finished.values()))
+    runs[0].measured["perplexity"][0]["tokens"] = 98  # of another text, or a part of it
+    assert [measure.name for measure in measures(runs)] == ["held-out perplexity"]
+
+
+def test_the_best_are_those_that_none_beats_in_both() -> None:
+    def best(*points: tuple[str, float, float]) -> list[bool]:
+        rows = [{"run": "r", "model": model, "sparsity": sparsity, "ppl": ppl} for model, sparsity, ppl in points]
+        return [point["best"] for point in Measure("it", _marked(rows)).points]
+
+    assert best(("a", 0.5, 9.0), ("a", 0.3, 8.0), ("a", 0.3, 8.5), ("a", 0.4, 9.5)) == [True, True, False, False]
+    assert best(("a", 0.5, 9.0), ("a", 0.5, 9.0)) == [True, True]
+    assert best(("a", 0.5, 9.0), ("b", 0.4, 10.0)) == [True, True]  # perplexities of two models say nothing together

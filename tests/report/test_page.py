@@ -1,0 +1,185 @@
+"""The page: one file that asks for nothing; and in a real browser, light and dark, wide and narrow."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("altair", reason="pgprune[report] is not installed")
+pytest.importorskip("vl_convert", reason="pgprune[report] is not installed")
+
+from pgprune_cli.report.figures import figures_of
+from pgprune_cli.report.gather import read_run, read_runs
+from pgprune_cli.report.page import page
+
+CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+QUIETLY = (  # it looks for updates and at Google's hosts otherwise
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+)
+
+
+class Parts(HTMLParser):
+    """Of a page: what its tags refer to, its scripts, and the ids of its plots."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.references: list[str] = []
+        self.scripts: list[str] = []
+        self.plots: list[str] = []
+        self._inside = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self._inside = tag
+        values = dict(attrs)
+        self.references += [values[name] for name in ("src", "href", "srcset", "data", "action") if values.get(name)]
+        if values.get("class") == "plot":
+            self.plots.append(values["id"])
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts.append(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+
+@pytest.fixture(scope="module")
+def html(finished) -> str:
+    return page(read_runs(list(finished.values())))
+
+
+def test_the_page_refers_to_nothing_outside_itself(html) -> None:
+    parts = Parts(html)
+    assert parts.references == ["data:,"]
+    style = html.partition("<style>")[2].partition("</style>")[0]
+    assert "@import" not in style
+    assert "url(" not in style
+
+
+def test_every_plot_has_its_place_and_its_data(html, finished) -> None:
+    parts = Parts(html)
+    specs = json.loads(next(script for script in parts.scripts if script.startswith("{")))
+    assert list(specs) == parts.plots
+    assert len(set(parts.plots)) == len(parts.plots)
+    families = ("attention", "ffn")
+    every = [f"{kind}-{family}" for kind in ("width", "kept", "course") for family in families]
+    of_units, of_layers = [f"theta-{family}" for family in families], ["sensitivity"]
+    assert set(parts.plots) == {
+        *("pareto-0", "pareto-1", "heldout", "run-0-loss", "run-1-loss"),
+        *(f"run-0-{name}" for name in [*every, *of_units]),
+        *(f"run-1-{name}" for name in [*every, *of_layers]),
+    }
+
+
+def test_what_a_run_says_is_text_and_no_html(finished, tmp_path) -> None:
+    run = tmp_path / "<b>bold</b>"
+    shutil.copytree(finished["units"], run)
+    made = page(read_runs([run, finished["layers"]]))
+    assert "<b>bold" not in made
+    assert "&lt;b&gt;bold" in made
+
+
+def test_a_page_about_a_search_that_goes_on_reads_itself_anew(searching) -> None:
+    runs = read_runs([searching])
+    assert '<meta http-equiv="refresh" content="5">' in page(runs, reload_after=5)
+    assert "http-equiv" not in page(runs)
+
+
+def test_a_run_without_a_step_has_a_page(searching) -> None:
+    shutil.rmtree(searching / "checkpoints")
+    (searching / "metrics.jsonl").unlink()
+    run = read_run(searching, "it")
+    assert list(figures_of(run, "run")) == []
+    assert "step 0 of 6" in page([run])
+
+
+# --- in a browser
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    if CHROMIUM is None or DRIVER is None:
+        pytest.skip("no browser: chromium and chromedriver are not both on the PATH")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *QUIETLY):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def show(browser, file: Path, scheme: str, width: int) -> None:
+    """Opens the page and waits until all of it is drawn."""
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.get(file.as_uri())
+    WebDriverWait(browser, 60).until(lambda it: it.execute_script("return document.body.dataset.drawn"))
+
+
+MARKS = """
+return Object.fromEntries([...document.querySelectorAll(".plot")].map((plot) =>
+  [plot.id, plot.querySelectorAll("svg .mark-rect path, svg .mark-line path, svg .mark-symbol path").length]))
+"""
+
+
+@pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
+def test_a_browser_draws_every_plot_and_complains_of_nothing(browser, html, tmp_path, scheme, width) -> None:
+    file = tmp_path / "report.html"
+    file.write_text(html)
+    show(browser, file, scheme, width)
+    marks = browser.execute_script(MARKS)
+    assert set(marks) == set(Parts(html).plots)
+    assert all(marks.values()), marks
+    # a heat map has a rectangle a cell, and the legend's
+    assert marks["run-0-theta-ffn"] >= 6 * 48
+    assert marks["run-0-kept-attention"] >= 6 * 4
+    assert browser.get_log("browser") == []
+    assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
+    assert browser.execute_script("return document.documentElement.scrollWidth") == width  # nothing sticks out
+
+
+def test_light_and_dark_differ_and_a_change_is_followed(browser, html, tmp_path) -> None:
+    file = tmp_path / "report.html"
+    file.write_text(html)
+    show(browser, file, "light", 1280)
+    colour = "return getComputedStyle(document.querySelector('#run-0-loss svg .mark-line path')).stroke"
+    light = browser.execute_script(colour)
+    dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    WebDriverWait(browser, 60).until(lambda it: it.execute_script(colour) != light)
+    paper = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert max(map(int, re.findall(r"\d+", paper))) < 64
+
+
+def test_a_cell_says_its_layer_units_and_value_under_the_pointer(browser, html, finished, tmp_path) -> None:
+    from selenium.webdriver import ActionChains
+    from selenium.webdriver.common.by import By
+
+    file = tmp_path / "report.html"
+    file.write_text(html)
+    show(browser, file, "light", 1280)
+    cell = browser.find_elements(By.CSS_SELECTOR, "#run-0-theta-attention svg .mark-rect.role-mark path")[5]
+    ActionChains(browser).scroll_to_element(cell).move_to_element(cell).perform()
+    tooltip = browser.find_element(By.ID, "vg-tooltip-element")
+    theta = float(read_run(finished["units"], "it").state.theta[5])
+    assert re.sub(r"\s+", " ", tooltip.text) == f"layer 1 units KV group 1 θ {round(theta, 4):g}"

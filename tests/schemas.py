@@ -1,0 +1,23 @@
+"""The documented schemas of what --json prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from jsonschema import Draft202012Validator
+from referencing import Registry, Resource
+
+FOLDER = Path(__file__).parents[1] / "docs" / "schemas"
+SCHEMAS = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in FOLDER.glob("*.json")}
+REGISTRY: Registry = Registry().with_resources(
+    (name, Resource.from_contents(schema)) for name, schema in SCHEMAS.items()
+)
+
+
+def validate(verb: str, value: Any) -> None:
+    """Raises jsonschema's ValidationError where the object is not what the schema of `verb` says."""
+    assert verb in SCHEMAS["output.json"]["$defs"], f"docs/schemas/output.json has no definition of `{verb}`"
+    pointer = verb.replace(" ", "%20")
+    Draft202012Validator({"$ref": f"output.json#/$defs/{pointer}"}, registry=REGISTRY).validate(value)

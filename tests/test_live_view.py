@@ -1,0 +1,97 @@
+"""The picture of a running search."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from rich.console import Console
+
+from pgprune_cli.history import Row
+from pgprune_cli.live_view import LiveView, curve, strip
+
+UNITS = {"attention": [4, 4], "ffn": [24, 24]}
+
+
+def row(step: int, kept: dict[str, list[int]] | None = None, losses: tuple[float | None, ...] = (3.0, 4.0)) -> Row:
+    return Row(step, list(losses), None, None, 9.0, 2.75 if kept else None, 0, 1000.0, 2_500_000_000, 10.0 * step, kept)
+
+
+def shown(view: LiveView, width: int = 80, **options) -> list[str]:
+    console = Console(width=width, force_terminal=True, **options)
+    with console.capture() as capture:
+        console.print(view)
+    return capture.get().splitlines()
+
+
+def plain(view: LiveView, width: int = 80) -> list[str]:
+    return shown(view, width, color_system=None)
+
+
+def test_a_curve_runs_from_the_least_to_the_greatest() -> None:
+    assert curve([1.0, 2.0, 3.0, 8.0], 10) == "▁▂▃█"
+    assert curve([5.0, 5.0], 10) == "▁▁"
+    assert curve([], 10) == ""
+
+
+def test_a_long_curve_is_made_of_means() -> None:
+    assert curve([0.0, 2.0, 8.0, 6.0, 3.0, 5.0], 3) == "▁█▅"
+    assert len(curve([float(n) for n in range(1001)], 60)) == 60
+
+
+def test_a_strip_has_a_bar_a_layer_bluer_the_more_it_keeps() -> None:
+    text = strip([0.0, 0.5, 1.0], 10)
+    assert text.plain == "▁▅█"  # half of seven is rounded to even
+    blues = [int(str(span.style).rstrip(")").split(",")[2]) for span in text.spans]
+    assert blues == sorted(blues)
+    assert len(strip([0.5] * 100, 60).plain) == 60
+
+
+def test_the_view_says_how_much_of_every_family_stays_where() -> None:
+    view = LiveView(10, UNITS, "50% of parameters go")
+    view.add(row(1, {"attention": [1, 4], "ffn": [24, 0]}))
+    view.add(row(2))
+    lines = plain(view)
+    assert [line.split() for line in lines[1:5]] == [
+        ["loss", "3.500", "▁▁"],
+        ["held-out", "2.750", "▁"],
+        ["attention", "62%", "▃█"],
+        ["ffn", "50%", "█▁"],
+    ]
+    assert "2/10" in lines[0]
+    assert lines[5].rstrip() == "50% of parameters go · 0.2 forwards/s · 1,000 tok/s · 2.5 GB · nothing saved yet"
+
+
+def test_the_view_goes_on_where_the_search_does() -> None:
+    view = LiveView(10, UNITS, "50% of parameters go", [row(step) for step in (1, 2, 3)])
+    assert "3/10" in plain(view)[0]
+    view.add(row(4, losses=(None, None)))
+    view.saved = 4
+    lines = plain(view)
+    assert lines[1].split() == ["loss", "bad", "▁▁▁"]
+    assert lines[-1].rstrip().endswith("saved at step 4")
+
+
+@pytest.mark.parametrize("width", [30, 80, 200])
+def test_the_view_is_no_wider_than_the_terminal(width) -> None:
+    view = LiveView(1000, {"ffn": [24] * 80}, "50% of parameters go")
+    for step in range(1, 200):
+        view.add(row(step, {"ffn": [12] * 80}))
+    assert max(map(len, plain(view, width))) <= width
+
+
+def test_no_color_is_respected(monkeypatch) -> None:
+    view = LiveView(10, UNITS, "50% of parameters go")
+    view.add(row(1, {"attention": [1, 4], "ffn": [24, 0]}))
+    assert any("38;2;" in line for line in shown(view, color_system="truecolor"))
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not any("38;2;" in line for line in shown(view, color_system="truecolor"))
+
+
+def test_a_step_costs_the_view_no_time_that_counts() -> None:
+    view = LiveView(15_000, UNITS, "50% of parameters go")
+    rows = [row(step) for step in range(1, 1001)]
+    began = time.perf_counter()
+    for each in rows:
+        view.add(each)
+    assert (time.perf_counter() - began) / len(rows) < 1e-3  # a forward pass of the demo takes ten times as long

@@ -1,0 +1,44 @@
+"""Tables on a terminal and in a pipe, and NO_COLOR."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from pgprune_cli.progress import Row, SearchProgress
+from pgprune_cli.tables import grid
+
+LONG = "layers.0.self_attn." + "q" * 300
+COLOUR = re.compile(r"\x1b\[[0-9;]*\b(3[0-8]|9[0-7])\b")
+
+
+def test_in_a_pipe_no_row_is_folded(capsys: pytest.CaptureFixture[str]) -> None:
+    grid(("tensor", "file", "MB"), [[LONG, "model.safetensors", "1.5"], ["b", "c", "10"]])
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert first.split() == ["tensor", "file", "MB"]
+    assert second.split() == [LONG, "model.safetensors", "1.5"]
+    assert third.split() == ["b", "c", "10"]
+
+
+def test_on_a_terminal_it_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    grid(("tensor", "MB"), [[LONG, "1.5"]], texts=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 5
+    assert max(len(re.sub(r"\x1b\[[0-9;]*m", "", line)) for line in lines) <= 60
+
+
+@pytest.mark.parametrize("forbidden", [False, True])
+def test_no_color_means_no_colour(forbidden, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    if forbidden:
+        monkeypatch.setenv("NO_COLOR", "1")
+    with SearchProgress(2) as progress:
+        progress.show(Row(1, [1.0], None, None, 0.5, 1.0, 0, 100.0, 10**9, 1.0))
+    grid(("tensor", "MB"), [["a", "1.5"]], texts=1)
+    out, err = capsys.readouterr()
+    assert bool(COLOUR.search(out + err)) is not forbidden
