@@ -194,7 +194,7 @@ def _empty(source: Source, dtype: str) -> nn.Module:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, wanted))
     except Exception as error:  # of dozens of kinds, see above
-        raise UserError(f"{source.name}: no model can be made of its config: {_reason(error)}") from error
+        raise UserError(f"{source.name}: no model can be made of its config: {reason_of(error)}") from error
     return model.eval().requires_grad_(False)
 
 
