@@ -134,7 +134,7 @@ def load_model(source: Source, dtype: str, device: str) -> nn.Module:
 
     from pgprune_cli.writers import modeling_pruned  # noqa: F401  (makes our own exported models loadable)
 
-    devices = devices_of(device)
+    devices = _devices_for(source, dtype, device)
     arguments: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     arguments |= {"use_safetensors": True, "trust_remote_code": False}
     arguments["ignore_mismatched_sizes"] = True  # which are refused below, by their names
@@ -142,10 +142,6 @@ def load_model(source: Source, dtype: str, device: str) -> nn.Module:
     source.weight_files()
     if source.gguf is not None:
         arguments.update(_gguf_arguments(source.gguf))
-    if len(devices) > 1 and device == "auto":
-        free = [torch.cuda.mem_get_info(one)[0] for one in devices]
-        weights = sum(parameter.nbytes for parameter in _empty(source, dtype).parameters())
-        devices = devices[: enough(weights, free)]
     if len(devices) > 1:
         arguments["device_map"] = spread(read_config(source).num_hidden_layers, devices)
     elif devices[0].type == "cuda" and find_spec("accelerate"):
@@ -175,6 +171,16 @@ def load_model(source: Source, dtype: str, device: str) -> nn.Module:
         model = model.to(devices[0])
     _refuse_what_is_not_finite(source, model)
     return model.eval().requires_grad_(False)
+
+
+def _devices_for(source: Source, dtype: str, device: str) -> list[torch.device]:
+    """Those that the recipe names; of `auto`, as many as the weights need."""
+    devices = devices_of(device)
+    if device != "auto" or len(devices) == 1:
+        return devices
+    free = [torch.cuda.mem_get_info(one)[0] for one in devices]
+    weights = sum(parameter.nbytes for parameter in _empty(source, dtype).parameters())
+    return devices[: enough(weights, free)]
 
 
 def empty_model(name: str, dtype: str) -> nn.Module:

@@ -285,7 +285,7 @@ def test_weights_go_straight_to_a_gpu(installed: bool, given: object, saved, mon
 
     def loads(*_: object, **arguments: object) -> tuple[object, dict[str, object]]:
         asked.append(arguments.get("device_map"))
-        return MagicMock(), {"missing_keys": set()}
+        return MagicMock(), {"missing_keys": set(), "mismatched_keys": set()}
 
     monkeypatch.setattr("pgprune_cli.loading.devices_of", lambda device: [torch.device(device)])
     monkeypatch.setattr("pgprune_cli.loading.find_spec", lambda name: installed)

@@ -13,6 +13,8 @@ from pgprune_cli.core.space import Budget, MaskSpace
 
 PASSES = 200
 """At most, every third of them a bisection; ten are many, and 66 halvings leave no float64 between the bounds."""
+FAR = 1e3
+"""A spread of what is projected from which on its greatest entries cost the others digits."""
 
 
 def project(theta: Tensor, space: MaskSpace, budget: Budget) -> Tensor:
@@ -42,6 +44,8 @@ def project_onto(wanted: Tensor, weight: Tensor, kept: int, low: Tensor) -> Tens
         return low.clone()
     if kept >= total:
         return torch.ones_like(wanted)
+    if wanted.max() - wanted.min() > FAR:
+        wanted = _near(wanted, weight, kept, low)
     ones = torch.ones_like(low)
     least, greatest = float((wanted - 1.0).min()), float((wanted - low).max())
     nu = min(max(0.0, least), greatest)
@@ -60,6 +64,18 @@ def project_onto(wanted: Tensor, weight: Tensor, kept: int, low: Tensor) -> Tens
             break
         nu = following
     return (wanted - nu).clamp(low, ones)
+
+
+def _near(wanted: Tensor, weight: Tensor, kept: int, low: Tensor) -> Tensor:
+    """`wanted`, moved so that the root is within [−1, 0], and cut off where an entry is at a bound in any case.
+
+    The greatest entries that together could have what is kept end with a pivot, and ν is in [pivot − 1, pivot]. Without
+    the entries further than 2 from it none, however far, costs the others their digits.
+    """
+    falling = wanted.argsort(descending=True)
+    could = (weight * (1.0 - low))[falling].cumsum(0)
+    pivot = wanted[falling][torch.searchsorted(could, kept - (weight * low).sum()).clamp_max(len(wanted) - 1)]
+    return (wanted - pivot).clamp(-2.0, 2.0)
 
 
 def hard_mask(theta: Tensor, space: MaskSpace, budget: Budget) -> Tensor:
