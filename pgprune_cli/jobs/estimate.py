@@ -20,9 +20,8 @@ from pgprune_cli.progress import working
 from pgprune_cli.recipe import Recipe
 
 RESTS_ON = (
-    "estimates, from the model's shapes and the recipe: bytes and FLOPs at most, where the corpus has as much text as "
-    "the recipe reads; the time is that of the matrix products alone, at the rates measured here just now, so the "
-    "search takes longer"
+    "estimates, from the shapes of model and recipe, for a corpus with as much text as the recipe reads at most; the "
+    "time is that of the matrix products alone, at the rates measured here just now, so the search takes longer"
 )
 
 

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import statistics
 
+import torch
 from subject import arguments, headline, open_evaluator, random_keep, seconds, some_tokens, table
 from torch import Tensor
 
 from pgprune_cli.arch import Keep
 from pgprune_cli.estimate.sizes import Sizes
 from pgprune_cli.estimate.work import forwards
-from pgprune_cli.matrix_rate import matrix_rate
 from pgprune_cli.recipe import Budget, Calibration, Recipe
 from pgprune_cli.substrate import Evaluator
+
+ON_CPU, ON_GPU = 1024, 8192
+"""Rows of the square matrices of the products: large enough for the full rate."""
 
 
 def flops_of(evaluator: Evaluator, kept: float, tokens: Tensor) -> int:
@@ -28,12 +31,21 @@ def flops_of(evaluator: Evaluator, kept: float, tokens: Tensor) -> int:
 
 
 def shares(evaluator: Evaluator, keep: Keep, flops: int, tokens: Tensor, repeats: int) -> list[tuple[float, float]]:
-    """(FLOPs a second of the forward, of matrix products), pair by pair; the first pair warms up."""
-    dtype, device = next(evaluator.model.parameters()).dtype, evaluator.input_device
+    """(FLOPs a second of the forward, of matrix products), pair by pair; the first pair warms up.
+
+    Products go on for as long as the forward took, so that what else the machine does falls on both alike.
+    """
+    device = evaluator.input_device
+    size = ON_GPU if device.type == "cuda" else ON_CPU
+    square = torch.ones(size, size, device=device, dtype=next(evaluator.model.parameters()).dtype)
     pairs = []
     for _ in range(repeats + 1):
-        taken = seconds(lambda: evaluator.losses([keep], tokens), device)
-        pairs.append((flops / taken, matrix_rate(device, dtype)))
+        forward = seconds(lambda: evaluator.losses([keep], tokens), device)
+        taken, products = 0.0, 0
+        while taken < forward:
+            taken += seconds(lambda: square @ square, device)
+            products += 1
+        pairs.append((flops / forward, products * 2 * size**3 / taken))
     return pairs[1:]
 
 

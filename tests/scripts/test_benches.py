@@ -52,8 +52,6 @@ def test_a_bench_prints_its_ratios(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if name == "matrix_share":
-        monkeypatch.setattr("pgprune_cli.matrix_rate.LONG_ENOUGH", 0)
     found = ran(name, monkeypatch, capsys, *words)
     assert len(found) == rows
     for row in found:
