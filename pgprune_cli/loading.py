@@ -101,7 +101,8 @@ def load_model(source: Source, dtype: str, device: str) -> nn.Module:
     arguments: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if source.gguf is None:
         arguments["use_safetensors"] = True
-        source.weight_files()
+        for path in source.weight_files():
+            _refuse_cut(path)
     else:
         arguments.update(_gguf_arguments(source.gguf))
     logging.disable_progress_bar()
@@ -122,6 +123,17 @@ def load_model(source: Source, dtype: str, device: str) -> nn.Module:
         model = model.to(devices[0])
     _refuse_what_is_not_finite(source, model)
     return model.eval().requires_grad_(False)
+
+
+def _refuse_cut(path: Path) -> None:
+    """The libraries do not say which file of many it is."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged or not safetensors ({error}); fetch the model's files again") from None
 
 
 def _refuse_what_is_not_finite(source: Source, model: nn.Module) -> None:
