@@ -139,8 +139,11 @@ def load_model(source: Source, dtype: str, device: str) -> nn.Module:
     arguments |= {"use_safetensors": True, "trust_remote_code": False}
     arguments["ignore_mismatched_sizes"] = True  # which are refused below, by their names
     check_directory(source.name, source.directory)
-    source.weight_files()
-    if source.gguf is not None:
+    files = source.weight_files()
+    if source.gguf is None:
+        for path in files:
+            _refuse_cut(path)
+    else:
         arguments.update(_gguf_arguments(source.gguf))
     if len(devices) > 1:
         arguments["device_map"] = spread(read_config(source).num_hidden_layers, devices)
@@ -202,6 +205,17 @@ def _empty(source: Source, dtype: str) -> nn.Module:
     except Exception as error:  # of dozens of kinds, see above
         raise UserError(f"{source.name}: no model can be made of its config: {reason_of(error)}") from error
     return model.eval().requires_grad_(False)
+
+
+def _refuse_cut(path: Path) -> None:
+    """The libraries do not say which file of many it is."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged or not safetensors ({error}); fetch the model's files again") from None
 
 
 def _refuse_what_is_not_finite(source: Source, model: nn.Module) -> None:
