@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
-from typing import IO, cast
+from typing import IO, TextIO, cast
 
 
 class Stderr(io.TextIOBase):
@@ -33,9 +33,9 @@ class Stderr(io.TextIOBase):
         return _stream().encoding
 
 
-def _stream() -> IO[str]:
+def _stream() -> TextIO:
     """Not the one that rich puts in its place while a bar is drawn: that draws by writing here."""
-    return cast(IO[str], getattr(sys.stderr, "rich_proxied_file", sys.stderr))
+    return cast(TextIO, getattr(sys.stderr, "rich_proxied_file", sys.stderr))
 
 
 STDERR = cast(IO[str], Stderr())
