@@ -12,16 +12,15 @@ from conftest import save_tokenizer, tiny_model
 from faults_bench import RECIPE
 from safetensors.torch import load_file, save_file
 
-from pgprune_cli.decision import MASKS, RECORD, REPAIR
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs import export as export_job
-from pgprune_cli.jobs.compare import MEASURED_FILE, compare
-from pgprune_cli.jobs.evaluate import EVALUATION_FILE, open_target, remember
-from pgprune_cli.jobs.init_scores import SCORES, init_scores
-from pgprune_cli.jobs.run_directory import RECIPE_FILE
+from pgprune_cli.jobs.compare import compare
+from pgprune_cli.jobs.evaluate import open_target, remember
+from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.jobs.search import search
 from pgprune_cli.loading import load_model, resolve
 from pgprune_cli.recipe_reader import load
+from pgprune_cli.run_files import EVALUATION_FILE, MASKS, MEASURED_FILE, RECIPE_FILE, RECORD, REPAIR, SCORES
 
 
 @pytest.fixture(scope="module")

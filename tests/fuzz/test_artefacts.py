@@ -14,14 +14,13 @@ from inputs import changed, damaged, examples, put, rewritten, told
 
 from pgprune_cli.checkpoint import FOLDER, load_checkpoint
 from pgprune_cli.costs import COSTS
-from pgprune_cli.decision import MASKS, RECORD, REPAIR, Decision
+from pgprune_cli.decision import Decision
 from pgprune_cli.jobs import export as job
-from pgprune_cli.jobs.evaluate import EVALUATION_FILE
-from pgprune_cli.jobs.init_scores import SCORES, Scores
-from pgprune_cli.jobs.run_directory import METRICS_FILE, RECIPE_FILE
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.verify import verify
 from pgprune_cli.recipe_reader import find, load
+from pgprune_cli.run_files import EVALUATION_FILE, MASKS, METRICS_FILE, RECIPE_FILE, RECORD, REPAIR, SCORES
+from pgprune_cli.scores import Scores
 from pgprune_cli.writers.sums import SUMS
 
 
