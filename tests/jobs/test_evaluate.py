@@ -11,7 +11,7 @@ import torch
 from conftest import VOCABULARY, tiny_model
 from torch.nn import functional
 
-from pgprune_cli.atomic import read_record, write_bytes
+from pgprune_cli.atomic import read_record, write_record
 from pgprune_cli.data import tokens_of
 from pgprune_cli.demo.grammar import generate
 from pgprune_cli.errors import RunError, UserError
@@ -161,8 +161,7 @@ def test_what_was_measured_stands_in_the_model_card(run: Path, text: Corpus, tmp
 
 
 def test_a_run_whose_base_changed_is_refused(run: Path) -> None:
-    record = json.loads((run / "decision.json").read_text())
-    write_bytes(run / "decision.json", json.dumps(record | {"fingerprint": "0" * 64}).encode())
+    write_record(run / "decision.json", read_record(run / "decision.json") | {"fingerprint": "0" * 64})
     with pytest.raises(UserError) as error:
         open_target(str(run), None, "cpu", quiet=True)
     assert str(error.value) == f"{run}: demo is not the model that was searched; its files have changed"

@@ -219,7 +219,8 @@ def test_a_disk_that_fills_up_is_named_by_what_was_asked_for(format, run, pgprun
     monkeypatch.setattr("pgprune_cli.writers.plan.Plan.tensors", tensors)
     code, _, err = pgprune("export", str(run), "--format", format, "--out", f"new.{format}", "-q")
     assert code == 1
-    assert err == f"pgprune: {Path('new').resolve()}.{format}: No space left on device\n"
+    room = "No space left on device; make room, then run the same command again"
+    assert err == f"pgprune: {Path('new').resolve()}.{format}: {room}\n"
 
 
 def test_the_card_says_how_mlx_loads_it_where_it_can(run):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pgprune_cli import scores
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs import init_scores as job
 from pgprune_cli.jobs.init_scores import init_scores
@@ -130,7 +131,7 @@ def test_every_flipped_bit_of_scores_is_noticed(small, tmp_path) -> None:
 
 def test_scores_of_a_newer_pgprune_are_refused(small, tmp_path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(job, "VERSION", 2)
+        patch.setattr(scores, "VERSION", 2)
         init_scores(small("saliency.metric=uniform"), tmp_path, quiet=True)
     with pytest.raises(UserError, match=r"of a newer pgprune \(version 2, this one reads 1\); upgrade pgprune"):
         Scores.load(tmp_path)
