@@ -14,6 +14,7 @@ from conftest import SMALL
 from schemas import validate
 
 from pgprune_cli import prune
+from pgprune_cli.atomic import read_record
 from pgprune_cli.errors import UserError
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebook.ipynb"
@@ -39,7 +40,7 @@ def test_three_lines_prune_measure_and_export() -> None:
     assert repr(small) == f"Pruned('runs/demo': demo, sparsity {small.decision.sparsity:.4f})"
     assert [(row["corpus"], row["seqlen"]) for row in measured["perplexity"]] == [("demo", 64)]
     validate("eval", measured)
-    assert json.loads(Path("runs/demo/evaluation.json").read_text()) == measured
+    assert read_record(Path("runs/demo/evaluation.json")) == measured
     assert (model / "config.json").exists()
     assert prune("demo", SETTINGS | {"evaluation.seqlen": [64]}, quiet=True).decision.recipe == small.decision.recipe
     with pytest.raises(UserError, match="exists already"):
