@@ -18,7 +18,7 @@ def test_what_is_said_is_read(capsys) -> None:
 
 
 def test_a_bar_that_is_drawn_meanwhile_is_no_circle(capfd) -> None:
-    progress = SearchProgress(3)
+    progress = SearchProgress(3, {"ffn": [4, 4]}, "50% of parameters go")
     with Live("a bar", console=progress.console, redirect_stderr=True):
         print("a word", file=STDERR)
         print("another", file=sys.stderr)

@@ -37,7 +37,7 @@ def test_no_color_means_no_colour(forbidden, capsys, monkeypatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     if forbidden:
         monkeypatch.setenv("NO_COLOR", "1")
-    with SearchProgress(2) as progress:
+    with SearchProgress(2, {"ffn": [4, 4]}, "50% of parameters go") as progress:
         progress.show(Row(1, [1.0], None, None, 0.5, 1.0, 0, 100.0, 10**9, 1.0))
     grid(("tensor", "MB"), [["a", "1.5"]], texts=1)
     out, err = capsys.readouterr()
