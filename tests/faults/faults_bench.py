@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pgprune_cli.provenance import PROVENANCE_FILE
+
 RECIPE = """\
 model: {base}/model
 dtype: float32
@@ -118,6 +120,8 @@ def outcome(folder: Path) -> dict[str, Any]:
             continue
         if path.suffix == ".md" and path.parent.name == "table":
             found[name] = "with seconds"
+        elif path.name == PROVENANCE_FILE:
+            found[name] = "tells of every process that was there"
         elif path.suffix in (".json", ".jsonl"):
             found[name] = [without_clocks(json.loads(text)) for text in texts(path)]
         else:
