@@ -514,7 +514,7 @@ def _resumable() -> Iterator[None]:
         _complain(f"stopped after step {stopped.step}, which is saved; to go on: {again}")
         raise typer.Exit(signals.exit_code(stopped.signum)) from None
     except SystemExit:
-        _complain(f"what was saved stays; to go on: {again}")
+        _complain(f"stopped; from what is saved, if anything is yet, this goes on: {again}")
         raise
 
 

@@ -81,7 +81,9 @@ class Decision:
         record = read_record(run / RECORD)
         refuse_newer(run / RECORD, record.get("version"), VERSION)
         if checksum(run / MASKS) != record.get("masks_sha256"):
-            raise UserError(f"{run / MASKS}: damaged, or not the masks that {RECORD} describes; run the search again")
+            raise UserError(
+                f"{run / MASKS}: damaged, or not the masks that {RECORD} describes; remove both and search again"
+            )
         tensors = read_tensors(run / MASKS)
         try:
             keep = tuple(

@@ -282,11 +282,11 @@ def _gguf_arguments(file: str) -> dict[str, Any]:
 
 def reason_of(error: Exception) -> str:
     """Why a loader failed; it would ask for an argument that users have not."""
-    return (
-        "it needs code of its own (auto_map), and none is run"
-        if "trust_remote_code" in str(error)
-        else _one_line(error)
-    )
+    if "trust_remote_code" in str(error):
+        return "it needs code of its own (auto_map), and none is run"
+    if "model type `deci`" in str(error):
+        return "layers of different sizes in a GGUF file are for llama.cpp; name the run, or its export as --format hf"
+    return _one_line(error)
 
 
 def _one_line(error: Exception) -> str:

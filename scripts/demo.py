@@ -42,7 +42,7 @@ def pruned(name: str, *overrides: str) -> tuple[Path, dict]:
 def main() -> None:
     alone = ("search.forwards=0", "search.policy=units", "reconstruct.method=none")
     metric_only, metric_decision = pruned("demo-metric-only", *(word for key in alone for word in ("--set", key)))
-    searched, decision = pruned("demo")
+    searched, decision = pruned("demo-searched")
     against = [argument for other in (metric_only, "demo") for argument in ("--against", str(other))]
     measured = json.loads(
         pgprune("eval", str(searched), "--ppl", "demo", "--seqlen", "128", "--speed", "--json", *against)

@@ -90,7 +90,7 @@ def test_no_run_at_all_is_refused(tmp_path):
 
 def test_every_damage_to_the_masks_is_refused(run):
     whole = (run / MASKS).read_bytes()
-    words = f"{run / MASKS}: damaged, or not the masks that decision.json describes; run the search again"
+    words = f"{run / MASKS}: damaged, or not the masks that decision.json describes; remove both and search again"
     for damaged in (whole[:-1], b"", whole + b"\0", *(_flipped(whole, place) for place in range(0, len(whole), 7))):
         (run / MASKS).write_bytes(damaged)
         assert refused(run) == words

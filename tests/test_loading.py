@@ -444,3 +444,8 @@ def test_weights_that_do_not_fit_the_config_are_named(copy, capfd):
         "the config it should be (32, 23)"
     )
     assert capfd.readouterr().err == "", "a line for the user, no table"
+
+
+def test_a_gguf_of_our_own_is_for_llama_cpp():
+    error = ValueError("The checkpoint you are trying to load has model type `deci` but Transformers does not know it")
+    assert "name the run, or its export as --format hf" in loading.reason_of(error)

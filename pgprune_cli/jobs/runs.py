@@ -69,4 +69,4 @@ def cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 
 
 def _state(row: dict[str, Any]) -> str:
-    return f"searching, step {row['step']} of {row['steps']}" if row["state"] == "searching" else str(row["state"])
+    return f"unfinished, step {row['step']} of {row['steps']}" if row["state"] == "searching" else str(row["state"])

@@ -127,7 +127,8 @@ def operate(source: Source, decision: Decision, needs: Needs, dtype: torch.dtype
 def check_new(out: Path, directory: bool) -> None:
     """Raises UserError where an export as `out` would replace something; an empty directory may become the export."""
     if out.exists() and not (directory and out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out}: exists already" + (" and is not an empty directory" if directory else ""))
+        what = " and is not an empty directory" if directory else ""
+        raise UserError(f"{out}: exists already{what}; give another --out, or remove it")
 
 
 def check_space(out: Path, needed: int) -> None:

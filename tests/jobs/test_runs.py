@@ -47,7 +47,7 @@ def test_every_state_is_told_apart_and_models_are_no_runs(tmp_path: Path) -> Non
     assert rows["d"]["fault"].startswith(f"{tmp_path / 'd' / RECIPE_FILE}:1: ")
     assert [line[1] for line in cells(list(rows.values()))[1]] == [
         "scored",
-        "searching, step 7 of 20",
+        "unfinished, step 7 of 20",
         "finished",
         "damaged",
     ]
