@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -123,6 +124,14 @@ def save_tokenizer(directory: Path, size: int = VOCABULARY, splitter=None, **opt
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<|endoftext|>", **options
     )
     fast.save_pretrained(directory)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def hangups_are_heard():
+    """Whatever runs the tests may ignore SIGHUP (nohup, some CIs), and the programs they start would do so, too."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.fixture(params=ARCHITECTURES)
