@@ -126,6 +126,21 @@ def save_tokenizer(directory: Path, size: int = VOCABULARY, splitter=None, **opt
     fast.save_pretrained(directory)
 
 
+def finished_run(run: Path) -> None:
+    """Writes a base model with its tokenizer into `base`, and into `run` a repaired decision on it."""
+    from pgprune_cli.arch import LayerKeep
+    from pgprune_cli.decision import Decision
+    from pgprune_cli.loading import resolve
+    from pgprune_cli.reconstruct import repair
+
+    model = tiny_model("llama-gqa")
+    model.save_pretrained("base")
+    save_tokenizer(Path("base"))
+    keep = tuple(LayerKeep(torch.arange(4) < 4 - layer, torch.arange(24) < 9 + layer) for layer in range(4))
+    outputs = repair(model, keep, [torch.arange(64).view(4, 16)], "least-squares", 1e-3).outputs
+    Decision(keep, "base", resolve("base").fingerprint(), 0.5, "dtype: float32\n", 1, 2, 3, 2.5, outputs).save(run)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def hangups_are_heard():
     """Whatever runs the tests may ignore SIGHUP (nohup, some CIs), and the programs they start would do so, too."""

@@ -12,17 +12,14 @@ from typing import get_args
 
 import pytest
 import torch
-from conftest import save_tokenizer, tiny_model
+from conftest import finished_run
 from safetensors import safe_open
 
 from pgprune_cli import cli
-from pgprune_cli.arch import LayerKeep
 from pgprune_cli.cli import main
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs import export as job
-from pgprune_cli.loading import resolve
-from pgprune_cli.reconstruct import repair
 from pgprune_cli.run_files import REPAIR
 from pgprune_cli.writers.normal_form import Needs
 from pgprune_cli.writers.plan import Options
@@ -32,13 +29,7 @@ from pgprune_cli.writers.plan import Options
 def run(tmp_path, monkeypatch) -> Path:
     """A finished run on a tiny Llama, with a repair."""
     monkeypatch.chdir(tmp_path)
-    model = tiny_model("llama-gqa")
-    model.save_pretrained("base")
-    save_tokenizer(Path("base"))
-    keep = tuple(LayerKeep(torch.arange(4) < 4 - layer, torch.arange(24) < 9 + layer) for layer in range(4))
-    outputs = repair(model, keep, [torch.arange(64).view(4, 16)], "least-squares", 1e-3).outputs
-    recipe = "dtype: float32\n"
-    Decision(keep, "base", resolve("base").fingerprint(), 0.5, recipe, 1, 2, 3, 2.5, outputs).save(Path("runs/tiny"))
+    finished_run(Path("runs/tiny"))
     return Path("runs/tiny")
 
 

@@ -9,20 +9,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, save_tokenizer, tiny_model
+from conftest import SMALL, finished_run, tiny_model
 from safetensors.torch import load_file, save
 
-from pgprune_cli.arch import LayerKeep
 from pgprune_cli.costs import COSTS
-from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.compare import TABLE_JSON
 from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.verify import verify
-from pgprune_cli.loading import resolve
 from pgprune_cli.recipe_reader import find, load
-from pgprune_cli.reconstruct import repair
 from pgprune_cli.run_files import EVALUATION_FILE, MASKS, METRICS_FILE, RECIPE_FILE, RECORD, REPAIR, SCORES
 from pgprune_cli.scores import Scores
 from pgprune_cli.writers import gguf_seal, sums
@@ -181,13 +177,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        model = tiny_model("llama-gqa")
-        model.save_pretrained("base")
-        save_tokenizer(Path("base"))
-        keep = tuple(LayerKeep(torch.arange(4) < 4 - layer, torch.arange(24) < 9 + layer) for layer in range(4))
-        outputs = repair(model, keep, [torch.arange(64).view(4, 16)], "least-squares", 1e-3).outputs
-        fingerprint = resolve("base").fingerprint()
-        Decision(keep, "base", fingerprint, 0.5, "dtype: float32\n", 1, 2, 3, 2.5, outputs).save(Path("run"))
+        finished_run(Path("run"))
         for format, out in (("hf", "hf"), ("mlx", "mlx"), ("gguf", "small.gguf")):
             export(Path("run"), Path(out), format=format)
     return folder
