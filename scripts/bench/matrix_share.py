@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 
 import torch
-from subject import arguments, headline, open_evaluator, random_keep, seconds, some_tokens, table
+from subject import arguments, opened, random_keep, seconds, table
 from torch import Tensor
 
 from pgprune_cli.arch import Keep
@@ -53,9 +53,7 @@ def main() -> None:
     parser = arguments(__doc__, repeats=5)
     parser.add_argument("--keep", type=float, nargs="+", default=[1.0, 0.5])
     options = parser.parse_args()
-    evaluator = open_evaluator(options)
-    tokens = some_tokens(evaluator, options)
-    print(headline(options, evaluator.input_device))
+    evaluator, tokens = opened(options)
     rows = []
     for kept in options.keep:
         flops = flops_of(evaluator, kept, tokens)

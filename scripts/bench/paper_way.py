@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 from shrunk_forward import masked
-from subject import Ratio, arguments, headline, in_turn, open_evaluator, random_keep, some_tokens, table
+from subject import Ratio, arguments, in_turn, opened, random_keep, table
 from torch import Tensor
 from torch.nn import functional
 
@@ -47,9 +47,7 @@ def main() -> None:
     parser = arguments(__doc__, repeats=5)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.5])
     options = parser.parse_args()
-    evaluator = open_evaluator(options)
-    tokens = some_tokens(evaluator, options)
-    print(headline(options, evaluator.input_device))
+    evaluator, tokens = opened(options)
     rows = []
     for kept in options.keep:
         keeps = [random_keep(evaluator, kept, seed) for seed in (0, 1)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from subject import Ratio, arguments, headline, in_turn, open_evaluator, random_keep, some_tokens, table
+from subject import Ratio, arguments, in_turn, opened, random_keep, table
 from torch import Tensor, nn
 
 from pgprune_cli.arch import Keep
@@ -57,9 +57,7 @@ def main() -> None:
     parser = arguments(__doc__, repeats=7)
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.7, 0.5])
     options = parser.parse_args()
-    evaluator = open_evaluator(options)
-    tokens = some_tokens(evaluator, options)
-    print(headline(options, evaluator.input_device))
+    evaluator, tokens = opened(options)
     rows = [(kept, *compare(evaluator, random_keep(evaluator, kept), tokens, options.repeats)) for kept in options.keep]
     table(("keep", "shrunk s", "masked s", "ratio", "least", "greatest"), rows)
 

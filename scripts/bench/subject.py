@@ -120,6 +120,14 @@ def headline(options: argparse.Namespace, device: torch.device) -> str:
     return f"{options.model}, {options.dtype}, {options.batch} × {options.seqlen} tokens, {where}"
 
 
+def opened(options: argparse.Namespace) -> tuple[Evaluator, Tensor]:
+    """The model and a batch for it `(B, T)`; says what is measured where."""
+    evaluator = open_evaluator(options)
+    tokens = some_tokens(evaluator, options)
+    print(headline(options, evaluator.input_device))
+    return evaluator, tokens
+
+
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Markdown, to be pasted; floats to three digits."""
     print(f"| {' | '.join(headings)} |")
