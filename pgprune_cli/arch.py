@@ -82,6 +82,8 @@ def spec_of(model_type: str) -> ArchSpec:
     for spec in SPECS:
         if model_type in spec.model_types:
             return spec
+    if model_type.startswith("pruned_"):
+        raise UserError("the model is pruned already; prune the one that it was made from, with another sparsity")
     known = ", ".join(name for spec in SPECS for name in spec.model_types)
     raise UserError(f"model type {model_type!r} is not supported; pgprune prunes {known}")
 

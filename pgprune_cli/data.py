@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pgprune_cli.atomic import SEAL, checksum, metadata, read_tensors, write_bytes
 from pgprune_cli.errors import UserError
+from pgprune_cli.quiet_hub import quiet_hub
 from pgprune_cli.stderr import STDERR
 
 Purpose = Literal["calibration", "evaluation"]
@@ -240,14 +241,15 @@ def _from_hub(corpus: str, purpose: Purpose) -> Iterator[str]:
 
     disable_progress_bar()
     try:
-        rows: Iterable[dict[str, Any]] = load_dataset(
-            known.path, known.config, split=split, streaming=True, revision=known.revision
-        )
-        texts = (row[known.column] for row in rows)
-        if known.joined:
-            yield "\n\n".join(texts)
-        else:
-            yield from texts
+        with quiet_hub():
+            rows: Iterable[dict[str, Any]] = load_dataset(
+                known.path, known.config, split=split, streaming=True, revision=known.revision
+            )
+            texts = (row[known.column] for row in rows)
+            if known.joined:
+                yield "\n\n".join(texts)
+            else:
+                yield from texts
     except KeyError:
         raise UserError(f"{corpus}: its rows have no column {known.column!r}") from None
     except Exception as error:  # the hub client raises dozens of kinds, all of which mean: not to be had from here

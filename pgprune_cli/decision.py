@@ -31,8 +31,9 @@ class Decision:
     model: as the recipe names it; fingerprint: of the base's config and weights; sparsity: the fraction of the
     prunable parameters that is removed in fact; recipe: the resolved recipe as YAML; forwards: model evaluations of the
     search; calibration_forwards: passes of scoring and repair, counted in the search's batches; heldout_loss: of the
-    pruned and repaired model on held-out calibration text, nats per token; outputs: the repaired output projections;
-    budget: what was budgeted (`of`) and the fraction of it that is `kept` in fact.
+    pruned and repaired model on held-out calibration text, nats per token; dense_loss: likewise of the dense model,
+    None in decisions of before it was measured; outputs: the repaired output projections; budget: what was budgeted
+    (`of`) and the fraction of it that is `kept` in fact.
     """
 
     keep: Keep
@@ -44,6 +45,7 @@ class Decision:
     forwards: int
     calibration_forwards: int
     heldout_loss: float | None
+    dense_loss: float | None = None
     outputs: Outputs = field(default_factory=dict)
     budget: dict[str, str | float] = field(default_factory=dict)
 
@@ -60,6 +62,7 @@ class Decision:
         if self.outputs:
             write_bytes(run / REPAIR, save(_flat(self.outputs)))
         record["repair_sha256"] = checksum(run / REPAIR) if self.outputs else None
+        record["dense_loss"] = self.dense_loss
         record["budget"] = self.budget
         record["kept"] = [{"attention": int(x.attention.sum()), "ffn": int(x.ffn.sum())} for x in self.keep]
         record["masks_sha256"] = checksum(run / MASKS)
@@ -69,7 +72,7 @@ class Decision:
 
     @classmethod
     def _recorded(cls) -> list[str]:
-        return [entry.name for entry in fields(cls) if entry.name not in ("keep", "outputs", "budget")]
+        return [entry.name for entry in fields(cls) if entry.name not in ("keep", "dense_loss", "outputs", "budget")]
 
     @classmethod
     def load(cls, run: Path, with_repair: bool = True) -> Decision:
@@ -93,7 +96,8 @@ class Decision:
             values = {name: record[name] for name in cls._recorded()}
             outputs = _load_outputs(run, record) if with_repair else {}
             # decisions of before there were budgets of anything but parameters say nothing of theirs
-            return cls(keep, **values, outputs=outputs, budget=record.get("budget", {}))
+            later = {"dense_loss": record.get("dense_loss"), "budget": record.get("budget", {})}
+            return cls(keep, **values, outputs=outputs, **later)
         except KeyError as missing:
             raise UserError(f"{run / RECORD}: {missing} is missing; the file is not a whole decision") from None
 

@@ -49,7 +49,9 @@ def _open(run: Path) -> int:
         handle = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             if not _taken(handle, run):
-                raise UserError(f"{run}: in use by {_owner(run)}; wait for it or stop it, or give another --out")
+                raise UserError(
+                    f"{run}: in use by {_owner(run)}; wait for it or stop it, or choose another run directory"
+                )
             if os.fstat(handle).st_nlink:
                 _sign(handle)
                 return handle

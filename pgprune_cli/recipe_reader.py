@@ -66,6 +66,15 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def parse(text: str, where: str) -> Recipe:
+    """A recipe from what `dump` wrote. Raises UserError with every fault found, which are said to be in `where`."""
+    reader = _Reader()
+    reader.text(text, where, lambda _, at: reader.fault(f"{at}: a recipe that was written whole extends nothing"))
+    if reader.faults:
+        raise UserError("\n".join(reader.faults))
+    return cast(Recipe, _build(Recipe, reader.values))
+
+
 def find(name_or_path: str) -> Path:
     """Path of a recipe: an existing .yaml file, else the shipped recipe of that name (with or without .yaml).
 
@@ -79,7 +88,8 @@ def find(name_or_path: str) -> Path:
     name = name_or_path.removesuffix(".yaml")
     if name in by_name:
         return by_name[name]
-    near = nearest(name, by_name, most=3) or nearest(Path(name).name, by_name, most=3)
+    files = [str(file) for file in path.parent.glob("*.yaml")]
+    near = nearest(name_or_path, files) or nearest(name, by_name, most=3) or nearest(Path(name).name, by_name, most=3)
     hint = near or ";"
     raise UserError(one_line(f"{name_or_path}: no such recipe{hint} `pgprune recipes` lists those that ship"))
 
@@ -132,18 +142,27 @@ class _Reader:
     def file(self, path: Path, chain: tuple[Path, ...]) -> None:
         """Read what a file extends, then the file itself; `chain` holds the files that led here, resolved."""
         try:
-            root = compose(read_text(path), lambda line: f"{shown(path)}:{line}")
+            text = read_text(path)
+        except UserError as error:
+            self.complete = False
+            return self.fault(str(error))
+        return self.text(text, f"{shown(path)}", lambda base, at: self.extend(path, (*chain, path.resolve()), base, at))
+
+    def text(self, text: str, where: str, extend: Callable[[yaml.Node, str], None]) -> None:
+        """Read the text of a recipe, after `extend` has read the one that it names; `where` begins every fault."""
+        try:
+            root = compose(text, lambda line: f"{where}:{line}")
             if not isinstance(root, yaml.MappingNode):
-                raise UserError(f"{shown(path)}: expected keys with values, got {kind_of(root)}")
+                raise UserError(f"{where}: expected keys with values, got {kind_of(root)}")
         except UserError as error:
             self.complete = False
             return self.fault(str(error))
 
         def place(node: yaml.Node, key: str) -> str:
-            return f"{shown(path)}:{node.start_mark.line + 1}: {key or 'a recipe'}"
+            return f"{where}:{node.start_mark.line + 1}: {key or 'a recipe'}"
 
         for base in [value for key, value in root.value if key.value == "extends"][:1]:
-            self.extend(path, (*chain, path.resolve()), base, place(base, "extends"))
+            extend(base, place(base, "extends"))
         return self.section(root, "", place, {})
 
     def extend(self, path: Path, chain: tuple[Path, ...], node: yaml.Node, where: str) -> None:

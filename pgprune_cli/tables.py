@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 PIPE_WIDTH = 10_000
 """Characters that a line may have where no terminal bounds it."""
@@ -60,28 +63,36 @@ def print_estimate(estimate: dict[str, Any], as_json: bool) -> None:
     rows += [[f"TFLOP/s in {dtype}, measured now", f"{rate / 1e12:,.3f}"] for dtype, rate in rates.items()]
     rows.append(["time, at least", f"{estimate['seconds']:,.0f} s"])
     grid((f"{estimate['model']}, {estimate['parameters'] / 1e6:,.1f} M parameters, {estimate['dtype']}", ""), rows, 1)
-    print(estimate["rests_on"])
+    _console().print(estimate["rests_on"], highlight=False, markup=False)
 
 
 def export_line(summary: dict[str, Any]) -> str:
     before, after = summary["parameters_before"], summary["parameters_after"]
     size = f"{after / 1e6:.1f} M of {before / 1e6:.1f} M parameters, {summary['bytes'] / 1e6:.1f} MB"
-    return f"{summary['model']}: {size}; sparsity {summary['sparsity']:.4f}"
+    padded = ", the format's padding counted as kept" if summary["padded"] else ""
+    return f"{summary['model']}: {size}; sparsity {summary['sparsity']:.4f}{padded}"
 
 
 def grid(headings: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 2) -> None:
     """A table whose first `texts` columns are text, and the others numbers; no row is ever folded in a pipe."""
     from rich.box import HEAVY_HEAD
-    from rich.console import Console
     from rich.table import Table
 
-    terminal = Console().is_terminal
+    console = _console()
+    terminal = console.is_terminal
     table = Table(box=HEAVY_HEAD if terminal else None, pad_edge=terminal)
     for place, heading in enumerate(headings):
         table.add_column(heading, justify="left" if place < texts else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(width=None if terminal else PIPE_WIDTH).print(table)
+    console.print(table)
+
+
+def _console() -> Console:
+    """Folds at a terminal's edge, and nowhere in a pipe."""
+    from rich.console import Console
+
+    return Console(width=None if Console().is_terminal else PIPE_WIDTH)
 
 
 def measurements(result: dict[str, Any]) -> dict[str, str]:

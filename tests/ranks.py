@@ -13,7 +13,7 @@ import sys
 import time
 
 from pgprune_cli import cli
-from pgprune_cli.jobs import search as job
+from pgprune_cli.jobs import loop as loops
 
 
 def main() -> None:
@@ -21,9 +21,9 @@ def main() -> None:
     del sys.argv[1:3]
     if start and os.environ["RANK"] == "0":
         time.sleep(3)  # the others find what the first start has left
-    original = job._one_step
+    original = loops._one_step
 
-    def one_step(problem: job.Problem, loop: job.Loop) -> job.Row:
+    def one_step(problem: loops.Problem, loop: loops.Loop) -> loops.Row:
         row = original(problem, loop)
         if loop.state.step == step and os.environ["RANK"] == "1" and not start:
             if accident == "exception":
@@ -31,7 +31,7 @@ def main() -> None:
             os.kill(os.getpid(), getattr(signal, accident))
         return row
 
-    job._one_step = one_step
+    loops._one_step = one_step
     cli.main()
 
 

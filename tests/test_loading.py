@@ -16,16 +16,8 @@ from safetensors.torch import load_file, save_file
 from pgprune_cli import loading
 from pgprune_cli.devices import spread
 from pgprune_cli.errors import UserError
-from pgprune_cli.loading import (
-    DEMO_MODEL,
-    INDEX,
-    Source,
-    check_prunable,
-    empty_model,
-    load_model,
-    load_tokenizer,
-    resolve,
-)
+from pgprune_cli.loading import check_prunable, empty_model, load_model, load_tokenizer
+from pgprune_cli.source import DEMO_MODEL, INDEX, Source, resolve
 from pgprune_cli.streaming import layer_inputs
 from pgprune_cli.substrate import Evaluator
 
@@ -405,7 +397,7 @@ def test_the_hubs_files_are_looked_for_where_hf_home_says(tmp_path):
     (repository / "refs" / "main").write_text(snapshot.name)
     for name in ("config.json", "model.safetensors"):
         (snapshot / name).touch()
-    code = "from pgprune_cli.loading import resolve; print(resolve('me/tiny').directory)"
+    code = "from pgprune_cli.source import resolve; print(resolve('me/tiny').directory)"
     home = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     home.pop("HF_HUB_CACHE", None)
     done = subprocess.run([sys.executable, "-c", code], env=home, capture_output=True, text=True, check=False)

@@ -44,7 +44,7 @@ def refusal(run: Path) -> str:
 def test_a_second_process_is_refused_and_told_who_is_in(owner, tmp_path) -> None:
     said = refusal(tmp_path / "run")
     assert said.startswith(f"{tmp_path / 'run'}: in use by process {owner.pid} on {socket.gethostname()} since 20")
-    assert said.endswith("; wait for it or stop it, or give another --out")
+    assert said.endswith("; wait for it or stop it, or choose another run directory")
     owner.communicate("\n")
     with locked(tmp_path / "run"):
         pass

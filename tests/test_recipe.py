@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pgprune_cli import recipe, recipe_reader
 from pgprune_cli.errors import UserError
 from pgprune_cli.recipe import Recipe
-from pgprune_cli.recipe_reader import dump, find, load, name_of, shipped, summary
+from pgprune_cli.recipe_reader import dump, find, load, name_of, parse, shipped, summary
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MINIMAL = "model: demo\ncalibration: {corpus: demo}\nbudget: {sparsity: 0.5}\n"
@@ -567,6 +567,22 @@ def test_the_base_says_every_key_it_can() -> None:
     assert {key: list(value) if isinstance(value, dict) else 0 for key, value in told.items()} == {
         key: list(value) if isinstance(value, dict) else 0 for key, value in whole.items()
     }
+
+
+def test_what_was_dumped_is_parsed() -> None:
+    recipe = read(MINIMAL + "search: {forwards: 32}\n")
+    assert parse(dump(recipe), "a model") == recipe
+    with pytest.raises(UserError, match=r"^a model:1: extends: a recipe that was written whole extends nothing$"):
+        parse("extends: _base", "a model")
+    with pytest.raises(UserError, match=r"^a model:1: forwards: unknown key, did you mean search.forwards\?$"):
+        parse("forwards: 3", "a model")
+
+
+def test_a_recipe_file_nearby_is_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").touch()
+    with pytest.raises(UserError, match=r"^mein.yaml: no such recipe, did you mean mine.yaml\?"):
+        find("mein.yaml")
 
 
 def test_find() -> None:

@@ -17,8 +17,9 @@ from pgprune_cli.arch import LayerKeep
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.export import export
-from pgprune_cli.loading import INDEX, check_prunable, load_model, load_tokenizer, read_config, resolve
+from pgprune_cli.loading import check_prunable, load_model, load_tokenizer, read_config
 from pgprune_cli.recipe_reader import find, load, name_of
+from pgprune_cli.source import INDEX, resolve
 
 CODE = "from pathlib import Path\nPath({!r}).touch()\nclass C: pass\n"
 

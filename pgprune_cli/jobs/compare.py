@@ -197,8 +197,8 @@ def cells(table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for row in table["rows"]:
         line = [row["name"], row["shows"]]
         for place, cell in enumerate(row["mean"]["perplexity"]):
-            each = [f"{run['perplexity'][place]['ppl']:,.1f}" for run in row["runs"]]
-            line.append(f"{cell['ppl']:,.1f}" + (f" ({', '.join(each)})" if len(each) > 1 else ""))
+            each = [f"{run['perplexity'][place]['ppl']:,.2f}" for run in row["runs"]]
+            line.append(f"{cell['ppl']:,.2f}" + (f" ({', '.join(each)})" if len(each) > 1 else ""))
         mean = row["mean"]
         rows.append([*line, f"{mean['forwards']:.0f} + {mean['calibration_forwards']:.0f}", f"{mean['seconds']:,.0f}"])
     return ["variant", "what it shows", *lengths, "forwards: search + calibration", "seconds"], rows

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 from pgprune_cli.errors import UserError
 
 if TYPE_CHECKING:
-    from pgprune_cli.loading import Source
     from pgprune_cli.recipe import Recipe
+    from pgprune_cli.source import Source
 
 ENOUGH_DISK = 2 * 10**9
 """Bytes: below this, not even a small model's run and its export fit."""
@@ -189,7 +189,7 @@ def _local(name: str) -> Source | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    from pgprune_cli.loading import resolve
+    from pgprune_cli.source import resolve
 
     if name == "demo" or Path(name).expanduser().exists():
         return resolve(name)

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,14 @@ from pgprune_cli.atomic import read_record, write_record
 from pgprune_cli.data import check_vocabulary, spread, tokens_of
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.loading import Source, load_model, load_tokenizer, resolve
+from pgprune_cli.loading import load_model, load_tokenizer
 from pgprune_cli.progress import working
 from pgprune_cli.provenance import note
 from pgprune_cli.recipe import Evaluation
-from pgprune_cli.recipe_reader import load
+from pgprune_cli.recipe_reader import load, parse
 from pgprune_cli.run_files import EVALUATION_FILE, RECIPE_FILE, RECORD, is_run
+from pgprune_cli.source import Source, resolve
+from pgprune_cli.stderr import STDERR
 from pgprune_cli.substrate import Evaluator, summed_loss
 
 TOKENS_AT_A_TIME = 4096
@@ -59,7 +61,7 @@ class Target:
     keep: Keep | None
     outputs: Outputs
     evaluation: Evaluation
-    """What the recipe of a run directory says to evaluate; the defaults for a model."""
+    """What the recipe says to evaluate, of a run directory or of a model exported from one; else the defaults."""
 
     @property
     def base(self) -> str | None:
@@ -105,6 +107,8 @@ def open_target(name: str, dtype: str | None, device: str | None, quiet: bool = 
         dtype, device, evaluation = dtype or recipe.dtype, device or recipe.device, recipe.evaluation
     else:
         source = resolve(name)
+        with suppress(UserError):  # by another version, with other keys: then the defaults
+            evaluation = parse(Decision.load(source.directory, with_repair=False).recipe, name).evaluation
     with working(f"loading {name}", quiet):
         return Target(name, source, load_model(source, dtype or "auto", device or "auto"), keep, outputs, evaluation)
 
@@ -120,6 +124,8 @@ def evaluate(
     tokenizer = load_tokenizer(target.source)
     longest = getattr(target.model.config, "max_position_embeddings", None) or max(seqlens)
     lengths = sorted({min(seqlen, longest) for seqlen in seqlens})
+    if max(seqlens) > longest and corpora and not quiet:
+        print(f"{target.name} reads {longest} tokens at most, and no window is longer", file=STDERR)
     rows = []
     for corpus in corpora:
         with working(f"perplexity of {target.name} on {corpus.name}", quiet):

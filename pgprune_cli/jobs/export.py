@@ -11,9 +11,9 @@ from typing import Any
 from pgprune_cli.atomic import read_record
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
-from pgprune_cli.loading import Source, resolve
 from pgprune_cli.progress import writing
 from pgprune_cli.run_files import EVALUATION_FILE
+from pgprune_cli.source import Source, resolve
 from pgprune_cli.writers import gguf, hf, mlx
 from pgprune_cli.writers.normal_form import Needs
 from pgprune_cli.writers.plan import DTYPES, Measured, Options, Plan, check_new
@@ -54,13 +54,12 @@ def options_of(
 def target(run: Path, out: Path | None, format: str) -> Path:
     """Where an export goes that is to go to `out`.
 
-    Raises UserError for a name that its file cannot have, and where there is something already.
+    Raises UserError for a name that its file cannot have.
     """
     suffix = FORMATS[format].suffix
     out = out or Path("models") / f"{run.resolve().name}{suffix}"
     if suffix and out.suffix != suffix:
         raise UserError(f"--out {out}: --format {format} writes one file, whose name should end in {suffix}")
-    check_new(out.expanduser(), directory=not suffix)
     return out
 
 
@@ -82,6 +81,7 @@ def export(run: Path, out: Path, options: Options | None = None, format: str = "
 
     Raises UserError as `plan` and `Plan.write` do.
     """
+    check_new(out.expanduser(), directory=not FORMATS[format].suffix)
     planned = plan(run, options, format)
     with writing(f"writing {out}", planned.bytes, quiet) as on_bytes:
         planned.write(out, on_bytes)
@@ -99,6 +99,7 @@ def summary(planned: Plan, out: Path) -> dict[str, Any]:
         "parameters_before": planned.parameters_before,
         "parameters_after": planned.parameters_after,
         "sparsity": planned.sparsity,
+        "padded": planned.form.padded,
         "bytes": planned.bytes,
     }
 

@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from pgprune_cli.data import CalibrationText, calibration_text, check_vocabulary
 from pgprune_cli.errors import RunError
-from pgprune_cli.loading import Source, check_prunable, load_model, load_tokenizer, read_config, resolve
+from pgprune_cli.loading import check_prunable, load_model, load_tokenizer, read_config
 from pgprune_cli.lock import locked
 from pgprune_cli.progress import working
 from pgprune_cli.provenance import note
 from pgprune_cli.recipe import Recipe
 from pgprune_cli.saliency import CALIBRATED, score
 from pgprune_cli.scores import Scores
+from pgprune_cli.source import Source, resolve
 
 
 def init_scores(recipe: Recipe, run: Path, quiet: bool = False) -> Scores:

@@ -43,8 +43,6 @@ def verify(path: Path) -> Verdict:
     """Looks at every byte of `path`. Raises UserError for what pgprune did not write."""
     path = path.expanduser()
     path = path.parent if path.name in (checkpoint.RECORD, checkpoint.TENSORS) else path
-    if not path.exists():
-        raise UserError(f"{path}: no such file or directory")
     for kind, is_one, faults in KINDS:
         if is_one(path):
             return Verdict(str(path), kind, [], list(_lines(faults(path))))

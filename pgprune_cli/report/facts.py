@@ -74,6 +74,8 @@ def _facts(run: Run) -> dict[str, str]:
         )
         if decision.heldout_loss is not None:
             facts["held-out loss"] = _nats(decision.heldout_loss)
+        if decision.dense_loss is not None:
+            facts["of the dense model"] = _nats(decision.dense_loss)
     elif run.rows:
         facts["forward passes"] = f"{run.forwards[-1]} so far"
         judged = [row.heldout_loss for row in run.rows if row.heldout_loss is not None]

@@ -111,4 +111,5 @@ class Card:
         spent = f"{decision.steps} steps, {decision.forwards} forward passes"
         loss = decision.heldout_loss
         held = "" if loss is None else f"; held-out calibration loss {loss:.4f} nats per token"
+        held += "" if decision.dense_loss is None else f", of the dense model {decision.dense_loss:.4f}"
         return f"## Recipe\n\n{spent}{held}.\n\n```yaml\n{decision.recipe.strip()}\n```"

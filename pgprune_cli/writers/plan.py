@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.loading import Source
+from pgprune_cli.source import Source
 from pgprune_cli.writers import weights
 from pgprune_cli.writers.base import Base, open_base
 from pgprune_cli.writers.normal_form import Needs, NormalForm, normal_form
@@ -128,7 +128,7 @@ def check_new(out: Path, directory: bool) -> None:
     """Raises UserError where an export as `out` would replace something; an empty directory may become the export."""
     if out.exists() and not (directory and out.is_dir() and not any(out.iterdir())):
         what = " and is not an empty directory" if directory else ""
-        raise UserError(f"{out}: exists already{what}; give another --out, or remove it")
+        raise UserError(f"{out}: exists already{what}; choose another name, or remove it")
 
 
 def check_space(out: Path, needed: int) -> None:

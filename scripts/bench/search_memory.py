@@ -22,8 +22,9 @@ from torch import Tensor
 
 from pgprune_cli.estimate.memory import Memory, memory
 from pgprune_cli.estimate.sizes import Sizes, Texts
-from pgprune_cli.loading import devices_of, load_model, resolve
+from pgprune_cli.loading import devices_of, load_model
 from pgprune_cli.recipe import Budget, Calibration, Recipe
+from pgprune_cli.source import resolve
 from pgprune_cli.substrate import Evaluator
 
 SLACK = 1.10

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from pgprune_cli import substrate
 from pgprune_cli.arch import Output, Shape
 from pgprune_cli.history import Row
-from pgprune_cli.jobs import search as job
+from pgprune_cli.jobs import loop, problem, search
 from pgprune_cli.progress import SearchProgress
 from pgprune_cli.recipe_reader import find, load
 from pgprune_cli.reconstruct import Repaired
@@ -85,12 +85,12 @@ def watched_steps(evaluator: Evaluator, overrides: list[str], tokens: Tensor) ->
             watch.end()
 
     with ExitStack() as patched, tempfile.TemporaryDirectory() as folder:
-        patched.enter_context(patch.object(job, "load_model", lambda *_: evaluator.model))
-        patched.enter_context(patch.object(job, "width_table", made_up_table))
-        patched.enter_context(patch.object(job, "repair", lambda _, keep, *__: Repaired(keep, {})))
-        patched.enter_context(patch.object(job, "SearchProgress", Shown))
+        patched.enter_context(patch.object(search, "load_model", lambda *_: evaluator.model))
+        patched.enter_context(patch.object(problem, "width_table", made_up_table))
+        patched.enter_context(patch.object(search, "repair", lambda _, keep, *__: Repaired(keep, {})))
+        patched.enter_context(patch.object(loop, "SearchProgress", Shown))
         patched.enter_context(patch.object(substrate, "summed_loss", watch.loss))
-        job.search(load(find("demo"), overrides), Path(folder) / "run")
+        search.search(load(find("demo"), overrides), Path(folder) / "run")
     return watch.steps[1:]
 
 

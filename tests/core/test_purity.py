@@ -30,9 +30,6 @@ BELOW = {
     "recipe_reader": {"errors", "recipe", "strict_yaml"},
     "recipe_text": {"atomic", "errors", "recipe", "recipe_reader", "strict_yaml"},
     "run_files": {"errors"},
-    "options": {"recipe", "recipe_reader", "run_files"},
-    "recipe_verbs": {"options", "recipe_reader", "recipe_text", "tables"},
-    "usage": set(),
     "tables": set(),
     "strict_yaml": {"errors"},
     "progress": {"errors", "history", "live_view", "stderr"},
@@ -50,10 +47,12 @@ BELOW = {
     "sensitivity": {"arch", "errors"},
     "substrate": {"arch", "core", "errors"},
     "streaming": {"arch", "core", "errors"},
-    "data": {"atomic", "demo", "errors", "stderr"},
+    "data": {"atomic", "demo", "errors", "quiet_hub", "stderr"},
     "trust": {"atomic", "errors"},
-    "loading": {"arch", "atomic", "devices", "errors", "trust", "writers"},
-    "writers": {"arch", "atomic", "core", "decision", "errors", "loading", "writers"},
+    "quiet_hub": set(),
+    "source": {"atomic", "errors", "quiet_hub", "trust"},
+    "loading": {"arch", "devices", "errors", "source", "trust", "writers"},
+    "writers": {"arch", "atomic", "core", "decision", "errors", "loading", "source", "writers"},
     "serving": {"serving", "writers"},
     "report": {
         "report",
@@ -74,7 +73,7 @@ BELOW = {
     "estimate": {"arch", "costs", "estimate", "recipe", "saliency", "sensitivity", "substrate", "width_table"},
     "budget": {"arch", "core", "costs", "errors", "progress", "recipe", "substrate"},
 }
-ABOVE = {"jobs", "api", "cli", "__main__"}  # may import anything but what is said of them below
+ABOVE = {"jobs", "api", "verbs", "cli", "__main__"}  # may import anything but what is said of them below
 
 
 def imports_in(tree: ast.AST) -> set[str]:

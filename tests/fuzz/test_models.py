@@ -19,8 +19,9 @@ from pgprune_cli.data import check_vocabulary, tokens_of
 from pgprune_cli.decision import Decision
 from pgprune_cli.jobs import export as job
 from pgprune_cli.jobs.doctor import doctor
-from pgprune_cli.loading import INDEX, check_prunable, load_model, load_tokenizer, resolve
+from pgprune_cli.loading import check_prunable, load_model, load_tokenizer
 from pgprune_cli.recipe_reader import find, load
+from pgprune_cli.source import INDEX, resolve
 from pgprune_cli.substrate import Evaluator
 
 KEEP = tuple(LayerKeep(torch.arange(4) < 4 - layer, torch.arange(24) < 9 + layer) for layer in range(4))

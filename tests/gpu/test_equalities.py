@@ -19,11 +19,12 @@ from pgprune_cli import substrate
 from pgprune_cli.arch import Keep, LayerKeep
 from pgprune_cli.checkpoint import latest_checkpoint
 from pgprune_cli.errors import RunError
-from pgprune_cli.jobs import search as job
+from pgprune_cli.jobs import loop as loops
 from pgprune_cli.jobs.search import search
-from pgprune_cli.loading import load_model, resolve
+from pgprune_cli.loading import load_model
 from pgprune_cli.recipe import Recipe
 from pgprune_cli.run_files import MASKS, REPAIR
+from pgprune_cli.source import resolve
 from pgprune_cli.streaming import layer_inputs
 from pgprune_cli.substrate import Evaluator
 
@@ -146,7 +147,7 @@ def test_a_search_on_the_chip_is_the_same_twice(small, tmp_path) -> None:
 
 
 def test_a_search_on_the_chip_resumes_bit_for_bit(small, tmp_path, monkeypatch) -> None:
-    original = job._one_step
+    original = loops._one_step
 
     def stopped_after_two(problem, loop):
         row = original(problem, loop)
@@ -157,10 +158,10 @@ def test_a_search_on_the_chip_resumes_bit_for_bit(small, tmp_path, monkeypatch) 
     recipe: Recipe = small(*LAYERS, "device=cuda")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     search(recipe, whole, quiet=True)
-    monkeypatch.setattr(job, "_one_step", stopped_after_two)
-    with pytest.raises(job.Interrupted):
+    monkeypatch.setattr(loops, "_one_step", stopped_after_two)
+    with pytest.raises(loops.Interrupted):
         search(recipe, cut, quiet=True)
-    monkeypatch.setattr(job, "_one_step", original)
+    monkeypatch.setattr(loops, "_one_step", original)
     search(recipe, cut, quiet=True)
     assert latest_checkpoint(cut).state.losses.tolist() == latest_checkpoint(whole).state.losses.tolist()
     assert (cut / MASKS).read_bytes() == (whole / MASKS).read_bytes()

@@ -26,6 +26,7 @@ from pgprune_cli.jobs.evaluate import (
 from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.search import search
 from pgprune_cli.loading import load_tokenizer
+from pgprune_cli.recipe import Evaluation
 from pgprune_cli.run_files import EVALUATION_FILE
 
 
@@ -147,6 +148,12 @@ def test_a_run_is_evaluated_as_its_recipe_says(run: Path, small) -> None:
     target = open_target(str(run), None, None, quiet=True)
     assert target.evaluation == small().evaluation
     assert target.base == "demo"
+
+
+def test_an_export_is_evaluated_as_its_recipe_says(run: Path, small, tmp_path: Path) -> None:
+    export(run, tmp_path / "small")
+    assert small().evaluation != Evaluation()
+    assert open_target(str(tmp_path / "small"), None, "cpu", quiet=True).evaluation == small().evaluation
 
 
 def test_what_was_measured_stands_in_the_model_card(run: Path, text: Corpus, tmp_path: Path) -> None:

@@ -174,11 +174,19 @@ def test_what_is_there_already_is_refused_before_anything_is_planned(format, out
     if format != "gguf":
         Path(out).mkdir()
     Path(out, "file" if format != "gguf" else "").touch()
-    for more in ([], ["--dry-run"]):
-        code, _, err = pgprune("export", str(run), "--format", format, "--out", out, *more)
-        assert code == 2
-        assert err.startswith(f"pgprune: {out}: exists already")
-        assert err.count("\n") == 1
+    code, _, err = pgprune("export", str(run), "--format", format, "--out", out)
+    assert code == 2
+    assert err.startswith(f"pgprune: {out}: exists already")
+    assert err.count("\n") == 1
+
+
+def test_a_dry_run_may_name_what_is_there_already(run, pgprune):
+    Path("there").mkdir()
+    Path("there", "file").touch()
+    code, out, err = pgprune("export", str(run), "--out", "there", "--dry-run")
+    assert (code, err) == (0, "")
+    assert "would write there: " in out
+    assert [path.name for path in Path("there").iterdir()] == ["file"]
 
 
 @pytest.mark.parametrize("format", ["hf", "gguf"])

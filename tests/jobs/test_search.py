@@ -20,15 +20,17 @@ from pgprune_cli.core.projection import hard_mask
 from pgprune_cli.core.space import budget_of
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.jobs import search as job
+from pgprune_cli.jobs import loop as loops
 from pgprune_cli.jobs.init_scores import init_scores, load_text
-from pgprune_cli.jobs.search import BAD_STEPS, Interrupted, search
-from pgprune_cli.loading import load_model, resolve
+from pgprune_cli.jobs.loop import BAD_STEPS, Interrupted
+from pgprune_cli.jobs.search import search
+from pgprune_cli.loading import load_model
 from pgprune_cli.recipe import Recipe
 from pgprune_cli.recipe_reader import find, load
 from pgprune_cli.run_files import MASKS, METRICS_FILE, RECORD, REPAIR, SCORES
 from pgprune_cli.saliency import flat_saliency
 from pgprune_cli.scores import Scores
+from pgprune_cli.source import resolve
 from pgprune_cli.substrate import Evaluator
 
 STEPS = 6
@@ -49,7 +51,7 @@ def result_of(run: Path) -> tuple[bytes, list[dict], list[float]]:
 @contextmanager
 def after_step(step: int, act: Callable[[], None]) -> Iterator[None]:
     """While inside, `act` runs when a search has just done `step` steps, in the middle of its loop."""
-    original = job._one_step
+    original = loops._one_step
 
     def watched(problem, loop):
         row = original(problem, loop)
@@ -57,11 +59,11 @@ def after_step(step: int, act: Callable[[], None]) -> Iterator[None]:
             act()
         return row
 
-    job._one_step = watched
+    loops._one_step = watched
     try:
         yield
     finally:
-        job._one_step = original
+        loops._one_step = original
 
 
 def kill_self(signum: int) -> Callable[[], None]:
@@ -141,7 +143,7 @@ def test_the_signals_mean_what_they_meant_before(small, tmp_path) -> None:
 
 def test_a_finished_run_answers_without_a_model(small, tmp_path, monkeypatch) -> None:
     first = search(small(), tmp_path, quiet=True)
-    monkeypatch.setattr(job, "load_model", None)
+    monkeypatch.setattr("pgprune_cli.jobs.search.load_model", None)
     again = search(small(), tmp_path, quiet=True)
     assert again.heldout_loss == first.heldout_loss
     for one, other in zip(again.keep, first.keep, strict=True):
@@ -313,7 +315,10 @@ def test_the_heldout_loss_is_the_hard_masks_on_text_never_searched(small, tmp_pa
     evaluator = Evaluator(load_model(resolve("demo"), "float32", "cpu"))
     with evaluator.shrunk(decision.keep) as model, torch.inference_mode():
         loss = model(input_ids=text.heldout, labels=text.heldout).loss
+    with torch.inference_mode():
+        dense = evaluator.model(input_ids=text.heldout, labels=text.heldout).loss
     assert decision.heldout_loss == pytest.approx(loss.item(), rel=1e-5)
+    assert decision.dense_loss == pytest.approx(dense.item(), rel=1e-5)
     assert rows_of(tmp_path)[-1]["heldout_loss"] == decision.heldout_loss
     assert decision.forwards == 2 * STEPS
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import script_module, tiny_model
 
-from pgprune_cli.loading import load_model, resolve
+from pgprune_cli.loading import load_model
+from pgprune_cli.source import resolve
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from pgprune_cli.arch import LayerKeep
 from pgprune_cli.decision import Decision
-from pgprune_cli.loading import resolve
+from pgprune_cli.source import resolve
 from pgprune_cli.writers import hf
 from pgprune_cli.writers.plan import Options
 

@@ -17,7 +17,8 @@ from test_hf import DECISIONS, LAYERS, decide, draw, masked
 from pgprune_cli.arch import LayerKeep, Output
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.loading import load_model, load_tokenizer, resolve
+from pgprune_cli.loading import load_model, load_tokenizer
+from pgprune_cli.source import resolve
 from pgprune_cli.writers import gguf as writer
 from pgprune_cli.writers.gguf_layout import NEEDS
 from pgprune_cli.writers.normal_form import Needs, normal_form

@@ -24,8 +24,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from pgprune_cli.arch import LayerKeep
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.loading import resolve
 from pgprune_cli.reconstruct import repair
+from pgprune_cli.source import resolve
 from pgprune_cli.substrate import Evaluator
 from pgprune_cli.writers import hf, weights
 from pgprune_cli.writers.normal_form import Needs

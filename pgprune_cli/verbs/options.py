@@ -1,12 +1,17 @@
-"""What several verbs take alike: arguments and options with their help and their completion, examples under a help."""
+"""What several verbs take alike: arguments and options with help and completion; examples; a recipe and its run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from pgprune_cli.run_files import RECORD, run_directories, runs_folder
+
+if TYPE_CHECKING:
+    from pgprune_cli.recipe import Recipe
 
 
 def examples(*lines: str) -> str:
@@ -25,8 +30,6 @@ def recipe_names(incomplete: str) -> Iterator[str]:
 
 def run_names(incomplete: str) -> Iterator[str]:
     """Completes the runs where runs go."""
-    from pgprune_cli.run_files import run_directories, runs_folder
-
     return (str(run) for run in run_directories(runs_folder()) if str(run).startswith(incomplete))
 
 
@@ -62,3 +65,15 @@ Limit = Annotated[
     typer.Option(min=1, metavar="N", help="Windows of the shortest length, at most; other lengths read as much."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
+
+
+def opened(name: str, out: Path | None, overrides: list[str], runs: Path | None = None) -> tuple[Recipe, Path]:
+    """The recipe, and the run directory it is for, in `runs` if it is not given."""
+    from pgprune_cli.recipe_reader import find, load, name_of
+    from pgprune_cli.source import find_local
+
+    path = find(name)
+    recipe, run = load(path, overrides), out or (runs or runs_folder()) / name_of(path)
+    if not (run / RECORD).exists():
+        find_local(recipe.model, weights=False)  # before seconds go by in imports
+    return recipe, run

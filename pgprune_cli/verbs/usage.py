@@ -16,6 +16,6 @@ def usage_fault(error: Exception) -> str | None:
     if type(error).__name__ == "NoArgsIsHelpError":
         parser.show()
         return ""
-    said = " ".join(parser.format_message().split()).rstrip(".?")
+    said = " ".join(parser.format_message().replace("Value error, ", "").split()).rstrip(".?")
     where = getattr(getattr(parser, "ctx", None), "command_path", "pgprune")
     return f"{said[:1].lower()}{said[1:]}; see `{where} --help`"

@@ -35,7 +35,7 @@ def test_the_shell_is_offered_what_there_is(line, offered, tmp_path: Path) -> No
         "finally: assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy'"
     )
     asked = {"_PGPRUNE_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
-    package = str(Path(__file__).parents[1])
+    package = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, "-c", code],

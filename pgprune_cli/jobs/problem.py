@@ -1,0 +1,112 @@
+"""What a search decides on, and how it hears what a decision loses: fixed once model, text and scores are there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pgprune_cli.arch import Keep, Outputs
+from pgprune_cli.core.policy import starting_theta
+from pgprune_cli.core.space import Budget, MaskSpace
+from pgprune_cli.data import Batches, CalibrationText, spread
+from pgprune_cli.distributed import Ranks
+from pgprune_cli.errors import UserError
+from pgprune_cli.jobs.init_scores import compute_scores
+from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
+from pgprune_cli.progress import working
+from pgprune_cli.recipe import Recipe
+from pgprune_cli.run_files import SCORES
+from pgprune_cli.saliency import flat_saliency
+from pgprune_cli.scores import Scores
+from pgprune_cli.source import Source
+from pgprune_cli.substrate import Evaluator
+from pgprune_cli.width_table import width_table
+
+REPAIR_TOKENS = 4096
+"""Tokens of one forward pass of the repair, at least: few large products are quicker than many small ones."""
+
+
+@dataclass
+class Problem:
+    """What is searched."""
+
+    evaluator: Evaluator
+    space: MaskSpace
+    policy: Policy  # type: ignore[type-arg]  # of the state that it began with
+    batches: Batches
+    heldout: Tensor
+    recipe: Recipe
+    ranks: Ranks
+
+    def keep(self, mask: Tensor) -> Keep:
+        return self.evaluator.shape.keep(self.space, mask)
+
+    def losses(self, masks: Tensor, tokens: Tensor) -> Tensor:
+        """Of masks `(K, n)` on one batch, with the repair that the policy has for each: `(K,)` nats per token."""
+        self.ranks.refuse_differences(masks, tokens)
+        keeps = [self.keep(masks[index]) for index in self.ranks.share(len(masks))]
+        own = self.evaluator.losses(keeps, tokens, [self.policy.outputs(keep) for keep in keeps])
+        return self.ranks.gathered(own, len(masks))
+
+    def heldout_loss(self, keep: Keep, outputs: Outputs) -> float:
+        """Of one decision on text the search never sees: nats per token."""
+        batches = self.heldout.split(self.recipe.calibration.batch)
+        share = [batches[index] for index in self.ranks.share(len(batches))]
+        own = [float(self.evaluator.losses([keep], tokens, [outputs])[0]) for tokens in share]
+        losses = self.ranks.gathered(torch.tensor(own, dtype=torch.float64), len(batches)).tolist()
+        return sum(loss * len(tokens) for loss, tokens in zip(losses, batches, strict=True)) / len(self.heldout)
+
+
+def scores_of(
+    recipe: Recipe, run: Path, source: Source, model: nn.Module, text: CalibrationText, quiet: bool
+) -> Scores:
+    """Those of the run where it has some. Raises UserError where they are another model's."""
+    if not (run / SCORES).exists():
+        return compute_scores(recipe, run, source, model, text, quiet)
+    scores = Scores.load(run)
+    if scores.fingerprint != source.fingerprint():
+        raise UserError(f"{run / SCORES}: scores of another model than {recipe.model}; run `pgprune init-scores`")
+    return scores
+
+
+def policy_of(
+    recipe: Recipe,
+    evaluator: Evaluator,
+    space: MaskSpace,
+    budget: Budget,
+    scores: Scores,
+    text: CalibrationText,
+    quiet: bool,
+) -> UnitPolicy | LayerPolicy:
+    """What the recipe searches with. Raises UserError for families that the layers policy has no widths of."""
+    settings = recipe.search
+    if settings.policy == "units":
+        saliency = flat_saliency(scores.tensors, evaluator.shape, space)
+        theta = starting_theta(saliency, space, budget, recipe.policy.start, recipe.policy.temperature)
+        estimator, rate, schedule = settings.estimator, settings.learning_rate, settings.schedule
+        return UnitPolicy(theta, space, budget, estimator, rate, schedule, settings.steps)
+    if whole := [name for name in recipe.units.families if name not in ("attention", "ffn")]:
+        raise UserError(
+            f"units.families: {whole[0]} is kept or removed as a whole, so there are no widths to search over; "
+            "set search.policy to units"
+        )
+    saliency_of: dict[tuple[int, str], Tensor] = {
+        (index, name): scores.tensors[f"layers.{index}.{name}"]
+        for name in recipe.units.families
+        for index in range(len(evaluator.shape.channels))
+    }
+    with working("measuring what every width of every layer loses", quiet):
+        solve = recipe.reconstruct.method.startswith("least-squares")
+        damping = recipe.reconstruct.damping
+        multiple = recipe.budget.ffn_multiple
+        table = width_table(evaluator.model, saliency_of, repair_batches(recipe, text), damping, solve, multiple)
+    return LayerPolicy(table, table.priorities(space), space, budget)
+
+
+def repair_batches(recipe: Recipe, text: CalibrationText) -> list[Tensor]:
+    """The windows that repair is fitted to, as many tokens at a time as the search has at least."""
+    windows = spread(text.search, recipe.reconstruct.sequences)
+    return list(windows.split(max(recipe.calibration.batch, REPAIR_TOKENS // windows.shape[1])))

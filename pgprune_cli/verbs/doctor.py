@@ -1,0 +1,38 @@
+"""pgprune doctor: whether this machine can do it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pgprune_cli.errors import ExitCode
+from pgprune_cli.tables import print_result
+from pgprune_cli.verbs.options import AsJson, Set, examples, recipe_names
+
+EXAMPLES = examples("doctor", "doctor llama2-7b-50")
+
+
+def doctor(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="RECIPE", help="Check the model and the data of this recipe, too.", autocompletion=recipe_names
+        ),
+    ] = None,
+    overrides: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check Python, packages, devices, memory, disk and the hub, and say what to mend. Exit code 1 for anything."""
+    from dataclasses import asdict
+
+    from pgprune_cli.recipe_reader import find, load
+
+    loaded = load(find(recipe), overrides or []) if recipe else None
+    from pgprune_cli.jobs.doctor import doctor
+
+    findings = doctor(loaded)
+    rows = [asdict(finding) for finding in findings]
+    print_result({"findings": rows}, as_json, "\n".join(finding.text() for finding in findings))
+    if any(finding.fix for finding in findings):
+        raise typer.Exit(ExitCode.FAILED)

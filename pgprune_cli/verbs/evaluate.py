@@ -1,0 +1,105 @@
+"""pgprune eval: perplexity, accuracy on tasks, speed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pgprune_cli.errors import UserError
+from pgprune_cli.run_files import is_run, refuse_unfinished
+from pgprune_cli.source import find_local
+from pgprune_cli.tables import print_measured
+from pgprune_cli.verbs.options import AsJson, Limit, Quiet, examples, model_names
+
+EXAMPLES = examples(
+    "eval runs/smollm2-135m-30",
+    "eval models/smollm2-135m-30 --ppl wikitext2 --ppl mine=texts.jsonl --against models/smollm2-135m",
+    "eval models/smollm2-135m-30 --tasks hellaswag,piqa",
+    "eval models/smollm2-135m-30 --speed",
+)
+
+
+def evaluate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A model as in recipes, an exported one, or a RUN.", autocompletion=model_names
+        ),
+    ],
+    ppl: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CORPUS",
+            help="wikitext2, c4, ptb, demo, a hub name, or NAME=FILE; repeatable.  "
+            "[default: as the recipe of a RUN or of an export says, or wikitext2; none with --speed or --tasks]",
+        ),
+    ] = None,
+    seqlen: Annotated[
+        list[int] | None,
+        typer.Option(min=2, metavar="TOKENS", help="Window length in tokens; repeatable.  [default: 128 and 2048]"),
+    ] = None,
+    limit: Limit = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Tasks of the lm-evaluation-harness with commas, such as hellaswag,piqa, or task files (*.yaml).",
+        ),
+    ] = None,
+    task_limit: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Only the first N items of each task.")
+    ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Measure tokens per second and memory, beside the base.")
+    ] = False,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL", help="Another model to measure the same way; repeatable.", autocompletion=model_names
+        ),
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Load in this dtype, not the stored one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1 …  [default: a GPU where there is one]")
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure perplexity, accuracy on tasks and speed of a dense model, an exported one or a run directory."""
+    if dtype not in (None, "auto", "float32", "float16", "bfloat16"):
+        raise UserError(f"--dtype {dtype}: expected auto, float32, float16 or bfloat16")
+    for name in [model, *(against or [])]:  # before seconds go by in imports
+        if is_run(Path(name)):
+            refuse_unfinished(Path(name))
+        else:
+            find_local(name)
+    from pgprune_cli.jobs.evaluate import Corpus, evaluate, measure_speed, open_target, remember
+    from pgprune_cli.jobs.tasks import load_tasks, measure_tasks, names_of
+
+    loaded = load_tasks(names_of(tasks), quiet) if tasks is not None else None
+    targets = [open_target(model, dtype, device, quiet)]
+    wanted = targets[0].evaluation
+    corpora = [Corpus.parse(option) for option in ppl or (() if speed or loaded else wanted.corpora)]
+    seqlens = seqlen or wanted.seqlen
+    others = list(against or [])
+    base = targets[0].base
+    if speed and base is not None and base not in others:
+        others.append(base)
+    targets += [open_target(name, dtype, device, quiet) for name in others]
+    results = [evaluate(target, corpora, seqlens, limit, quiet) for target in targets]
+    if loaded:
+        for target, result in zip(targets, results, strict=True):
+            result["tasks"] = measure_tasks(target, loaded, task_limit, quiet)
+    if speed:
+        for result, measured in zip(results, measure_speed(targets), strict=True):
+            result["speed"] = measured
+    for target, result in zip(targets, results, strict=True):
+        if (corpora or loaded) and limit is None and task_limit is None:
+            remember(target, result)
+    if as_json:
+        print(json.dumps(results[0] | ({"against": results[1:]} if results[1:] else {})))
+    else:
+        print_measured(results)

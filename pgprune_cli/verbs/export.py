@@ -1,0 +1,90 @@
+"""pgprune export: the smaller model, written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from pgprune_cli.run_files import refuse_unfinished
+from pgprune_cli.tables import export_line, print_plan, print_result
+from pgprune_cli.verbs.options import AsJson, Quiet, examples, run_names
+
+EXAMPLES = examples(
+    "export runs/smollm2-135m-30 --dry-run",
+    "export runs/smollm2-135m-30 --dtype bfloat16 --ffn-multiple 64",
+    "export runs/smollm2-135m-30 --format gguf --dtype q8_0",
+)
+
+Format = Literal["hf", "gguf", "mlx"]
+
+
+def export(
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="RUN", help="The run directory of a finished search.", autocompletion=run_names),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="PATH",
+            help="The directory to write, new or empty, or the new .gguf file.  [default: models/<run>]",
+        ),
+    ] = None,
+    format: Annotated[
+        Format,
+        typer.Option(
+            "--format",
+            help="hf: for transformers and what reads its models; gguf: one file for llama.cpp; mlx: for mlx-lm, too.",
+        ),
+    ] = "hf",
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="DTYPE", help="float32, float16, bfloat16, or q8_0 in GGUF.  [default: the base's]"),
+    ] = None,
+    shard_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Tensors in one weight file, at most; not for GGUF.  [default: 5GB]"),
+    ] = None,
+    zero_groups: Annotated[
+        bool, typer.Option("--zero-groups", help="A KV group that adds nothing where a layer has none, for vLLM.")
+    ] = False,
+    kv_multiple: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Pad KV groups to a multiple, with zeros; or all of them.")
+    ] = 1,
+    ffn_multiple: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Pad FFN channels to a multiple, with zeros; or all of them.")
+    ] = 1,
+    push: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to the Hugging Face hub, too.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write nothing; print the shapes and sizes of what would be written.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write the smaller model: a directory with its weights, tokenizer, card and decision, or one GGUF file."""
+    from pgprune_cli.writers import hub
+
+    if push is not None:
+        hub.check_name(push)
+    refuse_unfinished(run)  # before seconds go by in imports
+    from pgprune_cli.jobs import export as job
+    from pgprune_cli.progress import working
+
+    options = job.options_of(format, dtype, shard_size, zero_groups, kv_multiple, ffn_multiple)
+    out = job.target(run, out, format)
+    if dry_run:
+        planned = job.plan(run, options, format)
+        print_plan(job.summary(planned, out), job.tensors(planned, out), as_json)
+        return
+    summary = job.summary(job.export(run, out, options, format, quiet), out)
+    line = export_line(summary)
+    if push is not None:
+        with working(f"uploading {out} to {push}", quiet):
+            summary["pushed"] = hub.push(out, push)
+        line += f"; {summary['pushed']}"
+    print_result(summary, as_json, line)

@@ -1,0 +1,34 @@
+"""pgprune init-scores: the saliency of every unit, a search's start."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from pgprune_cli.tables import print_result
+from pgprune_cli.verbs.options import AsJson, Out, Quiet, RecipeName, Set, examples, metric_names, opened
+
+EXAMPLES = examples("init-scores smollm2-135m-30", "init-scores demo --metric magnitude")
+
+
+def init_scores(
+    recipe: RecipeName,
+    out: Out = None,
+    overrides: Set = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Saliency metric, instead of the recipe's.", autocompletion=metric_names),
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Score every unit of the recipe's model with a saliency metric, the search's start."""
+    given = [*(overrides or []), *([f"saliency.metric={metric}"] if metric else [])]
+    loaded, run = opened(recipe, out, given)
+    from pgprune_cli.jobs.init_scores import init_scores
+    from pgprune_cli.run_files import SCORES
+
+    scores = init_scores(loaded, run, quiet)
+    result = {"run": str(run), "scores": str(run / SCORES), "metric": scores.metric}
+    print_result(result, as_json, f"{run / SCORES}: {scores.metric} of {loaded.model}")

@@ -1,0 +1,47 @@
+"""pgprune report: a page to look at."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pgprune_cli.tables import print_result
+from pgprune_cli.verbs.options import AsJson, Quiet, examples, run_names
+
+EXAMPLES = examples(
+    "report runs/smollm2-135m-30",
+    "report runs/smollm2-135m-30 runs/smollm2-135m-50 --out both.html",
+)
+
+
+def report(
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN…", help="Run directories, finished or still searching.", autocompletion=run_names),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out", metavar="FILE", help="The page.  [default: report.html, in the run or, of several, here]"
+        ),
+    ] = None,
+    watch: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="SECONDS", help="Write it anew so often, until every run is finished."),
+    ] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write one HTML page about runs: what was done, the losses, theta or widths, and how several compare."""
+    from pgprune_cli.jobs import report as job
+
+    page = job.target(runs, out)
+    for read in job.report(runs, page, watch):
+        states = ", ".join(f"{run.name} {run.progress}" for run in read)
+        if watch is not None and not quiet:
+            print(f"{page}: {states}", file=sys.stderr, flush=True)
+    result = {"report": str(page), "runs": [{"run": str(run.directory), "state": run.progress} for run in read]}
+    print_result(result, as_json, f"{page}: {states}")

@@ -1,0 +1,36 @@
+"""pgprune runs: what lies there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pgprune_cli.run_files import runs_folder
+from pgprune_cli.tables import grid
+from pgprune_cli.verbs.complain import complain
+from pgprune_cli.verbs.options import AsJson, examples
+
+EXAMPLES = examples("runs", "runs runs/compare --json")
+
+
+def runs(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="DIR", help="Where to look, also below.  [default: runs, or $PGPRUNE_RUNS]"),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List runs: how far they have come, what they removed, and what `eval` measured."""
+    from pgprune_cli.jobs.runs import cells, runs_in
+
+    rows = runs_in(folder or runs_folder())
+    if as_json:
+        print(json.dumps({"runs": rows}))
+        return
+    grid(*cells(rows), texts=5)
+    for row in rows:
+        if row["fault"]:
+            complain(row["fault"])

@@ -1,0 +1,71 @@
+"""pgprune search: which units stay."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import typer
+
+from pgprune_cli.distributed import of_environment
+from pgprune_cli.stderr import STDERR
+from pgprune_cli.tables import print_estimate, print_result
+from pgprune_cli.verbs.options import AsJson, Out, Quiet, RecipeName, Set, examples, opened
+from pgprune_cli.verbs.stops import resumable
+
+EXAMPLES = examples(
+    "search demo",
+    "search mine.yaml --out runs/mine",
+    "search llama2-7b-50 --set model=/data/my-llama --set budget.sparsity=0.4",
+)
+
+
+def search(
+    recipe: RecipeName,
+    out: Out = None,
+    overrides: Set = None,
+    log: Annotated[
+        Literal["tensorboard", "trackio", "wandb"] | None,
+        typer.Option("--log", help="Tell a tracker every step, too; an extra of the same name installs it."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Load nothing; print what memory, forward passes and time it would take.")
+    ] = False,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Where the newest checkpoint is damaged, go on from the one before.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Search which units to keep. Goes on by itself where an earlier call was stopped."""
+    loaded, run = opened(recipe, out, overrides or [])
+    if dry_run:
+        from pgprune_cli.jobs.estimate import estimate
+
+        print_estimate(estimate(loaded, quiet), as_json)
+        return
+    from pgprune_cli.jobs.search import search
+    from pgprune_cli.run_files import MASKS
+
+    with resumable():
+        decision = search(loaded, run, quiet, skip_damaged, log)
+    if not of_environment().writer:
+        return
+    result = {
+        "run": str(run),
+        "decision": str(run / MASKS),
+        "sparsity": decision.sparsity,
+        "steps": decision.steps,
+        "forwards": decision.forwards,
+        "heldout_loss": decision.heldout_loss,
+        "dense_loss": decision.dense_loss,
+    }
+    loss = "not finite" if decision.heldout_loss is None else f"{decision.heldout_loss:.4f} nats per token"
+    dense = "" if decision.dense_loss is None else f", of the dense model {decision.dense_loss:.4f}"
+    print_result(
+        result,
+        as_json,
+        f"{run / MASKS}: sparsity {decision.sparsity:.4f} after {decision.steps} steps, "
+        f"{decision.forwards} forward passes; held-out loss {loss}{dense}",
+    )
+    if not quiet:
+        print(f"next: pgprune export {run}, or pgprune eval {run}", file=STDERR)
