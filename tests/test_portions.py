@@ -18,7 +18,7 @@ from pgprune_cli.reconstruct import repair
 from pgprune_cli.saliency import score
 from pgprune_cli.sensitivity import output_curvature
 from pgprune_cli.streaming import layer_inputs
-from pgprune_cli.width_table import width_table
+from pgprune_cli.width_table import solved_layers
 
 WINDOWS = 5
 
@@ -123,9 +123,8 @@ def table_of(model: nn.Module) -> list[Tensor]:
     shape = Shape.of(model)
     saliency = {(index, "attention"): torch.arange(count).double() for index, count in enumerate(shape.kv_groups)}
     saliency |= {(index, "ffn"): torch.arange(count).double() for index, count in enumerate(shape.channels)}
-    table = width_table(model, saliency, text(), 1e-2, True)
-    weights = [output.weight for key in sorted(table.outputs) for output in table.outputs[key].values()]
-    return [*table.errors.values(), *weights]
+    solved = [block for _, blocks in solved_layers(model, saliency, text(), 1e-2, True) for block in blocks.values()]
+    return [tensor for block in solved for tensor in (block.errors, *block.weights.values())]
 
 
 def repair_of(model: nn.Module) -> list[Tensor]:

@@ -29,6 +29,7 @@ from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.history import History, Row, read_history
 from pgprune_cli.jobs.init_scores import compute_scores, load_text, scoring_batches
 from pgprune_cli.jobs.run_directory import finished, identity_of, refuse_other_recipe, resumed
+from pgprune_cli.jobs.widths import searched_table
 from pgprune_cli.loading import Source, load_model, resolve
 from pgprune_cli.lock import locked
 from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
@@ -44,7 +45,7 @@ from pgprune_cli.sensitivity import some_windows
 from pgprune_cli.signals import stopping
 from pgprune_cli.substrate import Evaluator
 from pgprune_cli.trackers import TrackerName, check_installed, tracking
-from pgprune_cli.width_table import width_table
+from pgprune_cli.width_files import remove_widths
 
 BAD_STEPS = 10
 """After so many steps in a row without one finite loss, a search gives up."""
@@ -124,6 +125,7 @@ def search(
     with joined() as ranks, locked(run) if ranks.writer else nullcontext():
         decision = _search(recipe, run, quiet or not ranks.writer, skip_damaged, log if ranks.writer else None, ranks)
         if ranks.writer:
+            remove_widths(run)  # nobody reads them any more: all have been heard on the final loss
             decision.save(run)
     return decision
 
@@ -138,8 +140,8 @@ def _search(
         model = load_model(source, recipe.dtype, recipe.device)
     fingerprint = source.fingerprint()
     evaluator = Evaluator(model)
+    scores = _scores(recipe, run, source, model, text, quiet, ranks)
     with ranks.writer_first():
-        scores = _scores(recipe, run, source, model, text, quiet)
         # what is recorded is what was done: the scores may have been made with `init-scores --metric`
         recipe = replace(recipe, saliency=replace(recipe.saliency, metric=scores.metric))
         refuse_other_recipe(run, recipe)
@@ -150,7 +152,7 @@ def _search(
     problem = Problem(
         evaluator,
         space,
-        _policy(recipe, evaluator, space, budget, scores, text, quiet),
+        _policy(recipe, run, evaluator, space, budget, scores, text, ranks, quiet),
         Batches(text.search, recipe.calibration.batch, recipe.seed),
         text.heldout,
         recipe,
@@ -179,10 +181,12 @@ def _search(
     )
 
 
-def _scores(recipe: Recipe, run: Path, source: Source, model: nn.Module, text: CalibrationText, quiet: bool) -> Scores:
+def _scores(
+    recipe: Recipe, run: Path, source: Source, model: nn.Module, text: CalibrationText, quiet: bool, ranks: Ranks
+) -> Scores:
     """Those of the run where it has some. Raises UserError where they are another model's."""
-    if not (run / SCORES).exists():
-        return compute_scores(recipe, run, source, model, text, quiet)
+    if not ranks.greatest((run / SCORES).exists()):  # all have looked before one writes
+        return compute_scores(recipe, run, source, model, text, quiet, ranks)
     scores = Scores.load(run)
     if scores.fingerprint != source.fingerprint():
         raise UserError(f"{run / SCORES}: scores of another model than {recipe.model}; run `pgprune init-scores`")
@@ -191,11 +195,13 @@ def _scores(recipe: Recipe, run: Path, source: Source, model: nn.Module, text: C
 
 def _policy(
     recipe: Recipe,
+    run: Path,
     evaluator: Evaluator,
     space: MaskSpace,
     budget: Budget,
     scores: Scores,
     text: CalibrationText,
+    ranks: Ranks,
     quiet: bool,
 ) -> UnitPolicy | LayerPolicy:
     """What the recipe searches with. Raises UserError for families that the layers policy has no widths of."""
@@ -215,11 +221,8 @@ def _policy(
         for name in recipe.units.families
         for index in range(len(evaluator.shape.channels))
     }
-    with working("measuring what every width of every layer loses", quiet):
-        solve = recipe.reconstruct.method.startswith("least-squares")
-        damping = recipe.reconstruct.damping
-        multiple = recipe.budget.ffn_multiple
-        table = width_table(evaluator.model, saliency_of, repair_batches(recipe, text), damping, solve, multiple)
+    batches = repair_batches(recipe, text)
+    table = searched_table(recipe, run, evaluator.model, saliency_of, batches, scores.fingerprint, ranks, quiet)
     return LayerPolicy(table, table.priorities(space), space, budget)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -107,9 +107,13 @@ COLLECTORS: dict[str, type[Collector]] = {
 
 
 def statistics(
-    model: nn.Module, needed: Statistic | None, batches: Sequence[Tensor], seed: int
+    model: nn.Module,
+    needed: Statistic | None,
+    batches: Sequence[Tensor],
+    seed: int,
+    only: Collection[int] | None = None,
 ) -> Iterator[tuple[str, int, BlockStatistics]]:
-    """(block name, layer, its statistics) for every block of the model, layer by layer.
+    """(block name, layer, its statistics) for every block of the model, layer by layer; `only` of these layers.
 
     `batches` of tokens `(B, T)` are read only for a `needed` statistic. A layer's covariances exist from its turn on
     until the reader lets go of them, so let go of one block before asking for the next.
@@ -120,6 +124,10 @@ def statistics(
     stream = layer_inputs(model, batches) if collector or roots else None
     gradients = loss_gradients(model, batches) if needed == "gradients" else None
     for index, layer in enumerate(model.get_submodule(shape.spec.layers)):
+        if only is not None and index not in only:
+            if stream and index < max(only, default=-1):
+                stream.advance(index)
+            continue
         collectors: dict[str, Collector] = {}
         moments = MomentCollector(shape, [name for name, _ in shape.spec.blocks()])
         if roots and stream:

@@ -70,6 +70,7 @@ BELOW = {
     | {"scores", "tables"},
     "reconstruct": {"arch", "errors", "moments", "saliency", "sensitivity", "streaming", "substrate"},
     "width_table": {"arch", "core", "moments", "reconstruct", "sensitivity", "streaming"},
+    "width_files": {"atomic", "errors", "run_files", "width_table"},
     "costs": {"arch", "atomic", "errors", "streaming", "substrate"},
     "matrix_rate": {"costs"},
     "estimate": {"arch", "costs", "estimate", "recipe", "saliency", "sensitivity", "substrate", "width_table"},
