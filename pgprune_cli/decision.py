@@ -31,9 +31,9 @@ class Decision:
     model: as the recipe names it; fingerprint: of the base's config and weights; sparsity: the fraction of the
     prunable parameters that is removed in fact; recipe: the resolved recipe as YAML; forwards: model evaluations of the
     search; calibration_forwards: passes of scoring and repair, counted in the search's batches; heldout_loss: of the
-    pruned and repaired model on held-out calibration text, nats per token; dense_loss: likewise of the dense model,
-    None in decisions of before it was measured; outputs: the repaired output projections; budget: what was budgeted
-    (`of`) and the fraction of it that is `kept` in fact.
+    pruned and repaired model on held-out calibration text, nats per token; outputs: the repaired output projections;
+    budget: what was budgeted (`of`) and the fraction of it that is `kept` in fact; dense_loss: as heldout_loss, of the
+    dense model, None in decisions of before it was measured.
     """
 
     keep: Keep
@@ -45,9 +45,9 @@ class Decision:
     forwards: int
     calibration_forwards: int
     heldout_loss: float | None
-    dense_loss: float | None = None
     outputs: Outputs = field(default_factory=dict)
     budget: dict[str, str | float] = field(default_factory=dict)
+    dense_loss: float | None = None
 
     def save(self, run: Path) -> None:
         """Writes both files into `run`, each whole or not at all; the record, which names the masks, last."""

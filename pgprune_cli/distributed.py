@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -58,6 +58,18 @@ class Ranks:
         everything = torch.zeros(count, dtype=torch.float64)
         everything[list(self.share(count))] = own.double()
         return self._summed(everything)  # of every place's terms all but one are 0
+
+    def united(self, own: Mapping[str, Tensor], lengths: Mapping[str, int]) -> dict[str, Tensor]:
+        """Float64 vectors by name, each made by one process: all that `lengths` names, bit for bit as they were."""
+        import torch
+
+        everything = torch.zeros(sum(lengths.values()), dtype=torch.int64)
+        parts = dict(zip(lengths, everything.split(list(lengths.values())), strict=True))
+        for name, values in own.items():
+            parts[name].copy_(values.view(torch.int64))
+        if self.world > 1:
+            self._summed(everything)  # of every place's terms all but one are 0
+        return {name: part.view(torch.float64) for name, part in parts.items()}
 
     def greatest(self, value: int) -> int:
         """Of the values that the processes give."""

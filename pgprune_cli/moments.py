@@ -6,10 +6,11 @@ large as other tokens, would be all that counts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from pgprune_cli.arch import Shape
@@ -25,7 +26,7 @@ class Moments:
 
     second: Tensor
     first: Tensor
-    weight: Tensor | float = 1.0
+    weight: Tensor
 
 
 class MomentCollector:
@@ -35,47 +36,32 @@ class MomentCollector:
         blocks = dict(shape.spec.blocks())
         self.outputs = {name: blocks[name].output_path for name in names}
         self.norm = shape.spec.ffn.norm
-        self.pending: Tensor | None = None
-        self.weight = torch.empty(0)
         self.sums: dict[str, Moments] = {}
-        self.total = torch.zeros((), dtype=torch.float64)
-        self.tokens = 0
+        self.tokens: Counter[str] = Counter()
 
     @property
     def watch(self) -> Watch:
-        # The norm in front of the FFN reads the residual stream after attention: after the inputs of o, before down's.
-        watch: dict[str, Callable[[Tensor], None]] = {self.norm: self._residual}
-        if "attention" in self.outputs:
-            watch[self.outputs["attention"]] = self._wait
-        if "ffn" in self.outputs:
-            watch[self.outputs["ffn"]] = lambda inputs: self._add("ffn", inputs)
-        return watch
+        # The norm in front of the FFN reads the residual stream.
+        return {(self.norm, path): partial(self._add, name) for name, path in self.outputs.items()}
 
     def moments(self, name: str) -> Moments:
         """Of one block; the collector lets go of them."""
         sums = self.sums.pop(name)
-        return Moments(sums.second.div_(self.total), sums.first / self.total, self.total / self.tokens)
+        return Moments(sums.second.div_(sums.weight), sums.first / sums.weight, sums.weight / self.tokens.pop(name))
 
-    def _wait(self, inputs: Tensor) -> None:
-        self.pending = inputs
-
-    def _residual(self, residual: Tensor) -> None:
+    def _add(self, name: str, residual: Tensor, inputs: Tensor) -> None:
         squares = residual.flatten(0, -2).float().square().mean(-1, keepdim=True)
-        self.weight = squares.clamp_min(1e-12).reciprocal()
-        self.total = self.total.to(squares.device) + self.weight.sum().double()
-        self.tokens += len(squares)
-        if self.pending is not None:
-            self._add("attention", self.pending)
-            self.pending = None
-
-    def _add(self, name: str, inputs: Tensor) -> None:
+        weight = squares.clamp_min(1e-12).reciprocal()
         x = inputs.flatten(0, -2).float()
-        heavy = x * self.weight
-        second, first = (heavy.T @ x).double(), heavy.sum(0).double()
-        before = self.sums.get(name)
-        if before is not None:
-            second, first = before.second.add_(second), before.first.add_(first)
-        self.sums[name] = Moments(second, first)
+        heavy = x * weight
+        new = Moments((heavy.T @ x).double(), heavy.sum(0).double(), weight.sum().double())
+        # Memory for all of it was there: from here on nothing fails.
+        sums = self.sums.setdefault(name, new)
+        if sums is not new:
+            sums.second.add_(new.second)
+            sums.first.add_(new.first)
+            sums.weight.add_(new.weight)
+        self.tokens[name] += len(squares)
 
 
 def observe_moments(stream: Stream, index: int, shape: Shape, name: str) -> Moments:

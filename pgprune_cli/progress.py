@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 
 import psutil
@@ -14,7 +14,9 @@ from rich.live import Live
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -101,16 +103,25 @@ def working(text: str, quiet: bool = False) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def writing(text: str, total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+def writing(text: str, total: int, quiet: bool = False) -> AbstractContextManager[Callable[[int], None]]:
     """A bar over `total` bytes on a terminal, one line elsewhere. Gives what is to be told how many more are done."""
+    return _bar(text, total, quiet, DownloadColumn(), TransferSpeedColumn())
+
+
+def through_layers(text: str, total: int, quiet: bool = False) -> AbstractContextManager[Callable[[int], None]]:
+    """Likewise over `total` layers."""
+    return _bar(text, total, quiet, MofNCompleteColumn(), TextColumn("layers"))
+
+
+@contextmanager
+def _bar(text: str, total: int, quiet: bool, *columns: ProgressColumn) -> Iterator[Callable[[int], None]]:
     console = Console(file=STDERR)
     if quiet or not draws(console):
         with working(text, quiet):
             yield lambda _: None
         return
-    columns = (TextColumn("{task.description}"), BarColumn(20), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), console=console) as bar:
+    ends = (TextColumn("eta"), TimeRemainingColumn())
+    with Progress(TextColumn("{task.description}"), BarColumn(20), *columns, *ends, console=console) as bar:
         task = bar.add_task(text, total=total)
         yield lambda more: bar.update(task, advance=more)
         bar.update(task, completed=total)

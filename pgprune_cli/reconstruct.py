@@ -8,7 +8,7 @@ not excite is changed. Which units of a block stay can be decided again on the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
@@ -67,13 +67,20 @@ class Repaired(NamedTuple):
 
 
 def repair(
-    model: nn.Module, keep: Keep, batches: Sequence[Tensor], method: str, damping: float, reselect: bool = False
+    model: nn.Module,
+    keep: Keep,
+    batches: Sequence[Tensor],
+    method: str,
+    damping: float,
+    reselect: bool = False,
+    on_layers: Callable[[int], None] | None = None,
 ) -> Repaired:
     """The output projections of every block that loses units, repaired one after another from the first layer on.
 
     method: `least-squares`, `least-squares-bias` or `bias`. Each block is observed behind the already pruned and
     repaired ones, which is what it will run behind. With `reselect`, a block keeps as many units as `keep` says, but
     those that `obs` finds there. The model is as it was afterwards. `batches` of tokens `(B, T)`.
+    `on_layers(1)` follows each layer.
     """
     shape = Shape.of(model)
     roots = error_roots(model, batches) if reselect else None
@@ -99,6 +106,8 @@ def repair(
                 undo.enter_context(shrunk_block(layer, name, block, masks[name], outputs.get((index, name))))
             stream.advance(index)
         repaired.append(LayerKeep(**masks))
+        if on_layers is not None:
+            on_layers(1)
     return Repaired(tuple(repaired), outputs)
 
 

@@ -10,12 +10,14 @@ layers are judged mostly by G, the first half by length alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pgprune_cli.arch import Shape
 from pgprune_cli.errors import RunError
+from pgprune_cli.portions import Portions
 
 SHARE = 0.7
 """Of G in the last layer's mixture with the identity; it falls linearly to 0 at the middle layer."""
@@ -76,9 +78,16 @@ def output_curvature(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
     chance = torch.zeros(len(unembedding), device=unembedding.device)
     expected = torch.zeros(unembedding.shape[1], unembedding.shape[1], device=unembedding.device)
     tokens = 0
+    decoder: Any = model.get_decoder()  # type: ignore[operator]
+    portions = Portions()
     for windows in some_windows(batches):
-        hidden = model.get_decoder()(input_ids=windows.to(device), use_cache=False).last_hidden_state  # type: ignore[operator]
-        for some in hidden.flatten(0, 1).to(unembedding.device).split(LOGIT_ROWS):
+        parts: list[Tensor] = []
+
+        def run(some: slice, windows: Tensor = windows, parts: list[Tensor] = parts) -> None:
+            parts.append(decoder(input_ids=windows[some].to(device), use_cache=False).last_hidden_state)
+
+        portions.each(len(windows), run)
+        for some in torch.cat(parts).flatten(0, 1).to(unembedding.device).split(LOGIT_ROWS):
             probability = (some @ unembedding.T).float().softmax(-1)
             chance += probability.sum(0)
             mean = (probability.to(unembedding.dtype) @ unembedding).float()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pgprune_cli.arch import Block, Keep, Output, Outputs, Shape, gather_units
-from pgprune_cli.errors import RunError
+from pgprune_cli.portions import Portions
 
 LOGIT_ROWS = 512
 """Positions whose logits exist at a time: of a 128k vocabulary 262 MB in float32, and as much for their log-softmax."""
@@ -70,7 +70,7 @@ class NoFeedForward(nn.Module):
 class Evaluator:
     """Losses of a causal language model under masks. Changes nothing of the model that outlives a call.
 
-    Where memory runs out, a batch goes through in halves, quarters and so on from then on: `windows` at a time.
+    Where memory runs out, a batch goes through in `portions` from then on.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -78,7 +78,7 @@ class Evaluator:
         self.shape = Shape.of(model)
         self.layers = model.get_submodule(self.shape.spec.layers)
         self.input_device = model.get_input_embeddings().weight.device
-        self.windows: int | None = None
+        self.portions = Portions()
 
     def losses(self, keeps: Sequence[Keep], tokens: Tensor, outputs: Sequence[Outputs] | None = None) -> Tensor:
         """Mean next-token loss on `tokens` `(B, T)` int64 under each of K decisions: `(K,)` float64, nats per token.
@@ -95,21 +95,15 @@ class Evaluator:
 
     def _summed(self, keep: Keep, tokens: Tensor, outputs: Outputs) -> Tensor:
         """The loss of one decision over all predictions: a float64 scalar on the model's device."""
-        while True:
-            windows = min(self.windows or len(tokens), len(tokens))
-            try:
-                with self.shrunk(keep, outputs):
-                    parts = [summed_loss(self.model, some) for some in tokens.split(windows)]
-                return torch.stack(parts).double().sum()
-            except torch.OutOfMemoryError as error:
-                if windows == 1:
-                    raise RunError(
-                        f"out of memory with one window of {tokens.shape[1]} tokens at a time; give more devices, "
-                        "or lower calibration.seqlen"
-                    ) from error
-            # Not before the error is gone, whose traceback holds on to what the forward had.
-            torch.cuda.empty_cache()
-            self.windows = (windows + 1) // 2
+        parts: list[Tensor] = []
+
+        def run(some: slice) -> None:
+            # Shrunk anew for each: where gathering itself ran out of memory, the block is half swapped.
+            with self.shrunk(keep, outputs):
+                parts.append(summed_loss(self.model, tokens[some]))
+
+        self.portions.each(len(tokens), run)
+        return torch.stack(parts).double().sum()
 
     @contextmanager
     def shrunk(self, keep: Keep, outputs: Outputs | None = None) -> Iterator[nn.Module]:

@@ -38,8 +38,9 @@ MEMORY = {
     "gradients": "gradients, and activations for them",
     "device": "at most, on {device}",
     "hidden_states": "hidden states of the calibration text",
-    "width_table": "repaired projections of all widths",
+    "written_widths": "repaired projections of one layer, as they are written",
     "host": "at most, in the host's memory besides",
+    "width_table": "on disk: repaired projections of all widths",
 }
 
 

@@ -7,7 +7,7 @@ Cholesky factor serves all widths, that of a leading block being the leading blo
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,17 +28,50 @@ TIE = 1e-6
 
 
 @dataclass(frozen=True)
+class BlockWidths:
+    """One block at many widths, on the CPU.
+
+    errors: of keeping 0, 1, … units, `(count + 1,)` float64, relative to the residual stream, interpolated between the
+    widths that were solved for; order: the units `(count,)` by falling saliency; weights: by solved width the output
+    projection on the first units of the order, transposed: `(inputs, hidden)`, inputs ascending; none without repair.
+    """
+
+    errors: Tensor
+    order: Tensor
+    weights: Mapping[int, Tensor]
+
+
+@dataclass(frozen=True)
 class WidthTable:
     """Every block at many widths, as if it alone were cut: what each costs, and its repaired output projection.
 
-    errors: per (layer, block) the error `(count + 1,)` float64 of keeping 0, 1, … units, relative to the residual
-    stream, interpolated between the widths that were solved for; orders: the units `(count,)` by falling saliency;
-    outputs: per (layer, block) and solved width the projection on the first units of the order; empty without repair.
+    errors, orders: per (layer, block), as in `BlockWidths`; outputs: per (layer, block) and solved width the projection
+    on the first units of the order; empty without repair.
     """
 
     errors: Mapping[tuple[int, str], Tensor]
     orders: Mapping[tuple[int, str], Tensor]
     outputs: Mapping[tuple[int, str], Mapping[int, Output]]
+
+    @classmethod
+    def of(cls, model: nn.Module, layers: Mapping[int, Mapping[str, BlockWidths]]) -> WidthTable:
+        """What was solved of a model's blocks, layer by layer."""
+        spec = Shape.of(model).spec
+        errors, orders, outputs = {}, {}, {}
+        for index, found in layers.items():
+            layer = model.get_submodule(spec.layers).get_submodule(str(index))
+            for name, block in spec.blocks():
+                if name not in found:
+                    continue
+                errors[index, name], orders[index, name] = found[name].errors, found[name].order
+                linear = layer.get_submodule(block.output_path)
+                assert isinstance(linear, nn.Linear)
+                if weights := found[name].weights:
+                    device = linear.weight.device
+                    outputs[index, name] = {
+                        kept: Output(_close_to(device, weight).T, linear.bias) for kept, weight in weights.items()
+                    }
+        return cls(errors, orders, outputs)
 
     def priorities(self, space: MaskSpace) -> Tensor:
         """log of (error that a unit's removal adds / its cost), `(n,)` float64: falling along every layer's order.
@@ -77,27 +110,32 @@ def level_of(count: int, multiple: int = 1) -> int:
     return -(-count // (LEVELS * multiple)) * multiple
 
 
-def width_table(
+def solved_layers(
     model: nn.Module,
     saliency: Mapping[tuple[int, str], Tensor],
     batches: Sequence[Tensor],
     damping: float,
     solve: bool,
     ffn_multiple: int = 1,
-) -> WidthTable:
+    only: Collection[int] | None = None,
+) -> Iterator[tuple[int, dict[str, BlockWidths]]]:
     """Solves every block of the dense model at every level, from one pass over `batches` of tokens `(B, T)`.
 
     `saliency` per (layer, block) gives the order in which units go. Without `solve` the errors are those of the removal
-    alone. FFN widths are multiples of `ffn_multiple`. Memory: one layer's moments, and the outputs in the model's
-    dtype, on the CPU or on a GPU with room for them.
+    alone. FFN widths are multiples of `ffn_multiple`. `only` of these layers; the others just run. Gives layer after
+    layer what was solved, in the model's dtype. Memory: one layer's moments and projections.
     """
     shape = Shape.of(model)
     roots = error_roots(model, batches)
     stream = layer_inputs(model, batches)
-    errors, orders, outputs = {}, {}, {}
     for index, layer in enumerate(stream.layers):
+        if only is not None and index not in only:
+            if index < max(only, default=-1):
+                stream.advance(index)
+            continue
         collector = MomentCollector(shape, [name for name, _ in shape.spec.blocks() if (index, name) in saliency])
         stream.advance(index, collector.watch)
+        blocks: dict[str, BlockWidths] = {}
         for name, block in shape.spec.blocks():
             if (index, name) not in saliency:
                 continue
@@ -106,16 +144,14 @@ def width_table(
             order = saliency[index, name].argsort(descending=True, stable=True)
             level = level_of(len(order), ffn_multiple if name == "ffn" else 1)
             moments = collector.moments(name)
-            orders[index, name] = order
-            errors[index, name], at_levels = _solve_levels(linear, moments, order, level, roots[index], damping, solve)
-            if solve:
-                outputs[index, name] = at_levels
-    return WidthTable(errors, orders, outputs)
+            blocks[name] = _solve_levels(linear, moments, order, level, roots[index], damping, solve)
+            del moments  # before those of the next layer exist
+        yield index, blocks
 
 
 def _solve_levels(
     linear: nn.Linear, moments: Moments, order: Tensor, level: int, root: Tensor, damping: float, solve: bool
-) -> tuple[Tensor, dict[int, Output]]:
+) -> BlockWidths:
     weight, count = linear.weight.double(), len(order)
     second, root = moments.second, root.to(weight.device)
     width = weight.shape[1] // count
@@ -129,7 +165,7 @@ def _solve_levels(
     forward = torch.linalg.solve_triangular(factor, ordered @ kept_first.T, upper=False)  # (in, hidden)
     explained = (forward @ root).square().sum(1).cumsum(0)
     widths = sorted({*range(0, count, level), count})
-    points, outputs = [], {}
+    points, weights = [], {}
     for kept in widths:
         some = kept * width
         if solve:
@@ -137,21 +173,21 @@ def _solve_levels(
             if 0 < kept < count:
                 solution = torch.linalg.solve_triangular(factor[:some, :some].T, forward[:some], upper=True)
                 ascending = columns[:some].argsort()
-                repaired = _put_away(solution[ascending].T.to(linear.weight.dtype))
-                outputs[kept] = Output(repaired, linear.bias)
+                weights[kept] = solution[ascending].to(linear.weight.dtype).cpu()
         else:
             rest = felt[:, some:]
             points.append((rest @ ordered[some:, some:] * rest).sum())
-    return _interpolated(torch.tensor(widths), (torch.stack(points) * moments.weight).cpu(), count), outputs
+    errors = _interpolated(torch.tensor(widths), (torch.stack(points) * moments.weight).cpu(), count)
+    return BlockWidths(errors, order, weights)
 
 
-def _put_away(weight: Tensor) -> Tensor:
-    """Where steps find it again: on its GPU as long as half of it is free, as a copy takes longer than a product."""
-    if weight.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(weight.device)
+def _close_to(device: torch.device, weight: Tensor) -> Tensor:
+    """On the GPU where steps use it as long as half of that is free: a copy takes longer than a product."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
         if free > total // 2:
-            return weight
-    return weight.cpu()
+            return weight.to(device)
+    return weight
 
 
 def _interpolated(widths: Tensor, points: Tensor, count: int) -> Tensor:

@@ -25,7 +25,7 @@ def a_decision() -> Decision:
     )
     recipe = "model: owner/name\nseed: 0\n"
     budget: dict[str, str | float] = {"of": "flops", "kept": 2 / 3}
-    return Decision(keep, "owner/name", "f" * 64, 1 / 3, recipe, 300, 600, 90, 0.1 + 0.2, 0.1, budget=budget)
+    return Decision(keep, "owner/name", "f" * 64, 1 / 3, recipe, 300, 600, 90, 0.1 + 0.2, budget=budget, dense_loss=0.1)
 
 
 def assert_same(one: Decision, other: Decision) -> None:

@@ -94,14 +94,14 @@ def test_nothing_the_size_of_the_weights_is_copied() -> None:
     assert seen.peak < block + 16_000 < sum(parameter.nbytes for parameter in model.parameters()) / 3
 
 
-@pytest.mark.parametrize(("free", "stays"), [(51, True), (50, False), (10, False)])
-def test_a_table_stays_on_a_gpu_with_room(free: int, stays: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnGpu:
-        device = torch.device("cuda")
-
-        def cpu(self) -> str:
-            return "on the host"
+@pytest.mark.parametrize(("free", "goes"), [(51, True), (50, False), (10, False)])
+def test_a_table_goes_to_a_gpu_with_room(free: int, goes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnHost:
+        def to(self, device: torch.device) -> str:
+            return f"on {device}"
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 100))
-    weight = OnGpu()
-    assert width_table._put_away(weight) is (weight if stays else "on the host")
+    weight = OnHost()
+    found = width_table._close_to(torch.device("cuda:1"), weight)
+    assert found == "on cuda:1" if goes else found is weight
+    assert width_table._close_to(torch.device("cpu"), weight) is weight

@@ -72,8 +72,7 @@ def test_tokens_of_a_huge_residual_stream_count_no_more_than_others(factor: floa
     x, residual = torch.randn(1, 50, 6, generator=generator), torch.randn(1, 50, 32, generator=generator)
     by_hand = moments_by_hand(x[0].double(), 1.0 / residual[0].double().square().mean(-1))
     x[0, 0], residual[0, 0] = factor * x[0, 0], factor * residual[0, 0]
-    collector.watch[NORM](residual)
-    collector.watch["mlp.down_proj"](x)
+    collector.watch[NORM, "mlp.down_proj"](residual, x)
     moments = collector.moments("ffn")
     # Times its weight, the second moment is relative to the residual stream: the factor has no part in it.
     torch.testing.assert_close(moments.second * moments.weight, by_hand.second * by_hand.weight, rtol=1e-5, atol=1e-5)
@@ -82,8 +81,7 @@ def test_tokens_of_a_huge_residual_stream_count_no_more_than_others(factor: floa
 def test_tokens_without_any_residual_stream_do_not_divide_by_zero() -> None:
     model = tiny_model("llama-gqa")
     collector = MomentCollector(Shape.of(model), ["ffn"])
-    collector.watch[NORM](torch.zeros(1, 3, 32))
-    collector.watch["mlp.down_proj"](torch.zeros(1, 3, 24))
+    collector.watch[NORM, "mlp.down_proj"](torch.zeros(1, 3, 32), torch.zeros(1, 3, 24))
     moments = collector.moments("ffn")
     assert moments.second.abs().max() == moments.first.abs().max() == 0.0
 

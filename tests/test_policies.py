@@ -17,7 +17,7 @@ from pgprune_cli.moments import observe_moments
 from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
 from pgprune_cli.reconstruct import repaired_output
 from pgprune_cli.streaming import layer_inputs
-from pgprune_cli.width_table import level_of, width_table
+from pgprune_cli.width_table import WidthTable, level_of, solved_layers
 
 GROUPS, CHANNELS, LAYERS = 4, 24, 4
 FAMILIES = ("attention", "ffn")
@@ -43,7 +43,7 @@ def layer_policy(model: nn.Module, sparsity: float = 0.4, scope: str = "global",
         for name in FAMILIES
     }
     space = Shape.of(model).space(FAMILIES)
-    table = width_table(model, saliency, batches(), DAMPING, solve)
+    table = WidthTable.of(model, dict(solved_layers(model, saliency, batches(), DAMPING, solve)))
     return LayerPolicy(table, table.priorities(space), space, budget_of(space, sparsity, scope))
 
 
@@ -198,7 +198,7 @@ def test_samples_keep_to_the_multiple_that_the_budget_asks_for(model: nn.Module)
         for index in range(LAYERS)
         for name in FAMILIES
     }
-    table = width_table(model, saliency, batches(), DAMPING, True, 5)
+    table = WidthTable.of(model, dict(solved_layers(model, saliency, batches(), DAMPING, True, 5)))
     policy = LayerPolicy(table, table.priorities(space), space, budget_of(space, 0.4, "global", 0.0, {"ffn": 5}))
     state, masks = searched(policy, 0)
     widths = {int(part.sum()) for mask in [*masks, policy.final_mask(state)] for part in space.per_layer(mask, "ffn")}

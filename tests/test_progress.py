@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+from contextlib import suppress
 
 import pytest
 from rich.console import Console
 
+from pgprune_cli.errors import RunError
 from pgprune_cli.history import Row
-from pgprune_cli.progress import PLAIN_LINES, SearchProgress, working
+from pgprune_cli.progress import PLAIN_LINES, SearchProgress, through_layers, working
 
 
 def row(step: int, losses: list[float | None], heldout: float | None = None, skipped: int = 0) -> Row:
@@ -92,3 +94,18 @@ def test_work_is_announced_on_stderr(capsys: pytest.CaptureFixture[str]) -> None
     with working("loading the model"):
         pass
     assert capsys.readouterr() == ("", "loading the model …\n")
+
+
+def test_layers_are_counted(screen: io.StringIO) -> None:
+    with suppress(RunError), through_layers("scoring", 3) as on_layers:
+        on_layers(1)
+        on_layers(1)
+        raise RunError("out of memory")
+    last = screen.getvalue().split("scoring")[-1]
+    assert "2/3 layers" in last
+
+
+def test_layers_are_one_line_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with through_layers("scoring", 3) as on_layers:
+        on_layers(1)
+    assert capsys.readouterr() == ("", "scoring …\n")

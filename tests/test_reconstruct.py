@@ -69,7 +69,7 @@ def problem(seed: int, inputs: int = 12, hidden: int = 7, tokens: int = 40) -> t
     x = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64) @ mixed + mixed[0]
     share = torch.rand(tokens, generator=generator, dtype=torch.float64) + 0.01
     share = share / share.sum()
-    return weight, x, share, Moments((x * share[:, None]).T @ x, share @ x)
+    return weight, x, share, Moments((x * share[:, None]).T @ x, share @ x, torch.ones(()))
 
 
 COLUMNS = [[0, 3, 4, 9], [11], list(range(12)), [1, 2, 5, 6, 7, 8, 10]]
@@ -104,7 +104,7 @@ def test_a_repair_keeps_weights_that_nothing_excites(with_bias: bool) -> None:
     """A channel that is always silent, and one that no other can stand for: both stay as they are."""
     weight, x, share, _ = problem(0)
     x[:, 2] = 0.0
-    moments = Moments((x * share[:, None]).T @ x, share @ x)
+    moments = Moments((x * share[:, None]).T @ x, share @ x, torch.ones(()))
     everything = torch.arange(12)
     got = repaired_output(weight, None, moments, everything, 1e-3, with_bias)
     torch.testing.assert_close(got.weight, weight)
@@ -115,7 +115,7 @@ def test_a_repair_keeps_weights_that_nothing_excites(with_bias: bool) -> None:
 def test_moments_that_are_a_little_indefinite_still_give_a_repair() -> None:
     weight, x, share, _ = problem(0, tokens=3)
     second = ((x * share[:, None]).T @ x).float().double() - 1e-6 * torch.eye(12, dtype=torch.float64)
-    got = repaired_output(weight.float(), None, Moments(second, share @ x), torch.arange(8), 0.0, False)
+    got = repaired_output(weight.float(), None, Moments(second, share @ x, torch.ones(())), torch.arange(8), 0.0, False)
     assert got.weight.dtype == torch.float32
     assert got.weight.isfinite().all()
 

@@ -49,7 +49,7 @@ def test_layers_with_masks_of_their_own_get_them() -> None:
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=0.3)
     assert_streams(model)
-    masks = [call.kwargs["attention_mask"] for call in layer_inputs(model, batches()).calls[0]]
+    masks = [call.kwargs["attention_mask"] for call in layer_inputs(model, batches()).calls.of(batches()[0].shape)]
     assert masks[3] is not None
     assert masks[0] is None or not torch.equal(masks[0], masks[3])
 
@@ -66,8 +66,8 @@ def test_watched_modules_show_their_inputs_of_every_batch(architecture: str) -> 
     seen: list[Tensor] = []
     stream.advance(0)
     stream.advance(1)
-    stream.observe(2, {"mlp.down_proj": seen.append})
-    stream.advance(2, {"mlp.down_proj": seen.append})
+    stream.observe(2, {("mlp.down_proj",): seen.append})
+    stream.advance(2, {("mlp.down_proj",): seen.append})
     for got, again, own in zip(seen[:4], seen[4:], wanted, strict=True):
         assert torch.equal(got, again)
         torch.testing.assert_close(got, own, rtol=1e-6, atol=1e-6)
@@ -127,7 +127,7 @@ def test_the_model_is_left_as_it_was_even_when_it_fails() -> None:
         raise RuntimeError("seen")
 
     with pytest.raises(RuntimeError, match="seen"):
-        stream.observe(0, {"self_attn.o_proj": refuse})
+        stream.observe(0, {("self_attn.o_proj",): refuse})
     assert not any(module._forward_pre_hooks for module in model.modules())
     forwards = [vars(layer).get("forward") for layer in model.model.layers]
     assert forwards == [None, own_forward, None, None]

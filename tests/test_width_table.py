@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise, product
+from typing import Any
 
 import pytest
 import torch
@@ -23,13 +24,13 @@ from blocks import (
 from conftest import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from pgprune_cli.arch import LayerKeep, Shape
 from pgprune_cli.core.space import Family, MaskSpace
 from pgprune_cli.reconstruct import repaired_output
 from pgprune_cli.sensitivity import error_roots
-from pgprune_cli.width_table import LEVELS, TIE, WidthTable, _falling, level_of, width_table
+from pgprune_cli.width_table import LEVELS, TIE, WidthTable, _falling, level_of, solved_layers
 
 DAMPING = 1e-6
 
@@ -37,6 +38,10 @@ DAMPING = 1e-6
 def saliency(seed: int = 0) -> dict[tuple[int, str], Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {key: torch.rand(GROUPS if key[1] == "attention" else CHANNELS, generator=generator) for key in BLOCKS}
+
+
+def width_table(model: nn.Module, *arguments: Any, **more: Any) -> WidthTable:
+    return WidthTable.of(model, dict(solved_layers(model, *arguments, **more)))
 
 
 # --- the solved table

@@ -18,8 +18,9 @@ from pgprune_cli.substrate import LOGIT_ROWS
 class Memory:
     """Bytes. On the device: weights; activations of one forward, its logits with them; slices of one block;
     covariances of one layer, with what they are solved in; gradients of the metric taylor, with all that a backward
-    pass keeps. In the host's memory: hidden states of the calibration text, and the repaired projections of all widths
-    (which go to a GPU as long as half of it is free).
+    pass keeps. In the host's memory: hidden states of the calibration text; one layer's repaired projections of all
+    widths, and their file as it is written. On disk: those of all layers (which go to a GPU as long as half of it is
+    free, and stay in the system's cache of files as far as there is room).
     """
 
     weights: int
@@ -28,6 +29,7 @@ class Memory:
     covariances: int
     gradients: int
     hidden_states: int
+    written_widths: int
     width_table: int
 
     @property
@@ -38,13 +40,14 @@ class Memory:
     @property
     def host(self) -> int:
         """Besides the device's; on a CPU both are of the same memory."""
-        return self.hidden_states + self.width_table
+        return self.hidden_states + self.written_widths
 
 
 def memory(sizes: Sizes, texts: Texts) -> Memory:
     fits = sizes.has_table or sizes.repairs
     streamed = texts.scoring if sizes.scores_on_text and sizes.statistic != "gradients" else []
     fitted = texts.fitting if fits else []
+    table = table_bytes(sizes) if sizes.has_table and sizes.solves else 0
     largest = max((batch.numel() for batch in [*streamed, *fitted]), default=0)
     solved = fits or sizes.statistic == "covariance"
     return Memory(
@@ -54,7 +57,8 @@ def memory(sizes: Sizes, texts: Texts) -> Memory:
         covariances=max(solving_bytes(sizes), watching_bytes(sizes, largest)) if solved else 0,
         gradients=backward_bytes(sizes, texts.scoring[0]) if sizes.statistic == "gradients" else 0,
         hidden_states=max(tokens_in(streamed), tokens_in(fitted)) * sizes.hidden * sizes.dtype.itemsize,
-        width_table=table_bytes(sizes) if sizes.has_table and sizes.solves else 0,
+        written_widths=2 * table // sizes.layers,
+        width_table=table,
     )
 
 

@@ -6,11 +6,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from pgprune_cli.arch import Shape
 from pgprune_cli.data import CalibrationText, calibration_text, check_vocabulary
+from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import RunError
 from pgprune_cli.loading import check_prunable, load_model, load_tokenizer, read_config
 from pgprune_cli.lock import locked
-from pgprune_cli.progress import working
+from pgprune_cli.progress import through_layers, working
 from pgprune_cli.provenance import note
 from pgprune_cli.recipe import Recipe
 from pgprune_cli.saliency import CALIBRATED, score
@@ -27,7 +29,7 @@ def init_scores(recipe: Recipe, run: Path, quiet: bool = False) -> Scores:
             text = load_text(recipe, source, quiet)
         with working(f"loading {recipe.model}", quiet):
             model = load_model(source, recipe.dtype, recipe.device)
-        scores = compute_scores(recipe, run, source, model, text, quiet)
+        scores = compute_scores(recipe, run, source, model, text, quiet, Ranks())
         note(run)
         return scores
 
@@ -52,19 +54,37 @@ def scoring_batches(recipe: Recipe, text: CalibrationText) -> list[Tensor]:
 
 
 def compute_scores(
-    recipe: Recipe, run: Path, source: Source, model: nn.Module, text: CalibrationText | None, quiet: bool
+    recipe: Recipe,
+    run: Path,
+    source: Source,
+    model: nn.Module,
+    text: CalibrationText | None,
+    quiet: bool,
+    ranks: Ranks,
 ) -> Scores:
-    """Scores a model that is loaded already. `text` may be None for a metric without calibration."""
+    """Scores a model that is loaded already: each of the processes every world-th layer, and the writer writes.
+
+    `text` may be None for a metric without calibration.
+    """
     metric = recipe.saliency.metric
     batches: list[Tensor] = []
     if metric in CALIBRATED:
         assert text is not None, "the caller loads the text of a calibrated metric"
         batches = scoring_batches(recipe, text)
-    with working(f"scoring with {metric}", quiet):
-        tensors = score(model, metric, batches, recipe.seed)
+    shape = Shape.of(model)
+    own = ranks.share(len(shape.channels))
+    with through_layers(f"scoring with {metric}", len(own), quiet) as on_layers:
+        sizes = {"attention": shape.kv_groups, "ffn": shape.channels}
+        lengths = {
+            f"layers.{index}.{name}": counts[index]
+            for index in range(len(shape.channels))
+            for name, counts in sizes.items()
+        }
+        tensors = ranks.united(score(model, metric, batches, recipe.seed, own, on_layers), lengths)
     for name, values in tensors.items():
         if not values.isfinite().all():
             raise RunError(f"{name}: the metric {metric} gave NaN or infinity; try dtype float32 or bfloat16")
     scores = Scores(tensors, metric, source.fingerprint())
-    scores.save(run)
+    if ranks.writer:
+        scores.save(run)
     return scores

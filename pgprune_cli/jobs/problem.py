@@ -15,15 +15,14 @@ from pgprune_cli.data import Batches, CalibrationText, spread
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.init_scores import compute_scores
+from pgprune_cli.jobs.widths import searched_table
 from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
-from pgprune_cli.progress import working
 from pgprune_cli.recipe import Recipe
 from pgprune_cli.run_files import SCORES
 from pgprune_cli.saliency import flat_saliency
 from pgprune_cli.scores import Scores
 from pgprune_cli.source import Source
 from pgprune_cli.substrate import Evaluator
-from pgprune_cli.width_table import width_table
 
 REPAIR_TOKENS = 4096
 """Tokens of one forward pass of the repair, at least: few large products are quicker than many small ones."""
@@ -61,11 +60,11 @@ class Problem:
 
 
 def scores_of(
-    recipe: Recipe, run: Path, source: Source, model: nn.Module, text: CalibrationText, quiet: bool
+    recipe: Recipe, run: Path, source: Source, model: nn.Module, text: CalibrationText, quiet: bool, ranks: Ranks
 ) -> Scores:
     """Those of the run where it has some. Raises UserError where they are another model's."""
-    if not (run / SCORES).exists():
-        return compute_scores(recipe, run, source, model, text, quiet)
+    if not ranks.greatest((run / SCORES).exists()):  # all have looked before one writes
+        return compute_scores(recipe, run, source, model, text, quiet, ranks)
     scores = Scores.load(run)
     if scores.fingerprint != source.fingerprint():
         raise UserError(f"{run / SCORES}: scores of another model than {recipe.model}; run `pgprune init-scores`")
@@ -74,11 +73,13 @@ def scores_of(
 
 def policy_of(
     recipe: Recipe,
+    run: Path,
     evaluator: Evaluator,
     space: MaskSpace,
     budget: Budget,
     scores: Scores,
     text: CalibrationText,
+    ranks: Ranks,
     quiet: bool,
 ) -> UnitPolicy | LayerPolicy:
     """What the recipe searches with. Raises UserError for families that the layers policy has no widths of."""
@@ -98,11 +99,8 @@ def policy_of(
         for name in recipe.units.families
         for index in range(len(evaluator.shape.channels))
     }
-    with working("measuring what every width of every layer loses", quiet):
-        solve = recipe.reconstruct.method.startswith("least-squares")
-        damping = recipe.reconstruct.damping
-        multiple = recipe.budget.ffn_multiple
-        table = width_table(evaluator.model, saliency_of, repair_batches(recipe, text), damping, solve, multiple)
+    batches = repair_batches(recipe, text)
+    table = searched_table(recipe, run, evaluator.model, saliency_of, batches, scores.fingerprint, ranks, quiet)
     return LayerPolicy(table, table.priorities(space), space, budget)
 
 

@@ -22,7 +22,7 @@ from pgprune_cli.jobs.problem import Problem, policy_of, repair_batches, scores_
 from pgprune_cli.jobs.run_directory import finished, identity_of, refuse_other_recipe
 from pgprune_cli.loading import load_model
 from pgprune_cli.lock import locked
-from pgprune_cli.progress import working
+from pgprune_cli.progress import through_layers, working
 from pgprune_cli.provenance import note
 from pgprune_cli.recipe import Recipe
 from pgprune_cli.recipe_reader import dump
@@ -33,6 +33,7 @@ from pgprune_cli.sensitivity import some_windows
 from pgprune_cli.source import resolve
 from pgprune_cli.substrate import Evaluator
 from pgprune_cli.trackers import TrackerName, check_installed
+from pgprune_cli.width_files import remove_widths
 
 
 def search(
@@ -52,6 +53,7 @@ def search(
     with joined() as ranks, locked(run) if ranks.writer else nullcontext():
         decision = _search(recipe, run, quiet or not ranks.writer, skip_damaged, log if ranks.writer else None, ranks)
         if ranks.writer:
+            remove_widths(run)  # nobody reads them any more: all have been heard on the final loss
             decision.save(run)
     return decision
 
@@ -66,8 +68,8 @@ def _search(
         model = load_model(source, recipe.dtype, recipe.device)
     fingerprint = source.fingerprint()
     evaluator = Evaluator(model)
+    scores = scores_of(recipe, run, source, model, text, quiet, ranks)
     with ranks.writer_first():
-        scores = scores_of(recipe, run, source, model, text, quiet)
         # what is recorded is what was done: the scores may have been made with `init-scores --metric`
         recipe = replace(recipe, saliency=replace(recipe.saliency, metric=scores.metric))
         refuse_other_recipe(run, recipe)
@@ -78,7 +80,7 @@ def _search(
     problem = Problem(
         evaluator,
         space,
-        policy_of(recipe, evaluator, space, budget, scores, text, quiet),
+        policy_of(recipe, run, evaluator, space, budget, scores, text, ranks, quiet),
         Batches(text.search, recipe.calibration.batch, recipe.seed),
         text.heldout,
         recipe,
@@ -112,10 +114,10 @@ def _search(
 def _repaired(recipe: Recipe, model: nn.Module, keep: Keep, text: CalibrationText, quiet: bool) -> Repaired:
     if recipe.reconstruct.method == "none":
         return Repaired(keep, {})
-    with working("repairing the kept weights", quiet):
+    with through_layers("repairing the kept weights", len(keep), quiet) as on_layers:
         settings = recipe.reconstruct
         batches = repair_batches(recipe, text)
-        return repair(model, keep, batches, settings.method, settings.damping, _reselects(recipe))
+        return repair(model, keep, batches, settings.method, settings.damping, _reselects(recipe), on_layers)
 
 
 def _reselects(recipe: Recipe) -> bool:

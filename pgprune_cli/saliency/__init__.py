@@ -7,7 +7,7 @@ more; put it into METRICS, and into NEEDS where it looks at calibration text; an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -44,15 +44,26 @@ NEEDS: dict[str, Statistic] = {
 CALIBRATED = frozenset(NEEDS)
 
 
-def score(model: nn.Module, metric: str, batches: Sequence[Tensor], seed: int) -> dict[str, Tensor]:
+def score(
+    model: nn.Module,
+    metric: str,
+    batches: Sequence[Tensor],
+    seed: int,
+    only: Collection[int] | None = None,
+    on_layers: Callable[[int], None] | None = None,
+) -> dict[str, Tensor]:
     """Saliency of every unit: `layers.<l>.attention` `(kv groups,)` and `layers.<l>.ffn` `(channels,)`, float64.
 
-    `batches` of tokens `(B, T)` are read only for a calibrated metric. Raises ValueError when it finds none.
+    `batches` of tokens `(B, T)` are read only for a calibrated metric; `only` of these layers, which no other has part
+    in. `on_layers(1)` follows each. Raises ValueError when it finds no text.
     """
     scores = {}
-    for name, layer, block in statistics(model, NEEDS.get(metric), batches, seed):
+    last = Shape.of(model).spec.blocks()[-1][0]
+    for name, layer, block in statistics(model, NEEDS.get(metric), batches, seed, only):
         scores[f"layers.{layer}.{name}"] = METRICS[metric](block).cpu()
         del block  # its covariance goes before the next layer's comes
+        if on_layers is not None and name == last:
+            on_layers(1)
     return scores
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from pgprune_cli.arch import Shape, projections
 from pgprune_cli.moments import MomentCollector
+from pgprune_cli.portions import Portions
 from pgprune_cli.sensitivity import error_roots
 from pgprune_cli.streaming import layer_inputs
 
@@ -87,11 +88,13 @@ class Fluctuations:
         variance, mean = torch.var_mean(rows, 0, correction=0)
         total = self.tokens + len(rows)
         shift = mean.double() - self.mean
-        self.mean = self.mean + shift * (len(rows) / total)
-        self.deviations = (
-            self.deviations + variance.double() * len(rows) + shift.square() * (self.tokens * len(rows) / total)
+        deviations = variance.double() * len(rows) + shift.square() * (self.tokens * len(rows) / total)
+        # All at once: memory may run out before, and nothing is added then.
+        self.mean, self.deviations, self.tokens = (
+            self.mean + shift * (len(rows) / total),
+            self.deviations + deviations,
+            total,
         )
-        self.tokens = total
 
     def value(self) -> Tensor:
         return self.deviations / (self.tokens - 1)
@@ -104,9 +107,13 @@ COLLECTORS: dict[str, type[Collector]] = {
 
 
 def statistics(
-    model: nn.Module, needed: Statistic | None, batches: Sequence[Tensor], seed: int
+    model: nn.Module,
+    needed: Statistic | None,
+    batches: Sequence[Tensor],
+    seed: int,
+    only: Collection[int] | None = None,
 ) -> Iterator[tuple[str, int, BlockStatistics]]:
-    """(block name, layer, its statistics) for every block of the model, layer by layer.
+    """(block name, layer, its statistics) for every block of the model, layer by layer; `only` of these layers.
 
     `batches` of tokens `(B, T)` are read only for a `needed` statistic. A layer's covariances exist from its turn on
     until the reader lets go of them, so let go of one block before asking for the next.
@@ -117,6 +124,10 @@ def statistics(
     stream = layer_inputs(model, batches) if collector or roots else None
     gradients = loss_gradients(model, batches) if needed == "gradients" else None
     for index, layer in enumerate(model.get_submodule(shape.spec.layers)):
+        if only is not None and index not in only:
+            if stream and index < max(only, default=-1):
+                stream.advance(index)
+            continue
         collectors: dict[str, Collector] = {}
         moments = MomentCollector(shape, [name for name, _ in shape.spec.blocks()])
         if roots and stream:
@@ -124,7 +135,7 @@ def statistics(
         elif collector and stream:
             collectors = {name: collector() for name, _ in shape.spec.blocks()}
             paths = {name: block.output_path for name, block in shape.spec.blocks()}
-            stream.advance(index, {paths[name]: one.add for name, one in collectors.items()})
+            stream.advance(index, {(paths[name],): one.add for name, one in collectors.items()})
         for place, (name, block) in enumerate(shape.spec.blocks()):
             linears = {p.name: layer.get_submodule(f"{block.module}.{p.name}") for p in block.projections}
             found: dict[str, Any] = {}
@@ -149,26 +160,30 @@ def statistics(
             found.clear()  # this generator keeps none of it alive
 
 
-def loss_gradients(model: nn.Module, batches: Iterable[Tensor]) -> dict[nn.Module, Tensor]:
+def loss_gradients(model: nn.Module, batches: Sequence[Tensor]) -> dict[nn.Module, Tensor]:
     """∂L/∂W of every prunable projection, L the mean next-token loss over all predictions in `batches` of `(B, T)`.
 
     The only backward pass of pgprune, and only for the metric `taylor`. Memory on top of the weights: as much again for
     the gradients (13 GB for a 7B model in bfloat16; they are summed in the weights' dtype), every activation of one
-    batch, and its logits and their gradient in float32. The model is left as it was, on every way out.
+    batch, and its logits and their gradient in float32; where that runs out, all begins again with smaller batches. The
+    model is left as it was, on every way out.
     """
     spec = Shape.of(model).spec
     linears = [linear for layer in model.get_submodule(spec.layers) for _, _, linear in projections(spec, layer)]
     before = [(linear.weight.requires_grad, linear.weight.grad) for linear in linears]
-    predictions = 0
-    try:
+    predictions = sum(tokens.shape[0] * (tokens.shape[1] - 1) for tokens in batches)
+    if not predictions:
+        raise ValueError("there is no calibration text to run")
+
+    def add_up(parts: Sequence[Tensor]) -> None:
         for linear in linears:
             linear.weight.requires_grad_(True).grad = None
-        for tokens in batches:
+        for tokens in parts:
             with torch.enable_grad():
                 _summed_loss(model, tokens).backward(inputs=[linear.weight for linear in linears])
-            predictions += tokens.shape[0] * (tokens.shape[1] - 1)
-        if not predictions:
-            raise ValueError("there is no calibration text to run")
+
+    try:
+        Portions().all(batches, add_up)
         return {linear: linear.weight.grad.div_(predictions) for linear in linears}
     finally:
         for linear, (required, gradient) in zip(linears, before, strict=True):

@@ -28,6 +28,7 @@ from pgprune_cli.arch import Output, Shape
 from pgprune_cli.history import Row
 from pgprune_cli.jobs import loop, problem, search
 from pgprune_cli.progress import SearchProgress
+from pgprune_cli.recipe import Recipe
 from pgprune_cli.recipe_reader import find, load
 from pgprune_cli.reconstruct import Repaired
 from pgprune_cli.substrate import Evaluator, summed_loss
@@ -58,7 +59,9 @@ class Watch:
         self.begin()
 
 
-def made_up_table(model: nn.Module, saliency: Mapping[tuple[int, str], Tensor], *_: Any) -> WidthTable:
+def made_up_table(
+    recipe: Recipe, run: Path, model: nn.Module, saliency: Mapping[tuple[int, str], Tensor], *_: Any
+) -> WidthTable:
     """Errors that rise evenly, and the dense projections' own columns as repairs, at the widths of a real table."""
     shape = Shape.of(model)
     errors, orders, outputs = {}, {}, {}
@@ -86,7 +89,7 @@ def watched_steps(evaluator: Evaluator, overrides: list[str], tokens: Tensor) ->
 
     with ExitStack() as patched, tempfile.TemporaryDirectory() as folder:
         patched.enter_context(patch.object(search, "load_model", lambda *_: evaluator.model))
-        patched.enter_context(patch.object(problem, "width_table", made_up_table))
+        patched.enter_context(patch.object(problem, "searched_table", made_up_table))
         patched.enter_context(patch.object(search, "repair", lambda _, keep, *__: Repaired(keep, {})))
         patched.enter_context(patch.object(loop, "SearchProgress", Shown))
         patched.enter_context(patch.object(substrate, "summed_loss", watch.loss))

@@ -16,7 +16,7 @@ from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.reconstruct import repair
 from pgprune_cli.saliency import score
 from pgprune_cli.substrate import Evaluator, summed_loss
-from pgprune_cli.width_table import width_table
+from pgprune_cli.width_table import solved_layers
 
 
 def peak(run: Callable[[], object]) -> int:
@@ -70,7 +70,7 @@ def test_what_is_solved_for_calibration(part: str, shape: dict[str, int]) -> Non
     seen = peak(
         {
             "score": lambda: score(model, "obs", text, 0),
-            "width table": lambda: width_table(model, saliency, text, 1e-3, True),
+            "width table": lambda: dict(solved_layers(model, saliency, text, 1e-3, True)),
             "repair": lambda: repair(model, keep, text, "least-squares", 1e-3, True),
         }[part]
     )
@@ -80,8 +80,8 @@ def test_what_is_solved_for_calibration(part: str, shape: dict[str, int]) -> Non
 def test_the_table_holds_what_it_is_said_to_hold() -> None:
     model, text = medium_model(), some_batches()
     saliency = {(i, name): torch.rand(n) for i in range(3) for name, n in (("attention", 2), ("ffn", 192))}
-    table = width_table(model, saliency, text, 1e-3, True)
-    held = sum(output.weight.nbytes for widths in table.outputs.values() for output in widths.values())
+    layers = solved_layers(model, saliency, text, 1e-3, True)
+    held = sum(weight.nbytes for _, blocks in layers for block in blocks.values() for weight in block.weights.values())
     assert table_bytes(Sizes(model, medium_recipe())) == held
 
 
@@ -102,6 +102,7 @@ def test_what_a_recipe_does_not_do_takes_no_memory() -> None:
 
     bare = needed("search.policy=units", "reconstruct.method=none", "saliency.metric=magnitude")
     assert (bare.covariances, bare.gradients, bare.hidden_states, bare.width_table) == (0, 0, 0, 0)
+    assert bare.host == 0
     assert bare.device == bare.weights + bare.activations + bare.slices
     flap = needed("search.policy=units", "reconstruct.method=none", "saliency.metric=flap")
     assert (flap.covariances, flap.hidden_states) == (0, 2 * 4 * 16 * 64 * 4)
@@ -110,7 +111,7 @@ def test_what_a_recipe_does_not_do_takes_no_memory() -> None:
     assert taylor.device == taylor.weights + max(taylor.activations + taylor.slices, taylor.gradients)
     whole = needed()
     assert min(whole.covariances, whole.hidden_states, whole.width_table) > 0
-    assert whole.host == whole.hidden_states + whole.width_table
+    assert whole.host == whole.hidden_states + 2 * whole.width_table // 3
 
 
 def test_a_backward_pass_takes_what_is_said() -> None:

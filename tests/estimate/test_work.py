@@ -18,7 +18,7 @@ from pgprune_cli.estimate.work import EIGH, Flops, flops, forwards, repair, scor
 from pgprune_cli.reconstruct import repair as run_repair
 from pgprune_cli.saliency import score
 from pgprune_cli.substrate import Evaluator
-from pgprune_cli.width_table import width_table as run_width_table
+from pgprune_cli.width_table import solved_layers
 
 aten = torch.ops.aten
 
@@ -73,7 +73,7 @@ def test_scoring(metric: str, model: nn.Module) -> None:
 def test_the_width_table(method: str, model: nn.Module) -> None:
     text, sizes = some_batches(), Sizes(model, medium_recipe(f"reconstruct.method={method}"))
     solve = method == "least-squares"
-    expected = counted(lambda: run_width_table(model, saliency_of(model), text, 1e-3, solve))
+    expected = counted(lambda: dict(solved_layers(model, saliency_of(model), text, 1e-3, solve)))
     assert width_table(sizes, text).total() == pytest.approx(expected, rel=0.01)
 
 

@@ -126,7 +126,7 @@ def test_where_memory_really_runs_out_a_batch_goes_through_in_parts() -> None:
         torch.testing.assert_close(evaluator.losses([keep], tokens), expected, rtol=1e-5, atol=0)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert evaluator.windows and evaluator.windows <= 256
+    assert evaluator.portions.most and evaluator.portions.most <= 256
 
 
 def test_no_memory_for_one_window_is_an_error(monkeypatch) -> None:

@@ -15,12 +15,12 @@ import torch
 from conftest import finished_run
 from safetensors import safe_open
 
-from pgprune_cli import cli
 from pgprune_cli.cli import main
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs import export as job
 from pgprune_cli.run_files import REPAIR
+from pgprune_cli.verbs import export as verb
 from pgprune_cli.writers.normal_form import Needs
 from pgprune_cli.writers.plan import Options
 
@@ -68,7 +68,7 @@ def test_options_are_what_the_command_line_says():
 
 
 def test_the_table_has_the_formats_of_the_command_line():
-    assert get_args(cli.Format) == tuple(job.FORMATS)
+    assert get_args(verb.Format) == tuple(job.FORMATS)
 
 
 def test_where_an_export_goes():

@@ -96,9 +96,9 @@ def test_only_the_two_covariances_of_one_layer_exist_at_a_time(monkeypatch) -> N
     most = 0
     add = MomentCollector._add
 
-    def watched(self: MomentCollector, name: str, inputs: Tensor) -> None:
+    def watched(self: MomentCollector, name: str, residual: Tensor, inputs: Tensor) -> None:
         nonlocal most
-        add(self, name, inputs)
+        add(self, name, residual, inputs)
         assert self.sums[name].second.dtype == torch.float64
         if all(matrix() is not self.sums[name].second for matrix in matrices):
             matrices.append(weakref.ref(self.sums[name].second))
@@ -117,14 +117,10 @@ def test_gradients_leave_the_model_exactly_as_it_was() -> None:
     model.model.embed_tokens.weight.requires_grad_(True)
     before = {name: (p, p.requires_grad, p.grad, p.clone()) for name, p in model.named_parameters()}
 
-    def breaks():
-        yield from calibration(1)
-        raise RuntimeError("no more text")
-
-    for batches in (calibration(), breaks(), [torch.full((1, 4), VOCABULARY)]):
+    for batches in (calibration(), [*calibration(1), torch.full((1, 4), VOCABULARY)]):
         try:
             gradients = loss_gradients(model, batches)
-        except (RuntimeError, IndexError):
+        except IndexError:
             pass
         else:
             assert all(gradient.isfinite().all() and gradient.abs().max() > 0 for gradient in gradients.values())

@@ -1,0 +1,99 @@
+"""`widths/` of a run: what the table of widths is made of, a file a layer, for as long as the search is not finished.
+
+The repaired projections of all widths are larger than the model. They are mapped into memory and only read, so that the
+processes of a machine have one copy together, and the system drops of it what memory has no room for. A file is whole
+or absent; a layer whose file is there, whole, and of the same search is not solved again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save
+from torch import Tensor, uint8
+
+from pgprune_cli.atomic import metadata, read_tensors, sealed, write_bytes
+from pgprune_cli.errors import RunError, UserError
+from pgprune_cli.run_files import WIDTHS
+from pgprune_cli.width_table import BlockWidths
+
+ABOUT = "pgprune"
+ERRORS, ORDER = "errors", "order"
+
+
+def save_layer(run: Path, index: int, blocks: Mapping[str, BlockWidths], identity: str) -> None:
+    """One layer's widths, block by block, of the search that `identity` stands for. Raises OSError."""
+    tensors: dict[str, Tensor] = {}
+    for name, block in blocks.items():
+        tensors |= {f"{name}.{ERRORS}": block.errors, f"{name}.{ORDER}": block.order}
+        tensors |= {f"{name}.{kept}": weight for kept, weight in block.weights.items()}
+    about = sealed({"identity": identity, "tensors_sha256": _digest(tensors)})
+    write_bytes(_path(run, index), save(tensors, metadata={ABOUT: json.dumps(about)}))
+
+
+def has_layer(run: Path, index: int, identity: str) -> bool:
+    """Whether a layer's file is there, of this search, and what was written: reads all of it."""
+    path = _path(run, index)
+    if not path.exists():
+        return False
+    try:
+        tensors, about = read_tensors(path), json.loads(metadata(path)[ABOUT])
+    except (UserError, KeyError, ValueError):
+        return False
+    return bool(about == sealed({"identity": identity, "tensors_sha256": _digest(tensors)}))
+
+
+def load_layer(run: Path, index: int) -> dict[str, BlockWidths]:
+    """What `has_layer` has found or `save_layer` written: its tensors are on the CPU, and pages of the file.
+
+    Raises UserError for a file that is gone or cut.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, tensor in read_tensors(_path(run, index)).items():
+        block, _, what = name.rpartition(".")
+        found.setdefault(block, {})[what] = tensor
+    return {
+        name: BlockWidths(
+            parts.pop(ERRORS), parts.pop(ORDER), {int(kept): parts[kept] for kept in sorted(parts, key=int)}
+        )
+        for name, parts in found.items()
+    }
+
+
+def refuse_full_disk(run: Path, layers: int, needed: int) -> None:
+    """Raises RunError where `needed` bytes, all files of so many `layers` together, do not fit beside what is there."""
+    missing = needed * sum(not _path(run, index).exists() for index in range(layers)) // layers
+    free = shutil.disk_usage(run).free
+    if missing > free:
+        raise RunError(
+            f"{run / WIDTHS}: the repaired projections of all widths need {missing / 1e9:.1f} GB there while the "
+            f"search runs, and {free / 1e9:.1f} GB are free: make room, or give another place with --out"
+        )
+
+
+def remove_widths(run: Path) -> None:
+    """All of them: the search is finished. Raises OSError."""
+    folder = run / WIDTHS
+    if folder.exists():
+        for path in list(folder.iterdir()):
+            path.unlink()
+        with suppress(OSError):  # on NFS a file that is still mapped keeps a name there until its process ends
+            folder.rmdir()
+
+
+def _path(run: Path, index: int) -> Path:
+    return run / WIDTHS / f"layer-{index:05d}.safetensors"
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        found.update(tensor.contiguous().reshape(-1).view(uint8).numpy().data)
+    return found.hexdigest()

@@ -1,0 +1,206 @@
+"""Where memory runs out, everything that goes over text goes on in parts: with the same result, nothing seen twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import VOCABULARY, tiny_model
+from torch import Tensor, nn
+
+from pgprune_cli.arch import LayerKeep, Shape
+from pgprune_cli.errors import RunError
+from pgprune_cli.moments import MomentCollector
+from pgprune_cli.portions import Portions
+from pgprune_cli.reconstruct import repair
+from pgprune_cli.saliency import score
+from pgprune_cli.sensitivity import output_curvature
+from pgprune_cli.streaming import layer_inputs
+from pgprune_cli.width_table import solved_layers
+
+WINDOWS = 5
+
+
+def text() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(VOCABULARY, (windows, 12), generator=generator) for windows in (WINDOWS, 3, WINDOWS)]
+
+
+@contextmanager
+def memory_for(windows: int, *modules: nn.Module) -> Iterator[list[int]]:
+    """While inside, these modules fail on more windows at a time. Gives the sizes of all that they were called for."""
+    sizes: list[int] = []
+
+    def fail(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) > windows:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handles = [module.register_forward_pre_hook(fail) for module in modules]
+    try:
+        yield sizes
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def memory_to_watch(windows: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Likewise the products of what is seen: no forward fails, and each of its inputs must count once."""
+    add, sizes = MomentCollector._add, []
+
+    def watched(self: MomentCollector, name: str, residual: Tensor, inputs: Tensor) -> None:
+        sizes.append(len(inputs))
+        if name == "ffn" and len(inputs) > windows:  # the attention's are added already
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        add(self, name, residual, inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MomentCollector, "_add", watched)
+        yield sizes
+
+
+# --- the parts themselves
+
+
+@pytest.mark.parametrize(
+    ("fits", "tried"), [(9, [7]), (4, [7, 4, 3]), (2, [7, 4, 2, 2, 2, 1]), (1, [7, 4, 2, *[1] * 7])]
+)
+def test_every_window_is_taken_once_and_in_order(fits: int, tried: list[int]) -> None:
+    portions, taken, sizes = Portions(), [], []
+
+    def run(some: slice) -> None:
+        windows = range(7)[some]
+        sizes.append(len(windows))
+        if len(windows) > fits:
+            raise torch.OutOfMemoryError
+        taken.extend(windows)
+
+    portions.each(7, run)
+    assert taken == list(range(7))
+    assert sizes == tried
+    sizes.clear()
+    portions.each(7, run)
+    assert max(sizes) <= fits  # what failed once is not tried again
+
+
+def test_not_even_one_window_is_an_error() -> None:
+    def fails(_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    for act in (lambda: Portions().each(3, fails), lambda: Portions().all(text(), fails)):
+        with pytest.raises(RunError, match="out of memory with one window at a time"):
+            act()
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(ZeroDivisionError):
+        Portions().each(3, lambda some: print(1 // 0))
+
+
+# --- what goes over text
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    return [layer.mlp.act_fn for layer in model.model.layers]
+
+
+def half(model: nn.Module) -> tuple[LayerKeep, ...]:
+    shape = Shape.of(model)
+    return tuple(
+        LayerKeep(torch.arange(groups) % 2 < 1, torch.arange(channels) % 2 < 1)
+        for groups, channels in zip(shape.kv_groups, shape.channels, strict=True)
+    )
+
+
+def scores_by(metric: str) -> Callable[[nn.Module], list[Tensor]]:
+    return lambda model: list(score(model, metric, text(), 0).values())
+
+
+def table_of(model: nn.Module) -> list[Tensor]:
+    shape = Shape.of(model)
+    saliency = {(index, "attention"): torch.arange(count).double() for index, count in enumerate(shape.kv_groups)}
+    saliency |= {(index, "ffn"): torch.arange(count).double() for index, count in enumerate(shape.channels)}
+    solved = [block for _, blocks in solved_layers(model, saliency, text(), 1e-2, True) for block in blocks.values()]
+    return [tensor for block in solved for tensor in (block.errors, *block.weights.values())]
+
+
+def repair_of(model: nn.Module) -> list[Tensor]:
+    repaired = repair(model, half(model), text(), "least-squares", 1e-2)
+    return [output.weight for output in repaired.outputs.values()]
+
+
+PASSES = {metric: scores_by(metric) for metric in ("wanda-sp", "flap", "obs", "taylor")} | {
+    "width table": table_of,
+    "repair": repair_of,
+    "curvature": lambda model: [output_curvature(model, text())],
+    "stream": lambda model: streamed(model),
+}
+
+
+def streamed(model: nn.Module) -> list[Tensor]:
+    stream = layer_inputs(model, text())
+    for index in range(len(stream.layers)):
+        stream.advance(index)
+    return stream.hidden
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_in_parts_gives_what_it_gives_whole(name: str) -> None:
+    """Up to the rounding of products of other sizes and of sums over other parts."""
+    model = tiny_model("llama-gqa")
+    expected = PASSES[name](model)
+    with memory_for(2, *layers_of(model)) as sizes:
+        found = PASSES[name](model)
+    assert max(sizes) == WINDOWS
+    assert sizes.count(max(sizes)) < 4  # and it learns
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["obs", "width table", "repair"])
+def test_products_that_do_not_fit_are_made_in_parts_and_no_input_counts_twice(name: str, monkeypatch) -> None:
+    model = tiny_model("qwen2")
+    expected = PASSES[name](model)
+    with memory_to_watch(2, monkeypatch) as sizes:
+        found = PASSES[name](model)
+    assert max(sizes) == WINDOWS
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
+
+
+def test_layers_get_masks_of_the_parts_own_shape() -> None:
+    """Mistral's window of 16 needs a mask, which has the batch's size."""
+    model = tiny_model("mistral")
+    tokens = [torch.randint(VOCABULARY, (WINDOWS, 40), generator=torch.Generator().manual_seed(0))]
+    whole, parts = layer_inputs(model, tokens), layer_inputs(model, tokens)
+    whole.advance(0)
+    with memory_for(2, model.model.layers[0].mlp):
+        parts.advance(0)
+    torch.testing.assert_close(parts.hidden[0], whole.hidden[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_pass_that_memory_suffices_for_is_what_it_was_bit_for_bit() -> None:
+    """A batch's sums are made in one piece, batch after batch."""
+    model = tiny_model("llama-mha")
+    collector = MomentCollector(Shape.of(model), ["ffn"])
+    seen: list[tuple[Tensor, Tensor]] = []
+    names = ("post_attention_layernorm", "mlp.down_proj")
+    layer_inputs(model, text()).observe(0, {**collector.watch, names[::-1]: lambda x, r: seen.append((r, x))})
+    second = torch.zeros(())
+    for residual, x in seen:
+        weight = residual.flatten(0, -2).square().mean(-1, keepdim=True).clamp_min(1e-12).reciprocal()
+        second = second + ((x.flatten(0, -2) * weight).T @ x.flatten(0, -2)).double()
+    assert torch.equal(collector.sums["ffn"].second, second)
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_less_than_one_window_is_an_error_and_leaves_the_model_as_it_was(name: str) -> None:
+    model = tiny_model("llama-gqa")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with memory_for(0, *layers_of(model)), pytest.raises(RunError, match="out of memory with one window at a time"):
+        PASSES[name](model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
