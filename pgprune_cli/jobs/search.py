@@ -135,7 +135,7 @@ def _search(
         source = resolve(recipe.model)
         text = load_text(recipe, source, quiet)
     with working(f"loading {recipe.model}", quiet):
-        model = load_model(source, recipe.dtype, recipe.device)
+        model = load_model(source, recipe.dtype, recipe.device, recipe.weights)
     fingerprint = source.fingerprint()
     evaluator = Evaluator(model)
     with ranks.writer_first():
