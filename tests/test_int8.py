@@ -316,14 +316,18 @@ def test_what_is_wrong_with_files_is_said_as_ever(damaged: Path) -> None:
 
 
 def test_on_several_devices_it_computes_what_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("accelerate", reason="needs the extra: pip install 'pgprune[multi-gpu]'")
-    tokens = torch.arange(48).view(2, 24)
+    """All of them the CPU, but with accelerate's hooks."""
+    accelerate = pytest.importorskip("accelerate", reason="needs the extra: pip install 'pgprune[multi-gpu]'")
+    dispatched = accelerate.dispatch_model
+    monkeypatch.setattr(accelerate, "dispatch_model", lambda *given: dispatched(*given, force_hooks=True))
     alone = Evaluator(load_model(resolve("demo"), "float32", "cpu", "int8"))
+    monkeypatch.setattr(loading, "devices_of", lambda _: [torch.device("cpu")] * 2)
+    hooked = Evaluator(load_model(resolve("demo"), "float32", "cpu,cpu", "int8"))
+    assert all(hasattr(layer, "_hf_hook") for layer in hooked.layers)
     space = alone.shape.space(("attention", "ffn"))
     keep = alone.shape.keep(space, torch.arange(space.n) % 3 > 0)
-    monkeypatch.setattr(loading, "devices_of", lambda _: [torch.device("cpu"), torch.device("cpu", 0)])
-    spread = Evaluator(load_model(resolve("demo"), "float32", "cpu,cpu", "int8"))
-    assert torch.equal(spread.losses([keep], tokens), alone.losses([keep], tokens))
+    tokens = torch.arange(48).view(2, 24)
+    assert torch.equal(hooked.losses([keep], tokens), alone.losses([keep], tokens))
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"several devices needs the extra: pip install 'pgprune\[multi-gpu\]'"):
         load_model(resolve("demo"), "float32", "cpu,cpu", "int8")
