@@ -214,7 +214,8 @@ def _unit_parameters(layer: nn.Module, block: Block, units: int) -> int:
     total = 0
     for projection in block.projections:
         linear = layer.get_submodule(f"{block.module}.{projection.name}")
-        total += linear.weight.numel()
+        assert isinstance(linear, nn.Linear)
+        total += linear.in_features * linear.out_features
         if linear.bias is not None and projection.axis == 0:
             total += linear.bias.numel()
     return total // units

@@ -156,7 +156,8 @@ def _layers(model: nn.Module) -> nn.Module:
 def _weights(layer: nn.Module, block: Block) -> int:
     """The weights of a block's projections, without biases."""
     module = layer.get_submodule(block.module)
-    return sum(module.get_submodule(projection.name).weight.numel() for projection in block.projections)
+    linears = (module.get_submodule(projection.name) for projection in block.projections)
+    return sum(linear.in_features * linear.out_features for linear in linears)
 
 
 def _window(model: nn.Module, layer: nn.Module, context: int) -> int:

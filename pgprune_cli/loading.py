@@ -5,6 +5,7 @@ Only safetensors and GGUF are read, and no code that comes with a model is run.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext, redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
@@ -12,13 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pgprune_cli.arch import spec_of
 from pgprune_cli.devices import devices_of, enough, spread
 from pgprune_cli.errors import UserError, in_short
+from pgprune_cli.int8 import Int8Linear, to_int8
 from pgprune_cli.source import Source, resolve
 from pgprune_cli.trust import check_directory
+
+HEAD = "lm_head.weight"
+"""The tensor that files of a model with tied embeddings may lack."""
 
 
 def read_config(source: Source) -> Any:
@@ -45,28 +50,43 @@ def check_prunable(source: Source) -> None:
         raise UserError(f"{source.name}: holds quantised weights, which cannot be cut; prune the original ones")
 
 
-def load_model(source: Source, dtype: str, device: str) -> nn.Module:
+def load_model(source: Source, dtype: str, device: str, weights: str = "dtype") -> nn.Module:
     """The model, ready for forward passes: eval mode, no gradients, in `dtype` ("auto": as stored) on `device`.
 
     `device` is auto (one GPU, or as many as the weights need, or the CPU where there is none), a torch device, or a
-    comma-separated list of them over which the layers are spread in order (several need accelerate). Raises UserError
-    where the weights or the device are not to be had.
+    comma-separated list of them over which the layers are spread in order (several need accelerate). `weights`: int8
+    rounds the prunable projections (int8.py), each as it is read; a GGUF file is unpacked as a whole first, in main
+    memory. Raises UserError where the weights or the device are not to be had.
     """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    from pgprune_cli.writers import modeling_pruned  # noqa: F401  (makes our own exported models loadable)
-
-    devices = _devices_for(source, dtype, device)
-    arguments: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-    arguments |= {"use_safetensors": True, "trust_remote_code": False}
-    arguments["ignore_mismatched_sizes"] = True  # which are refused below, by their names
+    devices = _devices_for(source, dtype, device, weights)
     check_directory(source.name, source.directory)
     files = source.weight_files()
     if source.gguf is None:
         for path in files:
             _refuse_cut(path)
+    if weights == "int8" and source.gguf is None:
+        model = _read_into_int8(source, dtype, devices)
+    elif weights == "int8":
+        model = _read(source, dtype, [torch.device("cpu")])
+        to_int8(model)
+        model = _placed(model, devices)
     else:
+        model = _read(source, dtype, devices)
+    _refuse_what_is_not_finite(source, model)
+    return model.eval().requires_grad_(False)
+
+
+def _read(source: Source, dtype: str, devices: list[torch.device]) -> nn.Module:
+    """What transformers makes of the files. Raises UserError where they are not what the config says."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    from pgprune_cli.writers import modeling_pruned  # noqa: F401  (makes our own exported models loadable)
+
+    arguments: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    arguments |= {"use_safetensors": True, "trust_remote_code": False}
+    arguments["ignore_mismatched_sizes"] = True  # which are refused below, by their names
+    if source.gguf is not None:
         arguments.update(_gguf_arguments(source.gguf))
     if len(devices) > 1:
         arguments["device_map"] = spread(read_config(source).num_hidden_layers, devices)
@@ -85,39 +105,98 @@ def load_model(source: Source, dtype: str, device: str) -> nn.Module:
     finally:
         logging.enable_progress_bar()
         logging.set_verbosity(verbosity)
-    if misfits := sorted(info["mismatched_keys"]):
+    _refuse_what_does_not_fit(source, info["missing_keys"], info["mismatched_keys"])
+    return model.to(devices[0]) if len(devices) == 1 else model
+
+
+def _read_into_int8(source: Source, dtype: str, devices: list[torch.device]) -> nn.Module:
+    """Tensor by tensor, each rounded on its device before the next is read. Raises UserError as `_read` does."""
+    from safetensors import safe_open
+
+    model = _empty(source, dtype)
+    tensors = dict(model.state_dict())
+    places = spread(model.config.num_hidden_layers, devices)
+    to_int8(model)
+    found, misfits = set(), []
+    for path in source.weight_files():
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                if name not in tensors:  # transformers, too, leaves alone what it has no place for
+                    continue
+                found.add(name)
+                stored, wanted = tuple(file.get_slice(name).get_shape()), tensors[name]
+                if stored == wanted.shape:
+                    _fill(model, name, file.get_tensor(name).to(_place(places, name), wanted.dtype))
+                else:
+                    misfits.append((name, stored, wanted.shape))
+    tied = model.config.tie_word_embeddings
+    _refuse_what_does_not_fit(source, tensors.keys() - found - ({HEAD} if tied else set()), misfits)
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    # A head of its own that differs is not tied, whatever the config says: as transformers does.
+    if tied and (HEAD not in found or torch.equal(head.weight.to(devices[0]), embedding.weight)):
+        head.weight = embedding.weight
+    decoder = model.get_decoder()
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config).to(devices[0])  # computed, so in no file
+    return _placed(model, devices)
+
+
+def _place(places: Mapping[str, torch.device], name: str) -> torch.device:
+    return next(device for module, device in places.items() if name.startswith(f"{module}."))
+
+
+def _placed(model: nn.Module, devices: list[torch.device]) -> nn.Module:
+    """On its device, or with its layers spread over several as transformers does it when it loads."""
+    if len(devices) == 1:
+        return model.to(devices[0])
+    if not find_spec("accelerate"):
+        raise UserError("a model on several devices needs the extra: pip install 'pgprune[multi-gpu]'")
+    from accelerate import dispatch_model
+
+    return dispatch_model(model, spread(model.config.num_hidden_layers, devices))
+
+
+def _fill(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Puts a tensor of the files where an empty model has none yet."""
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    if isinstance(module, Int8Linear) and key == "weight":
+        module.fill(tensor)
+    else:
+        setattr(module, key, nn.Parameter(tensor, requires_grad=False))
+
+
+def _refuse_what_does_not_fit(
+    source: Source, missing: Iterable[str], mismatched: Iterable[tuple[str, Any, Any]]
+) -> None:
+    if misfits := sorted(mismatched):
         name, stored, wanted = misfits[0]
         raise UserError(
             f"{source.name}: {len(misfits)} weights do not fit its config: {name} has the shape {tuple(stored)}, and "
             f"by the config it should be {tuple(wanted)}"
         )
-    if missing := sorted(info["missing_keys"]):  # which transformers makes up, with a warning
-        raise UserError(f"{source.name}: its files lack {len(missing)} weights, the first is {missing[0]}")
-    if len(devices) == 1:
-        model = model.to(devices[0])
-    _refuse_what_is_not_finite(source, model)
-    return model.eval().requires_grad_(False)
+    if lacking := sorted(missing):  # which transformers makes up, with a warning
+        raise UserError(f"{source.name}: its files lack {len(lacking)} weights, the first is {lacking[0]}")
 
 
-def _devices_for(source: Source, dtype: str, device: str) -> list[torch.device]:
+def _devices_for(source: Source, dtype: str, device: str, weights: str) -> list[torch.device]:
     """Those that the recipe names; of `auto`, as many as the weights need."""
     devices = devices_of(device)
     if device != "auto" or len(devices) == 1:
         return devices
     free = [torch.cuda.mem_get_info(one)[0] for one in devices]
-    weights = sum(parameter.nbytes for parameter in _empty(source, dtype).parameters())
-    return devices[: enough(weights, free)]
+    needed = sum(parameter.nbytes for parameter in _empty(source, dtype, weights).parameters())
+    return devices[: enough(needed, free)]
 
 
-def empty_model(name: str, dtype: str) -> nn.Module:
-    """The model as its config says, in `dtype` ("auto": as the config has it), on the meta device: without weights.
+def empty_model(name: str, dtype: str, weights: str = "dtype") -> nn.Module:
+    """The model as `load_model` would load it, but on the meta device, without weights; "auto": as its config says.
 
     Of a model of the hub only the config is downloaded. Raises UserError where there is none that can be read.
     """
-    return _empty(resolve(name, weights=False), dtype)
+    return _empty(resolve(name, weights=False), dtype, weights)
 
 
-def _empty(source: Source, dtype: str) -> nn.Module:
+def _empty(source: Source, dtype: str, weights: str = "dtype") -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     config = read_config(source)
@@ -127,6 +206,8 @@ def _empty(source: Source, dtype: str) -> nn.Module:
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, wanted))
     except Exception as error:  # of dozens of kinds, see above
         raise UserError(f"{source.name}: no model can be made of its config: {reason_of(error)}") from error
+    if weights == "int8":
+        to_int8(model)
     return model.eval().requires_grad_(False)
 
 
@@ -142,7 +223,7 @@ def _refuse_cut(path: Path) -> None:
 
 
 def _refuse_what_is_not_finite(source: Source, model: nn.Module) -> None:
-    for name, weight in model.named_parameters():
+    for name, weight in model.named_parameters():  # of int8 weights it is their scale that shows it
         if not weight.isfinite().all():
             dtype = str(weight.dtype).removeprefix("torch.")
             more = "; or it has more than float16 holds: set dtype to bfloat16 or float32" if dtype == "float16" else ""

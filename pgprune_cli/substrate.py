@@ -7,14 +7,16 @@ by one block's slices only, and the result equals the dense model's with the rem
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pgprune_cli.arch import Block, Keep, Output, Outputs, Shape, gather_units
+from pgprune_cli.arch import Block, Keep, Output, Outputs, Projection, Shape, gather_units
+from pgprune_cli.int8 import Int8Linear
 from pgprune_cli.portions import Portions
 
 LOGIT_ROWS = 512
@@ -121,15 +123,24 @@ def shrunk_block(
 ) -> AbstractContextManager[None]:
     """One block of a layer on its kept units inside the `with`, its output projection repaired where one is given."""
     if mask.any():
-        if mask.all() and output is None:
+        module = layer.get_submodule(block.module)
+        as_it_is = mask.all() and output is None
+        # int8 weights are made usable where the others are gathered, which no latency counts
+        if as_it_is and not isinstance(module.get_submodule(block.output.name), Int8Linear):
             return nullcontext()
-        return _gathered(layer.get_submodule(block.module), block, mask, output)
+        return _gathered(module, block, mask, output)
     return _replaced(layer, block.module, NoAttention() if name == "attention" else NoFeedForward())
 
 
 def _sent(index: Tensor, device: torch.device) -> Tensor:
     """A small tensor of the host on the device. What a GPU reads from pinned memory the host need not wait for."""
     return (index.pin_memory() if device.type == "cuda" else index).to(device, non_blocking=True)
+
+
+def _kept_weight(linear: nn.Module, projection: Projection, kept: Tensor, units: int) -> Tensor:
+    if isinstance(linear, Int8Linear):
+        return linear.gathered(projection.axis, kept, units)
+    return gather_units(linear.weight.data, projection.axis, kept, units)
 
 
 @contextmanager
@@ -146,15 +157,21 @@ def _replaced(layer: nn.Module, name: str, stub: nn.Module) -> Iterator[None]:
 def _gathered(module: nn.Module, block: Block, mask: Tensor, output: Output | None) -> Iterator[None]:
     """While inside, every forward of `module` runs on the kept units of its projections."""
     linears = [(module.get_submodule(projection.name), projection) for projection in block.projections]
-    kept = _sent(mask.nonzero().squeeze(1), linears[0][0].weight.device)
-    dense: list[tuple[nn.Module, str, nn.Parameter | None, Tensor | None]] = []
+    like = next(parameter for parameter in linears[0][0].parameters() if parameter.is_floating_point())
+    kept = _sent(mask.nonzero().squeeze(1), like.device)
+    undo: list[Callable[[], None]] = []
 
     def put(linear: nn.Module, key: str, value: Tensor) -> None:
+        if key == "weight" and isinstance(linear, Int8Linear):
+            undo.append(partial(setattr, linear, "kept", None))
+            linear.kept = value
+            return
         parameter = getattr(linear, key)
-        dense.append((linear, key, parameter, None if parameter is None else parameter.data))
         if parameter is None:  # a bias that the repair brings and the dense model has not
+            undo.append(partial(setattr, linear, key, None))
             setattr(linear, key, nn.Parameter(value, requires_grad=False))
         else:
+            undo.append(partial(setattr, parameter, "data", parameter.data))
             parameter.data = value
 
     def gather(*_: object) -> None:
@@ -162,21 +179,15 @@ def _gathered(module: nn.Module, block: Block, mask: Tensor, output: Output | No
             if output is not None and projection == block.output:
                 for key, value in zip(("weight", "bias"), output, strict=True):
                     if value is not None:
-                        put(linear, key, value.to(linear.weight, non_blocking=True))
+                        put(linear, key, value.to(like, non_blocking=True))
                 continue
-            for key in ("weight", "bias") if projection.axis == 0 else ("weight",):
-                parameter = getattr(linear, key)
-                if parameter is not None:
-                    put(linear, key, gather_units(parameter.data, projection.axis, kept, len(mask)))
+            put(linear, "weight", _kept_weight(linear, projection, kept, len(mask)))
+            if projection.axis == 0 and linear.bias is not None:
+                put(linear, "bias", gather_units(linear.bias.data, 0, kept, len(mask)))
 
     def restore(*_: object) -> None:
-        while dense:
-            linear, key, parameter, data = dense.pop()
-            if parameter is None:
-                setattr(linear, key, None)
-            else:
-                assert data is not None
-                parameter.data = data
+        while undo:
+            undo.pop()()
 
     # always_call: the dense weights come back even when the forward raises.
     handles = [module.register_forward_pre_hook(gather), module.register_forward_hook(restore, always_call=True)]

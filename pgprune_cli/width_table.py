@@ -67,7 +67,7 @@ class WidthTable:
                 linear = layer.get_submodule(block.output_path)
                 assert isinstance(linear, nn.Linear)
                 if weights := found[name].weights:
-                    device = linear.weight.device
+                    device = next(linear.parameters()).device
                     outputs[index, name] = {
                         kept: Output(_close_to(device, weight).T, linear.bias) for kept, weight in weights.items()
                     }
@@ -152,7 +152,7 @@ def solved_layers(
 def _solve_levels(
     linear: nn.Linear, moments: Moments, order: Tensor, level: int, root: Tensor, damping: float, solve: bool
 ) -> BlockWidths:
-    weight, count = linear.weight.double(), len(order)
+    dtype, weight, count = linear.weight.dtype, linear.weight.double(), len(order)
     second, root = moments.second, root.to(weight.device)
     width = weight.shape[1] // count
     columns = inputs_of(order.to(second.device), width)
@@ -173,7 +173,7 @@ def _solve_levels(
             if 0 < kept < count:
                 solution = torch.linalg.solve_triangular(factor[:some, :some].T, forward[:some], upper=True)
                 ascending = columns[:some].argsort()
-                weights[kept] = solution[ascending].to(linear.weight.dtype).cpu()
+                weights[kept] = solution[ascending].to(dtype).cpu()
         else:
             rest = felt[:, some:]
             points.append((rest @ ordered[some:, some:] * rest).sum())

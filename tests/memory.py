@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 class Allocations(TorchDispatchMode):
     """While inside, counts the bytes of new tensors that are alive: `peak` at most, `largest` of a single one.
 
-    Tensors from before are not counted, views are no tensors of their own, and memory inside an operator is not seen.
+    Tensors from before and those on the meta device are not counted, views are no tensors of their own, and memory
+    inside an operator is not seen.
     """
 
     def __init__(self) -> None:
@@ -30,7 +31,7 @@ class Allocations(TorchDispatchMode):
         if result is NotImplemented:
             result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
                 self._note(tensor.untyped_storage(), tensor.untyped_storage().nbytes())
         return result
 

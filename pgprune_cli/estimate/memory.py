@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pgprune_cli.estimate.sizes import Sizes, Texts, tokens_in
+from pgprune_cli.estimate.sizes import Block, Sizes, Texts, tokens_in
 from pgprune_cli.substrate import LOGIT_ROWS
 
 
@@ -50,11 +50,13 @@ def memory(sizes: Sizes, texts: Texts) -> Memory:
     table = table_bytes(sizes) if sizes.has_table and sizes.solves else 0
     largest = max((batch.numel() for batch in [*streamed, *fitted]), default=0)
     solved = fits or sizes.statistic == "covariance"
+    slices = max(slice_bytes(sizes, block) for block in sizes.blocks)
     return Memory(
         weights=sum(parameter.nbytes for parameter in sizes.model.parameters()),
         activations=max(layer_bytes(sizes, max(largest, texts.step.numel())), logit_bytes(sizes, texts.step)),
-        slices=max(block.nbytes for block in sizes.blocks),
-        covariances=max(solving_bytes(sizes), watching_bytes(sizes, largest)) if solved else 0,
+        slices=slices,
+        # a block's weights that are made of int8 ones outlive what they are made for: its scoring
+        covariances=max(solving_bytes(sizes), watching_bytes(sizes, largest)) + slices * sizes.int8 if solved else 0,
         gradients=backward_bytes(sizes, texts.scoring[0]) if sizes.statistic == "gradients" else 0,
         hidden_states=max(tokens_in(streamed), tokens_in(fitted)) * sizes.hidden * sizes.dtype.itemsize,
         written_widths=2 * table // sizes.layers,
@@ -78,6 +80,12 @@ def logit_bytes(sizes: Sizes, tokens: Tensor) -> int:
     """Of the loss: logits of some rows in float32 and their log-softmax, beside the hidden states and their copy."""
     rows = min(LOGIT_ROWS, tokens.shape[0] * (tokens.shape[1] - 1))
     return 8 * rows * sizes.vocabulary + 2 * tokens.numel() * sizes.hidden * sizes.dtype.itemsize
+
+
+def slice_bytes(sizes: Sizes, block: Block) -> int:
+    """Of a block that keeps nearly all; of int8 weights the kept ones of a projection besides, while it is made."""
+    largest = max(*block.inner, block.inputs) * sizes.hidden
+    return block.nbytes + largest * sizes.int8
 
 
 def solving_bytes(sizes: Sizes) -> int:

@@ -35,8 +35,8 @@ class Block:
     """One block of one layer.
 
     name: attention or ffn; units: how many; inputs, outputs: of its output projection; inner: the widths of what its
-    other projections put out; nbytes: of its weights; keep: the fraction that the recipe keeps of it; level: the step
-    between the widths of the table.
+    other projections put out; nbytes: of its weights, as they are multiplied with; keep: the fraction that the recipe
+    keeps of it; level: the step between the widths of the table.
     """
 
     name: str
@@ -58,6 +58,17 @@ class Sizes:
         self.dtype: torch.dtype = next(model.parameters()).dtype
         self.vocabulary, self.hidden = model.get_output_embeddings().weight.shape
         self.layers = len(self.shape.channels)
+
+    @property
+    def int8(self) -> bool:
+        """Whether the projections are kept in int8, and made usable block by block."""
+        return self.recipe.weights == "int8"
+
+    @property
+    def parameters(self) -> int:
+        """Of the model; the scales of int8 weights are none."""
+        named = self.model.named_parameters()
+        return sum(parameter.numel() for name, parameter in named if not name.endswith(".scale"))
 
     @cached_property
     def blocks(self) -> list[Block]:

@@ -175,12 +175,13 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
         return
     where = "here" if source else f"on the hub, {_gb(weights.stored)} to download"
     yield Finding("model", f"{recipe.model}, {weights.parameters / 1e6:,.0f} million parameters, {where}")
-    needed = weights.parameters * BYTES[recipe.dtype] if recipe.dtype in BYTES else weights.stored
+    kept_in, needed = f"dtype {recipe.dtype}", weights.parameters * BYTES.get(recipe.dtype, 0) or weights.stored
+    if recipe.weights == "int8":
+        kept_in, needed = "int8", weights.parameters
     free = sum(_free_memory(str(device)) for device in devices)
-    found = (
-        f"the weights in dtype {recipe.dtype} take {_gb(needed)} of {_gb(free)} on {recipe.device}; a search takes more"
-    )
-    fix = "take a smaller model, dtype bfloat16, or several devices (device: cuda:0,cuda:1)" if needed > free else ""
+    found = f"the weights in {kept_in} take {_gb(needed)} of {_gb(free)} on {recipe.device}; a search takes more"
+    ways = "take a smaller model, dtype bfloat16, weights int8, or several devices (device: cuda:0,cuda:1)"
+    fix = ways if needed > free else ""
     yield Finding("memory", found, fix)
 
 

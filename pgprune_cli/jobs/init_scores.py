@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from pgprune_cli.arch import Shape
 from pgprune_cli.data import CalibrationText, calibration_text, check_vocabulary
 from pgprune_cli.distributed import Ranks
-from pgprune_cli.errors import RunError
+from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.loading import check_prunable, load_model, load_tokenizer, read_config
 from pgprune_cli.lock import locked
 from pgprune_cli.progress import through_layers, working
 from pgprune_cli.provenance import note
 from pgprune_cli.recipe import Recipe
-from pgprune_cli.saliency import CALIBRATED, score
+from pgprune_cli.saliency import CALIBRATED, NEEDS, score
 from pgprune_cli.scores import Scores
 from pgprune_cli.source import Source, resolve
 
@@ -28,7 +28,7 @@ def init_scores(recipe: Recipe, run: Path, quiet: bool = False) -> Scores:
         if recipe.saliency.metric in CALIBRATED:
             text = load_text(recipe, source, quiet)
         with working(f"loading {recipe.model}", quiet):
-            model = load_model(source, recipe.dtype, recipe.device)
+            model = load_model(source, recipe.dtype, recipe.device, recipe.weights)
         scores = compute_scores(recipe, run, source, model, text, quiet, Ranks())
         note(run)
         return scores
@@ -37,6 +37,7 @@ def init_scores(recipe: Recipe, run: Path, quiet: bool = False) -> Scores:
 def load_text(recipe: Recipe, source: Source, quiet: bool) -> CalibrationText:
     """The calibration text that a recipe asks for, tokenised for its model. Raises UserError for what cannot be pruned,
     too: before the model is loaded."""
+    refuse_gradients_of_int8(recipe)
     check_prunable(source)
     wanted = recipe.calibration
     with working(f"reading {wanted.corpus}", quiet):
@@ -45,6 +46,15 @@ def load_text(recipe: Recipe, source: Source, quiet: bool) -> CalibrationText:
     if source.gguf is None:  # whose tokenizer is in the model's own file
         check_vocabulary(text.stream, wanted.corpus, read_config(source).vocab_size)
     return text
+
+
+def refuse_gradients_of_int8(recipe: Recipe) -> None:
+    """Raises UserError for a metric with a backward pass on weights that have no gradients."""
+    if recipe.weights == "int8" and NEEDS.get(recipe.saliency.metric) == "gradients":
+        raise UserError(
+            f"saliency.metric: {recipe.saliency.metric} takes gradients, which int8 weights have not; "
+            "set weights to dtype, or take a metric without, such as obs"
+        )
 
 
 def scoring_batches(recipe: Recipe, text: CalibrationText) -> list[Tensor]:

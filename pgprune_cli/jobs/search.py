@@ -65,7 +65,7 @@ def _search(
         source = resolve(recipe.model)
         text = load_text(recipe, source, quiet)
     with working(f"loading {recipe.model}", quiet):
-        model = load_model(source, recipe.dtype, recipe.device)
+        model = load_model(source, recipe.dtype, recipe.device, recipe.weights)
     fingerprint = source.fingerprint()
     evaluator = Evaluator(model)
     scores = scores_of(recipe, run, source, model, text, quiet, ranks)

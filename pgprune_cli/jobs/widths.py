@@ -37,7 +37,7 @@ def searched_table(
     """
     solve, multiple = recipe.reconstruct.method.startswith("least-squares"), recipe.budget.ffn_multiple
     damping, layers = recipe.reconstruct.damping, len(Shape.of(model).channels)
-    settings = repr((fingerprint, recipe.dtype, solve, damping, multiple, sorted(saliency)))
+    settings = repr((fingerprint, recipe.dtype, recipe.weights, solve, damping, multiple, sorted(saliency)))
     identity = _digest(settings, [*batches, *(saliency[key] for key in sorted(saliency))])
     own = [index for index in ranks.share(layers) if not has_layer(run, index, identity)]
     with through_layers("measuring what every width of every layer loses", len(own), quiet) as on_layers:

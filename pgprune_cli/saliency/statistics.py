@@ -24,12 +24,12 @@ Statistic = Literal["input_norms", "fluctuations", "covariance", "gradients"]
 class BlockStatistics:
     """One block of one layer.
 
-    units: how many it has; weights: of its projections by name, as stored, the output projection last; seed: this
-    block's own, for metrics that draw. The rest is None unless asked for. Over all calibration tokens, of the inputs
-    of the output projection: input_norms `(in,)` float64, the L2 norm of each; fluctuations `(in,)` float64, the
-    variance of each; covariance `(in, in)` float64, mean of x xᵀ / mean square of the residual stream, not centred;
-    with error_root `(hidden, hidden)` float64, through which an output error goes. And gradients: by projection, ∂L/∂W
-    of the mean loss in nats per token, shape and dtype of the weight.
+    units: how many it has; weights: of its projections by name, as they are multiplied with, the output projection
+    last; seed: this block's own, for metrics that draw. The rest is None unless asked for. Over all calibration tokens,
+    of the inputs of the output projection: input_norms `(in,)` float64, the L2 norm of each; fluctuations `(in,)`
+    float64, the variance of each; covariance `(in, in)` float64, mean of x xᵀ / mean square of the residual stream, not
+    centred; with error_root `(hidden, hidden)` float64, through which an output error goes. And gradients: by
+    projection, ∂L/∂W of the mean loss in nats per token, shape and dtype of the weight.
     """
 
     units: int

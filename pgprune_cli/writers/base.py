@@ -22,7 +22,7 @@ from pgprune_cli.arch import Keep, Shape
 from pgprune_cli.atomic import read_json, write_json
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
-from pgprune_cli.loading import load_model, load_tokenizer, read_config, reason_of
+from pgprune_cli.loading import HEAD, load_model, load_tokenizer, read_config, reason_of
 from pgprune_cli.source import Source
 from pgprune_cli.writers.weights import DTYPES
 
@@ -32,7 +32,7 @@ SIDE_FILES = (
 )
 """What is copied from a base directory as it is."""
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Does a search take more memory than it must? Loads a model in a process of its own and evaluates pruned masks.
 
-    python scripts/bench/search_memory.py MODEL [--keep 0.5] [--repeats 3]
+    python scripts/bench/search_memory.py MODEL [--keep 0.5] [--repeats 3] [--weights int8]
 
 Allowed are 1.10 times the weights, the activations of a forward and one block's slices (pgprune_cli/estimate/memory.py)
 on top of a process that has loaded its libraries and run a tiny model; the peak of the resident memory (VmHWM, so on
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import torch
 from subject import SHAPES, arguments, headline, open_evaluator, random_keep, random_model, some_tokens, table
@@ -30,8 +31,8 @@ from pgprune_cli.substrate import Evaluator
 SLACK = 1.10
 
 
-def needed(evaluator: Evaluator, tokens: Tensor) -> Memory:
-    recipe = Recipe(model="", calibration=Calibration(corpus=""), budget=Budget(sparsity=0.5))
+def needed(evaluator: Evaluator, tokens: Tensor, weights: Literal["dtype", "int8"]) -> Memory:
+    recipe = Recipe(model="", weights=weights, calibration=Calibration(corpus=""), budget=Budget(sparsity=0.5))
     return memory(Sizes(evaluator.model, recipe), Texts([], [], tokens, tokens))
 
 
@@ -41,12 +42,12 @@ def measured(folder: str, options: argparse.Namespace) -> dict[str, int]:
     tiny = Evaluator(random_model("tiny", getattr(torch, options.dtype), device))
     tiny.losses([random_keep(tiny, options.keep)], some_tokens(tiny, options) % SHAPES["tiny"]["vocab"])
     before = peak_memory(device)
-    evaluator = Evaluator(load_model(resolve(folder), options.dtype, options.device))
+    evaluator = Evaluator(load_model(resolve(folder), options.dtype, options.device, options.weights))
     loaded = peak_memory(device)
     tokens = some_tokens(evaluator, options)
     for seed in range(options.repeats):
         evaluator.losses([random_keep(evaluator, options.keep, seed)], tokens)
-    allowed = needed(evaluator, tokens)
+    allowed = needed(evaluator, tokens, options.weights)
     return {
         "before": before,
         "loaded": loaded,
@@ -68,6 +69,7 @@ def peak_memory(device: torch.device) -> int:
 def main() -> None:
     parser = arguments(__doc__, repeats=3)
     parser.add_argument("--keep", type=float, default=0.5)
+    parser.add_argument("--weights", default="dtype", choices=("dtype", "int8"), help="as the recipe's key")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -79,12 +81,12 @@ def main() -> None:
             where = folder
             open_evaluator(argparse.Namespace(**vars(options) | {"device": "cpu"})).model.save_pretrained(folder)
         command = [sys.executable, __file__, where, "--measure"]
-        for key in ("keep", "repeats", "batch", "seqlen", "dtype", "device"):
+        for key in ("keep", "repeats", "batch", "seqlen", "dtype", "device", "weights"):
             command += [f"--{key}", str(getattr(options, key))]
         result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     allowed = SLACK * result["weights"] + result["activations"] + result["slices"]
     ratio = (result["peak"] - result["before"]) / allowed
-    print(headline(options, devices_of(options.device)[0]))
+    print(headline(options, devices_of(options.device)[0]) + ", int8 weights" * (options.weights == "int8"))
     columns = ("before", "loaded", "peak", "weights", "activations", "slices")
     table((*(f"{name} MB" for name in columns), "ratio"), [(*(round(result[name] / 1e6) for name in columns), ratio)])
     sys.exit(int(ratio > 1.0))

@@ -19,6 +19,7 @@ from pgprune_cli import substrate
 from pgprune_cli.arch import Keep, LayerKeep
 from pgprune_cli.checkpoint import latest_checkpoint
 from pgprune_cli.errors import RunError
+from pgprune_cli.int8 import to_int8
 from pgprune_cli.jobs import loop as loops
 from pgprune_cli.jobs.search import search
 from pgprune_cli.loading import load_model
@@ -73,6 +74,34 @@ def test_losses_are_those_of_the_cpu(pair) -> None:
     on_cpu, on_chip = (Evaluator(model).losses(keeps(), some_tokens()) for model in pair)
     torch.testing.assert_close(on_chip, on_cpu, rtol=1e-4, atol=0)
     assert len(set(on_chip.tolist())) == 3
+
+
+def test_losses_of_int8_weights_are_those_of_the_cpu_and_never_wait(pair) -> None:
+    for model in pair:
+        to_int8(model)
+    on_cpu, on_chip = (Evaluator(model) for model in pair)
+    torch.testing.assert_close(
+        on_chip.losses(keeps(), some_tokens()), on_cpu.losses(keeps(), some_tokens()), rtol=1e-4, atol=0
+    )
+    tokens = some_tokens().cuda()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        on_chip._summed(keeps()[0], tokens, {})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_int8_weights_go_straight_to_the_chip_and_take_half_of_bfloat16s() -> None:
+    """At the peak of loading, one projection exists in another form than int8."""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    model = load_model(resolve("demo"), "bfloat16", "cuda", "int8")
+    peak = torch.cuda.max_memory_allocated() - before
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    whole = sum(parameter.nbytes for parameter in load_model(resolve("demo"), "bfloat16", "cpu").parameters())
+    assert all(parameter.device.type == "cuda" for parameter in model.parameters())
+    assert weights < 0.6 * whole and peak < 0.9 * whole
 
 
 def test_losses_are_the_same_twice_and_leave_no_trace(pair) -> None:

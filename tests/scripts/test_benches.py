@@ -85,9 +85,10 @@ def test_pairs_are_timed_in_turn_and_the_first_warms_up(monkeypatch: pytest.Monk
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of the resident memory is Linux's")
-def test_the_memory_bench_counts_what_is_allowed(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+@pytest.mark.parametrize("weights", ["dtype", "int8"])
+def test_the_memory_bench_counts_what_is_allowed(weights: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Of a tiny model the noise of the process outweighs the weights: what the ratio is, a large one says."""
-    monkeypatch.setattr(sys, "argv", ["search_memory", *SMALL])
+    monkeypatch.setattr(sys, "argv", ["search_memory", *SMALL, "--weights", weights])
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module("search_memory").main()
     (row,) = rows_of(capsys.readouterr().out)

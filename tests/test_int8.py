@@ -1,0 +1,377 @@
+"""Weights in int8: how they are rounded, that whatever reads them reads the rounded ones, and how they are loaded."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LAYERS_POLICY, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from memory import Allocations
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from test_substrate import KEEPS, logits_of, some_outputs, some_tokens
+from torch import Tensor, nn
+
+from pgprune_cli import loading
+from pgprune_cli.arch import Shape, gather_units, projections
+from pgprune_cli.costs import measure_latency
+from pgprune_cli.decision import Decision
+from pgprune_cli.errors import UserError
+from pgprune_cli.int8 import Int8Linear, to_int8
+from pgprune_cli.jobs.compare import compare
+from pgprune_cli.jobs.estimate import estimate
+from pgprune_cli.jobs.export import export, options_of
+from pgprune_cli.jobs.init_scores import init_scores
+from pgprune_cli.jobs.search import search
+from pgprune_cli.loading import HEAD, empty_model, load_model
+from pgprune_cli.reconstruct import repair
+from pgprune_cli.saliency import score
+from pgprune_cli.source import DEMO_MODEL, INDEX, Source, resolve
+from pgprune_cli.substrate import Evaluator
+from pgprune_cli.width_table import WidthTable, solved_layers
+
+TEXT = [some_tokens(seed, rows=4, length=16) for seed in (0, 1)]
+
+
+def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, dtype=weight.dtype)
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
+
+
+def rounded(model: nn.Module) -> nn.Module:
+    """The same weights as the int8 model has, in an ordinary one."""
+    spec, model = Shape.of(model).spec, copy.deepcopy(model)
+    for layer in model.get_submodule(spec.layers):
+        for _, _, linear in projections(spec, layer):
+            linear.weight.data = Int8Linear(linear).weight
+    return model
+
+
+@pytest.fixture
+def pair(architecture: str) -> tuple[nn.Module, nn.Module]:
+    """An int8 model and its ordinary twin."""
+    model = tiny_model(architecture)
+    twin = rounded(model)
+    to_int8(model)
+    return model, twin
+
+
+# --- rounding
+
+
+@given(seed=st.integers(0, 999), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_no_weight_is_off_by_more_than_half_a_step(seed: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.randn(7, 33, generator=generator) * torch.logspace(-1, 1, 7)[:, None]).to(dtype)
+    weight[3] = 0.0
+    before = weight.clone()
+    linear = Int8Linear(linear_of(weight))
+    assert torch.equal(weight, before)
+    assert linear.values.dtype == torch.int8 and int(linear.values.min()) >= -127
+    largest = weight.double().abs().amax(1, keepdim=True)
+    # The scale is rounded to the dtype, so the largest weight may lie beyond the last step; the product is, too.
+    allowed = largest * (0.5 / 127 + 2 * torch.finfo(dtype).eps)
+    assert linear.weight.dtype == dtype
+    assert ((linear.weight.double() - weight.double()).abs() <= allowed).all()
+    assert not linear.weight[3].any()
+
+
+def test_what_lies_on_the_steps_stays() -> None:
+    steps = torch.tensor([[127.0, -127.0, 3.0, 0.0], [1.0, 127.0, -5.0, 2.0]])
+    weight = steps * torch.tensor([[0.5], [0.25]])
+    linear = Int8Linear(linear_of(weight))
+    assert torch.equal(linear.values.float(), steps)
+    assert torch.equal(linear.weight, weight)
+    assert torch.equal(linear.scale, torch.tensor([[0.5], [0.25]]))
+
+
+def test_a_forward_is_that_of_the_rounded_weights() -> None:
+    generator = torch.Generator().manual_seed(0)
+    linear = linear_of(torch.randn(6, 5, generator=generator), torch.randn(6, generator=generator))
+    inputs = torch.randn(3, 5, generator=generator)
+    int8 = Int8Linear(linear)
+    assert torch.equal(int8(inputs), nn.functional.linear(inputs, int8.weight, linear.bias))
+    assert 0 < (int8(inputs) - linear(inputs)).abs().max() < 0.1
+
+
+@given(units=st.integers(1, 6), width=st.integers(1, 4), axis=st.integers(0, 1), data=st.data())
+def test_gathered_is_what_the_dense_weight_has_there(units: int, width: int, axis: int, data: st.DataObject) -> None:
+    shape = (units * width, 5) if axis == 0 else (5, units * width)
+    linear = Int8Linear(linear_of(torch.randn(shape, generator=torch.Generator().manual_seed(units))))
+    kept = torch.tensor(sorted(data.draw(st.sets(st.integers(0, units - 1), min_size=1))))
+    expected = gather_units(linear.weight, axis, kept, units)
+    assert torch.equal(linear.gathered(axis, kept, units), expected)
+
+
+# --- whatever reads weights
+
+
+@pytest.mark.parametrize("repaired", [False, True], ids=["as it is", "repaired"])
+@pytest.mark.parametrize("name", KEEPS)
+def test_the_shrunk_model_is_that_of_the_rounded_weights(pair, name: str, repaired: bool) -> None:
+    model, twin = pair
+    keep, tokens = KEEPS[name], some_tokens()
+    outputs = some_outputs(twin, keep, bias=True) if repaired else {}
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    dense = logits_of(model, tokens)
+    with Evaluator(model).shrunk(keep, outputs), Evaluator(twin).shrunk(keep, outputs):
+        torch.testing.assert_close(logits_of(model, tokens), logits_of(twin, tokens), rtol=1e-5, atol=1e-5)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    assert torch.equal(logits_of(model, tokens), dense)
+    torch.testing.assert_close(dense, logits_of(twin, tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_a_forward_that_fails_leaves_no_trace(pair) -> None:
+    model, _ = pair
+    dense = logits_of(model, some_tokens())
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = model.model.layers[3].mlp.down_proj.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Evaluator(model).losses([KEEPS["random"]], some_tokens())
+    handle.remove()
+    assert torch.equal(logits_of(model, some_tokens()), dense)
+    spec = Shape.of(model).spec
+    assert all(linear.kept is None for layer in model.model.layers for _, _, linear in projections(spec, layer))
+
+
+@pytest.mark.parametrize("metric", ["wanda-sp", "flap", "obs", "magnitude"])
+def test_scores_are_those_of_the_rounded_weights(pair, metric: str) -> None:
+    found, expected = (score(model, metric, TEXT, 0) for model in pair)
+    assert found.keys() == expected.keys()
+    for key in expected:
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-6)
+
+
+def test_the_width_table_is_that_of_the_rounded_weights(pair) -> None:
+    saliency = {(i, name): torch.arange(n).double() for i in range(4) for name, n in (("attention", 4), ("ffn", 24))}
+    found, expected = (WidthTable.of(model, dict(solved_layers(model, saliency, TEXT, 1e-2, True))) for model in pair)
+    for key in saliency:
+        torch.testing.assert_close(found.errors[key], expected.errors[key], rtol=1e-3, atol=1e-6)
+        for width, output in expected.outputs[key].items():
+            torch.testing.assert_close(found.outputs[key][width].weight, output.weight, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["bias", "least-squares", "least-squares-bias"])
+def test_a_repair_is_of_the_rounded_weights(pair, method: str) -> None:
+    found, expected = (repair(model, KEEPS["random"], TEXT, method, 1e-2, reselect=False) for model in pair)
+    assert found.outputs.keys() == expected.outputs.keys()
+    for key, output in expected.outputs.items():
+        torch.testing.assert_close(found.outputs[key].weight, output.weight, rtol=1e-3, atol=1e-3)
+
+
+def test_shapes_and_costs_do_not_change(pair) -> None:
+    found, expected = (Shape.of(model) for model in pair)
+    assert found == expected
+
+
+def test_a_latency_counts_no_rounding(pair) -> None:
+    """Between the two looks at the clock no weight is made of int8: whole and halved blocks alike."""
+    model, _ = pair
+    made = []
+
+    def clock(_: torch.device) -> int:
+        made.append([linear.kept is not None for _, _, linear in linears])
+        return len(made)
+
+    spec = Shape.of(model).spec
+    linears = [found for layer in model.model.layers for found in projections(spec, layer)]
+    measure_latency(Evaluator(model), 8, clock)
+    assert all(any(look) for look in made)
+
+
+def test_a_step_makes_one_blocks_weights_at_a_time() -> None:
+    model = tiny_model("llama-mha")
+    block = max(sum(p.nbytes for p in part.parameters()) for part in model.model.layers[0].children())
+    whole = sum(p.nbytes for p in model.model.layers.parameters())
+    to_int8(model)
+    tokens = some_tokens()[:1, :4]
+    with Allocations() as seen:
+        Evaluator(model).losses([KEEPS["dense"], KEEPS["random"]], tokens)
+    assert seen.peak < 1.25 * block + 8_000 < whole / 2
+
+
+# --- loading
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    tiny_model("llama-gqa").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def damaged(saved: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    shutil.copytree(saved, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def same(found: nn.Module, expected: nn.Module) -> None:
+    parameters = dict(expected.named_parameters())
+    assert dict(found.named_parameters()).keys() == parameters.keys()
+    assert all(torch.equal(value, parameters[name]) for name, value in found.named_parameters())
+    assert torch.equal(logits_of(found, some_tokens()), logits_of(expected, some_tokens()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
+def test_what_is_loaded_is_what_rounding_makes_of_the_model(architecture: str, dtype: str, tmp_path: Path) -> None:
+    tiny_model(architecture).save_pretrained(tmp_path)
+    expected = load_model(resolve(str(tmp_path)), dtype, "cpu")
+    to_int8(expected)
+    found = load_model(resolve(str(tmp_path)), dtype, "cpu", "int8")
+    same(found, expected)
+    assert not found.training and not any(parameter.requires_grad for parameter in found.parameters())
+    empty = empty_model(str(tmp_path), dtype, "int8")
+    assert [(n, p.shape, p.dtype) for n, p in empty.named_parameters()] == [
+        (n, p.shape, p.dtype) for n, p in found.named_parameters()
+    ]
+
+
+def test_of_shards_and_of_old_files_what_belongs_to_the_model(damaged: Path) -> None:
+    tensors = load_file(damaged / "model.safetensors") | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    expected = load_model(resolve(str(damaged)), "float32", "cpu", "int8")
+    (damaged / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"two.safetensors": names[::2], "one.safetensors": names[1::2]}
+    for file, inside in shards.items():
+        save_file({name: tensors[name] for name in inside}, damaged / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, inside in shards.items() for name in inside}}
+    (damaged / INDEX).write_text(json.dumps(index))
+    same(load_model(resolve(str(damaged)), "float32", "cpu", "int8"), expected)
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_a_stored_head_is_tied_where_it_is_the_embedding(differs: bool, damaged: Path) -> None:
+    tensors = load_file(damaged / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"] + differs
+    save_file(tensors | {HEAD: head.clone()}, damaged / "model.safetensors", metadata={"format": "pt"})
+    expected = load_model(resolve(str(damaged)), "float32", "cpu")
+    to_int8(expected)
+    found = load_model(resolve(str(damaged)), "float32", "cpu", "int8")
+    same(found, expected)
+    assert (found.lm_head.weight is found.model.embed_tokens.weight) is not differs
+
+
+def test_a_gguf_file_is_rounded_once_it_is_unpacked(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as that can be seen without one: transformers reads it whole, and reads the directory here."""
+    source = Source("x", saved, "model.safetensors")
+    monkeypatch.setattr(loading, "_gguf_arguments", lambda file: {})
+    same(load_model(source, "float32", "cpu", "int8"), load_model(resolve(str(saved)), "float32", "cpu", "int8"))
+
+
+def test_it_is_never_whole_in_memory(tmp_path: Path) -> None:
+    """Of 72 projections one at a time exists in another form than int8."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 12, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=64, tie_word_embeddings=True, **sizes)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    source = resolve(str(tmp_path))
+    with Allocations() as seen:
+        model = load_model(source, "bfloat16", "cpu", "int8")
+    kept = sum(parameter.nbytes for parameter in model.parameters())
+    largest = 64 * 256 * (4 + 2 + 2 + 1)  # read, in magnitude, in float32, and in int8
+    assert kept < seen.peak < kept + largest + 10_000 < 0.75 * 2 * sum(p.numel() for p in model.parameters())
+
+
+def refused(folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        load_model(resolve(str(folder)), "float32", "cpu", "int8")
+    return str(caught.value).removeprefix(f"{folder}: ")
+
+
+def test_what_is_wrong_with_files_is_said_as_ever(damaged: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    path, tensors = damaged / "model.safetensors", load_file(damaged / "model.safetensors")
+
+    def changed(tensors: dict[str, Tensor]) -> str:
+        save_file(tensors, path, metadata={"format": "pt"})
+        return refused(damaged)
+
+    assert changed({key: value for key, value in tensors.items() if key != name}) == (
+        f"its files lack 1 weights, the first is {name}"
+    )
+    assert changed(tensors | {name: tensors[name][:5].clone()}) == (
+        f"1 weights do not fit its config: {name} has the shape (5, 32), and by the config it should be (24, 32)"
+    )
+    for bad in (torch.nan, torch.inf):
+        broken = tensors[name].clone()
+        broken[3, 5] = bad
+        assert changed(tensors | {name: broken}).startswith("model.layers.1.mlp.up_proj.scale holds NaN or infinity")
+    path.write_bytes(path.read_bytes()[:999])
+    assert "damaged or not safetensors" in refused(damaged)
+
+
+def test_on_several_devices_it_computes_what_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them the CPU, but with accelerate's hooks."""
+    accelerate = pytest.importorskip("accelerate", reason="needs the extra: pip install 'pgprune[multi-gpu]'")
+    dispatched = accelerate.dispatch_model
+    monkeypatch.setattr(accelerate, "dispatch_model", lambda *given: dispatched(*given, force_hooks=True))
+    alone = Evaluator(load_model(resolve("demo"), "float32", "cpu", "int8"))
+    monkeypatch.setattr(loading, "devices_of", lambda _: [torch.device("cpu")] * 2)
+    hooked = Evaluator(load_model(resolve("demo"), "float32", "cpu,cpu", "int8"))
+    assert all(hasattr(layer, "_hf_hook") for layer in hooked.layers)
+    space = alone.shape.space(("attention", "ffn"))
+    keep = alone.shape.keep(space, torch.arange(space.n) % 3 > 0)
+    tokens = torch.arange(48).view(2, 24)
+    assert torch.equal(hooked.losses([keep], tokens), alone.losses([keep], tokens))
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"several devices needs the extra: pip install 'pgprune\[multi-gpu\]'"):
+        load_model(resolve("demo"), "float32", "cpu,cpu", "int8")
+
+
+# --- a search with them
+
+
+def test_a_search_is_repaired_on_rounded_weights_and_exported_from_stored_ones(small, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    recipe = small(*LAYERS_POLICY, "dtype=float32", "weights=int8", "calibration.sequences=24")
+    decision: Decision = search(recipe, run, quiet=True)
+    plain = search(small(*LAYERS_POLICY, "dtype=float32", "calibration.sequences=24"), tmp_path / "plain", quiet=True)
+    assert decision.heldout_loss == pytest.approx(plain.heldout_loss, rel=0.05)
+    assert decision.heldout_loss != plain.heldout_loss
+    export(run, tmp_path / "model", options_of("hf", "float32", None, False, 1, 1))
+    layer = next(index for index, kept in enumerate(decision.keep) if kept.ffn.any() and not kept.ffn.all())
+    name = f"model.layers.{layer}.mlp.gate_proj.weight"
+    with safe_open(DEMO_MODEL / "model.safetensors", "pt") as base:
+        stored = base.get_tensor(name).float()[decision.keep[layer].ffn]
+    exported = load_file(tmp_path / "model" / "model.safetensors")
+    assert any(torch.equal(value, stored) for key, value in exported.items() if key.endswith("mlp.gate_proj.weight"))
+
+
+def test_a_metric_with_gradients_is_refused(small, tmp_path: Path) -> None:
+    recipe = small("weights=int8", "saliency.metric=taylor")
+    for job in (search, init_scores):
+        with pytest.raises(UserError) as caught:
+            job(recipe, tmp_path / "run", quiet=True)
+        assert str(caught.value) == (
+            "saliency.metric: taylor takes gradients, which int8 weights have not; set weights to dtype, or take a "
+            "metric without, such as obs"
+        )
+    with pytest.raises(UserError, match="taylor takes gradients"):
+        estimate(recipe, quiet=True)
+    with pytest.raises(UserError, match="taylor takes gradients"):
+        compare(small("weights=int8"), tmp_path / "out", [0], ["llm-pruner"], None, quiet=True)
+
+
+def test_a_dry_run_knows_of_it(small) -> None:
+    plain, int8 = (estimate(small("dtype=bfloat16", f"weights={w}"), quiet=True) for w in ("dtype", "int8"))
+    assert int8["parameters"] == plain["parameters"]
+    projections_ = 2 * plain["parameters"] - int8["memory"]["weights"]
+    layers = sum(p.numel() for p in empty_model("demo", "bfloat16").model.layers.parameters() if p.dim() == 2)
+    assert projections_ == pytest.approx(layers, rel=0.02)
+    assert int8["memory"]["slices"] > plain["memory"]["slices"]
