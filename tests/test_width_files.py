@@ -1,4 +1,4 @@
-"""Widths on disk: what was solved, bit for bit, mapped; solved again where a file is gone, damaged or of another search."""
+"""Widths on disk: what was solved, bit for bit, mapped; solved again where a file is gone, damaged or another's."""
 
 from __future__ import annotations
 
