@@ -1,12 +1,14 @@
 """One search on many processes: each evaluates its share of the masks, and all of them hear all losses.
 
-`torchrun` starts the processes. Every one of them draws the same masks from the seed and moves the same policy; only
-the forwards are divided. A loss is computed by one process alone and reaches the others as it is, so that nothing
-depends on how many they are. Only the writer (rank 0) writes. Without torchrun there is one process, the writer, and
+`torchrun` starts the processes. Every one of them draws the same masks from the seed and moves the same policy; the
+forwards are divided, and before the search the layers that are scored and solved. A loss, or a layer, is computed by
+one process alone and reaches the others as it is, so that nothing depends on how many they are. Only the writer (rank
+0) writes, but for its share of the table of widths. Without torchrun there is one process, the writer, and
 `torch.distributed` is not touched.
 
-What is exchanged are some numbers a step, on the CPU and by gloo, also where the models are on GPUs: NCCL would gain
-nothing on them, would take memory of the GPU, and hang where gloo says at once that a process is gone.
+What is exchanged are some numbers a step, and the scores once, on the CPU and by gloo, also where the models are on
+GPUs: NCCL would gain nothing on them, would take memory of the GPU, and hang where gloo says at once that a process is
+gone.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ CLOCKS = ("seconds", "tokens_per_second", "memory_bytes", "history_bytes", "sha2
 JOBS = {
     "init-scores": [["init-scores", "{base}/recipe.yaml", "--out", "run"]],
     "search": [["search", "{base}/recipe.yaml", "--out", "run"]],
+    "widths": [["search", "{base}/recipe.yaml", "--out", "run", "--set", "search.policy=layers"]],
     "export": [["search", "{base}/recipe.yaml", "--out", "run"], ["export", "run", "--out", "small"]],
     "compare": [["compare", "{base}/recipe.yaml", "--out", "table", "--only", "metric-start", "--limit", "2"]],
 }

@@ -18,7 +18,9 @@ def killed_at_a_change(bench, job: str, at: int) -> None:
     bench.ends_as_if_undisturbed(job, folder)
 
 
-@pytest.mark.parametrize(("job", "kills"), [("init-scores", 2), ("search", 6), ("export", 4), ("compare", 3)])
+@pytest.mark.parametrize(
+    ("job", "kills"), [("init-scores", 2), ("search", 6), ("widths", 3), ("export", 4), ("compare", 3)]
+)
 def test_a_kill_at_a_change_to_the_disk_costs_nothing(bench, job, kills) -> None:
     points = range(1, len(bench.of(job).points) + 1)
     for at in random.Random(job).sample(points, kills):

@@ -38,7 +38,7 @@ def fails_at(bench, job: str, at: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ERRORS)
-@pytest.mark.parametrize("job", ["search", "export"])
+@pytest.mark.parametrize("job", ["search", "widths", "export"])
 def test_a_disk_that_fails_from_some_change_on_costs_nothing(bench, job, kind) -> None:
     fails_at(bench, job, random.Random(job + kind).randint(1, len(bench.of(job).points)), kind)
 
@@ -51,7 +51,9 @@ def test_a_disk_that_fails_from_any_change_on_costs_nothing(bench, job) -> None:
         fails_at(bench, job, at, ERRORS[at % len(ERRORS)])
 
 
-@pytest.mark.parametrize(("job", "limit"), [("init-scores", 300), ("search", 600), ("search", 5000), ("export", 20000)])
+@pytest.mark.parametrize(
+    ("job", "limit"), [("init-scores", 300), ("search", 600), ("search", 5000), ("widths", 9000), ("export", 20000)]
+)
 def test_a_file_cut_in_the_middle_of_a_write_does_not_stay(bench, job, limit) -> None:
     """The kernel's own limit of a file's size: the write itself fails, half-way."""
     folder = bench.folder(job)

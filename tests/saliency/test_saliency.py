@@ -240,3 +240,18 @@ def test_scores_lie_along_the_axis_of_the_space(families: tuple[str, ...]) -> No
     flat = flat_saliency(scores, shape, space)
     assert flat.tolist() == expected
     assert len(flat) == space.n
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_layers_are_scored_apart_as_they_are_together(metric: str) -> None:
+    """Bit for bit: processes divide them."""
+    model = tiny_model("llama-gqa")
+    text = [torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))]
+    whole = score(model, metric, text, 0)
+    parts = [score(model, metric, text, 0, range(rank, 4, 3)) for rank in range(3)] + [
+        score(model, metric, text, 0, [])
+    ]
+    assert sum(map(len, parts)) == len(whole) == 8
+    for part in parts:
+        for name, values in part.items():
+            assert torch.equal(values, whole[name])

@@ -1,0 +1,194 @@
+"""Widths on disk: what was solved, bit for bit, mapped; solved again where a file is gone, damaged or another's."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from blocks import BLOCKS, CHANNELS, GROUPS, LAYERS, batches
+from conftest import tiny_model
+from torch import Tensor, nn
+
+from pgprune_cli import width_files
+from pgprune_cli.distributed import Ranks
+from pgprune_cli.errors import RunError, UserError
+from pgprune_cli.jobs import widths as job
+from pgprune_cli.recipe import Budget, Calibration, Recipe
+from pgprune_cli.run_files import WIDTHS
+from pgprune_cli.width_files import has_layer, load_layer, refuse_full_disk, remove_widths, save_layer
+from pgprune_cli.width_table import WidthTable, solved_layers
+
+
+def saliency() -> dict[tuple[int, str], Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    counts = {"attention": GROUPS, "ffn": CHANNELS}
+    return {key: torch.rand(counts[key[1]], generator=generator, dtype=torch.float64) for key in BLOCKS}
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def model(request) -> nn.Module:
+    return tiny_model("llama-biased").to(request.param)
+
+
+@pytest.fixture
+def saved(model: nn.Module, tmp_path: Path) -> Path:
+    for index, blocks in solved_layers(model, saliency(), batches(), 1e-2, True, only=[1]):
+        save_layer(tmp_path, index, blocks, "mine")
+    return tmp_path
+
+
+def the_file(run: Path) -> Path:
+    (path,) = (run / WIDTHS).iterdir()
+    return path
+
+
+def test_what_is_read_is_what_was_solved_bit_for_bit_and_mapped(model: nn.Module, saved: Path) -> None:
+    ((_, solved),) = solved_layers(model, saliency(), batches(), 1e-2, True, only=[1])
+    found = load_layer(saved, 1)
+    assert list(found) == list(solved) == ["attention", "ffn"]
+    for name, block in solved.items():
+        assert torch.equal(found[name].errors, block.errors)
+        assert torch.equal(found[name].order, block.order)
+        assert list(found[name].weights) == list(block.weights) != []
+        for kept, weight in block.weights.items():
+            assert found[name].weights[kept].dtype == weight.dtype == next(model.parameters()).dtype
+            assert torch.equal(found[name].weights[kept], weight)
+    if sys.platform == "linux":
+        assert str(the_file(saved)) in Path("/proc/self/maps").read_text()
+
+
+def truncated(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 4
+    path.write_bytes(content)
+
+
+def relabelled(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'"attention.1"', b'"attention.2"', 1))
+
+
+HARMS = (truncated, flipped, relabelled, lambda path: path.write_bytes(b""), Path.unlink)
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_what_is_not_whole_is_not_there(saved: Path, harm) -> None:
+    assert has_layer(saved, 1, "mine")
+    harm(the_file(saved))
+    assert not has_layer(saved, 1, "mine")
+
+
+def test_neither_is_another_searchs(saved: Path) -> None:
+    assert not has_layer(saved, 1, "another")
+    assert not has_layer(saved, 0, "mine")
+    with pytest.raises(UserError, match="layer-00000"):
+        load_layer(saved, 0)
+
+
+def test_a_disk_that_is_too_small_is_refused_beforehand(saved: Path, monkeypatch) -> None:
+    """Of 4 layers' files one is there."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, 30 * 10**9))
+    refuse_full_disk(saved, 4, 40 * 10**9)
+    with pytest.raises(RunError, match=r"need 33\.0 GB there while the search runs, and 30\.0 GB are free: make room"):
+        refuse_full_disk(saved, 4, 44 * 10**9)
+
+
+def test_what_is_finished_leaves_nothing(saved: Path) -> None:
+    (saved / WIDTHS / ".layer-00002.safetensors.1.tmp").write_bytes(b"of one that was killed")
+    remove_widths(saved)
+    remove_widths(saved)
+    assert list(saved.iterdir()) == []
+
+
+# --- the table of a search
+
+RECIPE = Recipe(model="", calibration=Calibration(corpus=""), budget=Budget(sparsity=0.5))
+
+
+def table(model: nn.Module, run: Path, recipe: Recipe = RECIPE, ranks: Ranks = Ranks()) -> WidthTable:  # noqa: B008
+    run.mkdir(exist_ok=True)
+    return job.searched_table(recipe, run, model, saliency(), batches(), "fingerprint", ranks, True)
+
+
+@pytest.fixture
+def solved(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Which layers were solved, call after call."""
+    calls = []
+
+    def noted(*arguments):
+        calls.append(list(arguments[-1]))
+        return solved_layers(*arguments)
+
+    monkeypatch.setattr(job, "solved_layers", noted)
+    return calls
+
+
+def assert_same(one: WidthTable, other: WidthTable) -> None:
+    for key in BLOCKS:
+        assert torch.equal(one.errors[key], other.errors[key])
+        assert torch.equal(one.orders[key], other.orders[key])
+        assert list(one.outputs[key]) == list(other.outputs[key])
+        for kept, output in one.outputs[key].items():
+            assert torch.equal(output.weight, other.outputs[key][kept].weight)
+            assert output.bias is other.outputs[key][kept].bias
+
+
+def test_a_table_is_solved_once(model: nn.Module, tmp_path: Path, solved) -> None:
+    first = table(model, tmp_path)
+    assert_same(table(model, tmp_path), first)
+    damping = RECIPE.reconstruct.damping
+    assert_same(WidthTable.of(model, dict(solved_layers(model, saliency(), batches(), damping, True))), first)
+    assert solved == [list(range(LAYERS))]
+
+
+def test_what_is_damaged_is_solved_again_and_nothing_else(model: nn.Module, tmp_path: Path, solved) -> None:
+    first = table(model, tmp_path)
+    before = {key: {kept: out.weight.clone() for kept, out in outs.items()} for key, outs in first.outputs.items()}
+    flipped(tmp_path / WIDTHS / "layer-00002.safetensors")
+    (tmp_path / WIDTHS / "layer-00000.safetensors").unlink()
+    again = table(model, tmp_path)
+    assert solved == [list(range(LAYERS)), [0, 2]]
+    for key, outputs in again.outputs.items():
+        assert all(torch.equal(output.weight, before[key][kept]) for kept, output in outputs.items())
+
+
+@pytest.mark.parametrize("changed", ["recipe", "text", "model"])
+def test_of_another_search_everything_is_solved(changed: str, model: nn.Module, tmp_path: Path, solved) -> None:
+    table(model, tmp_path)
+    recipe, text, fingerprint = RECIPE, batches(), "fingerprint"
+    if changed == "recipe":
+        recipe = replace(RECIPE, reconstruct=replace(RECIPE.reconstruct, damping=0.5))
+    elif changed == "text":
+        text[0][0, 0] += 1
+    else:
+        fingerprint = "another"
+    job.searched_table(recipe, tmp_path, model, saliency(), text, fingerprint, Ranks(), True)
+    assert solved == [list(range(LAYERS))] * 2
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_shares_of_processes_make_the_same_table(
+    world: int, model: nn.Module, tmp_path: Path, solved, monkeypatch
+) -> None:
+    alone = table(model, tmp_path / "alone")
+    monkeypatch.setattr(Ranks, "greatest", lambda self, value: value)
+    monkeypatch.setattr(job, "load_layer", lambda run, index: {})  # the others' are not there yet
+    for rank in range(world):
+        table(model, tmp_path / "together", ranks=Ranks(rank, world))
+    monkeypatch.setattr(job, "load_layer", width_files.load_layer)
+    assert_same(table(model, tmp_path / "together"), alone)
+    assert sorted(index for call in solved[1:] for index in call) == list(range(LAYERS))
+
+
+def test_nothing_is_solved_on_a_disk_that_is_too_small(model: nn.Module, tmp_path: Path, solved, monkeypatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, 1000))
+    with pytest.raises(RunError, match="make room, or give another place with --out"):
+        table(model, tmp_path)
+    assert (solved, list(tmp_path.iterdir())) == ([], [])
