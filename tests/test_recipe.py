@@ -442,7 +442,9 @@ def test_a_dump_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, given
 
 def test_a_dump_reads_like_a_recipe() -> None:
     text = dump(read(MINIMAL + "search: {learning_rate: 2e-5}\n"))
-    assert text.startswith("model: demo\ndtype: bfloat16\nweights: dtype\ndevice: auto\nseed: 0\ncalibration:\n  corpus: demo\n")
+    assert text.startswith(
+        "model: demo\ndtype: bfloat16\nweights: dtype\ndevice: auto\nseed: 0\ncalibration:\n  corpus: demo\n"
+    )
     assert "  families: [attention, ffn]\n" in text
     assert "  learning_rate: 2.0e-05\n" in text
 
