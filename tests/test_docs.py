@@ -1,30 +1,64 @@
 """The documentation cannot lie: every block of commands is run or says why not, every command line would be accepted.
 
-A fenced block is run, top to bottom, all of a page in one directory, unless `<!-- not run: why -->` stands above it.
+A fenced block is run, top to bottom, all of a page in one directory. Where its model is not at hand, `<!-- run small -->`
+above it has its very commands run on the model that comes with the package, cut short (`SMALL`); names that mean nothing
+here are replaced by others, `<!-- run small: demo for wikitext2, 2 for 8 -->`, which may be those that `given` makes.
+What cannot run at all says `<!-- not run: why -->`.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import parsed
+from commands import PROGRAM, parsed
+from multiple_choice import items_of, task_file
 
+from pgprune_cli import cli
+from pgprune_cli.demo.grammar import generate
 from pgprune_cli.recipe_reader import load
 
 ROOT = Path(__file__).parents[1]
 DOCS = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "log.md"]  # its commands are of their day
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
-FENCE = re.compile(r"(?:<!-- not run: (?P<why>[^\n]+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
+REMARK = r"<!-- (?:not run: (?P<why>[^\n]+)|(?P<small>run small)(?:: (?P<instead>[^\n]+))?) -->\n"
+FENCE = re.compile(rf"(?:{REMARK})?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 INLINE = re.compile(r"(?<!`)`(pgprune [^`]+)`(?!`)")
 RUN = ("bash", "python", "yaml")
 SHOWN = ("text", "json")
+SMALL = (
+    "model=demo",
+    "device=cpu",
+    "dtype=float32",
+    "calibration.corpus=demo",
+    "calibration.sequences=16",
+    "calibration.seqlen=32",
+    "calibration.batch=2",
+    "calibration.heldout=2",
+    "saliency.sequences=4",
+    "saliency.seqlen=32",
+    "search.forwards=4",
+    "search.samples=2",
+    "search.evaluate_every=2",
+    "reconstruct.sequences=8",
+    "evaluation.corpora=[demo]",
+    "evaluation.seqlen=[32]",
+)
+"""What is set, after all that the command sets itself, in every recipe of a block that is run small."""
+TAKE_SETTINGS = [
+    verb for verb, command in PROGRAM.commands.items() if any("--set" in each.opts for each in command.params)
+]
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 
 
 @dataclass(frozen=True)
@@ -32,11 +66,18 @@ class Block:
     language: str
     text: str
     why_not: str | None
+    small: bool
+    instead: tuple[tuple[str, str], ...]
+    """What stands in the page, and what to run in its place."""
 
 
 def blocks(page: Path) -> list[Block]:
-    found = FENCE.finditer(page.read_text(encoding="utf-8"))
-    return [Block(match["language"], match["text"], match["why"]) for match in found]
+    found = []
+    for match in FENCE.finditer(page.read_text(encoding="utf-8")):
+        pairs = [pair.partition(" for ") for pair in (match["instead"] or "").split(", ") if pair]
+        instead = tuple((there, here) for here, _, there in pairs)
+        found.append(Block(match["language"], match["text"], match["why"], bool(match["small"]), instead))
+    return found
 
 
 def name(page: Path) -> str:
@@ -82,6 +123,13 @@ def test_every_command_that_is_mentioned_has_those_options(page: Path) -> None:
                 raise
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_every_extra_that_is_to_be_installed_is_one(page: Path) -> None:
+    """Which is all that is tried of `pip install`."""
+    for extras in re.findall(r"pip install (?:-e )?'?(?:pgprune|\.)\[([^\]]+)\]", page.read_text(encoding="utf-8")):
+        assert set(extras.split(",")) <= set(EXTRAS)
+
+
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
@@ -100,10 +148,10 @@ def test_a_command_line_that_it_does_not_take_would_be_found(line: str, fault: s
 
 @pytest.fixture
 def programs(tmp_path: Path) -> dict[str, str]:
-    """An environment in which `pgprune` and `python` are this one's."""
+    """An environment in which `pgprune`, `python` and `torchrun` are this one's."""
     folder = tmp_path / "bin"
     folder.mkdir()
-    for program, words in {"pgprune": "-m pgprune_cli ", "python": ""}.items():
+    for program, words in {"pgprune": "-m pgprune_cli ", "python": "", "torchrun": "-m torch.distributed.run "}.items():
         (folder / program).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {words}"$@"\n')
         (folder / program).chmod(0o755)
     paths = {"PATH": f"{folder}:{os.environ['PATH']}"}
@@ -111,20 +159,71 @@ def programs(tmp_path: Path) -> dict[str, str]:
     return os.environ | paths | {"HF_HUB_OFFLINE": "1"}
 
 
+@pytest.fixture
+def here(tmp_path: Path, finished: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of a page, with what may be given in place of its names: runs, a text, a task."""
+    here = tmp_path / "here"
+    for name, run in finished.items():
+        shutil.copytree(run, here / "runs" / name)
+    (here / "text.txt").write_text(generate(seed=9, characters=10_000))
+    (here / "tales.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items_of(4)))
+    task_file(here, Path("tales.jsonl"))
+    for folder in ("configs", "scripts"):
+        (here / folder).symlink_to(ROOT / folder)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.chdir(here)
+    return here
+
+
+def replaced(block: Block) -> str:
+    text = block.text
+    for there, here in block.instead:
+        text, times = re.subn(rf"(?<![\w./-]){re.escape(there)}(?![\w./-])", here, text)
+        assert times, f"nothing of that name to be replaced: {there}"
+    return text
+
+
+def small_commands(block: Block) -> Iterator[list[str]]:
+    """The words of each command, with `SMALL` behind those that take a recipe's settings. It is no shell."""
+    for line in replaced(block).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        assert not re.search(r"[|&;$*<>]", " ".join(words)), f"needs a shell: {line}"
+        ours = words[words.index("pgprune_cli") :] if "pgprune_cli" in words else words
+        if ours[:1] in (["pgprune"], ["pgprune_cli"]) and ours[1] in TAKE_SETTINGS:
+            words += [word for setting in SMALL for word in ("--set", setting)]
+        if words and words[0] != "pip":
+            yield words
+
+
+def run(command: list[str | Path], programs: dict[str, str]) -> None:
+    done = subprocess.run(command, env=programs, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command[-1]}\n{done.stderr}"
+
+
 @pytest.mark.timeout(900)  # a process for every command
 @pytest.mark.parametrize("page", RUNNABLE, ids=name)
-def test_what_a_page_shows_is_what_happens(page: Path, tmp_path: Path, programs: dict[str, str]) -> None:
-    here = tmp_path / "here"
-    here.mkdir()
+def test_what_a_page_shows_is_what_happens(
+    page: Path, here: Path, programs: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for number, block in enumerate(block for block in blocks(page) if block.language in RUN and not block.why_not):
         if block.language == "yaml":
-            file = here / f"block-{number}.yaml"
-            file.write_text(block.text)
-            load(file)
-            continue
-        program = ["bash", "-euc"] if block.language == "bash" else [sys.executable, "-c"]
-        done = subprocess.run([*program, block.text], cwd=here, env=programs, capture_output=True, text=True)
-        assert done.returncode == 0, f"{block.text}\n{done.stderr}"
+            named = re.match(r"# ([\w-]+\.yaml)", block.text)  # a file for the commands that follow
+            file = here / (named[1] if named else f"block-{number}.yaml")
+            file.write_text(replaced(block))
+            if not named:
+                load(file)
+        elif block.language == "python":
+            run([sys.executable, "-c", replaced(block)], programs)
+        elif not block.small:
+            run(["bash", "-euc", block.text], programs)
+        for words in small_commands(block) if block.small and block.language == "bash" else ():
+            if words[0] != "pgprune":
+                run([shutil.which(words[0], path=programs["PATH"]), *words[1:]], programs)
+                continue
+            monkeypatch.setattr(sys, "argv", words)  # seconds of imports for each, in processes of their own
+            with pytest.raises(SystemExit) as ended:
+                cli.main()
+            assert not ended.value.code, words
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
