@@ -40,7 +40,7 @@ SMALL = (
     "model=demo",
     "device=cpu",
     "dtype=float32",
-    "calibration.corpus=demo",
+    "calibration.corpus=text.txt",
     "calibration.sequences=16",
     "calibration.seqlen=32",
     "calibration.batch=2",
@@ -51,7 +51,7 @@ SMALL = (
     "search.samples=2",
     "search.evaluate_every=2",
     "reconstruct.sequences=8",
-    "evaluation.corpora=[demo]",
+    "evaluation.corpora=[tales=text.txt]",
     "evaluation.seqlen=[32]",
 )
 """What is set, after all that the command sets itself, in every recipe of a block that is run small."""
