@@ -1,9 +1,9 @@
 """The documentation cannot lie: every block of commands is run or says why not, every command line would be accepted.
 
-A fenced block is run, top to bottom, all of a page in one directory. Where its model is not at hand, `<!-- run small -->`
-above it has its very commands run on the model that comes with the package, cut short (`SMALL`); names that mean nothing
-here are replaced by others, `<!-- run small: demo for wikitext2, 2 for 8 -->`, which may be those that `given` makes.
-What cannot run at all says `<!-- not run: why -->`.
+A fenced block is run, top to bottom, all of a page in one directory. Where its model is not at hand,
+`<!-- run small -->` stands above it: its very commands, except `pip install`, are run on the model that comes with the
+package, cut short (`SMALL`). Names that mean nothing here give way to others, such as those of what lies in `here`:
+`<!-- run small: demo for RECIPE, 2 for 8 -->`. What cannot be run at all says `<!-- not run: why -->`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pgprune_cli.recipe_reader import load
 ROOT = Path(__file__).parents[1]
 DOCS = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "log.md"]  # its commands are of their day
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
-REMARK = r"<!-- (?:not run: (?P<why>[^\n]+)|(?P<small>run small)(?:: (?P<instead>[^\n]+))?) -->\n"
+REMARK = r"<!-- (?:not run: (?P<why>[^\n]+)|(?P<small>run small)(?::\s(?P<instead>[^>]+))?) -->\n"
 FENCE = re.compile(rf"(?:{REMARK})?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 INLINE = re.compile(r"(?<!`)`(pgprune [^`]+)`(?!`)")
 RUN = ("bash", "python", "yaml")
@@ -55,9 +55,9 @@ SMALL = (
     "evaluation.seqlen=[32]",
 )
 """What is set, after all that the command sets itself, in every recipe of a block that is run small."""
-TAKE_SETTINGS = [
+TAKE_SETTINGS = {
     verb for verb, command in PROGRAM.commands.items() if any("--set" in each.opts for each in command.params)
-]
+}
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 
 
@@ -74,8 +74,8 @@ class Block:
 def blocks(page: Path) -> list[Block]:
     found = []
     for match in FENCE.finditer(page.read_text(encoding="utf-8")):
-        pairs = [pair.partition(" for ") for pair in (match["instead"] or "").split(", ") if pair]
-        instead = tuple((there, here) for here, _, there in pairs)
+        pairs = [" ".join(pair.split()).partition(" for ") for pair in re.split(r",\s", match["instead"] or "")]
+        instead = tuple((there, here) for here, _, there in pairs if there)
         found.append(Block(match["language"], match["text"], match["why"], bool(match["small"]), instead))
     return found
 
@@ -94,6 +94,7 @@ def test_every_block_says_what_it_is(page: Path) -> None:
     for block in blocks(page):
         assert block.language in (*RUN, *SHOWN), block.text
         assert block.language in RUN or not re.search(r"^\$? ?pgprune ", block.text, re.M), block.text
+        assert not block.small or block.language != "bash" or [*small_commands(block)], block.text
     assert not re.search(r"^    \$? ?pgprune ", FENCE.sub("", text), re.M), "commands go into a fenced block"
 
 
@@ -156,7 +157,7 @@ def programs(tmp_path: Path) -> dict[str, str]:
         (folder / program).chmod(0o755)
     paths = {"PATH": f"{folder}:{os.environ['PATH']}"}
     paths["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return os.environ | paths | {"HF_HUB_OFFLINE": "1"}
+    return os.environ | paths | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")}
 
 
 @pytest.fixture
@@ -170,7 +171,7 @@ def here(tmp_path: Path, finished: dict[str, Path], monkeypatch: pytest.MonkeyPa
     task_file(here, Path("tales.jsonl"))
     for folder in ("configs", "scripts"):
         (here / folder).symlink_to(ROOT / folder)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub" / "datasets")
     monkeypatch.chdir(here)
     return here
 
@@ -188,11 +189,26 @@ def small_commands(block: Block) -> Iterator[list[str]]:
     for line in replaced(block).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         assert not re.search(r"[|&;$*<>]", " ".join(words)), f"needs a shell: {line}"
-        ours = words[words.index("pgprune_cli") :] if "pgprune_cli" in words else words
-        if ours[:1] in (["pgprune"], ["pgprune_cli"]) and ours[1] in TAKE_SETTINGS:
+        if TAKE_SETTINGS.intersection(words):
             words += [word for setting in SMALL for word in ("--set", setting)]
         if words and words[0] != "pip":
             yield words
+
+
+def test_a_block_that_is_run_small_gives_its_commands() -> None:
+    text = """\
+pip install 'pgprune[gguf]'   # which is not tried
+torchrun --nproc-per-node 8 -m pgprune_cli search RECIPE    # RECIPE: one's own
+pgprune eval runs/RECIPE --limit 8 \\
+    --ppl RECIPE
+"""
+    search, measure = small_commands(Block("bash", text, None, True, (("8", "2"), ("RECIPE", "demo"))))
+    assert search[:7] == ["torchrun", "--nproc-per-node", "2", "-m", "pgprune_cli", "search", "demo"]
+    assert search[7:9] == ["--set", "model=demo"]
+    assert measure == ["pgprune", "eval", "runs/RECIPE", "--limit", "2", "--ppl", "demo"]
+    for text, instead in (("pgprune runs | sort", ()), ("pgprune runs", (("run", "demo"),))):
+        with pytest.raises(AssertionError):
+            [*small_commands(Block("bash", text, None, True, instead))]
 
 
 def run(command: list[str | Path], programs: dict[str, str]) -> None:
