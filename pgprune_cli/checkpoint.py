@@ -81,9 +81,14 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
             "state_sha256": checksum(temporary / TENSORS),
         }
         write_record(temporary / RECORD, record)
+    drop_old(run)
+    return target
+
+
+def drop_old(run: Path) -> None:
+    """Removes all checkpoints but the last two, and what is left of one whose removal was cut short."""
     for old in _all(run)[:-KEPT]:
         shutil.rmtree(old)
-    return target
 
 
 def latest_checkpoint(run: Path, skip_damaged: bool = False) -> Checkpoint | None:

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from pgprune_cli.checkpoint import Checkpoint, latest_checkpoint
+from pgprune_cli.checkpoint import Checkpoint, drop_old, latest_checkpoint
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.recipe import Evaluation, Recipe
@@ -77,4 +77,5 @@ def resumed(run: Path, identity: str, skip_damaged: bool = False) -> Checkpoint 
     if size < checkpoint.history_bytes:
         raise UserError(f"{history}: {size} bytes where the checkpoint wrote {checkpoint.history_bytes}: it was cut")
     os.truncate(history, checkpoint.history_bytes)
+    drop_old(run)
     return checkpoint

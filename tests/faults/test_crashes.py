@@ -25,6 +25,17 @@ def test_a_kill_at_a_change_to_the_disk_costs_nothing(bench, job, kills) -> None
         killed_at_a_change(bench, job, at)
 
 
+def test_a_kill_while_the_last_old_checkpoint_goes_leaves_nothing_of_it(bench) -> None:
+    points = bench.of("search").points
+    removals = [
+        at
+        for at, (event, path, *_) in enumerate(points, 1)
+        if event in ("os.remove", "os.rmdir") and path.startswith("run/checkpoints/step-")
+    ]
+    for at in removals[-3:]:  # of its two files, and of its directory
+        killed_at_a_change(bench, "search", at)
+
+
 def killed_at_an_instant(bench, job: str, fraction: float) -> None:
     folder = bench.folder(job)
     ended = bench.run(folder, JOBS[job][-1], kill_after=fraction * bench.of(job).seconds)
