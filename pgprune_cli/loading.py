@@ -7,6 +7,7 @@ safetensors and GGUF are read, and no code that comes with a model is run.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
@@ -22,7 +23,15 @@ from pgprune_cli.arch import spec_of
 from pgprune_cli.atomic import read_json
 from pgprune_cli.devices import devices_of, enough, spread
 from pgprune_cli.errors import UserError
-from pgprune_cli.trust import HOW_TO_CONVERT, PICKLED, check_directory, check_weight_name, refuse_links_out
+from pgprune_cli.gguf_header import read_header
+from pgprune_cli.trust import (
+    HOW_TO_CONVERT,
+    PICKLED,
+    check_directory,
+    check_gguf,
+    check_weight_name,
+    refuse_links_out,
+)
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"
 INDEX = "model.safetensors.index.json"
@@ -104,7 +113,7 @@ def read_config(source: Source) -> Any:
 
     from pgprune_cli.writers import modeling_pruned  # noqa: F401  (makes our own exported models loadable)
 
-    check_directory(source.name, source.directory)
+    _check(source)
     arguments = {} if source.gguf is None else {"gguf_file": source.gguf}
     try:
         return AutoConfig.from_pretrained(source.directory, trust_remote_code=False, **arguments)
@@ -113,8 +122,9 @@ def read_config(source: Source) -> Any:
 
 
 def check_prunable(source: Source) -> None:
-    """Raises UserError for a model that no search could end well on; reads no weights, and of GGUF files nothing."""
+    """Raises UserError for a model that no search could end well on; reads no weights, and of GGUF the header."""
     if source.gguf is not None:
+        check_gguf(source.name, source.directory / source.gguf)
         return
     config = read_config(source)
     spec_of(config.model_type)
@@ -138,12 +148,10 @@ def load_model(source: Source, dtype: str, device: str) -> nn.Module:
     arguments: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     arguments |= {"use_safetensors": True, "trust_remote_code": False}
     arguments["ignore_mismatched_sizes"] = True  # which are refused below, by their names
-    check_directory(source.name, source.directory)
+    _check(source)
     files = source.weight_files()
-    if source.gguf is None:
-        for path in files:
-            _refuse_cut(path)
-    else:
+    _refuse_sizes_beyond(source, sum(weights_in(source, path) for path in files))
+    if source.gguf is not None:
         arguments.update(_gguf_arguments(source.gguf))
     if len(devices) > 1:
         arguments["device_map"] = spread(read_config(source).num_hidden_layers, devices)
@@ -207,15 +215,36 @@ def _empty(source: Source, dtype: str) -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _refuse_cut(path: Path) -> None:
-    """The libraries do not say which file of many it is."""
+def _check(source: Source) -> None:
+    """Raises UserError for what transformers must not be given, which believes all that a config or header says."""
+    if source.gguf is None:
+        check_directory(source.name, source.directory)
+    else:
+        check_gguf(source.name, source.directory / source.gguf)
+
+
+def weights_in(source: Source, path: Path) -> int:
+    """How many one of its files holds. Raises UserError for a damaged one, which the libraries would not name."""
     from safetensors import SafetensorError, safe_open
 
+    if source.gguf is not None:
+        return read_header(path).weights
     try:
-        with safe_open(path, framework="pt"):
-            pass
+        with safe_open(path, framework="pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged or not safetensors ({error}); fetch the model's files again") from None
+
+
+def _refuse_sizes_beyond(source: Source, stored: int) -> None:
+    """Raises UserError for a config of a model that is far larger than the weights `stored` for it: transformers would
+    make up the rest, gigabytes of it. Where it lacks less, what it lacks is named later.
+    """
+    model = _empty(source, "float32")
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    quantised = getattr(model.config, "quantization_config", None) is not None  # several weights are stored as one
+    if wanted > 2 * stored and not quantised:
+        raise UserError(f"{source.name}: by its config it has {wanted:,} weights, and its files hold {stored:,}")
 
 
 def _refuse_what_is_not_finite(source: Source, model: nn.Module) -> None:
@@ -232,7 +261,7 @@ def load_tokenizer(source: Source) -> Any:
 
     from pgprune_cli.writers import modeling_pruned  # noqa: F401  (or transformers would ask whether to run its copy)
 
-    check_directory(source.name, source.directory)
+    _check(source)
     arguments = {} if source.gguf is None else {"gguf_file": source.gguf}
     try:
         return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False, **arguments)
@@ -268,10 +297,6 @@ def _download(name: str, wanted: list[str]) -> Path:
 
 
 def _gguf_arguments(file: str) -> dict[str, Any]:
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise UserError(f"{file}: reading GGUF needs the extra: pip install 'pgprune[gguf]'") from None
     arguments: dict[str, Any] = {"gguf_file": file}
     try:
         from transformers import GgufConfig
@@ -284,8 +309,6 @@ def reason_of(error: Exception) -> str:
     """Why a loader failed; it would ask for an argument that users have not."""
     if "trust_remote_code" in str(error):
         return "it needs code of its own (auto_map), and none is run"
-    if "model type `deci`" in str(error):
-        return "layers of different sizes in a GGUF file are for llama.cpp; name the run, or its export as --format hf"
     return _one_line(error)
 
 

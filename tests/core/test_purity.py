@@ -51,8 +51,9 @@ BELOW = {
     "substrate": {"arch", "core", "errors"},
     "streaming": {"arch", "core", "errors"},
     "data": {"atomic", "demo", "errors", "stderr"},
-    "trust": {"atomic", "errors"},
-    "loading": {"arch", "atomic", "devices", "errors", "trust", "writers"},
+    "gguf_header": {"errors"},
+    "trust": {"arch", "atomic", "errors", "gguf_header"},
+    "loading": {"arch", "atomic", "devices", "errors", "gguf_header", "trust", "writers"},
     "writers": {"arch", "atomic", "core", "decision", "errors", "loading", "writers"},
     "serving": {"serving", "writers"},
     "report": {
