@@ -26,8 +26,9 @@ def init_scores(recipe: Recipe, run: Path, quiet: bool = False) -> Scores:
             text = load_text(recipe, source, quiet)
         with working(f"loading {recipe.model}", quiet):
             model = load_model(source, recipe.dtype, recipe.device)
-        scores = compute_scores(recipe, run, source, model, text, quiet)
-        note(run)
+        scores = compute_scores(recipe, source, model, text, quiet)
+        note(run)  # before the scores: who finds those does not come here again
+        scores.save(run)
         return scores
 
 
@@ -51,9 +52,9 @@ def scoring_batches(recipe: Recipe, text: CalibrationText) -> list[Tensor]:
 
 
 def compute_scores(
-    recipe: Recipe, run: Path, source: Source, model: nn.Module, text: CalibrationText | None, quiet: bool
+    recipe: Recipe, source: Source, model: nn.Module, text: CalibrationText | None, quiet: bool
 ) -> Scores:
-    """Scores a model that is loaded already. `text` may be None for a metric without calibration."""
+    """Scores of a model that is loaded already. `text` may be None for a metric without calibration."""
     metric = recipe.saliency.metric
     batches: list[Tensor] = []
     if metric in CALIBRATED:
@@ -64,6 +65,4 @@ def compute_scores(
     for name, values in tensors.items():
         if not values.isfinite().all():
             raise RunError(f"{name}: the metric {metric} gave NaN or infinity; try dtype float32 or bfloat16")
-    scores = Scores(tensors, metric, source.fingerprint())
-    scores.save(run)
-    return scores
+    return Scores(tensors, metric, source.fingerprint())

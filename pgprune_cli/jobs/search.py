@@ -26,7 +26,7 @@ from pgprune_cli.data import Batches, CalibrationText, spread
 from pgprune_cli.decision import Decision
 from pgprune_cli.distributed import Ranks, joined
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.history import History, Row, read_history
+from pgprune_cli.history import History, Row, Written, read_history
 from pgprune_cli.jobs.init_scores import compute_scores, load_text, scoring_batches
 from pgprune_cli.jobs.run_directory import finished, identity_of, refuse_other_recipe, resumed
 from pgprune_cli.loading import Source, load_model, resolve
@@ -182,7 +182,9 @@ def _search(
 def _scores(recipe: Recipe, run: Path, source: Source, model: nn.Module, text: CalibrationText, quiet: bool) -> Scores:
     """Those of the run where it has some. Raises UserError where they are another model's."""
     if not (run / SCORES).exists():
-        return compute_scores(recipe, run, source, model, text, quiet)
+        scores = compute_scores(recipe, source, model, text, quiet)
+        scores.save(run)
+        return scores
     scores = Scores.load(run)
     if scores.fingerprint != source.fingerprint():
         raise UserError(f"{run / SCORES}: scores of another model than {recipe.model}; run `pgprune init-scores`")
@@ -288,8 +290,10 @@ def _run_steps(
                 if stopped_by or done or loop.state.step % schedule.checkpoint_every == 0:
                     save_checkpoint(run, _checkpoint(loop, recipe, history.flush(), identity))
                     progress.saved(loop.state.step)
-            if stopped_by and not done:
+            if stopped_by:
                 raise Interrupted(stopped_by, loop.state.step)
+        if stopped_by := ranks.greatest(stop[0] if stop else 0):  # while the last checkpoint was written
+            raise Interrupted(stopped_by, loop.state.step)
     return loop
 
 
@@ -342,7 +346,7 @@ def _loop(problem: Problem, found: Checkpoint | None) -> Loop:
     return Loop(found.state, found.data_position, found.bad_steps, found.forwards, found.seconds)
 
 
-def _checkpoint(loop: Loop, recipe: Recipe, history_bytes: int, identity: str) -> Checkpoint:
+def _checkpoint(loop: Loop, recipe: Recipe, history: Written, identity: str) -> Checkpoint:
     schedule = (recipe.search.schedule, recipe.search.learning_rate, recipe.search.steps)
     return Checkpoint(
         loop.state,
@@ -351,7 +355,7 @@ def _checkpoint(loop: Loop, recipe: Recipe, history_bytes: int, identity: str) -
         loop.bad_steps,
         loop.forwards,
         loop.elapsed(),
-        history_bytes,
+        history,
         identity,
     )
 

@@ -43,7 +43,7 @@ BELOW = {
     "measured": {"atomic", "run_files"},
     "scores": {"atomic", "errors", "recipe", "run_files"},
     "policies": {"arch", "core", "errors", "width_table"},
-    "checkpoint": {"atomic", "core", "errors"},
+    "checkpoint": {"atomic", "core", "errors", "history"},
     "decision": {"arch", "atomic", "errors", "run_files"},
     "saliency": {"saliency", "arch", "core", "errors", "moments", "sensitivity", "streaming"},
     "moments": {"arch", "streaming"},

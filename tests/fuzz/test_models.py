@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, TEXT, save_tokenizer, tiny_model
+from conftest import ARCHITECTURES, TEXT, save_tokenizer, tiny_config, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import VALUES, changed, damaged, examples, put, rewritten, tried
 from readers import Changed, read_all
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 
 from pgprune_cli.loading import INDEX
 
@@ -158,6 +158,36 @@ def test_the_models_are_whole(architecture: str, folder: Path) -> None:
     kind = f"models, whole {architecture}"
     read_all(folder / architecture, kind)
     assert [tried[f"{kind}{reader}, refused"] for reader in ("", ", doctor", ", export")] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"head_dim": 7},
+        {"head_dim": 1},
+        {"head_dim": 2, "num_attention_heads": 1, "num_key_value_heads": 1},
+        {"num_attention_heads": 6, "num_key_value_heads": 4},
+        {"intermediate_size": 1},
+        {"num_hidden_layers": 0},
+        {"hidden_size": 0},
+    ],
+    ids=str,
+)
+def test_sizes_that_nobody_has(sizes: dict[str, int], folder: Path) -> None:
+    """With weights that fit them, where transformers can make such a model at all."""
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config("llama-gqa")
+    for name, value in sizes.items():
+        setattr(config, name, value)
+    odd = folder / "odd"
+    save_tokenizer(odd)
+    try:
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(odd)
+    except Exception:  # whatever it says, the config is what there is to be read
+        put(odd / "config.json", json.dumps(config.to_dict(), default=str).encode())
+        save_file({"model.norm.weight": torch.ones(32)}, odd / "model.safetensors", metadata={"format": "pt"})
+    read_all(odd, "models, odd sizes")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
