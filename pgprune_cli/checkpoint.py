@@ -28,6 +28,7 @@ from pgprune_cli.atomic import (
 from pgprune_cli.core.step import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.errors import UserError
+from pgprune_cli.history import Written
 
 VERSION = 3
 KEPT = 2
@@ -43,7 +44,7 @@ class Checkpoint:
 
     state: of the policy, its parameters, step and generator; data_position: batches drawn; schedule: [name, full rate,
     steps] of the learning rate; bad_steps: how many steps in a row had no finite loss; forwards: model evaluations so
-    far; seconds: of search so far; history_bytes: length of `metrics.jsonl`; identity: digest of the recipe and
+    far; seconds: of search so far; history: what of `metrics.jsonl` goes with it; identity: digest of the recipe and
     scores that the search belongs to.
     """
 
@@ -53,14 +54,14 @@ class Checkpoint:
     bad_steps: int
     forwards: int
     seconds: float
-    history_bytes: int
+    history: Written
     identity: str
 
 
 def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
     """Writes `checkpoint` into the run directory and drops all but the last two. Returns its directory."""
     state = checkpoint.state
-    target = run / FOLDER / f"step-{state.step:08d}"
+    target = run / FOLDER / _name(state.step)
     if target.exists():  # a search that resumes here and stops at once
         return target
     values = {entry.name: getattr(state, entry.name) for entry in fields(state)}
@@ -76,14 +77,20 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
             "bad_steps": checkpoint.bad_steps,
             "forwards": checkpoint.forwards,
             "seconds": checkpoint.seconds,
-            "history_bytes": checkpoint.history_bytes,
+            "history_bytes": checkpoint.history.bytes,
+            "history_sha256": checkpoint.history.sha256,
             "identity": checkpoint.identity,
             "state_sha256": checksum(temporary / TENSORS),
         }
         write_record(temporary / RECORD, record)
+    drop_old(run)
+    return target
+
+
+def drop_old(run: Path) -> None:
+    """Removes all checkpoints but the last two, and what is left of one whose removal was cut short."""
     for old in _all(run)[:-KEPT]:
         shutil.rmtree(old)
-    return target
 
 
 def latest_checkpoint(run: Path, skip_damaged: bool = False) -> Checkpoint | None:
@@ -126,6 +133,8 @@ def load_checkpoint(folder: Path, older: Sequence[Path] = ()) -> Checkpoint:
 
 
 def _read(folder: Path, record: dict[str, Any]) -> Checkpoint:
+    if folder.name != _name(record["step"]):
+        raise UserError(f"{RECORD} is of {_name(record['step'])}")
     if not (folder / TENSORS).exists() or checksum(folder / TENSORS) != record["state_sha256"]:
         raise UserError(f"{TENSORS} is not what was written")
     name, rate, steps = record["schedule"]
@@ -138,9 +147,13 @@ def _read(folder: Path, record: dict[str, Any]) -> Checkpoint:
         record["bad_steps"],
         record["forwards"],
         record["seconds"],
-        record["history_bytes"],
+        Written(record["history_bytes"], record.get("history_sha256", "")),
         record["identity"],
     )
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
 def _all(run: Path) -> list[Path]:

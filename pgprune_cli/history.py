@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from pgprune_cli.atomic import sync_directory
 from pgprune_cli.errors import UserError
@@ -40,11 +42,20 @@ class Row:
         return sum(good) / len(good) if good else None
 
 
+class Written(NamedTuple):
+    """What of `metrics.jsonl` a checkpoint goes with: its first `bytes`, and their sha256."""
+
+    bytes: int
+    sha256: str
+
+
 class History:
     """`metrics.jsonl`, open to grow by one row a step."""
 
     def __init__(self, run: Path) -> None:
-        self.file = (run / METRICS_FILE).open("a", encoding="utf-8")
+        path = run / METRICS_FILE
+        self.digest = hashlib.sha256(path.read_bytes() if path.exists() else b"")
+        self.file = path.open("a", encoding="utf-8")
         sync_directory(run)
 
     def __enter__(self) -> History:
@@ -56,16 +67,31 @@ class History:
 
     def append(self, row: Row) -> None:
         """Raises OSError."""
+        line = json.dumps(asdict(row), allow_nan=False) + "\n"
         with _naming(self.file.name):
-            self.file.write(json.dumps(asdict(row), allow_nan=False) + "\n")
+            self.file.write(line)
             self.file.flush()
+        self.digest.update(line.encode())
 
-    def flush(self) -> int:
-        """Makes all rows durable. Returns the file's length in bytes."""
+    def flush(self) -> Written:
+        """Makes all rows durable."""
         with _naming(self.file.name):
             self.file.flush()
             os.fsync(self.file.fileno())
-            return self.file.tell()
+            return Written(self.file.tell(), self.digest.hexdigest())
+
+
+def refuse_other_history(run: Path, written: Written) -> None:
+    """Raises UserError where the history of a run is not what was written before its checkpoint."""
+    path = run / METRICS_FILE
+    content = path.read_bytes() if path.exists() else b""
+    if len(content) < written.bytes:
+        raise UserError(f"{path}: {len(content)} bytes where the checkpoint wrote {written.bytes}: it was cut")
+    # checkpoints of before there was a checksum of it have none
+    if written.sha256 and hashlib.sha256(content[: written.bytes]).hexdigest() != written.sha256:
+        raise UserError(
+            f"{path}: damaged: not what was written; put it back, or remove the run directory to start over"
+        )
 
 
 @contextmanager

@@ -5,6 +5,7 @@ Only safetensors and GGUF are read, and no code that comes with a model is run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext, redirect_stderr
 from importlib.util import find_spec
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from pgprune_cli.arch import spec_of
 from pgprune_cli.devices import devices_of, enough, spread
 from pgprune_cli.errors import UserError, in_short
+from pgprune_cli.gguf_header import read_header
 from pgprune_cli.int8 import Int8Linear, to_int8
 from pgprune_cli.source import Source, resolve
-from pgprune_cli.trust import check_directory
+from pgprune_cli.trust import check_directory, check_gguf
 
 HEAD = "lm_head.weight"
 """The tensor that files of a model with tied embeddings may lack."""
@@ -32,7 +34,7 @@ def read_config(source: Source) -> Any:
 
     from pgprune_cli.writers import modeling_pruned  # noqa: F401  (makes our own exported models loadable)
 
-    check_directory(source.name, source.directory)
+    _check(source)
     arguments = {} if source.gguf is None else {"gguf_file": source.gguf}
     try:
         return AutoConfig.from_pretrained(source.directory, trust_remote_code=False, **arguments)
@@ -41,8 +43,9 @@ def read_config(source: Source) -> Any:
 
 
 def check_prunable(source: Source) -> None:
-    """Raises UserError for a model that no search could end well on; reads no weights, and of GGUF files nothing."""
+    """Raises UserError for a model that no search could end well on; reads no weights, and of GGUF the header."""
     if source.gguf is not None:
+        check_gguf(source.name, source.directory / source.gguf)
         return
     config = read_config(source)
     spec_of(config.model_type)
@@ -59,11 +62,9 @@ def load_model(source: Source, dtype: str, device: str, weights: str = "dtype") 
     memory. Raises UserError where the weights or the device are not to be had.
     """
     devices = _devices_for(source, dtype, device, weights)
-    check_directory(source.name, source.directory)
+    _check(source)
     files = source.weight_files()
-    if source.gguf is None:
-        for path in files:
-            _refuse_cut(path)
+    _refuse_sizes_beyond(source, sum(weights_in(source, path) for path in files))
     if weights == "int8" and source.gguf is None:
         model = _read_into_int8(source, dtype, devices)
     elif weights == "int8":
@@ -211,15 +212,36 @@ def _empty(source: Source, dtype: str, weights: str = "dtype") -> nn.Module:
     return model.eval().requires_grad_(False)
 
 
-def _refuse_cut(path: Path) -> None:
-    """The libraries do not say which file of many it is."""
+def _check(source: Source) -> None:
+    """Raises UserError for what transformers must not be given, which believes all that a config or header says."""
+    if source.gguf is None:
+        check_directory(source.name, source.directory)
+    else:
+        check_gguf(source.name, source.directory / source.gguf)
+
+
+def weights_in(source: Source, path: Path) -> int:
+    """How many one of its files holds. Raises UserError for a damaged one, which the libraries would not name."""
     from safetensors import SafetensorError, safe_open
 
+    if source.gguf is not None:
+        return read_header(path).weights
     try:
-        with safe_open(path, framework="pt"):
-            pass
+        with safe_open(path, framework="pt") as file:
+            return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged or not safetensors ({error}); fetch the model's files again") from None
+
+
+def _refuse_sizes_beyond(source: Source, stored: int) -> None:
+    """Raises UserError for a config of a model that is far larger than the weights `stored` for it: transformers would
+    make up the rest, gigabytes of it. Where it lacks less, what it lacks is named later.
+    """
+    model = _empty(source, "float32")
+    wanted = sum(parameter.numel() for parameter in model.parameters())
+    quantised = getattr(model.config, "quantization_config", None) is not None  # several weights are stored as one
+    if wanted > 2 * stored and not quantised:
+        raise UserError(f"{source.name}: by its config it has {wanted:,} weights, and its files hold {stored:,}")
 
 
 def _refuse_what_is_not_finite(source: Source, model: nn.Module) -> None:
@@ -236,7 +258,7 @@ def load_tokenizer(source: Source) -> Any:
 
     from pgprune_cli.writers import modeling_pruned  # noqa: F401  (or transformers would ask whether to run its copy)
 
-    check_directory(source.name, source.directory)
+    _check(source)
     arguments = {} if source.gguf is None else {"gguf_file": source.gguf}
     try:
         return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False, **arguments)
@@ -245,10 +267,6 @@ def load_tokenizer(source: Source) -> Any:
 
 
 def _gguf_arguments(file: str) -> dict[str, Any]:
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise UserError(f"{file}: reading GGUF needs the extra: pip install 'pgprune[gguf]'") from None
     arguments: dict[str, Any] = {"gguf_file": file}
     try:
         from transformers import GgufConfig
@@ -261,6 +279,4 @@ def reason_of(error: Exception) -> str:
     """Why a loader failed; it would ask for an argument that users have not."""
     if "trust_remote_code" in str(error):
         return "it needs code of its own (auto_map), and none is run"
-    if "model type `deci`" in str(error):
-        return "layers of different sizes in a GGUF file are for llama.cpp; name the run, or its export as --format hf"
     return in_short(error)

@@ -1,4 +1,4 @@
-"""What of a model directory is read, whoever made it: nothing that lies outside of it, no pickles, no code."""
+"""What of a model is read, whoever made it: nothing that lies outside of its directory, no pickles, no code."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pgprune_cli.atomic import read_json
 from pgprune_cli.errors import UserError
+from pgprune_cli.gguf_header import read_header
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 HOW_TO_CONVERT = (
@@ -52,3 +53,18 @@ def check_directory(name: str, directory: Path) -> None:
     layers = config.get("num_hidden_layers", 0)
     if not isinstance(layers, int) or layers > MOST_LAYERS:
         raise UserError(f"{directory / 'config.json'}: num_hidden_layers {layers!r}: at most {MOST_LAYERS} are read")
+
+
+def check_gguf(name: str, path: Path) -> None:
+    """Raises UserError for a GGUF file that transformers must not be given, or has nothing to make of it."""
+    from pgprune_cli.arch import spec_of  # late, as it imports torch, and a model's files are looked for without
+
+    header = read_header(path)
+    if header.architecture == "deci":
+        raise UserError(
+            f"{name}: layers of different sizes in a GGUF file are for llama.cpp; "
+            "name the run, or its export as --format hf"
+        )
+    spec_of(header.architecture)
+    if header.layers > MOST_LAYERS:
+        raise UserError(f"{path}: {header.layers:,} layers: at most {MOST_LAYERS} are read")

@@ -16,6 +16,9 @@ from pgprune_cli.core.space import Family, MaskSpace
 from pgprune_cli.core.step import SearchState
 from pgprune_cli.core.widths import WidthState, begin, propose, update
 from pgprune_cli.errors import UserError
+from pgprune_cli.history import Written
+
+HISTORY = Written(77, "of these bytes")
 
 
 def a_checkpoint(step: int = 3) -> Checkpoint:
@@ -24,7 +27,7 @@ def a_checkpoint(step: int = 3) -> Checkpoint:
     theta = torch.rand(50, generator=generator, dtype=torch.float64)
     theta[:3] = torch.tensor([0.0, 1.0, 5e-324], dtype=torch.float64)
     state = SearchState(theta, 1 / 3 + step, step, 2, generator.get_state())
-    return Checkpoint(state, step + 4, ("cosine", 0.1 + 0.2, 60), 1, 2 * step, 1.1, 77, "an identity")
+    return Checkpoint(state, step + 4, ("cosine", 0.1 + 0.2, 60), 1, 2 * step, 1.1, HISTORY, "an identity")
 
 
 def assert_same(one: Checkpoint, other: Checkpoint) -> None:
@@ -75,7 +78,7 @@ def test_a_search_over_widths_comes_back_whole_and_goes_on_bit_for_bit(tmp_path,
     state = begin(SPACE, 7)
     for _ in range(steps):
         state = a_step(state)
-    checkpoint = Checkpoint(state, steps + 4, ("cosine", 0.3, 60), 1, 2 * steps, 1.1, 77, "an identity")
+    checkpoint = Checkpoint(state, steps + 4, ("cosine", 0.3, 60), 1, 2 * steps, 1.1, HISTORY, "an identity")
     save_checkpoint(tmp_path, checkpoint)
     loaded = latest_checkpoint(tmp_path)
     assert replace(loaded, state=None) == replace(checkpoint, state=None)
@@ -174,6 +177,12 @@ def swap(folder: Path) -> None:
     (folder / TENSORS).write_bytes((folder.parent / "step-00000003" / TENSORS).read_bytes())
 
 
+def swap_whole(folder: Path) -> None:
+    """All of another step, sound."""
+    for name in (TENSORS, RECORD):
+        (folder / name).write_bytes((folder.parent / "step-00000003" / name).read_bytes())
+
+
 def without_theta(folder: Path) -> None:
     from pgprune_cli.atomic import checksum
 
@@ -185,6 +194,7 @@ DAMAGE = {
     "truncated": (truncate, "state.safetensors is not what was written"),
     "bit flip": (flip, "state.safetensors is not what was written"),
     "swapped": (swap, "state.safetensors is not what was written"),
+    "swapped whole": (swap_whole, f"{RECORD} is of step-00000003; "),
     "no tensors": (lambda folder: (folder / TENSORS).unlink(), "state.safetensors is not what was written"),
     "no record": (lambda folder: (folder / RECORD).unlink(), f"{RECORD}: cannot be read"),
     "not json": (lambda folder: (folder / RECORD).write_text("{"), f"{RECORD}: cannot be read"),
@@ -356,3 +366,9 @@ def test_what_a_killed_process_left_is_no_checkpoint_and_no_hindrance(tmp_path):
     save_checkpoint(tmp_path, a_checkpoint())
     assert_same(latest_checkpoint(tmp_path), a_checkpoint())
     assert folders(tmp_path) == ["step-00000003"]
+
+
+def test_a_checkpoint_of_before_histories_had_checksums_is_read(run):
+    folder = run / FOLDER / "step-00000006"
+    resealed(folder, history_sha256=None)
+    assert latest_checkpoint(run).history == Written(77, "")

@@ -255,6 +255,17 @@ def test_a_model_of_a_billion_layers(layers, model: Path) -> None:
     assert f"num_hidden_layers {layers!r}: at most 1000 are read" in refused(model)
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [{"intermediate_size": 10**7}, {"vocab_size": 10**8}, {"hidden_size": 10**6}, {"head_dim": 2**24}],
+    ids=lambda sizes: next(iter(sizes)),
+)
+def test_a_config_of_a_far_larger_model_than_there_are_weights_of(sizes, model: Path) -> None:
+    """transformers would make up what is missing: of the first one, 15 GB in two minutes."""
+    change(model / "config.json", **sizes)
+    assert " weights, and its files hold 37,152" in refused(model)
+
+
 # --- recipes
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pgprune_cli.atomic import read_json, read_record, write_bytes, write_json, write_record
+from pgprune_cli.atomic import read_record, write_bytes, write_record
 from pgprune_cli.checkpoint import latest_checkpoint
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target
@@ -109,7 +109,7 @@ def compare(
                 runs.append(_one(variant, replace(variant.recipe, seed=seed), out, limit, quiet))
                 rows[variant.name] = {"name": variant.name, "shows": variant.shows, "runs": runs, "mean": _mean(runs)}
                 table["rows"] = [rows[name] for name in ("dense", *(each.name for each in variants)) if name in rows]
-                write_json(out / TABLE_JSON, table)
+                write_record(out / TABLE_JSON, table)
                 write_bytes(out / TABLE_MARKDOWN, markdown(table).encode())
     return table
 
@@ -118,7 +118,7 @@ def _earlier_rows(recipe: Recipe, out: Path) -> dict[str, dict[str, Any]]:
     """The rows that earlier calls put into the table in `out`, by name. Raises UserError for another comparison's."""
     if not (out / TABLE_JSON).exists():
         return {}
-    before = read_json(out / TABLE_JSON)
+    before = read_record(out / TABLE_JSON)
     for key, value in {"model": recipe.model, "sparsity": recipe.budget.sparsity}.items():
         if before.get(key) != value:
             raise UserError(f"{out / TABLE_JSON}: its {key} is {before.get(key)}, not {value}; give another --out")

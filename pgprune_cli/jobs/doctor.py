@@ -202,24 +202,10 @@ def _local(name: str) -> Source | None:
 
 
 def _of_source(source: Source) -> _Weights:
-    from safetensors import safe_open
+    from pgprune_cli.loading import weights_in
 
-    stored = sum(path.stat().st_size for path in source.weight_files())
-    parameters = 0
-    for path in source.weight_files():
-        try:
-            if source.gguf is None:
-                with safe_open(path, "pt") as file:
-                    parameters += sum(_product(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-            else:
-                from gguf import GGUFReader
-
-                parameters += sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
-        except ImportError:
-            raise UserError("a GGUF file needs the extra: pip install 'pgprune[gguf]'") from None
-        except Exception as error:
-            raise UserError(f"{path}: damaged: {' '.join(str(error).split())[:200]}") from None
-    return _Weights(parameters, stored)
+    files = source.weight_files()
+    return _Weights(sum(weights_in(source, path) for path in files), sum(path.stat().st_size for path in files))
 
 
 def _on_hub(name: str) -> _Weights:
@@ -283,12 +269,6 @@ def _free_memory(device: str) -> int:
     import psutil
 
     return int(psutil.virtual_memory().available)
-
-
-def _product(shape: list[int]) -> int:
-    import math
-
-    return math.prod(shape)
 
 
 def _gb(count: int) -> str:

@@ -29,8 +29,9 @@ def init_scores(recipe: Recipe, run: Path, quiet: bool = False) -> Scores:
             text = load_text(recipe, source, quiet)
         with working(f"loading {recipe.model}", quiet):
             model = load_model(source, recipe.dtype, recipe.device, recipe.weights)
-        scores = compute_scores(recipe, run, source, model, text, quiet, Ranks())
-        note(run)
+        scores = compute_scores(recipe, source, model, text, quiet, Ranks())
+        note(run)  # before the scores: who finds those does not come here again
+        scores.save(run)
         return scores
 
 
@@ -65,14 +66,13 @@ def scoring_batches(recipe: Recipe, text: CalibrationText) -> list[Tensor]:
 
 def compute_scores(
     recipe: Recipe,
-    run: Path,
     source: Source,
     model: nn.Module,
     text: CalibrationText | None,
     quiet: bool,
     ranks: Ranks,
 ) -> Scores:
-    """Scores a model that is loaded already: each of the processes every world-th layer, and the writer writes.
+    """Scores of a model that is loaded already, every world-th layer by each of the processes.
 
     `text` may be None for a metric without calibration.
     """
@@ -94,7 +94,4 @@ def compute_scores(
     for name, values in tensors.items():
         if not values.isfinite().all():
             raise RunError(f"{name}: the metric {metric} gave NaN or infinity; try dtype float32 or bfloat16")
-    scores = Scores(tensors, metric, source.fingerprint())
-    if ranks.writer:
-        scores.save(run)
-    return scores
+    return Scores(tensors, metric, source.fingerprint())

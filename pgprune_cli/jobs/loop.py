@@ -16,7 +16,7 @@ from pgprune_cli.core.step import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import RunError
-from pgprune_cli.history import History, Row, read_history
+from pgprune_cli.history import History, Row, Written, read_history
 from pgprune_cli.jobs.problem import Problem
 from pgprune_cli.jobs.run_directory import resumed
 from pgprune_cli.progress import SearchProgress, memory_in_use
@@ -78,8 +78,10 @@ def run_steps(
                 if stopped_by or done or loop.state.step % schedule.checkpoint_every == 0:
                     save_checkpoint(run, _checkpoint(loop, recipe, history.flush(), identity))
                     progress.saved(loop.state.step)
-            if stopped_by and not done:
+            if stopped_by:
                 raise Interrupted(stopped_by, loop.state.step)
+        if stopped_by := ranks.greatest(stop[0] if stop else 0):  # while the last checkpoint was written
+            raise Interrupted(stopped_by, loop.state.step)
     return loop
 
 
@@ -133,7 +135,7 @@ def _loop(problem: Problem, found: Checkpoint | None) -> Loop:
     return Loop(found.state, found.data_position, found.bad_steps, found.forwards, found.seconds)
 
 
-def _checkpoint(loop: Loop, recipe: Recipe, history_bytes: int, identity: str) -> Checkpoint:
+def _checkpoint(loop: Loop, recipe: Recipe, history: Written, identity: str) -> Checkpoint:
     schedule = (recipe.search.schedule, recipe.search.learning_rate, recipe.search.steps)
     return Checkpoint(
         loop.state,
@@ -142,7 +144,7 @@ def _checkpoint(loop: Loop, recipe: Recipe, history_bytes: int, identity: str) -
         loop.bad_steps,
         loop.forwards,
         loop.elapsed(),
-        history_bytes,
+        history,
         identity,
     )
 

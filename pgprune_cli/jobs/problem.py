@@ -64,7 +64,10 @@ def scores_of(
 ) -> Scores:
     """Those of the run where it has some. Raises UserError where they are another model's."""
     if not ranks.greatest((run / SCORES).exists()):  # all have looked before one writes
-        return compute_scores(recipe, run, source, model, text, quiet, ranks)
+        scores = compute_scores(recipe, source, model, text, quiet, ranks)
+        if ranks.writer:
+            scores.save(run)
+        return scores
     scores = Scores.load(run)
     if scores.fingerprint != source.fingerprint():
         raise UserError(f"{run / SCORES}: scores of another model than {recipe.model}; run `pgprune init-scores`")

@@ -14,9 +14,10 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from pgprune_cli.checkpoint import Checkpoint, latest_checkpoint
+from pgprune_cli.checkpoint import Checkpoint, drop_old, latest_checkpoint
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
+from pgprune_cli.history import refuse_other_history
 from pgprune_cli.recipe import Evaluation, Recipe
 from pgprune_cli.recipe_reader import dump, load
 from pgprune_cli.run_files import METRICS_FILE, RECIPE_FILE, RECORD
@@ -37,9 +38,14 @@ def finished(run: Path, recipe: Recipe) -> Decision:
     """The decision of a run that is done. Raises UserError where it is damaged or of another recipe."""
     decision = Decision.load(run)
     refuse_other_recipe(run, recipe)
+    refuse_other_decision(run, decision)
+    return decision
+
+
+def refuse_other_decision(run: Path, decision: Decision) -> None:
+    """Raises UserError where the recipe of the run is not the one that the decision was made by."""
     if (run / RECIPE_FILE).exists() and _decides((run / RECIPE_FILE).read_text()) != _decides(decision.recipe):
         raise UserError(f"{run / RECORD}: of another run than {RECIPE_FILE} beside it; put this run's own back")
-    return decision
 
 
 def _decides(recipe: str) -> dict[str, Any]:
@@ -64,7 +70,7 @@ def refuse_other_recipe(run: Path, recipe: Recipe) -> None:
 def resumed(run: Path, identity: str, skip_damaged: bool = False) -> Checkpoint | None:
     """What a search goes on from, its history cut back to that moment; None, and no history, at the beginning.
 
-    Raises UserError for a checkpoint of another search or with damage, and for a history that was cut.
+    Raises UserError for a checkpoint of another search or with damage, and for a history that is not the one it has.
     """
     checkpoint = latest_checkpoint(run, skip_damaged)
     if checkpoint is None:
@@ -72,9 +78,7 @@ def resumed(run: Path, identity: str, skip_damaged: bool = False) -> Checkpoint 
         return None
     if checkpoint.identity != identity:
         raise UserError(f"{run}: its checkpoint belongs to other scores or another model; remove it to start over")
-    history = run / METRICS_FILE
-    size = history.stat().st_size if history.exists() else 0
-    if size < checkpoint.history_bytes:
-        raise UserError(f"{history}: {size} bytes where the checkpoint wrote {checkpoint.history_bytes}: it was cut")
-    os.truncate(history, checkpoint.history_bytes)
+    refuse_other_history(run, checkpoint.history)
+    os.truncate(run / METRICS_FILE, checkpoint.history.bytes)
+    drop_old(run)
     return checkpoint

@@ -10,13 +10,24 @@ from pathlib import Path
 from torch import Tensor
 
 from pgprune_cli import checkpoint
-from pgprune_cli.atomic import read_json
+from pgprune_cli.atomic import read_record
 from pgprune_cli.costs import COSTS
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
+from pgprune_cli.history import refuse_other_history
 from pgprune_cli.jobs.compare import TABLE_JSON
+from pgprune_cli.jobs.run_directory import refuse_other_decision
 from pgprune_cli.recipe_reader import load
-from pgprune_cli.run_files import EVALUATION_FILE, MASKS, METRICS_FILE, RECIPE_FILE, RECORD, REPAIR, SCORES
+from pgprune_cli.run_files import (
+    EVALUATION_FILE,
+    MASKS,
+    MEASURED_FILE,
+    METRICS_FILE,
+    RECIPE_FILE,
+    RECORD,
+    REPAIR,
+    SCORES,
+)
 from pgprune_cli.scores import Scores
 from pgprune_cli.strict_yaml import one_line
 from pgprune_cli.writers import gguf_seal, sums
@@ -83,16 +94,15 @@ def _scores(run: Path) -> Faults:
 def _checkpoints(run: Path) -> Faults:
     folders = sorted((run / checkpoint.FOLDER).glob("step-*"))
     for index, folder in enumerate(folders):
-        yield from _lines(_checkpoint(folder, folders[:index], run / METRICS_FILE))
+        yield from _lines(_checkpoint(folder, folders[:index], run))
 
 
-def _checkpoint(folder: Path, older: Sequence[Path] = (), history: Path | None = None) -> Faults:
+def _checkpoint(folder: Path, older: Sequence[Path] = (), run: Path | None = None) -> Faults:
     found = checkpoint.load_checkpoint(folder, older)
     tensors = {name: value for name, value in vars(found.state).items() if isinstance(value, Tensor)}
     yield from (f"{folder}: {name} holds NaN or infinity" for name in _not_finite(tensors.items()))
-    size = history.stat().st_size if history and history.exists() else 0
-    if history and size < found.history_bytes:
-        yield f"{history}: {size} bytes where {folder.name} wrote {found.history_bytes}: it was cut"
+    if run:
+        refuse_other_history(run, found.history)
 
 
 def _metrics(run: Path) -> Faults:
@@ -105,7 +115,7 @@ def _metrics(run: Path) -> Faults:
 
 
 def _costs(run: Path) -> Faults:
-    record = read_json(run / COSTS)
+    record = read_record(run / COSTS)
     for family in ("attention", "ffn"):
         values = record.get(family)
         if not isinstance(values, list) or not values or not all(type(value) is int and value > 0 for value in values):
@@ -114,6 +124,7 @@ def _costs(run: Path) -> Faults:
 
 def _decision(run: Path) -> Faults:
     decision = Decision.load(run)
+    yield from _lines(_of_this_run(run, decision))
     for (index, block), output in decision.outputs.items():
         kept = int(decision.keep[index].of(block).sum()) if index < len(decision.keep) else 0
         if output.weight.dim() != 2 or not kept or output.weight.shape[1] % kept:
@@ -130,9 +141,15 @@ def _decision(run: Path) -> Faults:
             yield f"{run}: {SCORES} and {RECORD} are of two models"
 
 
+def _of_this_run(run: Path, decision: Decision) -> Faults:
+    if (run / RECIPE_FILE).exists() and not list(_lines(_recipe(run))):
+        refuse_other_decision(run, decision)
+    yield from ()
+
+
 def _object(name: str) -> Callable[[Path], Faults]:
     def faults(run: Path) -> Faults:
-        read_json(run / name)
+        read_record(run / name)
         yield from ()
 
     return faults
@@ -150,6 +167,7 @@ RUN: dict[str, Callable[[Path], Faults]] = {
     COSTS: _costs,
     RECORD: _decision,
     EVALUATION_FILE: _object(EVALUATION_FILE),
+    MEASURED_FILE: _object(MEASURED_FILE),
 }
 """What a run directory may hold; a run that is not finished lacks some."""
 
@@ -161,12 +179,14 @@ def _run(run: Path) -> Verdict:
 
 def _comparison(out: Path) -> Verdict:
     """A directory of `pgprune compare`: its table, and every run below it."""
-    runs = sorted({path.parent for part in (RECIPE_FILE, SCORES) for path in out.rglob(part)})
+    runs = sorted({path.parent for part in (RECIPE_FILE, SCORES, MEASURED_FILE) for path in out.rglob(part)})
     faults = [*_lines(_object(TABLE_JSON)(out)), *(line for run in runs for line in _run(run).faults)]
     return Verdict(str(out), "comparison", [TABLE_JSON, *(run.relative_to(out).as_posix() for run in runs)], faults)
 
 
 # --- what can be looked at by itself: kind, whether a path is one, its faults
+
+PARTS = (SCORES, METRICS_FILE, COSTS, EVALUATION_FILE, MEASURED_FILE)
 
 
 def _gguf(path: Path) -> Faults:
@@ -181,8 +201,9 @@ def _exported(path: Path) -> bool:
 KINDS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path], Faults]], ...] = (
     ("model in a GGUF file", lambda path: path.is_file() and gguf_seal.is_sealed(path), _gguf),
     ("model directory", _exported, sums.faults_of),
-    ("scores file", lambda path: path.name == SCORES and path.is_file(), lambda path: _scores(path.parent)),
     ("decision", lambda path: path.name in (RECORD, MASKS, REPAIR), lambda path: _decision(path.parent)),
+    ("part of a run", lambda path: path.name in PARTS and path.is_file(), lambda path: RUN[path.name](path.parent)),
+    ("comparison's table", lambda path: path.name == TABLE_JSON, lambda path: _object(TABLE_JSON)(path.parent)),
     (
         "checkpoint",
         lambda path: any((path / name).exists() for name in (checkpoint.RECORD, checkpoint.TENSORS)),

@@ -24,7 +24,7 @@ search: {{policy: units, forwards: 10, samples: 2, checkpoint_every: 1, evaluate
 reconstruct: {{method: least-squares, sequences: 4}}
 evaluation: {{corpora: [{base}/text.txt], seqlen: [16]}}
 """
-CLOCKS = ("seconds", "tokens_per_second", "memory_bytes", "history_bytes", "sha256")
+CLOCKS = ("seconds", "tokens_per_second", "memory_bytes", "history_bytes", "history_sha256", "sha256")
 """Keys of records that a clock or the machine decides, or their length; all else must come out the same."""
 
 JOBS = {

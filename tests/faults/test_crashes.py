@@ -27,6 +27,24 @@ def test_a_kill_at_a_change_to_the_disk_costs_nothing(bench, job, kills) -> None
         killed_at_a_change(bench, job, at)
 
 
+def test_a_kill_while_the_last_old_checkpoint_goes_leaves_nothing_of_it(bench) -> None:
+    points = bench.of("search").points
+    removals = [
+        at
+        for at, (event, path, *_) in enumerate(points, 1)
+        if event in ("os.remove", "os.rmdir") and path.startswith("run/checkpoints/step-")
+    ]
+    for at in removals[-3:]:  # of its two files, and of its directory
+        killed_at_a_change(bench, "search", at)
+
+
+def test_a_kill_as_soon_as_a_comparison_has_scores_forgets_no_provenance(bench) -> None:
+    """They are found then, and not made again."""
+    points = bench.of("compare").points
+    named = [at for at, (event, *paths) in enumerate(points, 1) if event == "os.rename" and "/scores/" in paths[-1]]
+    killed_at_a_change(bench, "compare", named[0] + 2)  # after its name, and the sync of its folder
+
+
 def killed_at_an_instant(bench, job: str, fraction: float) -> None:
     folder = bench.folder(job)
     ended = bench.run(folder, JOBS[job][-1], kill_after=fraction * bench.of(job).seconds)

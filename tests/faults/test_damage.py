@@ -99,6 +99,26 @@ def test_damaged_scores_are_refused(base, tmp_path, harm) -> None:
     search(recipe, tmp_path, quiet=True)
 
 
+def test_swapped_scores_and_those_of_a_newer_pgprune_are_refused(base, tmp_path, monkeypatch) -> None:
+    recipe = load(base / "recipe.yaml")
+    scores = init_scores(recipe, tmp_path, quiet=True)
+    sound = (tmp_path / SCORES).read_bytes()
+    first, second = (scores.tensors[f"layers.{index}.ffn"].numpy().tobytes() for index in (0, 1))
+    between = bytes(len(first))
+    swapped = sound.replace(first, between).replace(second, first).replace(between, second)
+    assert swapped != sound and len(swapped) == len(sound)
+    (tmp_path / SCORES).write_bytes(swapped)
+    assert said(search, recipe, tmp_path, True).startswith(f"{tmp_path / SCORES}: damaged: not what was written")
+    monkeypatch.setattr("pgprune_cli.scores.VERSION", 2)
+    scores.save(tmp_path)
+    monkeypatch.undo()
+    assert said(search, recipe, tmp_path, True) == (
+        f"{tmp_path / SCORES}: of a newer pgprune (version 2, this one reads 1); upgrade pgprune"
+    )
+    (tmp_path / SCORES).write_bytes(sound)
+    search(recipe, tmp_path, quiet=True)
+
+
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_damaged_evaluation_is_refused(run, tmp_path, harm) -> None:
     target = open_target(str(run), None, "cpu", quiet=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import pty
+import random
+import shlex
 import signal
 import subprocess
 import sys
@@ -47,6 +49,23 @@ def test_a_second_process_is_refused_and_a_third_goes_on_after_a_kill(bench, tmp
     (folder / "run/recipe.yaml").unlink()  # the long search's, which is another
     assert bench.run(folder, JOBS["search"][-1]).code == 0
     assert outcome(folder) == bench.of("search").left
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+@pytest.mark.parametrize("job", JOBS)
+def test_a_signal_at_any_moment_costs_nothing(bench, job, name) -> None:
+    """What can be gone on with says how; the other jobs only clean up after themselves."""
+    folder = bench.folder(job)
+    at = random.Random(job + name).randint(1, len(bench.of(job).points) - 5)
+    ended = bench.run(folder, JOBS[job][-1], fault={"at": at, "kind": name})
+    assert ended.code == 128 + getattr(signal, name), ended.said
+    assert "Traceback" not in ended.said
+    command = shlex.join(["pgprune", *(word.format(base=bench.base) for word in JOBS[job][-1])])
+    assert (f"to go on: {command}" in ended.said or f"this goes on: {command}" in ended.said) == (
+        job in ("search", "compare")
+    )
+    assert not list(folder.rglob("*.tmp"))
+    bench.ends_as_if_undisturbed(job, folder)
 
 
 def test_a_comparison_has_its_directory_to_itself(bench, tmp_path) -> None:

@@ -62,6 +62,13 @@ def test_a_file_cut_in_the_middle_of_a_write_does_not_stay(bench, job, limit) ->
     bench.ends_as_if_undisturbed(job, folder)
 
 
+@pytest.mark.parametrize("job", JOBS)
+def test_an_fsync_that_fails_is_said_and_costs_nothing(bench, job) -> None:
+    """By then the bytes may be gone: what was to be synced does not get its name."""
+    syncs = [at for at, (event, *_) in enumerate(bench.of(job).points, 1) if event == "fsync"]
+    fails_at(bench, job, random.Random(job).choice(syncs), "EIO")
+
+
 def test_a_slow_fsync_changes_nothing(bench) -> None:
     folder = bench.folder("search")
     ended = bench.run(folder, JOBS["search"][-1], fault={"slow": 0.02})

@@ -1,7 +1,8 @@
 """Runs pgprune commands, each in a process of its own that may be killed or meet faults, without importing anew.
 
 A request is a line of JSON on stdin, its answer a line on stdout. A request's `fault` strikes at the `at`-th change to
-the file system below its folder: `kill` is SIGKILL, an error's name makes that change and all that follow fail.
+the file system below its folder: `kill` is SIGKILL, a signal's name is that signal, an error's name makes that change
+and all that follow fail.
 """
 
 from __future__ import annotations
@@ -74,6 +75,10 @@ class Faults:
             return
         if self.kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind.startswith("SIG"):
+            if self.count == self.at:
+                os.kill(os.getpid(), getattr(signal, self.kind))
+            return
         if event not in REMOVALS or self.kind in HOPELESS:
             number = getattr(errno, self.kind)
             raise OSError(number, os.strerror(number), *([path] if event != "fsync" else []))
@@ -130,8 +135,11 @@ def serve(answer: Callable[[dict[str, Any]], None]) -> None:
 
 
 if __name__ == "__main__":
+    import transformers.convert_slow_tokenizer
+    import transformers.models.auto.tokenization_auto
     import transformers.models.llama.modeling_llama  # noqa: F401
 
+    import pgprune_cli.cli
     import pgprune_cli.jobs.compare
     import pgprune_cli.jobs.export  # noqa: F401
 

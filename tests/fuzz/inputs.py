@@ -1,10 +1,12 @@
-"""What damages inputs, and what may come of it: one clear line, in time."""
+"""What damages inputs, and what may come of it: one clear line, in time and without much memory."""
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +24,9 @@ SHARE = float(os.environ.get("FUZZ", "1"))
 SECONDS = 60
 """Longer than this for one input is a hang."""
 
+MEMORY = 2 << 30
+"""Bytes that one input may add to the most that the process ever held."""
+
 tried: Counter[str] = Counter()
 """Inputs by test, and of them those that were refused; reported at the end."""
 
@@ -38,14 +43,19 @@ def examples(count: int, shrink: bool = True) -> settings:
     )
 
 
+class Hang(BaseException):
+    """Of no kind that a reader could take for an error of its own."""
+
+
 @contextmanager
 def told(kind: str) -> Iterator[None]:
-    """Whatever the input is: it is read, or refused with clear lines. Anything else fails, and so does a hang."""
+    """Whatever the input is: it is read, or refused with clear lines. Anything else fails, a hang and a flood too."""
 
     def late(*_: object) -> None:
-        raise AssertionError(f"{kind}: an input took longer than {SECONDS} s")
+        raise Hang(f"{kind}: an input took longer than {SECONDS} s")
 
     tried[kind] += 1
+    most = peak()
     before = signal.signal(signal.SIGALRM, late)
     signal.alarm(SECONDS)
     try:
@@ -58,6 +68,12 @@ def told(kind: str) -> Iterator[None]:
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, before)
+        assert peak() - most < MEMORY, f"{kind}: an input took {(peak() - most) / 2**30:.1f} GB"
+
+
+def peak() -> int:
+    """Bytes of main memory that the process held at most so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 WORDS = st.sampled_from(

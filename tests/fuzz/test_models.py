@@ -3,28 +3,18 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, TEXT, save_tokenizer, tiny_model
+from conftest import ARCHITECTURES, TEXT, save_tokenizer, tiny_config, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import VALUES, changed, damaged, examples, put, rewritten, told, tried
-from safetensors.torch import load_file, save
+from inputs import VALUES, changed, damaged, examples, put, rewritten, tried
+from readers import Changed, read_all
+from safetensors.torch import load_file, save, save_file
 
-from pgprune_cli.arch import LayerKeep
-from pgprune_cli.data import check_vocabulary, tokens_of
-from pgprune_cli.decision import Decision
-from pgprune_cli.jobs import export as job
-from pgprune_cli.jobs.doctor import doctor
-from pgprune_cli.loading import check_prunable, load_model, load_tokenizer
-from pgprune_cli.recipe_reader import find, load
-from pgprune_cli.source import INDEX, resolve
-from pgprune_cli.substrate import Evaluator
-
-KEEP = tuple(LayerKeep(torch.arange(4) < 4 - layer, torch.arange(24) < 9 + layer) for layer in range(4))
+from pgprune_cli.source import INDEX
 
 
 @pytest.fixture(scope="module")
@@ -33,52 +23,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for architecture in ARCHITECTURES:
         tiny_model(architecture).save_pretrained(folder / architecture)
-        save_tokenizer(folder / architecture, 300 if architecture == "qwen2" else 96)
+        save_tokenizer(folder / architecture)
     put(folder / "text.txt", TEXT.encode() * 9)
     return folder
-
-
-def read_all(model: Path, kind: str) -> None:
-    """Everything that reads a model. What is read must work: an evaluation and the plan of an export follow."""
-    text = str(model.parent / "text.txt")
-    with told(f"{kind}, doctor"):
-        doctor(load(find("demo"), [f"model={model}", f"calibration.corpus={text}", "evaluation.corpora=[demo]"]))
-    with warnings.catch_warnings():  # which transformers gives of what it then refuses, or takes
-        warnings.simplefilter("ignore")
-        with told(kind):
-            source = resolve(str(model))
-            source.fingerprint()
-            check_prunable(source)
-            loaded = load_model(source, "auto", "cpu")
-            evaluator = Evaluator(loaded)
-            tokens = tokens_of(text, "evaluation", load_tokenizer(source))[:16].unsqueeze(0)
-            check_vocabulary(tokens, text, loaded.get_input_embeddings().num_embeddings)
-            whole = evaluator.shape.keep(evaluator.shape.space(("attention", "ffn")), torch.ones(112).bool())
-            evaluator.losses([whole], tokens)
-        with told(f"{kind}, export"):
-            source = resolve(str(model))
-            Decision(KEEP, str(model), source.fingerprint(), 0.5, "dtype: float32\n", 1, 2, 3, 2.5).save(
-                model.parent / "run"
-            )
-            job.plan(model.parent / "run")
-
-
-class Changed:
-    """A file of a model with other content inside the `with`; None for no file."""
-
-    def __init__(self, path: Path, content: bytes | None) -> None:
-        self.path, self.content, self.before = path, content, path.read_bytes() if path.exists() else None
-
-    def __enter__(self) -> None:
-        self._put(self.content)
-
-    def __exit__(self, *_: object) -> None:
-        self._put(self.before)
-
-    def _put(self, content: bytes | None) -> None:
-        self.path.unlink(missing_ok=True)
-        if content is not None:
-            put(self.path, content)
 
 
 MODELS = st.sampled_from(ARCHITECTURES)
@@ -207,8 +154,47 @@ def test_no_such_thing(file: str, content: bytes | None, folder: Path) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_models_are_whole(architecture: str, folder: Path) -> None:
-    """What was changed is as it was; and a tokenizer of 300 words beside a model of 96 is refused."""
+    """What was changed is as it was, and would have been read."""
     kind = f"models, whole {architecture}"
     read_all(folder / architecture, kind)
-    assert tried[f"{kind}, export, refused"] == 0
-    assert tried[f"{kind}, refused"] == (architecture == "qwen2")
+    assert [tried[f"{kind}{reader}, refused"] for reader in ("", ", doctor", ", export")] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"head_dim": 7},
+        {"head_dim": 1},
+        {"head_dim": 2, "num_attention_heads": 1, "num_key_value_heads": 1},
+        {"num_attention_heads": 6, "num_key_value_heads": 4},
+        {"intermediate_size": 1},
+        {"num_hidden_layers": 0},
+        {"hidden_size": 0},
+    ],
+    ids=str,
+)
+def test_sizes_that_nobody_has(sizes: dict[str, int], folder: Path) -> None:
+    """With weights that fit them, where transformers can make such a model at all."""
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config("llama-gqa")
+    for name, value in sizes.items():
+        setattr(config, name, value)
+    odd = folder / "odd"
+    save_tokenizer(odd)
+    try:
+        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(odd)
+    except Exception:  # whatever it says, the config is what there is to be read
+        put(odd / "config.json", json.dumps(config.to_dict(), default=str).encode())
+        save_file({"model.norm.weight": torch.ones(32)}, odd / "model.safetensors", metadata={"format": "pt"})
+    read_all(odd, "models, odd sizes")
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_tokenizer_of_another_model(architecture: str, folder: Path) -> None:
+    """Of 300 words, beside a model of 96."""
+    kind = f"models, another's tokenizer, {architecture}"
+    save_tokenizer(folder / "other", 300)
+    with Changed(folder / architecture / "tokenizer.json", (folder / "other" / "tokenizer.json").read_bytes()):
+        read_all(folder / architecture, kind)
+    assert tried[f"{kind}, refused"] == 1

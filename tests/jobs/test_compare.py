@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
 
+from pgprune_cli.atomic import read_record
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs import compare as job
 from pgprune_cli.jobs.compare import TABLE_JSON, TABLE_MARKDOWN, compare, variants_of
@@ -45,7 +45,7 @@ def test_a_comparison_is_a_table_and_goes_on_where_it_was(recipe, tmp_path, monk
     table = compare(recipe, tmp_path, [0, 1], NAMES, limit=2, quiet=True)
     assert [row["name"] for row in table["rows"]] == ["dense", *NAMES]
     assert [len(row["runs"]) for row in table["rows"]] == [1, 1, 1, 2]
-    assert json.loads((tmp_path / TABLE_JSON).read_text()) == table
+    assert read_record(tmp_path / TABLE_JSON) == table
     searched = table["rows"][-1]
     pair = [run["perplexity"][0]["ppl"] for run in searched["runs"]]
     assert searched["mean"]["perplexity"][0]["ppl"] == pytest.approx(sum(pair) / 2)

@@ -128,9 +128,11 @@ def test_a_power_cut_costs_only_the_steps_since_the_last_checkpoint(step, small,
     assert result_of(tmp_path) == whole(small())
 
 
-def test_a_stop_in_the_last_step_still_ends_well(small, whole, tmp_path) -> None:
-    with after_step(STEPS, kill_self(signal.SIGINT)):
+def test_a_stop_in_the_last_step_is_a_stop_too(small, whole, tmp_path) -> None:
+    """The repair behind it may take long, and a comparison has other searches to come."""
+    with after_step(STEPS, kill_self(signal.SIGINT)), pytest.raises(Interrupted):
         search(small(), tmp_path, quiet=True)
+    search(small(), tmp_path, quiet=True)
     assert result_of(tmp_path) == whole(small())
 
 
@@ -206,6 +208,15 @@ def test_a_cut_history_is_refused(stopped, small) -> None:
     assert refusal(small(), stopped) == (
         f"{history}: {len(whole) - 5} bytes where the checkpoint wrote {len(whole)}: it was cut"
     )
+
+
+def test_a_history_with_another_digit_is_refused(stopped, small) -> None:
+    history = stopped / METRICS_FILE
+    whole = history.read_text()
+    history.write_text(whole.replace('"step": 1,', '"step": 7,'))
+    assert refusal(small(), stopped).startswith(f"{history}: damaged: not what was written; put it back, or ")
+    history.write_text(whole + '{"step": 9')  # what was written after the checkpoint goes
+    assert search(small(), stopped, quiet=True)
 
 
 def test_scores_changed_under_a_search_are_refused(stopped, small) -> None:

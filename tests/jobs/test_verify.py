@@ -12,6 +12,7 @@ import torch
 from conftest import SMALL, finished_run, tiny_model
 from safetensors.torch import load_file, save
 
+from pgprune_cli.atomic import write_record
 from pgprune_cli.costs import COSTS
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.compare import TABLE_JSON
@@ -19,7 +20,16 @@ from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.verify import verify
 from pgprune_cli.recipe_reader import find, load
-from pgprune_cli.run_files import EVALUATION_FILE, MASKS, METRICS_FILE, RECIPE_FILE, RECORD, REPAIR, SCORES
+from pgprune_cli.run_files import (
+    EVALUATION_FILE,
+    MASKS,
+    MEASURED_FILE,
+    METRICS_FILE,
+    RECIPE_FILE,
+    RECORD,
+    REPAIR,
+    SCORES,
+)
 from pgprune_cli.scores import Scores
 from pgprune_cli.writers import gguf_seal, sums
 
@@ -140,6 +150,7 @@ def test_scores_of_another_model(run: Path) -> None:
 
 
 def test_a_row_and_a_cost_that_are_none(run: Path) -> None:
+    shutil.rmtree(run / "checkpoints")  # which have a checksum of the rows
     rows = (run / METRICS_FILE).read_text().splitlines()
     (run / METRICS_FILE).write_text("\n".join([rows[0], " " * len(rows[1]), *rows[2:]]) + "\n")
     (run / COSTS).write_text('{"attention": [0], "ffn": [2]}')
@@ -147,6 +158,36 @@ def test_a_row_and_a_cost_that_are_none(run: Path) -> None:
         f"{run / METRICS_FILE}:2: not a row of a search",
         f"{run / COSTS}: attention is no list of nanoseconds a unit",
     ]
+
+
+@pytest.mark.parametrize("part", [COSTS, EVALUATION_FILE, MEASURED_FILE])
+def test_another_digit_in_a_record(part: str, run: Path) -> None:
+    write_record(run / part, {"attention": [3, 4], "ffn": [5, 6]})
+    assert faults(run) == faults(run / part) == []
+    (run / part).write_text((run / part).read_text().replace("6", "7", 1))
+    assert faults(run) == faults(run / part) == [f"{run / part}: damaged: it is not what was written"]
+
+
+def test_another_digit_in_the_history(run: Path) -> None:
+    (run / METRICS_FILE).write_text((run / METRICS_FILE).read_text().replace('"step": 1,', '"step": 7,'))
+    assert [line.startswith(f"{run / METRICS_FILE}: damaged: not what was written") for line in faults(run)] == [
+        True
+    ] * 2
+
+
+def test_a_recipe_of_another_run(run: Path) -> None:
+    (run / RECIPE_FILE).write_text((run / RECIPE_FILE).read_text().replace("seed: 0", "seed: 7"))
+    assert faults(run) == [f"{run / RECORD}: of another run than {RECIPE_FILE} beside it; put this run's own back"]
+
+
+def test_every_part_of_a_comparison_is_looked_at(tmp_path: Path) -> None:
+    for path in (tmp_path / TABLE_JSON, tmp_path / "dense" / MEASURED_FILE):
+        write_record(path, {"seconds": 1})
+    assert verify(tmp_path).checked == [TABLE_JSON, "dense"]
+    for path in (tmp_path / TABLE_JSON, tmp_path / "dense" / MEASURED_FILE):
+        path.write_text(path.read_text().replace("1", "2", 1))
+        assert faults(path) == [f"{path}: damaged: it is not what was written"]
+    assert len(faults(tmp_path)) == 2
 
 
 def test_a_comparison_is_all_its_runs(run: Path, tmp_path: Path) -> None:
