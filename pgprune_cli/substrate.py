@@ -39,8 +39,15 @@ def summed_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     targets = tokens[:, 1:].reshape(-1).to(rows.device)
     total = torch.zeros((), device=rows.device, dtype=torch.float32)
     for some, wanted in zip(rows.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
-        for logits, some_wanted in zip(head(some).split(SOFTMAX_ROWS), wanted.split(SOFTMAX_ROWS), strict=True):
-            total += functional.cross_entropy(logits.float(), some_wanted, reduction="sum")
+        total += _cross_entropy(head(some), wanted)
+    return total
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed over `(rows, vocabulary)` in any dtype: a float32 scalar. Lets go of the logits before the next are."""
+    total = torch.zeros((), device=logits.device, dtype=torch.float32)
+    for some, wanted in zip(logits.split(SOFTMAX_ROWS), targets.split(SOFTMAX_ROWS), strict=True):
+        total += functional.cross_entropy(some.float(), wanted, reduction="sum")
     return total
 
 
