@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAYERS_POLICY, tiny_model
+from conftest import LAYERS_POLICY, save_tokenizer, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from memory import Allocations
@@ -19,7 +19,7 @@ from test_substrate import KEEPS, logits_of, some_outputs, some_tokens
 from torch import Tensor, nn
 
 from pgprune_cli import loading
-from pgprune_cli.arch import Shape, gather_units, projections
+from pgprune_cli.arch import LayerKeep, Shape, gather_units, projections
 from pgprune_cli.costs import measure_latency
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
@@ -32,9 +32,12 @@ from pgprune_cli.jobs.search import search
 from pgprune_cli.loading import HEAD, empty_model, load_model
 from pgprune_cli.reconstruct import repair
 from pgprune_cli.saliency import score
-from pgprune_cli.source import DEMO_MODEL, INDEX, Source, resolve
+from pgprune_cli.source import DEMO_MODEL, INDEX, resolve
 from pgprune_cli.substrate import Evaluator
 from pgprune_cli.width_table import WidthTable, solved_layers
+from pgprune_cli.writers import gguf
+from pgprune_cli.writers.normal_form import Needs
+from pgprune_cli.writers.plan import Options
 
 TEXT = [some_tokens(seed, rows=4, length=16) for seed in (0, 1)]
 
@@ -266,11 +269,15 @@ def test_a_stored_head_is_tied_where_it_is_the_embedding(differs: bool, damaged:
     assert (found.lm_head.weight is found.model.embed_tokens.weight) is not differs
 
 
-def test_a_gguf_file_is_rounded_once_it_is_unpacked(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As far as that can be seen without one: transformers reads it whole, and reads the directory here."""
-    source = Source("x", saved, "model.safetensors")
-    monkeypatch.setattr(loading, "_gguf_arguments", lambda file: {})
-    same(load_model(source, "float32", "cpu", "int8"), load_model(resolve(str(saved)), "float32", "cpu", "int8"))
+def test_a_gguf_file_is_rounded_once_it_is_unpacked(tmp_path: Path) -> None:
+    tiny_model("llama-mha").save_pretrained(tmp_path / "dense")
+    save_tokenizer(tmp_path / "dense")
+    source = resolve(str(tmp_path / "dense"))
+    keep = (LayerKeep(torch.ones(4, dtype=torch.bool), torch.ones(24, dtype=torch.bool)),) * 4
+    decision = Decision(keep, str(tmp_path), source.fingerprint(), 0.0, "dtype: float32\n", 0, 0, 0, None)
+    gguf.plan(source, decision, Options(Needs(), "float32")).write(tmp_path / "dense.gguf", lambda _: None)
+    unpacked = resolve(str(tmp_path / "dense.gguf"))
+    same(load_model(unpacked, "float32", "cpu", "int8"), load_model(source, "float32", "cpu", "int8"))
 
 
 def test_it_is_never_whole_in_memory(tmp_path: Path) -> None:
