@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -211,7 +211,7 @@ def _unit_parameters(layer: nn.Module, block: Block, units: int) -> int:
     """Parameters that go with one unit: its share of every weight, and of the biases along the same axis."""
     total = 0
     for projection in block.projections:
-        linear = layer.get_submodule(f"{block.module}.{projection.name}")
+        linear: Any = layer.get_submodule(f"{block.module}.{projection.name}")
         total += linear.in_features * linear.out_features
         if linear.bias is not None and projection.axis == 0:
             total += linear.bias.numel()

@@ -44,8 +44,8 @@ class Int8Linear(nn.Linear):
         self.values = nn.Parameter(steps.to(torch.int8), requires_grad=False)
         self.scale = nn.Parameter(scale, requires_grad=False)
 
-    @property  # type: ignore[override]
-    def weight(self) -> Tensor:
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
         """`(out, in)`, or of the kept units, in the scale's dtype. Not cheap: a new tensor with every call."""
         return self.values * self.scale if self.kept is None else self.kept
 
