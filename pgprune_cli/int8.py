@@ -15,6 +15,9 @@ from pgprune_cli.arch import gather_units, spec_of
 LARGEST = 127
 """Of a value: symmetric, so that −128 is not used and a row needs no zero point."""
 
+ROWS = 256
+"""That are rounded at a time, in float32."""
+
 
 class Int8Linear(nn.Linear):
     """A linear layer of `values` `(out, in)` int8, each row of them times its `scale` `(out, 1)` in the model's dtype.
@@ -33,16 +36,21 @@ class Int8Linear(nn.Linear):
         self.kept: Tensor | None = None
         self.fill(linear.weight)
 
+    @torch.no_grad()
     def fill(self, weight: Tensor) -> None:
         """Rounds `weight` `(out, in)` of any floating dtype, on its device; a row that is not finite has no such scale.
 
         Row by row to the nearest of 255 steps between ± its largest value. The scale is rounded first, to the dtype
         that it is kept in, so that this rounding costs no more than a step does.
         """
-        scale = weight.abs().amax(1, keepdim=True).div_(LARGEST).clamp_min_(torch.finfo(weight.dtype).smallest_normal)
-        steps = weight.to(torch.float32, copy=True).div_(scale).round_().clamp_(-LARGEST, LARGEST)
-        self.values = nn.Parameter(steps.to(torch.int8), requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)
+        # What stays is allocated before what does not, some rows at a time, so that no holes are left in between.
+        values, scales = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(len(weight), 1)
+        least = torch.finfo(weight.dtype).smallest_normal
+        for rows, steps, scale in zip(weight.split(ROWS), values.split(ROWS), scales.split(ROWS), strict=True):
+            scale.copy_(rows.abs().amax(1, keepdim=True).div_(LARGEST).clamp_min_(least))
+            steps.copy_(rows.to(torch.float32, copy=True).div_(scale).round_().clamp_(-LARGEST, LARGEST))
+        self.values = nn.Parameter(values, requires_grad=False)
+        self.scale = nn.Parameter(scales, requires_grad=False)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
