@@ -73,7 +73,7 @@ def test_the_text_matters_to_a_calibrated_metric(small, tmp_path) -> None:
 def test_scores_that_are_no_numbers_fail_the_run_and_leave_the_old_ones(small, tmp_path, monkeypatch) -> None:
     init_scores(small("saliency.metric=magnitude"), tmp_path, quiet=True)
     before = (tmp_path / SCORES).read_bytes()
-    monkeypatch.setattr(job, "score", lambda *_: {"layers.0.attention": torch.tensor([1.0, float("nan")])})
+    monkeypatch.setattr(job, "score", lambda *_: {"layers.0.attention": torch.tensor([1.0, float("nan"), 1.0, 1.0])})
     with pytest.raises(RunError) as error:
         init_scores(small(), tmp_path, quiet=True)
     assert str(error.value) == (
