@@ -68,7 +68,7 @@ class Ranks:
         everything = torch.zeros(sum(lengths.values()), dtype=torch.int64)
         parts = dict(zip(lengths, everything.split(list(lengths.values())), strict=True))
         for name, values in own.items():
-            parts[name].copy_(values.view(torch.int64))
+            parts[name].copy_(values.double().view(torch.int64))
         if self.world > 1:
             self._summed(everything)  # of every place's terms all but one are 0
         return {name: part.view(torch.float64) for name, part in parts.items()}

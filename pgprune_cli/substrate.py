@@ -46,8 +46,12 @@ def summed_loss(model: nn.Module, tokens: Tensor) -> Tensor:
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Summed over `(rows, vocabulary)` in any dtype: a float32 scalar. Lets go of the logits before the next are."""
     total = torch.zeros((), device=logits.device, dtype=torch.float32)
+    # Made once: with small tensors made in between, a heap would be left full of holes of this size.
+    buffers = logits.new_empty(2, min(SOFTMAX_ROWS, len(logits)), logits.shape[1], dtype=torch.float32)
     for some, wanted in zip(logits.split(SOFTMAX_ROWS), targets.split(SOFTMAX_ROWS), strict=True):
-        total += functional.cross_entropy(some.float(), wanted, reduction="sum")
+        full, logs = buffers[:, : len(some)]
+        torch.log_softmax(full.copy_(some), -1, out=logs)
+        total += functional.nll_loss(logs, wanted, reduction="sum")
     return total
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from pgprune_cli.estimate.sizes import Block, Sizes, Texts, tokens_in
@@ -78,10 +77,10 @@ def layer_bytes(sizes: Sizes, tokens: int) -> int:
 
 
 def logit_bytes(sizes: Sizes, tokens: Tensor) -> int:
-    """Of the loss: logits of some rows, of some of them in float32 (where they are not) and the log-softmax, beside the
-    hidden states and their copy."""
+    """Of the loss: logits of some rows, of some of them in float32 and their log-softmax, beside the hidden states and
+    their copy."""
     rows = min(LOGIT_ROWS, tokens.shape[0] * (tokens.shape[1] - 1))
-    in_float32 = min(SOFTMAX_ROWS, rows) * (4 if sizes.dtype == torch.float32 else 8)
+    in_float32 = 8 * min(SOFTMAX_ROWS, rows)
     return (
         rows * sizes.dtype.itemsize + in_float32
     ) * sizes.vocabulary + 2 * tokens.numel() * sizes.hidden * sizes.dtype.itemsize
