@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from faults_bench import JOBS
+from faults_bench import JOBS, outcome
 
 KILLED = -9
 
@@ -66,6 +66,21 @@ def test_a_search_that_is_killed_again_and_again_gets_there(bench) -> None:
         codes.append(bench.run(folder, JOBS["search"][-1], fault=fault).code)
     assert codes[-1] == 0 and len(codes) > 3
     bench.ends_as_if_undisturbed("search", folder)
+
+
+def test_a_damaged_checkpoint_is_refused_and_skipped_when_told_so(bench) -> None:
+    folder, command = bench.folder("search"), JOBS["search"][-1]
+    points = bench.of("search").points
+    named = [at for at, point in enumerate(points, 1) if point[-1] == "run/checkpoints/step-00000004"]
+    assert bench.run(folder, command, fault={"at": named[0] + 2, "kind": "kill"}).code == KILLED
+    newest = folder / "run/checkpoints/step-00000004"
+    (newest / "state.safetensors").write_bytes((newest / "state.safetensors").read_bytes()[:-1])
+    ended = bench.run(folder, [*command, "--quiet"])
+    assert ended.code == 2
+    assert ended.said.startswith("pgprune: run/checkpoints/step-00000004: damaged checkpoint: ")
+    assert ended.said.endswith("go on from step-00000003, or search with --skip-damaged\n")
+    assert bench.run(folder, [*command, "--skip-damaged"]).code == 0
+    assert outcome(folder) == bench.of("search").left
 
 
 @pytest.mark.soak

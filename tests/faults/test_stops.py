@@ -51,8 +51,14 @@ def test_a_second_process_is_refused_and_a_third_goes_on_after_a_kill(bench, tmp
     assert outcome(folder) == bench.of("search").left
 
 
-@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize(
+    ("job", "name"),
+    [
+        *((job, name) for job in ("search", "compare") for name in ("SIGINT", "SIGTERM", "SIGHUP")),
+        ("init-scores", "SIGHUP"),
+        ("export", "SIGTERM"),
+    ],
+)
 def test_a_signal_at_any_moment_costs_nothing(bench, job, name) -> None:
     """What can be gone on with says how; the other jobs only clean up after themselves."""
     folder = bench.folder(job)

@@ -133,7 +133,7 @@ def test_what_is_taken_apart_is_put_together(folder: Path, whole: File) -> None:
     assert whole.bytes() == (folder / "dense-float32.gguf").read_bytes()
 
 
-@examples(15)
+@examples(10)
 @given(data=st.data())
 def test_any_damage(folder: Path, whole: File, data) -> None:
     content = whole.bytes()
@@ -150,7 +150,7 @@ def test_no_such_thing(content: bytes, folder: Path) -> None:
 BEYOND = st.sampled_from([0, 1, 2, 5, 255, 2**16, 2**20, 2**31, 2**32 - 1, 2**40, 2**60, 2**63, 2**64 - 1])
 
 
-@examples(25)
+@examples(15)
 @given(data=st.data())
 def test_counts_and_lengths_beyond_all_bounds(folder: Path, whole: File, data) -> None:
     many = data.draw(BEYOND)
@@ -187,7 +187,7 @@ LISTS = st.lists(st.integers(0, 2**32 - 1), max_size=5).map(
 BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
-@examples(25)
+@examples(15)
 @given(data=st.data())
 def test_other_metadata(folder: Path, whole: File, data) -> None:
     place = data.draw(st.integers(0, len(whole.entries) - 1))
@@ -218,21 +218,20 @@ def test_other_metadata(folder: Path, whole: File, data) -> None:
 ARCHITECTURES = ("", "mistral", "qwen2", "qwen3", "qwen2moe", "deci", "gpt2", "mamba", "gemma2", "falcon", "lfm2", "t5")
 
 
-@pytest.mark.parametrize("keys", [False, True], ids=["keys as they were", "keys too"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_another_architecture(architecture: str, keys: bool, folder: Path, whole: File) -> None:
+def test_another_architecture(architecture: str, folder: Path, whole: File) -> None:
     new = architecture.encode()
     entries = []
     for entry in whole.entries:
         if entry.name == b"general.architecture":
             entry = replace(entry, value=number(len(new)) + new)
-        elif keys and entry.name.startswith(b"llama."):
+        elif entry.name.startswith(b"llama."):
             entry = replace(entry, name=entry.name.replace(b"llama", new, 1))
         entries.append(entry)
     read(folder, replace(whole, entries=tuple(entries)).bytes(), "gguf, architectures")
 
 
-@examples(25)
+@examples(15)
 @given(data=st.data())
 def test_other_tensors(folder: Path, whole: File, data) -> None:
     place = data.draw(st.integers(0, len(whole.tensors) - 1))
