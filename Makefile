@@ -12,6 +12,7 @@ AUDIT ?= $(VENV)-audit
 .PHONY: demo test soak fuzz test-gpu test-serving audit check references docs format clean
 
 demo: $(BIN)/pgprune
+	@echo "scores, searches twice, exports and evaluates, on the CPU: minutes"
 	$(BIN)/python scripts/demo.py
 
 # What was published overnight does not fail it; the weekly audit does (.github/workflows/audit.yml).
@@ -59,6 +60,7 @@ format: $(BIN)/.dev
 	$(BIN)/ruff format $(SOURCES)
 
 $(BIN)/pgprune: pyproject.toml
+	@echo "setting up $(VENV), with torch: some minutes, without a word from pip"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .

@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -260,6 +261,12 @@ def _from_hub(corpus: str, purpose: Purpose) -> Iterator[str]:
         ) from None
 
 
+def check_corpus(corpus: str) -> None:
+    """Raises UserError for what is neither a file here nor the name of a corpus."""
+    if corpus != "demo" and not Path(corpus).expanduser().exists():
+        hub_corpus(corpus)
+
+
 def hub_corpus(corpus: str) -> HubCorpus:
     """Where a corpus that is no file lies on the hub. Raises UserError for a name that none could have."""
     if corpus in NAMED:
@@ -267,8 +274,10 @@ def hub_corpus(corpus: str) -> HubCorpus:
     path, _, config = corpus.partition(":")
     looks_local = corpus.startswith((".", "/", "~")) or path.endswith(FORMATS)
     if looks_local or path.count("/") != 1:
+        near = get_close_matches(corpus[:80], [*NAMED, "demo"], n=1)
+        hint = f", did you mean {near[0]}?" if near else ";"
         raise UserError(
-            f"{corpus}: no such file, and not a corpus; known are {', '.join([*NAMED, 'demo'])}, "
+            f"{corpus}: no such file, and not a corpus{hint} known are {', '.join([*NAMED, 'demo'])}, "
             f"a hub data set as owner/name or owner/name:config, and {', '.join(FORMATS)} files"
         )
     return HubCorpus(path, config or None, "train", "test")

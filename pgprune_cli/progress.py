@@ -76,7 +76,7 @@ class SearchProgress:
             loss = "bad" if row.mean_loss is None else f"{row.mean_loss:.3f}"
             bad = f" skipped {row.skipped}" if row.skipped else ""
             speed = f"{row.tokens_per_second:,.0f} tok/s {row.memory_bytes / 1e9:.1f} GB"
-            losses = f"loss {loss} hard mask {self.heldout}"
+            losses = f"loss {loss} held-out {self.heldout}"
             self.say(f"step {row.step}/{self.steps} {losses} {speed}{bad} {row.seconds:.0f} s")
 
     def saved(self, step: int) -> None:
@@ -108,13 +108,17 @@ def writing(text: str, total: int, quiet: bool = False) -> AbstractContextManage
     return _bar(text, total, quiet, DownloadColumn(), TransferSpeedColumn())
 
 
-def through_layers(text: str, total: int, quiet: bool = False) -> AbstractContextManager[Callable[[int], None]]:
-    """Likewise over `total` layers."""
-    return _bar(text, total, quiet, MofNCompleteColumn(), TextColumn("layers"))
+def through_layers(
+    text: str, total: int, quiet: bool = False, done: int = 0
+) -> AbstractContextManager[Callable[[int], None]]:
+    """Likewise over `total` layers, of which so many were `done` before."""
+    return _bar(text, total, quiet, MofNCompleteColumn(), TextColumn("layers"), done=done)
 
 
 @contextmanager
-def _bar(text: str, total: int, quiet: bool, *columns: ProgressColumn) -> Iterator[Callable[[int], None]]:
+def _bar(
+    text: str, total: int, quiet: bool, *columns: ProgressColumn, done: int = 0
+) -> Iterator[Callable[[int], None]]:
     console = Console(file=STDERR)
     if quiet or not draws(console):
         with working(text, quiet):
@@ -122,7 +126,7 @@ def _bar(text: str, total: int, quiet: bool, *columns: ProgressColumn) -> Iterat
         return
     ends = (TextColumn("eta"), TimeRemainingColumn())
     with Progress(TextColumn("{task.description}"), BarColumn(20), *columns, *ends, console=console) as bar:
-        task = bar.add_task(text, total=total)
+        task = bar.add_task(text, total=total, completed=done)
         yield lambda more: bar.update(task, advance=more)
         bar.update(task, completed=total)
 

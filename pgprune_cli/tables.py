@@ -62,7 +62,7 @@ def print_estimate(estimate: dict[str, Any], as_json: bool) -> None:
     for name, part in estimate["flops"].items():
         rows.append([f"TFLOP: {name}", f"{sum(part.values()) / 1e12:,.3f}"])
     rows += [[f"TFLOP/s in {dtype}, measured now", f"{rate / 1e12:,.3f}"] for dtype, rate in rates.items()]
-    rows.append(["time, at least", f"{estimate['seconds']:,.0f} s"])
+    rows.append(["time of these products", f"{estimate['seconds']:,.0f} s"])
     grid((f"{estimate['model']}, {estimate['parameters'] / 1e6:,.1f} M parameters, {estimate['dtype']}", ""), rows, 1)
     _console().print(estimate["rests_on"], highlight=False, markup=False)
 

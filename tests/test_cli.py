@@ -174,7 +174,7 @@ def test_a_dry_run_says_what_a_search_would_take_and_does_nothing(pgprune) -> No
         "covariances of one layer",
         "forward passes of the search",
         "TFLOP: search",
-        "time, at least",
+        "time of these products",
     ):
         assert row in out
     assert "estimates, from the shapes of model and recipe" in out
@@ -288,6 +288,10 @@ def test_a_bad_recipe_is_two_lines_for_two_faults(pgprune) -> None:
         (["eval", "nowhere"], "nowhere: no such directory or .gguf file, and not a hub name"),
         (["eval", "demo", "--ppl", "c4="], "--ppl c4=: expected a corpus name or NAME=FILE"),
         (["eval", "demo", "--ppl", "mine=no.txt"], "no.txt: no such file, and not a corpus; known are wikitext2"),
+        (
+            ["eval", "demo", "--ppl", "wikitxt2"],
+            "wikitxt2: no such file, and not a corpus, did you mean wikitext2?",
+        ),
         (["eval", "demo", "--dtype", "int8"], "--dtype int8: expected auto, float32, float16 or bfloat16"),
         (["eval", "demo", "--device", "tpu"], "device 'tpu': expected auto, cpu, cuda, cuda:N"),
     ],

@@ -146,7 +146,9 @@ def test_a_directory_and_a_file_of_another_kind(tokenizer: Any) -> None:
         assert refusal(name, tokenizer) == f"{name}: expected a .txt, .jsonl, .parquet file"
 
 
-@pytest.mark.parametrize("name", ["wikitext3", "missing.txt", "./missing/file.jsonl", "texts/missing.parquet", "a/b/c"])
+@pytest.mark.parametrize(
+    "name", ["openwebtext", "missing.txt", "./missing/file.jsonl", "texts/missing.parquet", "a/b/c"]
+)
 def test_a_name_that_is_nothing_is_met_with_what_there_is(name: str, tokenizer: Any) -> None:
     assert refusal(name, tokenizer) == (
         f"{name}: no such file, and not a corpus; known are wikitext2, c4, ptb, demo, a hub data set as owner/name or "

@@ -31,7 +31,7 @@ def test_elsewhere_than_on_a_terminal_a_search_is_a_few_plain_lines(capsys: pyte
     out, err = capsys.readouterr()
     lines = err.split("\n")
     assert out == ""
-    assert lines[0] == "step 1/1000 loss 3.250 hard mask 2.750 1,234 tok/s 2.5 GB 61 s"
+    assert lines[0] == "step 1/1000 loss 3.250 held-out 2.750 1,234 tok/s 2.5 GB 61 s"
     assert len(lines) == PLAIN_LINES + 2  # the first step, and an end of line
     assert lines[-2].startswith("step 1000/1000 loss ")
     assert lines[-1] == ""
@@ -56,9 +56,9 @@ def test_bad_losses_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
         progress.show(row(1, [None, 4.0], heldout=3.0, skipped=1))
         progress.show(row(2, [None, None], skipped=3))
     first, second = capsys.readouterr().err.splitlines()
-    assert first.startswith("step 1/2 loss 4.000 hard mask 3.000 ")
+    assert first.startswith("step 1/2 loss 4.000 held-out 3.000 ")
     assert " skipped 1 " in first
-    assert second.startswith("step 2/2 loss bad hard mask 3.000 ")
+    assert second.startswith("step 2/2 loss bad held-out 3.000 ")
     assert " skipped 3 " in second
 
 
@@ -103,6 +103,13 @@ def test_layers_are_counted(screen: io.StringIO) -> None:
         raise RunError("out of memory")
     last = screen.getvalue().split("scoring")[-1]
     assert "2/3 layers" in last
+
+
+def test_layers_that_were_done_before_count(screen: io.StringIO) -> None:
+    with suppress(RunError), through_layers("measuring", 4, done=2) as on_layers:
+        on_layers(1)
+        raise RunError("out of memory")
+    assert "3/4 layers" in screen.getvalue().split("measuring")[-1]
 
 
 def test_layers_are_one_line_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,7 +22,8 @@ from pgprune_cli.recipe import Recipe
 
 RESTS_ON = (
     "estimates, from the shapes of model and recipe, for a corpus with as much text as the recipe reads at most; the "
-    "time is that of the matrix products alone, at the rates measured here just now, so the search takes longer"
+    "time is that of the matrix products alone, at the rates measured here just now, so the search takes longer; "
+    "where other work keeps the machine busy, these rates say little"
 )
 
 

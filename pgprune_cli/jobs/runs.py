@@ -56,12 +56,13 @@ def _steps_done(history: Path) -> int:
 
 def cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """The rows as a table of text, headings first."""
-    return ["run", "state", "model", "sparsity", "perplexity"], [
+    return ["run", "state", "model", "sparsity", "held-out loss", "perplexity by eval"], [
         [
             row["run"],
             _state(row),
             row["model"] or "",
             "" if row["sparsity"] is None else f"{row['sparsity']:.4f}",
+            "" if row["heldout_loss"] is None else f"{row['heldout_loss']:.4f}",
             ", ".join(f"{cell['corpus']} ({cell['seqlen']}) {cell['ppl']:,.2f}" for cell in row["perplexity"]),
         ]
         for row in rows

@@ -39,8 +39,10 @@ def searched_table(
     damping, layers = recipe.reconstruct.damping, len(Shape.of(model).channels)
     settings = repr((fingerprint, recipe.dtype, recipe.weights, solve, damping, multiple, sorted(saliency)))
     identity = _digest(settings, [*batches, *(saliency[key] for key in sorted(saliency))])
-    own = [index for index in ranks.share(layers) if not has_layer(run, index, identity)]
-    with through_layers("measuring what every width of every layer loses", len(own), quiet) as on_layers:
+    share = ranks.share(layers)
+    own = [index for index in share if not has_layer(run, index, identity)]
+    text, done = "measuring what every width of every layer loses", len(share) - len(own)
+    with through_layers(text, len(share), quiet, done) as on_layers:
         if own:
             refuse_full_disk(run, layers, table_bytes(Sizes(model, recipe)) if solve else 0)
             for index, blocks in solved_layers(model, saliency, batches, damping, solve, multiple, own):

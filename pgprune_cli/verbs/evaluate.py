@@ -76,9 +76,12 @@ def evaluate(
             refuse_unfinished(Path(name))
         else:
             find_local(name)
+    from pgprune_cli.data import check_corpus
     from pgprune_cli.jobs.evaluate import Corpus, evaluate, measure_speed, open_target, remember
     from pgprune_cli.jobs.tasks import load_tasks, measure_tasks, names_of
 
+    for option in ppl or ():  # before a model is loaded
+        check_corpus(Corpus.parse(option).text)
     loaded = load_tasks(names_of(tasks), quiet) if tasks is not None else None
     targets = [open_target(model, dtype, device, quiet)]
     wanted = targets[0].evaluation

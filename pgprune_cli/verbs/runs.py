@@ -30,7 +30,7 @@ def runs(
     if as_json:
         print(json.dumps({"runs": rows}))
         return
-    grid(*cells(rows), texts=5)
+    grid(*cells(rows), texts=3)
     for row in rows:
         if row["fault"]:
             complain(row["fault"])
