@@ -21,7 +21,7 @@ from pgprune_cli.errors import RunError, UserError
 SHARE = float(os.environ.get("FUZZ", "1"))
 """How many times as many inputs as in the suite; `make fuzz` asks for more, and for others each time."""
 
-SECONDS = 60
+SECONDS = 200
 """Longer than this for one input is a hang."""
 
 MEMORY = 2 << 30
