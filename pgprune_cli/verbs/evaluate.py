@@ -80,12 +80,13 @@ def evaluate(
     from pgprune_cli.jobs.evaluate import Corpus, evaluate, measure_speed, open_target, remember
     from pgprune_cli.jobs.tasks import load_tasks, measure_tasks, names_of
 
-    for option in ppl or ():  # before a model is loaded
-        check_corpus(Corpus.parse(option).text)
+    asked = [Corpus.parse(option) for option in ppl or ()]
+    for corpus in asked:  # before a model is loaded
+        check_corpus(corpus.text)
     loaded = load_tasks(names_of(tasks), quiet) if tasks is not None else None
     targets = [open_target(model, dtype, device, quiet)]
     wanted = targets[0].evaluation
-    corpora = [Corpus.parse(option) for option in ppl or (() if speed or loaded else wanted.corpora)]
+    corpora = asked or [Corpus.parse(name) for name in (() if speed or loaded else wanted.corpora)]
     seqlens = seqlen or wanted.seqlen
     others = list(against or [])
     base = targets[0].base
