@@ -5,24 +5,28 @@ Only safetensors and GGUF are read, and no code that comes with a model is run.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext, redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from pgprune_cli.arch import spec_of
 from pgprune_cli.devices import devices_of, enough, spread
+from pgprune_cli.eight_bit import EightBitLinear, check_fp8, to_eight_bits
 from pgprune_cli.errors import UserError, in_short
 from pgprune_cli.gguf_header import read_header
-from pgprune_cli.int8 import Int8Linear, to_int8
 from pgprune_cli.source import Source, resolve
 from pgprune_cli.trust import check_directory, check_gguf
+
+Weights = Literal["dtype", "int8", "fp8"]
+"""What the prunable projections are kept in: the model's dtype, or one byte (eight_bit.py)."""
 
 HEAD = "lm_head.weight"
 """The tensor that files of a model with tied embeddings may lack."""
@@ -53,26 +57,24 @@ def check_prunable(source: Source) -> None:
         raise UserError(f"{source.name}: holds quantised weights, which cannot be cut; prune the original ones")
 
 
-def load_model(source: Source, dtype: str, device: str, weights: str = "dtype") -> nn.Module:
+def load_model(source: Source, dtype: str, device: str, weights: Weights = "dtype") -> nn.Module:
     """The model, ready for forward passes: eval mode, no gradients, in `dtype` ("auto": as stored) on `device`.
 
     `device` is auto (one GPU, or as many as the weights need, or the CPU where there is none), a torch device, or a
-    comma-separated list of them over which the layers are spread in order (several need accelerate). `weights`: int8
-    rounds the prunable projections (int8.py), each as it is read; a GGUF file is unpacked as a whole first, in main
-    memory. Raises UserError where the weights or the device are not to be had.
+    comma-separated list of them over which the layers are spread in order (several need accelerate). `weights` of 8
+    bits: the prunable projections are rounded (eight_bit.py), each as it is read; a GGUF file is unpacked as a whole
+    first, in main memory. Raises UserError where the weights or the device are not to be had.
     """
-    devices = _devices_for(source, dtype, device, weights)
+    devices = devices_of(device)
     _check(source)
-    files = source.weight_files()
-    _refuse_sizes_beyond(source, sum(weights_in(source, path) for path in files))
-    if weights == "int8" and source.gguf is None:
-        model = _read_into_int8(source, dtype, devices)
-    elif weights == "int8":
-        model = _read(source, dtype, [torch.device("cpu")])
-        to_int8(model)
-        model = _placed(model, devices)
-    else:
+    empty = _empty(source, dtype)
+    _refuse_sizes_beyond(source, empty)
+    if device == "auto" and len(devices) > 1:
+        devices = _as_many_as(empty, weights, devices)
+    if weights == "dtype":
         model = _read(source, dtype, devices)
+    else:
+        model = _read_into_eight_bits(source, empty, devices, weights)
     _refuse_what_is_not_finite(source, model)
     return model.eval().requires_grad_(False)
 
@@ -110,14 +112,26 @@ def _read(source: Source, dtype: str, devices: list[torch.device]) -> nn.Module:
     return model.to(devices[0]) if len(devices) == 1 else model
 
 
-def _read_into_int8(source: Source, dtype: str, devices: list[torch.device]) -> nn.Module:
-    """Tensor by tensor, each rounded on its device before the next is read. Raises UserError as `_read` does."""
+def _read_into_eight_bits(
+    source: Source, model: nn.Module, devices: list[torch.device], weights: Literal["int8", "fp8"]
+) -> nn.Module:
+    """Into an empty model, each tensor rounded on its device before the next is read; a GGUF file as a whole.
+
+    Raises UserError as `_read` does, and where a device has no products of fp8.
+    """
     from safetensors import safe_open
 
-    model = _empty(source, dtype)
+    dtype = next(model.parameters()).dtype
+    if weights == "fp8":
+        for device in devices:
+            check_fp8(device, dtype)
+    if source.gguf is not None:
+        model = _read(source, str(dtype).removeprefix("torch."), [torch.device("cpu")])
+        to_eight_bits(model, weights)
+        return _placed(model, devices)
     tensors = dict(model.state_dict())
     places = spread(model.config.num_hidden_layers, devices)
-    to_int8(model)
+    to_eight_bits(model, weights)
     found, misfits = set(), []
     for path in source.weight_files():
         with safe_open(path, framework="pt") as file:
@@ -160,7 +174,7 @@ def _fill(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Puts a tensor of the files where an empty model has none yet."""
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
-    if isinstance(module, Int8Linear) and key == "weight":
+    if isinstance(module, EightBitLinear) and key == "weight":
         module.fill(tensor)
     else:
         setattr(module, key, nn.Parameter(tensor, requires_grad=False))
@@ -179,25 +193,27 @@ def _refuse_what_does_not_fit(
         raise UserError(f"{source.name}: its files lack {len(lacking)} weights, the first is {lacking[0]}")
 
 
-def _devices_for(source: Source, dtype: str, device: str, weights: str) -> list[torch.device]:
-    """Those that the recipe names; of `auto`, as many as the weights need."""
-    devices = devices_of(device)
-    if device != "auto" or len(devices) == 1:
-        return devices
+def _as_many_as(empty: nn.Module, weights: Weights, devices: list[torch.device]) -> list[torch.device]:
+    """Of the devices the first that the weights of an empty model need."""
+    if weights != "dtype":
+        empty = copy.deepcopy(empty)
+        to_eight_bits(empty, weights)
     free = [torch.cuda.mem_get_info(one)[0] for one in devices]
-    needed = sum(parameter.nbytes for parameter in _empty(source, dtype, weights).parameters())
-    return devices[: enough(needed, free)]
+    return devices[: enough(sum(parameter.nbytes for parameter in empty.parameters()), free)]
 
 
-def empty_model(name: str, dtype: str, weights: str = "dtype") -> nn.Module:
+def empty_model(name: str, dtype: str, weights: Weights = "dtype") -> nn.Module:
     """The model as `load_model` would load it, but on the meta device, without weights; "auto": as its config says.
 
     Of a model of the hub only the config is downloaded. Raises UserError where there is none that can be read.
     """
-    return _empty(resolve(name, weights=False), dtype, weights)
+    model = _empty(resolve(name, weights=False), dtype)
+    if weights != "dtype":
+        to_eight_bits(model, weights)
+    return model
 
 
-def _empty(source: Source, dtype: str, weights: str = "dtype") -> nn.Module:
+def _empty(source: Source, dtype: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     config = read_config(source)
@@ -207,8 +223,6 @@ def _empty(source: Source, dtype: str, weights: str = "dtype") -> nn.Module:
             model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, wanted))
     except Exception as error:  # of dozens of kinds, see above
         raise UserError(f"{source.name}: no model can be made of its config: {reason_of(error)}") from error
-    if weights == "int8":
-        to_int8(model)
     return model.eval().requires_grad_(False)
 
 
@@ -233,11 +247,11 @@ def weights_in(source: Source, path: Path) -> int:
         raise UserError(f"{path}: damaged or not safetensors ({error}); fetch the model's files again") from None
 
 
-def _refuse_sizes_beyond(source: Source, stored: int) -> None:
-    """Raises UserError for a config of a model that is far larger than the weights `stored` for it: transformers would
-    make up the rest, gigabytes of it. Where it lacks less, what it lacks is named later.
+def _refuse_sizes_beyond(source: Source, model: nn.Module) -> None:
+    """Raises UserError for a config of an (empty) model that is far larger than the weights stored for it: transformers
+    would make up the rest, gigabytes of it. Where it lacks less, what it lacks is named later.
     """
-    model = _empty(source, "float32")
+    stored = sum(weights_in(source, path) for path in source.weight_files())
     wanted = sum(parameter.numel() for parameter in model.parameters())
     quantised = getattr(model.config, "quantization_config", None) is not None  # several weights are stored as one
     if wanted > 2 * stored and not quantised:
@@ -245,7 +259,7 @@ def _refuse_sizes_beyond(source: Source, stored: int) -> None:
 
 
 def _refuse_what_is_not_finite(source: Source, model: nn.Module) -> None:
-    for name, weight in model.named_parameters():  # of int8 weights it is their scale that shows it
+    for name, weight in model.named_parameters():  # of rounded weights it is their scale that shows it
         if not weight.isfinite().all():
             dtype = str(weight.dtype).removeprefix("torch.")
             more = "; or it has more than float16 holds: set dtype to bfloat16 or float32" if dtype == "float16" else ""

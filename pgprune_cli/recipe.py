@@ -149,7 +149,7 @@ class Recipe:
 
     model: str  # a hub name, a directory, a GGUF file or its directory, or "demo"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "bfloat16"
-    weights: Literal["dtype", "int8"] = "dtype"  # what the layers' projections are kept in while it searches
+    weights: Literal["dtype", "int8", "fp8"] = "dtype"  # what the layers' projections are kept in while it searches
     device: Annotated[str, _device] = "auto"
     seed: Annotated[int, Range(0, 2**32)] = 0
     calibration: Calibration

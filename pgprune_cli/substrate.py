@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pgprune_cli.arch import Block, Keep, Output, Outputs, Projection, Shape, gather_units
-from pgprune_cli.int8 import Int8Linear
+from pgprune_cli.eight_bit import EightBitLinear, Int8Linear, Rows
 from pgprune_cli.portions import Portions
 
 LOGIT_ROWS = 512
@@ -152,8 +152,8 @@ def _sent(index: Tensor, device: torch.device) -> Tensor:
     return (index.pin_memory() if device.type == "cuda" else index).to(device, non_blocking=True)
 
 
-def _kept_weight(linear: nn.Module, projection: Projection, kept: Tensor, units: int) -> Tensor:
-    if isinstance(linear, Int8Linear):
+def _kept_weight(linear: nn.Module, projection: Projection, kept: Tensor, units: int) -> Tensor | Rows:
+    if isinstance(linear, EightBitLinear):
         return linear.gathered(projection.axis, kept, units)
     return gather_units(linear.weight.data, projection.axis, kept, units)
 
@@ -172,12 +172,11 @@ def _replaced(layer: nn.Module, name: str, stub: nn.Module) -> Iterator[None]:
 def _gathered(module: nn.Module, block: Block, mask: Tensor, output: Output | None) -> Iterator[None]:
     """While inside, every forward of `module` runs on the kept units of its projections."""
     linears = [(module.get_submodule(projection.name), projection) for projection in block.projections]
-    like = next(parameter for parameter in linears[0][0].parameters() if parameter.is_floating_point())
-    kept = _sent(mask.nonzero().squeeze(1), like.device)
+    kept = _sent(mask.nonzero().squeeze(1), next(module.parameters()).device)
     undo: list[Callable[[], None]] = []
 
-    def put(linear: nn.Module, key: str, value: Tensor) -> None:
-        if key == "weight" and isinstance(linear, Int8Linear):
+    def put(linear: nn.Module, key: str, value: Tensor | Rows) -> None:
+        if key == "weight" and isinstance(linear, EightBitLinear):
             undo.append(partial(setattr, linear, "kept", None))
             linear.kept = value
             return
@@ -194,7 +193,8 @@ def _gathered(module: nn.Module, block: Block, mask: Tensor, output: Output | No
             if output is not None and projection == block.output:
                 for key, value in zip(("weight", "bias"), output, strict=True):
                     if value is not None:
-                        put(linear, key, value.to(like, non_blocking=True))
+                        dtype = linear.dtype if isinstance(linear, EightBitLinear) else linear.weight.dtype
+                        put(linear, key, value.to(kept.device, dtype, non_blocking=True))
                 continue
             put(linear, "weight", _kept_weight(linear, projection, kept, len(mask)))
             if projection.axis == 0 and linear.bias is not None:

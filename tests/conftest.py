@@ -154,6 +154,20 @@ def architecture(request) -> str:
     return request.param
 
 
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model on disk, in one file."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    tiny_model("llama-gqa").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def damaged(saved: Path, tmp_path: Path) -> Path:
+    """A copy of it, to damage."""
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder of real texts beside the project; a test that asks for it skips where it is absent."""

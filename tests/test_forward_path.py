@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pgprune_cli import width_table
-from pgprune_cli.int8 import to_int8
+from pgprune_cli.eight_bit import to_eight_bits
 from pgprune_cli.substrate import LOGIT_ROWS, SOFTMAX_ROWS, Evaluator, summed_loss
 
 aten = torch.ops.aten
@@ -52,13 +52,13 @@ def test_what_reads_a_value_is_seen(read: Callable[[Tensor], object]) -> None:
         read(torch.ones(3))
 
 
-@pytest.mark.parametrize("weights", ["dtype", "int8"])
+@pytest.mark.parametrize("weights", ["dtype", "int8", "fp8"])
 @pytest.mark.parametrize("name", ["dense", "random", "an empty layer"])
 @pytest.mark.parametrize("repaired", [False, True], ids=["as it is", "repaired"])
 def test_a_forward_reads_no_value_back(name: str, repaired: bool, weights: str, architecture: str) -> None:
     model, keep, tokens = tiny_model(architecture), KEEPS[name], some_tokens()
-    if weights == "int8":
-        to_int8(model)
+    if weights != "dtype":
+        to_eight_bits(model, weights)
     outputs = some_outputs(model, keep, bias=True) if repaired else {}
     with Evaluator(model).shrunk(keep, outputs):
         expected = summed_loss(model, tokens)

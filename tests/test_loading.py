@@ -36,21 +36,6 @@ def make(folder: Path, *names: str) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    """A tiny model on disk, in one file."""
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    tiny_model("llama-gqa").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def copy(saved, tmp_path) -> Path:
-    """One to damage."""
-    shutil.copytree(saved, tmp_path / "model")
-    return tmp_path / "model"
-
-
 def sharded(folder: Path) -> Path:
     """The model cut into two files with an index, the second file first in it."""
     tensors = load_file(folder / "model.safetensors")
@@ -77,9 +62,9 @@ def test_a_directory(saved):
     assert resolve(str(saved)) == Source(str(saved), saved, None)
 
 
-def test_a_directory_of_shards_in_the_order_of_the_index(copy):
-    source = resolve(str(sharded(copy)))
-    assert source.weight_files() == [copy / "two.safetensors", copy / "one.safetensors"]
+def test_a_directory_of_shards_in_the_order_of_the_index(damaged):
+    source = resolve(str(sharded(damaged)))
+    assert source.weight_files() == [damaged / "two.safetensors", damaged / "one.safetensors"]
 
 
 def test_a_path_may_be_relative_or_start_at_home(saved, monkeypatch):
@@ -118,9 +103,9 @@ def test_pickles_are_refused(tmp_path):
     assert refused(folder) == without_safetensors(folder)
 
 
-def test_safetensors_beside_pickles_are_taken(copy):
-    (copy / "pytorch_model.bin").touch()
-    assert resolve(str(copy)).weight_files() == [copy / "model.safetensors"]
+def test_safetensors_beside_pickles_are_taken(damaged):
+    (damaged / "pytorch_model.bin").touch()
+    assert resolve(str(damaged)).weight_files() == [damaged / "model.safetensors"]
 
 
 def test_other_directories_and_files_are_refused(tmp_path):
@@ -197,70 +182,70 @@ def test_without_the_hub_the_message_says_what_to_give_instead(monkeypatch):
 # --- weights
 
 
-def test_a_missing_shard_is_refused(copy):
-    source = resolve(str(sharded(copy)))
-    (copy / "one.safetensors").unlink()
+def test_a_missing_shard_is_refused(damaged):
+    source = resolve(str(sharded(damaged)))
+    (damaged / "one.safetensors").unlink()
     with pytest.raises(UserError) as caught:
         source.weight_files()
-    assert str(caught.value) == f"{copy}: {copy / 'one.safetensors'} is missing; fetch the model's files again"
+    assert str(caught.value) == f"{damaged}: {damaged / 'one.safetensors'} is missing; fetch the model's files again"
     with pytest.raises(UserError, match=r"one\.safetensors is missing"):
         load_model(source, "auto", "cpu")
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors"])
-def test_an_index_may_not_lead_elsewhere(copy, name):
-    (copy / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
+def test_an_index_may_not_lead_elsewhere(damaged, name):
+    (damaged / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(UserError) as caught:
-        resolve(str(copy)).weight_files()
-    assert str(caught.value) == f"{copy / INDEX}: {name!r} is not a plain file name"
+        resolve(str(damaged)).weight_files()
+    assert str(caught.value) == f"{damaged / INDEX}: {name!r} is not a plain file name"
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "\xff"])
-def test_a_damaged_index_is_refused(copy, content):
-    (copy / INDEX).write_bytes(content.encode("latin-1"))
+def test_a_damaged_index_is_refused(damaged, content):
+    (damaged / INDEX).write_bytes(content.encode("latin-1"))
     with pytest.raises(UserError) as caught:
-        resolve(str(copy)).weight_files()
-    assert str(caught.value).startswith(f"{copy / INDEX}: ")
+        resolve(str(damaged)).weight_files()
+    assert str(caught.value).startswith(f"{damaged / INDEX}: ")
 
 
-def test_damaged_weights_are_refused(copy):
-    whole = (copy / "model.safetensors").read_bytes()
-    (copy / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+def test_damaged_weights_are_refused(damaged):
+    whole = (damaged / "model.safetensors").read_bytes()
+    (damaged / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError) as caught:
-        load_model(resolve(str(copy)), "auto", "cpu")
-    assert str(caught.value).startswith(f"{copy / 'model.safetensors'}: damaged or not safetensors ")
+        load_model(resolve(str(damaged)), "auto", "cpu")
+    assert str(caught.value).startswith(f"{damaged / 'model.safetensors'}: damaged or not safetensors ")
 
 
-def test_weights_that_are_missing_are_not_made_up(copy):
-    tensors = load_file(copy / "model.safetensors")
+def test_weights_that_are_missing_are_not_made_up(damaged):
+    tensors = load_file(damaged / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"], tensors["model.layers.2.mlp.up_proj.weight"]
-    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError) as caught:
-        load_model(resolve(str(copy)), "auto", "cpu")
-    assert str(caught.value) == (f"{copy}: its files lack 2 weights, the first is model.layers.1.mlp.up_proj.weight")
+        load_model(resolve(str(damaged)), "auto", "cpu")
+    assert str(caught.value) == (f"{damaged}: its files lack 2 weights, the first is model.layers.1.mlp.up_proj.weight")
 
 
-def test_weights_of_another_shape_are_refused(copy):
-    tensors = load_file(copy / "model.safetensors")
+def test_weights_of_another_shape_are_refused(damaged):
+    tensors = load_file(damaged / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"
-    save_file(tensors | {name: tensors[name][:5].clone()}, copy / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors | {name: tensors[name][:5].clone()}, damaged / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError) as caught:
-        load_model(resolve(str(copy)), "auto", "cpu")
+        load_model(resolve(str(damaged)), "auto", "cpu")
     assert "1 weights do not fit its config: model.layers.1.mlp.up_proj.weight has the shape (5, 32)" in str(
         caught.value
     )
 
 
 @pytest.mark.parametrize("config", ["{", "[]", '{"model_type": "llama", "num_attention_heads": "x"}'])
-def test_a_damaged_config_is_refused(copy, config):
-    (copy / "config.json").write_text(config)
+def test_a_damaged_config_is_refused(damaged, config):
+    (damaged / "config.json").write_text(config)
     with pytest.raises(UserError) as caught:
-        load_model(resolve(str(copy)), "auto", "cpu")
-    assert str(caught.value).startswith(str(copy))
+        load_model(resolve(str(damaged)), "auto", "cpu")
+    assert str(caught.value).startswith(str(damaged))
 
 
-def test_a_model_arrives_ready_for_forward_passes(copy):
-    model = load_model(resolve(str(sharded(copy))), "auto", "cpu")
+def test_a_model_arrives_ready_for_forward_passes(damaged):
+    model = load_model(resolve(str(sharded(damaged))), "auto", "cpu")
     assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
     expected = dict(tiny_model("llama-gqa").named_parameters())
     loaded = dict(model.named_parameters())
@@ -293,53 +278,53 @@ def test_a_model_arrives_in_the_dtype_asked_for(saved, dtype):
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
 
 
-def test_no_code_of_a_model_is_run(copy):
-    config = json.loads((copy / "config.json").read_text())
+def test_no_code_of_a_model_is_run(damaged):
+    config = json.loads((damaged / "config.json").read_text())
     config |= {"model_type": "unheard-of", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
-    (copy / "config.json").write_text(json.dumps(config))
-    (copy / "evil.py").write_text("raise SystemExit('the code of a model was run')\n")
+    (damaged / "config.json").write_text(json.dumps(config))
+    (damaged / "evil.py").write_text("raise SystemExit('the code of a model was run')\n")
     with pytest.raises(UserError, match="it needs code of its own"):
-        load_model(resolve(str(copy)), "auto", "cpu")
+        load_model(resolve(str(damaged)), "auto", "cpu")
 
 
-def test_the_tokenizer_of_the_demo(copy):
+def test_the_tokenizer_of_the_demo(damaged):
     text = "Anna owned two red kites."
     tokenizer = load_tokenizer(resolve("demo"))
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
     with pytest.raises(UserError) as caught:  # a model without one
-        load_tokenizer(resolve(str(copy)))
-    assert str(caught.value).startswith(f"{copy}: its tokenizer cannot be loaded: ")
+        load_tokenizer(resolve(str(damaged)))
+    assert str(caught.value).startswith(f"{damaged}: its tokenizer cannot be loaded: ")
     assert "\n" not in str(caught.value)
 
 
 # --- fingerprints
 
 
-def test_a_fingerprint_stays_wherever_the_model_lies(saved, copy):
-    assert resolve(str(copy)).fingerprint() == resolve(str(saved)).fingerprint()
+def test_a_fingerprint_stays_wherever_the_model_lies(saved, damaged):
+    assert resolve(str(damaged)).fingerprint() == resolve(str(saved)).fingerprint()
 
 
-def test_a_fingerprint_changes_with_any_weight_byte_of_a_small_model(copy):
-    source = resolve(str(copy))
+def test_a_fingerprint_changes_with_any_weight_byte_of_a_small_model(damaged):
+    source = resolve(str(damaged))
     seen = {source.fingerprint()}
-    whole = (copy / "model.safetensors").read_bytes()
+    whole = (damaged / "model.safetensors").read_bytes()
     places = range(0, len(whole), len(whole) // 20)
     for place in (*places, len(whole) - 1):
-        damaged = bytearray(whole)
-        damaged[place] ^= 1
-        (copy / "model.safetensors").write_bytes(damaged)
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        (damaged / "model.safetensors").write_bytes(changed)
         seen.add(source.fingerprint())
     assert len(seen) == len(places) + 2
 
 
-def test_a_fingerprint_changes_with_the_config_and_with_the_size(copy):
-    source = resolve(str(copy))
+def test_a_fingerprint_changes_with_the_config_and_with_the_size(damaged):
+    source = resolve(str(damaged))
     before = source.fingerprint()
-    config = (copy / "config.json").read_text()
-    (copy / "config.json").write_text(config.replace("10000.0", "20000.0"))
+    config = (damaged / "config.json").read_text()
+    (damaged / "config.json").write_text(config.replace("10000.0", "20000.0"))
     changed = source.fingerprint()
     assert changed != before
-    with (copy / "model.safetensors").open("ab") as file:
+    with (damaged / "model.safetensors").open("ab") as file:
         file.write(b"\0")
     assert source.fingerprint() not in (before, changed)
 
@@ -414,24 +399,24 @@ def test_the_hubs_files_are_looked_for_where_hf_home_says(tmp_path):
         ({"model_type": "gpt2"}, "model type 'gpt2' is not supported; pgprune prunes llama, mistral, qwen2, qwen3"),
     ],
 )
-def test_what_cannot_be_pruned(change, said, copy):
-    path = copy / "config.json"
+def test_what_cannot_be_pruned(change, said, damaged):
+    path = damaged / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with pytest.raises(UserError, match=said):
-        check_prunable(resolve(str(copy)))
+        check_prunable(resolve(str(damaged)))
 
 
 def test_what_can_be_pruned(saved):
     check_prunable(resolve(str(saved)))
 
 
-def test_weights_that_do_not_fit_the_config_are_named(copy, capfd):
-    path = copy / "config.json"
+def test_weights_that_do_not_fit_the_config_are_named(damaged, capfd):
+    path = damaged / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"intermediate_size": 23}))
     with pytest.raises(UserError) as caught:
-        load_model(resolve(str(copy)), "auto", "cpu")
+        load_model(resolve(str(damaged)), "auto", "cpu")
     assert str(caught.value) == (
-        f"{copy}: 12 weights do not fit its config: model.layers.0.mlp.down_proj.weight has the shape (32, 24), and by "
-        "the config it should be (32, 23)"
+        f"{damaged}: 12 weights do not fit its config: model.layers.0.mlp.down_proj.weight has the shape (32, 24), and "
+        "by the config it should be (32, 23)"
     )
     assert capfd.readouterr().err == "", "a line for the user, no table"

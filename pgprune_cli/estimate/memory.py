@@ -50,13 +50,11 @@ def memory(sizes: Sizes, texts: Texts) -> Memory:
     table = table_bytes(sizes) if sizes.has_table and sizes.solves else 0
     largest = max((batch.numel() for batch in [*streamed, *fitted]), default=0)
     solved = fits or sizes.statistic == "covariance"
-    slices = max(slice_bytes(sizes, block) for block in sizes.blocks)
     return Memory(
         weights=sum(parameter.nbytes for parameter in sizes.model.parameters()),
         activations=max(layer_bytes(sizes, max(largest, texts.step.numel())), logit_bytes(sizes, texts.step)),
-        slices=slices,
-        # a block's weights that are made of int8 ones outlive what they are made for: its scoring
-        covariances=max(solving_bytes(sizes), watching_bytes(sizes, largest)) + slices * sizes.int8 if solved else 0,
+        slices=max(slice_bytes(sizes, block) for block in sizes.blocks),
+        covariances=max(solving_bytes(sizes), watching_bytes(sizes, largest)) + made_bytes(sizes) if solved else 0,
         gradients=backward_bytes(sizes, texts.scoring[0]) if sizes.statistic == "gradients" else 0,
         hidden_states=max(tokens_in(streamed), tokens_in(fitted)) * sizes.hidden * sizes.dtype.itemsize,
         written_widths=2 * table // sizes.layers,
@@ -65,7 +63,8 @@ def memory(sizes: Sizes, texts: Texts) -> Memory:
 
 
 def layer_bytes(sizes: Sizes, tokens: int) -> int:
-    """Of a forward through dense layers: what is in scope at a time in transformers' Llama, in its widest block."""
+    """Of a forward through dense layers: what is in scope at a time in transformers' Llama, in its widest block; or
+    while the inputs of an output projection are rounded to fp8, through float32."""
     hidden, widths = sizes.hidden, []
     for block in sizes.blocks:
         if block.name == "attention":  # while queries or keys are rotated
@@ -73,7 +72,8 @@ def layer_bytes(sizes: Sizes, tokens: int) -> int:
             widths.append(3 * hidden + max(4 * queries + 2 * keys, 2 * queries + 5 * keys))
         else:
             widths.append(4 * hidden + 3 * block.inputs)
-    return tokens * max(widths) * sizes.dtype.itemsize
+    rounded = [(4 * hidden + block.inputs) * sizes.dtype.itemsize + 5 * block.inputs for block in sizes.blocks]
+    return tokens * max(max(widths) * sizes.dtype.itemsize, *(rounded if sizes.weights == "fp8" else [0]))
 
 
 def logit_bytes(sizes: Sizes, tokens: Tensor) -> int:
@@ -87,9 +87,22 @@ def logit_bytes(sizes: Sizes, tokens: Tensor) -> int:
 
 
 def slice_bytes(sizes: Sizes, block: Block) -> int:
-    """Of a block that keeps nearly all; of int8 weights the kept ones of a projection besides, while it is made."""
+    """Of a block that keeps nearly all; rounded weights of one projection besides, while what stands for it is made.
+
+    Of fp8 the values themselves are multiplied, but for the output projection where it is repaired.
+    """
     largest = max(*block.inner, block.inputs) * sizes.hidden
-    return block.nbytes + largest * sizes.int8
+    if sizes.weights == "fp8":
+        repaired = block.inputs * block.outputs * sizes.dtype.itemsize if sizes.has_table and sizes.solves else 0
+        return block.nbytes // sizes.dtype.itemsize + max(largest, repaired)
+    return block.nbytes + (largest if sizes.weights == "int8" else 0)
+
+
+def made_bytes(sizes: Sizes) -> int:
+    """Of a block's weights that are made of rounded ones, and outlive what they are made for: its scoring."""
+    if sizes.weights == "dtype":
+        return 0
+    return max(block.nbytes + max(*block.inner, block.inputs) * sizes.hidden for block in sizes.blocks)
 
 
 def solving_bytes(sizes: Sizes) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class Block:
     """One block of one layer.
 
     name: attention or ffn; units: how many; inputs, outputs: of its output projection; inner: the widths of what its
-    other projections put out; nbytes: of its weights, as they are multiplied with; keep: the fraction that the recipe
+    other projections put out; nbytes: of its weights, in the model's dtype; keep: the fraction that the recipe
     keeps of it; level: the step between the widths of the table.
     """
 
@@ -60,13 +61,13 @@ class Sizes:
         self.layers = len(self.shape.channels)
 
     @property
-    def int8(self) -> bool:
-        """Whether the projections are kept in int8, and made usable block by block."""
-        return self.recipe.weights == "int8"
+    def weights(self) -> Literal["dtype", "int8", "fp8"]:
+        """What the projections are kept in."""
+        return self.recipe.weights
 
     @property
     def parameters(self) -> int:
-        """Of the model; the scales of int8 weights are none."""
+        """Of the model; the scales of rounded weights are none."""
         named = self.model.named_parameters()
         return sum(parameter.numel() for name, parameter in named if not name.endswith(".scale"))
 

@@ -17,7 +17,7 @@ from pgprune_cli.atomic import read_record, write_bytes, write_record
 from pgprune_cli.checkpoint import latest_checkpoint
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target
-from pgprune_cli.jobs.init_scores import init_scores, refuse_gradients_of_int8
+from pgprune_cli.jobs.init_scores import init_scores, refuse_unfit_weights
 from pgprune_cli.jobs.search import search
 from pgprune_cli.lock import locked
 from pgprune_cli.recipe import Recipe
@@ -99,7 +99,7 @@ def compare(
         raise UserError(f"--only {unknown[0]}: expected one of {', '.join(variant.name for variant in variants)}")
     wanted = [variant for variant in variants if not only or variant.name in only]
     for variant in wanted:
-        refuse_gradients_of_int8(variant.recipe)
+        refuse_unfit_weights(variant.recipe)
     table: dict[str, Any] = {"model": recipe.model, "sparsity": recipe.budget.sparsity, "limit": limit}
     with locked(out):
         rows = _earlier_rows(recipe, out) | {"dense": _dense(recipe, out, limit, quiet)}

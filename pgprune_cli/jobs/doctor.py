@@ -10,7 +10,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 from pgprune_cli.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import device
+
     from pgprune_cli.recipe import Recipe
     from pgprune_cli.source import Source
 
@@ -176,13 +178,29 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
     where = "here" if source else f"on the hub, {_gb(weights.stored)} to download"
     yield Finding("model", f"{recipe.model}, {weights.parameters / 1e6:,.0f} million parameters, {where}")
     kept_in, needed = f"dtype {recipe.dtype}", weights.parameters * BYTES.get(recipe.dtype, 0) or weights.stored
-    if recipe.weights == "int8":
-        kept_in, needed = "int8", weights.parameters
+    if recipe.weights != "dtype":
+        kept_in, needed = recipe.weights, weights.parameters
     free = sum(_free_memory(str(device)) for device in devices)
     found = f"the weights in {kept_in} take {_gb(needed)} of {_gb(free)} on {recipe.device}; a search takes more"
     ways = "take a smaller model, dtype bfloat16, weights int8, or several devices (device: cuda:0,cuda:1)"
     fix = ways if needed > free else ""
     yield Finding("memory", found, fix)
+    if recipe.weights == "fp8":
+        yield _fp8(recipe, devices)
+
+
+def _fp8(recipe: Recipe, devices: Iterable[device]) -> Finding:
+    import torch
+
+    from pgprune_cli.eight_bit import check_fp8
+
+    dtype = getattr(torch, "bfloat16" if recipe.dtype == "auto" else recipe.dtype)
+    try:
+        for one in devices:
+            check_fp8(one, dtype)
+    except UserError as error:
+        return Finding("fp8", "no products", str(error))
+    return Finding("fp8", f"multiplied on {recipe.device}")
 
 
 def _local(name: str) -> Source | None:

@@ -12,7 +12,7 @@ from pgprune_cli.data import CalibrationText
 from pgprune_cli.estimate.memory import memory
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.estimate.work import flops, seconds
-from pgprune_cli.jobs.init_scores import refuse_gradients_of_int8, scoring_batches
+from pgprune_cli.jobs.init_scores import refuse_unfit_weights, scoring_batches
 from pgprune_cli.jobs.problem import repair_batches
 from pgprune_cli.jobs.search import calibration_forwards
 from pgprune_cli.loading import devices_of, empty_model
@@ -32,7 +32,7 @@ def estimate(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
 
     Raises UserError for a model whose config is not to be had or cannot be pruned, and for a device that is not there.
     """
-    refuse_gradients_of_int8(recipe)
+    refuse_unfit_weights(recipe)
     devices = devices_of(recipe.device)
     device = devices[0]
     sizes = Sizes(empty_model(recipe.model, recipe.dtype, recipe.weights), recipe)

@@ -38,7 +38,7 @@ def init_scores(recipe: Recipe, run: Path, quiet: bool = False) -> Scores:
 def load_text(recipe: Recipe, source: Source, quiet: bool) -> CalibrationText:
     """The calibration text that a recipe asks for, tokenised for its model. Raises UserError for what cannot be pruned,
     too: before the model is loaded."""
-    refuse_gradients_of_int8(recipe)
+    refuse_unfit_weights(recipe)
     check_prunable(source)
     wanted = recipe.calibration
     with working(f"reading {wanted.corpus}", quiet):
@@ -49,12 +49,17 @@ def load_text(recipe: Recipe, source: Source, quiet: bool) -> CalibrationText:
     return text
 
 
-def refuse_gradients_of_int8(recipe: Recipe) -> None:
-    """Raises UserError for a metric with a backward pass on weights that have no gradients."""
-    if recipe.weights == "int8" and NEEDS.get(recipe.saliency.metric) == "gradients":
+def refuse_unfit_weights(recipe: Recipe) -> None:
+    """Raises UserError for what weights in 8 bits cannot do: have gradients, or run at the speed of an export."""
+    kept = recipe.weights
+    if kept != "dtype" and NEEDS.get(recipe.saliency.metric) == "gradients":
         raise UserError(
-            f"saliency.metric: {recipe.saliency.metric} takes gradients, which int8 weights have not; "
+            f"saliency.metric: {recipe.saliency.metric} takes gradients, which {kept} weights have not; "
             "set weights to dtype, or take a metric without, such as obs"
+        )
+    if kept == "fp8" and recipe.budget.of == "latency":
+        raise UserError(
+            "budget.of: a latency would be that of fp8 products, and exports have none; set weights to dtype or int8"
         )
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import torch
 from subject import SHAPES, arguments, headline, open_evaluator, random_keep, random_model, some_tokens, table
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pgprune_cli.estimate.memory import Memory, memory
 from pgprune_cli.estimate.sizes import Sizes, Texts
-from pgprune_cli.loading import devices_of, load_model
+from pgprune_cli.loading import Weights, devices_of, load_model
 from pgprune_cli.recipe import Budget, Calibration, Recipe
 from pgprune_cli.source import resolve
 from pgprune_cli.substrate import Evaluator
@@ -31,7 +31,7 @@ from pgprune_cli.substrate import Evaluator
 SLACK = 1.10
 
 
-def needed(evaluator: Evaluator, tokens: Tensor, weights: Literal["dtype", "int8"]) -> Memory:
+def needed(evaluator: Evaluator, tokens: Tensor, weights: Weights) -> Memory:
     recipe = Recipe(model="", weights=weights, calibration=Calibration(corpus=""), budget=Budget(sparsity=0.5))
     return memory(Sizes(evaluator.model, recipe), Texts([], [], tokens, tokens))
 
@@ -69,7 +69,7 @@ def peak_memory(device: torch.device) -> int:
 def main() -> None:
     parser = arguments(__doc__, repeats=3)
     parser.add_argument("--keep", type=float, default=0.5)
-    parser.add_argument("--weights", default="dtype", choices=("dtype", "int8"), help="as the recipe's key")
+    parser.add_argument("--weights", default="dtype", choices=get_args(Weights), help="as the recipe's key")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -86,7 +86,7 @@ def main() -> None:
         result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
     allowed = SLACK * result["weights"] + result["activations"] + result["slices"]
     ratio = (result["peak"] - result["before"]) / allowed
-    print(headline(options, devices_of(options.device)[0]) + ", int8 weights" * (options.weights == "int8"))
+    print(headline(options, devices_of(options.device)[0]) + f", weights: {options.weights}")
     columns = ("before", "loaded", "peak", "weights", "activations", "slices")
     table((*(f"{name} MB" for name in columns), "ratio"), [(*(round(result[name] / 1e6) for name in columns), ratio)])
     sys.exit(int(ratio > 1.0))

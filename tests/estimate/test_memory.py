@@ -11,9 +11,9 @@ from memory import Allocations
 from torch import Tensor
 
 from pgprune_cli.arch import LayerKeep
-from pgprune_cli.estimate.memory import Memory, layer_bytes, logit_bytes, memory, solving_bytes, table_bytes
+from pgprune_cli.eight_bit import to_eight_bits
+from pgprune_cli.estimate.memory import Memory, layer_bytes, logit_bytes, made_bytes, memory, solving_bytes, table_bytes
 from pgprune_cli.estimate.sizes import Sizes, Texts
-from pgprune_cli.int8 import to_int8
 from pgprune_cli.reconstruct import repair
 from pgprune_cli.saliency import score
 from pgprune_cli.substrate import Evaluator, summed_loss
@@ -45,35 +45,35 @@ def test_what_a_dense_forward_allocates(shape: dict[str, int], dtype: torch.dtyp
     assert expected == pytest.approx(peak(lambda: summed_loss(model, tokens)), rel=0.12)
 
 
-@pytest.mark.parametrize("weights", ["dtype", "int8"])
+@pytest.mark.parametrize("weights", ["dtype", "int8", "fp8"])
 def test_a_pruned_forward_allocates_no_more_than_one_blocks_slices_on_top(weights: str) -> None:
     model = medium_model(intermediate_size=512)
-    if weights == "int8":
-        to_int8(model)
+    if weights != "dtype":
+        to_eight_bits(model, weights)
     keep = tuple(LayerKeep(torch.arange(2) < 1, torch.arange(512) < 480) for _ in model.model.layers)
     (tokens,) = some_batches(windows=1, length=16, batches=1)
-    sizes = Sizes(model, medium_recipe(f"weights={weights}"))
+    sizes = Sizes(model, medium_recipe(f"weights={weights}", "search.policy=units"))
     expected = memory(sizes, Texts([], [], tokens, tokens))
     evaluator = Evaluator(model)
-    assert expected.slices == 3 * 512 * 64 * 4 + 512 * 64 * (weights == "int8")
+    assert expected.slices == 512 * 64 * {"dtype": 3 * 4, "int8": 3 * 4 + 1, "fp8": 3 + 1}[weights]
     seen = peak(lambda: evaluator.losses([keep] * 3, tokens))
     assert 0.9 * expected.slices < seen < 1.05 * (expected.slices + expected.activations)
 
 
-@pytest.mark.parametrize("weights", ["dtype", "int8"])
+@pytest.mark.parametrize("weights", ["dtype", "int8", "fp8"])
 @pytest.mark.parametrize("part", ["score", "width table", "repair"])
 @pytest.mark.parametrize("shape", [{}, {"intermediate_size": 384}, {"hidden_size": 128}], ids=str)
 def test_what_is_solved_for_calibration(part: str, shape: dict[str, int], weights: str) -> None:
     model, text = medium_model(**shape), some_batches(windows=1)
-    if weights == "int8":
-        to_int8(model)
+    if weights != "dtype":
+        to_eight_bits(model, weights)
     channels = shape.get("intermediate_size", 192)
     saliency: dict[tuple[int, str], Tensor] = {}
     for index in range(3):
         saliency |= {(index, "attention"): torch.rand(2), (index, "ffn"): torch.rand(channels)}
     keep = tuple(LayerKeep(torch.arange(2) < 1, torch.arange(channels) < channels // 2) for _ in range(3))
     sizes = Sizes(model, medium_recipe(f"weights={weights}"))
-    made = memory(sizes, Texts(text, text, text[0], text[0])).slices * sizes.int8
+    made = made_bytes(sizes)
     stays = table_bytes(sizes) if part == "width table" else 0
     seen = peak(
         {

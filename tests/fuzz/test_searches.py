@@ -21,7 +21,7 @@ FRACTIONS = [0, 1e-9, 0.3, 0.5, 0.999999]
 KEYS: dict[str, list[object]] = {
     "seed": [0, 2**32 - 1],
     "dtype": ["float32", "float16", "bfloat16", "auto"],
-    "weights": ["dtype", "int8"],
+    "weights": ["dtype", "int8", "fp8"],
     **{f"calibration.{key}": HUGE for key in ("sequences", "seqlen", "batch", "heldout")},
     "units.families": ["[attention]", "[ffn]", "[layer]", "[attention-block, ffn]", "[attention-block, ffn-block]"],
     "budget.sparsity": FRACTIONS,

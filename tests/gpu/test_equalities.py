@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from pgprune_cli import substrate
 from pgprune_cli.arch import Keep, LayerKeep
 from pgprune_cli.checkpoint import latest_checkpoint
-from pgprune_cli.errors import RunError
-from pgprune_cli.int8 import to_int8
+from pgprune_cli.eight_bit import Fp8Linear, check_fp8, fp8_product, to_eight_bits
+from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs import loop as loops
 from pgprune_cli.jobs.search import search
 from pgprune_cli.loading import load_model
@@ -78,7 +78,7 @@ def test_losses_are_those_of_the_cpu(pair) -> None:
 
 def test_losses_of_int8_weights_are_those_of_the_cpu_and_never_wait(pair) -> None:
     for model in pair:
-        to_int8(model)
+        to_eight_bits(model, "int8")
     on_cpu, on_chip = (Evaluator(model) for model in pair)
     torch.testing.assert_close(
         on_chip.losses(keeps(), some_tokens()), on_cpu.losses(keeps(), some_tokens()), rtol=1e-4, atol=0
@@ -88,6 +88,39 @@ def test_losses_of_int8_weights_are_those_of_the_cpu_and_never_wait(pair) -> Non
     torch.cuda.set_sync_debug_mode("error")
     try:
         on_chip._summed(keeps()[0], tokens, {})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_fp8_products_are_those_of_the_cpu_and_never_wait(pair) -> None:
+    """Of the same inputs: one that is rounded the other way changes all that follows."""
+    model = pair[1].bfloat16()
+    try:
+        check_fp8(torch.device("cuda"), torch.bfloat16)
+    except UserError as error:
+        pytest.skip(str(error))
+    expected = Evaluator(model).losses(keeps(), some_tokens())
+    to_eight_bits(model, "fp8")
+    seen = []
+
+    def check(linear: Fp8Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+        kept = (part.cpu() for part in linear.kept or (linear.values, linear.scale))
+        found = fp8_product(inputs[0].cpu(), *kept)
+        found = found if linear.bias is None else found + linear.bias.cpu()
+        torch.testing.assert_close(output.cpu(), found, rtol=0.02, atol=0.02)
+        seen.append(linear)
+
+    linears = [each for each in model.modules() if isinstance(each, Fp8Linear)]
+    handles = [linear.register_forward_hook(check) for linear in linears]
+    torch.testing.assert_close(Evaluator(model).losses(keeps(), some_tokens()), expected, rtol=0.03, atol=0)
+    assert len(seen) > len(linears)
+    for handle in handles:
+        handle.remove()
+    tokens = some_tokens().cuda()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        Evaluator(model)._summed(keeps()[0], tokens, {})
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

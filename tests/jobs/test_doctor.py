@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import psutil
 import pytest
+import torch
 from conftest import tiny_model
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
@@ -87,6 +88,14 @@ def test_a_driver_without_a_cuda_build(monkeypatch) -> None:
 def test_too_little_memory(small, monkeypatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     assert [finding.name for finding in bad(doctor(small()))] == ["memory"]
+
+
+def test_products_of_fp8(small, monkeypatch) -> None:
+    (finding,) = (found for found in doctor(small("weights=fp8")) if found.name == "fp8")
+    assert finding.fix == "" and finding.found == "multiplied on cpu"
+    monkeypatch.delattr(torch.nn.functional, "scaled_mm")
+    (finding,) = bad(doctor(small("weights=fp8")))
+    assert finding.fix.startswith("weights: fp8 needs a newer PyTorch")
 
 
 @pytest.mark.parametrize(

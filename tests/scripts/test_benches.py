@@ -40,6 +40,7 @@ def ran(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
         ("shrunk_forward", ["--keep", "0.8", "0.5"], "ratio", 2),
         ("matrix_share", ["--keep", "1", "0.5"], "ratio", 2),
         ("paper_way", ["--keep", "0.5"], "ratio", 1),
+        ("eight_bits", ["--keep", "0.5"], "ratio", 2),
         ("search_step", ["--samples", "4"], "outside, ratio", 1),
         ("search_step", ["--samples", "2", "--policy", "units"], "a forward over a dense one", 1),
     ],
@@ -85,7 +86,7 @@ def test_pairs_are_timed_in_turn_and_the_first_warms_up(monkeypatch: pytest.Monk
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of the resident memory is Linux's")
-@pytest.mark.parametrize("weights", ["dtype", "int8"])
+@pytest.mark.parametrize("weights", ["dtype", "int8", "fp8"])
 def test_the_memory_bench_counts_what_is_allowed(weights: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """Of a tiny model the noise of the process outweighs the weights: what the ratio is, a large one says."""
     monkeypatch.setattr(sys, "argv", ["search_memory", *SMALL, "--weights", weights])

@@ -1,10 +1,10 @@
-"""Weights in int8: how they are rounded, that whatever reads them reads the rounded ones, and how they are loaded."""
+"""Weights in 8 bits: how they are rounded, that whatever reads them reads the rounded ones, and how they are loaded."""
 
 from __future__ import annotations
 
 import copy
 import json
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,18 +18,18 @@ from safetensors.torch import load_file, save_file
 from test_substrate import KEEPS, logits_of, some_outputs, some_tokens
 from torch import Tensor, nn
 
-from pgprune_cli import loading
-from pgprune_cli.arch import LayerKeep, Shape, gather_units, projections
+from pgprune_cli import eight_bit, loading
+from pgprune_cli.arch import Keep, LayerKeep, Output, Outputs, Projection, Shape, gather_units, projections
 from pgprune_cli.costs import measure_latency
 from pgprune_cli.decision import Decision
+from pgprune_cli.eight_bit import FP8, Fp8Linear, Int8Linear, check_fp8, fp8_product, to_eight_bits
 from pgprune_cli.errors import UserError
-from pgprune_cli.int8 import Int8Linear, to_int8
 from pgprune_cli.jobs.compare import compare
 from pgprune_cli.jobs.estimate import estimate
 from pgprune_cli.jobs.export import export, options_of
 from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.jobs.search import search
-from pgprune_cli.loading import HEAD, empty_model, load_model
+from pgprune_cli.loading import HEAD, Weights, empty_model, load_model
 from pgprune_cli.reconstruct import repair
 from pgprune_cli.saliency import score
 from pgprune_cli.source import DEMO_MODEL, INDEX, resolve
@@ -50,6 +50,15 @@ def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     return linear
 
 
+KINDS = {"int8": Int8Linear, "fp8": Fp8Linear}
+
+
+def slowly_rounded(row: Tensor) -> Tensor:
+    least = torch.tensor([torch.finfo(torch.float32).smallest_normal])
+    scale = torch.maximum(row.float().abs().max() / torch.tensor([448.0]), least)
+    return (row.float() / scale).to(FP8).float().mul(scale).to(row.dtype)
+
+
 def rounded(model: nn.Module) -> nn.Module:
     """The same weights as the int8 model has, in an ordinary one."""
     spec, model = Shape.of(model).spec, copy.deepcopy(model)
@@ -59,12 +68,33 @@ def rounded(model: nn.Module) -> nn.Module:
     return model
 
 
+class LikeAChip:
+    """torch's product of fp8 matrices, refusing what a GPU refuses: sizes, layouts and scales of other kinds."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls, self.known = 0, nn.functional.scaled_mm
+        monkeypatch.setattr(eight_bit.functional, "scaled_mm", self)
+
+    def __call__(self, a: Tensor, b: Tensor, scale_a: Tensor, by_a, scale_b: Tensor, by_b, **others) -> Tensor:
+        self.calls += 1
+        assert a.dtype == b.dtype == FP8 and a.shape[1] % 16 == b.shape[1] % 16 == 0
+        assert a.is_contiguous() and b.t().is_contiguous()
+        for scale, shape in ((scale_a, (len(a), 1)), (scale_b, (1, b.shape[1]))):
+            assert scale.dtype == torch.float32 and scale.shape == shape and scale.is_contiguous()
+        return self.known(a, b, scale_a, by_a, scale_b, by_b, **others)
+
+
+@pytest.fixture
+def chip(monkeypatch: pytest.MonkeyPatch) -> LikeAChip:
+    return LikeAChip(monkeypatch)
+
+
 @pytest.fixture
 def pair(architecture: str) -> tuple[nn.Module, nn.Module]:
     """An int8 model and its ordinary twin."""
     model = tiny_model(architecture)
     twin = rounded(model)
-    to_int8(model)
+    to_eight_bits(model, "int8")
     return model, twin
 
 
@@ -88,6 +118,62 @@ def test_no_weight_is_off_by_more_than_half_a_step(seed: int, dtype: torch.dtype
     assert not linear.weight[3].any()
 
 
+@given(seed=st.integers(0, 999), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_fp8_is_off_by_a_sixteenth_or_half_of_its_smallest_step(seed: int, dtype: torch.dtype) -> None:
+    """e4m3 has 3 bits behind the leading one, down to 2⁻⁶, and steps of 2⁻⁹ below."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = (torch.randn(300, 33, generator=generator) * torch.logspace(-3, 1, 300)[:, None]).to(dtype)
+    weight[3] = 0.0
+    linear = Fp8Linear(linear_of(weight))
+    allowed = torch.maximum(weight.double().abs() / 16, linear.scale.double() * 2.0**-10)
+    allowed += torch.finfo(dtype).eps * (weight.double().abs() + torch.finfo(dtype).smallest_normal)
+    assert linear.weight.dtype == dtype and linear.values.element_size() == 1
+    assert ((linear.weight.double() - weight.double()).abs() <= allowed).all()
+    largest = weight.abs().amax(1)
+    torch.testing.assert_close(linear.weight.abs().amax(1), largest, rtol=torch.finfo(dtype).eps, atol=0)
+    assert not linear.weight[3].any()
+
+
+@given(
+    rows=st.integers(1, 5),
+    inner=st.integers(1, 40),
+    out=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_a_product_is_that_of_both_rounded(rows: int, inner: int, out: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    inputs = (torch.randn(2, rows, inner, generator=generator) * 5).to(dtype)
+    inputs[0, 0], inputs[1, 0] = 0.0, inputs[1, 0] * 100
+    linear = Fp8Linear(linear_of(torch.randn(out, inner, generator=generator, dtype=dtype)))
+    with pytest.MonkeyPatch.context() as patch:
+        chip = LikeAChip(patch)
+        found = fp8_product(inputs, linear.values, linear.scale)
+    assert chip.calls == 1 and found.dtype == dtype and found.shape == (2, rows, out)
+    both = torch.stack([slowly_rounded(row.float()) for row in inputs.flatten(0, 1)])
+    expected = (both @ (linear.values.view(FP8).float() * linear.scale).t()).view(found.shape)
+    torch.testing.assert_close(
+        found.float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6 * float(expected.abs().max())
+    )
+    assert not found[0, 0].any() and found.isfinite().all()
+
+
+def test_a_chip_without_such_products_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("only supported on CUDA devices with compute capability >= 8.9\nand more")
+
+    check_fp8(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(eight_bit.functional, "scaled_mm", fails)
+    with pytest.raises(UserError) as caught:
+        load_model(resolve("demo"), "bfloat16", "cpu", "fp8")
+    assert str(caught.value) == (
+        "weights: cpu multiplies no fp8 in bfloat16; set weights to int8 or dtype (only supported on CUDA devices with "
+        "compute capability >= 8.9 and more)"
+    )
+    monkeypatch.delattr(eight_bit.functional, "scaled_mm")
+    with pytest.raises(UserError, match=r"weights: fp8 needs a newer PyTorch than .*, or set weights to int8"):
+        check_fp8(torch.device("cpu"), torch.float32)
+
+
 def test_what_lies_on_the_steps_stays() -> None:
     steps = torch.tensor([[127.0, -127.0, 3.0, 0.0], [1.0, 127.0, -5.0, 2.0]])
     weight = steps * torch.tensor([[0.5], [0.25]])
@@ -109,10 +195,12 @@ def test_a_forward_is_that_of_the_rounded_weights() -> None:
 @given(units=st.integers(1, 6), width=st.integers(1, 4), axis=st.integers(0, 1), data=st.data())
 def test_gathered_is_what_the_dense_weight_has_there(units: int, width: int, axis: int, data: st.DataObject) -> None:
     shape = (units * width, 5) if axis == 0 else (5, units * width)
-    linear = Int8Linear(linear_of(torch.randn(shape, generator=torch.Generator().manual_seed(units))))
-    kept = torch.tensor(sorted(data.draw(st.sets(st.integers(0, units - 1), min_size=1))))
-    expected = gather_units(linear.weight, axis, kept, units)
-    assert torch.equal(linear.gathered(axis, kept, units), expected)
+    for of_kind in KINDS.values():
+        linear = of_kind(linear_of(torch.randn(shape, generator=torch.Generator().manual_seed(units))))
+        kept = torch.tensor(sorted(data.draw(st.sets(st.integers(0, units - 1), min_size=1))))
+        expected = gather_units(linear.weight, axis, kept, units)
+        linear.kept = linear.gathered(axis, kept, units)
+        assert torch.equal(linear.weight, expected)
 
 
 # --- whatever reads weights
@@ -199,28 +287,92 @@ def test_a_step_makes_one_blocks_weights_at_a_time() -> None:
     model = tiny_model("llama-mha")
     block = max(sum(p.nbytes for p in part.parameters()) for part in model.model.layers[0].children())
     whole = sum(p.nbytes for p in model.model.layers.parameters())
-    to_int8(model)
+    to_eight_bits(model, "int8")
     tokens = some_tokens()[:1, :4]
     with Allocations() as seen:
         Evaluator(model).losses([KEEPS["dense"], KEEPS["random"]], tokens)
     assert seen.peak < 1.25 * block + 8_000 < whole / 2
 
 
+# --- fp8: one input that is rounded the other way changes all that follows, so products are looked at one by one
+
+
+@pytest.mark.parametrize("repaired", [False, True], ids=["as it is", "repaired"])
+@pytest.mark.parametrize("name", KEEPS)
+def test_every_product_of_a_shrunk_forward_is_that_of_both_rounded(
+    architecture: str, name: str, repaired: bool, chip: LikeAChip
+) -> None:
+    model, keep, tokens = tiny_model(architecture), KEEPS[name], some_tokens()
+    spec = Shape.of(model).spec
+    outputs = some_outputs(model, keep, bias=True) if repaired else {}
+    expected = Evaluator(model).losses([keep], tokens, [outputs])
+    to_eight_bits(model, "fp8")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    seen = []
+
+    def check(linear: Fp8Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+        rows = inputs[0].flatten(0, -2)
+        if not isinstance(linear.kept, Tensor):
+            rows = torch.stack([slowly_rounded(row) for row in rows])
+        found = nn.functional.linear(rows, linear.weight, linear.bias).view(output.shape)
+        torch.testing.assert_close(output, found, rtol=1e-4, atol=1e-5)
+        seen.append(linear.weight.shape)
+
+    for layer in model.model.layers:
+        for _, _, linear in projections(spec, layer):
+            linear.register_forward_hook(check)
+    torch.testing.assert_close(Evaluator(model).losses([keep], tokens, [outputs]), expected, rtol=0.03, atol=0)
+    shapes = [
+        tuple(output.weight.shape) if output else tuple(gather_units(weight, projection.axis, *units).shape)
+        for output, weight, projection, *units in gathers(model, keep, outputs)
+    ]
+    assert seen == shapes
+    assert chip.calls == len(shapes) - len(outputs)
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
+
+
+def gathers(
+    model: nn.Module, keep: Keep, outputs: Outputs
+) -> Iterator[tuple[Output | None, Tensor, Projection, Tensor, int]]:
+    """Of every projection that runs: what repairs it, its weight, itself, its kept units, and how many it has."""
+    for index, (layer, kept) in enumerate(zip(model.model.layers, keep, strict=True)):
+        for name, block in Shape.of(model).spec.blocks():
+            mask = kept.of(name)
+            for projection in block.projections if mask.any() else ():
+                weight = layer.get_submodule(block.module).get_submodule(projection.name).weight
+                output = outputs.get((index, name)) if projection == block.output else None
+                yield output, weight, projection, mask.nonzero().squeeze(1), len(mask)
+
+
+@pytest.mark.parametrize("metric", ["wanda-sp", "flap", "obs"])
+def test_scores_from_fp8_are_nearly_those_from_the_model_itself(metric: str) -> None:
+    plain, model = tiny_model("llama-gqa"), tiny_model("llama-gqa")
+    to_eight_bits(model, "fp8")
+    found = score(model, metric, TEXT, 0)
+    for key, expected in score(plain, metric, TEXT, 0).items():
+        assert not torch.equal(found[key], expected)
+        if key.endswith("ffn"):  # of 4 groups some are too much alike
+            assert float(torch.corrcoef(torch.stack([found[key], expected]))[0, 1]) > 0.9
+
+
+def test_a_repair_on_fp8_is_nearly_that_on_the_model_itself() -> None:
+    """Both keep about the same of what a block put out."""
+    plain, model = tiny_model("llama-gqa"), tiny_model("llama-gqa")
+    to_eight_bits(model, "fp8")
+    keep = KEEPS["random"]
+    held = some_tokens(9, rows=8)
+    losses = [
+        float(Evaluator(plain).losses([keep], held, [outputs]))
+        for outputs in (
+            repair(plain, keep, TEXT, "least-squares", 1e-2, reselect=False).outputs,
+            repair(model, keep, TEXT, "least-squares", 1e-2, reselect=False).outputs,
+        )
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.01) and losses[1] != losses[0]
+
+
 # --- loading
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    tiny_model("llama-gqa").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def damaged(saved: Path, tmp_path: Path) -> Path:
-    """A copy to damage."""
-    shutil.copytree(saved, tmp_path / "model")
-    return tmp_path / "model"
 
 
 def same(found: nn.Module, expected: nn.Module) -> None:
@@ -230,15 +382,18 @@ def same(found: nn.Module, expected: nn.Module) -> None:
     assert torch.equal(logits_of(found, some_tokens()), logits_of(expected, some_tokens()))
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
-def test_what_is_loaded_is_what_rounding_makes_of_the_model(architecture: str, dtype: str, tmp_path: Path) -> None:
+def test_what_is_loaded_is_what_rounding_makes_of_the_model(
+    architecture: str, dtype: str, kind: Weights, tmp_path: Path
+) -> None:
     tiny_model(architecture).save_pretrained(tmp_path)
     expected = load_model(resolve(str(tmp_path)), dtype, "cpu")
-    to_int8(expected)
-    found = load_model(resolve(str(tmp_path)), dtype, "cpu", "int8")
+    to_eight_bits(expected, kind)
+    found = load_model(resolve(str(tmp_path)), dtype, "cpu", kind)
     same(found, expected)
     assert not found.training and not any(parameter.requires_grad for parameter in found.parameters())
-    empty = empty_model(str(tmp_path), dtype, "int8")
+    empty = empty_model(str(tmp_path), dtype, kind)
     assert [(n, p.shape, p.dtype) for n, p in empty.named_parameters()] == [
         (n, p.shape, p.dtype) for n, p in found.named_parameters()
     ]
@@ -263,13 +418,14 @@ def test_a_stored_head_is_tied_where_it_is_the_embedding(differs: bool, damaged:
     head = tensors["model.embed_tokens.weight"] + differs
     save_file(tensors | {HEAD: head.clone()}, damaged / "model.safetensors", metadata={"format": "pt"})
     expected = load_model(resolve(str(damaged)), "float32", "cpu")
-    to_int8(expected)
+    to_eight_bits(expected, "int8")
     found = load_model(resolve(str(damaged)), "float32", "cpu", "int8")
     same(found, expected)
     assert (found.lm_head.weight is found.model.embed_tokens.weight) is not differs
 
 
-def test_a_gguf_file_is_rounded_once_it_is_unpacked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_gguf_file_is_rounded_once_it_is_unpacked(kind: Weights, tmp_path: Path) -> None:
     tiny_model("llama-mha").save_pretrained(tmp_path / "dense")
     save_tokenizer(tmp_path / "dense")
     source = resolve(str(tmp_path / "dense"))
@@ -277,11 +433,12 @@ def test_a_gguf_file_is_rounded_once_it_is_unpacked(tmp_path: Path) -> None:
     decision = Decision(keep, str(tmp_path), source.fingerprint(), 0.0, "dtype: float32\n", 0, 0, 0, None)
     gguf.plan(source, decision, Options(Needs(), "float32")).write(tmp_path / "dense.gguf", lambda _: None)
     unpacked = resolve(str(tmp_path / "dense.gguf"))
-    same(load_model(unpacked, "float32", "cpu", "int8"), load_model(source, "float32", "cpu", "int8"))
+    same(load_model(unpacked, "float32", "cpu", kind), load_model(source, "float32", "cpu", kind))
 
 
-def test_it_is_never_whole_in_memory(tmp_path: Path) -> None:
-    """Of 72 projections one at a time exists in another form than int8."""
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_it_is_never_whole_in_memory(kind: Weights, tmp_path: Path) -> None:
+    """Of 72 projections one at a time exists in another form than 8 bits."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 12, "num_attention_heads": 4}
@@ -289,9 +446,9 @@ def test_it_is_never_whole_in_memory(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     source = resolve(str(tmp_path))
     with Allocations() as seen:
-        model = load_model(source, "bfloat16", "cpu", "int8")
+        model = load_model(source, "bfloat16", "cpu", kind)
     kept = sum(parameter.nbytes for parameter in model.parameters())
-    largest = 64 * 256 * (4 + 2 + 2 + 1)  # read, in magnitude, in float32, and in int8
+    largest = 64 * 256 * (4 + 2 + 2 + 1)  # read, in magnitude, in float32, and in 8 bits
     assert kept < seen.peak < kept + largest + 10_000 < 0.75 * 2 * sum(p.numel() for p in model.parameters())
 
 
@@ -344,9 +501,12 @@ def test_on_several_devices_it_computes_what_it_did(monkeypatch: pytest.MonkeyPa
 # --- a search with them
 
 
-def test_a_search_is_repaired_on_rounded_weights_and_exported_from_stored_ones(small, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_search_is_repaired_on_rounded_weights_and_exported_from_stored_ones(
+    kind: str, small, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
-    recipe = small(*LAYERS_POLICY, "dtype=float32", "weights=int8", "calibration.sequences=24")
+    recipe = small(*LAYERS_POLICY, "dtype=float32", f"weights={kind}", "calibration.sequences=24")
     decision: Decision = search(recipe, run, quiet=True)
     plain = search(small(*LAYERS_POLICY, "dtype=float32", "calibration.sequences=24"), tmp_path / "plain", quiet=True)
     assert decision.heldout_loss == pytest.approx(plain.heldout_loss, rel=0.05)
@@ -360,24 +520,35 @@ def test_a_search_is_repaired_on_rounded_weights_and_exported_from_stored_ones(s
     assert any(torch.equal(value, stored) for key, value in exported.items() if key.endswith("mlp.gate_proj.weight"))
 
 
-def test_a_metric_with_gradients_is_refused(small, tmp_path: Path) -> None:
-    recipe = small("weights=int8", "saliency.metric=taylor")
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_a_metric_with_gradients_is_refused(kind: str, small, tmp_path: Path) -> None:
+    recipe = small(f"weights={kind}", "saliency.metric=taylor")
     for job in (search, init_scores):
         with pytest.raises(UserError) as caught:
             job(recipe, tmp_path / "run", quiet=True)
         assert str(caught.value) == (
-            "saliency.metric: taylor takes gradients, which int8 weights have not; set weights to dtype, or take a "
+            f"saliency.metric: taylor takes gradients, which {kind} weights have not; set weights to dtype, or take a "
             "metric without, such as obs"
         )
     with pytest.raises(UserError, match="taylor takes gradients"):
         estimate(recipe, quiet=True)
     with pytest.raises(UserError, match="taylor takes gradients"):
-        compare(small("weights=int8"), tmp_path / "out", [0], ["llm-pruner"], None, quiet=True)
+        compare(small(f"weights={kind}"), tmp_path / "out", [0], ["llm-pruner"], None, quiet=True)
+
+
+def test_a_latency_of_fp8_is_refused(small, tmp_path: Path) -> None:
+    for job in (search, init_scores):
+        with pytest.raises(
+            UserError, match=r"budget\.of: a latency would be that of fp8 products, and exports have none"
+        ):
+            job(small("weights=fp8", "budget.of=latency"), tmp_path / "run", quiet=True)
 
 
 def test_a_dry_run_knows_of_it(small) -> None:
-    plain, int8 = (estimate(small("dtype=bfloat16", f"weights={w}"), quiet=True) for w in ("dtype", "int8"))
-    assert int8["parameters"] == plain["parameters"]
+    plain, int8, fp8 = (estimate(small("dtype=bfloat16", f"weights={w}"), quiet=True) for w in ("dtype", *KINDS))
+    assert int8["parameters"] == fp8["parameters"] == plain["parameters"]
+    assert int8["memory"]["weights"] < fp8["memory"]["weights"] < 1.1 * int8["memory"]["weights"]  # wider scales
+    assert fp8["memory"]["slices"] < plain["memory"]["slices"]
     projections_ = 2 * plain["parameters"] - int8["memory"]["weights"]
     layers = sum(p.numel() for p in empty_model("demo", "bfloat16").model.layers.parameters() if p.dim() == 2)
     assert projections_ == pytest.approx(layers, rel=0.02)

@@ -1,0 +1,47 @@
+"""What do frozen weights in 8 bits cost or gain? Times the shrunk forward from them against that from the model's own
+dtype, in turn, in one run.
+
+    python scripts/bench/eight_bits.py MODEL [--weights int8 fp8] [--keep 0.5] [--repeats 7]
+
+int8 weights are made usable block by block; fp8 ones are multiplied as they are, where the device has such products.
+Both models exist at a time. Below 1 the weights in 8 bits are faster; the losses say what the rounding does.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from subject import arguments, in_turn, opened, random_keep, table
+
+from pgprune_cli.eight_bit import check_fp8, to_eight_bits
+from pgprune_cli.substrate import Evaluator
+
+
+def main() -> None:
+    parser = arguments(__doc__, repeats=7)
+    parser.add_argument("--keep", type=float, default=0.5)
+    parser.add_argument("--weights", nargs="+", choices=("int8", "fp8"), default=["int8", "fp8"])
+    options = parser.parse_args()
+    dense, tokens = opened(options)
+    keep = random_keep(dense, options.keep)
+    rows = []
+    for weights in options.weights:
+        if weights == "fp8":
+            check_fp8(dense.input_device, next(dense.model.parameters()).dtype)
+        model = copy.deepcopy(dense.model)
+        to_eight_bits(model, weights)
+        rounded = Evaluator(model)
+        ratio = in_turn(
+            lambda rounded=rounded: rounded.losses([keep], tokens),
+            lambda: dense.losses([keep], tokens),
+            options.repeats,
+            dense.input_device,
+        )
+        losses = (float(evaluator.losses([keep], tokens)) for evaluator in (rounded, dense))
+        rows.append((weights, *ratio, *losses))
+    columns = ("weights", "8 bits s", "dtype s", "ratio", "least", "greatest", "loss", "loss in dtype")
+    table(columns, rows)
+
+
+if __name__ == "__main__":
+    main()
