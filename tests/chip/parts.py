@@ -1,0 +1,167 @@
+"""What runs on the made-up chip of chip.cpp, part by part. `python parts.py LIBRARY` prints a JSON object a line.
+
+A program of its own: a process has one such device, from its first import on.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import tempfile
+import traceback
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+CHIP = "chip"
+
+
+def register(library: str) -> None:
+    """Makes the device known to PyTorch. Before anything of pgprune is imported."""
+    torch.utils.rename_privateuse1_backend(CHIP)
+    torch.ops.load_library(library)
+    module = types.ModuleType(f"torch.{CHIP}")
+    module.is_available = lambda: True
+    module.device_count = lambda: 1
+    module.current_device = lambda: 0
+    module.is_initialized = lambda: True
+    module._is_in_bad_fork = lambda: False
+    module.manual_seed_all = lambda seed: None
+    torch._register_device_module(CHIP, module)
+    torch.utils.generate_methods_for_privateuse1_backend()
+    # Tensors made in inference mode cannot stand in for parameters on a device that PyTorch does not ship.
+    torch.inference_mode = torch.no_grad
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    torch.ops.made_up_chip.strict(True)
+    try:
+        yield
+    finally:
+        torch.ops.made_up_chip.strict(False)
+
+
+def fails(run: Callable[[], object], word: str) -> None:
+    try:
+        run()
+    except RuntimeError as error:
+        assert word in str(error), error
+        return
+    raise AssertionError(f"nothing was said of {word!r}")
+
+
+def what_is_refused() -> None:
+    ours = torch.arange(6.0).view(2, 3).to(CHIP)
+    assert ours.device.type == CHIP and (ours + 1.0).cpu().tolist() == [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+    fails(lambda: ours @ torch.ones(3, 2), "on the chip and on the host")
+    fails(lambda: ours[torch.tensor([0, 1])], "on the chip and on the host")
+    assert float(ours.sum()) == 15.0
+    with waiting_is_an_error():
+        for read in (lambda: float(ours.sum()), ours.cpu, ours.nonzero, lambda: bool(ours.any())):
+            fails(read, "the host waits")
+
+
+def forwards() -> None:
+    """Of every layout and kind of weights, repaired or not: the losses of the host, and none is waited for."""
+    from conftest import ARCHITECTURES, tiny_model
+    from test_substrate import KEEPS, some_outputs, some_tokens
+
+    from pgprune_cli.eight_bit import to_eight_bits
+    from pgprune_cli.substrate import Evaluator
+
+    keep, tokens = KEEPS["an empty layer"], some_tokens()
+    for architecture in ARCHITECTURES:
+        for weights in ("dtype", "int8", "fp8"):
+            model = tiny_model(architecture)
+            outputs = some_outputs(model, keep, bias=True)
+            if weights != "dtype":
+                to_eight_bits(model, weights)
+            host, chip = Evaluator(model), Evaluator(copy.deepcopy(model).to(CHIP))
+            for given in ({}, outputs):
+                with waiting_is_an_error():
+                    found = chip._summed(keep, tokens.to(CHIP), given)
+                expected = host._summed(keep, tokens, given)
+                torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=0)
+
+
+def scores() -> None:
+    from conftest import tiny_model
+    from test_substrate import some_tokens
+
+    from pgprune_cli.saliency import NEEDS, score
+
+    text = [some_tokens(seed, rows=4, length=16) for seed in (0, 1)]
+    model = tiny_model("llama-gqa")
+    there = copy.deepcopy(model).to(CHIP)
+    for metric in (*NEEDS, "magnitude"):
+        found, expected = score(there, metric, text, 0), score(model, metric, text, 0)
+        for key, values in expected.items():
+            torch.testing.assert_close(found[key].cpu(), values, rtol=1e-5, atol=1e-8)
+
+
+def searched(*overrides: str) -> None:
+    """A decision as good as the host's. (Its bits are others: attention is computed in another way.)"""
+    from conftest import SMALL
+
+    from pgprune_cli.jobs.search import search
+    from pgprune_cli.recipe_reader import find, load
+
+    recipe = load(find("demo"), [*SMALL, *overrides])
+    with tempfile.TemporaryDirectory() as folder:
+        here, there = (
+            search(replace(recipe, device=device), Path(folder, device), quiet=True) for device in ("cpu", CHIP)
+        )
+    assert abs(there.heldout_loss / here.heldout_loss - 1) < 0.02, (there.heldout_loss, here.heldout_loss)
+    assert abs(there.sparsity - here.sparsity) < 0.01, (there.sparsity, here.sparsity)
+
+
+def latencies() -> None:
+    from conftest import tiny_model
+
+    from pgprune_cli.costs import measure_latency
+    from pgprune_cli.substrate import Evaluator
+
+    costs = measure_latency(Evaluator(tiny_model("llama-gqa").to(CHIP)), 8)
+    assert min(*costs.attention, *costs.ffn) > 0
+
+
+LAYERS = ("search.policy=layers", "search.samples=4", "search.forwards=12", "reconstruct.sequences=8")
+LAYERS += ("calibration.sequences=24", "dtype=float32")
+REPAIRED = "reconstruct.method=least-squares"
+PARTS: dict[str, Callable[[], None]] = {
+    "what is refused": what_is_refused,
+    "forwards": forwards,
+    "scores": scores,
+    "a search over units": lambda: searched("dtype=float32"),
+    "a search over units, repaired by biases": lambda: searched("dtype=float32", "reconstruct.method=bias"),
+    "a search over layers": lambda: searched("dtype=float32", "units.families=[layer]"),
+    "a search over widths": lambda: searched(*LAYERS, REPAIRED),
+    "a search over widths in bfloat16": lambda: searched(*LAYERS, REPAIRED, "dtype=bfloat16"),
+    "a search over widths from int8": lambda: searched(*LAYERS, REPAIRED, "weights=int8"),
+    "a search over widths from fp8": lambda: searched(*LAYERS, f"{REPAIRED}-bias", "weights=fp8"),
+    "latencies": latencies,
+}
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")  # of a backend that PyTorch does not ship
+    register(sys.argv[1])
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    for name, part in PARTS.items():
+        try:
+            part()
+            said = ""
+        except Exception:
+            said = traceback.format_exc()
+        print(json.dumps({"part": name, "said": said}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
