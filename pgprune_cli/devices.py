@@ -48,11 +48,14 @@ def enough(weights: int, free: list[int]) -> int:
     return next((count for count in counts if weights <= FILLED * count * min(free[:count])), len(free))
 
 
-def spread(layers: int, devices: list[torch.device]) -> dict[str, torch.device]:
-    """A device map that puts equal runs of layers on the devices in order, the embedding first and the head last."""
+def spread(layers: int, tied: bool, devices: list[torch.device]) -> dict[str, torch.device]:
+    """A device map that puts equal runs of layers on the devices in order, the embedding first and the head last.
+
+    Of a model with `tied` embeddings both are one tensor, and lie where the head does.
+    """
     device_map = {f"model.layers.{i}": devices[i * len(devices) // layers] for i in range(layers)}
     return device_map | {
-        "model.embed_tokens": devices[0],
+        "model.embed_tokens": devices[-1 if tied else 0],
         "model.rotary_emb": devices[0],
         "model.norm": devices[-1],
         "lm_head": devices[-1],

@@ -92,7 +92,7 @@ def _read(source: Source, dtype: str, devices: list[torch.device]) -> nn.Module:
     if source.gguf is not None:
         arguments.update(_gguf_arguments(source.gguf))
     if len(devices) > 1:
-        arguments["device_map"] = spread(read_config(source).num_hidden_layers, devices)
+        arguments["device_map"] = _spread(read_config(source), devices)
     elif devices[0].type == "cuda" and find_spec("accelerate"):
         arguments["device_map"] = {"": devices[0]}  # tensor by tensor, and never all of them in main memory
     verbosity = logging.get_verbosity()
@@ -130,7 +130,7 @@ def _read_into_eight_bits(
         to_eight_bits(model, weights)
         return _placed(model, devices)
     tensors = dict(model.state_dict())
-    places = spread(model.config.num_hidden_layers, devices)
+    places = _spread(model.config, devices)
     to_eight_bits(model, weights)
     found, misfits = set(), []
     for path in source.weight_files():
@@ -155,6 +155,10 @@ def _read_into_eight_bits(
     return _placed(model, devices)
 
 
+def _spread(config: Any, devices: list[torch.device]) -> dict[str, torch.device]:
+    return spread(config.num_hidden_layers, config.tie_word_embeddings, devices)
+
+
 def _place(places: Mapping[str, torch.device], name: str) -> torch.device:
     return next(device for module, device in places.items() if name.startswith(f"{module}."))
 
@@ -167,7 +171,7 @@ def _placed(model: nn.Module, devices: list[torch.device]) -> nn.Module:
         raise UserError("a model on several devices needs the extra: pip install 'pgprune[multi-gpu]'")
     from accelerate import dispatch_model
 
-    return dispatch_model(model, spread(model.config.num_hidden_layers, devices))
+    return dispatch_model(model, _spread(model.config, devices))
 
 
 def _fill(model: nn.Module, name: str, tensor: Tensor) -> None:

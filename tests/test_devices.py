@@ -76,22 +76,28 @@ def test_what_is_no_device_is_refused(device):
     assert str(caught.value).startswith("device ") and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize(("layers", "count"), [(32, 2), (7, 3), (4, 4), (2, 3), (1, 1)])
-def test_layers_are_spread_evenly_and_in_order(layers, count):
+def test_layers_are_spread_evenly_and_in_order(layers, count, tied):
     devices = [torch.device("cuda", index) for index in range(count)]
-    places = spread(layers, devices)
+    places = spread(layers, tied, devices)
     order = [places.pop(f"model.layers.{index}").index for index in range(layers)]
     assert order == sorted(order)
     sizes = [order.count(index) for index in range(count)]
     assert max(sizes) - min(sizes) <= 1 and sum(sizes) == layers
     first, last = devices[0], devices[-1]
-    ends = {"model.embed_tokens": first, "model.rotary_emb": first, "model.norm": last, "lm_head": last}
+    ends = {
+        "model.embed_tokens": last if tied else first,
+        "model.rotary_emb": first,
+        "model.norm": last,
+        "lm_head": last,
+    }
     assert places == ends
 
 
 def test_a_spread_names_every_part_of_a_model():
     """What accelerate has no place for, it refuses to load."""
     model = tiny_model("llama-mha")
-    places = spread(4, [torch.device("cpu")])
+    places = spread(4, False, [torch.device("cpu")])
     for name, _ in model.named_parameters():
         assert sum(name.startswith(f"{module}.") for module in places) == 1, name

@@ -351,7 +351,7 @@ def test_auto_weighs_the_model_before_it_is_loaded(free, count, monkeypatch):
     """The demo model has 3.2 MB in bfloat16."""
     two, used = [torch.device("cpu"), torch.device("cpu", 0)], [torch.device("cpu")]
     monkeypatch.setattr(loading, "devices_of", lambda _: two)
-    monkeypatch.setattr(loading, "spread", lambda layers, devices: used.append(devices[1]) or spread(layers, used[:1]))
+    monkeypatch.setattr(loading, "spread", lambda *given: used.append(given[-1][1]) or spread(*given[:-1], used[:1]))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
     load_model(resolve("demo"), "bfloat16", "auto")
     assert used == two[:count]
@@ -362,7 +362,7 @@ def test_a_spread_model_computes_what_it_did():
     accelerate = pytest.importorskip("accelerate", reason="needs the extra: pip install 'pgprune[multi-gpu]'")
     alone, hooked = (Evaluator(load_model(resolve("demo"), "float32", "cpu")) for _ in range(2))
     layers = len(alone.shape.channels)
-    accelerate.dispatch_model(hooked.model, spread(layers, [torch.device("cpu")]), force_hooks=True)
+    accelerate.dispatch_model(hooked.model, spread(layers, True, [torch.device("cpu")]), force_hooks=True)
     assert all(hasattr(layer, "_hf_hook") for layer in hooked.layers)
     space = alone.shape.space(("attention", "ffn"))
     keep = alone.shape.keep(space, torch.arange(space.n) % 3 > 0)

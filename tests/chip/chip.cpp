@@ -1,6 +1,6 @@
-// A device that is not the host's, made up: its memory is the host's, its operators are the CPU's, and yet a tensor of
-// the host is none of its own. What a GPU refuses, it refuses: operators on tensors of both. While `strict`, also
-// whatever keeps a host waiting: reading a value, and copying from the device.
+// Two devices that are not the host's, made up: their memory is the host's, their operators are the CPU's, and yet a
+// tensor of the host, or of the other one, is none of their own. What a GPU refuses, they refuse: operators on tensors
+// of several devices. While `strict`, also whatever keeps a host waiting: reading a value, and copying from a device.
 //
 // A PyTorch backend under the key PrivateUse1, as docs.pytorch.org describes them for devices of one's own.
 
@@ -12,6 +12,7 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/view_native.h>
 #include <c10/core/Allocator.h>
+#include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
@@ -26,23 +27,30 @@ using at::IntArrayRef;
 using at::Tensor;
 
 constexpr auto CHIP = c10::DeviceType::PrivateUse1;
-const c10::Device THE_CHIP(CHIP, 0);
+constexpr c10::DeviceIndex COUNT = 2;
 
 bool strict = false;
-int inside = 0; // an operator, which takes what is on the chip to the CPU and back
+int inside = 0; // an operator, which takes what is on a chip to the CPU and back
+c10::DeviceIndex current = 0;
 
-// --- there is one such device, and one stream on it
+// --- there is one stream on each
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
   static constexpr c10::DeviceType static_type = CHIP;
   c10::DeviceType type() const override { return CHIP; }
-  c10::Device exchangeDevice(c10::Device) const override { return THE_CHIP; }
-  c10::Device getDevice() const override { return THE_CHIP; }
-  void setDevice(c10::Device) const override {}
-  void uncheckedSetDevice(c10::Device) const noexcept override {}
-  c10::Stream getStream(c10::Device) const noexcept override { return c10::Stream(c10::Stream::DEFAULT, THE_CHIP); }
-  c10::Stream exchangeStream(c10::Stream) const noexcept override { return getStream(THE_CHIP); }
-  c10::DeviceIndex deviceCount() const noexcept override { return 1; }
+  c10::Device exchangeDevice(c10::Device device) const override {
+    const c10::Device before = getDevice();
+    setDevice(device);
+    return before;
+  }
+  c10::Device getDevice() const override { return {CHIP, current}; }
+  void setDevice(c10::Device device) const override { current = device.index(); }
+  void uncheckedSetDevice(c10::Device device) const noexcept override { current = device.index(); }
+  c10::Stream getStream(c10::Device device) const noexcept override {
+    return c10::Stream(c10::Stream::DEFAULT, device);
+  }
+  c10::Stream exchangeStream(c10::Stream stream) const noexcept override { return stream; }
+  c10::DeviceIndex deviceCount() const noexcept override { return COUNT; }
 };
 C10_REGISTER_GUARD_IMPL(PrivateUse1, Guard);
 
@@ -53,7 +61,7 @@ struct Memory final : c10::Allocator {
       TORCH_CHECK(posix_memalign(&data, 64, bytes) == 0);
       std::memset(data, 0xAB, bytes); // and no zeros by chance
     }
-    return {data, data, &std::free, THE_CHIP};
+    return {data, data, &std::free, c10::Device(CHIP, current)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &std::free; }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
@@ -71,13 +79,15 @@ const bool registered = (at::RegisterPrivateUse1HooksInterface(new Hooks()), tru
 // --- what a backend must bring: memory, copies, views
 
 Tensor empty(IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
-             std::optional<at::Device>, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+             std::optional<at::Device> device, std::optional<bool>, std::optional<at::MemoryFormat> format) {
+  const c10::OptionalDeviceGuard there(device);
   return at::detail::empty_generic(size, &memory, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
                                    c10::dtype_or_default(dtype), format);
 }
 
 Tensor empty_strided(IntArrayRef size, IntArrayRef stride, std::optional<at::ScalarType> dtype,
-                     std::optional<at::Layout>, std::optional<at::Device>, std::optional<bool>) {
+                     std::optional<at::Layout>, std::optional<at::Device> device, std::optional<bool>) {
+  const c10::OptionalDeviceGuard there(device);
   return at::detail::empty_strided_generic(size, stride, &memory, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
                                            c10::dtype_or_default(dtype));
 }
@@ -93,7 +103,7 @@ Tensor on_host(const Tensor& tensor) {
 
 Tensor copy_from(const Tensor& from, const Tensor& to, bool) {
   const bool back = from.device().type() == CHIP && to.device().type() != CHIP;
-  TORCH_CHECK(!(strict && back && inside == 0), "the host waits for a copy from the chip");
+  TORCH_CHECK(!(strict && back && inside == 0), "the host waits for a copy from ", from.device());
   if (from.numel() > 0) {
     on_host(to).copy_(on_host(from));
   }
@@ -111,6 +121,7 @@ const Tensor& resize(const Tensor& tensor, IntArrayRef size, std::optional<at::M
   auto* impl = tensor.unsafeGetTensorImpl();
   const size_t wanted = (c10::multiply_integers(size) + impl->storage_offset()) * tensor.element_size();
   if (tensor.storage().nbytes() < wanted) {
+    const c10::DeviceGuard there(tensor.device());
     auto larger = memory.allocate(wanted);
     std::memcpy(larger.get(), tensor.storage().data(), tensor.storage().nbytes());
     auto* storage = tensor.storage().unsafeGetStorageImpl();
@@ -144,7 +155,7 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("view", &at::native::view);
 }
 
-// --- everything else: the CPU does it, once it is sure that all tensors are the chip's
+// --- everything else: the CPU does it, once it is sure that all tensors are of one device
 
 const std::set<std::string> READS = {
     "aten::_local_scalar_dense", "aten::nonzero",     "aten::equal",       "aten::is_nonzero",
@@ -154,12 +165,13 @@ const std::set<std::string> READS = {
 void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& name = op.schema().name();
   TORCH_CHECK(!(strict && READS.count(name)), "the host waits for ", name);
-  bool of_chip = false, of_host = false;
+  std::optional<c10::Device> of;
   const auto look = [&](const Tensor& tensor) {
-    if (tensor.defined()) {
-      of_chip |= tensor.device().type() == CHIP;
-      of_host |= tensor.device().type() != CHIP && tensor.dim() > 0; // single numbers may come from the host
+    if (!tensor.defined() || (tensor.device().type() != CHIP && tensor.dim() == 0)) {
+      return; // single numbers may come from the host
     }
+    TORCH_CHECK(of.value_or(tensor.device()) == tensor.device(), name, ": tensors on ", *of, " and on ", tensor.device());
+    of = tensor.device();
   };
   for (const auto& value : torch::jit::last(*stack, op.schema().arguments().size())) {
     if (value.isTensor()) {
@@ -172,7 +184,6 @@ void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
       }
     }
   }
-  TORCH_CHECK(!(of_chip && of_host), name, ": tensors on the chip and on the host");
   struct Inside {
     Inside() { ++inside; }
     ~Inside() { --inside; }

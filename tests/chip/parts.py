@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 CHIP = "chip"
+TWO = "chip:0,chip:1"
 
 
 def register(library: str) -> None:
@@ -28,7 +29,7 @@ def register(library: str) -> None:
     torch.ops.load_library(library)
     module = types.ModuleType(f"torch.{CHIP}")
     module.is_available = lambda: True
-    module.device_count = lambda: 1
+    module.device_count = lambda: 2
     module.current_device = lambda: 0
     module.is_initialized = lambda: True
     module._is_in_bad_fork = lambda: False
@@ -60,8 +61,9 @@ def fails(run: Callable[[], object], word: str) -> None:
 def what_is_refused() -> None:
     ours = torch.arange(6.0).view(2, 3).to(CHIP)
     assert ours.device.type == CHIP and (ours + 1.0).cpu().tolist() == [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
-    fails(lambda: ours @ torch.ones(3, 2), "on the chip and on the host")
-    fails(lambda: ours[torch.tensor([0, 1])], "on the chip and on the host")
+    fails(lambda: ours @ torch.ones(3, 2), "tensors on chip:0 and on cpu")
+    fails(lambda: ours[torch.tensor([0, 1])], "tensors on chip:0 and on cpu")
+    fails(lambda: ours @ ours.to("chip:1").T, "tensors on chip:0 and on chip:1")
     assert float(ours.sum()) == 15.0
     with waiting_is_an_error():
         for read in (lambda: float(ours.sum()), ours.cpu, ours.nonzero, lambda: bool(ours.any())):
@@ -106,7 +108,7 @@ def scores() -> None:
             torch.testing.assert_close(found[key].cpu(), values, rtol=1e-5, atol=1e-8)
 
 
-def searched(*overrides: str) -> None:
+def searched(*overrides: str, device: str = CHIP) -> None:
     """A decision as good as the host's. (Its bits are others: attention is computed in another way.)"""
     from conftest import SMALL
 
@@ -116,10 +118,28 @@ def searched(*overrides: str) -> None:
     recipe = load(find("demo"), [*SMALL, *overrides])
     with tempfile.TemporaryDirectory() as folder:
         here, there = (
-            search(replace(recipe, device=device), Path(folder, device), quiet=True) for device in ("cpu", CHIP)
+            search(replace(recipe, device=where), Path(folder, where), quiet=True) for where in ("cpu", device)
         )
     assert abs(there.heldout_loss / here.heldout_loss - 1) < 0.02, (there.heldout_loss, here.heldout_loss)
     assert abs(there.sparsity - here.sparsity) < 0.01, (there.sparsity, here.sparsity)
+
+
+def untied_on_two() -> None:
+    from conftest import tiny_model
+    from test_substrate import KEEPS, some_outputs, some_tokens
+
+    from pgprune_cli.loading import load_model
+    from pgprune_cli.source import resolve
+    from pgprune_cli.substrate import Evaluator
+
+    keep, tokens = KEEPS["random"], some_tokens()
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_model("llama-mha").save_pretrained(folder)
+        here, there = (Evaluator(load_model(resolve(folder), "float32", device)) for device in ("cpu", TWO))
+        assert {str(parameter.device) for parameter in there.model.parameters()} == set(TWO.split(","))
+        outputs = some_outputs(here.model, keep, bias=True)
+        found, expected = (evaluator.losses([keep], tokens, [outputs]) for evaluator in (there, here))
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
 def latencies() -> None:
@@ -146,6 +166,9 @@ PARTS: dict[str, Callable[[], None]] = {
     "a search over widths in bfloat16": lambda: searched(*LAYERS, REPAIRED, "dtype=bfloat16"),
     "a search over widths from int8": lambda: searched(*LAYERS, REPAIRED, "weights=int8"),
     "a search over widths from fp8": lambda: searched(*LAYERS, f"{REPAIRED}-bias", "weights=fp8"),
+    "a search over units on two": lambda: searched("dtype=float32", device=TWO),
+    "a search over widths on two": lambda: searched(*LAYERS, REPAIRED, "weights=int8", device=TWO),
+    "untied on two": untied_on_two,
     "latencies": latencies,
 }
 

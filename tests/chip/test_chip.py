@@ -1,7 +1,7 @@
-"""Every part of a search on a device that is not the host's: nothing is mixed up, and nothing waits inside a forward.
+"""Every part of a search on devices that are not the host's: nothing is mixed up, and nothing waits inside a forward.
 
-No GPU is needed: the device is made up (chip.cpp), compiled here in half a minute. What it cannot show is what kernels
-of a real one compute and take: tests/gpu.
+No GPU is needed: the devices are made up (chip.cpp), compiled here in half a minute. What they cannot show is what the
+kernels of real ones compute and take: tests/gpu.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ PARTS = (
     "a search over widths in bfloat16",
     "a search over widths from int8",
     "a search over widths from fp8",
+    "a search over units on two",
+    "a search over widths on two",
+    "untied on two",
     "latencies",
 )
 
