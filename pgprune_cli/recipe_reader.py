@@ -56,23 +56,25 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         reader.override(override)
     if reader.complete:
-        for key in (key for key in _REQUIRED if key not in reader.values):
-            reader.fault(f"{shown(path)}: {key}: required key is missing")
-    if reader.faults:
-        raise UserError("\n".join(reader.faults))
-    recipe = cast(Recipe, _build(Recipe, reader.values))
+        reader.missing(f"{shown(path)}")
+    recipe = reader.recipe()
     if contradictions := _contradictions(recipe):
         raise UserError("\n".join(one_line(f"{shown(path)}: {text}") for text in contradictions))
     return recipe
 
 
+class UnknownKeys(UserError):  # noqa: N818  (it says what is wrong)
+    """A recipe has keys that this version does not know, and no other fault."""
+
+
 def parse(text: str, where: str) -> Recipe:
-    """A recipe from what `dump` wrote. Raises UserError with every fault found, which are said to be in `where`."""
+    """A recipe from what `dump` wrote. Raises UserError with every fault found, which are said to be in `where`, and
+    UnknownKeys where it is sound but for keys of another version."""
     reader = _Reader()
     reader.text(text, where, lambda _, at: reader.fault(f"{at}: a recipe that was written whole extends nothing"))
-    if reader.faults:
-        raise UserError("\n".join(reader.faults))
-    return cast(Recipe, _build(Recipe, reader.values))
+    if not reader.faults:
+        reader.missing(where)
+    return reader.recipe()
 
 
 def find(name_or_path: str) -> Path:
@@ -134,10 +136,21 @@ class _Reader:
 
     values: dict[str, Any] = field(default_factory=dict)  # None where the value given was at fault
     faults: list[str] = field(default_factory=list)
+    unknown: int = 0  # how many of the faults are keys that are not in the schema
     complete: bool = True  # False once a file could not be read: what is missing may have been in it
 
     def fault(self, text: str) -> None:
         self.faults.append(one_line(text))
+
+    def missing(self, where: str) -> None:
+        for key in (key for key in _REQUIRED if key not in self.values):
+            self.fault(f"{where}: {key}: required key is missing")
+
+    def recipe(self) -> Recipe:
+        """What was read. Raises UserError with every fault."""
+        if self.faults:
+            raise (UnknownKeys if len(self.faults) == self.unknown else UserError)("\n".join(self.faults))
+        return cast(Recipe, _build(Recipe, self.values))
 
     def file(self, path: Path, chain: tuple[Path, ...]) -> None:
         """Read what a file extends, then the file itself; `chain` holds the files that led here, resolved."""
@@ -212,6 +225,7 @@ class _Reader:
         elif key in _KINDS:
             self.values[key] = typed(_KINDS[key], value, lambda at, fault: self.fault(f"{place(at, key)}: {fault}"))
         elif key != "extends":  # which was read before the rest
+            self.unknown += 1
             self.fault(f"{place(name, key)}: {_unknown(key)}")
         first.setdefault(key, name)
 

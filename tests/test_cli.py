@@ -284,7 +284,7 @@ def test_a_bad_recipe_is_two_lines_for_two_faults(pgprune) -> None:
         (["export", "nowhere", "--push", "small"], "--push small: expected OWNER/NAME, such as my-name/small"),
         (["recipes", "copy", "demo", "demo.txt"], "demo.txt: a recipe's file should end in .yaml"),
         (["runs", "nowhere"], "nowhere: no such directory"),
-        (["eval", "runs/nowhere"], "runs/nowhere: no such directory or .gguf file, and not a hub name"),
+        (["eval", "runs/nowhere"], "runs/nowhere: no such run directory; `pgprune runs` lists those there are"),
         (["eval", "nowhere"], "nowhere: no such directory or .gguf file, and not a hub name"),
         (["eval", "demo", "--ppl", "c4="], "--ppl c4=: expected a corpus name or NAME=FILE"),
         (["eval", "demo", "--ppl", "mine=no.txt"], "no.txt: no such file, and not a corpus; known are wikitext2"),
@@ -322,6 +322,31 @@ def test_what_the_parser_refuses_is_one_line_and_exit_code_2(arguments, said, pg
     assert err.startswith(f"pgprune: {said}")
     assert "; see `pgprune" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", ["model", "--against"])
+def test_speed_of_a_run_is_refused_before_anything_is_loaded(place, finished, pgprune, monkeypatch) -> None:
+    monkeypatch.setattr("pgprune_cli.jobs.evaluate.load_model", lambda *_: pytest.fail("it was loaded"))
+    run = str(finished["units"])
+    words = ["eval", run, "--speed"] if place == "model" else ["eval", "demo", "--speed", "--against", run]
+    assert pgprune(*words) == (
+        2,
+        "",
+        f"pgprune: {run}: speed is measured on an exported model; run `pgprune export {run}` first\n",
+    )
+
+
+def test_speed_beside_the_base_reads_the_decision_once(pgprune, monkeypatch) -> None:
+    from pgprune_cli import decision
+
+    assert pgprune("search", "demo", *SET, "--quiet")[0] == 0
+    assert pgprune("export", "runs/demo", "--quiet")[0] == 0
+    read, reads = decision.read_record, []
+    monkeypatch.setattr(decision, "read_record", lambda path: reads.append(path) or read(path))
+    code, out, err = pgprune("eval", "models/demo", "--speed", "--json", "--quiet")
+    assert (code, err) == (0, "")
+    assert [base["model"] for base in json.loads(out)["against"]] == ["demo"]
+    assert reads == [Path("models/demo/decision.json")]
 
 
 def test_an_export_never_overwrites(pgprune) -> None:

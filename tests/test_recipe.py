@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pgprune_cli import recipe, recipe_reader
 from pgprune_cli.errors import UserError
 from pgprune_cli.recipe import Recipe
-from pgprune_cli.recipe_reader import dump, find, load, name_of, parse, shipped, summary
+from pgprune_cli.recipe_reader import UnknownKeys, dump, find, load, name_of, parse, shipped, summary
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MINIMAL = "model: demo\ncalibration: {corpus: demo}\nbudget: {sparsity: 0.5}\n"
@@ -576,8 +576,12 @@ def test_what_was_dumped_is_parsed() -> None:
     assert parse(dump(recipe), "a model") == recipe
     with pytest.raises(UserError, match=r"^a model:1: extends: a recipe that was written whole extends nothing$"):
         parse("extends: _base", "a model")
-    with pytest.raises(UserError, match=r"^a model:1: forwards: unknown key, did you mean search.forwards\?$"):
+    with pytest.raises(match=r"^a model:1: forwards: unknown key, did you mean search.forwards\?$"):
         parse("forwards: 3", "a model")
+    for text in ("forwards: 3\nseed: x", "model: [", "seed: 3"):  # a fault of another kind, no YAML, a key missing
+        with pytest.raises(UserError) as refused:
+            parse(text, "a model")
+        assert not isinstance(refused.value, UnknownKeys)
 
 
 def test_a_recipe_file_nearby_is_named(tmp_path: Path, monkeypatch) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.run_files import is_run, refuse_unfinished
+from pgprune_cli.run_files import is_run, refuse_unfinished, runs_folder
 from pgprune_cli.source import find_local
 from pgprune_cli.tables import print_measured
 from pgprune_cli.verbs.options import AsJson, Limit, Quiet, examples, model_names
@@ -73,6 +73,10 @@ def evaluate(
         raise UserError(f"--dtype {dtype}: expected auto, float32, float16 or bfloat16")
     for name in [model, *(against or [])]:  # before seconds go by in imports
         if is_run(Path(name)):
+            refuse_unfinished(Path(name))
+            if speed:
+                raise UserError(f"{name}: speed is measured on an exported model; run `pgprune export {name}` first")
+        elif runs_folder() in Path(name).parents and not Path(name).exists():
             refuse_unfinished(Path(name))
         else:
             find_local(name)
