@@ -456,6 +456,30 @@ def test_doctor_says_what_is_fine_and_what_is_not(pgprune, monkeypatch) -> None:
     assert [row["name"] for row in json.loads(out)["findings"] if row["fix"]] == ["model"]
 
 
+def test_a_text_that_only_an_evaluation_reads_is_a_note(pgprune) -> None:
+    words = ["doctor", "demo", "--set", "evaluation.corpora=[tales=nothing.txt]"]
+    code, out, err = pgprune(*words)
+    assert (code, err) == (0, "")
+    assert [line.split()[:2] for line in out.splitlines() if line.startswith("note")] == [["note", "data"]]
+    noted = [row for row in json.loads(pgprune(*words, "--json")[1])["findings"] if row["fix"]]
+    assert [(row["name"], row["later"]) for row in noted] == [("data", True)]
+
+
+def test_texts_of_a_recipe_are_named_and_looked_for_before_a_model_is_loaded(pgprune, monkeypatch) -> None:
+    Path("text.txt").write_text("The king was glad. " * 50)
+    tales = ["--set", "evaluation.corpora=[tales=text.txt]", "--set", "evaluation.seqlen=[32]"]
+    assert pgprune("search", "demo", *SET, *tales, "--quiet")[0] == 0
+    code, out, err = pgprune("eval", "runs/demo", "--json")
+    assert code == 0, err
+    assert [(row["corpus"], row["seqlen"]) for row in json.loads(out)["perplexity"]] == [("tales", 32)]
+    Path("text.txt").unlink()
+    monkeypatch.setattr("pgprune_cli.jobs.evaluate.load_model", lambda *_: pytest.fail("it was loaded"))
+    for command in (["eval", "runs/demo"], ["compare", "demo", *SET, *tales]):
+        code, out, err = pgprune(*command, "--quiet")
+        assert (code, out) == (2, "")
+        assert err.startswith("pgprune: text.txt: no such file, and not a corpus")
+
+
 # --- report
 
 

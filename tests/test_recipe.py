@@ -205,6 +205,14 @@ def test_contradictions_are_told_together() -> None:
         ),
         ("evaluation: {corpora: [7]}", "evaluation.corpora: expected text, got 7; put it in quotes"),
         ("evaluation: {corpora: ['']}", "evaluation.corpora: expected text, got text ''"),
+        (
+            "evaluation: {corpora: [demo, 'wikitext2=']}",
+            "evaluation.corpora: expected a corpus name or NAME=FILE, got text 'wikitext2='",
+        ),
+        (
+            "evaluation: {corpora: ['=a.txt']}",
+            "evaluation.corpora: expected a corpus name or NAME=FILE, got text '=a.txt'",
+        ),
         ("evaluation: {seqlen: [128, 1]}", "evaluation.seqlen: expected value >= 2, got 1"),
         ("model: other", "model: given twice, first on line 1"),
         ("? [a]\n: 3", "a recipe: expected a key, got a list"),

@@ -90,14 +90,15 @@ def compare(
 ) -> dict[str, Any]:
     """Runs every variant (or those named in `only`) for every seed and writes the table into `out` after each.
 
-    `limit`: as `evaluate` takes it. Returns the object that `--json` prints. Raises UserError for a
-    name that is no variant's or for an `out` of another comparison, and what `search` and `evaluate` raise. Rows that
-    an earlier call measured stay in the table.
+    `limit`: as `evaluate` takes it. Returns the object that `--json` prints. Raises UserError for a name that is no
+    variant's, for texts that are not there or for an `out` of another comparison, and what `search` and `evaluate`
+    raise. Rows that an earlier call measured stay in the table.
     """
     variants = variants_of(recipe)
     if unknown := sorted(set(only) - {variant.name for variant in variants}):
         raise UserError(f"--only {unknown[0]}: expected one of {', '.join(variant.name for variant in variants)}")
     wanted = [variant for variant in variants if not only or variant.name in only]
+    Corpus.of(recipe.evaluation)  # before hours of search
     for variant in wanted:
         refuse_gradients_of_int8(variant.recipe)
     table: dict[str, Any] = {"model": recipe.model, "sparsity": recipe.budget.sparsity, "limit": limit}
@@ -170,8 +171,7 @@ def _seconds_so_far(run: Path) -> float:
 
 
 def _perplexities(target: Any, recipe: Recipe, limit: int | None, quiet: bool) -> dict[str, Any]:
-    corpora = [Corpus.parse(name) for name in recipe.evaluation.corpora]
-    result = evaluate(target, corpora, recipe.evaluation.seqlen, limit, quiet)
+    result = evaluate(target, Corpus.of(recipe.evaluation), recipe.evaluation.seqlen, limit, quiet)
     return {"parameters": result["parameters"], "perplexity": result["perplexity"]}
 
 

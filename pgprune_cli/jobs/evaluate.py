@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from pgprune_cli.arch import Keep, Outputs, Shape
 from pgprune_cli.atomic import read_record, write_record
-from pgprune_cli.data import check_vocabulary, spread, tokens_of
+from pgprune_cli.data import check_corpus, check_vocabulary, spread, tokens_of
 from pgprune_cli.decision import Decision, read_origin
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.loading import load_model, load_tokenizer
 from pgprune_cli.progress import working
 from pgprune_cli.provenance import note
-from pgprune_cli.recipe import Evaluation
+from pgprune_cli.recipe import Evaluation, name_and_text
 from pgprune_cli.recipe_reader import UnknownKeys, load, parse
 from pgprune_cli.run_files import EVALUATION_FILE, RECIPE_FILE, RECORD, is_run
 from pgprune_cli.source import Source, resolve
@@ -37,7 +37,7 @@ PROMPT_TOKENS, NEW_TOKENS, REPEATS = 512, 64, 5
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus of `--ppl`: the name it is reported under, and where its text comes from (a name or a file)."""
+    """A corpus of `--ppl` or of a recipe: the name it is reported under, and where its text is from: a name or a file."""
 
     name: str
     text: str
@@ -45,10 +45,18 @@ class Corpus:
     @classmethod
     def parse(cls, option: str) -> Corpus:
         """`wikitext2`, or `NAME=FILE`. Raises UserError."""
-        name, equals, text = option.partition("=")
-        if not name or (equals and not text):
+        name, text = name_and_text(option)
+        if not (name and text):
             raise UserError(f"--ppl {option}: expected a corpus name or NAME=FILE")
-        return cls(name, text or name)
+        return cls(name, text)
+
+    @classmethod
+    def of(cls, evaluation: Evaluation) -> list[Corpus]:
+        """Those that a recipe names. Raises UserError where one is neither a file here nor the name of a corpus."""
+        corpora = [cls(*name_and_text(corpus)) for corpus in evaluation.corpora]
+        for corpus in corpora:
+            check_corpus(corpus.text)
+        return corpora
 
 
 @dataclass
@@ -85,10 +93,13 @@ class Target:
         return total
 
 
-def open_target(name: str, dtype: str | None, device: str | None, quiet: bool = False) -> Target:
+def open_target(
+    name: str, dtype: str | None, device: str | None, quiet: bool = False, as_recipe: bool = False
+) -> Target:
     """Loads what `pgprune eval` was given. `dtype` and `device` default to the recipe's for a run, else to auto.
 
-    Raises UserError for what is damaged or not there.
+    `as_recipe`: it will be evaluated on what its recipe says, which is looked for before anything is loaded. Raises
+    UserError for what is damaged or not there.
     """
     run = Path(name)
     keep: Keep | None = None
@@ -106,6 +117,8 @@ def open_target(name: str, dtype: str | None, device: str | None, quiet: bool = 
     else:
         source = resolve(name)
         evaluation, base = _of_export(source, quiet)
+    if as_recipe:
+        Corpus.of(evaluation)
     with working(f"loading {name}", quiet):
         model = load_model(source, dtype or "auto", device or "auto")
     return Target(name, source, model, keep, outputs, evaluation, base)

@@ -88,9 +88,10 @@ def evaluate(
     for corpus in asked:  # before a model is loaded
         check_corpus(corpus.text)
     loaded = load_tasks(names_of(tasks), quiet) if tasks is not None else None
-    targets = [open_target(model, dtype, device, quiet)]
+    as_recipe = not (asked or speed or loaded)
+    targets = [open_target(model, dtype, device, quiet, as_recipe)]
     wanted = targets[0].evaluation
-    corpora = asked or [Corpus.parse(name) for name in (() if speed or loaded else wanted.corpora)]
+    corpora = Corpus.of(wanted) if as_recipe else asked
     seqlens = seqlen or wanted.seqlen
     others = list(against or [])
     base = targets[0].base
