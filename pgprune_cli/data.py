@@ -69,7 +69,7 @@ def tokens_of(corpus: str, purpose: Purpose, tokenizer: Any, wanted: int | None 
 
     Raises UserError for a corpus that is not there, cannot be read, is empty or cannot be reached.
     """
-    identity = _identity(corpus, purpose)
+    identity = text_identity(corpus, purpose)
     key = hashlib.sha256(json.dumps([identity, wanted, _tokenizer_identity(tokenizer)]).encode()).hexdigest()
     cached = cache_directory() / "tokens" / f"{key[:32]}.safetensors"
     if (tokens := _cached(cached)) is not None:
@@ -286,8 +286,8 @@ def hub_corpus(corpus: str) -> HubCorpus:
 # --- tokenising
 
 
-def _identity(corpus: str, purpose: Purpose) -> str:
-    """What the text depends on: a file's content, whatever its name; a named corpus's split."""
+def text_identity(corpus: str, purpose: Purpose) -> str:
+    """What the text depends on: a file's content, whatever its name; a named corpus's split. Raises UserError."""
     if corpus == "demo":
         return f"demo:{DEMO_TEXT[purpose]}:{checksum(Path(__file__).parent / 'demo' / 'grammar.py')}"
     path = Path(corpus).expanduser()

@@ -37,7 +37,7 @@ PROMPT_TOKENS, NEW_TOKENS, REPEATS = 512, 64, 5
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus of `--ppl` or of a recipe: the name it is reported under, and where its text is from: a name or a file."""
+    """A corpus of `--ppl` or of a recipe: the name it is reported under, and where its text lies: a name or a file."""
 
     name: str
     text: str
