@@ -21,7 +21,7 @@ EXIT_CODES = {
     ExitCode.OK: "it is done",
     ExitCode.FAILED: "the run failed (no finite loss, a full disk, …)",
     ExitCode.BAD_INPUT: "what was given is wrong: one line for every fault, on stderr",
-    ExitCode.INTERRUPTED: "Ctrl-C; a search is saved, and the command that goes on is printed",
+    ExitCode.INTERRUPTED: "Ctrl-C; what is saved is said, and the command that goes on",
     ExitCode.TERMINATED: "SIGTERM, likewise",
 }
 

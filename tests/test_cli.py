@@ -402,11 +402,13 @@ def test_a_stopped_search_says_how_to_go_on_and_does(signum, code) -> None:
     assert out == ""
     assert "Traceback" not in err
     last = err.splitlines()[-1]
-    assert last.startswith("pgprune: stopped after step ")
-    assert ", which is saved; to go on: pgprune search demo --out 'a run' --set " in last
+    (newest,) = Path("a run/checkpoints").iterdir()
+    step = int(newest.name.removeprefix("step-"))
+    assert last.startswith(
+        f"pgprune: stopped; step {step} of 100000 is saved in a run; to go on: pgprune search demo --out 'a run' --set "
+    )
     again = shlex.split(last.partition("to go on: ")[2])
     assert again == ["pgprune", *program[3:]]
-    assert len(list(Path("a run/checkpoints").iterdir())) == 1
 
 
 def test_the_command_that_goes_on_finishes_the_search() -> None:
@@ -423,6 +425,23 @@ def test_the_command_that_goes_on_finishes_the_search() -> None:
     assert done.returncode == 0, done.stderr
     assert "going on from step " in done.stderr
     assert json.loads(done.stdout)["forwards"] == 300
+
+
+@pytest.mark.parametrize(
+    ("command", "job", "saved"),
+    [
+        (["init-scores", "demo"], "init_scores.init_scores", "nothing is saved yet"),
+        (["search", "demo"], "search.search", "nothing is saved yet"),
+        (["compare", "demo", "--only", "metric"], "compare.compare", "0 of 1 run is measured in runs/compare/demo"),
+        (["export", "{run}", "--out", "small"], "export.export", "nothing is written to small"),
+    ],
+)
+def test_a_stop_says_what_is_saved_and_how_to_go_on(command, job, saved, finished, pgprune, monkeypatch) -> None:
+    words = [word.format(run=finished["units"]) for word in command]
+    monkeypatch.setattr(f"pgprune_cli.jobs.{job}", lambda *_: signal.raise_signal(signal.SIGTERM))
+    code, out, err = pgprune(*words)
+    assert (code, out) == (143, "")
+    assert err == f"pgprune: terminated\npgprune: stopped; {saved}; to go on: {shlex.join(['pgprune', *words])}\n"
 
 
 # --- what there is to look at

@@ -40,6 +40,10 @@ class Variant:
     seeded: bool
     """Whether another seed gives another result: without a search and a random metric it does not."""
 
+    def seeds(self, asked: Sequence[int]) -> Sequence[int]:
+        """Those it is run with."""
+        return asked if self.seeded else asked[:1]
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -133,6 +137,22 @@ def variants_of(recipe: Recipe) -> list[Variant]:
     return [*(variant for variant in methods if variant.recipe not in known), *ablation]
 
 
+def _wanted(recipe: Recipe, only: Sequence[str]) -> list[Variant]:
+    variants = variants_of(recipe)
+    if unknown := sorted(set(only) - {variant.name for variant in variants}):
+        raise UserError(f"--only {unknown[0]}: expected one of {', '.join(variant.name for variant in variants)}")
+    return [variant for variant in variants if not only or variant.name in only]
+
+
+def runs_of(recipe: Recipe, out: Path, seeds: Sequence[int], only: Sequence[str]) -> list[tuple[Path, int]]:
+    """The run directories of a comparison, each with the steps of its search. Raises UserError as `compare` does."""
+    return [
+        (_directory(variant, seed, out), variant.recipe.search.steps)
+        for variant in _wanted(recipe, only)
+        for seed in variant.seeds(seeds)
+    ]
+
+
 def compare(
     recipe: Recipe, out: Path, seeds: Sequence[int], only: Sequence[str], limit: int | None, quiet: bool = False
 ) -> dict[str, Any]:
@@ -142,10 +162,7 @@ def compare(
     variant's, for texts that are not there or for an `out` of another comparison, and what `search` and `evaluate`
     raise. Rows that an earlier call measured stay in the table.
     """
-    variants = variants_of(recipe)
-    if unknown := sorted(set(only) - {variant.name for variant in variants}):
-        raise UserError(f"--only {unknown[0]}: expected one of {', '.join(variant.name for variant in variants)}")
-    wanted = [variant for variant in variants if not only or variant.name in only]
+    variants, wanted = variants_of(recipe), _wanted(recipe, only)
     settings = Settings.of(recipe, limit)  # its texts are looked for before hours of search
     for variant in wanted:
         refuse_gradients_of_int8(variant.recipe)
@@ -154,7 +171,7 @@ def compare(
         rows = _earlier_rows(recipe, out, variants) | {"dense": _dense(recipe, out, settings, quiet)}
         for variant in wanted:
             runs = []
-            for seed in seeds if variant.seeded else seeds[:1]:
+            for seed in variant.seeds(seeds):
                 runs.append(_one(variant, replace(variant.recipe, seed=seed), out, settings, quiet))
                 rows[variant.name] = {"name": variant.name, "shows": variant.shows, "runs": runs, "mean": _mean(runs)}
                 table["rows"] = [rows[name] for name in ("dense", *(each.name for each in variants)) if name in rows]

@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
+from pgprune_cli.saved import of_scores
 from pgprune_cli.tables import print_result
 from pgprune_cli.verbs.options import AsJson, Out, Quiet, RecipeName, Set, examples, metric_names, opened
+from pgprune_cli.verbs.stops import resumable
 
 EXAMPLES = examples("init-scores smollm2-135m-30", "init-scores demo --metric magnitude")
 
@@ -29,6 +31,7 @@ def init_scores(
     from pgprune_cli.jobs.init_scores import init_scores
     from pgprune_cli.run_files import SCORES
 
-    scores = init_scores(loaded, run, quiet)
+    with resumable(lambda _: of_scores(run)):
+        scores = init_scores(loaded, run, quiet)
     result = {"run": str(run), "scores": str(run / SCORES), "metric": scores.metric}
     print_result(result, as_json, f"{run / SCORES}: {scores.metric} of {loaded.model}")

@@ -90,9 +90,9 @@ def test_what_was_measured_with_other_settings_is_refused(small, tmp_path) -> No
     assert again("evaluation.corpora=[demo]") == said.format("evaluation.corpora [tales], not [demo]")
     assert again("device=cpu") == ""
     for only in ("metric", "metric-uniform"):  # measured, and beside it in the table
-        assert again("policy.temperature=0.9", only=only).startswith(
-            f"{tmp_path / 'table' / 'metric' / 'seed-0'}: belongs to another recipe (temperature: 0.3 → temperature: 0.9); "
-        )
+        run = tmp_path / "table" / "metric" / "seed-0"
+        changed = f"{run}: belongs to another recipe (temperature: 0.3 → temperature: 0.9); "
+        assert again("policy.temperature=0.9", only=only).startswith(changed)
     texts[0].write_text("Another tale. " * 50)
     assert again() == said.format("another text of tales")
     texts[0].write_text("The king was glad. " * 50)
