@@ -137,7 +137,7 @@ class Bar:
         if self.bar is None:
             return
         if done < total:
-            self.bar.update(self.task, completed=done, total=total, unit="batches, before the layers")
+            self.bar.update(self.task, completed=done, total=total, unit="batches")
         else:  # with a clock of their own, as a layer takes longer than a batch
             self.bar.reset(self.task, completed=self.done, total=self.total, unit="layers")
 
@@ -150,7 +150,7 @@ def _bar(text: str, total: int, quiet: bool, *columns: ProgressColumn, done: int
             yield Bar(None, text, total, done)
         return
     spinner, ends = SpinnerColumn(), (TextColumn("eta"), TimeRemainingColumn())
-    with Progress(spinner, TextColumn("{task.description}"), BarColumn(20), *columns, *ends, console=console) as drawn:
+    with Progress(spinner, TextColumn("{task.description}"), BarColumn(16), *columns, *ends, console=console) as drawn:
         bar = Bar(drawn, text, total, done)
         yield bar
         drawn.update(bar.task, completed=total)

@@ -41,7 +41,7 @@ def searched_table(
     identity = _digest(settings, [*batches, *(saliency[key] for key in sorted(saliency))])
     share = ranks.share(layers)
     own = [index for index in share if not has_layer(run, index, identity)]
-    text, done = "measuring what every width of every layer loses", len(share) - len(own)
+    text, done = "measuring every layer's widths", len(share) - len(own)
     with through_layers(text, len(share), quiet, done) as bar:
         if own:
             refuse_full_disk(run, layers, table_bytes(Sizes(model, recipe)) if solve else 0)
