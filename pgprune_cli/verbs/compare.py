@@ -41,7 +41,8 @@ def compare(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the paper's tables on the recipe's model: other methods; metric, start, allocation, repair, with and without.
+    """Run other methods and the paper's ablation on your model. The ablation has metric, start, allocation and repair,
+    each with and without.
 
     Long, and resumable: the same command goes on where an earlier call was stopped.
     """

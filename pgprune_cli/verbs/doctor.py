@@ -23,8 +23,10 @@ def doctor(
     overrides: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check Python, packages, devices, memory, disk and the hub, and say what to mend. Exit code 1 for anything that a
-    search would fail for."""
+    """Check what this machine has for a run, and say what to mend. Python, packages, devices, memory, disk, the hub.
+
+    Exit code 1 for anything that a search would fail for.
+    """
     from dataclasses import asdict
 
     from pgprune_cli.recipe_reader import find, load

@@ -68,7 +68,7 @@ def evaluate(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity, accuracy on tasks and speed of a dense model, an exported one or a run directory."""
+    """Measure perplexity, accuracy on tasks and speed. MODEL is a dense model, an exported one or a run directory."""
     if dtype not in (None, "auto", "float32", "float16", "bfloat16"):
         raise UserError(f"--dtype {dtype}: expected auto, float32, float16 or bfloat16")
     for name in [model, *(against or [])]:  # before seconds go by in imports

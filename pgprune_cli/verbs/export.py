@@ -68,7 +68,7 @@ def export(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the smaller model: a directory with its weights, tokenizer, card and decision, or one GGUF file."""
+    """Write the smaller model as a directory or one GGUF file. Its tokenizer, card and decision go along."""
     from pgprune_cli.writers import hub
 
     if push is not None:

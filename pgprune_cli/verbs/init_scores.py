@@ -25,7 +25,7 @@ def init_scores(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score every unit of the recipe's model with a saliency metric, the search's start."""
+    """Score every unit of the recipe's model, the search's start. The metric is the recipe's, or --metric."""
     given = [*(overrides or []), *([f"saliency.metric={metric}"] if metric else [])]
     loaded, run = opened(recipe, out, given)
     from pgprune_cli.jobs.init_scores import init_scores
