@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from pgprune_cli.atomic import SEAL, checksum, metadata, read_tensors, write_byt
 from pgprune_cli.errors import UserError
 from pgprune_cli.quiet_hub import quiet_hub
 from pgprune_cli.stderr import STDERR
+from pgprune_cli.suggest import nearest
 
 Purpose = Literal["calibration", "evaluation"]
 
@@ -274,8 +274,7 @@ def hub_corpus(corpus: str) -> HubCorpus:
     path, _, config = corpus.partition(":")
     looks_local = corpus.startswith((".", "/", "~")) or path.endswith(FORMATS)
     if looks_local or path.count("/") != 1:
-        near = get_close_matches(corpus[:80], [*NAMED, "demo"], n=1)
-        hint = f", did you mean {near[0]}?" if near else ";"
+        hint = nearest(corpus, [*NAMED, "demo"]) or ";"
         raise UserError(
             f"{corpus}: no such file, and not a corpus{hint} known are {', '.join([*NAMED, 'demo'])}, "
             f"a hub data set as owner/name or owner/name:config, and {', '.join(FORMATS)} files"

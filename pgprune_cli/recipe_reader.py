@@ -5,7 +5,6 @@ It walks the schema's dataclasses (`recipe.py`), so that adding a key there is a
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,16 +15,15 @@ from pgprune_cli.recipe import Recipe
 from pgprune_cli.strict_yaml import (
     Dumper,
     compose,
-    either,
     is_file,
     kind_of,
-    nearest,
     one_line,
     read_text,
     shown,
     shown_text,
     typed,
 )
+from pgprune_cli.suggest import either, near, nearest
 
 
 def _walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
@@ -90,9 +88,10 @@ def find(name_or_path: str) -> Path:
     name = name_or_path.removesuffix(".yaml")
     if name in by_name:
         return by_name[name]
-    files = [str(file) for file in path.parent.glob("*.yaml")]
-    near = nearest(name_or_path, files) or nearest(name, by_name, most=3) or nearest(Path(name).name, by_name, most=3)
-    hint = near or ";"
+    files = {str(file.with_suffix("")): str(file) for file in path.parent.glob("*.yaml")}
+    names = {name: name for name in by_name} | files
+    found = near(name, names, most=3) or near(Path(name).name, names, most=3)
+    hint = f", did you mean {either([names[one] for one in found])}?" if found else ";"
     raise UserError(one_line(f"{name_or_path}: no such recipe{hint} `pgprune recipes` lists those that ship"))
 
 
@@ -267,13 +266,18 @@ def shipped_folder() -> Path:
 
 
 def _unknown(key: str) -> str:
-    """The nearest key goes by its last name, wherever it lives: "forwards" at the top means search.forwards."""
+    """The nearest key goes by its last name, wherever it lives: "forwards" at the top means search.forwards.
+
+    One of the same section comes first, and alone where no other section has a nearer one.
+    """
     section, _, name = key.rpartition(".")
-    keys = [*_KINDS, "extends"]
-    last = get_close_matches(name[:80], dict.fromkeys(known.rpartition(".")[2] for known in keys), n=1)
-    near = [known for known in keys if known.rpartition(".")[2] in last]
-    near = [known for known in near if known.rpartition(".")[0] == section] or near
-    if near:
-        return f"unknown key, did you mean {either(near)}?"
-    inside = [known.rpartition(".")[2] for known in _KINDS if known.rpartition(".")[0] == section]
-    return f"unknown key, expected {either(inside)}" if inside else "unknown key"
+    lasts = {known: known.rpartition(".")[2] for known in (*_KINDS, "extends")}
+    inside = [known for known in lasts if known.rpartition(".")[0] == section]
+    here, anywhere = near(name, (lasts[known] for known in inside)), near(name, lasts.values())
+    meant = [known for known in inside if lasts[known] in here]
+    if here != anywhere:
+        meant += [known for known in lasts if lasts[known] in anywhere]
+    if meant:
+        return f"unknown key, did you mean {either(meant)}?"
+    known = [lasts[known] for known in inside if known != "extends"]
+    return f"unknown key, expected {either(known)}" if known else "unknown key"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from click.testing import CliRunner
 from commands import parsed, verbs
 from conftest import SMALL
 from multiple_choice import items_of, task_file
@@ -77,6 +78,15 @@ def test_every_help_page_ends_with_examples_that_parse(verb, pgprune) -> None:
     for example in examples:
         assert example.startswith(f"pgprune {verb}")
         parsed(shlex.split(example)[1:])
+
+
+def test_every_command_is_described_in_a_line_of_80_columns() -> None:
+    """Whole: a sentence, where the parser would end a longer one with dots."""
+    program = typer.main.get_command(cli.app)
+    shown = CliRunner().invoke(program, ["--help"], prog_name="pgprune", terminal_width=80, max_content_width=80).output
+    lines = shown.partition("Commands:\n")[2].partition("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in lines] == [verb for verb in verbs() if " " not in verb]
+    assert [line for line in lines if not line.endswith(".") or line.endswith("...") or len(line) > 80] == []
 
 
 def test_no_arguments_is_a_call_for_help(pgprune) -> None:
@@ -308,7 +318,10 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, said, pgprune) -> None
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["search", "demo", "--stepz", "3"], "no such option: --stepz"),
+        (["search", "demo", "--stepz", "3"], "no such option: --stepz, did you mean --set? see `pgprune search"),
+        (["search", "demo", "--sett", "x=1"], "no such option: --sett, did you mean --set? see `pgprune search"),
+        (["export", "runs/x", "--fromat", "gguf"], "no such option: --fromat, did you mean --format? see"),
+        (["docter"], "no such command 'docter', did you mean 'doctor'; see `pgprune --help`"),
         (["search"], "missing argument 'RECIPE'; see `pgprune search --help`"),
         (["recipes", "show"], "missing argument 'RECIPE'; see `pgprune recipes show --help`"),
         (["searc", "demo"], "no such command 'searc'"),
@@ -320,7 +333,7 @@ def test_what_the_parser_refuses_is_one_line_and_exit_code_2(arguments, said, pg
     code, out, err = pgprune(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith(f"pgprune: {said}")
-    assert "; see `pgprune" in err
+    assert " see `pgprune" in err
     assert err.count("\n") == 1
 
 

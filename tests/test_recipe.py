@@ -153,6 +153,11 @@ def test_contradictions_are_told_together() -> None:
             "search: {seqlen: 3}",
             "search.seqlen: unknown key, did you mean calibration.seqlen, saliency.seqlen or evaluation.seqlen?",
         ),
+        (
+            "evaluation: {corpus: demo}",
+            "evaluation.corpus: unknown key, did you mean evaluation.corpora or calibration.corpus?",
+        ),
+        ("calibration: {corpora: [demo]}", "calibration: given twice, first on line 2"),
         ("saliency: {seqlne: 3}", "saliency.seqlne: unknown key, did you mean saliency.seqlen?"),
         ("policy: {zzz: 3}", "policy.zzz: unknown key, expected start or temperature"),
         ("search: {forwards: many}", "search.forwards: expected an integer, got text 'many'"),
@@ -599,6 +604,19 @@ def test_a_recipe_file_nearby_is_named(tmp_path: Path, monkeypatch) -> None:
         find("mein.yaml")
 
 
+def test_the_nearest_recipe_comes_first_whether_it_ships_or_lies_here() -> None:
+    def meant(name: str) -> list[str]:
+        with pytest.raises(UserError) as refused:
+            find(name)
+        return re.split(", | or ", str(refused.value).partition("did you mean ")[2].partition("?")[0])
+
+    Path("demo-of-mine.yaml").touch()
+    assert meant("demo-mine") == ["demo-of-mine.yaml", "demo"]
+    assert meant("demos") == ["demo"]
+    assert meant("smollm2-30")[0] == "smollm2-135m-30"
+    assert meant("llama2-7b-20.yml")[0] == "llama2-7b-20"
+
+
 def test_find() -> None:
     Path("mine.yaml").write_text(MINIMAL)
     Path("demo").mkdir()  # a run directory of the same name is not a recipe
@@ -613,7 +631,7 @@ def test_find() -> None:
     [
         (
             "smolm2-135m-50",
-            "smolm2-135m-50: no such recipe, did you mean smollm2-135m-50, smollm2-135m-30 or smollm2-135m-20? "
+            "smolm2-135m-50: no such recipe, did you mean smollm2-135m-50, smollm2-135m-20 or smollm2-135m-30? "
             "`pgprune recipes` lists those that ship",
         ),
         (

@@ -26,6 +26,7 @@ from pgprune_cli.lock import locked
 from pgprune_cli.recipe import Recipe
 from pgprune_cli.run_files import MEASURED_FILE, SCORES
 from pgprune_cli.stderr import STDERR
+from pgprune_cli.suggest import nearest
 
 TABLE_JSON, TABLE_MARKDOWN = "comparison.json", "comparison.md"
 
@@ -140,7 +141,9 @@ def variants_of(recipe: Recipe) -> list[Variant]:
 def _wanted(recipe: Recipe, only: Sequence[str]) -> list[Variant]:
     variants = variants_of(recipe)
     if unknown := sorted(set(only) - {variant.name for variant in variants}):
-        raise UserError(f"--only {unknown[0]}: expected one of {', '.join(variant.name for variant in variants)}")
+        names = [variant.name for variant in variants]
+        meant = nearest(unknown[0], names, most=3) or ":"
+        raise UserError(f"--only {unknown[0]}: no such variant{meant} expected one of {', '.join(names)}")
     return [variant for variant in variants if not only or variant.name in only]
 
 
