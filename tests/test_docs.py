@@ -131,6 +131,16 @@ def test_every_extra_that_is_to_be_installed_is_one(page: Path) -> None:
         assert set(extras.split(",")) <= set(EXTRAS)
 
 
+IN_A_CLONE = [page for page in PAGES if page.name != "scale.md"]
+
+
+@pytest.mark.parametrize("page", IN_A_CLONE, ids=name)
+def test_pgprune_is_installed_from_the_clone_that_the_page_is_read_in(page: Path) -> None:
+    """What the program says instead, `pip install 'pgprune[…]'`, is explained in the quick start."""
+    others = re.findall(r"pip install [^`\n]*\bpgprune\b", page.read_text(encoding="utf-8"))
+    assert others == (["pip install 'pgprune"] if page.name == "index.md" else [])
+
+
 @pytest.mark.parametrize(
     ("line", "fault"),
     [

@@ -70,7 +70,7 @@ def _packages() -> Iterator[Finding]:
     """What every verb needs, and what some do."""
     try:
         missing = _unmet("")
-        yield Finding("packages", "; ".join(missing) or "all there", "pip install --upgrade pgprune" if missing else "")
+        yield Finding("packages", "; ".join(missing) or "all there", "pip install pgprune" if missing else "")
         yield _extras()
     except metadata.PackageNotFoundError:
         yield Finding("packages", "pgprune runs from its sources, and nobody knows what it needs", "pip install -e .")

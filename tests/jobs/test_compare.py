@@ -110,8 +110,6 @@ def test_what_was_measured_with_other_settings_is_refused(small, tmp_path) -> No
 
 
 def test_a_name_that_is_no_variants_is_refused(recipe, tmp_path) -> None:
-    said = (
-        r"^--only metrics: no such variant, did you mean metric or metric-start\? expected one of random-uniform, "
-    )
+    said = r"^--only metrics: no such variant, did you mean metric or metric-start\? expected one of random-uniform, "
     with pytest.raises(UserError, match=said):
         compare(recipe, tmp_path, [0], ["metrics"], None, quiet=True)
