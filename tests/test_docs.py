@@ -31,6 +31,8 @@ from pgprune_cli.recipe_reader import load
 ROOT = Path(__file__).parents[1]
 DOCS = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "log.md"]  # its commands are of their day
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
+NOT_WRAPPED = ("method", "performance", "scale")
+"""Pages with longer lines."""
 REMARK = r"<!-- (?:not run: (?P<why>[^\n]+)|(?P<small>run small)(?::\s(?P<instead>[^>]+))?) -->\n"
 FENCE = re.compile(rf"(?:{REMARK})?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 INLINE = re.compile(r"(?<!`)`(pgprune [^`]+)`(?!`)")
@@ -96,6 +98,16 @@ def test_every_block_says_what_it_is(page: Path) -> None:
         assert block.language in RUN or not re.search(r"^\$? ?pgprune ", block.text, re.M), block.text
         assert not block.small or block.language != "bash" or [*small_commands(block)], block.text
     assert not re.search(r"^    \$? ?pgprune ", FENCE.sub("", text), re.M), "commands go into a fenced block"
+
+
+NARROW = [page for page in (*PAGES, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md") if page.stem not in NOT_WRAPPED]
+
+
+@pytest.mark.parametrize("page", NARROW, ids=name)
+def test_lines_are_of_120_characters_at_most(page: Path) -> None:
+    """But for tables, whose rows cannot be broken."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if len(line) > 120 and not line.startswith("|")] == []
 
 
 def words_of(line: str) -> list[str]:
