@@ -149,7 +149,7 @@ class Reconstruct:
 class Evaluation:
     """The perplexities reported, one for each corpus and window length (tokens)."""
 
-    corpora: tuple[Annotated[str, _corpus], ...] = ("wikitext2",)  # names, or NAME=FILE, as of `pgprune eval --ppl`
+    corpora: tuple[Annotated[str, _corpus], ...] = ("wikitext2",)  # names, or NAME=FILE, as of `--ppl`
     seqlen: tuple[Length, ...] = (128, 2048)
 
 

@@ -50,10 +50,11 @@ class Variant:
 class Settings:
     """What a model is measured on: rows that differ in it cannot stand in one table.
 
-    texts: by the corpus's name a digest of where its text comes from, of a file its content; dtype: of the dense model.
+    texts: of each corpus in their order [name, digest of where its text comes from, of a file its content]; dtype: of
+    the dense model.
     """
 
-    texts: dict[str, str]
+    texts: list[list[str]]
     seqlen: list[int]
     dtype: str
     limit: int | None
@@ -61,9 +62,11 @@ class Settings:
     @classmethod
     def of(cls, recipe: Recipe, limit: int | None) -> Settings:
         """Raises UserError for a text that is not there."""
-        texts = {corpus.name: text_identity(corpus.text, "evaluation") for corpus in Corpus.of(recipe.evaluation)}
-        digests = {name: hashlib.sha256(identity.encode()).hexdigest() for name, identity in texts.items()}
-        return cls(digests, list(recipe.evaluation.seqlen), recipe.dtype, limit)
+        texts = []
+        for corpus in Corpus.of(recipe.evaluation):
+            identity = text_identity(corpus.text, "evaluation")
+            texts.append([corpus.name, hashlib.sha256(identity.encode()).hexdigest()])
+        return cls(texts, list(recipe.evaluation.seqlen), recipe.dtype, limit)
 
     def read(self, record: Path) -> dict[str, Any]:
         """The row that was measured, of its record. Raises UserError where other settings gave it."""
@@ -83,12 +86,14 @@ class Settings:
 def _differs(key: str, was: Any, now: Any) -> str:
     if key == "limit":
         return f"--limit {was}"
-    if key == "texts" and set(was) == set(now):
-        return f"another text of {next(name for name in was if was[name] != now[name])}"
     if key == "dtype":
         return f"dtype {was}, not {now}"
-    named = "corpora" if key == "texts" else key
-    return f"evaluation.{named} [{', '.join(map(str, was))}], not [{', '.join(map(str, now))}]"
+    if key == "seqlen":
+        return f"evaluation.seqlen {was}, not {now}"
+    names = [[name for name, _ in texts] for texts in (was, now)]
+    if names[0] == names[1]:
+        return f"another text of {next(name for name, digest in was if [name, digest] not in now)}"
+    return "evaluation.corpora [{}], not [{}]".format(*map(", ".join, names))
 
 
 def variants_of(recipe: Recipe) -> list[Variant]:

@@ -88,6 +88,10 @@ def test_what_was_measured_with_other_settings_is_refused(small, tmp_path) -> No
     assert again("evaluation.seqlen=[64]") == said.format("evaluation.seqlen [32], not [64]")
     assert again(f"evaluation.corpora=[tales={texts[1]}]") == said.format("another text of tales")
     assert again("evaluation.corpora=[demo]") == said.format("evaluation.corpora [tales], not [demo]")
+    two = [f"tales={texts[0]}", "demo"]
+    assert again(f"evaluation.corpora=[{two[0]},{two[1]}]") == said.format(
+        "evaluation.corpora [tales], not [tales, demo]"
+    )
     assert again("device=cpu") == ""
     for only in ("metric", "metric-uniform"):  # measured, and beside it in the table
         run = tmp_path / "table" / "metric" / "seed-0"
