@@ -254,7 +254,8 @@ def _from_hub(corpus: str, purpose: Purpose) -> Iterator[str]:
     except KeyError:
         raise UserError(f"{corpus}: its rows have no column {known.column!r}") from None
     except Exception as error:  # the hub client raises dozens of kinds, all of which mean: not to be had from here
-        instead = f"--ppl {corpus}=FILE" if purpose == "evaluation" else "calibration.corpus: FILE"
+        named = f"--ppl {corpus}=FILE, or in the recipe evaluation.corpora: [{corpus}=FILE]"
+        instead = named if purpose == "evaluation" else "calibration.corpus: FILE"
         raise UserError(
             f"{corpus}: cannot be had from the hub ({' '.join(str(error).split())[:160]}); on an offline machine give "
             f"a local {', '.join(FORMATS)} file with the {split} text instead ({instead})"
