@@ -47,7 +47,7 @@ check: $(BIN)/.dev
 	$(BIN)/python scripts/write_cli_reference.py --check
 	$(BIN)/python scripts/write_recipe_reference.py --check
 
-references: $(BIN)/.dev
+references: $(BIN)/.docs
 	$(BIN)/python scripts/write_cli_reference.py
 	$(BIN)/python scripts/write_recipe_reference.py
 	$(BIN)/python scripts/draw_method.py
@@ -64,6 +64,10 @@ $(BIN)/pgprune: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
+$(BIN)/.docs: $(BIN)/pgprune pyproject.toml
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
 	touch $@
 
 $(BIN)/.dev: $(BIN)/pgprune pyproject.toml

@@ -31,8 +31,9 @@ class Pruned:
         """
         from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target, remember
 
-        target = open_target(str(self.directory), None, None, quiet)
-        chosen = [Corpus.parse(name) for name in corpora or target.evaluation.corpora]
+        asked = [Corpus.parse(name) for name in corpora]
+        target = open_target(str(self.directory), None, None, quiet, as_recipe=not asked)
+        chosen = asked or Corpus.of(target.evaluation)
         result = evaluate(target, chosen, seqlens or target.evaluation.seqlen, limit, quiet)
         if limit is None:
             remember(target, result)

@@ -29,10 +29,10 @@ from pgprune_cli.core.step import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.errors import UserError
 from pgprune_cli.history import Written
+from pgprune_cli.run_files import CHECKPOINTS
 
 VERSION = 3
 KEPT = 2
-FOLDER = "checkpoints"
 TENSORS = "state.safetensors"
 RECORD = "state.json"
 STATES: dict[str, type[SearchState] | type[WidthState]] = {"units": SearchState, "layers": WidthState}
@@ -61,7 +61,7 @@ class Checkpoint:
 def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
     """Writes `checkpoint` into the run directory and drops all but the last two. Returns its directory."""
     state = checkpoint.state
-    target = run / FOLDER / _name(state.step)
+    target = run / CHECKPOINTS / _name(state.step)
     if target.exists():  # a search that resumes here and stops at once
         return target
     values = {entry.name: getattr(state, entry.name) for entry in fields(state)}
@@ -157,4 +157,4 @@ def _name(step: int) -> str:
 
 
 def _all(run: Path) -> list[Path]:
-    return sorted((run / FOLDER).glob("step-*"))
+    return sorted((run / CHECKPOINTS).glob("step-*"))

@@ -10,7 +10,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +20,7 @@ from pgprune_cli.atomic import SEAL, checksum, metadata, read_tensors, write_byt
 from pgprune_cli.errors import UserError
 from pgprune_cli.quiet_hub import quiet_hub
 from pgprune_cli.stderr import STDERR
+from pgprune_cli.suggest import nearest
 
 Purpose = Literal["calibration", "evaluation"]
 
@@ -69,7 +69,7 @@ def tokens_of(corpus: str, purpose: Purpose, tokenizer: Any, wanted: int | None 
 
     Raises UserError for a corpus that is not there, cannot be read, is empty or cannot be reached.
     """
-    identity = _identity(corpus, purpose)
+    identity = text_identity(corpus, purpose)
     key = hashlib.sha256(json.dumps([identity, wanted, _tokenizer_identity(tokenizer)]).encode()).hexdigest()
     cached = cache_directory() / "tokens" / f"{key[:32]}.safetensors"
     if (tokens := _cached(cached)) is not None:
@@ -254,7 +254,8 @@ def _from_hub(corpus: str, purpose: Purpose) -> Iterator[str]:
     except KeyError:
         raise UserError(f"{corpus}: its rows have no column {known.column!r}") from None
     except Exception as error:  # the hub client raises dozens of kinds, all of which mean: not to be had from here
-        instead = f"--ppl {corpus}=FILE" if purpose == "evaluation" else "calibration.corpus: FILE"
+        named = f"--ppl {corpus}=FILE, or in the recipe evaluation.corpora: [{corpus}=FILE]"
+        instead = named if purpose == "evaluation" else "calibration.corpus: FILE"
         raise UserError(
             f"{corpus}: cannot be had from the hub ({' '.join(str(error).split())[:160]}); on an offline machine give "
             f"a local {', '.join(FORMATS)} file with the {split} text instead ({instead})"
@@ -274,8 +275,7 @@ def hub_corpus(corpus: str) -> HubCorpus:
     path, _, config = corpus.partition(":")
     looks_local = corpus.startswith((".", "/", "~")) or path.endswith(FORMATS)
     if looks_local or path.count("/") != 1:
-        near = get_close_matches(corpus[:80], [*NAMED, "demo"], n=1)
-        hint = f", did you mean {near[0]}?" if near else ";"
+        hint = nearest(corpus, [*NAMED, "demo"]) or ";"
         raise UserError(
             f"{corpus}: no such file, and not a corpus{hint} known are {', '.join([*NAMED, 'demo'])}, "
             f"a hub data set as owner/name or owner/name:config, and {', '.join(FORMATS)} files"
@@ -286,8 +286,8 @@ def hub_corpus(corpus: str) -> HubCorpus:
 # --- tokenising
 
 
-def _identity(corpus: str, purpose: Purpose) -> str:
-    """What the text depends on: a file's content, whatever its name; a named corpus's split."""
+def text_identity(corpus: str, purpose: Purpose) -> str:
+    """What the text depends on: a file's content, whatever its name; a named corpus's split. Raises UserError."""
     if corpus == "demo":
         return f"demo:{DEMO_TEXT[purpose]}:{checksum(Path(__file__).parent / 'demo' / 'grammar.py')}"
     path = Path(corpus).expanduser()

@@ -81,12 +81,7 @@ class Decision:
         The checksum of a repair takes a while on a large model; without it, `outputs` is empty.
         """
         refuse_unfinished(run)
-        record = read_record(run / RECORD)
-        refuse_newer(run / RECORD, record.get("version"), VERSION)
-        if checksum(run / MASKS) != record.get("masks_sha256"):
-            raise UserError(
-                f"{run / MASKS}: damaged, or not the masks that {RECORD} describes; remove both and search again"
-            )
+        record = _read_record(run, "remove both and search again")
         tensors = read_tensors(run / MASKS)
         try:
             keep = tuple(
@@ -99,7 +94,42 @@ class Decision:
             later = {"dense_loss": record.get("dense_loss"), "budget": record.get("budget", {})}
             return cls(keep, **values, outputs=outputs, **later)
         except KeyError as missing:
-            raise UserError(f"{run / RECORD}: {missing} is missing; the file is not a whole decision") from None
+            raise _not_whole(run, missing) from None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an exported model comes from: the base `model` by its name, and the resolved `recipe` as YAML."""
+
+    model: str
+    recipe: str
+
+
+def read_origin(model: Path) -> Origin | None:
+    """What the decision beside an exported model says; None where there is none, as beside a dense model.
+
+    The masks may be absent: what is fetched from the hub comes without them. Raises UserError for a damaged decision.
+    """
+    if not (model / RECORD).exists():
+        return None
+    record = _read_record(model, "export it again")
+    try:
+        return Origin(record["model"], record["recipe"])
+    except KeyError as missing:
+        raise _not_whole(model, missing) from None
+
+
+def _read_record(run: Path, remedy: str) -> dict[str, Any]:
+    """The record, held against its own checksum and against the masks where they are there. Raises UserError."""
+    record = read_record(run / RECORD)
+    refuse_newer(run / RECORD, record.get("version"), VERSION)
+    if (run / MASKS).exists() and checksum(run / MASKS) != record.get("masks_sha256"):
+        raise UserError(f"{run / MASKS}: damaged, or not the masks that {RECORD} describes; {remedy}")
+    return record
+
+
+def _not_whole(run: Path, missing: KeyError) -> UserError:
+    return UserError(f"{run / RECORD}: {missing} is missing; the file is not a whole decision")
 
 
 def _flat(outputs: Outputs) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from types import TracebackType
 
 import psutil
@@ -17,6 +17,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    SpinnerColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -103,32 +104,56 @@ def working(text: str, quiet: bool = False) -> Iterator[None]:
         yield
 
 
-def writing(text: str, total: int, quiet: bool = False) -> AbstractContextManager[Callable[[int], None]]:
+@contextmanager
+def writing(text: str, total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
     """A bar over `total` bytes on a terminal, one line elsewhere. Gives what is to be told how many more are done."""
-    return _bar(text, total, quiet, DownloadColumn(), TransferSpeedColumn())
-
-
-def through_layers(
-    text: str, total: int, quiet: bool = False, done: int = 0
-) -> AbstractContextManager[Callable[[int], None]]:
-    """Likewise over `total` layers, of which so many were `done` before."""
-    return _bar(text, total, quiet, MofNCompleteColumn(), TextColumn("layers"), done=done)
+    with _bar(text, total, quiet, DownloadColumn(), TransferSpeedColumn()) as bar:
+        yield bar.on_more
 
 
 @contextmanager
-def _bar(
-    text: str, total: int, quiet: bool, *columns: ProgressColumn, done: int = 0
-) -> Iterator[Callable[[int], None]]:
+def through_layers(text: str, total: int, quiet: bool = False, done: int = 0) -> Iterator[Bar]:
+    """Likewise over `total` layers, of which so many were `done` before. Gives what is to be told of them."""
+    with _bar(text, total, quiet, MofNCompleteColumn(), TextColumn("{task.fields[unit]}"), done=done) as bar:
+        yield bar
+
+
+class Bar:
+    """Is told of work as it is done; without a `bar` to draw, it keeps that to itself."""
+
+    def __init__(self, bar: Progress | None, text: str, total: int, done: int) -> None:
+        self.bar = bar
+        self.total, self.done = total, done
+        if bar is not None:
+            self.task = bar.add_task(text, total=total, completed=done, unit="layers")
+
+    def on_more(self, more: int) -> None:
+        """So many more are done."""
+        if self.bar is not None:
+            self.bar.update(self.task, advance=more)
+
+    def on_batches(self, done: int, total: int) -> None:
+        """Before the first layer: how many of the batches are done that go through all layers."""
+        if self.bar is None:
+            return
+        if done < total:
+            self.bar.update(self.task, completed=done, total=total, unit="batches")
+        else:  # with a clock of their own, as a layer takes longer than a batch
+            self.bar.reset(self.task, completed=self.done, total=self.total, unit="layers")
+
+
+@contextmanager
+def _bar(text: str, total: int, quiet: bool, *columns: ProgressColumn, done: int = 0) -> Iterator[Bar]:
     console = Console(file=STDERR)
     if quiet or not draws(console):
         with working(text, quiet):
-            yield lambda _: None
+            yield Bar(None, text, total, done)
         return
-    ends = (TextColumn("eta"), TimeRemainingColumn())
-    with Progress(TextColumn("{task.description}"), BarColumn(20), *columns, *ends, console=console) as bar:
-        task = bar.add_task(text, total=total, completed=done)
-        yield lambda more: bar.update(task, advance=more)
-        bar.update(task, completed=total)
+    spinner, ends = SpinnerColumn(), (TextColumn("eta"), TimeRemainingColumn())
+    with Progress(spinner, TextColumn("{task.description}"), BarColumn(16), *columns, *ends, console=console) as drawn:
+        bar = Bar(drawn, text, total, done)
+        yield bar
+        drawn.update(bar.task, completed=total)
 
 
 def memory_in_use() -> int:

@@ -50,6 +50,16 @@ def _disjoint(families: tuple[str, ...]) -> str:
     return ""
 
 
+def name_and_text(corpus: str) -> tuple[str, str]:
+    """What a corpus of an evaluation is reported as, and where its text comes from: of `wikitext2` or NAME=FILE."""
+    name, equals, text = corpus.partition("=")
+    return name, text if equals else name
+
+
+def _corpus(value: str) -> str:
+    return "" if all(name_and_text(value)) else f"expected a corpus name or NAME=FILE, got {shown_text(value)}"
+
+
 Natural = Annotated[int, Range(0, MOST)]
 Count = Annotated[int, Range(1, MOST)]
 Length = Annotated[int, Range(2, MOST)]  # tokens; a window of one token predicts nothing
@@ -139,7 +149,7 @@ class Reconstruct:
 class Evaluation:
     """The perplexities reported, one for each corpus and window length (tokens)."""
 
-    corpora: tuple[str, ...] = ("wikitext2",)
+    corpora: tuple[Annotated[str, _corpus], ...] = ("wikitext2",)  # names, or NAME=FILE, as of `--ppl`
     seqlen: tuple[Length, ...] = (128, 2048)
 
 

@@ -5,7 +5,6 @@ It walks the schema's dataclasses (`recipe.py`), so that adding a key there is a
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,16 +15,15 @@ from pgprune_cli.recipe import Recipe
 from pgprune_cli.strict_yaml import (
     Dumper,
     compose,
-    either,
     is_file,
     kind_of,
-    nearest,
     one_line,
     read_text,
     shown,
     shown_text,
     typed,
 )
+from pgprune_cli.suggest import either, near, nearest
 
 
 def _walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
@@ -56,23 +54,25 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         reader.override(override)
     if reader.complete:
-        for key in (key for key in _REQUIRED if key not in reader.values):
-            reader.fault(f"{shown(path)}: {key}: required key is missing")
-    if reader.faults:
-        raise UserError("\n".join(reader.faults))
-    recipe = cast(Recipe, _build(Recipe, reader.values))
+        reader.missing(f"{shown(path)}")
+    recipe = reader.recipe()
     if contradictions := _contradictions(recipe):
         raise UserError("\n".join(one_line(f"{shown(path)}: {text}") for text in contradictions))
     return recipe
 
 
+class UnknownKeys(UserError):  # noqa: N818  (it says what is wrong)
+    """A recipe has keys that this version does not know, and no other fault."""
+
+
 def parse(text: str, where: str) -> Recipe:
-    """A recipe from what `dump` wrote. Raises UserError with every fault found, which are said to be in `where`."""
+    """A recipe from what `dump` wrote. Raises UserError with every fault found, which are said to be in `where`, and
+    UnknownKeys where it is sound but for keys of another version."""
     reader = _Reader()
     reader.text(text, where, lambda _, at: reader.fault(f"{at}: a recipe that was written whole extends nothing"))
-    if reader.faults:
-        raise UserError("\n".join(reader.faults))
-    return cast(Recipe, _build(Recipe, reader.values))
+    if not reader.faults:
+        reader.missing(where)
+    return reader.recipe()
 
 
 def find(name_or_path: str) -> Path:
@@ -88,9 +88,10 @@ def find(name_or_path: str) -> Path:
     name = name_or_path.removesuffix(".yaml")
     if name in by_name:
         return by_name[name]
-    files = [str(file) for file in path.parent.glob("*.yaml")]
-    near = nearest(name_or_path, files) or nearest(name, by_name, most=3) or nearest(Path(name).name, by_name, most=3)
-    hint = near or ";"
+    files = {str(file.with_suffix("")): str(file) for file in path.parent.glob("*.yaml")}
+    names = {name: name for name in by_name} | files
+    found = near(name, names, most=3) or near(Path(name).name, names, most=3)
+    hint = f", did you mean {either([names[one] for one in found])}?" if found else ";"
     raise UserError(one_line(f"{name_or_path}: no such recipe{hint} `pgprune recipes` lists those that ship"))
 
 
@@ -134,10 +135,21 @@ class _Reader:
 
     values: dict[str, Any] = field(default_factory=dict)  # None where the value given was at fault
     faults: list[str] = field(default_factory=list)
+    unknown: int = 0  # how many of the faults are keys that are not in the schema
     complete: bool = True  # False once a file could not be read: what is missing may have been in it
 
     def fault(self, text: str) -> None:
         self.faults.append(one_line(text))
+
+    def missing(self, where: str) -> None:
+        for key in (key for key in _REQUIRED if key not in self.values):
+            self.fault(f"{where}: {key}: required key is missing")
+
+    def recipe(self) -> Recipe:
+        """What was read. Raises UserError with every fault."""
+        if self.faults:
+            raise (UnknownKeys if len(self.faults) == self.unknown else UserError)("\n".join(self.faults))
+        return cast(Recipe, _build(Recipe, self.values))
 
     def file(self, path: Path, chain: tuple[Path, ...]) -> None:
         """Read what a file extends, then the file itself; `chain` holds the files that led here, resolved."""
@@ -212,6 +224,7 @@ class _Reader:
         elif key in _KINDS:
             self.values[key] = typed(_KINDS[key], value, lambda at, fault: self.fault(f"{place(at, key)}: {fault}"))
         elif key != "extends":  # which was read before the rest
+            self.unknown += 1
             self.fault(f"{place(name, key)}: {_unknown(key)}")
         first.setdefault(key, name)
 
@@ -253,13 +266,18 @@ def shipped_folder() -> Path:
 
 
 def _unknown(key: str) -> str:
-    """The nearest key goes by its last name, wherever it lives: "forwards" at the top means search.forwards."""
+    """The nearest key goes by its last name, wherever it lives: "forwards" at the top means search.forwards.
+
+    One of the same section comes first, and alone where no other section has a nearer one.
+    """
     section, _, name = key.rpartition(".")
-    keys = [*_KINDS, "extends"]
-    last = get_close_matches(name[:80], dict.fromkeys(known.rpartition(".")[2] for known in keys), n=1)
-    near = [known for known in keys if known.rpartition(".")[2] in last]
-    near = [known for known in near if known.rpartition(".")[0] == section] or near
-    if near:
-        return f"unknown key, did you mean {either(near)}?"
-    inside = [known.rpartition(".")[2] for known in _KINDS if known.rpartition(".")[0] == section]
-    return f"unknown key, expected {either(inside)}" if inside else "unknown key"
+    lasts = {known: known.rpartition(".")[2] for known in (*_KINDS, "extends")}
+    inside = [known for known in lasts if known.rpartition(".")[0] == section]
+    here, anywhere = near(name, (lasts[known] for known in inside)), near(name, lasts.values())
+    meant = [known for known in inside if lasts[known] in here]
+    if here != anywhere:
+        meant += [known for known in lasts if lasts[known] in anywhere]
+    if meant:
+        return f"unknown key, did you mean {either(meant)}?"
+    known = [lasts[known] for known in inside if known != "extends"]
+    return f"unknown key, expected {either(known)}" if known else "unknown key"

@@ -74,16 +74,17 @@ def repair(
     damping: float,
     reselect: bool = False,
     on_layers: Callable[[int], None] | None = None,
+    on_batches: Callable[[int, int], None] | None = None,
 ) -> Repaired:
     """The output projections of every block that loses units, repaired one after another from the first layer on.
 
     method: `least-squares`, `least-squares-bias` or `bias`. Each block is observed behind the already pruned and
     repaired ones, which is what it will run behind. With `reselect`, a block keeps as many units as `keep` says, but
     those that `obs` finds there. The model is as it was afterwards. `batches` of tokens `(B, T)`.
-    `on_layers(1)` follows each layer.
+    `on_layers(1)` follows each layer, `on_batches(done, of)` the text that goes through all of them before the first.
     """
     shape = Shape.of(model)
-    roots = error_roots(model, batches) if reselect else None
+    roots = error_roots(model, batches, on_batches) if reselect else None
     stream = layer_inputs(model, batches)
     outputs: dict[tuple[int, str], Output] = {}
     repaired = []

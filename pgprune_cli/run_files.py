@@ -12,6 +12,7 @@ RUNS_VARIABLE = "PGPRUNE_RUNS"
 
 RECIPE_FILE = "recipe.yaml"
 SCORES = "scores.safetensors"
+CHECKPOINTS = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
 MASKS, RECORD = "decision.safetensors", "decision.json"
 REPAIR = "repair.safetensors"

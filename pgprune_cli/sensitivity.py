@@ -9,7 +9,7 @@ layers are judged mostly by G, the first half by length alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -57,14 +57,21 @@ class ErrorRoots:
         return (self.vectors * mixed.sqrt()) @ self.vectors.T
 
 
-def error_roots(model: nn.Module, batches: Sequence[Tensor]) -> ErrorRoots:
-    """What an error weighs in every layer, from some windows of each of the `batches` of tokens `(B, T)`."""
+def error_roots(
+    model: nn.Module, batches: Sequence[Tensor], on_batches: Callable[[int, int], None] | None = None
+) -> ErrorRoots:
+    """What an error weighs in every layer, from some windows of each of the `batches` of tokens `(B, T)`.
+
+    `on_batches(done, of)` is told how many of them have gone through the model.
+    """
     layers = len(model.get_submodule(Shape.of(model).spec.layers))  # type: ignore[arg-type]
-    return ErrorRoots(output_curvature(model, batches), layers)
+    return ErrorRoots(output_curvature(model, batches, on_batches), layers)
 
 
 @torch.no_grad()
-def output_curvature(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
+def output_curvature(
+    model: nn.Module, batches: Sequence[Tensor], on_batches: Callable[[int, int], None] | None = None
+) -> Tensor:
     """G `(hidden, hidden)` float64, scaled so that its diagonal's mean is 1.
 
     Raises ValueError without batches, RunError where the model overflows.
@@ -80,7 +87,9 @@ def output_curvature(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
     tokens = 0
     decoder: Any = model.get_decoder()  # type: ignore[operator]
     portions = Portions()
-    for windows in some_windows(batches):
+    for done, windows in enumerate(some_windows(batches)):
+        if on_batches is not None:
+            on_batches(done, len(batches))
         parts: list[Tensor] = []
 
         def run(some: slice, windows: Tensor = windows, parts: list[Tensor] = parts) -> None:
@@ -93,6 +102,8 @@ def output_curvature(model: nn.Module, batches: Sequence[Tensor]) -> Tensor:
             mean = (probability.to(unembedding.dtype) @ unembedding).float()
             expected += mean.T @ mean
             tokens += len(some)
+    if on_batches is not None:
+        on_batches(len(batches), len(batches))
     weighted = torch.zeros_like(expected)
     for part, some in zip(unembedding.split(LOGIT_ROWS * 16), chance.split(LOGIT_ROWS * 16), strict=True):
         weighted += (part.float() * some[:, None]).T @ part.float()

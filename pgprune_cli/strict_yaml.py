@@ -2,14 +2,14 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from difflib import get_close_matches
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 import yaml
 
 from pgprune_cli.errors import UserError
+from pgprune_cli.suggest import either, nearest
 
 
 def typed(kind: Any, node: yaml.Node, report: Callable[[yaml.Node, str], None]) -> Any:
@@ -147,12 +147,3 @@ def kind_of(node: yaml.Node | None) -> str:
     if scalar is None or isinstance(scalar, str):
         return "nothing" if scalar is None else shown_text(scalar)
     return f"the boolean {node.value}" if isinstance(scalar, bool) else str(node.value)
-
-
-def either(names: Sequence[str]) -> str:
-    return " or ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
-
-
-def nearest(name: str, names: Iterable[str], most: int = 1) -> str:
-    near = get_close_matches(name[:80], dict.fromkeys(names), n=most)  # a longer one is slow, and near to nothing
-    return f", did you mean {either(near)}?" if near else ""

@@ -7,7 +7,7 @@ Cholesky factor serves all widths, that of a leading block being the leading blo
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -118,15 +118,17 @@ def solved_layers(
     solve: bool,
     ffn_multiple: int = 1,
     only: Collection[int] | None = None,
+    on_batches: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[int, dict[str, BlockWidths]]]:
     """Solves every block of the dense model at every level, from one pass over `batches` of tokens `(B, T)`.
 
     `saliency` per (layer, block) gives the order in which units go. Without `solve` the errors are those of the removal
     alone. FFN widths are multiples of `ffn_multiple`. `only` of these layers; the others just run. Gives layer after
-    layer what was solved, in the model's dtype. Memory: one layer's moments and projections.
+    layer what was solved, in the model's dtype. Memory: one layer's moments and projections. `on_batches(done, of)` is
+    told of those that go through all layers before the first is solved.
     """
     shape = Shape.of(model)
-    roots = error_roots(model, batches)
+    roots = error_roots(model, batches, on_batches)
     stream = layer_inputs(model, batches)
     for index, layer in enumerate(stream.layers):
         if only is not None and index not in only:

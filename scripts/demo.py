@@ -66,6 +66,9 @@ def main() -> None:
     console = Console()
     console.print(table)
     console.print(
+        "Sparsity is of what can go, heads and FFN channels; embeddings and norms stay, so of all parameters fewer go."
+    )
+    console.print(
         f"The searched model lies in {searched}; load it with transformers, or look at {searched / 'README.md'}"
     )
 

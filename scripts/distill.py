@@ -8,7 +8,7 @@ that pgprune itself does it needs gradients, and memory for them (16 bytes a par
 
 The loss is the Kullback-Leibler divergence of the student's next-token distributions from the teacher's, in nats per
 token, after Hinton et al. 2015 (arXiv:1503.02531); `--lm` adds so many times the loss on the text's own tokens. A plain
-subclass of transformers' Trainer: copy it and change what you need. Needs the extra: pip install 'pgprune[recovery]'.
+subclass of transformers' Trainer: copy it and change what you need. Needs the extra: pip install -e '.[recovery]'.
 """
 
 from __future__ import annotations

@@ -5,12 +5,12 @@
 With --check it writes nothing, and fails where the file is not what the help says.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import typer
 from click.testing import CliRunner
+from reference import write_or_check
 
 from pgprune_cli.cli import app
 from pgprune_cli.errors import ExitCode
@@ -21,7 +21,7 @@ EXIT_CODES = {
     ExitCode.OK: "it is done",
     ExitCode.FAILED: "the run failed (no finite loss, a full disk, …)",
     ExitCode.BAD_INPUT: "what was given is wrong: one line for every fault, on stderr",
-    ExitCode.INTERRUPTED: "Ctrl-C; a search is saved, and the command that goes on is printed",
+    ExitCode.INTERRUPTED: "Ctrl-C; what is saved is said, and the command that goes on",
     ExitCode.TERMINATED: "SIGTERM, likewise",
 }
 
@@ -57,13 +57,5 @@ def reference() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    page = reference()
-    if "--check" not in sys.argv[1:]:
-        TARGET.write_text(page, encoding="utf-8")
-    elif not TARGET.exists() or TARGET.read_text(encoding="utf-8") != page:
-        sys.exit(f"{TARGET.name} is not what the help says; run `make references`")
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check({TARGET: reference()}, "the help")

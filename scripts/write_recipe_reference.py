@@ -10,12 +10,12 @@ import inspect
 import json
 import math
 import re
-import sys
 from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
+from reference import write_or_check
 
 from pgprune_cli.recipe import Range, Recipe
 from pgprune_cli.recipe_reader import shipped_folder
@@ -160,13 +160,5 @@ def pages() -> dict[Path, str]:
     }
 
 
-def main() -> None:
-    for file, text in pages().items():
-        if "--check" not in sys.argv[1:]:
-            file.write_text(text, encoding="utf-8")
-        elif not file.exists() or file.read_text(encoding="utf-8") != text:
-            sys.exit(f"{file.name} is not what the code says; run `make references`")
-
-
 if __name__ == "__main__":
-    main()
+    write_or_check(pages(), "the code")

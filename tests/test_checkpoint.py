@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load, save
 
 from pgprune_cli.atomic import read_json, write_record
-from pgprune_cli.checkpoint import FOLDER, RECORD, TENSORS, Checkpoint, latest_checkpoint, save_checkpoint
+from pgprune_cli.checkpoint import RECORD, TENSORS, Checkpoint, latest_checkpoint, save_checkpoint
 from pgprune_cli.core.space import Family, MaskSpace
 from pgprune_cli.core.step import SearchState
 from pgprune_cli.core.widths import WidthState, begin, propose, update
 from pgprune_cli.errors import UserError
 from pgprune_cli.history import Written
+from pgprune_cli.run_files import CHECKPOINTS
 
 HISTORY = Written(77, "of these bytes")
 
@@ -40,7 +41,7 @@ def assert_same(one: Checkpoint, other: Checkpoint) -> None:
 
 
 def folders(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / FOLDER).iterdir()) if (run / FOLDER).exists() else []
+    return sorted(path.name for path in (run / CHECKPOINTS).iterdir()) if (run / CHECKPOINTS).exists() else []
 
 
 def refused(run: Path) -> str:
@@ -57,7 +58,7 @@ def test_round_trip_is_exact(tmp_path, baseline):
     checkpoint = a_checkpoint()
     checkpoint = replace(checkpoint, state=replace(checkpoint.state, baseline=baseline))
     target = save_checkpoint(tmp_path, checkpoint)
-    assert target == tmp_path / FOLDER / "step-00000003"
+    assert target == tmp_path / CHECKPOINTS / "step-00000003"
     loaded = latest_checkpoint(tmp_path)
     assert_same(loaded, checkpoint)
 
@@ -105,7 +106,7 @@ def test_the_generator_goes_on_where_it_was(tmp_path):
 
 def test_a_run_without_checkpoints_has_none(tmp_path):
     assert latest_checkpoint(tmp_path) is None
-    (tmp_path / FOLDER).mkdir()
+    (tmp_path / CHECKPOINTS).mkdir()
     assert latest_checkpoint(tmp_path) is None
 
 
@@ -119,7 +120,7 @@ def test_the_last_two_are_kept(tmp_path):
 def test_a_step_that_is_saved_already_stays_as_it_is(tmp_path):
     first = a_checkpoint()
     save_checkpoint(tmp_path, first)
-    assert save_checkpoint(tmp_path, replace(first, seconds=99.0)) == tmp_path / FOLDER / "step-00000003"
+    assert save_checkpoint(tmp_path, replace(first, seconds=99.0)) == tmp_path / CHECKPOINTS / "step-00000003"
     assert_same(latest_checkpoint(tmp_path), first)
     assert folders(tmp_path) == ["step-00000003"]
 
@@ -134,7 +135,7 @@ def test_no_pickle(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", forbidden)
     save_checkpoint(tmp_path, a_checkpoint())
     assert_same(latest_checkpoint(tmp_path), a_checkpoint())
-    folder = tmp_path / FOLDER / "step-00000003"
+    folder = tmp_path / CHECKPOINTS / "step-00000003"
     assert folders(tmp_path) == [folder.name] and sorted(path.name for path in folder.iterdir()) == [RECORD, TENSORS]
     assert load((folder / TENSORS).read_bytes()).keys() == {"theta", "rng"}
     json.loads((folder / RECORD).read_text())
@@ -210,9 +211,9 @@ DAMAGE = {
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_refused_with_the_way_out(run, damage):
     harm, words = DAMAGE[damage]
-    harm(run / FOLDER / "step-00000006")
+    harm(run / CHECKPOINTS / "step-00000006")
     message = refused(run)
-    assert message.startswith(f"{run / FOLDER / 'step-00000006'}: damaged checkpoint: ")
+    assert message.startswith(f"{run / CHECKPOINTS / 'step-00000006'}: damaged checkpoint: ")
     assert words in message
     assert message.endswith("; remove that directory to go on from step-00000003, or search with --skip-damaged")
     assert "\n" not in message
@@ -222,14 +223,14 @@ def test_damage_is_refused_with_the_way_out(run, damage):
 def test_the_way_out_leads_out(run, damage):
     import shutil
 
-    DAMAGE[damage][0](run / FOLDER / "step-00000006")
-    shutil.rmtree(run / FOLDER / "step-00000006")
+    DAMAGE[damage][0](run / CHECKPOINTS / "step-00000006")
+    shutil.rmtree(run / CHECKPOINTS / "step-00000006")
     assert_same(latest_checkpoint(run), a_checkpoint(3))
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_one_is_skipped_when_told_so(run, damage):
-    DAMAGE[damage][0](run / FOLDER / "step-00000006")
+    DAMAGE[damage][0](run / CHECKPOINTS / "step-00000006")
     for _ in range(2):  # the second time it finds nothing to skip
         assert_same(latest_checkpoint(run, skip_damaged=True), a_checkpoint(3))
         assert folders(run) == ["step-00000003"]
@@ -244,7 +245,7 @@ def test_a_sound_one_is_never_skipped(run):
 
 def test_where_both_are_damaged_nothing_is_skipped_and_nothing_goes(run):
     for name in ("step-00000003", "step-00000006"):
-        truncate(run / FOLDER / name)
+        truncate(run / CHECKPOINTS / name)
     with pytest.raises(UserError, match=r"step-00000003: damaged checkpoint: .* to start this search over"):
         latest_checkpoint(run, skip_damaged=True)
     assert folders(run) == ["step-00000003", "step-00000006"]
@@ -259,7 +260,7 @@ def test_where_both_are_damaged_nothing_is_skipped_and_nothing_goes(run):
 )
 @pytest.mark.parametrize("skip", [False, True])
 def test_another_versions_checkpoint_is_no_damage(run, version, words, skip):
-    newest = run / FOLDER / "step-00000006"
+    newest = run / CHECKPOINTS / "step-00000006"
     resealed(newest, version=version)
     with pytest.raises(UserError) as caught:
         latest_checkpoint(run, skip_damaged=skip)
@@ -269,15 +270,15 @@ def test_another_versions_checkpoint_is_no_damage(run, version, words, skip):
 
 def test_where_there_is_no_older_one_the_way_out_is_to_start_over(tmp_path):
     save_checkpoint(tmp_path, a_checkpoint(6))
-    truncate(tmp_path / FOLDER / "step-00000006")
+    truncate(tmp_path / CHECKPOINTS / "step-00000006")
     assert refused(tmp_path) == (
-        f"{tmp_path / FOLDER / 'step-00000006'}: damaged checkpoint: state.safetensors is not what was written; "
+        f"{tmp_path / CHECKPOINTS / 'step-00000006'}: damaged checkpoint: state.safetensors is not what was written; "
         "remove that directory to start this search over"
     )
 
 
 def test_missing_tensors_in_a_file_that_checks_out_are_refused(run):
-    folder = run / FOLDER / "step-00000006"
+    folder = run / CHECKPOINTS / "step-00000006"
     without_theta(folder)
     resealed(folder)
     assert "damaged checkpoint: 'theta'; remove that directory to go on from step-00000003, or" in refused(run)
@@ -285,7 +286,7 @@ def test_missing_tensors_in_a_file_that_checks_out_are_refused(run):
 
 def test_every_flipped_bit_of_the_record_is_noticed(run):
     """A digit that became another one is as bad as a brace that went missing."""
-    path = run / FOLDER / "step-00000006" / RECORD
+    path = run / CHECKPOINTS / "step-00000006" / RECORD
     whole = path.read_bytes()
     noticed = 0
     for place in range(len(whole)):
@@ -359,7 +360,7 @@ def test_a_state_that_is_not_finite_is_not_written(tmp_path):
 
 def test_what_a_killed_process_left_is_no_checkpoint_and_no_hindrance(tmp_path):
     """Containers give the same process number again and again."""
-    left = tmp_path / FOLDER / f".step-00000003.{os.getpid()}.tmp"
+    left = tmp_path / CHECKPOINTS / f".step-00000003.{os.getpid()}.tmp"
     left.mkdir(parents=True)
     (left / TENSORS).write_bytes(b"half")
     assert latest_checkpoint(tmp_path) is None
@@ -369,6 +370,6 @@ def test_what_a_killed_process_left_is_no_checkpoint_and_no_hindrance(tmp_path):
 
 
 def test_a_checkpoint_of_before_histories_had_checksums_is_read(run):
-    folder = run / FOLDER / "step-00000006"
+    folder = run / CHECKPOINTS / "step-00000006"
     resealed(folder, history_sha256=None)
     assert latest_checkpoint(run).history == Written(77, "")

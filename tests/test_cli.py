@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from click.testing import CliRunner
 from commands import parsed, verbs
 from conftest import SMALL
 from multiple_choice import items_of, task_file
@@ -77,6 +78,15 @@ def test_every_help_page_ends_with_examples_that_parse(verb, pgprune) -> None:
     for example in examples:
         assert example.startswith(f"pgprune {verb}")
         parsed(shlex.split(example)[1:])
+
+
+def test_every_command_is_described_in_a_line_of_80_columns() -> None:
+    """Whole: a sentence, where the parser would end a longer one with dots."""
+    program = typer.main.get_command(cli.app)
+    shown = CliRunner().invoke(program, ["--help"], prog_name="pgprune", terminal_width=80, max_content_width=80).output
+    lines = shown.partition("Commands:\n")[2].partition("\n\n")[0].splitlines()
+    assert [line.split()[0] for line in lines] == [verb for verb in verbs() if " " not in verb]
+    assert [line for line in lines if not line.endswith(".") or line.endswith("...") or len(line) > 80] == []
 
 
 def test_no_arguments_is_a_call_for_help(pgprune) -> None:
@@ -284,7 +294,7 @@ def test_a_bad_recipe_is_two_lines_for_two_faults(pgprune) -> None:
         (["export", "nowhere", "--push", "small"], "--push small: expected OWNER/NAME, such as my-name/small"),
         (["recipes", "copy", "demo", "demo.txt"], "demo.txt: a recipe's file should end in .yaml"),
         (["runs", "nowhere"], "nowhere: no such directory"),
-        (["eval", "runs/nowhere"], "runs/nowhere: no such directory or .gguf file, and not a hub name"),
+        (["eval", "runs/nowhere"], "runs/nowhere: no such run directory; `pgprune runs` lists those there are"),
         (["eval", "nowhere"], "nowhere: no such directory or .gguf file, and not a hub name"),
         (["eval", "demo", "--ppl", "c4="], "--ppl c4=: expected a corpus name or NAME=FILE"),
         (["eval", "demo", "--ppl", "mine=no.txt"], "no.txt: no such file, and not a corpus; known are wikitext2"),
@@ -308,7 +318,10 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, said, pgprune) -> None
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["search", "demo", "--stepz", "3"], "no such option: --stepz"),
+        (["search", "demo", "--stepz", "3"], "no such option: --stepz, did you mean --set? see `pgprune search"),
+        (["search", "demo", "--sett", "x=1"], "no such option: --sett, did you mean --set? see `pgprune search"),
+        (["export", "runs/x", "--fromat", "gguf"], "no such option: --fromat, did you mean --format? see"),
+        (["docter"], "no such command 'docter', did you mean 'doctor'; see `pgprune --help`"),
         (["search"], "missing argument 'RECIPE'; see `pgprune search --help`"),
         (["recipes", "show"], "missing argument 'RECIPE'; see `pgprune recipes show --help`"),
         (["searc", "demo"], "no such command 'searc'"),
@@ -320,8 +333,33 @@ def test_what_the_parser_refuses_is_one_line_and_exit_code_2(arguments, said, pg
     code, out, err = pgprune(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith(f"pgprune: {said}")
-    assert "; see `pgprune" in err
+    assert " see `pgprune" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("place", ["model", "--against"])
+def test_speed_of_a_run_is_refused_before_anything_is_loaded(place, finished, pgprune, monkeypatch) -> None:
+    monkeypatch.setattr("pgprune_cli.jobs.evaluate.load_model", lambda *_: pytest.fail("it was loaded"))
+    run = str(finished["units"])
+    words = ["eval", run, "--speed"] if place == "model" else ["eval", "demo", "--speed", "--against", run]
+    assert pgprune(*words) == (
+        2,
+        "",
+        f"pgprune: {run}: speed is measured on an exported model; run `pgprune export {run}` first\n",
+    )
+
+
+def test_speed_beside_the_base_reads_the_decision_once(pgprune, monkeypatch) -> None:
+    from pgprune_cli import decision
+
+    assert pgprune("search", "demo", *SET, "--quiet")[0] == 0
+    assert pgprune("export", "runs/demo", "--quiet")[0] == 0
+    read, reads = decision.read_record, []
+    monkeypatch.setattr(decision, "read_record", lambda path: reads.append(path) or read(path))
+    code, out, err = pgprune("eval", "models/demo", "--speed", "--json", "--quiet")
+    assert (code, err) == (0, "")
+    assert [base["model"] for base in json.loads(out)["against"]] == ["demo"]
+    assert reads == [Path("models/demo/decision.json")]
 
 
 def test_an_export_never_overwrites(pgprune) -> None:
@@ -377,11 +415,13 @@ def test_a_stopped_search_says_how_to_go_on_and_does(signum, code) -> None:
     assert out == ""
     assert "Traceback" not in err
     last = err.splitlines()[-1]
-    assert last.startswith("pgprune: stopped after step ")
-    assert ", which is saved; to go on: pgprune search demo --out 'a run' --set " in last
+    (newest,) = Path("a run/checkpoints").iterdir()
+    step = int(newest.name.removeprefix("step-"))
+    assert last.startswith(
+        f"pgprune: stopped; step {step} of 100000 is saved in a run; to go on: pgprune search demo --out 'a run' --set "
+    )
     again = shlex.split(last.partition("to go on: ")[2])
     assert again == ["pgprune", *program[3:]]
-    assert len(list(Path("a run/checkpoints").iterdir())) == 1
 
 
 def test_the_command_that_goes_on_finishes_the_search() -> None:
@@ -398,6 +438,23 @@ def test_the_command_that_goes_on_finishes_the_search() -> None:
     assert done.returncode == 0, done.stderr
     assert "going on from step " in done.stderr
     assert json.loads(done.stdout)["forwards"] == 300
+
+
+@pytest.mark.parametrize(
+    ("command", "job", "saved"),
+    [
+        (["init-scores", "demo"], "init_scores.init_scores", "nothing is saved yet"),
+        (["search", "demo"], "search.search", "nothing is saved yet"),
+        (["compare", "demo", "--only", "metric"], "compare.compare", "0 of 1 run is measured in runs/compare/demo"),
+        (["export", "{run}", "--out", "small"], "export.export", "nothing is written to small"),
+    ],
+)
+def test_a_stop_says_what_is_saved_and_how_to_go_on(command, job, saved, finished, pgprune, monkeypatch) -> None:
+    words = [word.format(run=finished["units"]) for word in command]
+    monkeypatch.setattr(f"pgprune_cli.jobs.{job}", lambda *_: signal.raise_signal(signal.SIGTERM))
+    code, out, err = pgprune(*words)
+    assert (code, out) == (143, "")
+    assert err == f"pgprune: terminated\npgprune: stopped; {saved}; to go on: {shlex.join(['pgprune', *words])}\n"
 
 
 # --- what there is to look at
@@ -429,6 +486,30 @@ def test_doctor_says_what_is_fine_and_what_is_not(pgprune, monkeypatch) -> None:
     code, out, _ = pgprune("doctor", "demo", "--set", "model=nowhere", "--json")
     assert code == 1
     assert [row["name"] for row in json.loads(out)["findings"] if row["fix"]] == ["model"]
+
+
+def test_a_text_that_only_an_evaluation_reads_is_a_note(pgprune) -> None:
+    words = ["doctor", "demo", "--set", "evaluation.corpora=[tales=nothing.txt]"]
+    code, out, err = pgprune(*words)
+    assert (code, err) == (0, "")
+    assert [line.split()[:2] for line in out.splitlines() if line.startswith("note")] == [["note", "data"]]
+    noted = [row for row in json.loads(pgprune(*words, "--json")[1])["findings"] if row["fix"]]
+    assert [(row["name"], row["later"]) for row in noted] == [("data", True)]
+
+
+def test_texts_of_a_recipe_are_named_and_looked_for_before_a_model_is_loaded(pgprune, monkeypatch) -> None:
+    Path("text.txt").write_text("The king was glad. " * 50)
+    tales = ["--set", "evaluation.corpora=[tales=text.txt]", "--set", "evaluation.seqlen=[32]"]
+    assert pgprune("search", "demo", *SET, *tales, "--quiet")[0] == 0
+    code, out, err = pgprune("eval", "runs/demo", "--json")
+    assert code == 0, err
+    assert [(row["corpus"], row["seqlen"]) for row in json.loads(out)["perplexity"]] == [("tales", 32)]
+    Path("text.txt").unlink()
+    monkeypatch.setattr("pgprune_cli.jobs.evaluate.load_model", lambda *_: pytest.fail("it was loaded"))
+    for command in (["eval", "runs/demo"], ["compare", "demo", *SET, *tales]):
+        code, out, err = pgprune(*command, "--quiet")
+        assert (code, out) == (2, "")
+        assert err.startswith("pgprune: text.txt: no such file, and not a corpus")
 
 
 # --- report

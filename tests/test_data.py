@@ -176,7 +176,7 @@ def test_an_offline_machine_is_told_which_file_to_give(tokenizer: Any, monkeypat
     monkeypatch.setattr("datasets.load_dataset", offline)
     for purpose, split, where in (
         ("calibration", "train", "calibration.corpus: FILE"),
-        ("evaluation", "validation", "--ppl c4=FILE"),
+        ("evaluation", "validation", "--ppl c4=FILE, or in the recipe evaluation.corpora: [c4=FILE]"),
     ):
         assert refusal("c4", tokenizer, purpose) == (
             "c4: cannot be had from the hub (Couldn't reach the hub); on an offline machine give a local "

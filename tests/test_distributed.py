@@ -101,7 +101,7 @@ def test_a_signal_to_one_rank_stops_all_with_their_step_saved(alone, tmp_path) -
     done = torchrun(2, tmp_path, ("SIGTERM", 3))
     assert done.returncode != 0
     for rank in (0, 1):
-        said = f"pgprune, rank {rank}: stopped after step 3, which is saved; to go on: the same torchrun command"
+        said = f"pgprune, rank {rank}: stopped; step 3 of {STEPS} is saved in {tmp_path}; to go on: the same torchrun"
         assert said in done.stderr
     assert latest_checkpoint(tmp_path).state.step == 3
     search(load(find("demo"), RECIPE), tmp_path, quiet=True)  # by itself, this time

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import io
+import re
+import time
 from contextlib import suppress
+from itertools import pairwise
 
 import pytest
+from conftest import LAYERS_POLICY
 from rich.console import Console
 
 from pgprune_cli.errors import RunError
 from pgprune_cli.history import Row
-from pgprune_cli.progress import PLAIN_LINES, SearchProgress, through_layers, working
+from pgprune_cli.jobs.search import search
+from pgprune_cli.progress import PLAIN_LINES, Bar, SearchProgress, through_layers, working
 
 
 def row(step: int, losses: list[float | None], heldout: float | None = None, skipped: int = 0) -> Row:
     return Row(step, losses, 3.0, 0.01, 9.0, heldout, skipped, 1234.5, 2_500_000_000, 60.0 + step)
 
 
+LAYER = "a layer"
 UNITS = {"attention": [4, 4], "ffn": [24, 24]}
 
 
@@ -97,22 +103,56 @@ def test_work_is_announced_on_stderr(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_layers_are_counted(screen: io.StringIO) -> None:
-    with suppress(RunError), through_layers("scoring", 3) as on_layers:
-        on_layers(1)
-        on_layers(1)
+    with suppress(RunError), through_layers("scoring", 3) as bar:
+        bar.on_more(1)
+        bar.on_more(1)
         raise RunError("out of memory")
     last = screen.getvalue().split("scoring")[-1]
     assert "2/3 layers" in last
 
 
 def test_layers_that_were_done_before_count(screen: io.StringIO) -> None:
-    with suppress(RunError), through_layers("measuring", 4, done=2) as on_layers:
-        on_layers(1)
+    with suppress(RunError), through_layers("measuring", 4, done=2) as bar:
+        bar.on_more(1)
         raise RunError("out of memory")
     assert "3/4 layers" in screen.getvalue().split("measuring")[-1]
 
 
+def test_what_goes_through_all_layers_before_the_first_is_counted_too(screen: io.StringIO) -> None:
+    """On one line of a terminal of 80 columns, behind the longest text that there is."""
+    text = "measuring every layer's widths"
+    with suppress(RunError), through_layers(text, 30, done=2) as bar:
+        bar.on_batches(0, 128)
+        bar.on_batches(105, 128)
+        bar.bar.refresh()
+        assert re.search(r"━ +105/128 batches eta -:--:--", screen.getvalue().split(text)[-1])
+        bar.on_batches(128, 128)
+        bar.bar.refresh()
+        assert re.search(r"━ +2/30 layers eta -:--:--", screen.getvalue().split(text)[-1])
+        bar.on_more(1)
+        raise RunError("out of memory")
+    assert "3/30 layers" in screen.getvalue().split(text)[-1]
+
+
+def test_a_spinner_turns_while_nothing_is_counted(screen: io.StringIO) -> None:
+    with suppress(RunError), through_layers("scoring", 30):
+        time.sleep(0.5)
+        raise RunError("out of memory")
+    assert len(set(re.findall(r"(\S) scoring", screen.getvalue()))) > 1
+
+
+def test_scoring_tabulating_and_repairing_move_before_their_first_layer(small, tmp_path, monkeypatch) -> None:
+    told: list[object] = []
+    monkeypatch.setattr(Bar, "on_batches", lambda _, done, of: told.append((done, of)))
+    monkeypatch.setattr(Bar, "on_more", lambda *_: told.append(LAYER))
+    search(small(*LAYERS_POLICY), tmp_path / "run", quiet=True)
+    firsts = [before for before, now in pairwise(told) if now == LAYER != before]
+    assert len(firsts) == 3
+    assert all(done == of for done, of in firsts)
+
+
 def test_layers_are_one_line_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
-    with through_layers("scoring", 3) as on_layers:
-        on_layers(1)
+    with through_layers("scoring", 3) as bar:
+        bar.on_batches(1, 2)
+        bar.on_more(1)
     assert capsys.readouterr() == ("", "scoring …\n")

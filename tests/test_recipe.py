@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pgprune_cli import recipe, recipe_reader
 from pgprune_cli.errors import UserError
 from pgprune_cli.recipe import Recipe
-from pgprune_cli.recipe_reader import dump, find, load, name_of, parse, shipped, summary
+from pgprune_cli.recipe_reader import UnknownKeys, dump, find, load, name_of, parse, shipped, summary
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MINIMAL = "model: demo\ncalibration: {corpus: demo}\nbudget: {sparsity: 0.5}\n"
@@ -153,6 +153,11 @@ def test_contradictions_are_told_together() -> None:
             "search: {seqlen: 3}",
             "search.seqlen: unknown key, did you mean calibration.seqlen, saliency.seqlen or evaluation.seqlen?",
         ),
+        (
+            "evaluation: {corpus: demo}",
+            "evaluation.corpus: unknown key, did you mean evaluation.corpora or calibration.corpus?",
+        ),
+        ("calibration: {corpora: [demo]}", "calibration: given twice, first on line 2"),
         ("saliency: {seqlne: 3}", "saliency.seqlne: unknown key, did you mean saliency.seqlen?"),
         ("policy: {zzz: 3}", "policy.zzz: unknown key, expected start or temperature"),
         ("search: {forwards: many}", "search.forwards: expected an integer, got text 'many'"),
@@ -205,6 +210,14 @@ def test_contradictions_are_told_together() -> None:
         ),
         ("evaluation: {corpora: [7]}", "evaluation.corpora: expected text, got 7; put it in quotes"),
         ("evaluation: {corpora: ['']}", "evaluation.corpora: expected text, got text ''"),
+        (
+            "evaluation: {corpora: [demo, 'wikitext2=']}",
+            "evaluation.corpora: expected a corpus name or NAME=FILE, got text 'wikitext2='",
+        ),
+        (
+            "evaluation: {corpora: ['=a.txt']}",
+            "evaluation.corpora: expected a corpus name or NAME=FILE, got text '=a.txt'",
+        ),
         ("evaluation: {seqlen: [128, 1]}", "evaluation.seqlen: expected value >= 2, got 1"),
         ("model: other", "model: given twice, first on line 1"),
         ("? [a]\n: 3", "a recipe: expected a key, got a list"),
@@ -576,8 +589,12 @@ def test_what_was_dumped_is_parsed() -> None:
     assert parse(dump(recipe), "a model") == recipe
     with pytest.raises(UserError, match=r"^a model:1: extends: a recipe that was written whole extends nothing$"):
         parse("extends: _base", "a model")
-    with pytest.raises(UserError, match=r"^a model:1: forwards: unknown key, did you mean search.forwards\?$"):
+    with pytest.raises(match=r"^a model:1: forwards: unknown key, did you mean search.forwards\?$"):
         parse("forwards: 3", "a model")
+    for text in ("forwards: 3\nseed: x", "model: [", "seed: 3"):  # a fault of another kind, no YAML, a key missing
+        with pytest.raises(UserError) as refused:
+            parse(text, "a model")
+        assert not isinstance(refused.value, UnknownKeys)
 
 
 def test_a_recipe_file_nearby_is_named(tmp_path: Path, monkeypatch) -> None:
@@ -585,6 +602,19 @@ def test_a_recipe_file_nearby_is_named(tmp_path: Path, monkeypatch) -> None:
     Path("mine.yaml").touch()
     with pytest.raises(UserError, match=r"^mein.yaml: no such recipe, did you mean mine.yaml\?"):
         find("mein.yaml")
+
+
+def test_the_nearest_recipe_comes_first_whether_it_ships_or_lies_here() -> None:
+    def meant(name: str) -> list[str]:
+        with pytest.raises(UserError) as refused:
+            find(name)
+        return re.split(", | or ", str(refused.value).partition("did you mean ")[2].partition("?")[0])
+
+    Path("demo-of-mine.yaml").touch()
+    assert meant("demo-mine") == ["demo-of-mine.yaml", "demo"]
+    assert meant("demos") == ["demo"]
+    assert meant("smollm2-30")[0] == "smollm2-135m-30"
+    assert meant("llama2-7b-20.yml")[0] == "llama2-7b-20"
 
 
 def test_find() -> None:
@@ -601,7 +631,7 @@ def test_find() -> None:
     [
         (
             "smolm2-135m-50",
-            "smolm2-135m-50: no such recipe, did you mean smollm2-135m-50, smollm2-135m-30 or smollm2-135m-20? "
+            "smolm2-135m-50: no such recipe, did you mean smollm2-135m-50, smollm2-135m-20 or smollm2-135m-30? "
             "`pgprune recipes` lists those that ship",
         ),
         (

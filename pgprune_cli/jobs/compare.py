@@ -6,23 +6,27 @@ finished and measured is not repeated, one that was stopped goes on: `compare` i
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pgprune_cli.atomic import read_record, write_bytes, write_record
 from pgprune_cli.checkpoint import latest_checkpoint
+from pgprune_cli.data import text_identity
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target
 from pgprune_cli.jobs.init_scores import init_scores, refuse_unfit_weights
+from pgprune_cli.jobs.run_directory import refuse_other_recipe
 from pgprune_cli.jobs.search import search
 from pgprune_cli.lock import locked
 from pgprune_cli.recipe import Recipe
 from pgprune_cli.run_files import MEASURED_FILE, SCORES
 from pgprune_cli.stderr import STDERR
+from pgprune_cli.suggest import nearest
 
 TABLE_JSON, TABLE_MARKDOWN = "comparison.json", "comparison.md"
 
@@ -36,6 +40,60 @@ class Variant:
     recipe: Recipe
     seeded: bool
     """Whether another seed gives another result: without a search and a random metric it does not."""
+
+    def seeds(self, asked: Sequence[int]) -> Sequence[int]:
+        """Those it is run with."""
+        return asked if self.seeded else asked[:1]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a model is measured on: rows that differ in it cannot stand in one table.
+
+    texts: of each corpus in their order [name, digest of where its text comes from, of a file its content]; dtype: of
+    the dense model.
+    """
+
+    texts: list[list[str]]
+    seqlen: list[int]
+    dtype: str
+    limit: int | None
+
+    @classmethod
+    def of(cls, recipe: Recipe, limit: int | None) -> Settings:
+        """Raises UserError for a text that is not there."""
+        texts = []
+        for corpus in Corpus.of(recipe.evaluation):
+            identity = text_identity(corpus.text, "evaluation")
+            texts.append([corpus.name, hashlib.sha256(identity.encode()).hexdigest()])
+        return cls(texts, list(recipe.evaluation.seqlen), recipe.dtype, limit)
+
+    def read(self, record: Path) -> dict[str, Any]:
+        """The row that was measured, of its record. Raises UserError where other settings gave it."""
+        measured = read_record(record)
+        before = measured.pop("settings", {})  # of before they were recorded, only the limit is known
+        for key, value in asdict(self).items():
+            was = measured.get("limit") if key == "limit" else before.get(key, value)
+            if was != value:
+                raise UserError(f"{record}: measured with {_differs(key, was, value)}; give the same, or another --out")
+        return measured
+
+    def write(self, record: Path, measured: dict[str, Any]) -> None:
+        settings = asdict(self)
+        write_record(record, measured | {"limit": settings.pop("limit"), "settings": settings})
+
+
+def _differs(key: str, was: Any, now: Any) -> str:
+    if key == "limit":
+        return f"--limit {was}"
+    if key == "dtype":
+        return f"dtype {was}, not {now}"
+    if key == "seqlen":
+        return f"evaluation.seqlen {was}, not {now}"
+    names = [[name for name, _ in texts] for texts in (was, now)]
+    if names[0] == names[1]:
+        return f"another text of {next(name for name, digest in was if [name, digest] not in now)}"
+    return "evaluation.corpora [{}], not [{}]".format(*map(", ".join, names))
 
 
 def variants_of(recipe: Recipe) -> list[Variant]:
@@ -85,28 +143,44 @@ def variants_of(recipe: Recipe) -> list[Variant]:
     return [*(variant for variant in methods if variant.recipe not in known), *ablation]
 
 
+def _wanted(recipe: Recipe, only: Sequence[str]) -> list[Variant]:
+    variants = variants_of(recipe)
+    if unknown := sorted(set(only) - {variant.name for variant in variants}):
+        names = [variant.name for variant in variants]
+        meant = nearest(unknown[0], names, most=3) or ":"
+        raise UserError(f"--only {unknown[0]}: no such variant{meant} expected one of {', '.join(names)}")
+    return [variant for variant in variants if not only or variant.name in only]
+
+
+def runs_of(recipe: Recipe, out: Path, seeds: Sequence[int], only: Sequence[str]) -> list[tuple[Path, int]]:
+    """The run directories of a comparison, each with the steps of its search. Raises UserError as `compare` does."""
+    return [
+        (_directory(variant, seed, out), variant.recipe.search.steps)
+        for variant in _wanted(recipe, only)
+        for seed in variant.seeds(seeds)
+    ]
+
+
 def compare(
     recipe: Recipe, out: Path, seeds: Sequence[int], only: Sequence[str], limit: int | None, quiet: bool = False
 ) -> dict[str, Any]:
     """Runs every variant (or those named in `only`) for every seed and writes the table into `out` after each.
 
-    `limit`: as `evaluate` takes it. Returns the object that `--json` prints. Raises UserError for a
-    name that is no variant's or for an `out` of another comparison, and what `search` and `evaluate` raise. Rows that
-    an earlier call measured stay in the table.
+    `limit`: as `evaluate` takes it. Returns the object that `--json` prints. Raises UserError for a name that is no
+    variant's, for texts that are not there or for an `out` of another comparison, and what `search` and `evaluate`
+    raise. Rows that an earlier call measured stay in the table.
     """
-    variants = variants_of(recipe)
-    if unknown := sorted(set(only) - {variant.name for variant in variants}):
-        raise UserError(f"--only {unknown[0]}: expected one of {', '.join(variant.name for variant in variants)}")
-    wanted = [variant for variant in variants if not only or variant.name in only]
+    variants, wanted = variants_of(recipe), _wanted(recipe, only)
+    settings = Settings.of(recipe, limit)  # its texts are looked for before hours of search
     for variant in wanted:
         refuse_unfit_weights(variant.recipe)
     table: dict[str, Any] = {"model": recipe.model, "sparsity": recipe.budget.sparsity, "limit": limit}
     with locked(out):
-        rows = _earlier_rows(recipe, out) | {"dense": _dense(recipe, out, limit, quiet)}
+        rows = _earlier_rows(recipe, out, variants) | {"dense": _dense(recipe, out, settings, quiet)}
         for variant in wanted:
             runs = []
-            for seed in seeds if variant.seeded else seeds[:1]:
-                runs.append(_one(variant, replace(variant.recipe, seed=seed), out, limit, quiet))
+            for seed in variant.seeds(seeds):
+                runs.append(_one(variant, replace(variant.recipe, seed=seed), out, settings, quiet))
                 rows[variant.name] = {"name": variant.name, "shows": variant.shows, "runs": runs, "mean": _mean(runs)}
                 table["rows"] = [rows[name] for name in ("dense", *(each.name for each in variants)) if name in rows]
                 write_record(out / TABLE_JSON, table)
@@ -114,7 +188,7 @@ def compare(
     return table
 
 
-def _earlier_rows(recipe: Recipe, out: Path) -> dict[str, dict[str, Any]]:
+def _earlier_rows(recipe: Recipe, out: Path, variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
     """The rows that earlier calls put into the table in `out`, by name. Raises UserError for another comparison's."""
     if not (out / TABLE_JSON).exists():
         return {}
@@ -122,34 +196,44 @@ def _earlier_rows(recipe: Recipe, out: Path) -> dict[str, dict[str, Any]]:
     for key, value in {"model": recipe.model, "sparsity": recipe.budget.sparsity}.items():
         if before.get(key) != value:
             raise UserError(f"{out / TABLE_JSON}: its {key} is {before.get(key)}, not {value}; give another --out")
-    return {row["name"]: row for row in before["rows"]}
+    rows = {row["name"]: row for row in before["rows"]}
+    for variant in variants:
+        for run in rows.get(variant.name, {"runs": []})["runs"]:
+            refuse_other_recipe(_directory(variant, run["seed"], out), replace(variant.recipe, seed=run["seed"]))
+    return rows
 
 
-def _dense(recipe: Recipe, out: Path, limit: int | None, quiet: bool) -> dict[str, Any]:
+def _directory(variant: Variant, seed: int, out: Path) -> Path:
+    return out / variant.name / f"seed-{seed}"
+
+
+def _dense(recipe: Recipe, out: Path, settings: Settings, quiet: bool) -> dict[str, Any]:
     record = out / "dense" / MEASURED_FILE
     if not record.exists():
         target = replace(open_target(recipe.model, recipe.dtype, recipe.device, quiet), evaluation=recipe.evaluation)
-        write_record(record, _perplexities(target, recipe, limit, quiet) | {"limit": limit})
-    run = _same_limit(record, limit) | {"seed": None, "forwards": 0, "calibration_forwards": 0, "seconds": 0.0}
+        settings.write(record, _perplexities(target, recipe, settings.limit, quiet))
+    run = settings.read(record) | {"seed": None, "forwards": 0, "calibration_forwards": 0, "seconds": 0.0}
     return {"name": "dense", "shows": "the model as it is", "runs": [run], "mean": _mean([run])}
 
 
-def _one(variant: Variant, recipe: Recipe, out: Path, limit: int | None, quiet: bool) -> dict[str, Any]:
+def _one(variant: Variant, recipe: Recipe, out: Path, settings: Settings, quiet: bool) -> dict[str, Any]:
     """One variant with one seed: what it measured, from its directory where it is done already."""
-    run = out / variant.name / f"seed-{recipe.seed}"
+    run = _directory(variant, recipe.seed, out)
     record = run / MEASURED_FILE
-    if not record.exists():
-        if not quiet:
-            print(f"{variant.name}, seed {recipe.seed}: {variant.shows}", file=STDERR)
-        _share_scores(recipe, run, out, quiet)
-        before, began = _seconds_so_far(run), time.monotonic()
-        decision = search(recipe, run, quiet)
-        seconds = before + time.monotonic() - began
-        target = open_target(str(run), None, None, quiet)
-        measured = _perplexities(target, recipe, limit, quiet)
-        spent = {"forwards": decision.forwards, "calibration_forwards": decision.calibration_forwards}
-        write_record(record, measured | spent | {"seconds": seconds, "seed": recipe.seed, "limit": limit})
-    return _same_limit(record, limit)
+    if record.exists():
+        refuse_other_recipe(run, recipe)
+        return settings.read(record)
+    if not quiet:
+        print(f"{variant.name}, seed {recipe.seed}: {variant.shows}", file=STDERR)
+    _share_scores(recipe, run, out, quiet)
+    before, began = _seconds_so_far(run), time.monotonic()
+    decision = search(recipe, run, quiet)
+    seconds = before + time.monotonic() - began
+    target = open_target(str(run), None, None, quiet)
+    measured = _perplexities(target, recipe, settings.limit, quiet)
+    spent = {"forwards": decision.forwards, "calibration_forwards": decision.calibration_forwards}
+    settings.write(record, measured | spent | {"seconds": seconds, "seed": recipe.seed})
+    return settings.read(record)
 
 
 def _share_scores(recipe: Recipe, run: Path, out: Path, quiet: bool) -> None:
@@ -170,16 +254,8 @@ def _seconds_so_far(run: Path) -> float:
 
 
 def _perplexities(target: Any, recipe: Recipe, limit: int | None, quiet: bool) -> dict[str, Any]:
-    corpora = [Corpus.parse(name) for name in recipe.evaluation.corpora]
-    result = evaluate(target, corpora, recipe.evaluation.seqlen, limit, quiet)
+    result = evaluate(target, Corpus.of(recipe.evaluation), recipe.evaluation.seqlen, limit, quiet)
     return {"parameters": result["parameters"], "perplexity": result["perplexity"]}
-
-
-def _same_limit(record: Path, limit: int | None) -> dict[str, Any]:
-    measured = read_record(record)
-    if measured.get("limit") != limit:
-        raise UserError(f"{record}: measured with --limit {measured.get('limit')}; give the same, or another --out")
-    return measured
 
 
 def _mean(runs: list[dict[str, Any]]) -> dict[str, Any]:

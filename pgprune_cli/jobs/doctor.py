@@ -36,15 +36,21 @@ FOR_DEVELOPERS = ("dev", "serving-tests")
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, what was found, and how to mend it: "" where it is fine."""
+    """What was looked at, what was found, and how to mend it: "" where it is fine. `later`: a search does without."""
 
     name: str
     found: str
     fix: str = ""
+    later: bool = False
+
+    @property
+    def fails(self) -> bool:
+        """Whether a search would."""
+        return bool(self.fix) and not self.later
 
     def text(self) -> str:
         """As the verb prints it."""
-        line = f"{'MEND' if self.fix else 'ok':<5}{self.name:<10}{self.found}"
+        line = f"{('MEND' if self.fails else 'note') if self.fix else 'ok':<5}{self.name:<10}{self.found}"
         return f"{line}\n{'':<15}→ {self.fix}" if self.fix else line
 
 
@@ -66,7 +72,7 @@ def _packages() -> Iterator[Finding]:
     """What every verb needs, and what some do."""
     try:
         missing = _unmet("")
-        yield Finding("packages", "; ".join(missing) or "all there", "pip install --upgrade pgprune" if missing else "")
+        yield Finding("packages", "; ".join(missing) or "all there", "pip install pgprune" if missing else "")
         yield _extras()
     except metadata.PackageNotFoundError:
         yield Finding("packages", "pgprune runs from its sources, and nobody knows what it needs", "pip install -e .")
@@ -244,25 +250,28 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
     from huggingface_hub import HfApi
 
     from pgprune_cli.data import NAMED, Purpose, documents, hub_corpus
+    from pgprune_cli.recipe import name_and_text
 
-    wanted: list[tuple[str, Purpose]] = [(recipe.calibration.corpus, "calibration")]
-    wanted += [(corpus, "evaluation") for corpus in recipe.evaluation.corpora]
-    for corpus, purpose in wanted:
+    corpus = recipe.calibration.corpus
+    wanted: list[tuple[str, Purpose, str]] = [(corpus, "calibration", "calibration.corpus: FILE")]
+    for name, corpus in map(name_and_text, recipe.evaluation.corpora):
+        wanted.append((corpus, "evaluation", f"evaluation.corpora: [{name}=FILE]; only eval and compare read it"))
+    for corpus, purpose, instead in wanted:
         here = corpus == "demo" or (corpus not in NAMED and Path(corpus).expanduser().exists())
         try:
             if not here:
                 path = hub_corpus(corpus).path
-                _asked(path, lambda path=path: HfApi().dataset_info(path, timeout=TIMEOUT))
+                _asked(path, lambda path=path: HfApi().dataset_info(path, timeout=TIMEOUT), instead)
             elif not next(documents(corpus, purpose), ""):
                 raise UserError("holds no text; give another file")
         except UserError as error:
-            yield Finding("data", f"{corpus}, for {purpose}", str(error))
+            yield Finding("data", f"{corpus}, for {purpose}", str(error), later=purpose == "evaluation")
         else:
             yield Finding("data", f"{corpus}, for {purpose}, {'here' if here else 'on the hub'}")
 
 
-def _asked(name: str, question: Any) -> Any:
-    """The hub's answer. Raises UserError with what to do where there is none."""
+def _asked(name: str, question: Any, instead: str = "model: PATH") -> Any:
+    """The hub's answer. Raises UserError with what to do where there is none; `instead`: of what lies there."""
     from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     try:
@@ -272,10 +281,10 @@ def _asked(name: str, question: Any) -> Any:
     except RepositoryNotFoundError:
         raise UserError("there is no such repository, or it is private: check the name, or: hf auth login") from None
     except OfflineModeIsEnabled:
-        raise UserError("unset HF_HUB_OFFLINE, or give a local path: the cache does not have it") from None
+        raise UserError(f"not in the cache, and HF_HUB_OFFLINE is set: unset it, or {instead}") from None
     except Exception as error:  # of the network, in dozens of kinds
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"the hub cannot be reached ({reason}): connect, or give a local path") from None
+        raise UserError(f"the hub cannot be reached ({reason}): connect, or {instead}") from None
 
 
 def _free_memory(device: str) -> int:

@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from pgprune_cli.arch import Keep, Outputs, Shape
 from pgprune_cli.atomic import read_record, write_record
-from pgprune_cli.data import check_vocabulary, spread, tokens_of
-from pgprune_cli.decision import Decision
+from pgprune_cli.data import check_corpus, check_vocabulary, spread, tokens_of
+from pgprune_cli.decision import Decision, read_origin
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.loading import load_model, load_tokenizer
 from pgprune_cli.progress import working
 from pgprune_cli.provenance import note
-from pgprune_cli.recipe import Evaluation
-from pgprune_cli.recipe_reader import load, parse
+from pgprune_cli.recipe import Evaluation, name_and_text
+from pgprune_cli.recipe_reader import UnknownKeys, load, parse
 from pgprune_cli.run_files import EVALUATION_FILE, RECIPE_FILE, RECORD, is_run
 from pgprune_cli.source import Source, resolve
 from pgprune_cli.stderr import STDERR
@@ -37,7 +37,7 @@ PROMPT_TOKENS, NEW_TOKENS, REPEATS = 512, 64, 5
 
 @dataclass(frozen=True)
 class Corpus:
-    """A corpus of `--ppl`: the name it is reported under, and where its text comes from (a name or a file)."""
+    """A corpus of `--ppl` or of a recipe: the name it is reported under, and where its text lies: a name or a file."""
 
     name: str
     text: str
@@ -45,10 +45,18 @@ class Corpus:
     @classmethod
     def parse(cls, option: str) -> Corpus:
         """`wikitext2`, or `NAME=FILE`. Raises UserError."""
-        name, equals, text = option.partition("=")
-        if not name or (equals and not text):
+        name, text = name_and_text(option)
+        if not (name and text):
             raise UserError(f"--ppl {option}: expected a corpus name or NAME=FILE")
-        return cls(name, text or name)
+        return cls(name, text)
+
+    @classmethod
+    def of(cls, evaluation: Evaluation) -> list[Corpus]:
+        """Those that a recipe names. Raises UserError where one is neither a file here nor the name of a corpus."""
+        corpora = [cls(*name_and_text(corpus)) for corpus in evaluation.corpora]
+        for corpus in corpora:
+            check_corpus(corpus.text)
+        return corpora
 
 
 @dataclass
@@ -62,14 +70,8 @@ class Target:
     outputs: Outputs
     evaluation: Evaluation
     """What the recipe says to evaluate, of a run directory or of a model exported from one; else the defaults."""
-
-    @property
-    def base(self) -> str | None:
-        """The model that this one was pruned from, by its name in the decision, where it is known."""
-        record = self.source.directory / RECORD
-        if self.keep is not None:
-            return self.source.name
-        return Decision.load(self.source.directory).model if record.exists() else None
+    base: str | None
+    """The model that this one was pruned from, by its name in the decision; None for a dense one."""
 
     @contextmanager
     def ready(self) -> Iterator[nn.Module]:
@@ -91,12 +93,18 @@ class Target:
         return total
 
 
-def open_target(name: str, dtype: str | None, device: str | None, quiet: bool = False) -> Target:
-    """Loads what `pgprune eval` was given. `dtype` and `device` default to the recipe's for a run, else to auto."""
+def open_target(
+    name: str, dtype: str | None, device: str | None, quiet: bool = False, as_recipe: bool = False
+) -> Target:
+    """Loads what `pgprune eval` was given. `dtype` and `device` default to the recipe's for a run, else to auto.
+
+    `as_recipe`: it will be evaluated on what its recipe says, which is looked for before anything is loaded. Raises
+    UserError for what is damaged or not there.
+    """
     run = Path(name)
     keep: Keep | None = None
     outputs: Outputs = {}
-    evaluation = Evaluation()
+    base: str | None
     if is_run(run):
         decision = Decision.load(run)
         recipe = load(run / RECIPE_FILE)
@@ -104,13 +112,30 @@ def open_target(name: str, dtype: str | None, device: str | None, quiet: bool = 
         source = resolve(recipe.model)
         if source.fingerprint() != decision.fingerprint:
             raise UserError(f"{name}: {recipe.model} is not the model that was searched; its files have changed")
-        dtype, device, evaluation = dtype or recipe.dtype, device or recipe.device, recipe.evaluation
+        dtype, device = dtype or recipe.dtype, device or recipe.device
+        evaluation, base = recipe.evaluation, source.name
     else:
         source = resolve(name)
-        with suppress(UserError):  # by another version, with other keys: then the defaults
-            evaluation = parse(Decision.load(source.directory, with_repair=False).recipe, name).evaluation
+        evaluation, base = _of_export(source, quiet)
+    if as_recipe:
+        Corpus.of(evaluation)
     with working(f"loading {name}", quiet):
-        return Target(name, source, load_model(source, dtype or "auto", device or "auto"), keep, outputs, evaluation)
+        model = load_model(source, dtype or "auto", device or "auto")
+    return Target(name, source, model, keep, outputs, evaluation, base)
+
+
+def _of_export(source: Source, quiet: bool) -> tuple[Evaluation, str | None]:
+    """What the decision beside a model says to evaluate, and what it was pruned from; the defaults of a dense model."""
+    origin = read_origin(source.directory)
+    if origin is None:
+        return Evaluation(), None
+    try:
+        return parse(origin.recipe, f"{source.directory / RECORD}: its recipe").evaluation, origin.model
+    except UnknownKeys:
+        if not quiet:
+            said = "its recipe is of another pgprune, and what it says to evaluate is not known: the defaults are taken"
+            print(f"{source.directory / RECORD}: {said}", file=STDERR)
+        return Evaluation(), origin.model
 
 
 def evaluate(
@@ -174,12 +199,11 @@ def measure_speed(targets: Sequence[Target]) -> list[dict[str, Any]]:
     """Tokens per second, prefill and decode, of models measured in turn in one run: medians of REPEATS.
 
     Prefill is a prompt of PROMPT_TOKENS and one new token, decode is NEW_TOKENS more with the cache; greedy, batch 1.
-    Also the bytes of the weights, and on CUDA the peak of allocated memory. Raises UserError for a run: its model is
-    shrunk anew in every forward, which says nothing about the exported one.
+    Also the bytes of the weights, and on CUDA the peak of allocated memory. Raises ValueError for a run (the verb
+    refuses one before it is loaded): its model is shrunk anew in every forward, which says nothing about the exported.
     """
-    for target in targets:
-        if target.keep is not None:
-            raise UserError(f"{target.name}: speed is measured on an exported model; run `pgprune export` first")
+    if any(target.keep is not None for target in targets):
+        raise ValueError("speed is measured on an exported model, not on a run")
     prefill: list[list[float]] = [[] for _ in targets]
     decode: list[list[float]] = [[] for _ in targets]
     peaks = [0] * len(targets)

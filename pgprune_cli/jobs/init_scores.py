@@ -88,14 +88,15 @@ def compute_scores(
         batches = scoring_batches(recipe, text)
     shape = Shape.of(model)
     own = ranks.share(len(shape.channels))
-    with through_layers(f"scoring with {metric}", len(own), quiet) as on_layers:
+    with through_layers(f"scoring with {metric}", len(own), quiet) as bar:
         sizes = {"attention": shape.kv_groups, "ffn": shape.channels}
         lengths = {
             f"layers.{index}.{name}": counts[index]
             for index in range(len(shape.channels))
             for name, counts in sizes.items()
         }
-        tensors = ranks.united(score(model, metric, batches, recipe.seed, own, on_layers), lengths)
+        found = score(model, metric, batches, recipe.seed, own, bar.on_more, bar.on_batches)
+        tensors = ranks.united(found, lengths)
     for name, values in tensors.items():
         if not values.isfinite().all():
             raise RunError(f"{name}: the metric {metric} gave NaN or infinity; try dtype float32 or bfloat16")

@@ -114,10 +114,11 @@ def _search(
 def _repaired(recipe: Recipe, model: nn.Module, keep: Keep, text: CalibrationText, quiet: bool) -> Repaired:
     if recipe.reconstruct.method == "none":
         return Repaired(keep, {})
-    with through_layers("repairing the kept weights", len(keep), quiet) as on_layers:
+    with through_layers("repairing the kept weights", len(keep), quiet) as bar:
         settings = recipe.reconstruct
         batches = repair_batches(recipe, text)
-        return repair(model, keep, batches, settings.method, settings.damping, _reselects(recipe), on_layers)
+        chosen_anew = _reselects(recipe)
+        return repair(model, keep, batches, settings.method, settings.damping, chosen_anew, bar.on_more, bar.on_batches)
 
 
 def _reselects(recipe: Recipe) -> bool:

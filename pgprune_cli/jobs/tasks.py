@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
-from difflib import get_close_matches
 from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pgprune_cli.errors import UserError
 from pgprune_cli.loading import load_tokenizer
 from pgprune_cli.progress import working
+from pgprune_cli.suggest import nearest
 
 if TYPE_CHECKING:
     from pgprune_cli.jobs.evaluate import Target
@@ -53,9 +53,8 @@ def load_tasks(names: Sequence[str], quiet: bool = False) -> dict[str, Any]:
         tasks: dict[str, Any] = {"tasks": {}, "groups": {}}
         for name in names:
             if not Path(name).is_file() and name not in manager.all_tasks:
-                near = get_close_matches(name, manager.all_tasks, n=1)
-                instead = f"; did you mean {near[0]}?" if near else ""
-                raise UserError(f"--tasks {name}: no file, and no task of the harness (`lm_eval ls tasks`){instead}")
+                meant = nearest(name, manager.all_tasks)
+                raise UserError(f"--tasks {name}: no file, and no task of the harness (`lm_eval ls tasks`){meant}")
             if Path(name).is_file() and re.search(r"^group:", Path(name).read_text(errors="replace"), re.MULTILINE):
                 raise UserError(f"--tasks {name}: a group, which the harness reads by name only; give its tasks' files")
             try:

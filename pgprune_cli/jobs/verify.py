@@ -19,6 +19,7 @@ from pgprune_cli.jobs.compare import TABLE_JSON
 from pgprune_cli.jobs.run_directory import refuse_other_decision
 from pgprune_cli.recipe_reader import load
 from pgprune_cli.run_files import (
+    CHECKPOINTS,
     EVALUATION_FILE,
     MASKS,
     MEASURED_FILE,
@@ -92,7 +93,7 @@ def _scores(run: Path) -> Faults:
 
 
 def _checkpoints(run: Path) -> Faults:
-    folders = sorted((run / checkpoint.FOLDER).glob("step-*"))
+    folders = sorted((run / CHECKPOINTS).glob("step-*"))
     for index, folder in enumerate(folders):
         yield from _lines(_checkpoint(folder, folders[:index], run))
 
@@ -162,7 +163,7 @@ def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
 RUN: dict[str, Callable[[Path], Faults]] = {
     RECIPE_FILE: _recipe,
     SCORES: _scores,
-    checkpoint.FOLDER: _checkpoints,
+    CHECKPOINTS: _checkpoints,
     METRICS_FILE: _metrics,
     COSTS: _costs,
     RECORD: _decision,

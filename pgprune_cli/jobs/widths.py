@@ -41,13 +41,14 @@ def searched_table(
     identity = _digest(settings, [*batches, *(saliency[key] for key in sorted(saliency))])
     share = ranks.share(layers)
     own = [index for index in share if not has_layer(run, index, identity)]
-    text, done = "measuring what every width of every layer loses", len(share) - len(own)
-    with through_layers(text, len(share), quiet, done) as on_layers:
+    text, done = "measuring every layer's widths", len(share) - len(own)
+    with through_layers(text, len(share), quiet, done) as bar:
         if own:
             refuse_full_disk(run, layers, table_bytes(Sizes(model, recipe)) if solve else 0)
-            for index, blocks in solved_layers(model, saliency, batches, damping, solve, multiple, own):
+            solved = solved_layers(model, saliency, batches, damping, solve, multiple, own, bar.on_batches)
+            for index, blocks in solved:
                 save_layer(run, index, blocks, identity)
-                on_layers(1)
+                bar.on_more(1)
         ranks.greatest(0)  # by now all have written theirs
         return WidthTable.of(model, {index: load_layer(run, index) for index in range(layers)})
 

@@ -51,15 +51,17 @@ def score(
     seed: int,
     only: Collection[int] | None = None,
     on_layers: Callable[[int], None] | None = None,
+    on_batches: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
     """Saliency of every unit: `layers.<l>.attention` `(kv groups,)` and `layers.<l>.ffn` `(channels,)`, float64.
 
     `batches` of tokens `(B, T)` are read only for a calibrated metric; `only` of these layers, which no other has part
-    in. `on_layers(1)` follows each. Raises ValueError when it finds no text.
+    in. `on_layers(1)` follows each, `on_batches(done, of)` those that go through all layers before the first is scored.
+    Raises ValueError when it finds no text.
     """
     scores = {}
     last = Shape.of(model).spec.blocks()[-1][0]
-    for name, layer, block in statistics(model, NEEDS.get(metric), batches, seed, only):
+    for name, layer, block in statistics(model, NEEDS.get(metric), batches, seed, only, on_batches):
         scores[f"layers.{layer}.{name}"] = METRICS[metric](block).cpu()
         del block  # its covariance goes before the next layer's comes
         if on_layers is not None and name == last:

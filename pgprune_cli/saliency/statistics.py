@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -112,17 +112,19 @@ def statistics(
     batches: Sequence[Tensor],
     seed: int,
     only: Collection[int] | None = None,
+    on_batches: Callable[[int, int], None] | None = None,
 ) -> Iterator[tuple[str, int, BlockStatistics]]:
     """(block name, layer, its statistics) for every block of the model, layer by layer; `only` of these layers.
 
     `batches` of tokens `(B, T)` are read only for a `needed` statistic. A layer's covariances exist from its turn on
-    until the reader lets go of them, so let go of one block before asking for the next.
+    until the reader lets go of them, so let go of one block before asking for the next. `on_batches(done, of)` is told
+    of those that go through all layers before the first block comes.
     """
     shape = Shape.of(model)
     collector = COLLECTORS.get(needed or "")
-    roots = error_roots(model, batches) if needed == "covariance" else None
+    roots = error_roots(model, batches, on_batches) if needed == "covariance" else None
     stream = layer_inputs(model, batches) if collector or roots else None
-    gradients = loss_gradients(model, batches) if needed == "gradients" else None
+    gradients = loss_gradients(model, batches, on_batches) if needed == "gradients" else None
     for index, layer in enumerate(model.get_submodule(shape.spec.layers)):
         if only is not None and index not in only:
             if stream and index < max(only, default=-1):
@@ -160,13 +162,15 @@ def statistics(
             found.clear()  # this generator keeps none of it alive
 
 
-def loss_gradients(model: nn.Module, batches: Sequence[Tensor]) -> dict[nn.Module, Tensor]:
+def loss_gradients(
+    model: nn.Module, batches: Sequence[Tensor], on_batches: Callable[[int, int], None] | None = None
+) -> dict[nn.Module, Tensor]:
     """∂L/∂W of every prunable projection, L the mean next-token loss over all predictions in `batches` of `(B, T)`.
 
     The only backward pass of pgprune, and only for the metric `taylor`. Memory on top of the weights: as much again for
     the gradients (13 GB for a 7B model in bfloat16; they are summed in the weights' dtype), every activation of one
     batch, and its logits and their gradient in float32; where that runs out, all begins again with smaller batches. The
-    model is left as it was, on every way out.
+    model is left as it was, on every way out. `on_batches(done, of)` is told how many have gone through it.
     """
     spec = Shape.of(model).spec
     linears = [linear for layer in model.get_submodule(spec.layers) for _, _, linear in projections(spec, layer)]
@@ -178,9 +182,11 @@ def loss_gradients(model: nn.Module, batches: Sequence[Tensor]) -> dict[nn.Modul
     def add_up(parts: Sequence[Tensor]) -> None:
         for linear in linears:
             linear.weight.requires_grad_(True).grad = None
-        for tokens in parts:
+        for done, tokens in enumerate(parts, 1):
             with torch.enable_grad():
                 _summed_loss(model, tokens).backward(inputs=[linear.weight for linear in linears])
+            if on_batches is not None:
+                on_batches(done, len(parts))
 
     try:
         Portions().all(batches, add_up)

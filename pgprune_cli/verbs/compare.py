@@ -10,6 +10,7 @@ import typer
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.run_files import runs_folder
+from pgprune_cli.saved import of_comparison
 from pgprune_cli.tables import grid
 from pgprune_cli.verbs.options import AsJson, Limit, Quiet, RecipeName, Set, examples, opened
 from pgprune_cli.verbs.stops import resumable
@@ -40,7 +41,8 @@ def compare(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run the paper's tables on the recipe's model: other methods; metric, start, allocation, repair, with and without.
+    """Run other methods and the paper's ablation on your model. The ablation has metric, start, allocation and repair,
+    each with and without.
 
     Long, and resumable: the same command goes on where an earlier call was stopped.
     """
@@ -49,9 +51,10 @@ def compare(
     except ValueError:
         raise UserError(f"--seeds {seeds}: expected whole numbers with commas, such as 0,1,2") from None
     loaded, run = opened(recipe, out, overrides or [], runs_folder() / "compare")
-    from pgprune_cli.jobs.compare import TABLE_MARKDOWN, cells, compare
+    from pgprune_cli.jobs.compare import TABLE_MARKDOWN, cells, compare, runs_of
 
-    with resumable():
+    runs = runs_of(loaded, run, numbers, only or [])
+    with resumable(lambda _: of_comparison(run, runs)):
         table = compare(loaded, run, numbers, only or [], limit, quiet)
     if as_json:
         print(json.dumps(table))

@@ -23,7 +23,10 @@ def doctor(
     overrides: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check Python, packages, devices, memory, disk and the hub, and say what to mend. Exit code 1 for anything."""
+    """Check what this machine has for a run, and say what to mend. Python, packages, devices, memory, disk, the hub.
+
+    Exit code 1 for anything that a search would fail for.
+    """
     from dataclasses import asdict
 
     from pgprune_cli.recipe_reader import find, load
@@ -34,5 +37,5 @@ def doctor(
     findings = doctor(loaded)
     rows = [asdict(finding) for finding in findings]
     print_result({"findings": rows}, as_json, "\n".join(finding.text() for finding in findings))
-    if any(finding.fix for finding in findings):
+    if any(finding.fails for finding in findings):
         raise typer.Exit(ExitCode.FAILED)

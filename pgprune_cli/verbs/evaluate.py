@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.run_files import is_run, refuse_unfinished
+from pgprune_cli.run_files import is_run, refuse_unfinished, runs_folder
 from pgprune_cli.source import find_local
 from pgprune_cli.tables import print_measured
 from pgprune_cli.verbs.options import AsJson, Limit, Quiet, examples, model_names
@@ -68,11 +68,15 @@ def evaluate(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure perplexity, accuracy on tasks and speed of a dense model, an exported one or a run directory."""
+    """Measure perplexity, accuracy on tasks and speed. MODEL is a dense model, an exported one or a run directory."""
     if dtype not in (None, "auto", "float32", "float16", "bfloat16"):
         raise UserError(f"--dtype {dtype}: expected auto, float32, float16 or bfloat16")
     for name in [model, *(against or [])]:  # before seconds go by in imports
         if is_run(Path(name)):
+            refuse_unfinished(Path(name))
+            if speed:
+                raise UserError(f"{name}: speed is measured on an exported model; run `pgprune export {name}` first")
+        elif runs_folder() in Path(name).parents and not Path(name).exists():
             refuse_unfinished(Path(name))
         else:
             find_local(name)
@@ -84,9 +88,10 @@ def evaluate(
     for corpus in asked:  # before a model is loaded
         check_corpus(corpus.text)
     loaded = load_tasks(names_of(tasks), quiet) if tasks is not None else None
-    targets = [open_target(model, dtype, device, quiet)]
+    as_recipe = not (asked or speed or loaded)
+    targets = [open_target(model, dtype, device, quiet, as_recipe)]
     wanted = targets[0].evaluation
-    corpora = asked or [Corpus.parse(name) for name in (() if speed or loaded else wanted.corpora)]
+    corpora = Corpus.of(wanted) if as_recipe else asked
     seqlens = seqlen or wanted.seqlen
     others = list(against or [])
     base = targets[0].base

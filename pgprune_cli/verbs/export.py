@@ -8,8 +8,10 @@ from typing import Annotated, Literal
 import typer
 
 from pgprune_cli.run_files import refuse_unfinished
+from pgprune_cli.saved import of_export
 from pgprune_cli.tables import export_line, print_plan, print_result
 from pgprune_cli.verbs.options import AsJson, Quiet, examples, run_names
+from pgprune_cli.verbs.stops import resumable
 
 EXAMPLES = examples(
     "export runs/smollm2-135m-30 --dry-run",
@@ -66,7 +68,7 @@ def export(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the smaller model: a directory with its weights, tokenizer, card and decision, or one GGUF file."""
+    """Write the smaller model as a directory or one GGUF file. Its tokenizer, card and decision go along."""
     from pgprune_cli.writers import hub
 
     if push is not None:
@@ -81,10 +83,11 @@ def export(
         planned = job.plan(run, options, format)
         print_plan(job.summary(planned, out), job.tensors(planned, out), as_json)
         return
-    summary = job.summary(job.export(run, out, options, format, quiet), out)
-    line = export_line(summary)
-    if push is not None:
-        with working(f"uploading {out} to {push}", quiet):
-            summary["pushed"] = hub.push(out, push)
-        line += f"; {summary['pushed']}"
+    with resumable(lambda _: of_export(out, push)):
+        summary = job.summary(job.export(run, out, options, format, quiet), out)
+        line = export_line(summary)
+        if push is not None:
+            with working(f"uploading {out} to {push}", quiet):
+                summary["pushed"] = hub.push(out, push)
+            line += f"; {summary['pushed']}"
     print_result(summary, as_json, line)

@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
+from pgprune_cli.saved import of_scores
 from pgprune_cli.tables import print_result
 from pgprune_cli.verbs.options import AsJson, Out, Quiet, RecipeName, Set, examples, metric_names, opened
+from pgprune_cli.verbs.stops import resumable
 
 EXAMPLES = examples("init-scores smollm2-135m-30", "init-scores demo --metric magnitude")
 
@@ -23,12 +25,13 @@ def init_scores(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score every unit of the recipe's model with a saliency metric, the search's start."""
+    """Score every unit of the recipe's model, the search's start. The metric is the recipe's, or --metric."""
     given = [*(overrides or []), *([f"saliency.metric={metric}"] if metric else [])]
     loaded, run = opened(recipe, out, given)
     from pgprune_cli.jobs.init_scores import init_scores
     from pgprune_cli.run_files import SCORES
 
-    scores = init_scores(loaded, run, quiet)
+    with resumable(lambda _: of_scores(run)):
+        scores = init_scores(loaded, run, quiet)
     result = {"run": str(run), "scores": str(run / SCORES), "metric": scores.metric}
     print_result(result, as_json, f"{run / SCORES}: {scores.metric} of {loaded.model}")

@@ -35,7 +35,7 @@ def report(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write one HTML page about runs: what was done, the losses, theta or widths, and how several compare."""
+    """Write one HTML page about runs. It shows what was done, the losses, theta or widths, and how several compare."""
     from pgprune_cli.jobs import report as job
 
     page = job.target(runs, out)

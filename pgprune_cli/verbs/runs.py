@@ -23,7 +23,7 @@ def runs(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List runs: how far they have come, what they removed, and what `eval` measured."""
+    """List runs and how far they have come. With what they removed and lost, and what `eval` measured."""
     from pgprune_cli.jobs.runs import cells, runs_in
 
     rows = runs_in(folder or runs_folder())

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from pgprune_cli.distributed import of_environment
+from pgprune_cli.saved import of_search
 from pgprune_cli.stderr import STDERR
 from pgprune_cli.tables import print_estimate, print_result
 from pgprune_cli.verbs.options import AsJson, Out, Quiet, RecipeName, Set, examples, opened
@@ -46,7 +47,7 @@ def search(
     from pgprune_cli.jobs.search import search
     from pgprune_cli.run_files import MASKS
 
-    with resumable():
+    with resumable(lambda step: of_search(run, loaded.search.steps, step)):
         decision = search(loaded, run, quiet, skip_damaged, log)
     if not of_environment().writer:
         return

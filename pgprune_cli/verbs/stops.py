@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
@@ -13,6 +13,7 @@ import typer
 
 from pgprune_cli import signals
 from pgprune_cli.distributed import of_environment
+from pgprune_cli.saved import Saved
 from pgprune_cli.verbs.complain import complain
 
 
@@ -33,8 +34,11 @@ def stoppable() -> Iterator[None]:
 
 
 @contextmanager
-def resumable() -> Iterator[None]:
-    """Turns a saved stop of a search into its exit code, and says how to go on; after any other stop, too."""
+def resumable(saved: Callable[[int | None], Saved]) -> Iterator[None]:
+    """After a stop says what is saved and the command that goes on, and turns a saved stop of a search into its code.
+
+    `saved`: finds what is; it is told the step that a search has just saved, if it has.
+    """
     from pgprune_cli.jobs.loop import Interrupted
 
     alone = of_environment().world == 1
@@ -42,8 +46,9 @@ def resumable() -> Iterator[None]:
     try:
         yield
     except Interrupted as stopped:
-        complain(f"stopped after step {stopped.step}, which is saved; to go on: {again}")
+        complain(f"stopped; {saved(stopped.step).text}; to go on: {again}")
         raise typer.Exit(signals.exit_code(stopped.signum)) from None
     except SystemExit:
-        complain(f"stopped; from what is saved, if anything is yet, this goes on: {again}")
+        found = saved(None)
+        complain(f"stopped; {found.text}" + ("" if found.done else f"; to go on: {again}"))
         raise

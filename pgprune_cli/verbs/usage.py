@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from pgprune_cli.suggest import nearest
+
 
 def usage_fault(error: Exception) -> str | None:
     """One line that says what is wrong and where to look; "" where the parser shows all it has; None: not its error.
@@ -16,6 +18,10 @@ def usage_fault(error: Exception) -> str | None:
     if type(error).__name__ == "NoArgsIsHelpError":
         parser.show()
         return ""
-    said = " ".join(parser.format_message().replace("Value error, ", "").split()).rstrip(".?")
     where = getattr(getattr(parser, "ctx", None), "command_path", "pgprune")
+    if possible := getattr(parser, "possibilities", None):  # which the parser would list by the alphabet
+        meant = nearest(parser.option_name, possible) or ";"
+        return f"no such option: {parser.option_name}{meant} see `{where} --help`"
+    said = " ".join(parser.format_message().replace("Value error, ", "").split()).rstrip(".?")
+    said = said.replace(". Did you mean ", ", did you mean ")
     return f"{said[:1].lower()}{said[1:]}; see `{where} --help`"

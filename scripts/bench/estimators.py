@@ -7,7 +7,7 @@ forwards, the same text and in the end a repair; the units that were sampled one
 A line of the plot is the search as it sees itself, the dot at its end the decision after the repair.
 DIR holds a run for each estimator and seed; one that is finished is not repeated, and one that was stopped goes on.
 Every directory `DIR/NAME/seed-N` is then read, also those that another version of pgprune made: a table goes to stdout
-and `estimators.md`, a plot to `estimators.svg` (matplotlib, `pip install pgprune[dev]`).
+and `estimators.md`, a plot to `estimators.svg` (matplotlib, `pip install -e '.[dev]'`).
 """
 
 from __future__ import annotations

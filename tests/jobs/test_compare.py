@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from pgprune_cli.atomic import read_record
+from pgprune_cli.atomic import read_record, write_record
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs import compare as job
 from pgprune_cli.jobs.compare import TABLE_JSON, TABLE_MARKDOWN, compare, variants_of
+from pgprune_cli.run_files import MEASURED_FILE
 
 NAMES = ["metric-uniform", "metric-repaired", "layers-repaired"]
 
@@ -68,6 +69,51 @@ def test_a_comparison_is_a_table_and_goes_on_where_it_was(recipe, tmp_path, monk
         compare(recipe, tmp_path, [0], NAMES, limit=3, quiet=True)
 
 
+def test_what_was_measured_with_other_settings_is_refused(small, tmp_path) -> None:
+    texts = tmp_path / "tales.txt", tmp_path / "other.txt"
+    for text, content in zip(texts, ("The king was glad. ", "The queen was sad. "), strict=True):
+        text.write_text(content * 50)
+
+    def again(*overrides: str, only: str = "metric") -> str:
+        recipe = small(f"evaluation.corpora=[tales={texts[0]}]", "evaluation.seqlen=[32]", *overrides)
+        try:
+            compare(recipe, tmp_path / "table", [0], [only], limit=2, quiet=True)
+        except UserError as refused:
+            return str(refused)
+        return ""
+
+    assert again() == ""
+    dense = tmp_path / "table" / "dense" / MEASURED_FILE
+    said = f"{dense}: measured with {{}}; give the same, or another --out"
+    assert again("evaluation.seqlen=[64]") == said.format("evaluation.seqlen [32], not [64]")
+    assert again(f"evaluation.corpora=[tales={texts[1]}]") == said.format("another text of tales")
+    assert again("evaluation.corpora=[demo]") == said.format("evaluation.corpora [tales], not [demo]")
+    two = [f"tales={texts[0]}", "demo"]
+    assert again(f"evaluation.corpora=[{two[0]},{two[1]}]") == said.format(
+        "evaluation.corpora [tales], not [tales, demo]"
+    )
+    assert again("device=cpu") == ""
+    for only in ("metric", "metric-uniform"):  # measured, and beside it in the table
+        run = tmp_path / "table" / "metric" / "seed-0"
+        changed = f"{run}: belongs to another recipe (temperature: 0.3 → temperature: 0.9); "
+        assert again("policy.temperature=0.9", only=only).startswith(changed)
+    texts[0].write_text("Another tale. " * 50)
+    assert again() == said.format("another text of tales")
+    texts[0].write_text("The king was glad. " * 50)
+    whole = read_record(dense)
+    write_record(dense, whole | {"settings": whole["settings"] | {"dtype": "bfloat16"}})
+    assert again() == said.format("dtype bfloat16, not float32")
+    write_record(dense, whole)
+    row = tmp_path / "table" / "metric" / "seed-0" / MEASURED_FILE
+    measured = read_record(row)
+    write_record(row, measured | {"settings": measured["settings"] | {"seqlen": [64]}})
+    assert again() == said.replace(str(dense), str(row)).format("evaluation.seqlen [64], not [32]")
+    del measured["settings"]  # of before they were recorded
+    write_record(row, measured)
+    assert again() == ""
+
+
 def test_a_name_that_is_no_variants_is_refused(recipe, tmp_path) -> None:
-    with pytest.raises(UserError, match="--only metrics: expected one of random-uniform, random, "):
+    said = r"^--only metrics: no such variant, did you mean metric or metric-start\? expected one of random-uniform, "
+    with pytest.raises(UserError, match=said):
         compare(recipe, tmp_path, [0], ["metrics"], None, quiet=True)

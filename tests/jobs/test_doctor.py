@@ -50,7 +50,7 @@ def test_packages_that_are_absent_or_old(monkeypatch) -> None:
     finding = next(job._packages())
     version = metadata.version("torch")
     assert finding.found == f"torch {version}, needed >=999; surely-nothing is absent, needed >=2"
-    assert finding.fix == "pip install --upgrade pgprune"
+    assert finding.fix == "pip install pgprune"
     assert job._unmet("vllm")[0].startswith("vllm ")
 
 
@@ -108,6 +108,8 @@ def test_products_of_fp8(small, monkeypatch) -> None:
         ("calibration.corpus=nothing.txt", "data", "no such file"),
         ("calibration.corpus=empty.txt", "data", "holds no text"),
         ("calibration.corpus=wrong.jsonl", "data", "wrong.jsonl:1: not JSON"),
+        ("evaluation.corpora=[tales=nothing.txt]", "data", "nothing.txt: no such file"),
+        ("evaluation.corpora=[tales=wrong.jsonl]", "data", "wrong.jsonl:1: not JSON"),
     ],
 )
 def test_what_is_wrong_with_a_recipe(override: str, name: str, said: str, small) -> None:
@@ -122,6 +124,14 @@ def test_what_is_wrong_with_a_recipe(override: str, name: str, said: str, small)
     found = bad(doctor(small(override)))
     assert [finding.name for finding in found] == [name]
     assert said in found[0].fix
+    assert found[0].fails == (not override.startswith("evaluation."))
+
+
+def test_a_text_under_another_name_is_looked_for_in_its_file(small) -> None:
+    Path("tales.txt").write_text("The king was glad.")
+    findings = doctor(small("evaluation.corpora=[wikitext2=tales.txt]"))
+    assert bad(findings) == []
+    assert Finding("data", "tales.txt, for evaluation, here") in findings
 
 
 def test_a_model_is_counted_by_its_headers(small) -> None:
@@ -179,7 +189,7 @@ def test_a_repository_of_pickles(small, monkeypatch) -> None:
     [
         (GatedRepoError, "ask for access on https://huggingface.co/"),
         (RepositoryNotFoundError, "no such repository"),
-        (OfflineModeIsEnabled, "unset HF_HUB_OFFLINE"),
+        (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set: unset it, or "),
         (TimeoutError, "the hub cannot be reached"),
     ],
 )
@@ -188,6 +198,18 @@ def test_what_the_hub_has_not(kind, said: str, small, monkeypatch) -> None:
     found = bad(doctor(on_hub(small)))
     assert [finding.name for finding in found] == ["model", "data"]
     assert all(said in finding.fix for finding in found)
+
+
+@pytest.mark.parametrize("kind", [OfflineModeIsEnabled, TimeoutError])
+def test_an_evaluations_text_that_is_out_of_reach_stops_no_search(kind, small, monkeypatch) -> None:
+    answers(monkeypatch, kind.__new__(kind))
+    (found,) = bad(doctor(small("evaluation.corpora=[wikitext2]")))
+    assert not found.fails
+    assert found.text().startswith("note data      wikitext2, for evaluation\n")
+    assert found.fix.endswith("or evaluation.corpora: [wikitext2=FILE]; only eval and compare read it")
+    (found,) = bad(doctor(small("calibration.corpus=c4")))
+    assert found.fails and found.text().startswith("MEND ")
+    assert found.fix.endswith("or calibration.corpus: FILE")
 
 
 def test_what_is_in_the_cache_needs_no_hub(small, monkeypatch) -> None:

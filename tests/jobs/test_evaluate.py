@@ -27,7 +27,7 @@ from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.search import search
 from pgprune_cli.loading import load_tokenizer
 from pgprune_cli.recipe import Evaluation
-from pgprune_cli.run_files import EVALUATION_FILE
+from pgprune_cli.run_files import EVALUATION_FILE, MASKS, RECORD
 
 
 def stream(length: int) -> torch.Tensor:
@@ -156,6 +156,46 @@ def test_an_export_is_evaluated_as_its_recipe_says(run: Path, small, tmp_path: P
     assert open_target(str(tmp_path / "small"), None, "cpu", quiet=True).evaluation == small().evaluation
 
 
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize("part", [RECORD, MASKS])
+def test_an_export_whose_decision_is_damaged_is_refused(part: str, run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "small")
+    cut(tmp_path / "small" / part)
+    with pytest.raises(UserError) as refused:
+        open_target(str(tmp_path / "small"), None, "cpu", quiet=True)
+    assert str(refused.value).startswith(f"{tmp_path / 'small' / part}: ")
+    assert "\n" not in str(refused.value)
+
+
+def test_an_export_by_another_version_is_evaluated_by_the_defaults(run: Path, tmp_path: Path, capfd) -> None:
+    export(run, tmp_path / "small")
+    record = tmp_path / "small" / RECORD
+    whole = read_record(record)
+    write_record(record, whole | {"recipe": whole["recipe"] + "of_another_version: 3\n"})
+    target = open_target(str(tmp_path / "small"), None, "cpu")
+    assert (target.evaluation, target.base) == (Evaluation(), "demo")
+    said = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("loading ")]
+    assert said == [
+        f"{record}: its recipe is of another pgprune, and what it says to evaluate is not known: the defaults are taken"
+    ]
+    write_record(record, whole | {"recipe": whole["recipe"].replace("sparsity: 0.5", "sparsity: half")})
+    with pytest.raises(UserError, match=rf"^{record}: its recipe:\d+: budget.sparsity: expected a number"):
+        open_target(str(tmp_path / "small"), None, "cpu", quiet=True)
+    write_record(record, {key: value for key, value in whole.items() if key != "recipe"})
+    with pytest.raises(UserError, match=f"^{record}: 'recipe' is missing; the file is not a whole decision$"):
+        open_target(str(tmp_path / "small"), None, "cpu", quiet=True)
+
+
+def test_an_export_from_the_hub_comes_without_its_masks(run: Path, small, tmp_path: Path) -> None:
+    export(run, tmp_path / "small")
+    (tmp_path / "small" / MASKS).unlink()
+    target = open_target(str(tmp_path / "small"), None, "cpu", quiet=True)
+    assert (target.evaluation, target.base) == (small().evaluation, "demo")
+
+
 def test_what_was_measured_stands_in_the_model_card(run: Path, text: Corpus, tmp_path: Path) -> None:
     target = open_target(str(run), None, "cpu", quiet=True)
     result = evaluate(target, [text], [32], None, quiet=True)
@@ -190,5 +230,5 @@ def test_speed_is_measured_of_models_not_of_runs(run: Path, tmp_path: Path) -> N
         assert speed["peak_memory_bytes"] is None
     assert measured[0]["weight_bytes"] == 4 * small.parameters()
     assert measured[1]["weight_bytes"] == 4 * dense.parameters()
-    with pytest.raises(UserError, match="speed is measured on an exported model; run `pgprune export` first"):
+    with pytest.raises(ValueError, match="speed is measured on an exported model"):
         measure_speed([open_target(str(run), None, "cpu", quiet=True)])

@@ -204,8 +204,9 @@ def test_a_signal_leaves_nothing_half_written(format, signum, code, said, run, p
         yield torch.zeros(1)
 
     monkeypatch.setattr("pgprune_cli.writers.plan.Plan.tensors", tensors)
-    result = pgprune("export", str(run), "--format", format, "--out", f"out.{format}", "-q")
-    assert result == (code, "", f"pgprune: {said}\n")
+    words = ["export", str(run), "--format", format, "--out", f"out.{format}", "-q"]
+    again = f"nothing is written to out.{format}; to go on: pgprune {' '.join(words)}"
+    assert pgprune(*words) == (code, "", f"pgprune: {said}\npgprune: stopped; {again}\n")
     assert sorted(Path().iterdir()) == before
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pgprune_cli import substrate
-from pgprune_cli.checkpoint import FOLDER, latest_checkpoint
+from pgprune_cli.checkpoint import latest_checkpoint
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.projection import hard_mask
 from pgprune_cli.core.space import budget_of
@@ -27,7 +27,7 @@ from pgprune_cli.jobs.search import search
 from pgprune_cli.loading import load_model
 from pgprune_cli.recipe import Recipe
 from pgprune_cli.recipe_reader import find, load
-from pgprune_cli.run_files import MASKS, METRICS_FILE, RECORD, REPAIR, SCORES
+from pgprune_cli.run_files import CHECKPOINTS, MASKS, METRICS_FILE, RECORD, REPAIR, SCORES
 from pgprune_cli.saliency import flat_saliency
 from pgprune_cli.scores import Scores
 from pgprune_cli.source import resolve
@@ -192,7 +192,7 @@ def test_what_changes_no_result_may_change(stopped, small, whole) -> None:
 
 
 def test_a_damaged_checkpoint_is_refused(stopped, small) -> None:
-    (state,) = (stopped / FOLDER).glob("*/state.safetensors")
+    (state,) = (stopped / CHECKPOINTS).glob("*/state.safetensors")
     content = bytearray(state.read_bytes())
     content[-1] ^= 1
     state.write_bytes(content)

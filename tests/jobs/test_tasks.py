@@ -138,7 +138,7 @@ def test_without_the_harness_the_extra_is_named(monkeypatch) -> None:
 def test_an_unknown_task_is_refused_with_the_one_that_may_be_meant(harness) -> None:
     with pytest.raises(UserError) as error:
         load_tasks(["helaswag"], quiet=True)
-    expected = "--tasks helaswag: no file, and no task of the harness (`lm_eval ls tasks`); did you mean hellaswag?"
+    expected = "--tasks helaswag: no file, and no task of the harness (`lm_eval ls tasks`), did you mean hellaswag?"
     assert str(error.value) == expected
 
 

@@ -140,6 +140,16 @@ def test_gradients_come_through_no_grad_around_the_caller() -> None:
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
 
 
+@pytest.mark.parametrize("needed", ["covariance", "gradients"])
+def test_what_goes_through_all_layers_is_counted_before_the_first_block_comes(needed: Statistic) -> None:
+    model, text = tiny_model("llama-gqa"), calibration()
+    told: list[tuple[int, int]] = []
+    found = statistics(model, needed, text, seed=0, on_batches=lambda done, of: told.append((done, of)))
+    next(found)
+    first = 0 if needed == "covariance" else 1
+    assert told == [(done, len(text)) for done in range(first, len(text) + 1)]
+
+
 def test_block_seeds_differ_within_a_model() -> None:
     seeds = {block_seed(seed, layer, place) for seed in range(3) for layer in range(200) for place in range(2)}
     assert len(seeds) == 1200
