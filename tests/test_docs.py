@@ -31,8 +31,6 @@ from pgprune_cli.recipe_reader import load
 ROOT = Path(__file__).parents[1]
 DOCS = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "log.md"]  # its commands are of their day
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS]
-NOT_WRAPPED = ("method", "performance", "scale")
-"""Pages with longer lines."""
 REMARK = r"<!-- (?:not run: (?P<why>[^\n]+)|(?P<small>run small)(?::\s(?P<instead>[^>]+))?) -->\n"
 FENCE = re.compile(rf"(?:{REMARK})?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 INLINE = re.compile(r"(?<!`)`(pgprune [^`]+)`(?!`)")
@@ -100,7 +98,7 @@ def test_every_block_says_what_it_is(page: Path) -> None:
     assert not re.search(r"^    \$? ?pgprune ", FENCE.sub("", text), re.M), "commands go into a fenced block"
 
 
-NARROW = [page for page in (*PAGES, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md") if page.stem not in NOT_WRAPPED]
+NARROW = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "SECURITY.md"]
 
 
 @pytest.mark.parametrize("page", NARROW, ids=name)
@@ -143,10 +141,7 @@ def test_every_extra_that_is_to_be_installed_is_one(page: Path) -> None:
         assert set(extras.split(",")) <= set(EXTRAS)
 
 
-IN_A_CLONE = [page for page in PAGES if page.name != "scale.md"]
-
-
-@pytest.mark.parametrize("page", IN_A_CLONE, ids=name)
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_pgprune_is_installed_from_the_clone_that_the_page_is_read_in(page: Path) -> None:
     """What the program says instead, `pip install 'pgprune[…]'`, is explained in the quick start."""
     others = re.findall(r"pip install [^`\n]*\bpgprune\b", page.read_text(encoding="utf-8"))
