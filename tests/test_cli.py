@@ -386,7 +386,7 @@ def test_a_stopped_search_says_how_to_go_on_and_does(signum, code) -> None:
 
 def test_the_command_that_goes_on_finishes_the_search() -> None:
     """The same command twice: stopped once it runs, then left alone."""
-    program = [sys.executable, "-m", "pgprune_cli", "search", "demo", *SET, "--set", "search.forwards=300", "--json"]
+    program = [sys.executable, "-m", "pgprune_cli", "search", "demo", *SET, "--set", "search.forwards=120", "--json"]
     started = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     history = Path("runs/demo/metrics.jsonl")
     while not (history.exists() and history.stat().st_size) and started.poll() is None:
@@ -397,7 +397,7 @@ def test_the_command_that_goes_on_finishes_the_search() -> None:
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "going on from step " in done.stderr
-    assert json.loads(done.stdout)["forwards"] == 300
+    assert json.loads(done.stdout)["forwards"] == 120
 
 
 # --- what there is to look at
