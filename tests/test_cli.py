@@ -361,7 +361,15 @@ def test_a_bug_of_ours_shows_its_traceback(pgprune, monkeypatch) -> None:
 # --- signals
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [
+        (signal.SIGINT, 130),
+        # Of processes of their own in tests/faults/test_stops.py, too.
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.soak),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.soak),
+    ],
+)
 def test_a_stopped_search_says_how_to_go_on_and_does(signum, code) -> None:
     many = [*SET, "--set", "search.forwards=200000", "--set", "search.checkpoint_every=100000"]
     program = [sys.executable, "-m", "pgprune_cli", "search", "demo", "--out", "a run", *many]
