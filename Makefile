@@ -8,6 +8,8 @@ SOURCES := pgprune_cli tests scripts
 # The serving runtimes hold other libraries back, and are 4 GB: an environment of their own.
 SERVING ?= .venv-serving
 AUDIT ?= $(VENV)-audit
+# Processes of one thread each that share the tests: more threads are of no use to tiny models.
+JOBS ?= 2
 
 .PHONY: demo test soak fuzz test-gpu test-serving audit check references docs format clean
 
@@ -17,7 +19,7 @@ demo: $(BIN)/pgprune
 
 # What was published overnight does not fail it; the weekly audit does (.github/workflows/audit.yml).
 test: check
-	OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 	$(BIN)/python scripts/audit.py --venv $(AUDIT) --report
 
 soak: $(BIN)/.dev

@@ -6,6 +6,7 @@ import importlib.util
 import shutil
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -254,8 +255,29 @@ def searching(finished: dict[str, Path], tmp_path: Path) -> Path:
     return run
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
-    """How many inputs the tests of fuzz/ tried, where they ran."""
-    if inputs := sys.modules.get("inputs"):
+# --- how many inputs the tests of fuzz/ tried, here or in the processes of pytest -n
+
+TRIED = pytest.StashKey[Counter[str]]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    node.config.stash.setdefault(TRIED, Counter()).update(getattr(node, "workeroutput", {}).get("tried", {}))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if not (inputs := sys.modules.get("inputs")):
+        return
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["tried"] = dict(inputs.tried)
+    else:
+        session.config.stash[TRIED] = inputs.tried
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if tried := config.stash.get(TRIED, None):
+        kinds = sorted(kind for kind in tried if not kind.endswith(", refused"))
         terminalreporter.section("inputs tried")
-        terminalreporter.write_line(inputs.report())
+        for kind in kinds:
+            terminalreporter.write_line(f"{kind}: {tried[kind]:,}, of which refused: {tried[f'{kind}, refused']:,}")
+        terminalreporter.write_line(f"all readings: {sum(tried[kind] for kind in kinds):,}")

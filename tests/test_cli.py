@@ -399,7 +399,15 @@ def test_a_bug_of_ours_shows_its_traceback(pgprune, monkeypatch) -> None:
 # --- signals
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(
+    ("signum", "code"),
+    [
+        (signal.SIGINT, 130),
+        # Of processes of their own in tests/faults/test_stops.py, too.
+        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.soak),
+        pytest.param(signal.SIGHUP, 129, marks=pytest.mark.soak),
+    ],
+)
 def test_a_stopped_search_says_how_to_go_on_and_does(signum, code) -> None:
     many = [*SET, "--set", "search.forwards=200000", "--set", "search.checkpoint_every=100000"]
     program = [sys.executable, "-m", "pgprune_cli", "search", "demo", "--out", "a run", *many]
@@ -426,7 +434,7 @@ def test_a_stopped_search_says_how_to_go_on_and_does(signum, code) -> None:
 
 def test_the_command_that_goes_on_finishes_the_search() -> None:
     """The same command twice: stopped once it runs, then left alone."""
-    program = [sys.executable, "-m", "pgprune_cli", "search", "demo", *SET, "--set", "search.forwards=300", "--json"]
+    program = [sys.executable, "-m", "pgprune_cli", "search", "demo", *SET, "--set", "search.forwards=120", "--json"]
     started = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     history = Path("runs/demo/metrics.jsonl")
     while not (history.exists() and history.stat().st_size) and started.poll() is None:
@@ -437,7 +445,7 @@ def test_the_command_that_goes_on_finishes_the_search() -> None:
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "going on from step " in done.stderr
-    assert json.loads(done.stdout)["forwards"] == 300
+    assert json.loads(done.stdout)["forwards"] == 120
 
 
 @pytest.mark.parametrize(

@@ -58,47 +58,39 @@ def run_program(program: list[str], variables: dict[str, str]) -> subprocess.Com
     return subprocess.run(program, capture_output=True, text=True, check=False, timeout=SECONDS, env=environment)
 
 
-def torchrun(processes: int, run: Path, accident: tuple[str, int] | None = None, restarts: int = 0):
-    """The program under torchrun; with an accident to rank 1 after a step."""
-    what = ["-m", "pgprune_cli"]
-    if accident is not None:
-        what = [str(Path(__file__).with_name("ranks.py")), accident[0], str(accident[1])]
-    started = ["--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
+def torchrun(run: Path, accident: str, step: int, restarts: int = 0):
+    """The program on two processes under torchrun, with an accident to rank 1 after a step."""
+    what = [str(Path(__file__).with_name("ranks.py")), accident, str(step)]
+    started = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
     return run_program([sys.executable, "-m", "torch.distributed.run", *started, *what, "search", *arguments(run)], {})
 
 
-def test_four_processes_find_what_one_does(alone, tmp_path) -> None:
-    done = torchrun(4, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert result_of(tmp_path) == alone
-    assert done.stdout.count("\n") == 1  # the writer's
-    assert done.stderr.count(f"step {STEPS}/{STEPS}") == 1
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
-def test_so_do_two_that_the_slurm_script_starts(alone, tmp_path) -> None:
+def test_four_processes_that_the_slurm_script_starts_find_what_one_does(alone, tmp_path) -> None:
     """With a cluster of one machine, which is this one."""
     for name, does in {"srun": 'exec "$@"', "scontrol": "echo localhost"}.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{does}\n")
         (tmp_path / name).chmod(0o755)
-    job = {"SLURM_JOB_NODELIST": "x", "SLURM_NNODES": "1", "SLURM_JOB_ID": str(os.getpid()), "PROCESSES": "2"}
+    job = {"SLURM_JOB_NODELIST": "x", "SLURM_NNODES": "1", "SLURM_JOB_ID": str(os.getpid()), "PROCESSES": "4"}
     path = {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
     script = Path(__file__).parents[1] / "scripts" / "slurm" / "search.sbatch"
     done = run_program(["bash", str(script), *arguments(tmp_path / "run")], job | path)
     assert done.returncode == 0, done.stderr
     assert result_of(tmp_path / "run") == alone
+    assert done.stdout.count("\n") == 1  # the writer's
+    assert done.stderr.count(f"step {STEPS}/{STEPS}") == 1
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_a_killed_rank_costs_nothing_but_time(alone, tmp_path) -> None:
     """Killed after step 3, the checkpoint being of step 2: torchrun restarts all, and they go on from there."""
-    done = torchrun(2, tmp_path, ("SIGKILL", 3), restarts=1)
+    done = torchrun(tmp_path, "SIGKILL", 3, restarts=1)
     assert done.returncode == 0, done.stderr
     assert f"going on from step 2 of {STEPS}" in done.stderr
     assert result_of(tmp_path) == alone
 
 
 def test_a_signal_to_one_rank_stops_all_with_their_step_saved(alone, tmp_path) -> None:
-    done = torchrun(2, tmp_path, ("SIGTERM", 3))
+    done = torchrun(tmp_path, "SIGTERM", 3)
     assert done.returncode != 0
     for rank in (0, 1):
         said = f"pgprune, rank {rank}: stopped; step 3 of {STEPS} is saved in {tmp_path}; to go on: the same torchrun"
@@ -109,7 +101,7 @@ def test_a_signal_to_one_rank_stops_all_with_their_step_saved(alone, tmp_path) -
 
 
 def test_an_exception_on_one_rank_ends_all(tmp_path) -> None:
-    done = torchrun(2, tmp_path, ("exception", 2))
+    done = torchrun(tmp_path, "exception", 2)
     assert done.returncode != 0
     assert "ArithmeticError: an accident" in done.stderr
     assert not (tmp_path / RECORD).exists()

@@ -35,6 +35,8 @@ REMARK = r"<!-- (?:not run: (?P<why>[^\n]+)|(?P<small>run small)(?::\s(?P<instea
 FENCE = re.compile(rf"(?:{REMARK})?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 INLINE = re.compile(r"(?<!`)`(pgprune [^`]+)`(?!`)")
 RUN = ("bash", "python", "yaml")
+SHELL = re.compile(r"[|&;$*<>]")
+"""What only a shell understands."""
 SHOWN = ("text", "json")
 SMALL = (
     "model=demo",
@@ -94,7 +96,7 @@ def test_every_block_says_what_it_is(page: Path) -> None:
     for block in blocks(page):
         assert block.language in (*RUN, *SHOWN), block.text
         assert block.language in RUN or not re.search(r"^\$? ?pgprune ", block.text, re.M), block.text
-        assert not block.small or block.language != "bash" or [*small_commands(block)], block.text
+        assert not block.small or block.language != "bash" or [*commands(block)], block.text
     assert not re.search(r"^    \$? ?pgprune ", FENCE.sub("", text), re.M), "commands go into a fenced block"
 
 
@@ -201,12 +203,12 @@ def replaced(block: Block) -> str:
     return text
 
 
-def small_commands(block: Block) -> Iterator[list[str]]:
-    """The words of each command, with `SMALL` behind those that take a recipe's settings. It is no shell."""
+def commands(block: Block) -> Iterator[list[str]]:
+    """The words of each command, with `SMALL` behind those that take a recipe's settings if it is to be run small."""
     for line in replaced(block).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
-        assert not re.search(r"[|&;$*<>]", " ".join(words)), f"needs a shell: {line}"
-        if TAKE_SETTINGS.intersection(words):
+        assert not SHELL.search(" ".join(words)), f"needs a shell: {line}"
+        if block.small and TAKE_SETTINGS.intersection(words):
             words += [word for setting in SMALL for word in ("--set", setting)]
         if words and words[0] != "pip":
             yield words
@@ -219,13 +221,13 @@ torchrun --nproc-per-node 8 -m pgprune_cli search RECIPE    # RECIPE: one's own
 pgprune eval runs/RECIPE --limit 8 \\
     --ppl RECIPE
 """
-    search, measure = small_commands(Block("bash", text, None, True, (("8", "2"), ("RECIPE", "demo"))))
+    search, measure = commands(Block("bash", text, None, True, (("8", "2"), ("RECIPE", "demo"))))
     assert search[:7] == ["torchrun", "--nproc-per-node", "2", "-m", "pgprune_cli", "search", "demo"]
     assert search[7:9] == ["--set", "model=demo"]
     assert measure == ["pgprune", "eval", "runs/RECIPE", "--limit", "2", "--ppl", "demo"]
     for text, instead in (("pgprune runs | sort", ()), ("pgprune runs", (("run", "demo"),))):
         with pytest.raises(AssertionError):
-            [*small_commands(Block("bash", text, None, True, instead))]
+            [*commands(Block("bash", text, None, True, instead))]
 
 
 def run(command: list[str | Path], programs: dict[str, str]) -> None:
@@ -247,9 +249,9 @@ def test_what_a_page_shows_is_what_happens(
                 load(file)
         elif block.language == "python":
             run([sys.executable, "-c", replaced(block)], programs)
-        elif not block.small:
+        elif shell := not block.small and SHELL.search(block.text):
             run(["bash", "-euc", block.text], programs)
-        for words in small_commands(block) if block.small and block.language == "bash" else ():
+        for words in commands(block) if block.language == "bash" and not shell else ():
             if words[0] != "pgprune":
                 run([shutil.which(words[0], path=programs["PATH"]), *words[1:]], programs)
                 continue

@@ -28,7 +28,7 @@ MEMORY = 2 << 30
 """Bytes that one input may add to the most that the process ever held."""
 
 tried: Counter[str] = Counter()
-"""Inputs by test, and of them those that were refused; reported at the end."""
+"""Inputs by test, and of them those that were refused; which conftest.py reports at the end."""
 
 
 def examples(count: int, shrink: bool = True) -> settings:
@@ -132,13 +132,6 @@ def rewritten(draw: st.DrawFn, content: bytes) -> bytes:
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.dumps(draw(changed(json.loads(content[8:end])))).encode()
     return len(header).to_bytes(8, "little") + header + content[end:]
-
-
-def report() -> str:
-    """A line for every kind of input, and one for all."""
-    kinds = sorted(kind for kind in tried if not kind.endswith(", refused"))
-    lines = [f"{kind}: {tried[kind]:,}, of which refused: {tried[f'{kind}, refused']:,}" for kind in kinds]
-    return "\n".join([*lines, f"all readings: {sum(tried[kind] for kind in kinds):,}"])
 
 
 def put(path: Path, content: bytes) -> Path:

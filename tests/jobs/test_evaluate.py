@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,6 @@ from pgprune_cli.jobs.evaluate import (
     remember,
 )
 from pgprune_cli.jobs.export import export
-from pgprune_cli.jobs.search import search
 from pgprune_cli.loading import load_tokenizer
 from pgprune_cli.recipe import Evaluation
 from pgprune_cli.run_files import EVALUATION_FILE, MASKS, RECORD
@@ -97,8 +97,10 @@ def text(tmp_path: Path) -> Corpus:
 
 
 @pytest.fixture
-def run(small, tmp_path: Path) -> Path:
-    search(small("search.forwards=4"), tmp_path / "run", quiet=True)
+def run(finished: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy that has not been measured."""
+    shutil.copytree(finished["units"], tmp_path / "run")
+    (tmp_path / "run" / EVALUATION_FILE).unlink()
     return tmp_path / "run"
 
 

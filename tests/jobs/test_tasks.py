@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,6 @@ from pgprune_cli.atomic import read_record
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.evaluate import evaluate, open_target, remember
 from pgprune_cli.jobs.export import export
-from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.tasks import load_tasks, measure_tasks, names_of
 from pgprune_cli.loading import load_tokenizer
 from pgprune_cli.run_files import EVALUATION_FILE
@@ -39,8 +39,10 @@ def values(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 @pytest.fixture
-def run(small, tmp_path: Path) -> Path:
-    search(small("search.forwards=4"), tmp_path / "run", quiet=True)
+def run(finished: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy that has not been measured."""
+    shutil.copytree(finished["units"], tmp_path / "run")
+    (tmp_path / "run" / EVALUATION_FILE).unlink()
     return tmp_path / "run"
 
 

@@ -1,6 +1,5 @@
 """Recovery by distillation: the loss, and the script: the model gets better, and loads as it did."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,11 +11,8 @@ from transformers import TrainingArguments
 from pgprune_cli.demo.grammar import generate
 from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target
 from pgprune_cli.jobs.export import export
-from pgprune_cli.jobs.search import search
 
 pytest.importorskip("accelerate", reason="needs the extra: pip install 'pgprune[recovery]'")
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "distill.py"
 
 
 @pytest.fixture(scope="module")
@@ -57,26 +53,28 @@ def test_batches_that_are_accumulated_count_as_one_batch(script, tmp_path: Path)
 
 
 @pytest.fixture
-def pruned(small, tmp_path: Path) -> Path:
-    search(small("search.forwards=4"), tmp_path / "run", quiet=True)
-    export(tmp_path / "run", tmp_path / "pruned")
+def pruned(finished: dict[str, Path], tmp_path: Path) -> Path:
+    export(finished["units"], tmp_path / "pruned")
     (tmp_path / "text.txt").write_text(generate(seed=9, characters=40_000))
     return tmp_path / "pruned"
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks for it
 @pytest.mark.parametrize("options", [["--lr", "1e-3"], ["--lr", "1e-2", "--lora", "8", "--lm", "0.5"]])
-def test_a_pruned_model_gets_better_and_stays_what_it_was(options: list[str], pruned: Path, tmp_path: Path) -> None:
+def test_a_pruned_model_gets_better_and_stays_what_it_was(
+    options: list[str], script, pruned: Path, tmp_path: Path, monkeypatch, capfd
+) -> None:
     if "--lora" in options:
         pytest.importorskip("peft", reason="needs the extra: pip install 'pgprune[recovery]'")
     text = str(tmp_path / "text.txt")
-    command = [sys.executable, str(SCRIPT), str(pruned), "--teacher", "demo", "--text", text, "--out", "better"]
-    command += ["--steps", "30", "--seqlen", "32", *options]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "custom code" not in done.stdout + done.stderr  # nobody is asked whether to run the modelling file
+    words = [str(pruned), "--teacher", "demo", "--text", text, "--out", "better"]
+    monkeypatch.setattr(sys, "argv", ["distill.py", *words, "--steps", "30", "--seqlen", "32", *options])
+    monkeypatch.chdir(tmp_path)
+    script.main()
+    assert "custom code" not in "".join(capfd.readouterr())  # nobody is asked whether to run the modelling file
     better = tmp_path / "better"
     assert (better / "modeling_pruned.py").read_bytes() == (pruned / "modeling_pruned.py").read_bytes()
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "pruned", "text.txt", "better"}
+    assert {path.name for path in tmp_path.iterdir()} == {"pruned", "text.txt", "better"}
     held = tmp_path / "held.txt"
     held.write_text(generate(seed=10, characters=10_000))
     before, after = (

@@ -7,16 +7,18 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import pytest
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # seconds, which llama.cpp's own processes do without
+    from torch import Tensor
 
 Prompt = list[int] | str
 
 
 def require() -> None:
     """Skips the test that asks, with the reason, where llama.cpp is not installed."""
+    import pytest
+
     if importlib.util.find_spec("xllamacpp") is None:
         pytest.skip("no llama.cpp: pip install 'pgprune[serving-tests]'")
 
@@ -28,6 +30,8 @@ def generate(
 
     `forced` is generated whatever is likely: llama.cpp tells no probabilities where text ends within a character.
     """
+    import torch
+
     task = {"models": [str(model) for model in models], "prompt": prompt, "tokens": tokens, "vocabulary": vocabulary}
     task["bias"] = [] if forced is None else [[forced, 1000.0]]
     ended = subprocess.run([sys.executable, __file__], input=json.dumps(task), capture_output=True, text=True)
