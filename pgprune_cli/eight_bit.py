@@ -143,7 +143,7 @@ class Fp8Linear(EightBitLinear):
         return scaled.to(FP8).view(torch.int8)
 
     def _made(self, rows: Rows) -> Tensor:
-        return (rows.values.view(FP8).to(torch.float32) * rows.scale).to(self.dtype)
+        return rows.values.view(FP8).to(torch.float32).mul_(rows.scale).to(self.dtype)
 
 
 def fp8_product(inputs: Tensor, values: Tensor, scale: Tensor) -> Tensor:

@@ -148,7 +148,7 @@ def _read_into_eight_bits(
     _refuse_what_does_not_fit(source, tensors.keys() - found - ({HEAD} if tied else set()), misfits)
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     # A head of its own that differs is not tied, whatever the config says: as transformers does.
-    if tied and (HEAD not in found or torch.equal(head.weight.to(devices[0]), embedding.weight)):
+    if tied and (HEAD not in found or torch.equal(head.weight, embedding.weight)):
         head.weight = embedding.weight
     decoder = model.get_decoder()
     decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config).to(devices[0])  # computed, so in no file

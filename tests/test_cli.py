@@ -294,6 +294,7 @@ def test_a_bad_recipe_is_two_lines_for_two_faults(pgprune) -> None:
         (["export", "nowhere", "--push", "small"], "--push small: expected OWNER/NAME, such as my-name/small"),
         (["recipes", "copy", "demo", "demo.txt"], "demo.txt: a recipe's file should end in .yaml"),
         (["runs", "nowhere"], "nowhere: no such directory"),
+        (["doctor", "--set", "seed=1"], "--set seed=1: of which recipe? expected doctor RECIPE --set seed=1"),
         (["eval", "runs/nowhere"], "runs/nowhere: no such run directory; `pgprune runs` lists those there are"),
         (["eval", "nowhere"], "nowhere: no such directory or .gguf file, and not a hub name"),
         (["eval", "demo", "--ppl", "c4="], "--ppl c4=: expected a corpus name or NAME=FILE"),
@@ -307,7 +308,7 @@ def test_a_bad_recipe_is_two_lines_for_two_faults(pgprune) -> None:
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, said, pgprune) -> None:
-    quiet = [] if arguments[0] in ("recipes", "runs") else ["--quiet"]
+    quiet = [] if arguments[0] in ("recipes", "runs", "doctor") else ["--quiet"]
     code, out, err = pgprune(*arguments, *quiet)
     assert (code, out) == (2, "")
     assert said in err

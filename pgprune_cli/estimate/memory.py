@@ -93,7 +93,7 @@ def slice_bytes(sizes: Sizes, block: Block) -> int:
     """
     largest = max(*block.inner, block.inputs) * sizes.hidden
     if sizes.weights == "fp8":
-        repaired = block.inputs * block.outputs * sizes.dtype.itemsize if sizes.has_table and sizes.solves else 0
+        repaired = block.inputs * block.outputs * (sizes.dtype.itemsize - 1) if sizes.repairs else 0
         return block.nbytes // sizes.dtype.itemsize + max(largest, repaired)
     return block.nbytes + (largest if sizes.weights == "int8" else 0)
 

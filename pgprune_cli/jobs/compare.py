@@ -92,7 +92,7 @@ def _differs(key: str, was: Any, now: Any) -> str:
         return f"evaluation.seqlen {was}, not {now}"
     names = [[name for name, _ in texts] for texts in (was, now)]
     if names[0] == names[1]:
-        return f"another text of {next(name for name, digest in was if [name, digest] not in now)}"
+        return f"another text of {next(before[0] for before, after in zip(was, now, strict=True) if before != after)}"
     return "evaluation.corpora [{}], not [{}]".format(*map(", ".join, names))
 
 

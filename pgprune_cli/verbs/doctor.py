@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pgprune_cli.errors import ExitCode
+from pgprune_cli.errors import ExitCode, UserError
 from pgprune_cli.tables import print_result
 from pgprune_cli.verbs.options import AsJson, Set, examples, recipe_names
 
@@ -31,6 +31,8 @@ def doctor(
 
     from pgprune_cli.recipe_reader import find, load
 
+    if overrides and recipe is None:
+        raise UserError(f"--set {overrides[0]}: of which recipe? expected doctor RECIPE --set {overrides[0]}")
     loaded = load(find(recipe), overrides or []) if recipe else None
     from pgprune_cli.jobs.doctor import doctor
 

@@ -142,6 +142,29 @@ def untied_on_two() -> None:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
+def a_stored_head_on_two() -> None:
+    """The files of a model with tied embeddings may hold its head, too."""
+    from conftest import tiny_model
+    from safetensors.torch import load_file, save_file
+    from test_substrate import KEEPS, some_tokens
+
+    from pgprune_cli.loading import HEAD, load_model
+    from pgprune_cli.source import resolve
+    from pgprune_cli.substrate import Evaluator
+
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_model("llama-gqa").save_pretrained(folder)
+        file = Path(folder, "model.safetensors")
+        tensors = load_file(file)
+        for stored in (tensors["model.embed_tokens.weight"].clone(), torch.randn(96, 32)):
+            save_file(tensors | {HEAD: stored}, file, metadata={"format": "pt"})
+            here, there = (load_model(resolve(folder), "float32", device, "int8") for device in ("cpu", TWO))
+            head, embedding = there.get_output_embeddings().weight, there.get_input_embeddings().weight
+            assert (head is embedding) == torch.equal(stored, tensors["model.embed_tokens.weight"])
+            found, expected = (Evaluator(model).losses([KEEPS["dense"]], some_tokens()) for model in (there, here))
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
 def latencies() -> None:
     from conftest import tiny_model
 
@@ -169,6 +192,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "a search over units on two": lambda: searched("dtype=float32", device=TWO),
     "a search over widths on two": lambda: searched(*LAYERS, REPAIRED, "weights=int8", device=TWO),
     "untied on two": untied_on_two,
+    "a stored head on two": a_stored_head_on_two,
     "latencies": latencies,
 }
 

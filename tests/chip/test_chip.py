@@ -15,54 +15,41 @@ from pathlib import Path
 
 import pytest
 import torch
+from parts import PARTS
 from torch.utils.cpp_extension import include_paths, library_paths
 
 HERE = Path(__file__).parent
-PARTS = (
-    "what is refused",
-    "forwards",
-    "scores",
-    "a search over units",
-    "a search over units, repaired by biases",
-    "a search over layers",
-    "a search over widths",
-    "a search over widths in bfloat16",
-    "a search over widths from int8",
-    "a search over widths from fp8",
-    "a search over units on two",
-    "a search over widths on two",
-    "untied on two",
-    "latencies",
-)
-
-
 pytestmark = pytest.mark.timeout(600)  # of the first test, for which all is compiled and run
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Of every part what went wrong, "" for nothing."""
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("no C++ compiler on this machine")
-    library = tmp_path_factory.mktemp("chip") / "chip.so"
+    made = tmp_path_factory.mktemp("chip") / "chip.so"
     flags = ["-shared", "-fPIC", "-O0", "-std=c++20", f"-D_GLIBCXX_USE_CXX11_ABI={torch.compiled_with_cxx11_abi():d}"]
-    places = [f"-isystem{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
-    command = [compiler, *flags, *places, str(HERE / "chip.cpp"), "-o", str(library), "-ltorch_cpu", "-lc10"]
-    subprocess.run(command, check=True)
-    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [sys.executable, str(HERE / "parts.py"), str(library)], env=environment, stdout=subprocess.PIPE, text=True
-    )
-    found = [json.loads(line) for line in run.stdout.splitlines()]
+    command = [compiler, *flags, *(f"-isystem{path}" for path in include_paths())]
+    linked = [*(f"-L{path}" for path in library_paths()), "-ltorch_cpu", "-lc10"]
+    if subprocess.run([*command, str(HERE / "chip.cpp"), "-o", str(made), *linked]).returncode:
+        headers = ["-fsyntax-only", "-include", "ATen/ATen.h", "-x", "c++", "/dev/null"]
+        if subprocess.run([*command, *headers]).returncode:
+            pytest.skip("the C++ compiler of this machine does not read PyTorch's headers, or they are absent")
+        pytest.fail("chip.cpp does not compile")
+    return made
+
+
+@pytest.fixture(scope="module")
+def said(library: Path, token_cache: str) -> dict[str, str]:
+    """Of every part what went wrong, "" for nothing."""
+    more = {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1", "PGPRUNE_CACHE": token_cache}
+    command = [sys.executable, str(HERE / "parts.py"), str(library)]
+    run = subprocess.run(command, env=os.environ | more, stdout=subprocess.PIPE, text=True)
     assert run.returncode == 0
-    return {row["part"]: row["said"] for row in found}
-
-
-def test_all_parts_ran(said: dict[str, str]) -> None:
-    assert tuple(said) == PARTS
+    return {row["part"]: row["said"] for row in map(json.loads, run.stdout.splitlines())}
 
 
 @pytest.mark.parametrize("part", PARTS)
 def test_it_runs_on_a_device_of_its_own(part: str, said: dict[str, str]) -> None:
-    assert said[part] == ""
+    if said[part]:
+        pytest.fail(said[part], pytrace=False)

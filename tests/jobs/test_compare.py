@@ -9,7 +9,7 @@ import pytest
 from pgprune_cli.atomic import read_record, write_record
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs import compare as job
-from pgprune_cli.jobs.compare import TABLE_JSON, TABLE_MARKDOWN, compare, variants_of
+from pgprune_cli.jobs.compare import TABLE_JSON, TABLE_MARKDOWN, Settings, compare, variants_of
 from pgprune_cli.run_files import MEASURED_FILE
 
 NAMES = ["metric-uniform", "metric-repaired", "layers-repaired"]
@@ -111,6 +111,14 @@ def test_what_was_measured_with_other_settings_is_refused(small, tmp_path) -> No
     del measured["settings"]  # of before they were recorded
     write_record(row, measured)
     assert again() == ""
+
+
+def test_texts_of_one_name_that_changed_places_are_other_texts(tmp_path) -> None:
+    settings = Settings([["tales", "1"], ["tales", "2"]], [32], "float32", None)
+    settings.write(tmp_path / MEASURED_FILE, {"parameters": 7})
+    assert settings.read(tmp_path / MEASURED_FILE) == {"parameters": 7, "limit": None}
+    with pytest.raises(UserError, match="measured with another text of tales; give the same"):
+        replace(settings, texts=settings.texts[::-1]).read(tmp_path / MEASURED_FILE)
 
 
 def test_a_name_that_is_no_variants_is_refused(recipe, tmp_path) -> None:
