@@ -177,9 +177,11 @@ def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     try:
         fp8_product(some.to(dtype), some, some[:, :1].float())
     except (RuntimeError, NotImplementedError, ValueError) as error:
+        ways = "set weights to int8 or dtype"
+        if dtype != torch.bfloat16:  # in which most chips have them, if any
+            ways = f"set dtype to bfloat16, or {ways.removeprefix('set ')}"
         raise UserError(
-            f"weights: {device} multiplies no fp8 in {str(dtype).removeprefix('torch.')}; set weights to int8 or dtype "
-            f"({in_short(error)})"
+            f"weights: {device} multiplies no fp8 in {str(dtype).removeprefix('torch.')}; {ways} ({in_short(error)})"
         ) from error
 
 

@@ -51,9 +51,12 @@ def _disjoint(families: tuple[str, ...]) -> str:
 
 
 def name_and_text(corpus: str) -> tuple[str, str]:
-    """What a corpus of an evaluation is reported as, and where its text comes from: of `wikitext2` or NAME=FILE."""
+    """What a corpus of an evaluation is reported as, and where its text comes from: of `wikitext2` or NAME=FILE.
+
+    No name has a slash, so that `./a=b.txt` is a file.
+    """
     name, equals, text = corpus.partition("=")
-    return name, text if equals else name
+    return (name, text) if equals and "/" not in name else (corpus, corpus)
 
 
 def _corpus(value: str) -> str:

@@ -169,6 +169,10 @@ def test_a_chip_without_such_products_is_refused_by_name(monkeypatch: pytest.Mon
         "weights: cpu multiplies no fp8 in bfloat16; set weights to int8 or dtype (only supported on CUDA devices with "
         "compute capability >= 8.9 and more)"
     )
+    with pytest.raises(
+        UserError, match="multiplies no fp8 in float32; set dtype to bfloat16, or weights to int8 or dtype"
+    ):
+        check_fp8(torch.device("cpu"), torch.float32)
     monkeypatch.delattr(eight_bit.functional, "scaled_mm")
     with pytest.raises(UserError, match=r"weights: fp8 needs a newer PyTorch than .*, or set weights to int8"):
         check_fp8(torch.device("cpu"), torch.float32)

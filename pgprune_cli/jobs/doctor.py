@@ -170,9 +170,11 @@ class _Weights:
 
 
 def _model(recipe: Recipe) -> Iterator[Finding]:
+    from pgprune_cli.jobs.init_scores import refuse_unfit_weights
     from pgprune_cli.loading import check_prunable, devices_of
 
     try:
+        refuse_unfit_weights(recipe)
         devices = devices_of(recipe.device)
         source = _local(recipe.model)
         if source is not None:

@@ -105,6 +105,7 @@ def test_products_of_fp8(small, monkeypatch) -> None:
         ("model=base-without-weights", "model", "neither model.safetensors nor"),
         ("model=gpt", "model", "model type 'gpt2' is not supported"),
         ("device=cuda:77", "model", "CUDA devices"),
+        ("weights=fp8 saliency.metric=taylor", "model", "takes gradients, which fp8 weights have not"),
         ("calibration.corpus=nothing.txt", "data", "no such file"),
         ("calibration.corpus=empty.txt", "data", "holds no text"),
         ("calibration.corpus=wrong.jsonl", "data", "wrong.jsonl:1: not JSON"),
@@ -121,7 +122,7 @@ def test_what_is_wrong_with_a_recipe(override: str, name: str, said: str, small)
     Path("base-without-weights/model.safetensors").unlink()
     GPT2Config().save_pretrained("gpt")
     Path("gpt/model.safetensors").touch()
-    found = bad(doctor(small(override)))
+    found = bad(doctor(small(*override.split())))
     assert [finding.name for finding in found] == [name]
     assert said in found[0].fix
     assert found[0].fails == (not override.startswith("evaluation."))

@@ -81,6 +81,7 @@ def test_a_model_that_overflows_fails_the_run() -> None:
 def test_corpora_are_names_or_named_files() -> None:
     assert Corpus.parse("c4") == Corpus("c4", "c4")
     assert Corpus.parse("wikitext2=a/b=c.txt") == Corpus("wikitext2", "a/b=c.txt")
+    assert Corpus.parse("a/b=c.txt") == Corpus("a/b=c.txt", "a/b=c.txt")
     for bad in ("", "=x.txt", "wikitext2="):
         with pytest.raises(UserError) as error:
             Corpus.parse(bad)
