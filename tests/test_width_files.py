@@ -123,7 +123,7 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     calls = []
 
     def noted(*arguments):
-        calls.append(list(arguments[-1]))
+        calls.append(list(arguments[-2]))  # which layers; the last shows progress
         return solved_layers(*arguments)
 
     monkeypatch.setattr(job, "solved_layers", noted)
