@@ -58,6 +58,7 @@ def _columns(names: Sequence[str], columns: Sequence[dict[str, str]]) -> Table:
 def _facts(run: Run) -> dict[str, str]:
     recipe, decision = run.recipe, run.decision
     budget, search = recipe["budget"], recipe["search"]
+    weights = recipe.get("weights", "dtype")  # which runs of before have not
     facts = {
         "state": run.progress,
         "model": str(recipe["model"]),
@@ -65,7 +66,7 @@ def _facts(run: Run) -> dict[str, str]:
         "start": f"{recipe['saliency']['metric']}, seed {recipe['seed']}",
         "search": f"over {search['policy']}, {search['samples']} samples a step",
         "repair": str(recipe["reconstruct"]["method"]),
-        "computed in": str(recipe["dtype"]),
+        "computed in": str(recipe["dtype"]) + (f", from {weights} weights" if weights != "dtype" else ""),
     }
     if decision is not None:
         facts["sparsity"] = f"{decision.sparsity:.4f} of the prunable parameters"

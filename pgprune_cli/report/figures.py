@@ -87,7 +87,7 @@ def _losses(run: Run) -> Chart:
         if good:
             mean = _loss(row.mean_loss, forwards, row.step)
             means.append(mean | {"low": min(good), "high": max(good), "of": sampled})
-    x = alt.X("forwards:Q", title="forward passes")
+    x = alt.X("forwards:Q", title="forward passes", axis=alt.Axis(format=",d", tickMinStep=1))
     left = alt.Axis(title="nats per token")
     right = alt.Axis(title="perplexity", orient="right", grid=False, labelExpr="format(exp(datum.value), ',.3~r')")
     scale = alt.Scale(zero=False, nice=False, padding=8)
@@ -199,7 +199,7 @@ def _together(points: list[dict[str, Any]]) -> Chart:
         alt.Chart(alt.Data(values=points))
         .mark_line(point=True)
         .encode(
-            alt.X("forwards:Q", title="forward passes"),
+            alt.X("forwards:Q", title="forward passes", axis=alt.Axis(format=",d", tickMinStep=1)),
             alt.Y("loss:Q", title="nats per token", scale=alt.Scale(zero=False)),
             alt.Color("run:N", title=None),
             tooltip=tip,

@@ -127,6 +127,11 @@ def test_the_tables_say_what_was_done(finished) -> None:
     assert summary(runs).headings == ["", "units", "layers"]
     assert facts["search"] == ["over units, 2 samples a step", "over layers, 2 samples a step"]
     assert facts["forward passes"][0].startswith("12 of search, ")
+    for weights, said in (("int8", "float32, from int8 weights"), (None, "float32")):
+        runs[0].recipe["weights"] = weights
+        if weights is None:  # a run of before
+            del runs[0].recipe["weights"]
+        assert ["computed in", said] in [row[:2] for row in summary(runs).rows]
     assert evaluation(runs).rows == [["parameters", "7", "7"], ["demo PPL, 128 tokens", "4.50", "3.25"]]
     assert [row[2] for row in commands(runs[0]).rows] == ["pgprune search demo --out 'a run'"]
     assert again(runs[0]).startswith("pgprune search ")
