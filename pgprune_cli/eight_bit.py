@@ -80,9 +80,13 @@ class EightBitLinear(nn.Linear):
         """`(out, in)`, or of the kept units, in `dtype`. Not cheap: a new tensor with every call."""
         if isinstance(self.kept, Tensor):
             return self.kept
-        return self._made(self.kept or Rows(self.values, self.scale))
+        return self._made(self._rows())
 
-    def picked(self, axis: int, kept: Tensor, units: int) -> Rows:
+    def _rows(self) -> Rows:
+        """All of them, or those kept."""
+        return self.kept if isinstance(self.kept, Rows) else Rows(self.values, self.scale)
+
+    def _picked(self, axis: int, kept: Tensor, units: int) -> Rows:
         """The rounded rows of the kept units as `arch.gather_units` picks them; nothing is made of the others."""
         scale = gather_units(self.scale, 0, kept, units) if axis == 0 else self.scale
         return Rows(gather_units(self.values, axis, kept, units), scale)
@@ -109,7 +113,7 @@ class Int8Linear(EightBitLinear):
     LARGEST = 127.0
 
     def gathered(self, axis: int, kept: Tensor, units: int) -> Tensor:
-        return self._made(self.picked(axis, kept, units))
+        return self._made(self._picked(axis, kept, units))
 
     def _scale_dtype(self) -> torch.dtype:
         return self.dtype
@@ -129,11 +133,11 @@ class Fp8Linear(EightBitLinear):
     def forward(self, input: Tensor) -> Tensor:
         if isinstance(self.kept, Tensor):  # repaired
             return functional.linear(input, self.kept, self.bias)
-        found = fp8_product(input, *(self.kept or Rows(self.values, self.scale)))
+        found = fp8_product(input, *self._rows())
         return found if self.bias is None else found + self.bias
 
     def gathered(self, axis: int, kept: Tensor, units: int) -> Rows:
-        values, scale = self.picked(axis, kept, units)
+        values, scale = self._picked(axis, kept, units)
         return Rows(values.contiguous(), scale)
 
     def _scale_dtype(self) -> torch.dtype:
@@ -176,7 +180,7 @@ def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     some = torch.zeros(ALIGNED, ALIGNED, dtype=torch.int8, device=device)
     try:
         fp8_product(some.to(dtype), some, some[:, :1].float())
-    except (RuntimeError, NotImplementedError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:  # no such kernel; sizes, layouts or scales that it does not take
         ways = "set weights to int8 or dtype"
         if dtype != torch.bfloat16:  # in which most chips have them, if any
             ways = f"set dtype to bfloat16, or {ways.removeprefix('set ')}"

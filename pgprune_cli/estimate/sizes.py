@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +48,11 @@ class Block:
     keep: float
     level: int
 
+    @property
+    def largest(self) -> int:
+        """The weights of its largest projection."""
+        return max(*self.inner, self.inputs) * self.outputs
+
 
 class Sizes:
     """Of a recipe's model, and what its search does with it. Raises UserError for a model that cannot be pruned."""
@@ -59,11 +63,6 @@ class Sizes:
         self.dtype: torch.dtype = next(model.parameters()).dtype
         self.vocabulary, self.hidden = model.get_output_embeddings().weight.shape
         self.layers = len(self.shape.channels)
-
-    @property
-    def weights(self) -> Literal["dtype", "int8", "fp8"]:
-        """What the projections are kept in."""
-        return self.recipe.weights
 
     @property
     def parameters(self) -> int:

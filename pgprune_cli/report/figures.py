@@ -87,7 +87,7 @@ def _losses(run: Run) -> Chart:
         if good:
             mean = _loss(row.mean_loss, forwards, row.step)
             means.append(mean | {"low": min(good), "high": max(good), "of": sampled})
-    x = alt.X("forwards:Q", title="forward passes", axis=alt.Axis(format=",d", tickMinStep=1))
+    x = _forwards()
     left = alt.Axis(title="nats per token")
     right = alt.Axis(title="perplexity", orient="right", grid=False, labelExpr="format(exp(datum.value), ',.3~r')")
     scale = alt.Scale(zero=False, nice=False, padding=8)
@@ -193,13 +193,18 @@ def _pareto(measure: Measure) -> Chart:
     return alt.layer(front, dots, names).properties(width="container", height=HEIGHT * 1.3)
 
 
+def _forwards() -> Any:
+    """The axis of how far a search has come, in whole numbers."""
+    return alt.X("forwards:Q", title="forward passes", axis=alt.Axis(format=",d", tickMinStep=1))
+
+
 def _together(points: list[dict[str, Any]]) -> Chart:
     tip = _tip(run="run:N", forwards="forwards:Q", loss="loss:Q", perplexity="perplexity:Q")
     return (
         alt.Chart(alt.Data(values=points))
         .mark_line(point=True)
         .encode(
-            alt.X("forwards:Q", title="forward passes", axis=alt.Axis(format=",d", tickMinStep=1)),
+            _forwards(),
             alt.Y("loss:Q", title="nats per token", scale=alt.Scale(zero=False)),
             alt.Color("run:N", title=None),
             tooltip=tip,

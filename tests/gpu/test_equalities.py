@@ -9,6 +9,7 @@ import copy
 import os
 import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -53,6 +54,16 @@ def pair(request) -> tuple[nn.Module, nn.Module]:
     return model, copy.deepcopy(model).to("cuda")
 
 
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def some_tokens(rows: int = 3) -> Tensor:
     return torch.randint(VOCABULARY, (rows, 24), generator=torch.Generator().manual_seed(0))
 
@@ -84,12 +95,8 @@ def test_losses_of_int8_weights_are_those_of_the_cpu_and_never_wait(pair) -> Non
         on_chip.losses(keeps(), some_tokens()), on_cpu.losses(keeps(), some_tokens()), rtol=1e-4, atol=0
     )
     tokens = some_tokens().cuda()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         on_chip._summed(keeps()[0], tokens, {})
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_fp8_products_are_those_of_the_cpu_and_never_wait(pair) -> None:
@@ -117,12 +124,8 @@ def test_fp8_products_are_those_of_the_cpu_and_never_wait(pair) -> None:
     for handle in handles:
         handle.remove()
     tokens = some_tokens().cuda()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         Evaluator(model)._summed(keeps()[0], tokens, {})
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_int8_weights_go_straight_to_the_chip_and_take_half_of_bfloat16s() -> None:
@@ -161,13 +164,9 @@ def test_a_step_never_waits_for_the_chip(pair) -> None:
     _, model = pair
     evaluator, tokens = Evaluator(model), some_tokens().cuda()
     evaluator.losses(keeps(), tokens)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         for keep in keeps():
             evaluator._summed(keep, tokens, {})
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_where_memory_really_runs_out_a_batch_goes_through_in_parts() -> None:
