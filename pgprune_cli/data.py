@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.atomic import SEAL, checksum, metadata, read_tensors, write_bytes
+from pgprune_cli.console.hub_logging import quiet_hub
+from pgprune_cli.console.stderr import STDERR
+from pgprune_cli.console.suggest import nearest
 from pgprune_cli.errors import UserError
-from pgprune_cli.quiet_hub import quiet_hub
-from pgprune_cli.stderr import STDERR
-from pgprune_cli.suggest import nearest
 
 Purpose = Literal["calibration", "evaluation"]
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import yaml
 
+from pgprune_cli.console.suggest import either, near, nearest
 from pgprune_cli.errors import UserError
 from pgprune_cli.recipe import Recipe
 from pgprune_cli.strict_yaml import (
@@ -23,7 +24,6 @@ from pgprune_cli.strict_yaml import (
     shown_text,
     typed,
 )
-from pgprune_cli.suggest import either, near, nearest
 
 
 def _walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:

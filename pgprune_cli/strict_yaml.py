@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 import yaml
 
+from pgprune_cli.console.suggest import either, nearest
 from pgprune_cli.errors import UserError
-from pgprune_cli.suggest import either, nearest
 
 
 def typed(kind: Any, node: yaml.Node, report: Callable[[yaml.Node, str], None]) -> Any:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from pgprune_cli.progress import Row, SearchProgress
+from pgprune_cli.console.progress import Row, SearchProgress
 from pgprune_cli.tables import grid
 
 LONG = "layers.0.self_attn." + "q" * 300

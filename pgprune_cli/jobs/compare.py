@@ -16,6 +16,8 @@ from typing import Any
 
 from pgprune_cli.atomic import read_record, write_bytes, write_record
 from pgprune_cli.checkpoint import latest_checkpoint
+from pgprune_cli.console.stderr import STDERR
+from pgprune_cli.console.suggest import nearest
 from pgprune_cli.data import text_identity
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target
@@ -25,8 +27,6 @@ from pgprune_cli.jobs.search import search
 from pgprune_cli.lock import locked
 from pgprune_cli.recipe import Recipe
 from pgprune_cli.run_files import MEASURED_FILE, SCORES
-from pgprune_cli.stderr import STDERR
-from pgprune_cli.suggest import nearest
 
 TABLE_JSON, TABLE_MARKDOWN = "comparison.json", "comparison.md"
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pgprune_cli.console.progress import working
 from pgprune_cli.data import CalibrationText
 from pgprune_cli.estimate.memory import memory
 from pgprune_cli.estimate.sizes import Sizes, Texts
@@ -17,7 +18,6 @@ from pgprune_cli.jobs.problem import repair_batches
 from pgprune_cli.jobs.search import calibration_forwards
 from pgprune_cli.loading import devices_of, empty_model
 from pgprune_cli.matrix_rate import matrix_rate
-from pgprune_cli.progress import working
 from pgprune_cli.recipe import Recipe
 
 RESTS_ON = (

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pgprune_cli.atomic import read_record
+from pgprune_cli.console.progress import writing
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
-from pgprune_cli.progress import writing
 from pgprune_cli.run_files import EVALUATION_FILE
 from pgprune_cli.source import Source, resolve
 from pgprune_cli.writers import gguf, hf, mlx

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import FrameType
 
 from pgprune_cli.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from pgprune_cli.console.progress import SearchProgress, memory_in_use
+from pgprune_cli.console.signals import stopping
 from pgprune_cli.core.step import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.distributed import Ranks
@@ -19,9 +21,7 @@ from pgprune_cli.errors import RunError
 from pgprune_cli.history import History, Row, Written, read_history
 from pgprune_cli.jobs.problem import Problem
 from pgprune_cli.jobs.run_directory import resumed
-from pgprune_cli.progress import SearchProgress, memory_in_use
 from pgprune_cli.recipe import Recipe
-from pgprune_cli.signals import stopping
 from pgprune_cli.trackers import TrackerName, tracking
 
 BAD_STEPS = 10

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pgprune_cli.arch import Keep
 from pgprune_cli.atomic import write_bytes
 from pgprune_cli.budget import budget_for
+from pgprune_cli.console.progress import through_layers, working
 from pgprune_cli.data import Batches, CalibrationText
 from pgprune_cli.decision import Decision
 from pgprune_cli.distributed import Ranks, joined
@@ -22,7 +23,6 @@ from pgprune_cli.jobs.problem import Problem, policy_of, repair_batches, scores_
 from pgprune_cli.jobs.run_directory import finished, identity_of, refuse_other_recipe
 from pgprune_cli.loading import load_model
 from pgprune_cli.lock import locked
-from pgprune_cli.progress import through_layers, working
 from pgprune_cli.provenance import note
 from pgprune_cli.recipe import Recipe
 from pgprune_cli.recipe_reader import dump

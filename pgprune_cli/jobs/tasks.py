@@ -11,10 +11,10 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pgprune_cli.console.progress import working
+from pgprune_cli.console.suggest import nearest
 from pgprune_cli.errors import UserError
 from pgprune_cli.loading import load_tokenizer
-from pgprune_cli.progress import working
-from pgprune_cli.suggest import nearest
 
 if TYPE_CHECKING:
     from pgprune_cli.jobs.evaluate import Target

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.distributed import of_environment
-from pgprune_cli.stderr import STDERR
 
 
 def complain(text: str) -> None:

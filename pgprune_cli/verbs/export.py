@@ -74,8 +74,8 @@ def export(
     if push is not None:
         hub.check_name(push)
     refuse_unfinished(run)  # before seconds go by in imports
+    from pgprune_cli.console.progress import working
     from pgprune_cli.jobs import export as job
-    from pgprune_cli.progress import working
 
     options = job.options_of(format, dtype, shard_size, zero_groups, kv_multiple, ffn_multiple)
     out = job.target(run, out, format)

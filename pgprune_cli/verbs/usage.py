@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pgprune_cli.suggest import nearest
+from pgprune_cli.console.suggest import nearest
 
 
 def usage_fault(error: Exception) -> str | None:

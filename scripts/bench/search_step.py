@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from pgprune_cli import substrate
 from pgprune_cli.arch import Output, Shape
+from pgprune_cli.console.progress import SearchProgress
 from pgprune_cli.history import Row
 from pgprune_cli.jobs import loop, problem, search
-from pgprune_cli.progress import SearchProgress
 from pgprune_cli.recipe import Recipe
 from pgprune_cli.recipe_reader import find, load
 from pgprune_cli.reconstruct import Repaired

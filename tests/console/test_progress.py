@@ -12,10 +12,10 @@ import pytest
 from conftest import LAYERS_POLICY
 from rich.console import Console
 
+from pgprune_cli.console.progress import PLAIN_LINES, Bar, SearchProgress, through_layers, working
 from pgprune_cli.errors import RunError
 from pgprune_cli.history import Row
 from pgprune_cli.jobs.search import search
-from pgprune_cli.progress import PLAIN_LINES, Bar, SearchProgress, through_layers, working
 
 
 def row(step: int, losses: list[float | None], heldout: float | None = None, skipped: int = 0) -> Row:
@@ -73,7 +73,7 @@ def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What a terminal of 80 columns without colours is sent."""
     written = io.StringIO()
     terminal = Console(file=written, force_terminal=True, force_interactive=True, width=80, no_color=True)
-    monkeypatch.setattr("pgprune_cli.progress.Console", lambda **_: terminal)
+    monkeypatch.setattr("pgprune_cli.console.progress.Console", lambda **_: terminal)
     monkeypatch.delenv("CI", raising=False)
     return written
 

@@ -23,9 +23,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.history import Row
 from pgprune_cli.live_view import LiveView
-from pgprune_cli.stderr import STDERR
 
 PLAIN_LINES = 10
 """About how many lines a whole search prints where there is no terminal."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pgprune_cli.suggest import either, near, nearest
+from pgprune_cli.console.suggest import either, near, nearest
 
 RUNS = [f"{model}-{sparsity}" for model in ("llama2-7b", "small-135m") for sparsity in (20, 30, 50)]
 

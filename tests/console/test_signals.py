@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from pgprune_cli import signals
+from pgprune_cli.console import signals
 from pgprune_cli.errors import ExitCode
 
 

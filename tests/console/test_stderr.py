@@ -8,8 +8,8 @@ import sys
 import pytest
 from rich.live import Live
 
-from pgprune_cli.progress import SearchProgress
-from pgprune_cli.stderr import STDERR
+from pgprune_cli.console.progress import SearchProgress
+from pgprune_cli.console.stderr import STDERR
 
 
 def test_what_is_said_is_read(capsys) -> None:
@@ -29,7 +29,7 @@ def test_a_bar_that_is_drawn_meanwhile_is_no_circle(capfd) -> None:
 @pytest.mark.parametrize("reader", ["gone", "there"])
 def test_a_reader_that_has_gone_stops_nothing(reader) -> None:
     code = (
-        "import sys; from pgprune_cli.stderr import STDERR\n"
+        "import sys; from pgprune_cli.console.stderr import STDERR\n"
         "sys.stdin.readline()\n"
         "for _ in range(3): print('a word' * 10000, file=STDERR)\n"
         "print('done')"

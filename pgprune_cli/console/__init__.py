@@ -1,0 +1,1 @@
+"""What a person sees on stderr, and the signals that stop a command."""
