@@ -15,7 +15,12 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from pgprune_cli.atomic import (
+from pgprune_cli.core.step import SearchState
+from pgprune_cli.core.widths import WidthState
+from pgprune_cli.errors import UserError
+from pgprune_cli.history import Written
+from pgprune_cli.run_files import CHECKPOINTS
+from pgprune_cli.storage.atomic import (
     checksum,
     new_directory,
     read_json,
@@ -25,11 +30,6 @@ from pgprune_cli.atomic import (
     write_bytes,
     write_record,
 )
-from pgprune_cli.core.step import SearchState
-from pgprune_cli.core.widths import WidthState
-from pgprune_cli.errors import UserError
-from pgprune_cli.history import Written
-from pgprune_cli.run_files import CHECKPOINTS
 
 VERSION = 3
 KEPT = 2

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.arch import ArchSpec, Block, Shape, UnitCosts, projections, spec_of
-from pgprune_cli.atomic import read_record, write_record
 from pgprune_cli.errors import UserError
+from pgprune_cli.storage.atomic import read_record, write_record
 from pgprune_cli.streaming import Stream, layer_inputs
 from pgprune_cli.substrate import Evaluator, shrunk_block
 

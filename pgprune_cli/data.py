@@ -16,11 +16,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pgprune_cli.atomic import SEAL, checksum, metadata, read_tensors, write_bytes
 from pgprune_cli.console.hub_logging import quiet_hub
 from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.console.suggest import nearest
 from pgprune_cli.errors import UserError
+from pgprune_cli.storage.atomic import SEAL, checksum, metadata, read_tensors, write_bytes
 
 Purpose = Literal["calibration", "evaluation"]
 

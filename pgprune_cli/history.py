@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from pgprune_cli.atomic import sync_directory
 from pgprune_cli.errors import UserError
 from pgprune_cli.run_files import METRICS_FILE
+from pgprune_cli.storage.atomic import sync_directory
 
 
 @dataclass(frozen=True)

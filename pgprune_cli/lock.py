@@ -16,9 +16,9 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pgprune_cli.atomic import make_directory, take
 from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.errors import UserError
+from pgprune_cli.storage.atomic import make_directory, take
 
 LOCK = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pgprune_cli.atomic import read_record
 from pgprune_cli.run_files import EVALUATION_FILE, MEASURED_FILE
+from pgprune_cli.storage.atomic import read_record
 
 
 def read_measured(run: Path) -> dict[str, Any] | None:

@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgprune_cli.atomic import read_json
 from pgprune_cli.console.hub_logging import quiet_hub
 from pgprune_cli.errors import UserError, in_short
+from pgprune_cli.storage.atomic import read_json
 from pgprune_cli.trust import HOW_TO_CONVERT, PICKLED, check_weight_name, refuse_links_out
 
 DEMO_MODEL = Path(__file__).parent / "demo" / "model"

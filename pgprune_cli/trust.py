@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pgprune_cli.atomic import read_json
 from pgprune_cli.errors import UserError
 from pgprune_cli.gguf_header import read_header
+from pgprune_cli.storage.atomic import read_json
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 HOW_TO_CONVERT = (

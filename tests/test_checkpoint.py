@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from pgprune_cli.atomic import read_json, write_record
 from pgprune_cli.checkpoint import RECORD, TENSORS, Checkpoint, latest_checkpoint, save_checkpoint
 from pgprune_cli.core.space import Family, MaskSpace
 from pgprune_cli.core.step import SearchState
@@ -18,6 +17,7 @@ from pgprune_cli.core.widths import WidthState, begin, propose, update
 from pgprune_cli.errors import UserError
 from pgprune_cli.history import Written
 from pgprune_cli.run_files import CHECKPOINTS
+from pgprune_cli.storage.atomic import read_json, write_record
 
 HISTORY = Written(77, "of these bytes")
 
@@ -185,7 +185,7 @@ def swap_whole(folder: Path) -> None:
 
 
 def without_theta(folder: Path) -> None:
-    from pgprune_cli.atomic import checksum
+    from pgprune_cli.storage.atomic import checksum
 
     (folder / TENSORS).write_bytes(save({"rng": torch.zeros(3, dtype=torch.uint8)}))
     edited(folder, state_sha256=checksum(folder / TENSORS))

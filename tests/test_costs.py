@@ -10,9 +10,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pgprune_cli.arch import Shape, UnitCosts
-from pgprune_cli.atomic import read_record
 from pgprune_cli.costs import COSTS, WARM_UPS, flops, kv_cache, latency_of_run, measure_latency
 from pgprune_cli.errors import UserError
+from pgprune_cli.storage.atomic import read_record
 from pgprune_cli.substrate import Evaluator
 
 CONTEXT = 12

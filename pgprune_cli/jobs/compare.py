@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pgprune_cli.atomic import read_record, write_bytes, write_record
 from pgprune_cli.checkpoint import latest_checkpoint
 from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.console.suggest import nearest
@@ -27,6 +26,7 @@ from pgprune_cli.jobs.search import search
 from pgprune_cli.lock import locked
 from pgprune_cli.recipe import Recipe
 from pgprune_cli.run_files import MEASURED_FILE, SCORES
+from pgprune_cli.storage.atomic import read_record, write_bytes, write_record
 
 TABLE_JSON, TABLE_MARKDOWN = "comparison.json", "comparison.md"
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.arch import Keep, Outputs, Shape
-from pgprune_cli.atomic import read_record, write_record
 from pgprune_cli.console.progress import working
 from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.data import check_corpus, check_vocabulary, spread, tokens_of
@@ -27,6 +26,7 @@ from pgprune_cli.recipe import Evaluation, name_and_text
 from pgprune_cli.recipe_reader import UnknownKeys, load, parse
 from pgprune_cli.run_files import EVALUATION_FILE, RECIPE_FILE, RECORD, is_run
 from pgprune_cli.source import Source, resolve
+from pgprune_cli.storage.atomic import read_record, write_record
 from pgprune_cli.substrate import Evaluator, summed_loss
 
 TOKENS_AT_A_TIME = 4096

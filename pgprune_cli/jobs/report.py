@@ -6,9 +6,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from pgprune_cli.atomic import write_bytes
 from pgprune_cli.errors import UserError
 from pgprune_cli.report.gather import Run, read_runs
+from pgprune_cli.storage.atomic import write_bytes
 
 REPORT_FILE = "report.html"
 

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from pgprune_cli.atomic import read_json
 from pgprune_cli.errors import UserError
 from pgprune_cli.measured import read_measured
 from pgprune_cli.recipe_reader import load
@@ -17,6 +16,7 @@ from pgprune_cli.run_files import (
     RECORD,
     run_directories,
 )
+from pgprune_cli.storage.atomic import read_json
 
 State = Literal["scored", "searching", "finished", "damaged"]
 

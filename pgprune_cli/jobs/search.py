@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.arch import Keep
-from pgprune_cli.atomic import write_bytes
 from pgprune_cli.budget import budget_for
 from pgprune_cli.console.progress import through_layers, working
 from pgprune_cli.data import Batches, CalibrationText
@@ -31,6 +30,7 @@ from pgprune_cli.run_files import RECIPE_FILE, RECORD
 from pgprune_cli.saliency import CALIBRATED, NEEDS
 from pgprune_cli.sensitivity import some_windows
 from pgprune_cli.source import resolve
+from pgprune_cli.storage.atomic import write_bytes
 from pgprune_cli.substrate import Evaluator
 from pgprune_cli.trackers import TrackerName, check_installed
 from pgprune_cli.width_files import remove_widths

@@ -10,7 +10,6 @@ from pathlib import Path
 from torch import Tensor
 
 from pgprune_cli import checkpoint
-from pgprune_cli.atomic import read_record
 from pgprune_cli.costs import COSTS
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
@@ -30,6 +29,7 @@ from pgprune_cli.run_files import (
     SCORES,
 )
 from pgprune_cli.scores import Scores
+from pgprune_cli.storage.atomic import read_record
 from pgprune_cli.strict_yaml import one_line
 from pgprune_cli.writers import gguf_seal, sums
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from pgprune_cli.atomic import new_directory, write_bytes, write_json
 from pgprune_cli.decision import Decision
 from pgprune_cli.source import INDEX, Source
+from pgprune_cli.storage.atomic import new_directory, write_bytes, write_json
 from pgprune_cli.writers import modeling_pruned, weights
 from pgprune_cli.writers.card import Card
 from pgprune_cli.writers.hf_config import config_of

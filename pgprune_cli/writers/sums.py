@@ -9,8 +9,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from pgprune_cli.atomic import checksum, read_json, write_bytes
 from pgprune_cli.errors import UserError
+from pgprune_cli.storage.atomic import checksum, read_json, write_bytes
 
 SUMS = "SHA256SUMS"
 CARD = "README.md"

@@ -12,7 +12,6 @@ import torch
 from conftest import VOCABULARY, tiny_model
 from torch.nn import functional
 
-from pgprune_cli.atomic import read_record, write_record
 from pgprune_cli.data import tokens_of
 from pgprune_cli.demo.grammar import generate
 from pgprune_cli.errors import RunError, UserError
@@ -28,6 +27,7 @@ from pgprune_cli.jobs.export import export
 from pgprune_cli.loading import load_tokenizer
 from pgprune_cli.recipe import Evaluation
 from pgprune_cli.run_files import EVALUATION_FILE, MASKS, RECORD
+from pgprune_cli.storage.atomic import read_record, write_record
 
 
 def stream(length: int) -> torch.Tensor:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from pgprune_cli.atomic import (
+from pgprune_cli.errors import UserError
+from pgprune_cli.storage.atomic import (
     checksum,
     new_directory,
     new_file,
@@ -19,7 +20,6 @@ from pgprune_cli.atomic import (
     write_bytes,
     write_json,
 )
-from pgprune_cli.errors import UserError
 
 
 def names(folder: Path) -> list[str]:
