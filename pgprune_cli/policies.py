@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.arch import Keep, Outputs
-from pgprune_cli.core import step as units
+from pgprune_cli.core import units
 from pgprune_cli.core import widths as layers
 from pgprune_cli.core.policy import entropy
 from pgprune_cli.core.projection import Bundles, bundled, coarser, hard_mask, mask_of
 from pgprune_cli.core.space import Budget, MaskSpace
-from pgprune_cli.core.step import SearchState
+from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.width_table import WidthTable, level_of
 

@@ -12,7 +12,7 @@ from safetensors.torch import load, save
 
 from pgprune_cli.checkpoint import RECORD, TENSORS, Checkpoint, latest_checkpoint, save_checkpoint
 from pgprune_cli.core.space import Family, MaskSpace
-from pgprune_cli.core.step import SearchState
+from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState, begin, propose, update
 from pgprune_cli.errors import UserError
 from pgprune_cli.history import Written

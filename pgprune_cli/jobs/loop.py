@@ -14,7 +14,7 @@ from types import FrameType
 from pgprune_cli.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from pgprune_cli.console.progress import SearchProgress, memory_in_use
 from pgprune_cli.console.signals import stopping
-from pgprune_cli.core.step import SearchState
+from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import RunError

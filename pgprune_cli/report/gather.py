@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from pgprune_cli.checkpoint import latest_checkpoint
-from pgprune_cli.core.step import SearchState
+from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError

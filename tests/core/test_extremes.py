@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from pgprune_cli.core import step as units
+from pgprune_cli.core import units
 from pgprune_cli.core import widths as layers
 from pgprune_cli.core.policy import entropy, sample, starting_theta
 from pgprune_cli.core.projection import hard_mask, project

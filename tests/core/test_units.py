@@ -8,7 +8,7 @@ import torch
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.projection import hard_mask
 from pgprune_cli.core.space import Family, MaskSpace, budget_of
-from pgprune_cli.core.step import SearchState, begin, propose, scheduled, update
+from pgprune_cli.core.units import SearchState, begin, propose, scheduled, update
 
 SPACE = MaskSpace((Family("ffn", (10, 10), (3, 3)),))
 BUDGET = budget_of(SPACE, 0.5, "per-family")
