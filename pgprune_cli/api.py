@@ -76,7 +76,7 @@ def prune(
         Interrupted: stopped by a signal, as when a notebook's kernel is interrupted; the state is saved.
     """
     from pgprune_cli.jobs.search import search
-    from pgprune_cli.recipe_reader import find, load, name_of
+    from pgprune_cli.recipe.reader import find, load, name_of
     from pgprune_cli.run_files import runs_folder
 
     path = find(str(recipe))

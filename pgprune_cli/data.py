@@ -289,7 +289,7 @@ def hub_corpus(corpus: str) -> HubCorpus:
 def text_identity(corpus: str, purpose: Purpose) -> str:
     """What the text depends on: a file's content, whatever its name; a named corpus's split. Raises UserError."""
     if corpus == "demo":
-        return f"demo:{DEMO_TEXT[purpose]}:{checksum(Path(__file__).parent / 'demo' / 'grammar.py')}"
+        return f"demo:{DEMO_TEXT[purpose]}:{checksum(Path(__file__).parents[1] / 'demo' / 'grammar.py')}"
     path = Path(corpus).expanduser()
     if corpus in NAMED or not path.exists():
         return f"{hub_corpus(corpus)}:{purpose}"

@@ -12,7 +12,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.recipe import MetricName
+from pgprune_cli.recipe.schema import MetricName
 from pgprune_cli.run_files import SCORES
 from pgprune_cli.storage.atomic import metadata, read_tensors, refuse_newer, sealed, write_bytes
 

@@ -15,7 +15,7 @@ from pgprune_cli.errors import UserError, in_short
 from pgprune_cli.storage.atomic import read_json
 from pgprune_cli.trust import HOW_TO_CONVERT, PICKLED, check_weight_name, refuse_links_out
 
-DEMO_MODEL = Path(__file__).parent / "demo" / "model"
+DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 INDEX = "model.safetensors.index.json"
 WANTED = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
 """The files of a hub model that are downloaded: nothing pickled, and no code."""

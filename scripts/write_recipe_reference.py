@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from reference import write_or_check
 
-from pgprune_cli.recipe import Range, Recipe
-from pgprune_cli.recipe_reader import shipped_folder
-from pgprune_cli.recipe_text import comments
+from pgprune_cli.recipe.reader import shipped_folder
+from pgprune_cli.recipe.schema import Range, Recipe
+from pgprune_cli.recipe.text import comments
 
 DOCS = Path(__file__).parents[1] / "docs"
 WRITTEN = "Written by `make references`; do not edit."

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-from pgprune_cli.recipe import Recipe
-from pgprune_cli.recipe_reader import find, load
+from pgprune_cli.recipe.reader import find, load
+from pgprune_cli.recipe.schema import Recipe
 
 pytest.register_assert_rewrite("faults_bench")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.recipe import Recipe
-from pgprune_cli.recipe_reader import find, load
+from pgprune_cli.recipe.reader import find, load
+from pgprune_cli.recipe.schema import Recipe
 
 VOCABULARY = 200
 

@@ -22,7 +22,7 @@ from schemas import SCHEMAS, validate
 
 from pgprune_cli import cli
 from pgprune_cli.errors import RunError
-from pgprune_cli.recipe_reader import find, load, name_of, shipped
+from pgprune_cli.recipe.reader import find, load, name_of, shipped
 from pgprune_cli.run_files import MASKS
 
 SET = [word for override in SMALL for word in ("--set", override)]

@@ -17,7 +17,7 @@ from pgprune_cli import cli
 from pgprune_cli.checkpoint import latest_checkpoint
 from pgprune_cli.distributed import Ranks, joined, of_environment, on_this_machine
 from pgprune_cli.jobs.search import search
-from pgprune_cli.recipe_reader import find, load
+from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.run_files import MASKS, METRICS_FILE, RECORD, REPAIR
 from pgprune_cli.scores import Scores
 

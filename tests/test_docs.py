@@ -26,7 +26,7 @@ from multiple_choice import items_of, task_file
 
 from pgprune_cli import cli
 from pgprune_cli.demo.grammar import generate
-from pgprune_cli.recipe_reader import load
+from pgprune_cli.recipe.reader import load
 
 ROOT = Path(__file__).parents[1]
 DOCS = [page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "log.md"]  # its commands are of their day

@@ -18,7 +18,7 @@ from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.export import export
 from pgprune_cli.loading import check_prunable, load_model, load_tokenizer, read_config
-from pgprune_cli.recipe_reader import find, load, name_of
+from pgprune_cli.recipe.reader import find, load, name_of
 from pgprune_cli.source import INDEX, resolve
 
 CODE = "from pathlib import Path\nPath({!r}).touch()\nclass C: pass\n"
@@ -295,7 +295,7 @@ def test_no_recipe_is_called_like_the_folder_above(name: str, tmp_path: Path) ->
 
 def test_a_recipe_names_nothing_that_is_written() -> None:
     """The only keys that hold free text are a model, corpora and a device; all of them are read."""
-    from pgprune_cli.recipe_reader import _KINDS
+    from pgprune_cli.recipe.reader import _KINDS
 
     kinds = {key: str(kind) for key, kind in _KINDS.items() if not is_dataclass(kind)}
     free = {key for key, kind in kinds.items() if "str" in kind and "Literal" not in kind}

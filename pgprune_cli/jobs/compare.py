@@ -24,7 +24,7 @@ from pgprune_cli.jobs.init_scores import init_scores, refuse_unfit_weights
 from pgprune_cli.jobs.run_directory import refuse_other_recipe
 from pgprune_cli.jobs.search import search
 from pgprune_cli.lock import locked
-from pgprune_cli.recipe import Recipe
+from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run_files import MEASURED_FILE, SCORES
 from pgprune_cli.storage.atomic import read_record, write_bytes, write_record
 

@@ -21,7 +21,7 @@ from pgprune_cli.errors import UserError
 if TYPE_CHECKING:
     from torch import device
 
-    from pgprune_cli.recipe import Recipe
+    from pgprune_cli.recipe.schema import Recipe
     from pgprune_cli.source import Source
 
 ENOUGH_DISK = 2 * 10**9
@@ -252,7 +252,7 @@ def _data(recipe: Recipe) -> Iterator[Finding]:
     from huggingface_hub import HfApi
 
     from pgprune_cli.data import NAMED, Purpose, documents, hub_corpus
-    from pgprune_cli.recipe import name_and_text
+    from pgprune_cli.recipe.schema import name_and_text
 
     corpus = recipe.calibration.corpus
     wanted: list[tuple[str, Purpose, str]] = [(corpus, "calibration", "calibration.corpus: FILE")]

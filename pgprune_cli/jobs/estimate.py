@@ -18,7 +18,7 @@ from pgprune_cli.jobs.problem import repair_batches
 from pgprune_cli.jobs.search import calibration_forwards
 from pgprune_cli.loading import devices_of, empty_model
 from pgprune_cli.matrix_rate import matrix_rate
-from pgprune_cli.recipe import Recipe
+from pgprune_cli.recipe.schema import Recipe
 
 RESTS_ON = (
     "estimates, from the shapes of model and recipe, for a corpus with as much text as the recipe reads at most; the "

@@ -22,8 +22,8 @@ from pgprune_cli.decision import Decision, read_origin
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.loading import load_model, load_tokenizer
 from pgprune_cli.provenance import note
-from pgprune_cli.recipe import Evaluation, name_and_text
-from pgprune_cli.recipe_reader import UnknownKeys, load, parse
+from pgprune_cli.recipe.reader import UnknownKeys, load, parse
+from pgprune_cli.recipe.schema import Evaluation, name_and_text
 from pgprune_cli.run_files import EVALUATION_FILE, RECIPE_FILE, RECORD, is_run
 from pgprune_cli.source import Source, resolve
 from pgprune_cli.storage.atomic import read_record, write_record

@@ -14,7 +14,7 @@ from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.loading import check_prunable, load_model, load_tokenizer, read_config
 from pgprune_cli.lock import locked
 from pgprune_cli.provenance import note
-from pgprune_cli.recipe import Recipe
+from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.saliency import CALIBRATED, NEEDS, score
 from pgprune_cli.scores import Scores
 from pgprune_cli.source import Source, resolve

@@ -21,7 +21,7 @@ from pgprune_cli.errors import RunError
 from pgprune_cli.history import History, Row, Written, read_history
 from pgprune_cli.jobs.problem import Problem
 from pgprune_cli.jobs.run_directory import resumed
-from pgprune_cli.recipe import Recipe
+from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.trackers import TrackerName, tracking
 
 BAD_STEPS = 10

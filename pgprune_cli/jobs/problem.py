@@ -17,7 +17,7 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.init_scores import compute_scores
 from pgprune_cli.jobs.widths import searched_table
 from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
-from pgprune_cli.recipe import Recipe
+from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run_files import SCORES
 from pgprune_cli.saliency import flat_saliency
 from pgprune_cli.scores import Scores

@@ -18,8 +18,8 @@ from pgprune_cli.checkpoint import Checkpoint, drop_old, latest_checkpoint
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.history import refuse_other_history
-from pgprune_cli.recipe import Evaluation, Recipe
-from pgprune_cli.recipe_reader import dump, load
+from pgprune_cli.recipe.reader import dump, load
+from pgprune_cli.recipe.schema import Evaluation, Recipe
 from pgprune_cli.run_files import METRICS_FILE, RECIPE_FILE, RECORD
 
 

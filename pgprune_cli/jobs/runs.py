@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.measured import read_measured
-from pgprune_cli.recipe_reader import load
+from pgprune_cli.recipe.reader import load
 from pgprune_cli.run_files import (
     MASKS,
     METRICS_FILE,

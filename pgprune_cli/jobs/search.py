@@ -23,8 +23,8 @@ from pgprune_cli.jobs.run_directory import finished, identity_of, refuse_other_r
 from pgprune_cli.loading import load_model
 from pgprune_cli.lock import locked
 from pgprune_cli.provenance import note
-from pgprune_cli.recipe import Recipe
-from pgprune_cli.recipe_reader import dump
+from pgprune_cli.recipe.reader import dump
+from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.reconstruct import PASSES, Repaired, repair
 from pgprune_cli.run_files import RECIPE_FILE, RECORD
 from pgprune_cli.saliency import CALIBRATED, NEEDS

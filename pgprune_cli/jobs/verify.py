@@ -16,7 +16,8 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.history import refuse_other_history
 from pgprune_cli.jobs.compare import TABLE_JSON
 from pgprune_cli.jobs.run_directory import refuse_other_decision
-from pgprune_cli.recipe_reader import load
+from pgprune_cli.recipe.reader import load
+from pgprune_cli.recipe.strict_yaml import one_line
 from pgprune_cli.run_files import (
     CHECKPOINTS,
     EVALUATION_FILE,
@@ -30,7 +31,6 @@ from pgprune_cli.run_files import (
 )
 from pgprune_cli.scores import Scores
 from pgprune_cli.storage.atomic import read_record
-from pgprune_cli.strict_yaml import one_line
 from pgprune_cli.writers import gguf_seal, sums
 
 Faults = Iterator[str]

@@ -8,7 +8,7 @@ from pgprune_cli.distributed import of_environment
 
 def complain(text: str) -> None:
     """A line for every line of it, with who says it."""
-    from pgprune_cli.strict_yaml import one_line
+    from pgprune_cli.recipe.strict_yaml import one_line
 
     ranks = of_environment()
     who = "pgprune" if ranks.world == 1 else f"pgprune, rank {ranks.rank}"

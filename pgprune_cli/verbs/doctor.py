@@ -29,7 +29,7 @@ def doctor(
     """
     from dataclasses import asdict
 
-    from pgprune_cli.recipe_reader import find, load
+    from pgprune_cli.recipe.reader import find, load
 
     if overrides and recipe is None:
         raise UserError(f"--set {overrides[0]}: of which recipe? expected doctor RECIPE --set {overrides[0]}")

@@ -11,7 +11,7 @@ import typer
 from pgprune_cli.run_files import RECORD, run_directories, runs_folder
 
 if TYPE_CHECKING:
-    from pgprune_cli.recipe import Recipe
+    from pgprune_cli.recipe.schema import Recipe
 
 
 def examples(*lines: str) -> str:
@@ -21,7 +21,7 @@ def examples(*lines: str) -> str:
 
 def recipe_names(incomplete: str) -> Iterator[str]:
     """Completes the recipes that ship, and recipe files."""
-    from pgprune_cli.recipe_reader import name_of, shipped
+    from pgprune_cli.recipe.reader import name_of, shipped
 
     names = [name_of(path) for path in shipped()]
     files = [str(path) for path in Path(incomplete or ".").parent.glob("*.yaml")]
@@ -43,7 +43,7 @@ def metric_names(incomplete: str) -> Iterator[str]:
     """Completes the saliency metrics."""
     from typing import get_args
 
-    from pgprune_cli.recipe import MetricName
+    from pgprune_cli.recipe.schema import MetricName
 
     return (name for name in get_args(MetricName) if name.startswith(incomplete))
 
@@ -69,7 +69,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 
 def opened(name: str, out: Path | None, overrides: list[str], runs: Path | None = None) -> tuple[Recipe, Path]:
     """The recipe, and the run directory it is for, in `runs` if it is not given."""
-    from pgprune_cli.recipe_reader import find, load, name_of
+    from pgprune_cli.recipe.reader import find, load, name_of
     from pgprune_cli.source import find_local
 
     path = find(name)

@@ -22,7 +22,7 @@ def recipes(context: typer.Context, as_json: AsJson = False) -> None:
     """List the recipes that ship; show one, or copy one to edit."""
     if context.invoked_subcommand is not None:
         return
-    from pgprune_cli.recipe_reader import name_of, shipped, summary
+    from pgprune_cli.recipe.reader import name_of, shipped, summary
 
     listed = {name_of(path): summary(path) for path in shipped()}
     width = max(map(len, listed))
@@ -34,8 +34,8 @@ def show(recipe: RecipeName, overrides: Set = None, as_json: AsJson = False) -> 
     """Print a recipe as a search would read it: what it extends and every default filled in."""
     from dataclasses import asdict
 
-    from pgprune_cli.recipe_reader import find, load
-    from pgprune_cli.recipe_text import annotated
+    from pgprune_cli.recipe.reader import find, load
+    from pgprune_cli.recipe.text import annotated
 
     loaded = load(find(recipe), overrides or [])
     print_result(asdict(loaded), as_json, annotated(loaded).rstrip())
@@ -50,7 +50,7 @@ def copy(
     as_json: AsJson = False,
 ) -> None:
     """Write a recipe, every key of it, into a new file to edit."""
-    from pgprune_cli.recipe_text import copy
+    from pgprune_cli.recipe.text import copy
 
     written = copy(recipe, file)
     print_result({"recipe": str(written)}, as_json, f"{written}: edit it, then pgprune search {written}")

@@ -15,7 +15,7 @@ from pgprune_cli.source import Source
 from pgprune_cli.writers import hf
 from pgprune_cli.writers.plan import Measured, Options
 
-MODEL_FILE = Path(__file__).with_name("modeling_mlx.py")
+MODEL_FILE = Path(__file__).parents[1] / "serving" / "modeling_mlx.py"
 
 
 def plan(source: Source, decision: Decision, options: Options, measured: Measured | None = None) -> hf.DirectoryPlan:

@@ -22,7 +22,7 @@ from typing import Any
 from pgprune_cli.decision import Decision
 from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target
 from pgprune_cli.jobs.search import search
-from pgprune_cli.recipe_reader import find, load
+from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.run_files import METRICS_FILE
 from pgprune_cli.storage.atomic import read_json, write_json
 

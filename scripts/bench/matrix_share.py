@@ -17,7 +17,7 @@ from torch import Tensor
 from pgprune_cli.arch import Keep
 from pgprune_cli.estimate.sizes import Sizes
 from pgprune_cli.estimate.work import forwards
-from pgprune_cli.recipe import Budget, Calibration, Recipe
+from pgprune_cli.recipe.schema import Budget, Calibration, Recipe
 from pgprune_cli.substrate import Evaluator
 
 ON_CPU, ON_GPU = 1024, 8192

@@ -113,7 +113,7 @@ def searched(*overrides: str, device: str = CHIP) -> None:
     from conftest import SMALL
 
     from pgprune_cli.jobs.search import search
-    from pgprune_cli.recipe_reader import find, load
+    from pgprune_cli.recipe.reader import find, load
 
     recipe = load(find("demo"), [*SMALL, *overrides])
     with tempfile.TemporaryDirectory() as folder:

@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 
 import atheris
 
-with atheris.instrument_imports(include=["pgprune_cli.recipe_reader", "pgprune_cli.strict_yaml", "yaml"]):
-    from pgprune_cli.recipe_reader import find, load
+with atheris.instrument_imports(include=["pgprune_cli.recipe.reader", "pgprune_cli.recipe.strict_yaml", "yaml"]):
+    from pgprune_cli.recipe.reader import find, load
 
 from inputs import put, told
 

@@ -14,7 +14,7 @@ from pgprune_cli.decision import Decision
 from pgprune_cli.jobs import export as job
 from pgprune_cli.jobs.doctor import doctor
 from pgprune_cli.loading import check_prunable, load_model, load_tokenizer
-from pgprune_cli.recipe_reader import find, load
+from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.source import resolve
 from pgprune_cli.substrate import Evaluator
 

@@ -18,7 +18,7 @@ from pgprune_cli.decision import Decision
 from pgprune_cli.jobs import export as job
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.verify import verify
-from pgprune_cli.recipe_reader import find, load
+from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.run_files import CHECKPOINTS, EVALUATION_FILE, MASKS, METRICS_FILE, RECIPE_FILE, RECORD, REPAIR, SCORES
 from pgprune_cli.scores import Scores
 from pgprune_cli.writers.sums import SUMS

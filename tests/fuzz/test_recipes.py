@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from inputs import damaged, examples, put, told
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.recipe_reader import _KINDS, dump, find, load, shipped, summary
+from pgprune_cli.recipe.reader import _KINDS, dump, find, load, shipped, summary
 
 SHIPPED = [path.read_bytes() for path in (find("demo"), find("paper/llama2-7b-50"), find("demo").parent / "_base.yaml")]
 TOKENS = [

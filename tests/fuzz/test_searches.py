@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inputs import examples, told
 
-from pgprune_cli import recipe as schema
 from pgprune_cli.jobs.search import search
-from pgprune_cli.recipe_reader import find, load
+from pgprune_cli.recipe import schema
+from pgprune_cli.recipe.reader import find, load
 
 HUGE = [1, 2, 3, 10**6, 2**31 - 1, 10**30]
 FRACTIONS = [0, 1e-9, 0.3, 0.5, 0.999999]
@@ -59,7 +59,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_key_is_among_them() -> None:
-    from pgprune_cli.recipe_reader import _KINDS
+    from pgprune_cli.recipe.reader import _KINDS
 
     left_out = {"model", "device", "calibration.corpus", "evaluation.corpora", "evaluation.seqlen"}
     sections = {key.partition(".")[0] for key in _KINDS if "." in key}

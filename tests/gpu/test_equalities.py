@@ -24,7 +24,7 @@ from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs import loop as loops
 from pgprune_cli.jobs.search import search
 from pgprune_cli.loading import load_model
-from pgprune_cli.recipe import Recipe
+from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run_files import MASKS, REPAIR
 from pgprune_cli.source import resolve
 from pgprune_cli.streaming import layer_inputs

@@ -16,7 +16,7 @@ from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, Reposit
 
 from pgprune_cli.jobs import doctor as job
 from pgprune_cli.jobs.doctor import Finding, doctor
-from pgprune_cli.recipe import Recipe
+from pgprune_cli.recipe.schema import Recipe
 
 
 @pytest.fixture(autouse=True)

@@ -18,7 +18,7 @@ from pgprune_cli.jobs.compare import TABLE_JSON
 from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.verify import verify
-from pgprune_cli.recipe_reader import find, load
+from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.run_files import (
     EVALUATION_FILE,
     MASKS,

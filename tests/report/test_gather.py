@@ -12,7 +12,7 @@ from pgprune_cli.checkpoint import latest_checkpoint
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.search import search
-from pgprune_cli.recipe_reader import load
+from pgprune_cli.recipe.reader import load
 from pgprune_cli.report.facts import again, commands, environment, evaluation, summary
 from pgprune_cli.report.gather import BLOCKS, _names, kept_cells, read_run, read_runs, sensitivities, theta_cells
 from pgprune_cli.report.pareto import Measure, _marked, measures

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.recipe import Recipe
-from pgprune_cli.recipe_reader import dump, find, load, name_of, shipped_folder, summary
+from pgprune_cli.recipe.reader import dump, find, load, name_of, shipped_folder, summary
+from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.recipe.strict_yaml import read_text
 from pgprune_cli.storage.atomic import write_bytes
-from pgprune_cli.strict_yaml import read_text
 
 _LINE = re.compile(r"(?P<indent> *)(?P<name>\w+):.*?(  # (?P<comment>.*))?")
 

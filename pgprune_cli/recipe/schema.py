@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Annotated, Literal
 
-from pgprune_cli.strict_yaml import shown_text
+from pgprune_cli.recipe.strict_yaml import shown_text
 
 MOST = 2**31
 """No count is as large: what is counted here is multiplied with each other in 64 bits."""

@@ -12,8 +12,8 @@ import yaml
 
 from pgprune_cli.console.suggest import either, near, nearest
 from pgprune_cli.errors import UserError
-from pgprune_cli.recipe import Recipe
-from pgprune_cli.strict_yaml import (
+from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.recipe.strict_yaml import (
     Dumper,
     compose,
     is_file,
@@ -260,7 +260,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
 
 
 def shipped_folder() -> Path:
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     folders = [package / "configs", package.parent / "configs"]  # in a wheel, in a checkout
     return next((folder for folder in folders if folder.is_dir()), folders[0])
 

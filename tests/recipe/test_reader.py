@@ -12,10 +12,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgprune_cli import recipe, recipe_reader
 from pgprune_cli.errors import UserError
-from pgprune_cli.recipe import Recipe
-from pgprune_cli.recipe_reader import UnknownKeys, dump, find, load, name_of, parse, shipped, summary
+from pgprune_cli.recipe import reader as recipe_reader
+from pgprune_cli.recipe import schema as recipe
+from pgprune_cli.recipe.reader import UnknownKeys, dump, find, load, name_of, parse, shipped, summary
+from pgprune_cli.recipe.schema import Recipe
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MINIMAL = "model: demo\ncalibration: {corpus: demo}\nbudget: {sparsity: 0.5}\n"
@@ -658,7 +659,5 @@ def test_summary() -> None:
 
 
 def test_reading_a_recipe_loads_nothing_heavy() -> None:
-    code = (
-        "import sys, pgprune_cli.recipe; sys.exit(bool({'torch', 'numpy', 'transformers', 'typer'} & set(sys.modules)))"
-    )
+    code = "import sys, pgprune_cli.recipe.schema; sys.exit(bool({'torch', 'numpy', 'transformers', 'typer'} & set(sys.modules)))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=CONFIGS.parent)
