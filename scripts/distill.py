@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
-from pgprune_cli.data import tokens_of, windows
+from pgprune_cli.data.corpora import tokens_of, windows
 from pgprune_cli.errors import UserError
 from pgprune_cli.loading import load_model, load_tokenizer
 from pgprune_cli.source import resolve

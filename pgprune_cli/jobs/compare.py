@@ -17,7 +17,7 @@ from typing import Any
 from pgprune_cli.checkpoint import latest_checkpoint
 from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.console.suggest import nearest
-from pgprune_cli.data import text_identity
+from pgprune_cli.data.corpora import text_identity
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target
 from pgprune_cli.jobs.init_scores import init_scores, refuse_unfit_weights

@@ -134,7 +134,7 @@ def _torch() -> Iterator[Finding]:
 def _disks() -> Iterator[Finding]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from pgprune_cli.data import cache_directory
+    from pgprune_cli.data.corpora import cache_directory
 
     places = {"runs and models": Path.cwd(), "the hub's cache": Path(HF_HUB_CACHE), "tokens": cache_directory()}
     for what, place in places.items():
@@ -251,7 +251,7 @@ def _on_hub(name: str) -> _Weights:
 def _data(recipe: Recipe) -> Iterator[Finding]:
     from huggingface_hub import HfApi
 
-    from pgprune_cli.data import NAMED, Purpose, documents, hub_corpus
+    from pgprune_cli.data.corpora import NAMED, Purpose, documents, hub_corpus
     from pgprune_cli.recipe.schema import name_and_text
 
     corpus = recipe.calibration.corpus

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.console.progress import working
-from pgprune_cli.data import CalibrationText
+from pgprune_cli.data.corpora import CalibrationText
 from pgprune_cli.estimate.memory import memory
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.estimate.work import flops, seconds

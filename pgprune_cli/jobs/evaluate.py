@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pgprune_cli.arch import Keep, Outputs, Shape
 from pgprune_cli.console.progress import working
 from pgprune_cli.console.stderr import STDERR
-from pgprune_cli.data import check_corpus, check_vocabulary, spread, tokens_of
+from pgprune_cli.data.corpora import check_corpus, check_vocabulary, spread, tokens_of
 from pgprune_cli.decision import Decision, read_origin
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.loading import load_model, load_tokenizer

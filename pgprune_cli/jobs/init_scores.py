@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pgprune_cli.arch import Shape
 from pgprune_cli.console.progress import through_layers, working
-from pgprune_cli.data import CalibrationText, calibration_text, check_vocabulary
+from pgprune_cli.data.corpora import CalibrationText, calibration_text, check_vocabulary
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.loading import check_prunable, load_model, load_tokenizer, read_config

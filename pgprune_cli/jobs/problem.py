@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pgprune_cli.arch import Keep, Outputs
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.space import Budget, MaskSpace
-from pgprune_cli.data import Batches, CalibrationText, spread
+from pgprune_cli.data.corpora import Batches, CalibrationText, spread
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.init_scores import compute_scores

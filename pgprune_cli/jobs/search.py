@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pgprune_cli.arch import Keep
 from pgprune_cli.budget import budget_for
 from pgprune_cli.console.progress import through_layers, working
-from pgprune_cli.data import Batches, CalibrationText
+from pgprune_cli.data.corpora import Batches, CalibrationText
 from pgprune_cli.decision import Decision
 from pgprune_cli.distributed import Ranks, joined
 from pgprune_cli.jobs.init_scores import load_text, scoring_batches

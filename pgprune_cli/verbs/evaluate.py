@@ -80,7 +80,7 @@ def evaluate(
             refuse_unfinished(Path(name))
         else:
             find_local(name)
-    from pgprune_cli.data import check_corpus
+    from pgprune_cli.data.corpora import check_corpus
     from pgprune_cli.jobs.evaluate import Corpus, evaluate, measure_speed, open_target, remember
     from pgprune_cli.jobs.tasks import load_tasks, measure_tasks, names_of
 

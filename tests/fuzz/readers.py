@@ -9,7 +9,7 @@ import torch
 from inputs import put, told
 
 from pgprune_cli.arch import Keep, LayerKeep
-from pgprune_cli.data import check_vocabulary, tokens_of
+from pgprune_cli.data.corpora import check_vocabulary, tokens_of
 from pgprune_cli.decision import Decision
 from pgprune_cli.jobs import export as job
 from pgprune_cli.jobs.doctor import doctor

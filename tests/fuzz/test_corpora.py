@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from inputs import VALUES, damaged, examples, put, told
 from pyarrow import parquet
 
-from pgprune_cli.data import FORMATS, calibration_text, tokens_of
+from pgprune_cli.data.corpora import FORMATS, calibration_text, tokens_of
 from pgprune_cli.loading import load_tokenizer
 from pgprune_cli.source import resolve
 

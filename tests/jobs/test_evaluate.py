@@ -12,7 +12,7 @@ import torch
 from conftest import VOCABULARY, tiny_model
 from torch.nn import functional
 
-from pgprune_cli.data import tokens_of
+from pgprune_cli.data.corpora import tokens_of
 from pgprune_cli.demo.grammar import generate
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs.evaluate import (
