@@ -36,7 +36,7 @@ def read_config(source: Source) -> Any:
     """What transformers reads the model's config as. Raises UserError where it cannot, or would run code for it."""
     from transformers import AutoConfig
 
-    from pgprune_cli.writers import modeling_pruned  # noqa: F401  (makes our own exported models loadable)
+    from pgprune_cli.serving import modeling_pruned  # noqa: F401  (makes our own exported models loadable)
 
     _check(source)
     arguments = {} if source.gguf is None else {"gguf_file": source.gguf}
@@ -84,7 +84,7 @@ def _read(source: Source, dtype: str, devices: list[torch.device]) -> nn.Module:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from pgprune_cli.writers import modeling_pruned  # noqa: F401  (makes our own exported models loadable)
+    from pgprune_cli.serving import modeling_pruned  # noqa: F401  (makes our own exported models loadable)
 
     arguments: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     arguments |= {"use_safetensors": True, "trust_remote_code": False}
@@ -274,7 +274,7 @@ def load_tokenizer(source: Source) -> Any:
     """The model's tokenizer. Raises UserError where there is none."""
     from transformers import AutoTokenizer
 
-    from pgprune_cli.writers import modeling_pruned  # noqa: F401  (or transformers would ask whether to run its copy)
+    from pgprune_cli.serving import modeling_pruned  # noqa: F401  (or transformers would ask whether to run its copy)
 
     _check(source)
     arguments = {} if source.gguf is None else {"gguf_file": source.gguf}

@@ -12,7 +12,7 @@ def register() -> None:
     """The entry point of the group `vllm.general_plugins`; may be called more than once."""
     from vllm import ModelRegistry
 
-    from pgprune_cli.writers import modeling_pruned  # which registers the configs with transformers
+    from pgprune_cli.serving import modeling_pruned  # which registers the configs with transformers
 
     known = ModelRegistry.get_supported_archs()
     for causal in modeling_pruned.FAMILIES.values():

@@ -69,7 +69,7 @@ class Card:
             lines += [
                 "",
                 "The layers differ in size, which no stock class can express; `modeling_pruned.py` in this directory "
-                "does. Where pgprune is installed, `import pgprune_cli.writers.modeling_pruned` will do instead of "
+                "does. Where pgprune is installed, `import pgprune_cli.serving.modeling_pruned` will do instead of "
                 "`trust_remote_code`.",
             ]
         if self.mlx:

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 
 from pgprune_cli.decision import Decision
+from pgprune_cli.serving import modeling_pruned
 from pgprune_cli.source import INDEX, Source
 from pgprune_cli.storage.atomic import new_directory, write_bytes, write_json
-from pgprune_cli.writers import modeling_pruned, weights
+from pgprune_cli.writers import weights
 from pgprune_cli.writers.card import Card
 from pgprune_cli.writers.hf_config import config_of
 from pgprune_cli.writers.plan import SLACK, Measured, Options, Plan, check_new, check_space, operate

@@ -8,7 +8,7 @@ import torch
 from conftest import VOCABULARY, tiny_config
 from torch import nn
 
-from pgprune_cli.writers.modeling_pruned import FAMILIES
+from pgprune_cli.serving.modeling_pruned import FAMILIES
 
 # KV groups and channels of every layer. The dense ones have 4 and 24.
 SIZES = {

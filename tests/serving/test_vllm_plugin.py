@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from conftest import tiny_config
 
+from pgprune_cli.serving.modeling_pruned import FAMILIES
 from pgprune_cli.serving.vllm_plugin import check_parallel
-from pgprune_cli.writers.modeling_pruned import FAMILIES
 
 
 def config(*overrides: dict):

@@ -1,7 +1,7 @@
 """Decoders that pgprune made: Llama, Mistral, Qwen2 and Qwen3 whose layers differ in heads and channels.
 
 This file lies in every exported model directory that needs it; `trust_remote_code=True` makes transformers run it.
-Where pgprune is installed, `import pgprune_cli.writers.modeling_pruned` does instead. It needs no pgprune itself.
+Where pgprune is installed, `import pgprune_cli.serving.modeling_pruned` does instead. It needs no pgprune itself.
 
 The sizes stand in `per_layer_config` as transformers (5.14 and later) defines it: by layer index, the values in which a
 layer differs from the global, dense ones; `"skip": ["attention"]` or `["mlp"]` for a layer that lost that block.
