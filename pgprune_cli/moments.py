@@ -13,7 +13,7 @@ from functools import partial
 
 from torch import Tensor
 
-from pgprune_cli.arch import Shape
+from pgprune_cli.model.prunable import Shape
 from pgprune_cli.streaming import Stream, Watch
 
 

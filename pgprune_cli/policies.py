@@ -14,7 +14,6 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from pgprune_cli.arch import Keep, Outputs
 from pgprune_cli.core import units
 from pgprune_cli.core import widths as layers
 from pgprune_cli.core.policy import entropy
@@ -22,6 +21,7 @@ from pgprune_cli.core.projection import Bundles, bundled, coarser, hard_mask, ma
 from pgprune_cli.core.space import Budget, MaskSpace
 from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
+from pgprune_cli.model.prunable import Keep, Outputs
 from pgprune_cli.width_table import WidthTable, level_of
 
 State = TypeVar("State", SearchState, WidthState)

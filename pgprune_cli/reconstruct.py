@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.arch import Block, Keep, LayerKeep, Output, Outputs, Shape, inputs_of
 from pgprune_cli.errors import RunError
+from pgprune_cli.model.prunable import Block, Keep, LayerKeep, Output, Outputs, Shape, inputs_of
 from pgprune_cli.moments import Moments, observe_moments
 from pgprune_cli.saliency.obs import removal_order, units_a_round
 from pgprune_cli.sensitivity import error_roots

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.arch import Shape
 from pgprune_cli.errors import RunError
+from pgprune_cli.model.prunable import Shape
 from pgprune_cli.portions import Portions
 
 SHARE = 0.7

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.arch import Shape
+from pgprune_cli.model.prunable import Shape
 from pgprune_cli.portions import Portions
 
 Watch = Mapping[tuple[str, ...], Callable[..., None]]

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pgprune_cli.arch import Block, Keep, Output, Outputs, Projection, Shape, gather_units
-from pgprune_cli.eight_bit import EightBitLinear, Int8Linear, Rows
+from pgprune_cli.model.prunable import Block, Keep, Output, Outputs, Projection, Shape, gather_units
+from pgprune_cli.model.quantized import EightBitLinear, Int8Linear, Rows
 from pgprune_cli.portions import Portions
 
 LOGIT_ROWS = 512

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.arch import Keep, Output, Outputs, Shape, inputs_of
 from pgprune_cli.core.space import MaskSpace
+from pgprune_cli.model.prunable import Keep, Output, Outputs, Shape, inputs_of
 from pgprune_cli.moments import MomentCollector, Moments
 from pgprune_cli.reconstruct import cholesky
 from pgprune_cli.sensitivity import error_roots

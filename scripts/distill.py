@@ -27,8 +27,8 @@ from transformers import Trainer, TrainingArguments
 
 from pgprune_cli.data.corpora import tokens_of, windows
 from pgprune_cli.errors import UserError
-from pgprune_cli.loading import load_model, load_tokenizer
-from pgprune_cli.source import resolve
+from pgprune_cli.model.loading import load_model, load_tokenizer
+from pgprune_cli.model.source import resolve
 
 
 def divergence(student: Tensor, teacher: Tensor) -> Tensor:

@@ -9,9 +9,9 @@ from conftest import tiny_config, tiny_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pgprune_cli.arch import Shape, UnitCosts
 from pgprune_cli.costs import COSTS, WARM_UPS, flops, kv_cache, latency_of_run, measure_latency
 from pgprune_cli.errors import UserError
+from pgprune_cli.model.prunable import Shape, UnitCosts
 from pgprune_cli.storage.atomic import read_record
 from pgprune_cli.substrate import Evaluator
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from pgprune_cli.arch import LayerKeep
 from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
+from pgprune_cli.model.prunable import LayerKeep
 from pgprune_cli.run_files import MASKS, RECIPE_FILE, RECORD
 from pgprune_cli.storage.atomic import checksum, read_record, write_record
 

@@ -9,10 +9,10 @@ import torch
 from conftest import VOCABULARY, tiny_model
 from torch import Tensor, nn
 
-from pgprune_cli.arch import Shape
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.space import Budget, MaskSpace, budget_of
 from pgprune_cli.core.widths import LEAST_SPREAD, SPREAD
+from pgprune_cli.model.prunable import Shape
 from pgprune_cli.moments import observe_moments
 from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
 from pgprune_cli.reconstruct import repaired_output

@@ -10,8 +10,8 @@ import torch
 from conftest import VOCABULARY, tiny_model
 from torch import Tensor, nn
 
-from pgprune_cli.arch import LayerKeep, Shape
 from pgprune_cli.errors import RunError
+from pgprune_cli.model.prunable import LayerKeep, Shape
 from pgprune_cli.moments import MomentCollector
 from pgprune_cli.portions import Portions
 from pgprune_cli.reconstruct import repair

@@ -24,8 +24,8 @@ from conftest import tiny_model
 from torch import Tensor, nn
 
 from pgprune_cli import reconstruct
-from pgprune_cli.arch import Keep, LayerKeep, Outputs
 from pgprune_cli.errors import RunError
+from pgprune_cli.model.prunable import Keep, LayerKeep, Outputs
 from pgprune_cli.moments import Moments, observe_moments
 from pgprune_cli.reconstruct import compensated_output, repair, repaired_output
 from pgprune_cli.saliency.obs import removal_order

@@ -26,8 +26,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pgprune_cli.arch import LayerKeep, Shape
 from pgprune_cli.core.space import Family, MaskSpace
+from pgprune_cli.model.prunable import LayerKeep, Shape
 from pgprune_cli.reconstruct import repaired_output
 from pgprune_cli.sensitivity import error_roots
 from pgprune_cli.width_table import LEVELS, TIE, WidthTable, _falling, level_of, solved_layers

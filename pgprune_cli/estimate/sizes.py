@@ -9,8 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.arch import Shape
 from pgprune_cli.costs import flops
+from pgprune_cli.model.prunable import Shape
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.saliency import CALIBRATED, NEEDS
 from pgprune_cli.saliency.statistics import Statistic

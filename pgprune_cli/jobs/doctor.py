@@ -21,8 +21,8 @@ from pgprune_cli.errors import UserError
 if TYPE_CHECKING:
     from torch import device
 
+    from pgprune_cli.model.source import Source
     from pgprune_cli.recipe.schema import Recipe
-    from pgprune_cli.source import Source
 
 ENOUGH_DISK = 2 * 10**9
 """Bytes: below this, not even a small model's run and its export fit."""
@@ -171,7 +171,7 @@ class _Weights:
 
 def _model(recipe: Recipe) -> Iterator[Finding]:
     from pgprune_cli.jobs.init_scores import refuse_unfit_weights
-    from pgprune_cli.loading import check_prunable, devices_of
+    from pgprune_cli.model.loading import check_prunable, devices_of
 
     try:
         refuse_unfit_weights(recipe)
@@ -200,7 +200,7 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
 def _fp8(recipe: Recipe, devices: Iterable[device]) -> Finding:
     import torch
 
-    from pgprune_cli.eight_bit import check_fp8
+    from pgprune_cli.model.quantized import check_fp8
 
     dtype = getattr(torch, "bfloat16" if recipe.dtype == "auto" else recipe.dtype)
     try:
@@ -216,7 +216,7 @@ def _local(name: str) -> Source | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    from pgprune_cli.source import resolve
+    from pgprune_cli.model.source import resolve
 
     if name == "demo" or Path(name).expanduser().exists():
         return resolve(name)
@@ -228,7 +228,7 @@ def _local(name: str) -> Source | None:
 
 
 def _of_source(source: Source) -> _Weights:
-    from pgprune_cli.loading import weights_in
+    from pgprune_cli.model.loading import weights_in
 
     files = source.weight_files()
     return _Weights(sum(weights_in(source, path) for path in files), sum(path.stat().st_size for path in files))

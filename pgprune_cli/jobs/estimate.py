@@ -16,8 +16,8 @@ from pgprune_cli.estimate.work import flops, seconds
 from pgprune_cli.jobs.init_scores import refuse_unfit_weights, scoring_batches
 from pgprune_cli.jobs.problem import repair_batches
 from pgprune_cli.jobs.search import calibration_forwards
-from pgprune_cli.loading import devices_of, empty_model
 from pgprune_cli.matrix_rate import matrix_rate
+from pgprune_cli.model.loading import devices_of, empty_model
 from pgprune_cli.recipe.schema import Recipe
 
 RESTS_ON = (

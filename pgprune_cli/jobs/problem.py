@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.arch import Keep, Outputs
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.space import Budget, MaskSpace
 from pgprune_cli.data.corpora import Batches, CalibrationText, spread
@@ -16,12 +15,13 @@ from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.init_scores import compute_scores
 from pgprune_cli.jobs.widths import searched_table
+from pgprune_cli.model.prunable import Keep, Outputs
+from pgprune_cli.model.source import Source
 from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run_files import SCORES
 from pgprune_cli.saliency import flat_saliency
 from pgprune_cli.scores import Scores
-from pgprune_cli.source import Source
 from pgprune_cli.substrate import Evaluator
 
 REPAIR_TOKENS = 4096

@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.arch import Keep
 from pgprune_cli.budget import budget_for
 from pgprune_cli.console.progress import through_layers, working
 from pgprune_cli.data.corpora import Batches, CalibrationText
@@ -20,8 +19,10 @@ from pgprune_cli.jobs.init_scores import load_text, scoring_batches
 from pgprune_cli.jobs.loop import finite, run_steps
 from pgprune_cli.jobs.problem import Problem, policy_of, repair_batches, scores_of
 from pgprune_cli.jobs.run_directory import finished, identity_of, refuse_other_recipe
-from pgprune_cli.loading import load_model
 from pgprune_cli.lock import locked
+from pgprune_cli.model.loading import load_model
+from pgprune_cli.model.prunable import Keep
+from pgprune_cli.model.source import resolve
 from pgprune_cli.provenance import note
 from pgprune_cli.recipe.reader import dump
 from pgprune_cli.recipe.schema import Recipe
@@ -29,7 +30,6 @@ from pgprune_cli.reconstruct import PASSES, Repaired, repair
 from pgprune_cli.run_files import RECIPE_FILE, RECORD
 from pgprune_cli.saliency import CALIBRATED, NEEDS
 from pgprune_cli.sensitivity import some_windows
-from pgprune_cli.source import resolve
 from pgprune_cli.storage.atomic import write_bytes
 from pgprune_cli.substrate import Evaluator
 from pgprune_cli.trackers import TrackerName, check_installed

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pgprune_cli.console.progress import working
 from pgprune_cli.console.suggest import nearest
 from pgprune_cli.errors import UserError
-from pgprune_cli.loading import load_tokenizer
+from pgprune_cli.model.loading import load_tokenizer
 
 if TYPE_CHECKING:
     from pgprune_cli.jobs.evaluate import Target

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from pgprune_cli.arch import Shape
 from pgprune_cli.console.progress import through_layers
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.estimate.memory import table_bytes
 from pgprune_cli.estimate.sizes import Sizes
+from pgprune_cli.model.prunable import Shape
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.width_files import has_layer, load_layer, refuse_full_disk, save_layer
 from pgprune_cli.width_table import WidthTable, solved_layers

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.arch import Shape
 from pgprune_cli.core.space import MaskSpace
+from pgprune_cli.model.prunable import Shape
 from pgprune_cli.saliency.flap import flap
 from pgprune_cli.saliency.magnitude import magnitude
 from pgprune_cli.saliency.obs import obs

@@ -8,7 +8,7 @@ units' columns, how far from WX must its output be, the other columns being free
 import torch
 from torch import Tensor
 
-from pgprune_cli.arch import inputs_of
+from pgprune_cli.model.prunable import inputs_of
 from pgprune_cli.saliency.statistics import BlockStatistics
 
 DAMPING = 1e-2

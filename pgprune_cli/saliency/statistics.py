@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pgprune_cli.arch import Shape, projections
+from pgprune_cli.model.prunable import Shape, projections
 from pgprune_cli.moments import MomentCollector
 from pgprune_cli.portions import Portions
 from pgprune_cli.sensitivity import error_roots

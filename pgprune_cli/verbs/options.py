@@ -69,8 +69,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 
 def opened(name: str, out: Path | None, overrides: list[str], runs: Path | None = None) -> tuple[Recipe, Path]:
     """The recipe, and the run directory it is for, in `runs` if it is not given."""
+    from pgprune_cli.model.source import find_local
     from pgprune_cli.recipe.reader import find, load, name_of
-    from pgprune_cli.source import find_local
 
     path = find(name)
     recipe, run = load(path, overrides), out or (runs or runs_folder()) / name_of(path)

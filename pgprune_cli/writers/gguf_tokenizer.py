@@ -11,8 +11,8 @@ import json
 from typing import Any
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.loading import load_tokenizer
-from pgprune_cli.source import Source
+from pgprune_cli.model.loading import load_tokenizer
+from pgprune_cli.model.source import Source
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"

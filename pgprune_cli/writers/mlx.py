@@ -11,7 +11,7 @@ import dataclasses
 from pathlib import Path
 
 from pgprune_cli.decision import Decision
-from pgprune_cli.source import Source
+from pgprune_cli.model.source import Source
 from pgprune_cli.writers import hf
 from pgprune_cli.writers.plan import Measured, Options
 

@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pgprune_cli.arch import Keep, LayerKeep, UnitCosts, gather_units, inputs_of
 from pgprune_cli.errors import UserError
+from pgprune_cli.model.prunable import Keep, LayerKeep, UnitCosts, gather_units, inputs_of
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pgprune_cli.arch import ArchSpec, Block, Outputs, gather_units
 from pgprune_cli.errors import UserError
+from pgprune_cli.model.prunable import ArchSpec, Block, Outputs, gather_units
 from pgprune_cli.writers.normal_form import NormalForm, output_columns
 
 

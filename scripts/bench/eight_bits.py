@@ -13,7 +13,7 @@ import copy
 
 from subject import arguments, in_turn, opened, random_keep, table
 
-from pgprune_cli.eight_bit import check_fp8, to_eight_bits
+from pgprune_cli.model.quantized import check_fp8, to_eight_bits
 from pgprune_cli.substrate import Evaluator
 
 

@@ -25,8 +25,8 @@ from subject import SHAPES, arguments, headline, in_turn, seconds, table
 from torch import Tensor
 from torch.nn import functional
 
-from pgprune_cli.arch import gather_units, inputs_of
-from pgprune_cli.loading import devices_of
+from pgprune_cli.model.loading import devices_of
+from pgprune_cli.model.prunable import gather_units, inputs_of
 
 
 class Tile(NamedTuple):

@@ -14,9 +14,9 @@ import torch
 from subject import arguments, opened, random_keep, seconds, table
 from torch import Tensor
 
-from pgprune_cli.arch import Keep
 from pgprune_cli.estimate.sizes import Sizes
 from pgprune_cli.estimate.work import forwards
+from pgprune_cli.model.prunable import Keep
 from pgprune_cli.recipe.schema import Budget, Calibration, Recipe
 from pgprune_cli.substrate import Evaluator
 

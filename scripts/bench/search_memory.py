@@ -23,9 +23,9 @@ from torch import Tensor
 
 from pgprune_cli.estimate.memory import Memory, memory
 from pgprune_cli.estimate.sizes import Sizes, Texts
-from pgprune_cli.loading import Weights, devices_of, load_model
+from pgprune_cli.model.loading import Weights, devices_of, load_model
+from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.schema import Budget, Calibration, Recipe
-from pgprune_cli.source import resolve
 from pgprune_cli.substrate import Evaluator
 
 SLACK = 1.10

@@ -24,10 +24,10 @@ from subject import arguments, headline, open_evaluator, seconds, some_tokens, t
 from torch import Tensor, nn
 
 from pgprune_cli import substrate
-from pgprune_cli.arch import Output, Shape
 from pgprune_cli.console.progress import SearchProgress
 from pgprune_cli.history import Row
 from pgprune_cli.jobs import loop, problem, search
+from pgprune_cli.model.prunable import Output, Shape
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.reconstruct import Repaired

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from subject import Ratio, arguments, in_turn, opened, random_keep, table
 from torch import Tensor, nn
 
-from pgprune_cli.arch import Keep
+from pgprune_cli.model.prunable import Keep
 from pgprune_cli.substrate import Evaluator, summed_loss
 
 

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.arch import Keep
 from pgprune_cli.core.projection import hard_mask
 from pgprune_cli.core.space import budget_of
 from pgprune_cli.costs import synchronised_clock
-from pgprune_cli.loading import devices_of, load_model
-from pgprune_cli.source import resolve
+from pgprune_cli.model.loading import devices_of, load_model
+from pgprune_cli.model.prunable import Keep
+from pgprune_cli.model.source import resolve
 from pgprune_cli.substrate import Evaluator
 
 SHAPES: dict[str, dict[str, int | bool]] = {

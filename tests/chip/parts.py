@@ -75,7 +75,7 @@ def forwards() -> None:
     from conftest import ARCHITECTURES, tiny_model
     from test_substrate import KEEPS, some_outputs, some_tokens
 
-    from pgprune_cli.eight_bit import to_eight_bits
+    from pgprune_cli.model.quantized import to_eight_bits
     from pgprune_cli.substrate import Evaluator
 
     keep, tokens = KEEPS["an empty layer"], some_tokens()
@@ -128,8 +128,8 @@ def untied_on_two() -> None:
     from conftest import tiny_model
     from test_substrate import KEEPS, some_outputs, some_tokens
 
-    from pgprune_cli.loading import load_model
-    from pgprune_cli.source import resolve
+    from pgprune_cli.model.loading import load_model
+    from pgprune_cli.model.source import resolve
     from pgprune_cli.substrate import Evaluator
 
     keep, tokens = KEEPS["random"], some_tokens()
@@ -148,8 +148,8 @@ def a_stored_head_on_two() -> None:
     from safetensors.torch import load_file, save_file
     from test_substrate import KEEPS, some_tokens
 
-    from pgprune_cli.loading import HEAD, load_model
-    from pgprune_cli.source import resolve
+    from pgprune_cli.model.loading import HEAD, load_model
+    from pgprune_cli.model.source import resolve
     from pgprune_cli.substrate import Evaluator
 
     with tempfile.TemporaryDirectory() as folder:

@@ -10,10 +10,10 @@ from medium import medium_model, medium_recipe, some_batches
 from memory import Allocations
 from torch import Tensor
 
-from pgprune_cli.arch import LayerKeep, Output
-from pgprune_cli.eight_bit import to_eight_bits
 from pgprune_cli.estimate.memory import Memory, layer_bytes, logit_bytes, made_bytes, memory, solving_bytes, table_bytes
 from pgprune_cli.estimate.sizes import Sizes, Texts
+from pgprune_cli.model.prunable import LayerKeep, Output
+from pgprune_cli.model.quantized import to_eight_bits
 from pgprune_cli.reconstruct import repair
 from pgprune_cli.saliency import score
 from pgprune_cli.substrate import Evaluator, summed_loss

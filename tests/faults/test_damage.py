@@ -18,10 +18,10 @@ from pgprune_cli.jobs.compare import compare
 from pgprune_cli.jobs.evaluate import open_target, remember
 from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.jobs.search import search
-from pgprune_cli.loading import load_model
+from pgprune_cli.model.loading import load_model
+from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import load
 from pgprune_cli.run_files import EVALUATION_FILE, MASKS, MEASURED_FILE, RECIPE_FILE, RECORD, REPAIR, SCORES
-from pgprune_cli.source import resolve
 
 
 @pytest.fixture(scope="module")

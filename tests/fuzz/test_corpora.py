@@ -13,8 +13,8 @@ from inputs import VALUES, damaged, examples, put, told
 from pyarrow import parquet
 
 from pgprune_cli.data.corpora import FORMATS, calibration_text, tokens_of
-from pgprune_cli.loading import load_tokenizer
-from pgprune_cli.source import resolve
+from pgprune_cli.model.loading import load_tokenizer
+from pgprune_cli.model.source import resolve
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from inputs import VALUES, changed, damaged, examples, put, rewritten, tried
 from readers import Changed, read_all
 from safetensors.torch import load_file, save, save_file
 
-from pgprune_cli.source import INDEX
+from pgprune_cli.model.source import INDEX
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.jobs import estimate as job
 from pgprune_cli.jobs.estimate import estimate
 from pgprune_cli.jobs.search import search
-from pgprune_cli.loading import load_model
-from pgprune_cli.source import DEMO_MODEL, resolve
+from pgprune_cli.model.loading import load_model
+from pgprune_cli.model.source import DEMO_MODEL, resolve
 
 
 @pytest.fixture(autouse=True)

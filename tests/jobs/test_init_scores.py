@@ -9,12 +9,12 @@ from pgprune_cli import scores
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs import init_scores as job
 from pgprune_cli.jobs.init_scores import init_scores
-from pgprune_cli.loading import load_model
+from pgprune_cli.model.loading import load_model
+from pgprune_cli.model.source import resolve
 from pgprune_cli.provenance import PROVENANCE_FILE, read_provenance
 from pgprune_cli.run_files import SCORES
 from pgprune_cli.saliency import METRICS
 from pgprune_cli.scores import Scores
-from pgprune_cli.source import resolve
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -24,13 +24,13 @@ from pgprune_cli.jobs import loop as loops
 from pgprune_cli.jobs.init_scores import init_scores, load_text
 from pgprune_cli.jobs.loop import BAD_STEPS, Interrupted
 from pgprune_cli.jobs.search import search
-from pgprune_cli.loading import load_model
+from pgprune_cli.model.loading import load_model
+from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run_files import CHECKPOINTS, MASKS, METRICS_FILE, RECORD, REPAIR, SCORES
 from pgprune_cli.saliency import flat_saliency
 from pgprune_cli.scores import Scores
-from pgprune_cli.source import resolve
 from pgprune_cli.substrate import Evaluator
 
 STEPS = 6

@@ -15,10 +15,10 @@ from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.tasks import load_tasks, measure_tasks
-from pgprune_cli.loading import load_tokenizer
+from pgprune_cli.model.loading import load_tokenizer
+from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.source import resolve
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 

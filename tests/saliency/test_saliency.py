@@ -9,7 +9,7 @@ from blocks import seen
 from conftest import VOCABULARY, tiny_model
 from torch import Tensor, nn
 
-from pgprune_cli.arch import Shape
+from pgprune_cli.model.prunable import Shape
 from pgprune_cli.recipe import schema as recipe
 from pgprune_cli.saliency import CALIBRATED, METRICS, NEEDS, flat_saliency, score
 from pgprune_cli.saliency.obs import removal_order

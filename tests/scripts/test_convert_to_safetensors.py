@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import script_module, tiny_model
 
-from pgprune_cli.loading import load_model
-from pgprune_cli.source import resolve
+from pgprune_cli.model.loading import load_model
+from pgprune_cli.model.source import resolve
 
 
 @pytest.fixture(scope="module")

@@ -98,7 +98,7 @@ def test_a_pruned_model_gets_better_and_stays_what_it_was(
 def test_what_is_wrong_is_one_line(script, words: list[str], fault: str, tmp_path: Path, monkeypatch) -> None:
     from transformers import AutoTokenizer
 
-    from pgprune_cli.source import DEMO_MODEL
+    from pgprune_cli.model.source import DEMO_MODEL
 
     tiny_model("llama-gqa").save_pretrained(tmp_path / "other")
     AutoTokenizer.from_pretrained(DEMO_MODEL).save_pretrained(tmp_path / "other")

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from pgprune_cli.arch import inputs_of
+from pgprune_cli.model.prunable import inputs_of
 
 pytest.importorskip("triton", reason="Triton is not installed: it comes with PyTorch's CUDA builds")
 BENCHES = Path(__file__).parents[2] / "scripts" / "bench"

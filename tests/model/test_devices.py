@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from pgprune_cli.devices import devices_of, enough, spread
 from pgprune_cli.errors import UserError
+from pgprune_cli.model.devices import devices_of, enough, spread
 
 
 def test_devices_by_name():

@@ -17,13 +17,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.arch import spec_of
-from pgprune_cli.devices import devices_of, enough, spread
-from pgprune_cli.eight_bit import EightBitLinear, check_fp8, to_eight_bits
 from pgprune_cli.errors import UserError, in_short
-from pgprune_cli.gguf_header import read_header
-from pgprune_cli.source import Source, resolve
-from pgprune_cli.trust import check_directory, check_gguf
+from pgprune_cli.model.devices import devices_of, enough, spread
+from pgprune_cli.model.gguf_header import read_header
+from pgprune_cli.model.prunable import spec_of
+from pgprune_cli.model.quantized import EightBitLinear, check_fp8, to_eight_bits
+from pgprune_cli.model.safety import check_directory, check_gguf
+from pgprune_cli.model.source import Source, resolve
 
 Weights = Literal["dtype", "int8", "fp8"]
 """What the prunable projections are kept in: the model's dtype, or one byte (eight_bit.py)."""

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from pgprune_cli.arch import Shape, UnitCosts, gather_units, projections, spec_of
 from pgprune_cli.errors import UserError
+from pgprune_cli.model.prunable import Shape, UnitCosts, gather_units, projections, spec_of
 
 
 def prunable_parameters(config, **changes: int) -> int:

@@ -13,11 +13,11 @@ import torch
 from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
-from pgprune_cli import loading
-from pgprune_cli.devices import spread
 from pgprune_cli.errors import UserError
-from pgprune_cli.loading import check_prunable, empty_model, load_model, load_tokenizer
-from pgprune_cli.source import DEMO_MODEL, INDEX, Source, resolve
+from pgprune_cli.model import loading
+from pgprune_cli.model.devices import spread
+from pgprune_cli.model.loading import check_prunable, empty_model, load_model, load_tokenizer
+from pgprune_cli.model.source import DEMO_MODEL, INDEX, Source, resolve
 from pgprune_cli.streaming import layer_inputs
 from pgprune_cli.substrate import Evaluator
 
@@ -264,8 +264,8 @@ def test_weights_go_straight_to_a_gpu(installed: bool, given: object, saved, mon
         asked.append(arguments.get("device_map"))
         return MagicMock(), {"missing_keys": set(), "mismatched_keys": set()}
 
-    monkeypatch.setattr("pgprune_cli.loading.devices_of", lambda device: [torch.device(device)])
-    monkeypatch.setattr("pgprune_cli.loading.find_spec", lambda name: installed)
+    monkeypatch.setattr("pgprune_cli.model.loading.devices_of", lambda device: [torch.device(device)])
+    monkeypatch.setattr("pgprune_cli.model.loading.find_spec", lambda name: installed)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loads)
     load_model(resolve(str(saved)), "float32", "cuda")
     load_model(resolve(str(saved)), "float32", "cpu")
@@ -382,7 +382,7 @@ def test_the_hubs_files_are_looked_for_where_hf_home_says(tmp_path):
     (repository / "refs" / "main").write_text(snapshot.name)
     for name in ("config.json", "model.safetensors"):
         (snapshot / name).touch()
-    code = "from pgprune_cli.source import resolve; print(resolve('me/tiny').directory)"
+    code = "from pgprune_cli.model.source import resolve; print(resolve('me/tiny').directory)"
     home = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     home.pop("HF_HUB_CACHE", None)
     done = subprocess.run([sys.executable, "-c", code], env=home, capture_output=True, text=True, check=False)

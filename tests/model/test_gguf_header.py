@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.gguf_header import MOST_ENTRIES, Header, read_header
-from pgprune_cli.trust import check_gguf
+from pgprune_cli.model.gguf_header import MOST_ENTRIES, Header, read_header
+from pgprune_cli.model.safety import check_gguf
 
 pytest.importorskip("gguf", reason="no gguf: pip install 'pgprune[gguf]'")
 

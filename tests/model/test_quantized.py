@@ -18,21 +18,22 @@ from safetensors.torch import load_file, save_file
 from test_substrate import KEEPS, logits_of, some_outputs, some_tokens
 from torch import Tensor, nn
 
-from pgprune_cli import eight_bit, loading
-from pgprune_cli.arch import Keep, LayerKeep, Output, Outputs, Projection, Shape, gather_units, projections
 from pgprune_cli.costs import measure_latency
 from pgprune_cli.decision import Decision
-from pgprune_cli.eight_bit import FP8, Fp8Linear, Int8Linear, check_fp8, fp8_product, to_eight_bits
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.compare import compare
 from pgprune_cli.jobs.estimate import estimate
 from pgprune_cli.jobs.export import export, options_of
 from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.jobs.search import search
-from pgprune_cli.loading import HEAD, Weights, empty_model, load_model
+from pgprune_cli.model import loading
+from pgprune_cli.model import quantized as eight_bit
+from pgprune_cli.model.loading import HEAD, Weights, empty_model, load_model
+from pgprune_cli.model.prunable import Keep, LayerKeep, Output, Outputs, Projection, Shape, gather_units, projections
+from pgprune_cli.model.quantized import FP8, Fp8Linear, Int8Linear, check_fp8, fp8_product, to_eight_bits
+from pgprune_cli.model.source import DEMO_MODEL, INDEX, resolve
 from pgprune_cli.reconstruct import repair
 from pgprune_cli.saliency import score
-from pgprune_cli.source import DEMO_MODEL, INDEX, resolve
 from pgprune_cli.substrate import Evaluator
 from pgprune_cli.width_table import WidthTable, solved_layers
 from pgprune_cli.writers import gguf

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.gguf_header import read_header
+from pgprune_cli.model.gguf_header import read_header
 from pgprune_cli.storage.atomic import read_json
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -57,7 +57,9 @@ def check_directory(name: str, directory: Path) -> None:
 
 def check_gguf(name: str, path: Path) -> None:
     """Raises UserError for a GGUF file that transformers must not be given, or has nothing to make of it."""
-    from pgprune_cli.arch import spec_of  # late, as it imports torch, and a model's files are looked for without
+    from pgprune_cli.model.prunable import (
+        spec_of,  # late, as it imports torch, and a model's files are looked for without
+    )
 
     header = read_header(path)
     if header.architecture == "deci":

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pgprune_cli.arch import gather_units, spec_of
 from pgprune_cli.errors import UserError, in_short
+from pgprune_cli.model.prunable import gather_units, spec_of
 
 ROWS = 256
 """That are rounded at a time, in float32."""
