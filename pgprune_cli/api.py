@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
-    from pgprune_cli.decision import Decision
+    from pgprune_cli.run.decision import Decision
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def prune(
     """
     from pgprune_cli.jobs.search import search
     from pgprune_cli.recipe.reader import find, load, name_of
-    from pgprune_cli.run_files import runs_folder
+    from pgprune_cli.run.layout import runs_folder
 
     path = find(str(recipe))
     overrides = [

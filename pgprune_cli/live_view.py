@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from pgprune_cli.history import Row
+from pgprune_cli.run.history import Row
 
 BARS = "▁▂▃▄▅▆▇█"
 FEW, MANY = (150, 158, 176), (47, 111, 237)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pgprune_cli.run_files import CHECKPOINTS, MEASURED_FILE, RECORD, SCORES, WIDTHS
+from pgprune_cli.run.layout import CHECKPOINTS, MEASURED_FILE, RECORD, SCORES, WIDTHS
 
 
 class Saved(NamedTuple):

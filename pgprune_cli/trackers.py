@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.history import Row
-from pgprune_cli.provenance import read_provenance
+from pgprune_cli.run.history import Row
+from pgprune_cli.run.provenance import read_provenance
 
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
 

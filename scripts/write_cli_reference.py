@@ -14,7 +14,7 @@ from reference import write_or_check
 
 from pgprune_cli.cli import app
 from pgprune_cli.errors import ExitCode
-from pgprune_cli.run_files import RUNS_VARIABLE
+from pgprune_cli.run.layout import RUNS_VARIABLE
 
 TARGET = Path(__file__).parents[1] / "docs" / "cli.md"
 EXIT_CODES = {

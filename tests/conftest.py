@@ -129,10 +129,10 @@ def save_tokenizer(directory: Path, size: int = VOCABULARY, splitter=None, **opt
 
 def finished_run(run: Path) -> None:
     """Writes a base model with its tokenizer into `base`, and into `run` a repaired decision on it."""
-    from pgprune_cli.decision import Decision
     from pgprune_cli.model.prunable import LayerKeep
     from pgprune_cli.model.source import resolve
     from pgprune_cli.reconstruct import repair
+    from pgprune_cli.run.decision import Decision
 
     model = tiny_model("llama-gqa")
     model.save_pretrained("base")

@@ -23,7 +23,7 @@ from schemas import SCHEMAS, validate
 from pgprune_cli import cli
 from pgprune_cli.errors import RunError
 from pgprune_cli.recipe.reader import find, load, name_of, shipped
-from pgprune_cli.run_files import MASKS
+from pgprune_cli.run.layout import MASKS
 
 SET = [word for override in SMALL for word in ("--set", override)]
 
@@ -351,7 +351,7 @@ def test_speed_of_a_run_is_refused_before_anything_is_loaded(place, finished, pg
 
 
 def test_speed_beside_the_base_reads_the_decision_once(pgprune, monkeypatch) -> None:
-    from pgprune_cli import decision
+    from pgprune_cli.run import decision
 
     assert pgprune("search", "demo", *SET, "--quiet")[0] == 0
     assert pgprune("export", "runs/demo", "--quiet")[0] == 0
@@ -475,7 +475,7 @@ def test_what_terminals_take_for_commands_is_shown_as_text(pgprune) -> None:
 
 
 def test_verify_says_what_is_whole_and_what_is_not(pgprune) -> None:
-    from pgprune_cli.run_files import RECORD
+    from pgprune_cli.run.layout import RECORD
 
     assert pgprune("verify", "nothing")[0] == 2
     assert pgprune("init-scores", "demo", "--out", "run", "--metric", "magnitude", "-q")[0] == 0

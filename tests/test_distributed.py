@@ -14,12 +14,12 @@ import torch
 from conftest import SMALL
 
 from pgprune_cli import cli
-from pgprune_cli.checkpoint import latest_checkpoint
 from pgprune_cli.distributed import Ranks, joined, of_environment, on_this_machine
 from pgprune_cli.jobs.search import search
 from pgprune_cli.recipe.reader import find, load
-from pgprune_cli.run_files import MASKS, METRICS_FILE, RECORD, REPAIR
-from pgprune_cli.scores import Scores
+from pgprune_cli.run.checkpoint import latest_checkpoint
+from pgprune_cli.run.layout import MASKS, METRICS_FILE, RECORD, REPAIR
+from pgprune_cli.run.scores import Scores
 
 STEPS = 5
 # 3 masks a step leave one of 4 ranks without any, and 5 held-out windows make batches of 2, 2 and 1.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pgprune_cli.run_files import MEASURED_FILE, RECORD, SCORES
+from pgprune_cli.run.layout import MEASURED_FILE, RECORD, SCORES
 from pgprune_cli.saved import of_comparison, of_export, of_scores, of_search
 
 

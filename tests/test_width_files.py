@@ -18,7 +18,7 @@ from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs import widths as job
 from pgprune_cli.recipe.schema import Budget, Calibration, Recipe
-from pgprune_cli.run_files import WIDTHS
+from pgprune_cli.run.layout import WIDTHS
 from pgprune_cli.width_files import has_layer, load_layer, refuse_full_disk, remove_widths, save_layer
 from pgprune_cli.width_table import WidthTable, solved_layers
 

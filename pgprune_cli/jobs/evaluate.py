@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from pgprune_cli.console.progress import working
 from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.data.corpora import check_corpus, check_vocabulary, spread, tokens_of
-from pgprune_cli.decision import Decision, read_origin
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.model.loading import load_model, load_tokenizer
 from pgprune_cli.model.prunable import Keep, Outputs, Shape
 from pgprune_cli.model.source import Source, resolve
-from pgprune_cli.provenance import note
 from pgprune_cli.recipe.reader import UnknownKeys, load, parse
 from pgprune_cli.recipe.schema import Evaluation, name_and_text
-from pgprune_cli.run_files import EVALUATION_FILE, RECIPE_FILE, RECORD, is_run
+from pgprune_cli.run.decision import Decision, read_origin
+from pgprune_cli.run.layout import EVALUATION_FILE, RECIPE_FILE, RECORD, is_run
+from pgprune_cli.run.provenance import note
 from pgprune_cli.storage.atomic import read_record, write_record
 from pgprune_cli.substrate import Evaluator, summed_loss
 

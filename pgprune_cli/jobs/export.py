@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pgprune_cli.console.progress import writing
-from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.source import Source, resolve
-from pgprune_cli.run_files import EVALUATION_FILE
+from pgprune_cli.run.decision import Decision
+from pgprune_cli.run.layout import EVALUATION_FILE
 from pgprune_cli.storage.atomic import read_record
 from pgprune_cli.writers import gguf, hf, mlx
 from pgprune_cli.writers.normal_form import Needs

@@ -10,14 +10,14 @@ from pgprune_cli.console.progress import through_layers, working
 from pgprune_cli.data.corpora import CalibrationText, calibration_text, check_vocabulary
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.lock import locked
 from pgprune_cli.model.loading import check_prunable, load_model, load_tokenizer, read_config
 from pgprune_cli.model.prunable import Shape
 from pgprune_cli.model.source import Source, resolve
-from pgprune_cli.provenance import note
 from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.run.lock import locked
+from pgprune_cli.run.provenance import note
+from pgprune_cli.run.scores import Scores
 from pgprune_cli.saliency import CALIBRATED, NEEDS, score
-from pgprune_cli.scores import Scores
 
 
 def init_scores(recipe: Recipe, run: Path, quiet: bool = False) -> Scores:

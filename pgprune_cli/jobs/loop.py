@@ -11,17 +11,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from pgprune_cli.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from pgprune_cli.console.progress import SearchProgress, memory_in_use
 from pgprune_cli.console.signals import stopping
 from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import RunError
-from pgprune_cli.history import History, Row, Written, read_history
 from pgprune_cli.jobs.problem import Problem
-from pgprune_cli.jobs.run_directory import resumed
 from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.run.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from pgprune_cli.run.history import History, Row, Written, read_history
+from pgprune_cli.run.resume import resumed
 from pgprune_cli.trackers import TrackerName, tracking
 
 BAD_STEPS = 10

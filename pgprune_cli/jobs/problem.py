@@ -19,9 +19,9 @@ from pgprune_cli.model.prunable import Keep, Outputs
 from pgprune_cli.model.source import Source
 from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.run_files import SCORES
+from pgprune_cli.run.layout import SCORES
+from pgprune_cli.run.scores import Scores
 from pgprune_cli.saliency import flat_saliency
-from pgprune_cli.scores import Scores
 from pgprune_cli.substrate import Evaluator
 
 REPAIR_TOKENS = 4096

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.measured import read_measured
 from pgprune_cli.recipe.reader import load
-from pgprune_cli.run_files import (
+from pgprune_cli.run.evaluation import read_measured
+from pgprune_cli.run.layout import (
     MASKS,
     METRICS_FILE,
     RECIPE_FILE,

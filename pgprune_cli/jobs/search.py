@@ -13,21 +13,21 @@ from torch import Tensor, nn
 from pgprune_cli.budget import budget_for
 from pgprune_cli.console.progress import through_layers, working
 from pgprune_cli.data.corpora import Batches, CalibrationText
-from pgprune_cli.decision import Decision
 from pgprune_cli.distributed import Ranks, joined
 from pgprune_cli.jobs.init_scores import load_text, scoring_batches
 from pgprune_cli.jobs.loop import finite, run_steps
 from pgprune_cli.jobs.problem import Problem, policy_of, repair_batches, scores_of
-from pgprune_cli.jobs.run_directory import finished, identity_of, refuse_other_recipe
-from pgprune_cli.lock import locked
 from pgprune_cli.model.loading import load_model
 from pgprune_cli.model.prunable import Keep
 from pgprune_cli.model.source import resolve
-from pgprune_cli.provenance import note
 from pgprune_cli.recipe.reader import dump
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.reconstruct import PASSES, Repaired, repair
-from pgprune_cli.run_files import RECIPE_FILE, RECORD
+from pgprune_cli.run.decision import Decision
+from pgprune_cli.run.layout import RECIPE_FILE, RECORD
+from pgprune_cli.run.lock import locked
+from pgprune_cli.run.provenance import note
+from pgprune_cli.run.resume import finished, identity_of, refuse_other_recipe
 from pgprune_cli.saliency import CALIBRATED, NEEDS
 from pgprune_cli.sensitivity import some_windows
 from pgprune_cli.storage.atomic import write_bytes

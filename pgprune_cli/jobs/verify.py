@@ -9,16 +9,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pgprune_cli import checkpoint
 from pgprune_cli.costs import COSTS
-from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
-from pgprune_cli.history import refuse_other_history
 from pgprune_cli.jobs.compare import TABLE_JSON
-from pgprune_cli.jobs.run_directory import refuse_other_decision
 from pgprune_cli.recipe.reader import load
 from pgprune_cli.recipe.strict_yaml import one_line
-from pgprune_cli.run_files import (
+from pgprune_cli.run import checkpoint
+from pgprune_cli.run.decision import Decision
+from pgprune_cli.run.history import refuse_other_history
+from pgprune_cli.run.layout import (
     CHECKPOINTS,
     EVALUATION_FILE,
     MASKS,
@@ -29,7 +28,8 @@ from pgprune_cli.run_files import (
     REPAIR,
     SCORES,
 )
-from pgprune_cli.scores import Scores
+from pgprune_cli.run.resume import refuse_other_decision
+from pgprune_cli.run.scores import Scores
 from pgprune_cli.storage.atomic import read_record
 from pgprune_cli.writers import gguf_seal, sums
 

@@ -12,16 +12,16 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from pgprune_cli.checkpoint import latest_checkpoint
 from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
-from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
-from pgprune_cli.history import Row, read_history
-from pgprune_cli.measured import read_measured
-from pgprune_cli.provenance import read_provenance
-from pgprune_cli.run_files import RECIPE_FILE, RECORD
-from pgprune_cli.scores import Scores
+from pgprune_cli.run.checkpoint import latest_checkpoint
+from pgprune_cli.run.decision import Decision
+from pgprune_cli.run.evaluation import read_measured
+from pgprune_cli.run.history import Row, read_history
+from pgprune_cli.run.layout import RECIPE_FILE, RECORD
+from pgprune_cli.run.provenance import read_provenance
+from pgprune_cli.run.scores import Scores
 
 BLOCKS = 48
 """Cells of a heat map's row, at most: a layer's FFN channels come in runs of equal length."""

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.run_files import runs_folder
+from pgprune_cli.run.layout import runs_folder
 from pgprune_cli.saved import of_comparison
 from pgprune_cli.tables import grid
 from pgprune_cli.verbs.options import AsJson, Limit, Quiet, RecipeName, Set, examples, opened

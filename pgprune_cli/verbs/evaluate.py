@@ -10,7 +10,7 @@ import typer
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.source import find_local
-from pgprune_cli.run_files import is_run, refuse_unfinished, runs_folder
+from pgprune_cli.run.layout import is_run, refuse_unfinished, runs_folder
 from pgprune_cli.tables import print_measured
 from pgprune_cli.verbs.options import AsJson, Limit, Quiet, examples, model_names
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pgprune_cli.run_files import refuse_unfinished
+from pgprune_cli.run.layout import refuse_unfinished
 from pgprune_cli.saved import of_export
 from pgprune_cli.tables import export_line, print_plan, print_result
 from pgprune_cli.verbs.options import AsJson, Quiet, examples, run_names

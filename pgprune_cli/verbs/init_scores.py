@@ -29,7 +29,7 @@ def init_scores(
     given = [*(overrides or []), *([f"saliency.metric={metric}"] if metric else [])]
     loaded, run = opened(recipe, out, given)
     from pgprune_cli.jobs.init_scores import init_scores
-    from pgprune_cli.run_files import SCORES
+    from pgprune_cli.run.layout import SCORES
 
     with resumable(lambda _: of_scores(run)):
         scores = init_scores(loaded, run, quiet)

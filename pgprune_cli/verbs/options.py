@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pgprune_cli.run_files import RECORD, run_directories, runs_folder
+from pgprune_cli.run.layout import RECORD, run_directories, runs_folder
 
 if TYPE_CHECKING:
     from pgprune_cli.recipe.schema import Recipe

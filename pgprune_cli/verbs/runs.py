@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pgprune_cli.run_files import runs_folder
+from pgprune_cli.run.layout import runs_folder
 from pgprune_cli.tables import grid
 from pgprune_cli.verbs.complain import complain
 from pgprune_cli.verbs.options import AsJson, examples

@@ -45,7 +45,7 @@ def search(
         print_estimate(estimate(loaded, quiet), as_json)
         return
     from pgprune_cli.jobs.search import search
-    from pgprune_cli.run_files import MASKS
+    from pgprune_cli.run.layout import MASKS
 
     with resumable(lambda step: of_search(run, loaded.search.steps, step)):
         decision = search(loaded, run, quiet, skip_damaged, log)

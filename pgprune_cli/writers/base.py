@@ -18,11 +18,11 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.loading import HEAD, load_model, load_tokenizer, read_config, reason_of
 from pgprune_cli.model.prunable import Keep, Shape
 from pgprune_cli.model.source import Source
+from pgprune_cli.run.decision import Decision
 from pgprune_cli.storage.atomic import read_json, write_json
 from pgprune_cli.writers.weights import DTYPES
 

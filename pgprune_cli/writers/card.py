@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pgprune_cli.decision import Decision
+from pgprune_cli.run.decision import Decision
 
 
 @dataclass(frozen=True)

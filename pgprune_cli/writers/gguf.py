@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 from pgprune_cli import __version__
-from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.source import Source
+from pgprune_cli.run.decision import Decision
 from pgprune_cli.storage.atomic import new_file
 from pgprune_cli.writers import gguf_seal, gguf_types
 from pgprune_cli.writers.base import Base

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from pgprune_cli.decision import Decision
 from pgprune_cli.model.source import INDEX, Source
+from pgprune_cli.run.decision import Decision
 from pgprune_cli.serving import modeling_pruned
 from pgprune_cli.storage.atomic import new_directory, write_bytes, write_json
 from pgprune_cli.writers import weights

@@ -10,8 +10,8 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from pgprune_cli.decision import Decision
 from pgprune_cli.model.source import Source
+from pgprune_cli.run.decision import Decision
 from pgprune_cli.writers import hf
 from pgprune_cli.writers.plan import Measured, Options
 

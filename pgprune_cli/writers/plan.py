@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgprune_cli.decision import Decision
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.model.source import Source
+from pgprune_cli.run.decision import Decision
 from pgprune_cli.writers import weights
 from pgprune_cli.writers.base import Base, open_base
 from pgprune_cli.writers.normal_form import Needs, NormalForm, normal_form

@@ -19,11 +19,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from pgprune_cli.decision import Decision
 from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target
 from pgprune_cli.jobs.search import search
 from pgprune_cli.recipe.reader import find, load
-from pgprune_cli.run_files import METRICS_FILE
+from pgprune_cli.run.decision import Decision
+from pgprune_cli.run.layout import METRICS_FILE
 from pgprune_cli.storage.atomic import read_json, write_json
 
 UNITS = ["search.policy=units", "search.samples=2", "search.evaluate_every=8"]

@@ -21,7 +21,7 @@ from pgprune_cli.jobs.search import search
 from pgprune_cli.model.loading import load_model
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import load
-from pgprune_cli.run_files import EVALUATION_FILE, MASKS, MEASURED_FILE, RECIPE_FILE, RECORD, REPAIR, SCORES
+from pgprune_cli.run.layout import EVALUATION_FILE, MASKS, MEASURED_FILE, RECIPE_FILE, RECORD, REPAIR, SCORES
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_swapped_scores_and_those_of_a_newer_pgprune_are_refused(base, tmp_path,
     assert swapped != sound and len(swapped) == len(sound)
     (tmp_path / SCORES).write_bytes(swapped)
     assert said(search, recipe, tmp_path, True).startswith(f"{tmp_path / SCORES}: damaged: not what was written")
-    monkeypatch.setattr("pgprune_cli.scores.VERSION", 2)
+    monkeypatch.setattr("pgprune_cli.run.scores.VERSION", 2)
     scores.save(tmp_path)
     monkeypatch.undo()
     assert said(search, recipe, tmp_path, True) == (

@@ -74,7 +74,7 @@ def test_a_signal_at_any_moment_costs_nothing(bench, job, name) -> None:
 
 
 def test_a_comparison_has_its_directory_to_itself(bench, tmp_path) -> None:
-    from pgprune_cli.lock import locked
+    from pgprune_cli.run.lock import locked
 
     folder = tmp_path / "folder"
     with locked(folder / "table"):

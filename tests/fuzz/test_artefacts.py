@@ -12,15 +12,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inputs import changed, damaged, examples, put, rewritten, told
 
-from pgprune_cli.checkpoint import load_checkpoint
 from pgprune_cli.costs import COSTS
-from pgprune_cli.decision import Decision
 from pgprune_cli.jobs import export as job
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.verify import verify
 from pgprune_cli.recipe.reader import find, load
-from pgprune_cli.run_files import CHECKPOINTS, EVALUATION_FILE, MASKS, METRICS_FILE, RECIPE_FILE, RECORD, REPAIR, SCORES
-from pgprune_cli.scores import Scores
+from pgprune_cli.run.checkpoint import load_checkpoint
+from pgprune_cli.run.decision import Decision
+from pgprune_cli.run.layout import (
+    CHECKPOINTS,
+    EVALUATION_FILE,
+    MASKS,
+    METRICS_FILE,
+    RECIPE_FILE,
+    RECORD,
+    REPAIR,
+    SCORES,
+)
+from pgprune_cli.run.scores import Scores
 from pgprune_cli.writers.sums import SUMS
 
 

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from inputs import damaged, examples, put, tried
 from readers import Changed, read_all
 
-from pgprune_cli.decision import Decision
 from pgprune_cli.jobs import export as job
 from pgprune_cli.model.prunable import LayerKeep
 from pgprune_cli.model.source import resolve
+from pgprune_cli.run.decision import Decision
 
 gguf = pytest.importorskip("gguf", reason="no gguf: pip install 'pgprune[gguf]'")
 

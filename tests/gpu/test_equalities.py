@@ -17,7 +17,6 @@ from conftest import ARCHITECTURES, VOCABULARY, tiny_model
 from torch import Tensor, nn
 
 from pgprune_cli import substrate
-from pgprune_cli.checkpoint import latest_checkpoint
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs import loop as loops
 from pgprune_cli.jobs.search import search
@@ -26,7 +25,8 @@ from pgprune_cli.model.prunable import Keep, LayerKeep
 from pgprune_cli.model.quantized import Fp8Linear, check_fp8, fp8_product, to_eight_bits
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.run_files import MASKS, REPAIR
+from pgprune_cli.run.checkpoint import latest_checkpoint
+from pgprune_cli.run.layout import MASKS, REPAIR
 from pgprune_cli.streaming import layer_inputs
 from pgprune_cli.substrate import Evaluator
 

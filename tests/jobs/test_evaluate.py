@@ -26,7 +26,7 @@ from pgprune_cli.jobs.evaluate import (
 from pgprune_cli.jobs.export import export
 from pgprune_cli.model.loading import load_tokenizer
 from pgprune_cli.recipe.schema import Evaluation
-from pgprune_cli.run_files import EVALUATION_FILE, MASKS, RECORD
+from pgprune_cli.run.layout import EVALUATION_FILE, MASKS, RECORD
 from pgprune_cli.storage.atomic import read_record, write_record
 
 

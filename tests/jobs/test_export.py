@@ -16,10 +16,10 @@ from conftest import finished_run
 from safetensors import safe_open
 
 from pgprune_cli.cli import main
-from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs import export as job
-from pgprune_cli.run_files import REPAIR
+from pgprune_cli.run.decision import Decision
+from pgprune_cli.run.layout import REPAIR
 from pgprune_cli.verbs import export as verb
 from pgprune_cli.writers.normal_form import Needs
 from pgprune_cli.writers.plan import Options

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pgprune_cli import scores
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs import init_scores as job
 from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.model.loading import load_model
 from pgprune_cli.model.source import resolve
-from pgprune_cli.provenance import PROVENANCE_FILE, read_provenance
-from pgprune_cli.run_files import SCORES
+from pgprune_cli.run import scores
+from pgprune_cli.run.layout import SCORES
+from pgprune_cli.run.provenance import PROVENANCE_FILE, read_provenance
+from pgprune_cli.run.scores import Scores
 from pgprune_cli.saliency import METRICS
-from pgprune_cli.scores import Scores
 
 
 @pytest.mark.parametrize("metric", METRICS)

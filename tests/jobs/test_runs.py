@@ -10,7 +10,7 @@ import pytest
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.runs import cells, runs_in
 from pgprune_cli.recipe.reader import dump, find, load
-from pgprune_cli.run_files import MASKS, METRICS_FILE, RECIPE_FILE, RECORD, SCORES
+from pgprune_cli.run.layout import MASKS, METRICS_FILE, RECIPE_FILE, RECORD, SCORES
 
 RECIPE = dump(load(find("demo")))
 

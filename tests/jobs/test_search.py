@@ -14,11 +14,9 @@ import pytest
 import torch
 
 from pgprune_cli import substrate
-from pgprune_cli.checkpoint import latest_checkpoint
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.projection import hard_mask
 from pgprune_cli.core.space import budget_of
-from pgprune_cli.decision import Decision
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs import loop as loops
 from pgprune_cli.jobs.init_scores import init_scores, load_text
@@ -28,9 +26,11 @@ from pgprune_cli.model.loading import load_model
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.run_files import CHECKPOINTS, MASKS, METRICS_FILE, RECORD, REPAIR, SCORES
+from pgprune_cli.run.checkpoint import latest_checkpoint
+from pgprune_cli.run.decision import Decision
+from pgprune_cli.run.layout import CHECKPOINTS, MASKS, METRICS_FILE, RECORD, REPAIR, SCORES
+from pgprune_cli.run.scores import Scores
 from pgprune_cli.saliency import flat_saliency
-from pgprune_cli.scores import Scores
 from pgprune_cli.substrate import Evaluator
 
 STEPS = 6

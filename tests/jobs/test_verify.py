@@ -19,7 +19,7 @@ from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.verify import verify
 from pgprune_cli.recipe.reader import find, load
-from pgprune_cli.run_files import (
+from pgprune_cli.run.layout import (
     EVALUATION_FILE,
     MASKS,
     MEASURED_FILE,
@@ -29,7 +29,7 @@ from pgprune_cli.run_files import (
     REPAIR,
     SCORES,
 )
-from pgprune_cli.scores import Scores
+from pgprune_cli.run.scores import Scores
 from pgprune_cli.storage.atomic import write_record
 from pgprune_cli.writers import gguf_seal, sums
 

@@ -19,7 +19,6 @@ from test_substrate import KEEPS, logits_of, some_outputs, some_tokens
 from torch import Tensor, nn
 
 from pgprune_cli.costs import measure_latency
-from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.compare import compare
 from pgprune_cli.jobs.estimate import estimate
@@ -33,6 +32,7 @@ from pgprune_cli.model.prunable import Keep, LayerKeep, Output, Outputs, Project
 from pgprune_cli.model.quantized import FP8, Fp8Linear, Int8Linear, check_fp8, fp8_product, to_eight_bits
 from pgprune_cli.model.source import DEMO_MODEL, INDEX, resolve
 from pgprune_cli.reconstruct import repair
+from pgprune_cli.run.decision import Decision
 from pgprune_cli.saliency import score
 from pgprune_cli.substrate import Evaluator
 from pgprune_cli.width_table import WidthTable, solved_layers

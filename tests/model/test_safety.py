@@ -13,13 +13,13 @@ import torch
 from conftest import save_tokenizer, tiny_model
 from safetensors.torch import load_file, save_file
 
-from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.export import export
 from pgprune_cli.model.loading import check_prunable, load_model, load_tokenizer, read_config
 from pgprune_cli.model.prunable import LayerKeep
 from pgprune_cli.model.source import INDEX, resolve
 from pgprune_cli.recipe.reader import find, load, name_of
+from pgprune_cli.run.decision import Decision
 
 CODE = "from pathlib import Path\nPath({!r}).touch()\nclass C: pass\n"
 

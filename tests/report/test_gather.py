@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from pgprune_cli.checkpoint import latest_checkpoint
-from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.search import search
 from pgprune_cli.recipe.reader import load
 from pgprune_cli.report.facts import again, commands, environment, evaluation, summary
 from pgprune_cli.report.gather import BLOCKS, _names, kept_cells, read_run, read_runs, sensitivities, theta_cells
 from pgprune_cli.report.pareto import Measure, _marked, measures
+from pgprune_cli.run.checkpoint import latest_checkpoint
+from pgprune_cli.run.decision import Decision
 
 LAYERS, GROUPS, CHANNELS = 6, 4, 384
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from pgprune_cli.decision import Decision
 from pgprune_cli.model.prunable import LayerKeep
 from pgprune_cli.model.source import resolve
+from pgprune_cli.run.decision import Decision
 from pgprune_cli.writers import mlx
 from pgprune_cli.writers.plan import Options
 

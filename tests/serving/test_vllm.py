@@ -18,9 +18,9 @@ import torch
 from conftest import ARCHITECTURES, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from pgprune_cli.decision import Decision
 from pgprune_cli.model.prunable import LayerKeep
 from pgprune_cli.model.source import resolve
+from pgprune_cli.run.decision import Decision
 from pgprune_cli.writers import hf
 from pgprune_cli.writers.plan import Options
 

@@ -14,11 +14,11 @@ import torch
 from conftest import TEXT, VOCABULARY, save_tokenizer, tiny_config, tiny_model
 from test_hf import DECISIONS, LAYERS, decide, draw, masked
 
-from pgprune_cli.decision import Decision
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.model.loading import load_model, load_tokenizer
 from pgprune_cli.model.prunable import LayerKeep, Output
 from pgprune_cli.model.source import resolve
+from pgprune_cli.run.decision import Decision
 from pgprune_cli.writers import gguf as writer
 from pgprune_cli.writers.gguf_layout import NEEDS
 from pgprune_cli.writers.normal_form import Needs, normal_form

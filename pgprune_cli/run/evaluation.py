@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pgprune_cli.run_files import EVALUATION_FILE, MEASURED_FILE
+from pgprune_cli.run.layout import EVALUATION_FILE, MEASURED_FILE
 from pgprune_cli.storage.atomic import read_record
 
 

@@ -14,13 +14,13 @@ from typing import Any
 import yaml
 from torch import Tensor
 
-from pgprune_cli.checkpoint import Checkpoint, drop_old, latest_checkpoint
-from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
-from pgprune_cli.history import refuse_other_history
 from pgprune_cli.recipe.reader import dump, load
 from pgprune_cli.recipe.schema import Evaluation, Recipe
-from pgprune_cli.run_files import METRICS_FILE, RECIPE_FILE, RECORD
+from pgprune_cli.run.checkpoint import Checkpoint, drop_old, latest_checkpoint
+from pgprune_cli.run.decision import Decision
+from pgprune_cli.run.history import refuse_other_history
+from pgprune_cli.run.layout import METRICS_FILE, RECIPE_FILE, RECORD
 
 
 def identity_of(recipe: Recipe, fingerprint: str, origin: Tensor) -> str:

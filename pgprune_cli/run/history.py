@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.run_files import METRICS_FILE
+from pgprune_cli.run.layout import METRICS_FILE
 from pgprune_cli.storage.atomic import sync_directory
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from pgprune_cli.decision import Decision
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.prunable import LayerKeep
-from pgprune_cli.run_files import MASKS, RECIPE_FILE, RECORD
+from pgprune_cli.run.decision import Decision
+from pgprune_cli.run.layout import MASKS, RECIPE_FILE, RECORD
 from pgprune_cli.storage.atomic import checksum, read_record, write_record
 
 
@@ -136,7 +136,7 @@ def test_a_search_killed_between_the_two_files_leaves_no_decision(tmp_path, monk
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("pgprune_cli.decision.write_record", killed)
+        patch.setattr("pgprune_cli.run.decision.write_record", killed)
         with pytest.raises(KeyboardInterrupt):
             a_decision().save(tmp_path)
     assert "holds no run" in refused(tmp_path)

@@ -18,8 +18,8 @@ from torch import Tensor
 from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.errors import UserError
-from pgprune_cli.history import Written
-from pgprune_cli.run_files import CHECKPOINTS
+from pgprune_cli.run.history import Written
+from pgprune_cli.run.layout import CHECKPOINTS
 from pgprune_cli.storage.atomic import (
     checksum,
     new_directory,

@@ -10,13 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
-from pgprune_cli.checkpoint import RECORD, TENSORS, Checkpoint, latest_checkpoint, save_checkpoint
 from pgprune_cli.core.space import Family, MaskSpace
 from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState, begin, propose, update
 from pgprune_cli.errors import UserError
-from pgprune_cli.history import Written
-from pgprune_cli.run_files import CHECKPOINTS
+from pgprune_cli.run.checkpoint import RECORD, TENSORS, Checkpoint, latest_checkpoint, save_checkpoint
+from pgprune_cli.run.history import Written
+from pgprune_cli.run.layout import CHECKPOINTS
 from pgprune_cli.storage.atomic import read_json, write_record
 
 HISTORY = Written(77, "of these bytes")
@@ -344,7 +344,7 @@ def test_any_failure_leaves_nothing_half_written(tmp_path, monkeypatch, name):
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(f"pgprune_cli.checkpoint.{name}", failing)
+        patch.setattr(f"pgprune_cli.run.checkpoint.{name}", failing)
         with pytest.raises(OSError, match="Input/output error"):
             save_checkpoint(tmp_path, a_checkpoint())
     assert folders(tmp_path) == []
