@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.errors import UserError
+from pgprune_cli.forward.layerwise import Stream, layer_inputs
+from pgprune_cli.forward.masked import Evaluator, shrunk_block
 from pgprune_cli.model.prunable import ArchSpec, Block, Shape, UnitCosts, projections, spec_of
 from pgprune_cli.storage.atomic import read_record, write_record
-from pgprune_cli.streaming import Stream, layer_inputs
-from pgprune_cli.substrate import Evaluator, shrunk_block
 
 COSTS = "costs.json"
 

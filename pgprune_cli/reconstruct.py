@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.errors import RunError
+from pgprune_cli.forward.curvature import error_roots
+from pgprune_cli.forward.layerwise import layer_inputs
+from pgprune_cli.forward.masked import shrunk_block
+from pgprune_cli.forward.moments import Moments, observe_moments
 from pgprune_cli.model.prunable import Block, Keep, LayerKeep, Output, Outputs, Shape, inputs_of
-from pgprune_cli.moments import Moments, observe_moments
 from pgprune_cli.saliency.obs import removal_order, units_a_round
-from pgprune_cli.sensitivity import error_roots
-from pgprune_cli.streaming import layer_inputs
-from pgprune_cli.substrate import shrunk_block
 
 PASSES = 2
 """Forward passes over its text that a repair costs at most: one behind the other, to observe and to go on."""

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.core.space import MaskSpace
+from pgprune_cli.forward.curvature import error_roots
+from pgprune_cli.forward.layerwise import layer_inputs
+from pgprune_cli.forward.moments import MomentCollector, Moments
 from pgprune_cli.model.prunable import Keep, Output, Outputs, Shape, inputs_of
-from pgprune_cli.moments import MomentCollector, Moments
 from pgprune_cli.reconstruct import cholesky
-from pgprune_cli.sensitivity import error_roots
-from pgprune_cli.streaming import layer_inputs
 
 LEVELS = 16
 """Widths of a block that a search chooses among: multiples of a sixteenth of its units."""

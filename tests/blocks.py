@@ -9,7 +9,7 @@ import torch
 from conftest import VOCABULARY
 from torch import Tensor, nn
 
-from pgprune_cli.moments import Moments
+from pgprune_cli.forward.moments import Moments
 
 GROUPS, CHANNELS, LAYERS = 4, 24, 4
 BLOCKS = [(index, name) for index in range(LAYERS) for name in ("attention", "ffn")]

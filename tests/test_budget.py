@@ -10,8 +10,8 @@ from pgprune_cli import costs
 from pgprune_cli.budget import budget_for
 from pgprune_cli.core.projection import hard_mask
 from pgprune_cli.errors import UserError
+from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.recipe.schema import Budget, Calibration, Recipe, Units
-from pgprune_cli.substrate import Evaluator
 
 EVALUATOR = Evaluator(tiny_model("llama-gqa"))
 

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pgprune_cli.costs import COSTS, WARM_UPS, flops, kv_cache, latency_of_run, measure_latency
 from pgprune_cli.errors import UserError
+from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.prunable import Shape, UnitCosts
 from pgprune_cli.storage.atomic import read_record
-from pgprune_cli.substrate import Evaluator
 
 CONTEXT = 12
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.space import Budget, MaskSpace, budget_of
 from pgprune_cli.core.widths import LEAST_SPREAD, SPREAD
+from pgprune_cli.forward.layerwise import layer_inputs
+from pgprune_cli.forward.moments import observe_moments
 from pgprune_cli.model.prunable import Shape
-from pgprune_cli.moments import observe_moments
 from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
 from pgprune_cli.reconstruct import repaired_output
-from pgprune_cli.streaming import layer_inputs
 from pgprune_cli.width_table import WidthTable, level_of, solved_layers
 
 GROUPS, CHANNELS, LAYERS = 4, 24, 4

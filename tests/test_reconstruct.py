@@ -25,12 +25,12 @@ from torch import Tensor, nn
 
 from pgprune_cli import reconstruct
 from pgprune_cli.errors import RunError
+from pgprune_cli.forward.curvature import error_roots
+from pgprune_cli.forward.masked import Evaluator
+from pgprune_cli.forward.moments import Moments, observe_moments
 from pgprune_cli.model.prunable import Keep, LayerKeep, Outputs
-from pgprune_cli.moments import Moments, observe_moments
 from pgprune_cli.reconstruct import compensated_output, repair, repaired_output
 from pgprune_cli.saliency.obs import removal_order
-from pgprune_cli.sensitivity import error_roots
-from pgprune_cli.substrate import Evaluator
 
 DAMPING = 1e-6
 

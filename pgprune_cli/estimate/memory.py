@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pgprune_cli.estimate.sizes import Block, Sizes, Texts, tokens_in
-from pgprune_cli.substrate import LOGIT_ROWS, SOFTMAX_ROWS
+from pgprune_cli.forward.masked import LOGIT_ROWS, SOFTMAX_ROWS
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pgprune_cli.console.progress import working
 from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.data.corpora import check_corpus, check_vocabulary, spread, tokens_of
 from pgprune_cli.errors import RunError, UserError
+from pgprune_cli.forward.masked import Evaluator, summed_loss
 from pgprune_cli.model.loading import load_model, load_tokenizer
 from pgprune_cli.model.prunable import Keep, Outputs, Shape
 from pgprune_cli.model.source import Source, resolve
@@ -27,7 +28,6 @@ from pgprune_cli.run.decision import Decision, read_origin
 from pgprune_cli.run.layout import EVALUATION_FILE, RECIPE_FILE, RECORD, is_run
 from pgprune_cli.run.provenance import note
 from pgprune_cli.storage.atomic import read_record, write_record
-from pgprune_cli.substrate import Evaluator, summed_loss
 
 TOKENS_AT_A_TIME = 4096
 """Tokens of one forward pass, whatever the window length."""

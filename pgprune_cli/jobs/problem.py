@@ -13,6 +13,7 @@ from pgprune_cli.core.space import Budget, MaskSpace
 from pgprune_cli.data.corpora import Batches, CalibrationText, spread
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import UserError
+from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs.init_scores import compute_scores
 from pgprune_cli.jobs.widths import searched_table
 from pgprune_cli.model.prunable import Keep, Outputs
@@ -22,7 +23,6 @@ from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.layout import SCORES
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.saliency import flat_saliency
-from pgprune_cli.substrate import Evaluator
 
 REPAIR_TOKENS = 4096
 """Tokens of one forward pass of the repair, at least: few large products are quicker than many small ones."""

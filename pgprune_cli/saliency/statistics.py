@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pgprune_cli.forward.batch_splitting import Portions
+from pgprune_cli.forward.curvature import error_roots
+from pgprune_cli.forward.layerwise import layer_inputs
+from pgprune_cli.forward.moments import MomentCollector
 from pgprune_cli.model.prunable import Shape, projections
-from pgprune_cli.moments import MomentCollector
-from pgprune_cli.portions import Portions
-from pgprune_cli.sensitivity import error_roots
-from pgprune_cli.streaming import layer_inputs
 
 Statistic = Literal["input_norms", "fluctuations", "covariance", "gradients"]
 """The fields of `BlockStatistics` that need calibration text. Only the one a metric asks for is collected."""

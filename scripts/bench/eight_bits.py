@@ -13,8 +13,8 @@ import copy
 
 from subject import arguments, in_turn, opened, random_keep, table
 
+from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.quantized import check_fp8, to_eight_bits
-from pgprune_cli.substrate import Evaluator
 
 
 def main() -> None:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pgprune_cli.estimate.sizes import Sizes
 from pgprune_cli.estimate.work import forwards
+from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.prunable import Keep
 from pgprune_cli.recipe.schema import Budget, Calibration, Recipe
-from pgprune_cli.substrate import Evaluator
 
 ON_CPU, ON_GPU = 1024, 8192
 """Rows of the square matrices of the products: large enough for the full rate."""

@@ -15,8 +15,8 @@ from subject import Ratio, arguments, in_turn, opened, random_keep, table
 from torch import Tensor
 from torch.nn import functional
 
+from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.prunable import Keep
-from pgprune_cli.substrate import Evaluator
 
 
 @torch.no_grad()

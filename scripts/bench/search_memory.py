@@ -23,10 +23,10 @@ from torch import Tensor
 
 from pgprune_cli.estimate.memory import Memory, memory
 from pgprune_cli.estimate.sizes import Sizes, Texts
+from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.loading import Weights, devices_of, load_model
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.schema import Budget, Calibration, Recipe
-from pgprune_cli.substrate import Evaluator
 
 SLACK = 1.10
 

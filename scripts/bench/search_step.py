@@ -23,15 +23,15 @@ import torch
 from subject import arguments, headline, open_evaluator, seconds, some_tokens, table
 from torch import Tensor, nn
 
-from pgprune_cli import substrate
 from pgprune_cli.console.progress import SearchProgress
+from pgprune_cli.forward import masked as substrate
+from pgprune_cli.forward.masked import Evaluator, summed_loss
 from pgprune_cli.jobs import loop, problem, search
 from pgprune_cli.model.prunable import Output, Shape
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.reconstruct import Repaired
 from pgprune_cli.run.history import Row
-from pgprune_cli.substrate import Evaluator, summed_loss
 from pgprune_cli.width_table import WidthTable, level_of
 
 

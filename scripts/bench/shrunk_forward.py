@@ -14,8 +14,8 @@ from contextlib import contextmanager
 from subject import Ratio, arguments, in_turn, opened, random_keep, table
 from torch import Tensor, nn
 
+from pgprune_cli.forward.masked import Evaluator, summed_loss
 from pgprune_cli.model.prunable import Keep
-from pgprune_cli.substrate import Evaluator, summed_loss
 
 
 @contextmanager

@@ -75,8 +75,8 @@ def forwards() -> None:
     from conftest import ARCHITECTURES, tiny_model
     from test_substrate import KEEPS, some_outputs, some_tokens
 
+    from pgprune_cli.forward.masked import Evaluator
     from pgprune_cli.model.quantized import to_eight_bits
-    from pgprune_cli.substrate import Evaluator
 
     keep, tokens = KEEPS["an empty layer"], some_tokens()
     for architecture in ARCHITECTURES:
@@ -128,9 +128,9 @@ def untied_on_two() -> None:
     from conftest import tiny_model
     from test_substrate import KEEPS, some_outputs, some_tokens
 
+    from pgprune_cli.forward.masked import Evaluator
     from pgprune_cli.model.loading import load_model
     from pgprune_cli.model.source import resolve
-    from pgprune_cli.substrate import Evaluator
 
     keep, tokens = KEEPS["random"], some_tokens()
     with tempfile.TemporaryDirectory() as folder:
@@ -148,9 +148,9 @@ def a_stored_head_on_two() -> None:
     from safetensors.torch import load_file, save_file
     from test_substrate import KEEPS, some_tokens
 
+    from pgprune_cli.forward.masked import Evaluator
     from pgprune_cli.model.loading import HEAD, load_model
     from pgprune_cli.model.source import resolve
-    from pgprune_cli.substrate import Evaluator
 
     with tempfile.TemporaryDirectory() as folder:
         tiny_model("llama-gqa").save_pretrained(folder)
@@ -169,7 +169,7 @@ def latencies() -> None:
     from conftest import tiny_model
 
     from pgprune_cli.costs import measure_latency
-    from pgprune_cli.substrate import Evaluator
+    from pgprune_cli.forward.masked import Evaluator
 
     costs = measure_latency(Evaluator(tiny_model("llama-gqa").to(CHIP)), 8)
     assert min(*costs.attention, *costs.ffn) > 0

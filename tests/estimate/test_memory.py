@@ -12,11 +12,11 @@ from torch import Tensor
 
 from pgprune_cli.estimate.memory import Memory, layer_bytes, logit_bytes, made_bytes, memory, solving_bytes, table_bytes
 from pgprune_cli.estimate.sizes import Sizes, Texts
+from pgprune_cli.forward.masked import Evaluator, summed_loss
 from pgprune_cli.model.prunable import LayerKeep, Output
 from pgprune_cli.model.quantized import to_eight_bits
 from pgprune_cli.reconstruct import repair
 from pgprune_cli.saliency import score
-from pgprune_cli.substrate import Evaluator, summed_loss
 from pgprune_cli.width_table import solved_layers
 
 

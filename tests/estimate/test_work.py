@@ -14,10 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.estimate.work import EIGH, Flops, flops, forwards, repair, scoring, seconds, width_table
+from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.prunable import Keep, LayerKeep
 from pgprune_cli.reconstruct import repair as run_repair
 from pgprune_cli.saliency import score
-from pgprune_cli.substrate import Evaluator
 from pgprune_cli.width_table import solved_layers
 
 aten = torch.ops.aten

@@ -9,6 +9,7 @@ import torch
 from inputs import put, told
 
 from pgprune_cli.data.corpora import check_vocabulary, tokens_of
+from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs import export as job
 from pgprune_cli.jobs.doctor import doctor
 from pgprune_cli.model.loading import check_prunable, load_model, load_tokenizer
@@ -16,7 +17,6 @@ from pgprune_cli.model.prunable import Keep, LayerKeep
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.run.decision import Decision
-from pgprune_cli.substrate import Evaluator
 
 KEEP = tuple(LayerKeep(torch.arange(4) < 4 - layer, torch.arange(24) < 9 + layer) for layer in range(4))
 

@@ -16,8 +16,10 @@ import torch
 from conftest import ARCHITECTURES, VOCABULARY, tiny_model
 from torch import Tensor, nn
 
-from pgprune_cli import substrate
 from pgprune_cli.errors import RunError, UserError
+from pgprune_cli.forward import masked as substrate
+from pgprune_cli.forward.layerwise import layer_inputs
+from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs import loop as loops
 from pgprune_cli.jobs.search import search
 from pgprune_cli.model.loading import load_model
@@ -27,8 +29,6 @@ from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.layout import MASKS, REPAIR
-from pgprune_cli.streaming import layer_inputs
-from pgprune_cli.substrate import Evaluator
 
 pytestmark = [
     pytest.mark.gpu,

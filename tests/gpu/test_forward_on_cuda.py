@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_model
 from test_substrate import KEEPS, some_tokens
 
-from pgprune_cli.substrate import Evaluator, summed_loss
+from pgprune_cli.forward.masked import Evaluator, summed_loss
 
 pytestmark = [
     pytest.mark.gpu,

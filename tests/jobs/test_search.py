@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from pgprune_cli import substrate
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.projection import hard_mask
 from pgprune_cli.core.space import budget_of
 from pgprune_cli.errors import RunError, UserError
+from pgprune_cli.forward import masked as substrate
+from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs import loop as loops
 from pgprune_cli.jobs.init_scores import init_scores, load_text
 from pgprune_cli.jobs.loop import BAD_STEPS, Interrupted
@@ -31,7 +32,6 @@ from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import CHECKPOINTS, MASKS, METRICS_FILE, RECORD, REPAIR, SCORES
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.saliency import flat_saliency
-from pgprune_cli.substrate import Evaluator
 
 STEPS = 6
 TIMING = ("seconds", "tokens_per_second", "memory_bytes")

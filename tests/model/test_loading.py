@@ -14,12 +14,12 @@ from conftest import tiny_model
 from safetensors.torch import load_file, save_file
 
 from pgprune_cli.errors import UserError
+from pgprune_cli.forward.layerwise import layer_inputs
+from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model import loading
 from pgprune_cli.model.devices import spread
 from pgprune_cli.model.loading import check_prunable, empty_model, load_model, load_tokenizer
 from pgprune_cli.model.source import DEMO_MODEL, INDEX, Source, resolve
-from pgprune_cli.streaming import layer_inputs
-from pgprune_cli.substrate import Evaluator
 
 
 def refused(name: object) -> str:

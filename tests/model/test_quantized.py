@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from pgprune_cli.costs import measure_latency
 from pgprune_cli.errors import UserError
+from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs.compare import compare
 from pgprune_cli.jobs.estimate import estimate
 from pgprune_cli.jobs.export import export, options_of
@@ -34,7 +35,6 @@ from pgprune_cli.model.source import DEMO_MODEL, INDEX, resolve
 from pgprune_cli.reconstruct import repair
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.saliency import score
-from pgprune_cli.substrate import Evaluator
 from pgprune_cli.width_table import WidthTable, solved_layers
 from pgprune_cli.writers import gguf
 from pgprune_cli.writers.normal_form import Needs

@@ -9,7 +9,8 @@ from blocks import seen
 from conftest import VOCABULARY, tiny_model
 from torch import Tensor
 
-from pgprune_cli.moments import MomentCollector
+from pgprune_cli.forward.curvature import error_roots
+from pgprune_cli.forward.moments import MomentCollector
 from pgprune_cli.saliency import score
 from pgprune_cli.saliency.statistics import (
     Fluctuations,
@@ -19,7 +20,6 @@ from pgprune_cli.saliency.statistics import (
     loss_gradients,
     statistics,
 )
-from pgprune_cli.sensitivity import error_roots
 
 
 def calibration(batches: int = 3) -> list[Tensor]:

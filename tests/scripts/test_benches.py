@@ -63,7 +63,7 @@ def test_a_bench_prints_its_ratios(
 def test_both_ways_hear_the_same_losses() -> None:
     """What is timed against each other gives the same result."""
     paper_way, shrunk_forward, subject = map(importlib.import_module, ("paper_way", "shrunk_forward", "subject"))
-    from pgprune_cli.substrate import Evaluator, summed_loss
+    from pgprune_cli.forward.masked import Evaluator, summed_loss
 
     evaluator = Evaluator(subject.random_model("tiny", torch.float32, torch.device("cpu")))
     tokens = torch.randint(1000, (2, 16), generator=torch.Generator().manual_seed(0))

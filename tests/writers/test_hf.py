@@ -22,11 +22,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pgprune_cli.errors import RunError, UserError
+from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.prunable import LayerKeep
 from pgprune_cli.model.source import resolve
 from pgprune_cli.reconstruct import repair
 from pgprune_cli.run.decision import Decision
-from pgprune_cli.substrate import Evaluator
 from pgprune_cli.writers import hf, weights
 from pgprune_cli.writers.normal_form import Needs
 from pgprune_cli.writers.plan import Options, Plan

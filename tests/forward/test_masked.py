@@ -9,10 +9,10 @@ import torch
 from conftest import ARCHITECTURES, VOCABULARY, tiny_model
 from torch import Tensor, nn
 
-from pgprune_cli import substrate
 from pgprune_cli.errors import RunError
+from pgprune_cli.forward import masked as substrate
+from pgprune_cli.forward.masked import Evaluator, summed_loss
 from pgprune_cli.model.prunable import Keep, LayerKeep, Output, Outputs
-from pgprune_cli.substrate import Evaluator, summed_loss
 
 GROUPS, CHANNELS, LAYERS = 4, 24, 4
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pgprune_cli.forward.batch_splitting import Portions
 from pgprune_cli.model.prunable import Block, Keep, Output, Outputs, Projection, Shape, gather_units
 from pgprune_cli.model.quantized import EightBitLinear, Int8Linear, Rows
-from pgprune_cli.portions import Portions
 
 LOGIT_ROWS = 512
 """Positions whose logits exist at a time: of a 128k vocabulary 131 MB in bfloat16."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pgprune_cli import width_table
+from pgprune_cli.forward.masked import LOGIT_ROWS, SOFTMAX_ROWS, Evaluator, summed_loss
 from pgprune_cli.model.quantized import to_eight_bits
-from pgprune_cli.substrate import LOGIT_ROWS, SOFTMAX_ROWS, Evaluator, summed_loss
 
 aten = torch.ops.aten
 

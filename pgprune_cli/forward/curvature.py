@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.errors import RunError
+from pgprune_cli.forward.batch_splitting import Portions
 from pgprune_cli.model.prunable import Shape
-from pgprune_cli.portions import Portions
 
 SHARE = 0.7
 """Of G in the last layer's mixture with the identity; it falls linearly to 0 at the middle layer."""

@@ -13,8 +13,8 @@ from functools import partial
 
 from torch import Tensor
 
+from pgprune_cli.forward.layerwise import Stream, Watch
 from pgprune_cli.model.prunable import Shape
-from pgprune_cli.streaming import Stream, Watch
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ from conftest import VOCABULARY, tiny_model
 from torch import Tensor, nn
 
 from pgprune_cli.errors import RunError
+from pgprune_cli.forward.batch_splitting import Portions
+from pgprune_cli.forward.curvature import output_curvature
+from pgprune_cli.forward.layerwise import layer_inputs
+from pgprune_cli.forward.moments import MomentCollector
 from pgprune_cli.model.prunable import LayerKeep, Shape
-from pgprune_cli.moments import MomentCollector
-from pgprune_cli.portions import Portions
 from pgprune_cli.reconstruct import repair
 from pgprune_cli.saliency import score
-from pgprune_cli.sensitivity import output_curvature
-from pgprune_cli.streaming import layer_inputs
 from pgprune_cli.width_table import solved_layers
 
 WINDOWS = 5

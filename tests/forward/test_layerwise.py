@@ -5,7 +5,7 @@ import torch
 from conftest import VOCABULARY, tiny_config, tiny_model
 from torch import Tensor, nn
 
-from pgprune_cli.streaming import layer_inputs
+from pgprune_cli.forward.layerwise import layer_inputs
 
 LAYERS = 4
 

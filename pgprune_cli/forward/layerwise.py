@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pgprune_cli.forward.batch_splitting import Portions
 from pgprune_cli.model.prunable import Shape
-from pgprune_cli.portions import Portions
 
 Watch = Mapping[tuple[str, ...], Callable[..., None]]
 """By the names of submodules inside the layer: what to call with the first input of each, `(B, T, in)`, batch after

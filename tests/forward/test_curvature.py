@@ -8,9 +8,9 @@ from blocks import batches, left_as_it_was
 from conftest import VOCABULARY, tiny_config, tiny_model
 from torch import Tensor, nn
 
-from pgprune_cli import sensitivity
 from pgprune_cli.errors import RunError
-from pgprune_cli.sensitivity import SHARE, WINDOWS, error_roots, output_curvature
+from pgprune_cli.forward import curvature as sensitivity
+from pgprune_cli.forward.curvature import SHARE, WINDOWS, error_roots, output_curvature
 
 
 def final_inputs(model: nn.Module, text: list[Tensor]) -> Tensor:

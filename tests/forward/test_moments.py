@@ -8,9 +8,9 @@ from blocks import BLOCKS, LAYERS, batches, left_as_it_was, moments_by_hand, see
 from conftest import VOCABULARY, tiny_model
 from torch import Tensor
 
+from pgprune_cli.forward.layerwise import layer_inputs
+from pgprune_cli.forward.moments import MomentCollector, Moments, observe_moments
 from pgprune_cli.model.prunable import Shape
-from pgprune_cli.moments import MomentCollector, Moments, observe_moments
-from pgprune_cli.streaming import layer_inputs
 
 NORM = "post_attention_layernorm"
 """In front of the FFN: it reads the residual stream."""

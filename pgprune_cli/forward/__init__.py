@@ -1,0 +1,1 @@
+"""Everything that runs the model: forward passes under masks, layer by layer, and what is measured on the way."""
