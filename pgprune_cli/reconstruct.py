@@ -21,7 +21,7 @@ from pgprune_cli.forward.layerwise import layer_inputs
 from pgprune_cli.forward.masked import shrunk_block
 from pgprune_cli.forward.moments import Moments, observe_moments
 from pgprune_cli.model.prunable import Block, Keep, LayerKeep, Output, Outputs, Shape, inputs_of
-from pgprune_cli.saliency.obs import removal_order, units_a_round
+from pgprune_cli.scores.obs import removal_order, units_a_round
 
 PASSES = 2
 """Forward passes over its text that a repair costs at most: one behind the other, to observe and to go on."""

@@ -30,7 +30,7 @@ from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.forward.moments import Moments, observe_moments
 from pgprune_cli.model.prunable import Keep, LayerKeep, Outputs
 from pgprune_cli.reconstruct import compensated_output, repair, repaired_output
-from pgprune_cli.saliency.obs import removal_order
+from pgprune_cli.scores.obs import removal_order
 
 DAMPING = 1e-6
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from pgprune_cli.costs import flops
 from pgprune_cli.model.prunable import Shape
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.saliency import CALIBRATED, NEEDS
-from pgprune_cli.saliency.statistics import Statistic
+from pgprune_cli.scores.metrics import CALIBRATED, NEEDS
+from pgprune_cli.scores.statistics import Statistic
 from pgprune_cli.width_table import level_of
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pgprune_cli.estimate.sizes import Block, Sizes, Texts, tokens_in
 from pgprune_cli.forward.curvature import SHARE, some_windows
-from pgprune_cli.saliency.obs import units_a_round
+from pgprune_cli.scores.obs import units_a_round
 
 Flops = Counter[torch.dtype]
 """By the dtype that they are done in: what devices differ most in is float64."""

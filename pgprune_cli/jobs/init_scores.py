@@ -17,7 +17,7 @@ from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.lock import locked
 from pgprune_cli.run.provenance import note
 from pgprune_cli.run.scores import Scores
-from pgprune_cli.saliency import CALIBRATED, NEEDS, score
+from pgprune_cli.scores.metrics import CALIBRATED, NEEDS, score
 
 
 def init_scores(recipe: Recipe, run: Path, quiet: bool = False) -> Scores:

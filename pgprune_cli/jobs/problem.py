@@ -22,7 +22,7 @@ from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.layout import SCORES
 from pgprune_cli.run.scores import Scores
-from pgprune_cli.saliency import flat_saliency
+from pgprune_cli.scores.metrics import flat_saliency
 
 REPAIR_TOKENS = 4096
 """Tokens of one forward pass of the repair, at least: few large products are quicker than many small ones."""

@@ -30,7 +30,7 @@ from pgprune_cli.run.layout import RECIPE_FILE, RECORD
 from pgprune_cli.run.lock import locked
 from pgprune_cli.run.provenance import note
 from pgprune_cli.run.resume import finished, identity_of, refuse_other_recipe
-from pgprune_cli.saliency import CALIBRATED, NEEDS
+from pgprune_cli.scores.metrics import CALIBRATED, NEEDS
 from pgprune_cli.storage.atomic import write_bytes
 from pgprune_cli.trackers import TrackerName, check_installed
 from pgprune_cli.width_files import remove_widths

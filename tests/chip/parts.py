@@ -97,7 +97,7 @@ def scores() -> None:
     from conftest import tiny_model
     from test_substrate import some_tokens
 
-    from pgprune_cli.saliency import NEEDS, score
+    from pgprune_cli.scores.metrics import NEEDS, score
 
     text = [some_tokens(seed, rows=4, length=16) for seed in (0, 1)]
     model = tiny_model("llama-gqa")

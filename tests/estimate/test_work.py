@@ -17,7 +17,7 @@ from pgprune_cli.estimate.work import EIGH, Flops, flops, forwards, repair, scor
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.prunable import Keep, LayerKeep
 from pgprune_cli.reconstruct import repair as run_repair
-from pgprune_cli.saliency import score
+from pgprune_cli.scores.metrics import score
 from pgprune_cli.width_table import solved_layers
 
 aten = torch.ops.aten

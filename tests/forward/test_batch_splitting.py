@@ -17,7 +17,7 @@ from pgprune_cli.forward.layerwise import layer_inputs
 from pgprune_cli.forward.moments import MomentCollector
 from pgprune_cli.model.prunable import LayerKeep, Shape
 from pgprune_cli.reconstruct import repair
-from pgprune_cli.saliency import score
+from pgprune_cli.scores.metrics import score
 from pgprune_cli.width_table import solved_layers
 
 WINDOWS = 5

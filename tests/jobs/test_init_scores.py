@@ -14,7 +14,7 @@ from pgprune_cli.run import scores
 from pgprune_cli.run.layout import SCORES
 from pgprune_cli.run.provenance import PROVENANCE_FILE, read_provenance
 from pgprune_cli.run.scores import Scores
-from pgprune_cli.saliency import METRICS
+from pgprune_cli.scores.metrics import METRICS
 
 
 @pytest.mark.parametrize("metric", METRICS)

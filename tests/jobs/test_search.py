@@ -31,7 +31,7 @@ from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import CHECKPOINTS, MASKS, METRICS_FILE, RECORD, REPAIR, SCORES
 from pgprune_cli.run.scores import Scores
-from pgprune_cli.saliency import flat_saliency
+from pgprune_cli.scores.metrics import flat_saliency
 
 STEPS = 6
 TIMING = ("seconds", "tokens_per_second", "memory_bytes")

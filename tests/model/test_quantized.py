@@ -34,7 +34,7 @@ from pgprune_cli.model.quantized import FP8, Fp8Linear, Int8Linear, check_fp8, f
 from pgprune_cli.model.source import DEMO_MODEL, INDEX, resolve
 from pgprune_cli.reconstruct import repair
 from pgprune_cli.run.decision import Decision
-from pgprune_cli.saliency import score
+from pgprune_cli.scores.metrics import score
 from pgprune_cli.width_table import WidthTable, solved_layers
 from pgprune_cli.writers import gguf
 from pgprune_cli.writers.normal_form import Needs

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from pgprune_cli.saliency.statistics import BlockStatistics
+from pgprune_cli.scores.statistics import BlockStatistics
 
 
 def magnitude(block: BlockStatistics) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.model.prunable import inputs_of
-from pgprune_cli.saliency.statistics import BlockStatistics
+from pgprune_cli.scores.statistics import BlockStatistics
 
 DAMPING = 1e-2
 """Ridge, relative to the mean of H's diagonal, as in SparseGPT. H alone may be singular (inputs that are never active,

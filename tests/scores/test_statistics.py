@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.forward.moments import MomentCollector
-from pgprune_cli.saliency import score
-from pgprune_cli.saliency.statistics import (
+from pgprune_cli.scores.metrics import score
+from pgprune_cli.scores.statistics import (
     Fluctuations,
     InputNorms,
     Statistic,

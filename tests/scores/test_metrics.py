@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.model.prunable import Shape
 from pgprune_cli.recipe import schema as recipe
-from pgprune_cli.saliency import CALIBRATED, METRICS, NEEDS, flat_saliency, score
-from pgprune_cli.saliency.obs import removal_order
-from pgprune_cli.saliency.statistics import BlockStatistics
+from pgprune_cli.scores.metrics import CALIBRATED, METRICS, NEEDS, flat_saliency, score
+from pgprune_cli.scores.obs import removal_order
+from pgprune_cli.scores.statistics import BlockStatistics
 
 HEAD, CHANNELS, GROUPS, LAYERS = 8, 24, 4, 4
 

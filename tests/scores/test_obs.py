@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pgprune_cli.saliency.obs import DAMPING, obs, removal_order
-from pgprune_cli.saliency.statistics import BlockStatistics
+from pgprune_cli.scores.obs import DAMPING, obs, removal_order
+from pgprune_cli.scores.statistics import BlockStatistics
 
 
 def problem(units: int, width: int, tokens: int = 60, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from pgprune_cli.core.space import MaskSpace
 from pgprune_cli.model.prunable import Shape
-from pgprune_cli.saliency.flap import flap
-from pgprune_cli.saliency.magnitude import magnitude
-from pgprune_cli.saliency.obs import obs
-from pgprune_cli.saliency.random import random
-from pgprune_cli.saliency.statistics import BlockStatistics, Statistic, statistics
-from pgprune_cli.saliency.taylor import taylor
-from pgprune_cli.saliency.uniform import uniform
-from pgprune_cli.saliency.wanda_sp import wanda_sp
+from pgprune_cli.scores.flap import flap
+from pgprune_cli.scores.magnitude import magnitude
+from pgprune_cli.scores.obs import obs
+from pgprune_cli.scores.random import random
+from pgprune_cli.scores.statistics import BlockStatistics, Statistic, statistics
+from pgprune_cli.scores.taylor import taylor
+from pgprune_cli.scores.uniform import uniform
+from pgprune_cli.scores.wanda_sp import wanda_sp
 
 Metric = Callable[[BlockStatistics], Tensor]
 

@@ -6,7 +6,7 @@ from conftest import VOCABULARY, tiny_model
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pgprune_cli.saliency import score
+from pgprune_cli.scores.metrics import score
 
 HEAD, CHANNELS, GROUPS = 8, 24, 4
 

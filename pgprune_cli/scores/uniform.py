@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from pgprune_cli.saliency.statistics import BlockStatistics
+from pgprune_cli.scores.statistics import BlockStatistics
 
 
 def uniform(block: BlockStatistics) -> Tensor:
