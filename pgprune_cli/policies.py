@@ -22,7 +22,7 @@ from pgprune_cli.core.space import Budget, MaskSpace
 from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.model.prunable import Keep, Outputs
-from pgprune_cli.width_table import WidthTable, level_of
+from pgprune_cli.repair.width_table import WidthTable, level_of
 
 State = TypeVar("State", SearchState, WidthState)
 

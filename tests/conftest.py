@@ -131,7 +131,7 @@ def finished_run(run: Path) -> None:
     """Writes a base model with its tokenizer into `base`, and into `run` a repaired decision on it."""
     from pgprune_cli.model.prunable import LayerKeep
     from pgprune_cli.model.source import resolve
-    from pgprune_cli.reconstruct import repair
+    from pgprune_cli.repair.least_squares import repair
     from pgprune_cli.run.decision import Decision
 
     model = tiny_model("llama-gqa")

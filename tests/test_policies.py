@@ -16,8 +16,8 @@ from pgprune_cli.forward.layerwise import layer_inputs
 from pgprune_cli.forward.moments import observe_moments
 from pgprune_cli.model.prunable import Shape
 from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
-from pgprune_cli.reconstruct import repaired_output
-from pgprune_cli.width_table import WidthTable, level_of, solved_layers
+from pgprune_cli.repair.least_squares import repaired_output
+from pgprune_cli.repair.width_table import WidthTable, level_of, solved_layers
 
 GROUPS, CHANNELS, LAYERS = 4, 24, 4
 FAMILIES = ("attention", "ffn")

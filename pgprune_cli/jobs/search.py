@@ -24,7 +24,8 @@ from pgprune_cli.model.prunable import Keep
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import dump
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.reconstruct import PASSES, Repaired, repair
+from pgprune_cli.repair.least_squares import PASSES, Repaired, repair
+from pgprune_cli.repair.width_files import remove_widths
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import RECIPE_FILE, RECORD
 from pgprune_cli.run.lock import locked
@@ -33,7 +34,6 @@ from pgprune_cli.run.resume import finished, identity_of, refuse_other_recipe
 from pgprune_cli.scores.metrics import CALIBRATED, NEEDS
 from pgprune_cli.storage.atomic import write_bytes
 from pgprune_cli.trackers import TrackerName, check_installed
-from pgprune_cli.width_files import remove_widths
 
 
 def search(

@@ -15,8 +15,8 @@ from pgprune_cli.estimate.memory import table_bytes
 from pgprune_cli.estimate.sizes import Sizes
 from pgprune_cli.model.prunable import Shape
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.width_files import has_layer, load_layer, refuse_full_disk, save_layer
-from pgprune_cli.width_table import WidthTable, solved_layers
+from pgprune_cli.repair.width_files import has_layer, load_layer, refuse_full_disk, save_layer
+from pgprune_cli.repair.width_table import WidthTable, solved_layers
 
 
 def searched_table(

@@ -30,9 +30,9 @@ from pgprune_cli.jobs import loop, problem, search
 from pgprune_cli.model.prunable import Output, Shape
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.reconstruct import Repaired
+from pgprune_cli.repair.least_squares import Repaired
+from pgprune_cli.repair.width_table import WidthTable, level_of
 from pgprune_cli.run.history import Row
-from pgprune_cli.width_table import WidthTable, level_of
 
 
 class Watch:

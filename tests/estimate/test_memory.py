@@ -15,9 +15,9 @@ from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.forward.masked import Evaluator, summed_loss
 from pgprune_cli.model.prunable import LayerKeep, Output
 from pgprune_cli.model.quantized import to_eight_bits
-from pgprune_cli.reconstruct import repair
+from pgprune_cli.repair.least_squares import repair
+from pgprune_cli.repair.width_table import solved_layers
 from pgprune_cli.scores.metrics import score
-from pgprune_cli.width_table import solved_layers
 
 
 def peak(run: Callable[[], object]) -> int:

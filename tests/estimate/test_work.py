@@ -16,9 +16,9 @@ from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.estimate.work import EIGH, Flops, flops, forwards, repair, scoring, seconds, width_table
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.prunable import Keep, LayerKeep
-from pgprune_cli.reconstruct import repair as run_repair
+from pgprune_cli.repair.least_squares import repair as run_repair
+from pgprune_cli.repair.width_table import solved_layers
 from pgprune_cli.scores.metrics import score
-from pgprune_cli.width_table import solved_layers
 
 aten = torch.ops.aten
 

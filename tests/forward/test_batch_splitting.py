@@ -16,9 +16,9 @@ from pgprune_cli.forward.curvature import output_curvature
 from pgprune_cli.forward.layerwise import layer_inputs
 from pgprune_cli.forward.moments import MomentCollector
 from pgprune_cli.model.prunable import LayerKeep, Shape
-from pgprune_cli.reconstruct import repair
+from pgprune_cli.repair.least_squares import repair
+from pgprune_cli.repair.width_table import solved_layers
 from pgprune_cli.scores.metrics import score
-from pgprune_cli.width_table import solved_layers
 
 WINDOWS = 5
 

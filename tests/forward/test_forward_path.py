@@ -13,9 +13,9 @@ from test_substrate import KEEPS, some_outputs, some_tokens
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pgprune_cli import width_table
 from pgprune_cli.forward.masked import LOGIT_ROWS, SOFTMAX_ROWS, Evaluator, summed_loss
 from pgprune_cli.model.quantized import to_eight_bits
+from pgprune_cli.repair import width_table
 
 aten = torch.ops.aten
 

@@ -32,10 +32,10 @@ from pgprune_cli.model.loading import HEAD, Weights, empty_model, load_model
 from pgprune_cli.model.prunable import Keep, LayerKeep, Output, Outputs, Projection, Shape, gather_units, projections
 from pgprune_cli.model.quantized import FP8, Fp8Linear, Int8Linear, check_fp8, fp8_product, to_eight_bits
 from pgprune_cli.model.source import DEMO_MODEL, INDEX, resolve
-from pgprune_cli.reconstruct import repair
+from pgprune_cli.repair.least_squares import repair
+from pgprune_cli.repair.width_table import WidthTable, solved_layers
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.scores.metrics import score
-from pgprune_cli.width_table import WidthTable, solved_layers
 from pgprune_cli.writers import gguf
 from pgprune_cli.writers.normal_form import Needs
 from pgprune_cli.writers.plan import Options

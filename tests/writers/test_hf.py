@@ -25,7 +25,7 @@ from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.prunable import LayerKeep
 from pgprune_cli.model.source import resolve
-from pgprune_cli.reconstruct import repair
+from pgprune_cli.repair.least_squares import repair
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.writers import hf, weights
 from pgprune_cli.writers.normal_form import Needs

@@ -13,14 +13,14 @@ from blocks import BLOCKS, CHANNELS, GROUPS, LAYERS, batches
 from conftest import tiny_model
 from torch import Tensor, nn
 
-from pgprune_cli import width_files
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs import widths as job
 from pgprune_cli.recipe.schema import Budget, Calibration, Recipe
+from pgprune_cli.repair import width_files
+from pgprune_cli.repair.width_files import has_layer, load_layer, refuse_full_disk, remove_widths, save_layer
+from pgprune_cli.repair.width_table import WidthTable, solved_layers
 from pgprune_cli.run.layout import WIDTHS
-from pgprune_cli.width_files import has_layer, load_layer, refuse_full_disk, remove_widths, save_layer
-from pgprune_cli.width_table import WidthTable, solved_layers
 
 
 def saliency() -> dict[tuple[int, str], Tensor]:

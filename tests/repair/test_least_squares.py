@@ -23,13 +23,13 @@ from blocks import (
 from conftest import tiny_model
 from torch import Tensor, nn
 
-from pgprune_cli import reconstruct
 from pgprune_cli.errors import RunError
 from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.forward.moments import Moments, observe_moments
 from pgprune_cli.model.prunable import Keep, LayerKeep, Outputs
-from pgprune_cli.reconstruct import compensated_output, repair, repaired_output
+from pgprune_cli.repair import least_squares as reconstruct
+from pgprune_cli.repair.least_squares import compensated_output, repair, repaired_output
 from pgprune_cli.scores.obs import removal_order
 
 DAMPING = 1e-6

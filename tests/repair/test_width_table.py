@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from pgprune_cli.core.space import Family, MaskSpace
 from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.model.prunable import LayerKeep, Shape
-from pgprune_cli.reconstruct import repaired_output
-from pgprune_cli.width_table import LEVELS, TIE, WidthTable, _falling, level_of, solved_layers
+from pgprune_cli.repair.least_squares import repaired_output
+from pgprune_cli.repair.width_table import LEVELS, TIE, WidthTable, _falling, level_of, solved_layers
 
 DAMPING = 1e-6
 

@@ -18,7 +18,7 @@ from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.forward.layerwise import layer_inputs
 from pgprune_cli.forward.moments import MomentCollector, Moments
 from pgprune_cli.model.prunable import Keep, Output, Outputs, Shape, inputs_of
-from pgprune_cli.reconstruct import cholesky
+from pgprune_cli.repair.least_squares import cholesky
 
 LEVELS = 16
 """Widths of a block that a search chooses among: multiples of a sixteenth of its units."""

@@ -1,0 +1,1 @@
+"""Refitting the kept weights without a backward pass through the model."""
