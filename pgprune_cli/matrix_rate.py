@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pgprune_cli.costs import synchronised_clock
+from pgprune_cli.search.costs import synchronised_clock
 
 SMALLEST, LARGEST = 512, 8192
 """Rows of the square matrices: doubled until a product takes long enough, or the largest is reached."""

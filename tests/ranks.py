@@ -13,7 +13,7 @@ import sys
 import time
 
 from pgprune_cli import cli
-from pgprune_cli.jobs import loop as loops
+from pgprune_cli.search import loop as loops
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ from rich.progress import (
 )
 
 from pgprune_cli.console.stderr import STDERR
-from pgprune_cli.live_view import LiveView
 from pgprune_cli.run.history import Row
+from pgprune_cli.search.live_view import LiveView
 
 PLAIN_LINES = 10
 """About how many lines a whole search prints where there is no terminal."""

@@ -9,12 +9,12 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.costs import flops
 from pgprune_cli.model.prunable import Shape
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.repair.width_table import level_of
 from pgprune_cli.scores.metrics import CALIBRATED, NEEDS
 from pgprune_cli.scores.statistics import Statistic
+from pgprune_cli.search.costs import flops
 
 
 @dataclass(frozen=True)

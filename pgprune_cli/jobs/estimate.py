@@ -14,11 +14,11 @@ from pgprune_cli.estimate.memory import memory
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.estimate.work import flops, seconds
 from pgprune_cli.jobs.init_scores import refuse_unfit_weights, scoring_batches
-from pgprune_cli.jobs.problem import repair_batches
 from pgprune_cli.jobs.search import calibration_forwards
 from pgprune_cli.matrix_rate import matrix_rate
 from pgprune_cli.model.loading import devices_of, empty_model
 from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.search.problem import repair_batches
 
 RESTS_ON = (
     "estimates, from the shapes of model and recipe, for a corpus with as much text as the recipe reads at most; the "

@@ -10,15 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.budget import budget_for
 from pgprune_cli.console.progress import through_layers, working
 from pgprune_cli.data.corpora import Batches, CalibrationText
 from pgprune_cli.distributed import Ranks, joined
 from pgprune_cli.forward.curvature import some_windows
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs.init_scores import load_text, scoring_batches
-from pgprune_cli.jobs.loop import finite, run_steps
-from pgprune_cli.jobs.problem import Problem, policy_of, repair_batches, scores_of
 from pgprune_cli.model.loading import load_model
 from pgprune_cli.model.prunable import Keep
 from pgprune_cli.model.source import resolve
@@ -32,8 +29,11 @@ from pgprune_cli.run.lock import locked
 from pgprune_cli.run.provenance import note
 from pgprune_cli.run.resume import finished, identity_of, refuse_other_recipe
 from pgprune_cli.scores.metrics import CALIBRATED, NEEDS
+from pgprune_cli.search.budget import budget_for
+from pgprune_cli.search.loop import finite, run_steps
+from pgprune_cli.search.problem import Problem, policy_of, repair_batches, scores_of
+from pgprune_cli.search.trackers import TrackerName, check_installed
 from pgprune_cli.storage.atomic import write_bytes
-from pgprune_cli.trackers import TrackerName, check_installed
 
 
 def search(

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from pgprune_cli.costs import COSTS
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.compare import TABLE_JSON
 from pgprune_cli.recipe.reader import load
@@ -30,6 +29,7 @@ from pgprune_cli.run.layout import (
 )
 from pgprune_cli.run.resume import refuse_other_decision
 from pgprune_cli.run.scores import Scores
+from pgprune_cli.search.costs import COSTS
 from pgprune_cli.storage.atomic import read_record
 from pgprune_cli.writers import gguf_seal, sums
 

@@ -39,7 +39,7 @@ def resumable(saved: Callable[[int | None], Saved]) -> Iterator[None]:
 
     `saved`: finds what is; it is told the step that a search has just saved, if it has.
     """
-    from pgprune_cli.jobs.loop import Interrupted
+    from pgprune_cli.search.loop import Interrupted
 
     alone = of_environment().world == 1
     again = " ".join(["pgprune", *map(shlex.quote, sys.argv[1:])]) if alone else "the same torchrun command"

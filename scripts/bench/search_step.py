@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from pgprune_cli.console.progress import SearchProgress
 from pgprune_cli.forward import masked as substrate
 from pgprune_cli.forward.masked import Evaluator, summed_loss
-from pgprune_cli.jobs import loop, problem, search
+from pgprune_cli.jobs import search
 from pgprune_cli.model.prunable import Output, Shape
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.repair.least_squares import Repaired
 from pgprune_cli.repair.width_table import WidthTable, level_of
 from pgprune_cli.run.history import Row
+from pgprune_cli.search import loop, problem
 
 
 class Watch:

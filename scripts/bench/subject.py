@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from pgprune_cli.core.projection import hard_mask
 from pgprune_cli.core.space import budget_of
-from pgprune_cli.costs import synchronised_clock
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.loading import devices_of, load_model
 from pgprune_cli.model.prunable import Keep
 from pgprune_cli.model.source import resolve
+from pgprune_cli.search.costs import synchronised_clock
 
 SHAPES: dict[str, dict[str, int | bool]] = {
     "tiny": {"vocab": 1000, "hidden": 64, "channels": 160, "layers": 2, "heads": 4, "groups": 2},

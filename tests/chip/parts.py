@@ -168,8 +168,8 @@ def a_stored_head_on_two() -> None:
 def latencies() -> None:
     from conftest import tiny_model
 
-    from pgprune_cli.costs import measure_latency
     from pgprune_cli.forward.masked import Evaluator
+    from pgprune_cli.search.costs import measure_latency
 
     costs = measure_latency(Evaluator(tiny_model("llama-gqa").to(CHIP)), 8)
     assert min(*costs.attention, *costs.ffn) > 0

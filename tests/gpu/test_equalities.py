@@ -20,7 +20,6 @@ from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.forward import masked as substrate
 from pgprune_cli.forward.layerwise import layer_inputs
 from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.jobs import loop as loops
 from pgprune_cli.jobs.search import search
 from pgprune_cli.model.loading import load_model
 from pgprune_cli.model.prunable import Keep, LayerKeep
@@ -29,6 +28,7 @@ from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.layout import MASKS, REPAIR
+from pgprune_cli.search import loop as loops
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,9 +19,7 @@ from pgprune_cli.core.space import budget_of
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.forward import masked as substrate
 from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.jobs import loop as loops
 from pgprune_cli.jobs.init_scores import init_scores, load_text
-from pgprune_cli.jobs.loop import BAD_STEPS, Interrupted
 from pgprune_cli.jobs.search import search
 from pgprune_cli.model.loading import load_model
 from pgprune_cli.model.source import resolve
@@ -32,6 +30,8 @@ from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import CHECKPOINTS, MASKS, METRICS_FILE, RECORD, REPAIR, SCORES
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.scores.metrics import flat_saliency
+from pgprune_cli.search import loop as loops
+from pgprune_cli.search.loop import BAD_STEPS, Interrupted
 
 STEPS = 6
 TIMING = ("seconds", "tokens_per_second", "memory_bytes")
@@ -373,7 +373,7 @@ def test_a_latency_is_measured_once_in_a_run(small, tmp_path, monkeypatch) -> No
     recipe = small("budget.of=latency", "budget.context=32")
     with after_step(2, kill_self(signal.SIGINT)), pytest.raises(Interrupted):
         search(recipe, tmp_path, quiet=True)
-    monkeypatch.setattr("pgprune_cli.costs.measure_latency", None)
+    monkeypatch.setattr("pgprune_cli.search.costs.measure_latency", None)
     decision = search(recipe, tmp_path, quiet=True)
     assert decision.budget["of"] == "latency"
     assert 0.4 < decision.budget["kept"] <= 0.5

@@ -12,7 +12,6 @@ import torch
 from conftest import SMALL, finished_run, tiny_model
 from safetensors.torch import load_file, save
 
-from pgprune_cli.costs import COSTS
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.compare import TABLE_JSON
 from pgprune_cli.jobs.export import export
@@ -30,6 +29,7 @@ from pgprune_cli.run.layout import (
     SCORES,
 )
 from pgprune_cli.run.scores import Scores
+from pgprune_cli.search.costs import COSTS
 from pgprune_cli.storage.atomic import write_record
 from pgprune_cli.writers import gguf_seal, sums
 

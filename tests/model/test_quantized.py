@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from test_substrate import KEEPS, logits_of, some_outputs, some_tokens
 from torch import Tensor, nn
 
-from pgprune_cli.costs import measure_latency
 from pgprune_cli.errors import UserError
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs.compare import compare
@@ -36,6 +35,7 @@ from pgprune_cli.repair.least_squares import repair
 from pgprune_cli.repair.width_table import WidthTable, solved_layers
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.scores.metrics import score
+from pgprune_cli.search.costs import measure_latency
 from pgprune_cli.writers import gguf
 from pgprune_cli.writers.normal_form import Needs
 from pgprune_cli.writers.plan import Options

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.jobs import widths as job
 from pgprune_cli.recipe.schema import Budget, Calibration, Recipe
 from pgprune_cli.repair import width_files
 from pgprune_cli.repair.width_files import has_layer, load_layer, refuse_full_disk, remove_widths, save_layer
 from pgprune_cli.repair.width_table import WidthTable, solved_layers
 from pgprune_cli.run.layout import WIDTHS
+from pgprune_cli.search import table as job
 
 
 def saliency() -> dict[tuple[int, str], Tensor]:

@@ -15,14 +15,14 @@ from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import UserError
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs.init_scores import compute_scores
-from pgprune_cli.jobs.widths import searched_table
 from pgprune_cli.model.prunable import Keep, Outputs
 from pgprune_cli.model.source import Source
-from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.layout import SCORES
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.scores.metrics import flat_saliency
+from pgprune_cli.search.policies import LayerPolicy, Policy, UnitPolicy
+from pgprune_cli.search.table import searched_table
 
 REPAIR_TOKENS = 4096
 """Tokens of one forward pass of the repair, at least: few large products are quicker than many small ones."""

@@ -7,8 +7,8 @@ import time
 import pytest
 from rich.console import Console
 
-from pgprune_cli.live_view import LiveView, curve, strip
 from pgprune_cli.run.history import Row
+from pgprune_cli.search.live_view import LiveView, curve, strip
 
 UNITS = {"attention": [4, 4], "ffn": [24, 24]}
 

@@ -8,11 +8,11 @@ import torch
 
 from pgprune_cli.console.progress import working
 from pgprune_cli.core.space import Budget, MaskSpace, budget_of
-from pgprune_cli.costs import COSTS, flops, kv_cache, latency_of_run
 from pgprune_cli.errors import UserError
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.prunable import UnitCosts
 from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.search.costs import COSTS, flops, kv_cache, latency_of_run
 
 
 def budget_for(

@@ -14,7 +14,7 @@ import pytest
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.search import search
 from pgprune_cli.run.history import Row, read_history
-from pgprune_cli.trackers import MODULES, metrics_of, tracking
+from pgprune_cli.search.trackers import MODULES, metrics_of, tracking
 
 KEPT = {"attention": [4, 2], "ffn": [24, 6]}
 ROWS = [

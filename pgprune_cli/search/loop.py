@@ -17,12 +17,12 @@ from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import RunError
-from pgprune_cli.jobs.problem import Problem
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from pgprune_cli.run.history import History, Row, Written, read_history
 from pgprune_cli.run.resume import resumed
-from pgprune_cli.trackers import TrackerName, tracking
+from pgprune_cli.search.problem import Problem
+from pgprune_cli.search.trackers import TrackerName, tracking
 
 BAD_STEPS = 10
 """After so many steps in a row without one finite loss, a search gives up."""

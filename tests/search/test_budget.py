@@ -6,12 +6,12 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from pgprune_cli import costs
-from pgprune_cli.budget import budget_for
 from pgprune_cli.core.projection import hard_mask
 from pgprune_cli.errors import UserError
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.recipe.schema import Budget, Calibration, Recipe, Units
+from pgprune_cli.search import costs
+from pgprune_cli.search.budget import budget_for
 
 EVALUATOR = Evaluator(tiny_model("llama-gqa"))
 

@@ -15,9 +15,9 @@ from pgprune_cli.core.widths import LEAST_SPREAD, SPREAD
 from pgprune_cli.forward.layerwise import layer_inputs
 from pgprune_cli.forward.moments import observe_moments
 from pgprune_cli.model.prunable import Shape
-from pgprune_cli.policies import LayerPolicy, Policy, UnitPolicy
 from pgprune_cli.repair.least_squares import repaired_output
 from pgprune_cli.repair.width_table import WidthTable, level_of, solved_layers
+from pgprune_cli.search.policies import LayerPolicy, Policy, UnitPolicy
 
 GROUPS, CHANNELS, LAYERS = 4, 24, 4
 FAMILIES = ("attention", "ffn")

@@ -9,10 +9,10 @@ from conftest import tiny_config, tiny_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pgprune_cli.costs import COSTS, WARM_UPS, flops, kv_cache, latency_of_run, measure_latency
 from pgprune_cli.errors import UserError
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.prunable import Shape, UnitCosts
+from pgprune_cli.search.costs import COSTS, WARM_UPS, flops, kv_cache, latency_of_run, measure_latency
 from pgprune_cli.storage.atomic import read_record
 
 CONTEXT = 12
@@ -163,9 +163,9 @@ def test_measuring_leaves_the_model_as_it_was() -> None:
 
 def test_a_run_measures_once_and_reads_ever_after(tmp_path, monkeypatch) -> None:
     evaluator = Evaluator(tiny_model("llama-gqa"))
-    monkeypatch.setattr("pgprune_cli.costs.measure_latency", lambda *_: UnitCosts((7, 8, 9, 10), (1, 2, 3, 4)))
+    monkeypatch.setattr("pgprune_cli.search.costs.measure_latency", lambda *_: UnitCosts((7, 8, 9, 10), (1, 2, 3, 4)))
     first = latency_of_run(tmp_path, evaluator, CONTEXT, "abc")
-    monkeypatch.setattr("pgprune_cli.costs.measure_latency", None)
+    monkeypatch.setattr("pgprune_cli.search.costs.measure_latency", None)
     assert latency_of_run(tmp_path, evaluator, CONTEXT, "abc") == first == UnitCosts((7, 8, 9, 10), (1, 2, 3, 4))
     assert read_record(tmp_path / COSTS) == {
         "of": "latency",
@@ -193,7 +193,7 @@ def test_a_run_measures_once_and_reads_ever_after(tmp_path, monkeypatch) -> None
 )
 def test_costs_that_are_damaged_or_of_something_else_are_refused(damage, tmp_path, monkeypatch) -> None:
     evaluator = Evaluator(tiny_model("llama-gqa"))
-    monkeypatch.setattr("pgprune_cli.costs.measure_latency", lambda *_: UnitCosts((7, 8, 9, 10), (1, 2, 3, 4)))
+    monkeypatch.setattr("pgprune_cli.search.costs.measure_latency", lambda *_: UnitCosts((7, 8, 9, 10), (1, 2, 3, 4)))
     latency_of_run(tmp_path, evaluator, CONTEXT, "abc")
     record = read_record(tmp_path / COSTS)
     (tmp_path / COSTS).write_text(json.dumps(record | damage))

@@ -1,0 +1,1 @@
+"""From scores to a decision: the loop, the policies, the budget and what each phase reads."""
