@@ -10,12 +10,12 @@ from torch import Tensor
 
 from pgprune_cli.console.progress import working
 from pgprune_cli.data.corpora import CalibrationText
+from pgprune_cli.estimate.flops import flops, seconds
+from pgprune_cli.estimate.matmul_rate import matrix_rate
 from pgprune_cli.estimate.memory import memory
 from pgprune_cli.estimate.sizes import Sizes, Texts
-from pgprune_cli.estimate.work import flops, seconds
 from pgprune_cli.jobs.init_scores import refuse_unfit_weights, scoring_batches
 from pgprune_cli.jobs.search import calibration_forwards
-from pgprune_cli.matrix_rate import matrix_rate
 from pgprune_cli.model.loading import devices_of, empty_model
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.search.problem import repair_batches

@@ -2,7 +2,7 @@
 
     python scripts/bench/matrix_share.py MODEL [--keep 1.0 0.5] [--repeats 5]
 
-The forward's FLOPs are those of its matrix products (pgprune_cli/estimate/work.py), so that norms, softmax, the
+The forward's FLOPs are those of its matrix products (pgprune_cli/estimate/flops.py), so that norms, softmax, the
 gathering of kept weights and whatever else it does lower the share.
 """
 
@@ -14,8 +14,8 @@ import torch
 from subject import arguments, opened, random_keep, seconds, table
 from torch import Tensor
 
+from pgprune_cli.estimate.flops import forwards
 from pgprune_cli.estimate.sizes import Sizes
-from pgprune_cli.estimate.work import forwards
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.prunable import Keep
 from pgprune_cli.recipe.schema import Budget, Calibration, Recipe

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from pgprune_cli import matrix_rate as module
-from pgprune_cli.matrix_rate import LONG_ENOUGH, matrix_rate
+from pgprune_cli.estimate import matmul_rate as module
+from pgprune_cli.estimate.matmul_rate import LONG_ENOUGH, matrix_rate
 
 
 def test_the_rate_is_that_of_the_fastest_product_at_its_best_size(monkeypatch: pytest.MonkeyPatch) -> None:

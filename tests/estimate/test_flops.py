@@ -12,8 +12,8 @@ from medium import medium_model, medium_recipe, some_batches
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pgprune_cli.estimate.flops import EIGH, Flops, flops, forwards, repair, scoring, seconds, width_table
 from pgprune_cli.estimate.sizes import Sizes, Texts
-from pgprune_cli.estimate.work import EIGH, Flops, flops, forwards, repair, scoring, seconds, width_table
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.prunable import Keep, LayerKeep
 from pgprune_cli.repair.least_squares import repair as run_repair
