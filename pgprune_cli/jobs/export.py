@@ -10,13 +10,13 @@ from typing import Any
 
 from pgprune_cli.console.progress import writing
 from pgprune_cli.errors import UserError
+from pgprune_cli.export import gguf, hf, mlx
+from pgprune_cli.export.plan import DTYPES, Measured, Options, Plan, check_new
+from pgprune_cli.export.shapes import Needs
 from pgprune_cli.model.source import Source, resolve
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import EVALUATION_FILE
 from pgprune_cli.storage.atomic import read_record
-from pgprune_cli.writers import gguf, hf, mlx
-from pgprune_cli.writers.normal_form import Needs
-from pgprune_cli.writers.plan import DTYPES, Measured, Options, Plan, check_new
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 from torch import Tensor
 
 from pgprune_cli.errors import UserError
+from pgprune_cli.export import checksums as sums
+from pgprune_cli.export import gguf_checksum as gguf_seal
 from pgprune_cli.jobs.compare import TABLE_JSON
 from pgprune_cli.recipe.reader import load
 from pgprune_cli.recipe.strict_yaml import one_line
@@ -31,7 +33,6 @@ from pgprune_cli.run.resume import refuse_other_decision
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.search.costs import COSTS
 from pgprune_cli.storage.atomic import read_record
-from pgprune_cli.writers import gguf_seal, sums
 
 Faults = Iterator[str]
 

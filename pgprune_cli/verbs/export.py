@@ -69,7 +69,7 @@ def export(
     as_json: AsJson = False,
 ) -> None:
     """Write the smaller model as a directory or one GGUF file. Its tokenizer, card and decision go along."""
-    from pgprune_cli.writers import hub
+    from pgprune_cli.export import hub
 
     if push is not None:
         hub.check_name(push)

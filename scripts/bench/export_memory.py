@@ -26,11 +26,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from pgprune_cli.export.plan import Options
 from pgprune_cli.jobs.export import export
 from pgprune_cli.model.prunable import LayerKeep, Output
 from pgprune_cli.model.source import INDEX, resolve
 from pgprune_cli.run.decision import Decision
-from pgprune_cli.writers.plan import Options
 
 SHARD = 10**9
 

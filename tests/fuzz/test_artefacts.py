@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inputs import changed, damaged, examples, put, rewritten, told
 
+from pgprune_cli.export.checksums import SUMS
 from pgprune_cli.jobs import export as job
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.verify import verify
@@ -30,7 +31,6 @@ from pgprune_cli.run.layout import (
 )
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.search.costs import COSTS
-from pgprune_cli.writers.sums import SUMS
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,12 @@ from safetensors import safe_open
 
 from pgprune_cli.cli import main
 from pgprune_cli.errors import UserError
+from pgprune_cli.export.plan import Options
+from pgprune_cli.export.shapes import Needs
 from pgprune_cli.jobs import export as job
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import REPAIR
 from pgprune_cli.verbs import export as verb
-from pgprune_cli.writers.normal_form import Needs
-from pgprune_cli.writers.plan import Options
 
 
 @pytest.fixture
@@ -203,7 +203,7 @@ def test_a_signal_leaves_nothing_half_written(format, signum, code, said, run, p
         os.kill(os.getpid(), signum)
         yield torch.zeros(1)
 
-    monkeypatch.setattr("pgprune_cli.writers.plan.Plan.tensors", tensors)
+    monkeypatch.setattr("pgprune_cli.export.plan.Plan.tensors", tensors)
     words = ["export", str(run), "--format", format, "--out", f"out.{format}", "-q"]
     again = f"nothing is written to out.{format}; to go on: pgprune {' '.join(words)}"
     assert pgprune(*words) == (code, "", f"pgprune: {said}\npgprune: stopped; {again}\n")
@@ -216,7 +216,7 @@ def test_a_disk_that_fills_up_is_named_by_what_was_asked_for(format, run, pgprun
     def tensors(*_: object):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("pgprune_cli.writers.plan.Plan.tensors", tensors)
+    monkeypatch.setattr("pgprune_cli.export.plan.Plan.tensors", tensors)
     code, _, err = pgprune("export", str(run), "--format", format, "--out", f"new.{format}", "-q")
     assert code == 1
     room = "No space left on device; make room, then run the same command again"

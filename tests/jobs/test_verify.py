@@ -13,6 +13,8 @@ from conftest import SMALL, finished_run, tiny_model
 from safetensors.torch import load_file, save
 
 from pgprune_cli.errors import UserError
+from pgprune_cli.export import checksums as sums
+from pgprune_cli.export import gguf_checksum as gguf_seal
 from pgprune_cli.jobs.compare import TABLE_JSON
 from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.search import search
@@ -31,7 +33,6 @@ from pgprune_cli.run.layout import (
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.search.costs import COSTS
 from pgprune_cli.storage.atomic import write_record
-from pgprune_cli.writers import gguf_seal, sums
 
 
 def flip(path: Path, place: float = 0.7) -> None:

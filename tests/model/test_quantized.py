@@ -19,6 +19,9 @@ from test_substrate import KEEPS, logits_of, some_outputs, some_tokens
 from torch import Tensor, nn
 
 from pgprune_cli.errors import UserError
+from pgprune_cli.export import gguf
+from pgprune_cli.export.plan import Options
+from pgprune_cli.export.shapes import Needs
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs.compare import compare
 from pgprune_cli.jobs.estimate import estimate
@@ -36,9 +39,6 @@ from pgprune_cli.repair.width_table import WidthTable, solved_layers
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.scores.metrics import score
 from pgprune_cli.search.costs import measure_latency
-from pgprune_cli.writers import gguf
-from pgprune_cli.writers.normal_form import Needs
-from pgprune_cli.writers.plan import Options
 
 TEXT = [some_tokens(seed, rows=4, length=16) for seed in (0, 1)]
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from conftest import tiny_model
 
+from pgprune_cli.export import mlx
+from pgprune_cli.export.plan import Options
 from pgprune_cli.model.prunable import LayerKeep
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run.decision import Decision
-from pgprune_cli.writers import mlx
-from pgprune_cli.writers.plan import Options
 
 sys.path.append(str(Path(__file__).parent))
 from shapes import SIZES, greedy, prompts, write_pruned

@@ -18,11 +18,11 @@ import torch
 from conftest import ARCHITECTURES, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from pgprune_cli.export import hf
+from pgprune_cli.export.plan import Options
 from pgprune_cli.model.prunable import LayerKeep
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run.decision import Decision
-from pgprune_cli.writers import hf
-from pgprune_cli.writers.plan import Options
 
 sys.path.append(str(Path(__file__).parent))
 from shapes import SIZES, greedy, prompts, write_pruned

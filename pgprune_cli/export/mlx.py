@@ -10,10 +10,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from pgprune_cli.export import hf
+from pgprune_cli.export.plan import Measured, Options
 from pgprune_cli.model.source import Source
 from pgprune_cli.run.decision import Decision
-from pgprune_cli.writers import hf
-from pgprune_cli.writers.plan import Measured, Options
 
 MODEL_FILE = Path(__file__).parents[1] / "serving" / "modeling_mlx.py"
 

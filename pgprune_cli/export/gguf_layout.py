@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.writers.normal_form import Needs
-from pgprune_cli.writers.surgery import Cut, Surgery
+from pgprune_cli.export.shapes import Needs
+from pgprune_cli.export.surgery import Cut, Surgery
 
 NEEDS = Needs(attention="first", ffn="every", ffn_multiple=32)
 """llama.cpp takes the whole model's size of the cache from the first layer, so that it needs a head. A `deci` layer

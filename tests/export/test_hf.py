@@ -22,14 +22,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pgprune_cli.errors import RunError, UserError
+from pgprune_cli.export import hf
+from pgprune_cli.export import safetensors_file as weights
+from pgprune_cli.export.plan import Options, Plan
+from pgprune_cli.export.shapes import Needs
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.prunable import LayerKeep
 from pgprune_cli.model.source import resolve
 from pgprune_cli.repair.least_squares import repair
 from pgprune_cli.run.decision import Decision
-from pgprune_cli.writers import hf, weights
-from pgprune_cli.writers.normal_form import Needs
-from pgprune_cli.writers.plan import Options, Plan
 
 GROUPS, CHANNELS, LAYERS = 4, 24, 4
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-4}

@@ -15,14 +15,14 @@ from conftest import TEXT, VOCABULARY, save_tokenizer, tiny_config, tiny_model
 from test_hf import DECISIONS, LAYERS, decide, draw, masked
 
 from pgprune_cli.errors import RunError, UserError
+from pgprune_cli.export import gguf as writer
+from pgprune_cli.export.gguf_layout import NEEDS
+from pgprune_cli.export.plan import Options
+from pgprune_cli.export.shapes import Needs, normal_form
 from pgprune_cli.model.loading import load_model, load_tokenizer
 from pgprune_cli.model.prunable import LayerKeep, Output
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run.decision import Decision
-from pgprune_cli.writers import gguf as writer
-from pgprune_cli.writers.gguf_layout import NEEDS
-from pgprune_cli.writers.normal_form import Needs, normal_form
-from pgprune_cli.writers.plan import Options
 
 gguf = pytest.importorskip("gguf", reason="no gguf: pip install 'pgprune[gguf]'")
 
@@ -463,7 +463,7 @@ def test_llama_cpp_adds_the_biases_that_a_repair_fitted(architecture, tmp_path):
 def splitters():
     from tokenizers import Regex, pre_tokenizers
 
-    from pgprune_cli.writers.gguf_tokenizer import SPLITS
+    from pgprune_cli.export.gguf_tokenizer import SPLITS
 
     whole = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     rest = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pgprune_cli.writers import weights
+from pgprune_cli.export import safetensors_file as weights
 
 
 class Entry(NamedTuple):

@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
+from pgprune_cli.export import safetensors_file as weights
+from pgprune_cli.export.checksums import write_sums
+from pgprune_cli.export.hf_config import config_of
+from pgprune_cli.export.model_card import Card
+from pgprune_cli.export.plan import SLACK, Measured, Options, Plan, check_new, check_space, operate
+from pgprune_cli.export.surgery import Cut
 from pgprune_cli.model.source import INDEX, Source
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.serving import modeling_pruned
 from pgprune_cli.storage.atomic import new_directory, write_bytes, write_json
-from pgprune_cli.writers import weights
-from pgprune_cli.writers.card import Card
-from pgprune_cli.writers.hf_config import config_of
-from pgprune_cli.writers.plan import SLACK, Measured, Options, Plan, check_new, check_space, operate
-from pgprune_cli.writers.sums import write_sums
-from pgprune_cli.writers.surgery import Cut
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from pgprune_cli.export.shapes import NormalForm
 from pgprune_cli.serving import modeling_pruned
-from pgprune_cli.writers.normal_form import NormalForm
 
 WORDS = {"attention": "attention", "ffn": "mlp"}
 """What transformers calls a block."""

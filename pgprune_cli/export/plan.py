@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.errors import RunError, UserError
+from pgprune_cli.export import safetensors_file as weights
+from pgprune_cli.export.dense_model import Base, open_base
+from pgprune_cli.export.shapes import Needs, NormalForm, normal_form
+from pgprune_cli.export.surgery import Cut, Surgery
 from pgprune_cli.model.source import Source
 from pgprune_cli.run.decision import Decision
-from pgprune_cli.writers import weights
-from pgprune_cli.writers.base import Base, open_base
-from pgprune_cli.writers.normal_form import Needs, NormalForm, normal_form
-from pgprune_cli.writers.surgery import Cut, Surgery
 
 DTYPES = ("float32", "float16", "bfloat16")
 

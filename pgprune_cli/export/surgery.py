@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.errors import UserError
+from pgprune_cli.export.shapes import NormalForm, output_columns
 from pgprune_cli.model.prunable import ArchSpec, Block, Outputs, gather_units
-from pgprune_cli.writers.normal_form import NormalForm, output_columns
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.writers import hub
+from pgprune_cli.export import hub
 
 
 class FakeApi:

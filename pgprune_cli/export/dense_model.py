@@ -19,12 +19,12 @@ import yaml
 from torch import Tensor, nn
 
 from pgprune_cli.errors import UserError
+from pgprune_cli.export.safetensors_file import DTYPES
 from pgprune_cli.model.loading import HEAD, load_model, load_tokenizer, read_config, reason_of
 from pgprune_cli.model.prunable import Keep, Shape
 from pgprune_cli.model.source import Source
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.storage.atomic import read_json, write_json
-from pgprune_cli.writers.weights import DTYPES
 
 SIDE_FILES = (
     *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),

@@ -20,15 +20,16 @@ import torch
 
 from pgprune_cli import __version__
 from pgprune_cli.errors import UserError
+from pgprune_cli.export import gguf_checksum as gguf_seal
+from pgprune_cli.export import gguf_types
+from pgprune_cli.export.dense_model import Base
+from pgprune_cli.export.gguf_layout import NEEDS, Layout
+from pgprune_cli.export.gguf_tokenizer import add_tokenizer
+from pgprune_cli.export.plan import SLACK, Measured, Options, Plan, check_new, check_space, operate
+from pgprune_cli.export.surgery import Cut
 from pgprune_cli.model.source import Source
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.storage.atomic import new_file
-from pgprune_cli.writers import gguf_seal, gguf_types
-from pgprune_cli.writers.base import Base
-from pgprune_cli.writers.gguf_layout import NEEDS, Layout
-from pgprune_cli.writers.gguf_tokenizer import add_tokenizer
-from pgprune_cli.writers.plan import SLACK, Measured, Options, Plan, check_new, check_space, operate
-from pgprune_cli.writers.surgery import Cut
 
 DTYPES = tuple(gguf_types.TYPES)
 """What the matrices can be stored as."""

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgprune_cli.errors import UserError
+from pgprune_cli.export.shapes import Needs, normal_form, output_columns
 from pgprune_cli.model.prunable import LayerKeep, UnitCosts, gather_units
-from pgprune_cli.writers.normal_form import Needs, normal_form, output_columns
 
 GROUPS, CHANNELS = 4, 10
 

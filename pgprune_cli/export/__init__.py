@@ -1,0 +1,1 @@
+"""Writing the pruned model: the plan, the surgery, and one file per format."""
