@@ -1,5 +1,5 @@
 """python -m pgprune_cli"""
 
-from pgprune_cli.cli import main
+from pgprune_cli.cli.program import main
 
 main()

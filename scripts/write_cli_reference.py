@@ -12,7 +12,7 @@ import typer
 from click.testing import CliRunner
 from reference import write_or_check
 
-from pgprune_cli.cli import app
+from pgprune_cli.cli.program import app
 from pgprune_cli.errors import ExitCode
 from pgprune_cli.run.layout import RUNS_VARIABLE
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from pgprune_cli.cli import app
+from pgprune_cli.cli.program import app
 
 PROGRAM: Any = typer.main.get_command(app)
 

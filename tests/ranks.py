@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 
-from pgprune_cli import cli
+from pgprune_cli.cli import program as cli
 from pgprune_cli.search import loop as loops
 
 

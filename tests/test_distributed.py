@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import SMALL
 
-from pgprune_cli import cli
+from pgprune_cli.cli import program as cli
 from pgprune_cli.distributed import Ranks, joined, of_environment, on_this_machine
 from pgprune_cli.jobs.search import search
 from pgprune_cli.recipe.reader import find, load

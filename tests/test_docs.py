@@ -24,7 +24,7 @@ import pytest
 from commands import PROGRAM, parsed
 from multiple_choice import items_of, task_file
 
-from pgprune_cli import cli
+from pgprune_cli.cli import program as cli
 from pgprune_cli.demo.grammar import generate
 from pgprune_cli.recipe.reader import load
 

@@ -108,7 +108,7 @@ def child(request: dict[str, Any]) -> NoReturn:
 def exit_code_of(arguments: list[str]) -> int:
     import traceback
 
-    from pgprune_cli import cli
+    from pgprune_cli.cli import program as cli
 
     sys.argv = ["pgprune", *arguments]
     try:
@@ -139,7 +139,7 @@ if __name__ == "__main__":
     import transformers.models.auto.tokenization_auto
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import pgprune_cli.cli
+    import pgprune_cli.cli.program
     import pgprune_cli.jobs.compare
     import pgprune_cli.jobs.export  # noqa: F401
 

@@ -15,14 +15,14 @@ import torch
 from conftest import finished_run
 from safetensors import safe_open
 
-from pgprune_cli.cli import main
+from pgprune_cli.cli import export as verb
+from pgprune_cli.cli.program import main
 from pgprune_cli.errors import UserError
 from pgprune_cli.export.plan import Options
 from pgprune_cli.export.shapes import Needs
 from pgprune_cli.jobs import export as job
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import REPAIR
-from pgprune_cli.verbs import export as verb
 
 
 @pytest.fixture

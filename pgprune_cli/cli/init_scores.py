@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from pgprune_cli.saved import of_scores
-from pgprune_cli.tables import print_result
-from pgprune_cli.verbs.options import AsJson, Out, Quiet, RecipeName, Set, examples, metric_names, opened
-from pgprune_cli.verbs.stops import resumable
+from pgprune_cli.cli.options import AsJson, Out, Quiet, RecipeName, Set, examples, metric_names, opened
+from pgprune_cli.cli.saved import of_scores
+from pgprune_cli.cli.stopping import resumable
+from pgprune_cli.cli.tables import print_result
 
 EXAMPLES = examples("init-scores smollm2-135m-30", "init-scores demo --metric magnitude")
 

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
+from pgprune_cli.cli.options import AsJson, Limit, Quiet, examples, model_names
+from pgprune_cli.cli.tables import print_measured
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.source import find_local
 from pgprune_cli.run.layout import is_run, refuse_unfinished, runs_folder
-from pgprune_cli.tables import print_measured
-from pgprune_cli.verbs.options import AsJson, Limit, Quiet, examples, model_names
 
 EXAMPLES = examples(
     "eval runs/smollm2-135m-30",

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 import typer
 
+from pgprune_cli.cli.options import AsJson, Quiet, examples, run_names
+from pgprune_cli.cli.saved import of_export
+from pgprune_cli.cli.stopping import resumable
+from pgprune_cli.cli.tables import export_line, print_plan, print_result
 from pgprune_cli.run.layout import refuse_unfinished
-from pgprune_cli.saved import of_export
-from pgprune_cli.tables import export_line, print_plan, print_result
-from pgprune_cli.verbs.options import AsJson, Quiet, examples, run_names
-from pgprune_cli.verbs.stops import resumable
 
 EXAMPLES = examples(
     "export runs/smollm2-135m-30 --dry-run",

@@ -8,10 +8,10 @@ from typing import Annotated
 
 import typer
 
+from pgprune_cli.cli.complaints import complain
+from pgprune_cli.cli.options import AsJson, examples
+from pgprune_cli.cli.tables import grid
 from pgprune_cli.run.layout import runs_folder
-from pgprune_cli.tables import grid
-from pgprune_cli.verbs.complain import complain
-from pgprune_cli.verbs.options import AsJson, examples
 
 EXAMPLES = examples("runs", "runs runs/compare --json")
 

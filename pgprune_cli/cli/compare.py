@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
+from pgprune_cli.cli.options import AsJson, Limit, Quiet, RecipeName, Set, examples, opened
+from pgprune_cli.cli.saved import of_comparison
+from pgprune_cli.cli.stopping import resumable
+from pgprune_cli.cli.tables import grid
 from pgprune_cli.errors import UserError
 from pgprune_cli.run.layout import runs_folder
-from pgprune_cli.saved import of_comparison
-from pgprune_cli.tables import grid
-from pgprune_cli.verbs.options import AsJson, Limit, Quiet, RecipeName, Set, examples, opened
-from pgprune_cli.verbs.stops import resumable
 
 EXAMPLES = examples(
     "compare smollm2-135m-30 --seeds 0,1,2 --limit 512",

@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 
 import typer
 
+from pgprune_cli.cli.options import AsJson, Out, Quiet, RecipeName, Set, examples, opened
+from pgprune_cli.cli.saved import of_search
+from pgprune_cli.cli.stopping import resumable
+from pgprune_cli.cli.tables import print_estimate, print_result
 from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.distributed import of_environment
-from pgprune_cli.saved import of_search
-from pgprune_cli.tables import print_estimate, print_result
-from pgprune_cli.verbs.options import AsJson, Out, Quiet, RecipeName, Set, examples, opened
-from pgprune_cli.verbs.stops import resumable
 
 EXAMPLES = examples(
     "search demo",

@@ -11,10 +11,10 @@ from typing import NoReturn
 
 import typer
 
+from pgprune_cli.cli.complaints import complain
+from pgprune_cli.cli.saved import Saved
 from pgprune_cli.console import signals
 from pgprune_cli.distributed import of_environment
-from pgprune_cli.saved import Saved
-from pgprune_cli.verbs.complain import complain
 
 
 @contextmanager

@@ -7,9 +7,9 @@ from typing import Annotated
 
 import typer
 
+from pgprune_cli.cli.options import AsJson, examples
+from pgprune_cli.cli.tables import print_result
 from pgprune_cli.errors import ExitCode, UserError
-from pgprune_cli.tables import print_result
-from pgprune_cli.verbs.options import AsJson, examples
 
 EXAMPLES = examples("verify runs/smollm2-135m-30")
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pgprune_cli.tables import print_result
-from pgprune_cli.verbs.options import AsJson, RecipeName, Set, examples
+from pgprune_cli.cli.options import AsJson, RecipeName, Set, examples
+from pgprune_cli.cli.tables import print_result
 
 recipes_app = typer.Typer(
     invoke_without_command=True,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pgprune_cli.cli.saved import of_comparison, of_export, of_scores, of_search
 from pgprune_cli.run.layout import MEASURED_FILE, RECORD, SCORES
-from pgprune_cli.saved import of_comparison, of_export, of_scores, of_search
 
 
 def put(path: Path) -> None:

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
+from pgprune_cli.cli.options import AsJson, Set, examples, recipe_names
+from pgprune_cli.cli.tables import print_result
 from pgprune_cli.errors import ExitCode, UserError
-from pgprune_cli.tables import print_result
-from pgprune_cli.verbs.options import AsJson, Set, examples, recipe_names
 
 EXAMPLES = examples("doctor", "doctor llama2-7b-50")
 

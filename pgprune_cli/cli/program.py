@@ -8,13 +8,13 @@ from typing import Annotated, NoReturn
 import typer
 
 from pgprune_cli import __version__
+from pgprune_cli.cli import compare, doctor, evaluate, export, init_scores, recipes, report, runs, search, verify
+from pgprune_cli.cli.complaints import complain
+from pgprune_cli.cli.options import examples
+from pgprune_cli.cli.stopping import stoppable
+from pgprune_cli.cli.usage import usage_fault
 from pgprune_cli.distributed import of_environment
 from pgprune_cli.errors import ExitCode, RunError, UserError, advice_on
-from pgprune_cli.verbs import compare, doctor, evaluate, export, init_scores, recipes, report, runs, search, verify
-from pgprune_cli.verbs.complain import complain
-from pgprune_cli.verbs.options import examples
-from pgprune_cli.verbs.stops import stoppable
-from pgprune_cli.verbs.usage import usage_fault
 
 app = typer.Typer(
     help="Make a language model structurally smaller: learn which heads and FFN channels to keep, forward passes only.",

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from pgprune_cli.cli.tables import grid
 from pgprune_cli.console.progress import Row, SearchProgress
-from pgprune_cli.tables import grid
 
 LONG = "layers.0.self_attn." + "q" * 300
 COLOUR = re.compile(r"\x1b\[[0-9;]*\b(3[0-8]|9[0-7])\b")

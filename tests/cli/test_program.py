@@ -20,7 +20,7 @@ from conftest import SMALL
 from multiple_choice import items_of, task_file
 from schemas import SCHEMAS, validate
 
-from pgprune_cli import cli
+from pgprune_cli.cli import program as cli
 from pgprune_cli.errors import RunError
 from pgprune_cli.recipe.reader import find, load, name_of, shipped
 from pgprune_cli.run.layout import MASKS
@@ -57,7 +57,7 @@ def pgprune(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
 
 def test_help_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from pgprune_cli.cli import main\n"
+        "import sys; from pgprune_cli.cli.program import main\n"
         "sys.argv = ['pgprune', '--help']\n"
         "try: main()\n"
         "except SystemExit as done: assert not done.code\n"

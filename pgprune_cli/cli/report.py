@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from pgprune_cli.tables import print_result
-from pgprune_cli.verbs.options import AsJson, Quiet, examples, run_names
+from pgprune_cli.cli.options import AsJson, Quiet, examples, run_names
+from pgprune_cli.cli.tables import print_result
 
 EXAMPLES = examples(
     "report runs/smollm2-135m-30",

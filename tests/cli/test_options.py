@@ -30,7 +30,7 @@ def test_the_shell_is_offered_what_there_is(line, offered, tmp_path: Path) -> No
     (tmp_path / "models" / "small" / "config.json").touch()
     (tmp_path / "mine.yaml").touch()
     code = (
-        "import sys; from pgprune_cli.cli import main\n"
+        "import sys; from pgprune_cli.cli.program import main\n"
         "try: main()\n"
         "finally: assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), 'heavy'"
     )
