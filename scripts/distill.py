@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
-from pgprune_cli.data.corpora import tokens_of, windows
+from pgprune_cli.data.tokens import tokens_of
+from pgprune_cli.data.windows import windows
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.loading import load_model, load_tokenizer
 from pgprune_cli.model.source import resolve

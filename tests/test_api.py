@@ -15,7 +15,7 @@ from schemas import validate
 
 from pgprune_cli import prune
 from pgprune_cli.errors import UserError
-from pgprune_cli.storage.atomic import read_record
+from pgprune_cli.storage.records import read_record
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "notebook.ipynb"
 SETTINGS = {

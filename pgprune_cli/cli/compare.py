@@ -51,7 +51,8 @@ def compare(
     except ValueError:
         raise UserError(f"--seeds {seeds}: expected whole numbers with commas, such as 0,1,2") from None
     loaded, run = opened(recipe, out, overrides or [], runs_folder() / "compare")
-    from pgprune_cli.jobs.compare import TABLE_MARKDOWN, cells, compare, runs_of
+    from pgprune_cli.jobs.compare import cells, compare, runs_of
+    from pgprune_cli.run.layout import TABLE_MARKDOWN
 
     runs = runs_of(loaded, run, numbers, only or [])
     with resumable(lambda _: of_comparison(run, runs)):

@@ -9,10 +9,9 @@ import typer
 
 from pgprune_cli import __version__
 from pgprune_cli.cli import compare, doctor, evaluate, export, init_scores, recipes, report, runs, search, verify
-from pgprune_cli.cli.complaints import complain
+from pgprune_cli.cli.complaints import complain, usage_fault
 from pgprune_cli.cli.options import examples
 from pgprune_cli.cli.stopping import stoppable
-from pgprune_cli.cli.usage import usage_fault
 from pgprune_cli.distributed import of_environment
 from pgprune_cli.errors import ExitCode, RunError, UserError, advice_on
 

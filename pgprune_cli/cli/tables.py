@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from pgprune_cli.run.evaluation import measurements
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -94,22 +96,6 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console(width=None if Console().is_terminal else PIPE_WIDTH)
-
-
-def measurements(result: dict[str, Any]) -> dict[str, str]:
-    """What was measured of a model, by the name of the row it stands in."""
-    cells = {"parameters": f"{result['parameters']:,}"}
-    for row in result["perplexity"]:
-        cells[f"{row['corpus']} PPL, {row['seqlen']} tokens"] = f"{row['ppl']:,.2f}"
-    for row in result.get("tasks", []):
-        error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
-        cells[f"{row['task']} {row['metric']}"] = f"{row['value']:.4f}{error}"
-    if "speed" in result:
-        speed = result["speed"]
-        cells["prefill tokens/s"] = f"{speed['prefill_tokens_per_second']:,.0f}"
-        cells["decode tokens/s"] = f"{speed['decode_tokens_per_second']:,.0f}"
-        cells["weights MB"] = f"{speed['weight_bytes'] / 1e6:,.1f}"
-    return cells
 
 
 def print_measured(results: list[dict[str, Any]]) -> None:

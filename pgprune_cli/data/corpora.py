@@ -5,27 +5,20 @@ Calibration and evaluation never read the same split of a named corpus. Text is 
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-
 from pgprune_cli.console.hub_logging import quiet_hub
-from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.console.suggest import nearest
 from pgprune_cli.errors import UserError
-from pgprune_cli.storage.atomic import SEAL, checksum, metadata, read_tensors, write_bytes
+from pgprune_cli.storage.records import checksum
 
 Purpose = Literal["calibration", "evaluation"]
 
 FORMATS = (".txt", ".jsonl", ".parquet")
-DOCUMENTS_AT_A_TIME = 64
 
 
 @dataclass(frozen=True)
@@ -55,122 +48,6 @@ NAMED = {
 
 DEMO_TEXT: dict[Purpose, tuple[int, int]] = {"calibration": (2, 600_000), "evaluation": (3, 150_000)}
 """Seed and characters of the demo grammar's texts; the demo model was trained on seed 0 and watched on seed 1."""
-
-
-def cache_directory() -> Path:
-    """Where tokenised corpora are kept: $PGPRUNE_CACHE, else pgprune under the user's cache directory."""
-    if "PGPRUNE_CACHE" in os.environ:
-        return Path(os.environ["PGPRUNE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pgprune"
-
-
-def tokens_of(corpus: str, purpose: Purpose, tokenizer: Any, wanted: int | None = None) -> Tensor:
-    """The corpus as one stream of tokens `(N,)` int64, at least `wanted` of them where the corpus has as many.
-
-    Raises UserError for a corpus that is not there, cannot be read, is empty or cannot be reached.
-    """
-    identity = text_identity(corpus, purpose)
-    key = hashlib.sha256(json.dumps([identity, wanted, _tokenizer_identity(tokenizer)]).encode()).hexdigest()
-    cached = cache_directory() / "tokens" / f"{key[:32]}.safetensors"
-    if (tokens := _cached(cached)) is not None:
-        return tokens
-    tokens = _tokenise(documents(corpus, purpose), tokenizer, wanted)
-    if not tokens.numel():
-        raise UserError(f"{corpus}: holds no text")
-    _keep(cached, tokens)
-    return tokens
-
-
-def _cached(path: Path) -> Tensor | None:
-    """The tokens that `_keep` kept, None where there are none or they are not whole: they can be made again."""
-    try:
-        found = read_tensors(path)["tokens"].int()
-        whole = metadata(path).get(SEAL) == _digest(found)
-    except (UserError, OSError, KeyError):
-        return None
-    return found.long() if whole else None
-
-
-def _keep(path: Path, tokens: Tensor) -> None:
-    """Without a place to keep them in, a run goes on and says so."""
-    from safetensors.torch import save
-
-    try:
-        write_bytes(path, save({"tokens": tokens.int()}, {SEAL: _digest(tokens.int())}))
-    except OSError as error:
-        print(f"pgprune: {path}: {error.strerror or error}; the tokens of the text are not kept", file=STDERR)
-
-
-def _digest(tokens: Tensor) -> str:
-    return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
-
-
-def check_vocabulary(tokens: Tensor, corpus: str, embeddings: int) -> None:
-    """Raises UserError where a corpus was cut into tokens that a model of so many embeddings has none of."""
-    if tokens.numel() and int(tokens.max()) >= embeddings:
-        raise UserError(
-            f"{corpus}: its tokens go up to number {int(tokens.max())}, and the model has {embeddings} embeddings: "
-            "the tokenizer beside it is another model's"
-        )
-
-
-@dataclass(frozen=True)
-class CalibrationText:
-    """Windows `(N, T)` int64 to search over, and others, from the end of the text, only to judge by."""
-
-    search: Tensor
-    heldout: Tensor
-    stream: Tensor
-
-    def long_windows(self, count: int, seqlen: int) -> Tensor:
-        """At most `count` windows `(N, seqlen)` of the searched-over part, spread over it."""
-        return spread(windows(self.stream, min(seqlen, len(self.stream))), count)
-
-
-def calibration_text(corpus: str, tokenizer: Any, sequences: int, heldout: int, seqlen: int) -> CalibrationText:
-    """At most `sequences` windows of `seqlen` tokens spread over the corpus, and `heldout` that no search sees.
-
-    Raises UserError for a corpus too short for one window of each.
-    """
-    tokens = tokens_of(corpus, "calibration", tokenizer, wanted=(sequences + heldout) * seqlen)
-    kept_apart = heldout * seqlen
-    if len(tokens) < kept_apart + seqlen:
-        raise UserError(
-            f"{corpus}: {len(tokens)} tokens are too few for {heldout} held-out windows of {seqlen} and one to search "
-            "over; give more text, or lower calibration.heldout or calibration.seqlen"
-        )
-    stream = tokens[: len(tokens) - kept_apart]
-    return CalibrationText(
-        spread(windows(stream, seqlen), sequences), tokens[len(tokens) - kept_apart :].view(heldout, seqlen), stream
-    )
-
-
-def windows(tokens: Tensor, seqlen: int) -> Tensor:
-    """The stream `(N,)` cut into whole windows `(N // seqlen, seqlen)`; a last part of one is left out."""
-    return tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
-
-
-def spread(rows: Tensor, count: int) -> Tensor:
-    """`count` rows at even distances, or all when there are fewer."""
-    return rows if len(rows) <= count else rows[torch.arange(count) * len(rows) // count]
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Windows `(N, T)` in a seeded order, shuffled anew every epoch. A position names a batch: no state to lose."""
-
-    windows: Tensor
-    batch: int
-    seed: int
-
-    def at(self, position: int) -> Tensor:
-        """The batch `(B, T)` at a position ≥ 0; the last windows of an epoch that make no whole batch are left out."""
-        size = min(self.batch, len(self.windows))
-        an_epoch = len(self.windows) // size
-        epoch, place = divmod(position, an_epoch)
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
-        order = torch.randperm(len(self.windows), generator=generator)
-        return self.windows[order[place * size : (place + 1) * size]]
 
 
 # --- reading
@@ -296,21 +173,3 @@ def text_identity(corpus: str, purpose: Purpose) -> str:
     if path.is_dir() or path.suffix not in FORMATS:
         raise UserError(f"{corpus}: expected a {', '.join(FORMATS)} file")
     return f"{path.suffix}:{checksum(path)}"
-
-
-def _tokenizer_identity(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    described = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(f"{described}{tokenizer.bos_token}{tokenizer.eos_token}".encode()).hexdigest()
-
-
-def _tokenise(documents: Iterator[str], tokenizer: Any, wanted: int | None) -> Tensor:
-    pieces: list[list[int]] = []
-    total = 0
-    while some := [document for _, document in zip(range(DOCUMENTS_AT_A_TIME), documents, strict=False)]:
-        for ids in tokenizer(some, verbose=False)["input_ids"]:
-            pieces.append(ids)
-            total += len(ids)
-        if wanted is not None and total >= wanted:
-            break
-    return torch.tensor([token for piece in pieces for token in piece], dtype=torch.int64)

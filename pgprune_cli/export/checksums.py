@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.storage.atomic import checksum, read_json, write_bytes
+from pgprune_cli.storage.atomic import write_bytes
+from pgprune_cli.storage.records import checksum, read_json
 
 SUMS = "SHA256SUMS"
 CARD = "README.md"

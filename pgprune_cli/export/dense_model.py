@@ -24,7 +24,7 @@ from pgprune_cli.model.loading import HEAD, load_model, load_tokenizer, read_con
 from pgprune_cli.model.prunable import Keep, Shape
 from pgprune_cli.model.source import Source
 from pgprune_cli.run.decision import Decision
-from pgprune_cli.storage.atomic import read_json, write_json
+from pgprune_cli.storage.records import read_json, write_json
 
 SIDE_FILES = (
     *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),

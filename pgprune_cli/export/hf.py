@@ -24,7 +24,8 @@ from pgprune_cli.export.surgery import Cut
 from pgprune_cli.model.source import INDEX, Source
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.serving import modeling_pruned
-from pgprune_cli.storage.atomic import new_directory, write_bytes, write_json
+from pgprune_cli.storage.atomic import new_directory, write_bytes
+from pgprune_cli.storage.records import write_json
 
 
 @dataclass(frozen=True)

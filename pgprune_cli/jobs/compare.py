@@ -19,16 +19,16 @@ from pgprune_cli.console.suggest import nearest
 from pgprune_cli.data.corpora import text_identity
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target
-from pgprune_cli.jobs.init_scores import init_scores, refuse_unfit_weights
+from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.jobs.search import search
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.checkpoint import latest_checkpoint
-from pgprune_cli.run.layout import MEASURED_FILE, SCORES
+from pgprune_cli.run.layout import MEASURED_FILE, SCORES, TABLE_JSON, TABLE_MARKDOWN
 from pgprune_cli.run.lock import locked
 from pgprune_cli.run.resume import refuse_other_recipe
-from pgprune_cli.storage.atomic import read_record, write_bytes, write_record
-
-TABLE_JSON, TABLE_MARKDOWN = "comparison.json", "comparison.md"
+from pgprune_cli.search.texts import refuse_unfit_weights
+from pgprune_cli.storage.atomic import write_bytes
+from pgprune_cli.storage.records import read_record, write_record
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ def _torch() -> Iterator[Finding]:
 def _disks() -> Iterator[Finding]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from pgprune_cli.data.corpora import cache_directory
+    from pgprune_cli.data.tokens import cache_directory
 
     places = {"runs and models": Path.cwd(), "the hub's cache": Path(HF_HUB_CACHE), "tokens": cache_directory()}
     for what, place in places.items():
@@ -170,8 +170,8 @@ class _Weights:
 
 
 def _model(recipe: Recipe) -> Iterator[Finding]:
-    from pgprune_cli.jobs.init_scores import refuse_unfit_weights
     from pgprune_cli.model.loading import check_prunable, devices_of
+    from pgprune_cli.search.texts import refuse_unfit_weights
 
     try:
         refuse_unfit_weights(recipe)

@@ -6,19 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pgprune_cli.console.progress import working
-from pgprune_cli.data.corpora import CalibrationText
 from pgprune_cli.estimate.flops import flops, seconds
 from pgprune_cli.estimate.matmul_rate import matrix_rate
 from pgprune_cli.estimate.memory import memory
 from pgprune_cli.estimate.sizes import Sizes, Texts
-from pgprune_cli.jobs.init_scores import refuse_unfit_weights, scoring_batches
-from pgprune_cli.jobs.search import calibration_forwards
 from pgprune_cli.model.loading import devices_of, empty_model
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.search.problem import repair_batches
+from pgprune_cli.search.texts import (
+    calibration_forwards,
+    empty_text,
+    refuse_unfit_weights,
+    repair_batches,
+    scoring_batches,
+)
 
 RESTS_ON = (
     "estimates, from the shapes of model and recipe, for a corpus with as much text as the recipe reads at most; the "
@@ -60,17 +62,6 @@ def estimate(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
         "seconds": seconds(parts, rates),
         "rests_on": RESTS_ON,
     }
-
-
-def empty_text(recipe: Recipe) -> CalibrationText:
-    """As many windows as the recipe reads at most, on the meta device: they have shapes and no tokens."""
-    wanted = recipe.calibration
-
-    def tokens(*shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=torch.int64, device="meta")
-
-    stream = tokens(wanted.sequences * wanted.seqlen)
-    return CalibrationText(stream.view(-1, wanted.seqlen), tokens(wanted.heldout, wanted.seqlen), stream)
 
 
 def _of_all(devices: Sequence[torch.device]) -> str:

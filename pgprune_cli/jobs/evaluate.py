@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from pgprune_cli.console.progress import working
 from pgprune_cli.console.stderr import STDERR
-from pgprune_cli.data.corpora import check_corpus, check_vocabulary, spread, tokens_of
+from pgprune_cli.data.corpora import check_corpus
+from pgprune_cli.data.tokens import check_vocabulary, tokens_of
+from pgprune_cli.data.windows import spread
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.forward.masked import Evaluator, summed_loss
 from pgprune_cli.model.loading import load_model, load_tokenizer
@@ -27,7 +29,7 @@ from pgprune_cli.recipe.schema import Evaluation, name_and_text
 from pgprune_cli.run.decision import Decision, read_origin
 from pgprune_cli.run.layout import EVALUATION_FILE, RECIPE_FILE, RECORD, is_run
 from pgprune_cli.run.provenance import note
-from pgprune_cli.storage.atomic import read_record, write_record
+from pgprune_cli.storage.records import read_record, write_record
 
 TOKENS_AT_A_TIME = 4096
 """Tokens of one forward pass, whatever the window length."""

@@ -16,7 +16,7 @@ from pgprune_cli.export.shapes import Needs
 from pgprune_cli.model.source import Source, resolve
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import EVALUATION_FILE
-from pgprune_cli.storage.atomic import read_record
+from pgprune_cli.storage.records import read_record
 
 
 @dataclass(frozen=True)

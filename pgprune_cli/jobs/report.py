@@ -8,9 +8,8 @@ from pathlib import Path
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.report.gather import Run, read_runs
+from pgprune_cli.run.layout import REPORT_FILE
 from pgprune_cli.storage.atomic import write_bytes
-
-REPORT_FILE = "report.html"
 
 
 def report(directories: Sequence[Path], out: Path | None = None, watch: int | None = None) -> Iterator[list[Run]]:

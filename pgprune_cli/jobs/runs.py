@@ -16,7 +16,7 @@ from pgprune_cli.run.layout import (
     RECORD,
     run_directories,
 )
-from pgprune_cli.storage.atomic import read_json
+from pgprune_cli.storage.records import read_json
 
 State = Literal["scored", "searching", "finished", "damaged"]
 

@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pgprune_cli.console.progress import through_layers, working
-from pgprune_cli.data.corpora import Batches, CalibrationText
+from pgprune_cli.data.windows import Batches, CalibrationText
 from pgprune_cli.distributed import Ranks, joined
-from pgprune_cli.forward.curvature import some_windows
 from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.jobs.init_scores import load_text, scoring_batches
 from pgprune_cli.model.loading import load_model
 from pgprune_cli.model.prunable import Keep
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import dump
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.repair.least_squares import PASSES, Repaired, repair
+from pgprune_cli.repair.least_squares import Repaired, repair
 from pgprune_cli.repair.width_files import remove_widths
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import RECIPE_FILE, RECORD
 from pgprune_cli.run.lock import locked
 from pgprune_cli.run.provenance import note
 from pgprune_cli.run.resume import finished, identity_of, refuse_other_recipe
-from pgprune_cli.scores.metrics import CALIBRATED, NEEDS
 from pgprune_cli.search.budget import budget_for
 from pgprune_cli.search.loop import finite, run_steps
-from pgprune_cli.search.problem import Problem, policy_of, repair_batches, scores_of
+from pgprune_cli.search.problem import Problem, policy_of
+from pgprune_cli.search.scoring import scores_of
+from pgprune_cli.search.texts import _reselects, calibration_forwards, load_text, repair_batches
 from pgprune_cli.search.trackers import TrackerName, check_installed
 from pgprune_cli.storage.atomic import write_bytes
 
@@ -119,27 +117,3 @@ def _repaired(recipe: Recipe, model: nn.Module, keep: Keep, text: CalibrationTex
         batches = repair_batches(recipe, text)
         chosen_anew = _reselects(recipe)
         return repair(model, keep, batches, settings.method, settings.damping, chosen_anew, bar.on_more, bar.on_batches)
-
-
-def _reselects(recipe: Recipe) -> bool:
-    """Whether the repair chooses the units: a search over widths has only said how many, one over units which."""
-    return recipe.search.policy == "layers"
-
-
-def calibration_forwards(recipe: Recipe, text: CalibrationText) -> int:
-    """Passes over calibration text besides the search's, in batches of the search."""
-    repaired = recipe.reconstruct.method != "none"
-    read: list[Tensor] = []
-    if recipe.saliency.metric in CALIBRATED:
-        scoring = scoring_batches(recipe, text)
-        read += scoring
-        if NEEDS[recipe.saliency.metric] == "covariance":
-            read += some_windows(scoring)
-    repairing = repair_batches(recipe, text)
-    if recipe.search.policy == "layers":
-        read += repairing + some_windows(repairing)
-    if repaired:
-        read += PASSES * repairing
-    if repaired and _reselects(recipe):
-        read += some_windows(repairing)
-    return math.ceil(sum(map(Tensor.numel, read)) / (recipe.calibration.batch * recipe.calibration.seqlen))

@@ -12,7 +12,6 @@ from torch import Tensor
 from pgprune_cli.errors import UserError
 from pgprune_cli.export import checksums as sums
 from pgprune_cli.export import gguf_checksum as gguf_seal
-from pgprune_cli.jobs.compare import TABLE_JSON
 from pgprune_cli.recipe.reader import load
 from pgprune_cli.recipe.strict_yaml import one_line
 from pgprune_cli.run import checkpoint
@@ -20,6 +19,7 @@ from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.history import refuse_other_history
 from pgprune_cli.run.layout import (
     CHECKPOINTS,
+    COSTS,
     EVALUATION_FILE,
     MASKS,
     MEASURED_FILE,
@@ -28,11 +28,11 @@ from pgprune_cli.run.layout import (
     RECORD,
     REPAIR,
     SCORES,
+    TABLE_JSON,
 )
 from pgprune_cli.run.resume import refuse_other_decision
 from pgprune_cli.run.scores import Scores
-from pgprune_cli.search.costs import COSTS
-from pgprune_cli.storage.atomic import read_record
+from pgprune_cli.storage.records import read_record
 
 Faults = Iterator[str]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.gguf_header import read_header
-from pgprune_cli.storage.atomic import read_json
+from pgprune_cli.storage.records import read_json
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 HOW_TO_CONVERT = (

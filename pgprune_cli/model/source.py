@@ -13,7 +13,7 @@ from pathlib import Path
 from pgprune_cli.console.hub_logging import quiet_hub
 from pgprune_cli.errors import UserError, in_short
 from pgprune_cli.model.safety import HOW_TO_CONVERT, PICKLED, check_weight_name, refuse_links_out
-from pgprune_cli.storage.atomic import read_json
+from pgprune_cli.storage.records import read_json
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 INDEX = "model.safetensors.index.json"

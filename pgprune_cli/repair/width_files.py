@@ -21,7 +21,8 @@ from torch import Tensor, uint8
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.repair.width_table import BlockWidths
 from pgprune_cli.run.layout import WIDTHS
-from pgprune_cli.storage.atomic import metadata, read_tensors, sealed, write_bytes
+from pgprune_cli.storage.atomic import write_bytes
+from pgprune_cli.storage.records import metadata, read_tensors, sealed
 
 ABOUT = "pgprune"
 ERRORS, ORDER = "errors", "order"

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from pgprune_cli.cli.tables import measurements
 from pgprune_cli.report.gather import Run
+from pgprune_cli.run.evaluation import measurements
 
 
 @dataclass(frozen=True)

@@ -20,16 +20,8 @@ from pgprune_cli.core.widths import WidthState
 from pgprune_cli.errors import UserError
 from pgprune_cli.run.history import Written
 from pgprune_cli.run.layout import CHECKPOINTS
-from pgprune_cli.storage.atomic import (
-    checksum,
-    new_directory,
-    read_json,
-    read_tensors,
-    refuse_newer,
-    sealed,
-    write_bytes,
-    write_record,
-)
+from pgprune_cli.storage.atomic import new_directory, write_bytes
+from pgprune_cli.storage.records import checksum, read_json, read_tensors, refuse_newer, sealed, write_record
 
 VERSION = 3
 KEPT = 2

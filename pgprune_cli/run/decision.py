@@ -19,7 +19,8 @@ from pgprune_cli import __version__
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.prunable import Keep, LayerKeep, Output, Outputs
 from pgprune_cli.run.layout import MASKS, RECORD, REPAIR, refuse_unfinished
-from pgprune_cli.storage.atomic import checksum, read_record, read_tensors, refuse_newer, write_bytes, write_record
+from pgprune_cli.storage.atomic import write_bytes
+from pgprune_cli.storage.records import checksum, read_record, read_tensors, refuse_newer, write_record
 
 VERSION = 1
 

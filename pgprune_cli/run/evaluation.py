@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pgprune_cli.run.layout import EVALUATION_FILE, MEASURED_FILE
-from pgprune_cli.storage.atomic import read_record
+from pgprune_cli.storage.records import read_record
 
 
 def read_measured(run: Path) -> dict[str, Any] | None:
@@ -16,3 +16,19 @@ def read_measured(run: Path) -> dict[str, Any] | None:
     """
     found = [run / name for name in (EVALUATION_FILE, MEASURED_FILE) if (run / name).exists()]
     return read_record(found[0]) if found else None
+
+
+def measurements(result: dict[str, Any]) -> dict[str, str]:
+    """What was measured of a model, by the name of the row it stands in."""
+    cells = {"parameters": f"{result['parameters']:,}"}
+    for row in result["perplexity"]:
+        cells[f"{row['corpus']} PPL, {row['seqlen']} tokens"] = f"{row['ppl']:,.2f}"
+    for row in result.get("tasks", []):
+        error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
+        cells[f"{row['task']} {row['metric']}"] = f"{row['value']:.4f}{error}"
+    if "speed" in result:
+        speed = result["speed"]
+        cells["prefill tokens/s"] = f"{speed['prefill_tokens_per_second']:,.0f}"
+        cells["decode tokens/s"] = f"{speed['decode_tokens_per_second']:,.0f}"
+        cells["weights MB"] = f"{speed['weight_bytes'] / 1e6:,.1f}"
+    return cells

@@ -55,3 +55,22 @@ def refuse_unfinished(run: Path) -> None:
         raise UserError(f"{run}: only scored so far; `pgprune search RECIPE --out {run}` makes the decision")
     what = "holds no run" if run.is_dir() else "no such run directory"
     raise UserError(f"{run}: {what}; `pgprune runs` lists those there are")
+
+
+REPORT_FILE = "report.html"
+
+
+LOCK = ".lock"
+
+
+PROVENANCE_FILE = "provenance.jsonl"
+
+
+COSTS = "costs.json"
+
+
+EVENTS = "tensorboard"
+"""The folder of a run that TensorBoard reads."""
+
+
+TABLE_JSON, TABLE_MARKDOWN = "comparison.json", "comparison.md"

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.errors import UserError
+from pgprune_cli.run.layout import LOCK
 from pgprune_cli.storage.atomic import make_directory, take
 
-LOCK = ".lock"
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 

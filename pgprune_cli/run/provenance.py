@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pgprune_cli import __version__
+from pgprune_cli.run.layout import PROVENANCE_FILE
 
-PROVENANCE_FILE = "provenance.jsonl"
 PACKAGES = ("torch", "transformers", "safetensors", "datasets", "accelerate", "lm_eval")
 """Those whose version can change a result."""
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from pgprune_cli.errors import UserError
 from pgprune_cli.recipe.schema import MetricName
 from pgprune_cli.run.layout import SCORES
-from pgprune_cli.storage.atomic import metadata, read_tensors, refuse_newer, sealed, write_bytes
+from pgprune_cli.storage.atomic import write_bytes
+from pgprune_cli.storage.records import metadata, read_tensors, refuse_newer, sealed
 
 ABOUT = "pgprune"
 VERSION = 1

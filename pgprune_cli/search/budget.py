@@ -12,7 +12,8 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.prunable import UnitCosts
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.search.costs import COSTS, flops, kv_cache, latency_of_run
+from pgprune_cli.run.layout import COSTS
+from pgprune_cli.search.costs import flops, kv_cache, latency_of_run
 
 
 def budget_for(

@@ -16,9 +16,8 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.forward.layerwise import Stream, layer_inputs
 from pgprune_cli.forward.masked import Evaluator, shrunk_block
 from pgprune_cli.model.prunable import ArchSpec, Block, Shape, UnitCosts, projections, spec_of
-from pgprune_cli.storage.atomic import read_record, write_record
-
-COSTS = "costs.json"
+from pgprune_cli.run.layout import COSTS
+from pgprune_cli.storage.records import read_record, write_record
 
 WARM_UPS, REPEATS = 2, 9
 """Forwards of a layer before any of them counts, and those whose median does."""

@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from pgprune_cli.console.progress import SearchProgress, memory_in_use
 from pgprune_cli.console.signals import stopping
 from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
@@ -22,6 +21,7 @@ from pgprune_cli.run.checkpoint import Checkpoint, latest_checkpoint, save_check
 from pgprune_cli.run.history import History, Row, Written, read_history
 from pgprune_cli.run.resume import resumed
 from pgprune_cli.search.problem import Problem
+from pgprune_cli.search.progress import SearchProgress, memory_in_use
 from pgprune_cli.search.trackers import TrackerName, tracking
 
 BAD_STEPS = 10

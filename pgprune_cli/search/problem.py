@@ -6,26 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.space import Budget, MaskSpace
-from pgprune_cli.data.corpora import Batches, CalibrationText, spread
+from pgprune_cli.data.windows import Batches, CalibrationText
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import UserError
 from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.jobs.init_scores import compute_scores
 from pgprune_cli.model.prunable import Keep, Outputs
-from pgprune_cli.model.source import Source
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.run.layout import SCORES
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.scores.metrics import flat_saliency
 from pgprune_cli.search.policies import LayerPolicy, Policy, UnitPolicy
 from pgprune_cli.search.table import searched_table
-
-REPAIR_TOKENS = 4096
-"""Tokens of one forward pass of the repair, at least: few large products are quicker than many small ones."""
+from pgprune_cli.search.texts import repair_batches
 
 
 @dataclass
@@ -59,21 +54,6 @@ class Problem:
         return sum(loss * len(tokens) for loss, tokens in zip(losses, batches, strict=True)) / len(self.heldout)
 
 
-def scores_of(
-    recipe: Recipe, run: Path, source: Source, model: nn.Module, text: CalibrationText, quiet: bool, ranks: Ranks
-) -> Scores:
-    """Those of the run where it has some. Raises UserError where they are another model's."""
-    if not ranks.greatest((run / SCORES).exists()):  # all have looked before one writes
-        scores = compute_scores(recipe, source, model, text, quiet, ranks)
-        if ranks.writer:
-            scores.save(run)
-        return scores
-    scores = Scores.load(run)
-    if scores.fingerprint != source.fingerprint():
-        raise UserError(f"{run / SCORES}: scores of another model than {recipe.model}; run `pgprune init-scores`")
-    return scores
-
-
 def policy_of(
     recipe: Recipe,
     run: Path,
@@ -105,9 +85,3 @@ def policy_of(
     batches = repair_batches(recipe, text)
     table = searched_table(recipe, run, evaluator.model, saliency_of, batches, scores.fingerprint, ranks, quiet)
     return LayerPolicy(table, table.priorities(space), space, budget)
-
-
-def repair_batches(recipe: Recipe, text: CalibrationText) -> list[Tensor]:
-    """The windows that repair is fitted to, as many tokens at a time as the search has at least."""
-    windows = spread(text.search, recipe.reconstruct.sequences)
-    return list(windows.split(max(recipe.calibration.batch, REPAIR_TOKENS // windows.shape[1])))

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.run.history import Row
+from pgprune_cli.run.layout import EVENTS
 from pgprune_cli.run.provenance import read_provenance
 
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
@@ -25,8 +26,6 @@ MODULES: Mapping[TrackerName, str] = {"tensorboard": "tensorboardX", "trackio": 
 """What each is imported as; the extra of pgprune that installs it has the tracker's name."""
 
 PROJECT = "pgprune"
-EVENTS = "tensorboard"
-"""The folder of a run that TensorBoard reads."""
 
 
 class Tracker(Protocol):

@@ -4,43 +4,21 @@ from __future__ import annotations
 
 import fcntl
 import glob
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from pgprune_cli.errors import UserError
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-SEAL = "sha256"
+    pass
 
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Puts `content` at `path` in one step: a reader, or a crash, sees the old file or the new one."""
     with new_file(path) as temporary:
         temporary.write_bytes(content)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Like `write_bytes`, an object as indented JSON. NaN and infinity are refused: they are not JSON."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode())
-
-
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Like `write_json`, with a checksum of its own."""
-    write_json(path, sealed(record))
-
-
-def sealed(record: dict[str, Any]) -> dict[str, Any]:
-    """The record with its own checksum: a digit that flipped is as bad as a tensor that did."""
-    rest = {key: value for key, value in record.items() if key != SEAL}
-    return rest | {SEAL: hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 @contextmanager
@@ -142,53 +120,3 @@ def sync_directory(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of ours. Raises UserError when it is damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}, not an object")
-    return value
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """What `write_record` wrote, or an earlier pgprune without a checksum. Raises UserError when it is damaged."""
-    record = read_json(path)
-    if SEAL in record and record != sealed(record):
-        raise UserError(f"{path}: damaged: it is not what was written")
-    return {key: value for key, value in record.items() if key != SEAL}
-
-
-def refuse_newer(path: Path, version: object, known: int) -> None:
-    """Raises UserError for a file of a pgprune that is newer than this one."""
-    if isinstance(version, int) and version > known:
-        raise UserError(f"{path}: of a newer pgprune (version {version}, this one reads {known}); upgrade pgprune")
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU. Raises UserError when it is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged or not safetensors ({error})") from None
-
-
-def metadata(path: Path) -> dict[str, str]:
-    """What a whole safetensors file says of itself."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        return file.metadata() or {}
-
-
-def checksum(path: Path) -> str:
-    """sha256 of a file, as hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -24,7 +24,7 @@ from pgprune_cli.jobs.search import search
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import METRICS_FILE
-from pgprune_cli.storage.atomic import read_json, write_json
+from pgprune_cli.storage.records import read_json, write_json
 
 UNITS = ["search.policy=units", "search.samples=2", "search.evaluate_every=8"]
 ESTIMATORS = {

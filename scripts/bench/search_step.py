@@ -23,7 +23,6 @@ import torch
 from subject import arguments, headline, open_evaluator, seconds, some_tokens, table
 from torch import Tensor, nn
 
-from pgprune_cli.console.progress import SearchProgress
 from pgprune_cli.forward import masked as substrate
 from pgprune_cli.forward.masked import Evaluator, summed_loss
 from pgprune_cli.jobs import search
@@ -34,6 +33,7 @@ from pgprune_cli.repair.least_squares import Repaired
 from pgprune_cli.repair.width_table import WidthTable, level_of
 from pgprune_cli.run.history import Row
 from pgprune_cli.search import loop, problem
+from pgprune_cli.search.progress import SearchProgress
 
 
 class Watch:

@@ -7,7 +7,8 @@ import re
 import pytest
 
 from pgprune_cli.cli.tables import grid
-from pgprune_cli.console.progress import Row, SearchProgress
+from pgprune_cli.run.history import Row
+from pgprune_cli.search.progress import SearchProgress
 
 LONG = "layers.0.self_attn." + "q" * 300
 COLOUR = re.compile(r"\x1b\[[0-9;]*\b(3[0-8]|9[0-7])\b")

@@ -12,10 +12,11 @@ import pytest
 from conftest import LAYERS_POLICY
 from rich.console import Console
 
-from pgprune_cli.console.progress import PLAIN_LINES, Bar, SearchProgress, through_layers, working
+from pgprune_cli.console.progress import Bar, through_layers, working
 from pgprune_cli.errors import RunError
 from pgprune_cli.jobs.search import search
 from pgprune_cli.run.history import Row
+from pgprune_cli.search.progress import PLAIN_LINES, SearchProgress
 
 
 def row(step: int, losses: list[float | None], heldout: float | None = None, skipped: int = 0) -> Row:

@@ -8,8 +8,8 @@ import sys
 import pytest
 from rich.live import Live
 
-from pgprune_cli.console.progress import SearchProgress
 from pgprune_cli.console.stderr import STDERR
+from pgprune_cli.search.progress import SearchProgress
 
 
 def test_what_is_said_is_read(capsys) -> None:

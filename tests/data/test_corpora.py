@@ -16,15 +16,9 @@ from transformers import AutoTokenizer
 
 import pgprune_cli.demo
 from pgprune_cli.data import corpora as data
-from pgprune_cli.data.corpora import (
-    NAMED,
-    Batches,
-    cache_directory,
-    calibration_text,
-    check_vocabulary,
-    tokens_of,
-    windows,
-)
+from pgprune_cli.data.corpora import NAMED
+from pgprune_cli.data.tokens import cache_directory, check_vocabulary, tokens_of
+from pgprune_cli.data.windows import Batches, calibration_text, windows
 from pgprune_cli.errors import UserError
 
 TEXTS = ["Mira owned one red kite.", "The old king slept.", "It was Monday and the geese were loud."]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pgprune_cli.run.provenance import PROVENANCE_FILE
+from pgprune_cli.run.layout import PROVENANCE_FILE
 
 RECIPE = """\
 model: {base}/model

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from inputs import put, told
 
-from pgprune_cli.data.corpora import check_vocabulary, tokens_of
+from pgprune_cli.data.tokens import check_vocabulary, tokens_of
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs import export as job
 from pgprune_cli.jobs.doctor import doctor

@@ -21,6 +21,7 @@ from pgprune_cli.run.checkpoint import load_checkpoint
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import (
     CHECKPOINTS,
+    COSTS,
     EVALUATION_FILE,
     MASKS,
     METRICS_FILE,
@@ -30,7 +31,6 @@ from pgprune_cli.run.layout import (
     SCORES,
 )
 from pgprune_cli.run.scores import Scores
-from pgprune_cli.search.costs import COSTS
 
 
 @pytest.fixture(scope="module")

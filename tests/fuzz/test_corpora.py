@@ -12,7 +12,9 @@ from hypothesis import strategies as st
 from inputs import VALUES, damaged, examples, put, told
 from pyarrow import parquet
 
-from pgprune_cli.data.corpora import FORMATS, calibration_text, tokens_of
+from pgprune_cli.data.corpora import FORMATS
+from pgprune_cli.data.tokens import tokens_of
+from pgprune_cli.data.windows import calibration_text
 from pgprune_cli.model.loading import load_tokenizer
 from pgprune_cli.model.source import resolve
 

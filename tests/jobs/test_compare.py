@@ -8,9 +8,9 @@ import pytest
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs import compare as job
-from pgprune_cli.jobs.compare import TABLE_JSON, TABLE_MARKDOWN, Settings, compare, variants_of
-from pgprune_cli.run.layout import MEASURED_FILE
-from pgprune_cli.storage.atomic import read_record, write_record
+from pgprune_cli.jobs.compare import Settings, compare, variants_of
+from pgprune_cli.run.layout import MEASURED_FILE, TABLE_JSON, TABLE_MARKDOWN
+from pgprune_cli.storage.records import read_record, write_record
 
 NAMES = ["metric-uniform", "metric-repaired", "layers-repaired"]
 

@@ -12,7 +12,7 @@ import torch
 from conftest import VOCABULARY, tiny_model
 from torch.nn import functional
 
-from pgprune_cli.data.corpora import tokens_of
+from pgprune_cli.data.tokens import tokens_of
 from pgprune_cli.demo.grammar import generate
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs.evaluate import (
@@ -27,7 +27,7 @@ from pgprune_cli.jobs.export import export
 from pgprune_cli.model.loading import load_tokenizer
 from pgprune_cli.recipe.schema import Evaluation
 from pgprune_cli.run.layout import EVALUATION_FILE, MASKS, RECORD
-from pgprune_cli.storage.atomic import read_record, write_record
+from pgprune_cli.storage.records import read_record, write_record
 
 
 def stream(length: int) -> torch.Tensor:

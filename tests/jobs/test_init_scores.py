@@ -11,8 +11,8 @@ from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.model.loading import load_model
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run import scores
-from pgprune_cli.run.layout import SCORES
-from pgprune_cli.run.provenance import PROVENANCE_FILE, read_provenance
+from pgprune_cli.run.layout import PROVENANCE_FILE, SCORES
+from pgprune_cli.run.provenance import read_provenance
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.scores.metrics import METRICS
 

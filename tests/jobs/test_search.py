@@ -19,7 +19,7 @@ from pgprune_cli.core.space import budget_of
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.forward import masked as substrate
 from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.jobs.init_scores import init_scores, load_text
+from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.jobs.search import search
 from pgprune_cli.model.loading import load_model
 from pgprune_cli.model.source import resolve
@@ -32,6 +32,7 @@ from pgprune_cli.run.scores import Scores
 from pgprune_cli.scores.metrics import flat_saliency
 from pgprune_cli.search import loop as loops
 from pgprune_cli.search.loop import BAD_STEPS, Interrupted
+from pgprune_cli.search.texts import load_text
 
 STEPS = 6
 TIMING = ("seconds", "tokens_per_second", "memory_bytes")

@@ -19,7 +19,7 @@ from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.tasks import load_tasks, measure_tasks, names_of
 from pgprune_cli.model.loading import load_tokenizer
 from pgprune_cli.run.layout import EVALUATION_FILE
-from pgprune_cli.storage.atomic import read_record
+from pgprune_cli.storage.records import read_record
 
 
 @pytest.fixture

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save
 from pgprune_cli.errors import UserError
 from pgprune_cli.export import checksums as sums
 from pgprune_cli.export import gguf_checksum as gguf_seal
-from pgprune_cli.jobs.compare import TABLE_JSON
 from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.verify import verify
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.run.layout import (
+    COSTS,
     EVALUATION_FILE,
     MASKS,
     MEASURED_FILE,
@@ -29,10 +29,10 @@ from pgprune_cli.run.layout import (
     RECORD,
     REPAIR,
     SCORES,
+    TABLE_JSON,
 )
 from pgprune_cli.run.scores import Scores
-from pgprune_cli.search.costs import COSTS
-from pgprune_cli.storage.atomic import write_record
+from pgprune_cli.storage.records import write_record
 
 
 def flip(path: Path, place: float = 0.7) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from multiple_choice import by_hand, task_file
 
-from pgprune_cli.data.corpora import tokens_of
+from pgprune_cli.data.tokens import tokens_of
 from pgprune_cli.jobs.evaluate import open_target, perplexity
 from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.init_scores import init_scores

@@ -17,7 +17,7 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.run.checkpoint import RECORD, TENSORS, Checkpoint, latest_checkpoint, save_checkpoint
 from pgprune_cli.run.history import Written
 from pgprune_cli.run.layout import CHECKPOINTS
-from pgprune_cli.storage.atomic import read_json, write_record
+from pgprune_cli.storage.records import read_json, write_record
 
 HISTORY = Written(77, "of these bytes")
 
@@ -185,7 +185,7 @@ def swap_whole(folder: Path) -> None:
 
 
 def without_theta(folder: Path) -> None:
-    from pgprune_cli.storage.atomic import checksum
+    from pgprune_cli.storage.records import checksum
 
     (folder / TENSORS).write_bytes(save({"rng": torch.zeros(3, dtype=torch.uint8)}))
     edited(folder, state_sha256=checksum(folder / TENSORS))

@@ -12,7 +12,7 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.model.prunable import LayerKeep
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import MASKS, RECIPE_FILE, RECORD
-from pgprune_cli.storage.atomic import checksum, read_record, write_record
+from pgprune_cli.storage.records import checksum, read_record, write_record
 
 
 def a_decision() -> Decision:

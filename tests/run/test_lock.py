@@ -16,7 +16,8 @@ import pytest
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.run import lock
-from pgprune_cli.run.lock import LOCK, locked
+from pgprune_cli.run.layout import LOCK
+from pgprune_cli.run.lock import locked
 from pgprune_cli.storage import atomic
 
 HOLD = "import sys, pathlib; from pgprune_cli.run.lock import locked\nwith locked(pathlib.Path(sys.argv[1])): print(); input()"

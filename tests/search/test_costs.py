@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from pgprune_cli.errors import UserError
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.prunable import Shape, UnitCosts
-from pgprune_cli.search.costs import COSTS, WARM_UPS, flops, kv_cache, latency_of_run, measure_latency
-from pgprune_cli.storage.atomic import read_record
+from pgprune_cli.run.layout import COSTS
+from pgprune_cli.search.costs import WARM_UPS, flops, kv_cache, latency_of_run, measure_latency
+from pgprune_cli.storage.records import read_record
 
 CONTEXT = 12
 

@@ -10,16 +10,8 @@ import torch
 from safetensors.torch import save
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.storage.atomic import (
-    checksum,
-    new_directory,
-    new_file,
-    read_json,
-    read_tensors,
-    sync_directory,
-    write_bytes,
-    write_json,
-)
+from pgprune_cli.storage.atomic import new_directory, new_file, sync_directory, write_bytes
+from pgprune_cli.storage.records import checksum, read_json, read_tensors, write_json
 
 
 def names(folder: Path) -> list[str]:
