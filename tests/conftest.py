@@ -2,144 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 import signal
 import sys
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 
 import pytest
-import torch
-from torch import nn
+
+pytest.register_assert_rewrite("helpers")  # before anything imports it
+
+from helpers.models import ARCHITECTURES, save_tokenizer, tiny_model
+from helpers.recipes import COMMAND, LAYERS_POLICY, SMALL
 
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import Recipe
-
-pytest.register_assert_rewrite("faults_bench")
-
-ARCHITECTURES = ("llama-mha", "llama-gqa", "llama-biased", "mistral", "qwen2", "qwen3")
-
-VOCABULARY = 96
-
-SMALL = (
-    "calibration.sequences=16",
-    "calibration.seqlen=16",
-    "calibration.batch=2",
-    "calibration.heldout=4",
-    "saliency.sequences=4",
-    "saliency.seqlen=32",
-    "search.policy=units",
-    "search.forwards=12",
-    "search.samples=2",
-    "search.learning_rate=0.05",
-    "policy.temperature=0.3",
-    "reconstruct.method=none",
-    "search.checkpoint_every=100",
-    "search.evaluate_every=3",
-)
-"""Overrides that cut the demo's recipe down to a second: six steps of the units policy, no repair."""
-
-
-def script_module(name: str) -> ModuleType:
-    """`scripts/<name>.py`, which is no module of the package."""
-    path = Path(__file__).parents[1] / "scripts" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def tiny_config(architecture: str):
-    """A transformers config of 4 layers: GQA with 4 KV groups of 2 query heads except `llama-mha`; 24 channels.
-
-    `llama-gqa` and `qwen3` tie their embeddings; `llama-biased` has biases everywhere, `qwen2` on q, k and v.
-    """
-    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
-
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "intermediate_size": 24,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "head_dim": 8,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": False,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    }
-    match architecture:
-        case "llama-mha":
-            return LlamaConfig(**sizes | {"num_attention_heads": 4})
-        case "llama-gqa":
-            return LlamaConfig(**sizes | {"tie_word_embeddings": True})
-        case "llama-biased":
-            return LlamaConfig(**sizes, attention_bias=True, mlp_bias=True)
-        case "mistral":
-            return MistralConfig(**sizes, sliding_window=16)
-        case "qwen2":
-            return Qwen2Config(**sizes)
-        case "qwen3":
-            return Qwen3Config(**sizes | {"tie_word_embeddings": True})
-    raise ValueError(architecture)
-
-
-def tiny_model(architecture: str, seed: int = 0) -> nn.Module:
-    """A random float32 model of `tiny_config`, in eval mode, with weights large enough that every unit matters."""
-    from transformers import AutoModelForCausalLM
-
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(architecture), dtype=torch.float32)
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
-            nn.init.normal_(parameter, std=0.3)
-        elif parameter.dim() == 1:
-            nn.init.normal_(parameter, mean=1.0 if parameter.mean() > 0.5 else 0.0, std=0.2)
-    return model.eval().requires_grad_(False)
-
-
-TEXT = "Don't stop: 12345 foxes' dens, they'RE 3 métres   deep!\n\n\tThe  end… of 2024-11-25 (日本語) <s> again. "
-
-
-def save_tokenizer(directory: Path, size: int = VOCABULARY, splitter=None, **options) -> None:
-    """A BPE over bytes of `size` tokens, three of them special; one of few tokens lacks most bytes."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<|endoftext|>", "<s>", "</s>"]  # the first one transformers gives every Qwen2
-    few = [*special, *letters[: size - 4], "ab"]
-    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(few)}, [("a", "b")]))
-    tokenizer.pre_tokenizer = splitter or pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if size > len(special + letters):
-        trainer = trainers.BpeTrainer(
-            vocab_size=size, special_tokens=special, initial_alphabet=letters, show_progress=False
-        )
-        tokenizer.train_from_iterator([TEXT] * 4, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<|endoftext|>", **options
-    )
-    fast.save_pretrained(directory)
-
-
-def finished_run(run: Path) -> None:
-    """Writes a base model with its tokenizer into `base`, and into `run` a repaired decision on it."""
-    from pgprune_cli.model.prunable import LayerKeep
-    from pgprune_cli.model.source import resolve
-    from pgprune_cli.repair.least_squares import repair
-    from pgprune_cli.run.decision import Decision
-
-    model = tiny_model("llama-gqa")
-    model.save_pretrained("base")
-    save_tokenizer(Path("base"))
-    keep = tuple(LayerKeep(torch.arange(4) < 4 - layer, torch.arange(24) < 9 + layer) for layer in range(4))
-    outputs = repair(model, keep, [torch.arange(64).view(4, 16)], "least-squares", 1e-3).outputs
-    Decision(keep, "base", resolve("base").fingerprint(), 0.5, "dtype: float32\n", 1, 2, 3, 2.5, outputs).save(run)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -188,7 +65,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory):
     """Of tests/faults: pgprune on a tiny model, in processes that may be killed and on disks that fail."""
     if not Path("/proc/self/fd").is_dir():
         pytest.skip("no /proc to tell which file a handle is of")
-    from faults_bench import RECIPE, Bench
+    from helpers.faults_bench import RECIPE, Bench
 
     base = tmp_path_factory.mktemp("base")
     tiny_model("llama-gqa").save_pretrained(base / "model")
@@ -216,10 +93,6 @@ def small():
         return load(find("demo"), [*SMALL, *overrides])
 
     return recipe
-
-
-LAYERS_POLICY = ("search.policy=layers", "reconstruct.method=least-squares", "reconstruct.sequences=8")
-COMMAND = ["/usr/bin/pgprune", "search", "demo", "--out", "a run"]
 
 
 @pytest.fixture(scope="session")
@@ -266,7 +139,7 @@ def pytest_testnodedown(node, error) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if not (inputs := sys.modules.get("inputs")):
+    if not (inputs := sys.modules.get("helpers.inputs")):
         return
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["tried"] = dict(inputs.tried)

@@ -10,8 +10,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
-from schemas import validate
+from helpers.recipes import SMALL
+from helpers.schemas import validate
 
 from pgprune_cli import prune
 from pgprune_cli.errors import UserError

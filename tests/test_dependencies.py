@@ -8,7 +8,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import script_module
+from helpers.scripts import script_module
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]

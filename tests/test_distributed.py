@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from helpers.recipes import SMALL
 
 from pgprune_cli.cli import program as cli
 from pgprune_cli.distributed import Ranks, joined, of_environment, on_this_machine
@@ -60,7 +60,7 @@ def run_program(program: list[str], variables: dict[str, str]) -> subprocess.Com
 
 def torchrun(run: Path, accident: str, step: int, restarts: int = 0):
     """The program on two processes under torchrun, with an accident to rank 1 after a step."""
-    what = [str(Path(__file__).with_name("ranks.py")), accident, str(step)]
+    what = [str(Path(__file__).parent / "helpers" / "torchrun_program.py"), accident, str(step)]
     started = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
     return run_program([sys.executable, "-m", "torch.distributed.run", *started, *what, "search", *arguments(run)], {})
 

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commands import PROGRAM, parsed
-from multiple_choice import items_of, task_file
+from helpers.commands import PROGRAM, parsed
+from helpers.multiple_choice import items_of, task_file
 
 from pgprune_cli.cli import program as cli
 from pgprune_cli.demo.grammar import generate

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 import typer
 from click.testing import CliRunner
-from commands import parsed, verbs
-from conftest import SMALL
-from multiple_choice import items_of, task_file
-from schemas import SCHEMAS, validate
+from helpers.commands import parsed, verbs
+from helpers.multiple_choice import items_of, task_file
+from helpers.recipes import SMALL
+from helpers.schemas import SCHEMAS, validate
 
 from pgprune_cli.cli import program as cli
 from pgprune_cli.errors import RunError

@@ -9,7 +9,7 @@ from contextlib import suppress
 from itertools import pairwise
 
 import pytest
-from conftest import LAYERS_POLICY
+from helpers.recipes import LAYERS_POLICY
 from rich.console import Console
 
 from pgprune_cli.console.progress import Bar, through_layers, working

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from medium import medium_model, medium_recipe, some_batches
+from helpers.medium import medium_model, medium_recipe, some_batches
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 

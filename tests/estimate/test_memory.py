@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from medium import medium_model, medium_recipe, some_batches
-from memory import Allocations
+from helpers.medium import medium_model, medium_recipe, some_batches
+from helpers.memory import Allocations
 from torch import Tensor
 
 from pgprune_cli.estimate.memory import Memory, layer_bytes, logit_bytes, made_bytes, memory, solving_bytes, table_bytes

@@ -7,12 +7,13 @@ import json
 import shutil
 from pathlib import Path
 
-import llamacpp
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, VOCABULARY, save_tokenizer, tiny_config, tiny_model
-from test_hf import DECISIONS, LAYERS, decide, draw, masked
+from helpers import llamacpp
+from helpers.exports import DECISIONS, decide, draw, masked
+from helpers.masks import LAYERS
+from helpers.models import TEXT, VOCABULARY, save_tokenizer, tiny_config, tiny_model
 
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.export import gguf as writer

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_model
-from test_hf import DECISIONS, draw, export
+from helpers.exports import DECISIONS, draw, export
+from helpers.models import tiny_model
 
 SCRIPT = """
 import sys

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 import pytest
-from faults_bench import JOBS, outcome
+from helpers.faults_bench import JOBS, outcome
 
 KILLED = -9
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tokenizer, tiny_model
-from faults_bench import RECIPE
+from helpers.faults_bench import RECIPE
+from helpers.models import save_tokenizer, tiny_model
 from safetensors.torch import load_file, save_file
 
 from pgprune_cli.errors import RunError, UserError
@@ -254,7 +254,7 @@ def test_a_search_whose_model_overflows_says_so(moved) -> None:
 
 
 def save_model(folder: Path, **sizes: int) -> None:
-    from conftest import tiny_config
+    from helpers.models import tiny_config
     from transformers import AutoModelForCausalLM
 
     config = tiny_config("llama-gqa")

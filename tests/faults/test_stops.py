@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from faults_bench import JOBS, outcome
+from helpers.faults_bench import JOBS, outcome
 
 LONG = ["--set", "search.forwards=100000", "--set", "search.checkpoint_every=50000"]
 

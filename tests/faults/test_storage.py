@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults_bench import JOBS, outcome
+from helpers.faults_bench import JOBS, outcome
 
 ERRORS = ("ENOSPC", "EDQUOT", "EROFS", "EACCES", "EIO")
 ADVICE = {"ENOSPC": "make room", "EDQUOT": "make room", "EROFS": "make it writable", "EACCES": "make it writable"}

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_model
+from helpers.models import VOCABULARY, tiny_model
 from torch import Tensor, nn
 
 from pgprune_cli.errors import RunError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blocks import batches, left_as_it_was
-from conftest import VOCABULARY, tiny_config, tiny_model
+from helpers.blocks import batches, left_as_it_was
+from helpers.models import VOCABULARY, tiny_config, tiny_model
 from torch import Tensor, nn
 
 from pgprune_cli.errors import RunError

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
-from memory import Allocations
-from test_substrate import KEEPS, some_outputs, some_tokens
+from helpers.masks import KEEPS, some_outputs, some_tokens
+from helpers.memory import Allocations
+from helpers.models import tiny_model
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 

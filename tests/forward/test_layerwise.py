@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_config, tiny_model
+from helpers.models import VOCABULARY, tiny_config, tiny_model
 from torch import Tensor, nn
 
 from pgprune_cli.forward.layerwise import layer_inputs

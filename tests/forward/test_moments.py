@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from blocks import BLOCKS, LAYERS, batches, left_as_it_was, moments_by_hand, seen
-from conftest import VOCABULARY, tiny_model
+from helpers.blocks import BLOCKS, LAYERS, batches, left_as_it_was, moments_by_hand, seen
+from helpers.models import VOCABULARY, tiny_model
 from torch import Tensor
 
 from pgprune_cli.forward.layerwise import layer_inputs

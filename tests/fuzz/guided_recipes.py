@@ -16,7 +16,7 @@ import atheris
 with atheris.instrument_imports(include=["pgprune_cli.recipe.reader", "pgprune_cli.recipe.strict_yaml", "yaml"]):
     from pgprune_cli.recipe.reader import find, load
 
-from inputs import put, told
+from helpers.inputs import put, told
 
 
 def main() -> None:

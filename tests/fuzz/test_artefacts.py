@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import SMALL
+from helpers.inputs import changed, damaged, examples, put, rewritten, told
+from helpers.recipes import SMALL
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import changed, damaged, examples, put, rewritten, told
 
 from pgprune_cli.export.checksums import SUMS
 from pgprune_cli.jobs import export as job

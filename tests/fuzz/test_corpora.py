@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pyarrow
 import pytest
+from helpers.inputs import VALUES, damaged, examples, put, told
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import VALUES, damaged, examples, put, told
 from pyarrow import parquet
 
 from pgprune_cli.data.corpora import FORMATS

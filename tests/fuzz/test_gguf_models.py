@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, save_tokenizer, tiny_model
+from helpers.inputs import damaged, examples, put, tried
+from helpers.models import TEXT, save_tokenizer, tiny_model
+from helpers.readers import Changed, read_all
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import damaged, examples, put, tried
-from readers import Changed, read_all
 
 from pgprune_cli.jobs import export as job
 from pgprune_cli.model.prunable import LayerKeep

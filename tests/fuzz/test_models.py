@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, TEXT, save_tokenizer, tiny_config, tiny_model
+from helpers.inputs import VALUES, changed, damaged, examples, put, rewritten, tried
+from helpers.models import ARCHITECTURES, TEXT, save_tokenizer, tiny_config, tiny_model
+from helpers.readers import Changed, read_all
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import VALUES, changed, damaged, examples, put, rewritten, tried
-from readers import Changed, read_all
 from safetensors.torch import load_file, save, save_file
 
 from pgprune_cli.model.source import INDEX

@@ -6,9 +6,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from helpers.inputs import damaged, examples, put, told
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import damaged, examples, put, told
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.recipe.reader import _KINDS, dump, find, load, shipped, summary

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-from conftest import SMALL
+from helpers.inputs import examples, told
+from helpers.recipes import SMALL
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import examples, told
 
 from pgprune_cli.jobs.search import search
 from pgprune_cli.recipe import schema

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, VOCABULARY, tiny_model
+from helpers.models import ARCHITECTURES, VOCABULARY, tiny_model
 from torch import Tensor, nn
 
 from pgprune_cli.errors import RunError, UserError

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import tiny_model
-from test_substrate import KEEPS, some_tokens
+from helpers.masks import KEEPS, some_tokens
+from helpers.models import tiny_model
 
 from pgprune_cli.forward.masked import Evaluator, summed_loss
 

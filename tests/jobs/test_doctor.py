@@ -11,7 +11,7 @@ import huggingface_hub
 import psutil
 import pytest
 import torch
-from conftest import tiny_model
+from helpers.models import tiny_model
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from pgprune_cli.jobs import doctor as job

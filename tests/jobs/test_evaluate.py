@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_model
+from helpers.models import VOCABULARY, tiny_model
 from torch.nn import functional
 
 from pgprune_cli.data.tokens import tokens_of

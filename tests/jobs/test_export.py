@@ -12,7 +12,7 @@ from typing import get_args
 
 import pytest
 import torch
-from conftest import finished_run
+from helpers.runs import finished_run
 from safetensors import safe_open
 
 from pgprune_cli.cli import export as verb

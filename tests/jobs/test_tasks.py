@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from multiple_choice import by_hand, items_of, task_file
+from helpers.multiple_choice import by_hand, items_of, task_file
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.evaluate import evaluate, open_target, remember

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, finished_run, tiny_model
+from helpers.models import tiny_model
+from helpers.recipes import SMALL
+from helpers.runs import finished_run
 from safetensors.torch import load_file, save
 
 from pgprune_cli.errors import UserError

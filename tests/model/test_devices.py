@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny_model
+from helpers.models import tiny_model
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.devices import devices_of, enough, spread

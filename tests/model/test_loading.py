@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-from conftest import tiny_model
+from helpers.models import tiny_model
 from safetensors.torch import load_file, save_file
 
 from pgprune_cli.errors import UserError

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LAYERS_POLICY, save_tokenizer, tiny_model
+from helpers.masks import KEEPS, logits_of, some_outputs, some_tokens
+from helpers.memory import Allocations
+from helpers.models import save_tokenizer, tiny_model
+from helpers.recipes import LAYERS_POLICY
 from hypothesis import given
 from hypothesis import strategies as st
-from memory import Allocations
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_substrate import KEEPS, logits_of, some_outputs, some_tokens
 from torch import Tensor, nn
 
 from pgprune_cli.errors import UserError

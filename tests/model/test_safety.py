@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tokenizer, tiny_model
+from helpers.models import save_tokenizer, tiny_model
 from safetensors.torch import load_file, save_file
 
 from pgprune_cli.errors import UserError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from multiple_choice import by_hand, task_file
+from helpers.multiple_choice import by_hand, task_file
 
 from pgprune_cli.data.tokens import tokens_of
 from pgprune_cli.jobs.evaluate import open_target, perplexity

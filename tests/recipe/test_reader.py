@@ -18,7 +18,7 @@ from pgprune_cli.recipe import schema as recipe
 from pgprune_cli.recipe.reader import UnknownKeys, dump, find, load, name_of, parse, shipped, summary
 from pgprune_cli.recipe.schema import Recipe
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 MINIMAL = "model: demo\ncalibration: {corpus: demo}\nbudget: {sparsity: 0.5}\n"
 
 

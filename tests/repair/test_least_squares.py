@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from blocks import (
+from helpers.blocks import (
     BLOCKS,
     CHANNELS,
     GROUPS,
@@ -20,7 +20,7 @@ from blocks import (
     seen,
     weighted_error,
 )
-from conftest import tiny_model
+from helpers.models import tiny_model
 from torch import Tensor, nn
 
 from pgprune_cli.errors import RunError

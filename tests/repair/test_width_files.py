@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from blocks import BLOCKS, CHANNELS, GROUPS, LAYERS, batches
-from conftest import tiny_model
+from helpers.blocks import BLOCKS, CHANNELS, GROUPS, LAYERS, batches
+from helpers.models import tiny_model
 from torch import Tensor, nn
 
 from pgprune_cli.distributed import Ranks

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import (
+from helpers.blocks import (
     BLOCKS,
     CHANNELS,
     GROUPS,
@@ -21,7 +21,7 @@ from blocks import (
     seen,
     weighted_error,
 )
-from conftest import tiny_model
+from helpers.models import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn

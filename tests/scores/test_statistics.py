@@ -5,8 +5,8 @@ from typing import get_args
 
 import pytest
 import torch
-from blocks import seen
-from conftest import VOCABULARY, tiny_model
+from helpers.blocks import seen
+from helpers.models import VOCABULARY, tiny_model
 from torch import Tensor
 
 from pgprune_cli.forward.curvature import error_roots

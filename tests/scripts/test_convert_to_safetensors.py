@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import script_module, tiny_model
+from helpers.models import tiny_model
+from helpers.scripts import script_module
 
 from pgprune_cli.model.loading import load_model
 from pgprune_cli.model.source import resolve

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from conftest import script_module
+from helpers.scripts import script_module
 
 
 def test_the_table_says_what_sparsity_is_of(monkeypatch, capsys) -> None:

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, script_module, tiny_model
+from helpers.models import VOCABULARY, tiny_model
+from helpers.scripts import script_module
 from transformers import TrainingArguments
 
 from pgprune_cli.demo.grammar import generate

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import script_module
+from helpers.scripts import script_module
 
 ROOT = Path(__file__).parents[2]
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from helpers.models import tiny_model
 
 from pgprune_cli.core.projection import hard_mask
 from pgprune_cli.errors import UserError

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_config, tiny_model
+from helpers.models import tiny_config, tiny_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

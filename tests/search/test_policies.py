@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_model
+from helpers.models import VOCABULARY, tiny_model
 from torch import Tensor, nn
 
 from pgprune_cli.core.policy import starting_theta

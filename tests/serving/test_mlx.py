@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from helpers.models import tiny_model
+from helpers.runtimes import SIZES, greedy, prompts, write_pruned
 
 from pgprune_cli.export import mlx
 from pgprune_cli.export.plan import Options
 from pgprune_cli.model.prunable import LayerKeep
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run.decision import Decision
-
-sys.path.append(str(Path(__file__).parent))
-from shapes import SIZES, greedy, prompts, write_pruned
 
 pytestmark = [pytest.mark.serving, pytest.mark.filterwarnings("default")]
 mx = pytest.importorskip(

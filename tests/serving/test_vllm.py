@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, tiny_config
+from helpers.models import ARCHITECTURES, tiny_config
+from helpers.runtimes import SIZES, greedy, prompts, write_pruned
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from pgprune_cli.export import hf
@@ -23,9 +24,6 @@ from pgprune_cli.export.plan import Options
 from pgprune_cli.model.prunable import LayerKeep
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run.decision import Decision
-
-sys.path.append(str(Path(__file__).parent))
-from shapes import SIZES, greedy, prompts, write_pruned
 
 pytestmark = [
     pytest.mark.serving,
@@ -59,7 +57,7 @@ def made(tmp_path_factory):
         wanted[case] = [greedy(model, prompt, COUNT) for prompt in prompts()]
         tasks.append((str(directory), prompts(), COUNT))
     out = tmp_path_factory.mktemp("vllm") / "tokens.json"
-    script = Path(__file__).with_name("vllm_greedy.py")
+    script = Path(__file__).parents[1] / "helpers" / "vllm_greedy.py"
     done = subprocess.run(
         [sys.executable, script, out], input=json.dumps(tasks), text=True, capture_output=True, env=ENVIRONMENT
     )

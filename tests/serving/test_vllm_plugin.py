@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from conftest import tiny_config
+from helpers.models import tiny_config
 
 from pgprune_cli.serving.modeling_pruned import FAMILIES
 from pgprune_cli.serving.vllm_plugin import check_parallel

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from conftest import VOCABULARY, tiny_config
 from torch import nn
 
+from helpers.models import VOCABULARY, tiny_config
 from pgprune_cli.serving.modeling_pruned import FAMILIES
 
 # KV groups and channels of every layer. The dense ones have 4 and 24.

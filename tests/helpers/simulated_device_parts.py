@@ -1,4 +1,4 @@
-"""What runs on the made-up chip of chip.cpp, part by part. `python parts.py LIBRARY` prints a JSON object a line.
+"""What runs on the made-up chip of device.cpp, part by part. `python parts.py LIBRARY` prints a JSON object a line.
 
 A program of its own: a process has one such device, from its first import on.
 """
@@ -72,9 +72,8 @@ def what_is_refused() -> None:
 
 def forwards() -> None:
     """Of every layout and kind of weights, repaired or not: the losses of the host, and none is waited for."""
-    from conftest import ARCHITECTURES, tiny_model
-    from test_substrate import KEEPS, some_outputs, some_tokens
-
+    from helpers.masks import KEEPS, some_outputs, some_tokens
+    from helpers.models import ARCHITECTURES, tiny_model
     from pgprune_cli.forward.masked import Evaluator
     from pgprune_cli.model.quantized import to_eight_bits
 
@@ -94,9 +93,8 @@ def forwards() -> None:
 
 
 def scores() -> None:
-    from conftest import tiny_model
-    from test_substrate import some_tokens
-
+    from helpers.masks import some_tokens
+    from helpers.models import tiny_model
     from pgprune_cli.scores.metrics import NEEDS, score
 
     text = [some_tokens(seed, rows=4, length=16) for seed in (0, 1)]
@@ -110,8 +108,7 @@ def scores() -> None:
 
 def searched(*overrides: str, device: str = CHIP) -> None:
     """A decision as good as the host's. (Its bits are others: attention is computed in another way.)"""
-    from conftest import SMALL
-
+    from helpers.recipes import SMALL
     from pgprune_cli.jobs.search import search
     from pgprune_cli.recipe.reader import find, load
 
@@ -125,9 +122,8 @@ def searched(*overrides: str, device: str = CHIP) -> None:
 
 
 def untied_on_two() -> None:
-    from conftest import tiny_model
-    from test_substrate import KEEPS, some_outputs, some_tokens
-
+    from helpers.masks import KEEPS, some_outputs, some_tokens
+    from helpers.models import tiny_model
     from pgprune_cli.forward.masked import Evaluator
     from pgprune_cli.model.loading import load_model
     from pgprune_cli.model.source import resolve
@@ -144,10 +140,10 @@ def untied_on_two() -> None:
 
 def a_stored_head_on_two() -> None:
     """The files of a model with tied embeddings may hold its head, too."""
-    from conftest import tiny_model
     from safetensors.torch import load_file, save_file
-    from test_substrate import KEEPS, some_tokens
 
+    from helpers.masks import KEEPS, some_tokens
+    from helpers.models import tiny_model
     from pgprune_cli.forward.masked import Evaluator
     from pgprune_cli.model.loading import HEAD, load_model
     from pgprune_cli.model.source import resolve
@@ -166,8 +162,7 @@ def a_stored_head_on_two() -> None:
 
 
 def latencies() -> None:
-    from conftest import tiny_model
-
+    from helpers.models import tiny_model
     from pgprune_cli.forward.masked import Evaluator
     from pgprune_cli.search.costs import measure_latency
 

@@ -6,8 +6,8 @@ import warnings
 from pathlib import Path
 
 import torch
-from inputs import put, told
 
+from helpers.inputs import put, told
 from pgprune_cli.data.tokens import check_vocabulary, tokens_of
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs import export as job

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from conftest import VOCABULARY
 from torch import Tensor, nn
 
+from helpers.models import VOCABULARY
 from pgprune_cli.forward.moments import Moments
 
 GROUPS, CHANNELS, LAYERS = 4, 24, 4

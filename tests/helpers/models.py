@@ -1,0 +1,89 @@
+"""Tiny models of every supported family, built here: no network, no downloads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+ARCHITECTURES = ("llama-mha", "llama-gqa", "llama-biased", "mistral", "qwen2", "qwen3")
+
+
+VOCABULARY = 96
+
+
+def tiny_config(architecture: str):
+    """A transformers config of 4 layers: GQA with 4 KV groups of 2 query heads except `llama-mha`; 24 channels.
+
+    `llama-gqa` and `qwen3` tie their embeddings; `llama-biased` has biases everywhere, `qwen2` on q, k and v.
+    """
+    from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 24,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    match architecture:
+        case "llama-mha":
+            return LlamaConfig(**sizes | {"num_attention_heads": 4})
+        case "llama-gqa":
+            return LlamaConfig(**sizes | {"tie_word_embeddings": True})
+        case "llama-biased":
+            return LlamaConfig(**sizes, attention_bias=True, mlp_bias=True)
+        case "mistral":
+            return MistralConfig(**sizes, sliding_window=16)
+        case "qwen2":
+            return Qwen2Config(**sizes)
+        case "qwen3":
+            return Qwen3Config(**sizes | {"tie_word_embeddings": True})
+    raise ValueError(architecture)
+
+
+def tiny_model(architecture: str, seed: int = 0) -> nn.Module:
+    """A random float32 model of `tiny_config`, in eval mode, with weights large enough that every unit matters."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture), dtype=torch.float32)
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.3)
+        elif parameter.dim() == 1:
+            nn.init.normal_(parameter, mean=1.0 if parameter.mean() > 0.5 else 0.0, std=0.2)
+    return model.eval().requires_grad_(False)
+
+
+TEXT = "Don't stop: 12345 foxes' dens, they'RE 3 métres   deep!\n\n\tThe  end… of 2024-11-25 (日本語) <s> again. "
+
+
+def save_tokenizer(directory: Path, size: int = VOCABULARY, splitter=None, **options) -> None:
+    """A BPE over bytes of `size` tokens, three of them special; one of few tokens lacks most bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    special = ["<|endoftext|>", "<s>", "</s>"]  # the first one transformers gives every Qwen2
+    few = [*special, *letters[: size - 4], "ab"]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(few)}, [("a", "b")]))
+    tokenizer.pre_tokenizer = splitter or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if size > len(special + letters):
+        trainer = trainers.BpeTrainer(
+            vocab_size=size, special_tokens=special, initial_alphabet=letters, show_progress=False
+        )
+        tokenizer.train_from_iterator([TEXT] * 4, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<|endoftext|>", **options
+    )
+    fast.save_pretrained(directory)
