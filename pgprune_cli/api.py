@@ -27,7 +27,7 @@ class Pruned:
     ) -> dict[str, Any]:
         """Perplexities as `pgprune eval RUN --json` gives them, by default those that the recipe asks for.
 
-        `corpora`: names or NAME=FILE; `seqlens`: tokens; `limit`: as `--limit`. Raises UserError, RunError.
+        `corpora`: names or NAME=FILE; `seqlens`: tokens; `limit`: as `--max-windows`. Raises UserError, RunError.
         """
         from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target, remember
 

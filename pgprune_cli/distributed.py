@@ -1,7 +1,7 @@
 """One search on many processes: each evaluates its share of the masks, and all of them hear all losses.
 
 `torchrun` starts the processes. Every one of them draws the same masks from the seed and moves the same policy; the
-forwards are divided, and before the search the layers that are scored and solved. A loss, or a layer, is computed by
+forward passes are divided, and before the search the layers that are scored and solved. A loss, or a layer, is computed by
 one process alone and reaches the others as it is, so that nothing depends on how many they are. Only the writer (rank
 0) writes, but for its share of the table of widths. Without torchrun there is one process, the writer, and
 `torch.distributed` is not touched.

@@ -40,14 +40,14 @@ def pruned(name: str, *overrides: str) -> tuple[Path, dict]:
 
 
 def main() -> None:
-    alone = ("search.forwards=0", "search.policy=units", "reconstruct.method=none")
+    alone = ("search.forward_passes=0", "search.policy=units", "repair.method=none")
     metric_only, metric_decision = pruned("demo-metric-only", *(word for key in alone for word in ("--set", key)))
     searched, decision = pruned("demo-searched")
-    against = [argument for other in (metric_only, "demo") for argument in ("--against", str(other))]
+    baselines = [argument for other in (metric_only, "demo") for argument in ("--baseline", str(other))]
     measured = json.loads(
-        pgprune("eval", str(searched), "--ppl", "demo", "--seqlen", "128", "--speed", "--json", *against)
+        pgprune("eval", str(searched), "--ppl", "demo", "--seqlen", "128", "--speed", "--json", *baselines)
     )
-    without, dense = measured["against"]
+    without, dense = measured["baselines"]
 
     table = Table(title="The demo model, pruned")
     for heading in ("", "sparsity", "parameters", "perplexity", "prefill tokens/s", "decode tokens/s"):

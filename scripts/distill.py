@@ -26,7 +26,7 @@ from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
 from pgprune_cli.data.tokens import tokens_of
-from pgprune_cli.data.windows import windows
+from pgprune_cli.data.windows import cut_windows
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.loading import load_model, load_tokenizer
 from pgprune_cli.model.source import resolve
@@ -73,7 +73,7 @@ def distill(settings: argparse.Namespace) -> None:
     if student.config.vocab_size != teacher.config.vocab_size:
         sizes = f"{student.config.vocab_size:,} and {teacher.config.vocab_size:,} tokens"
         raise UserError(f"{settings.teacher}: is not the dense model of {settings.model}: vocabularies of {sizes}")
-    text = windows(tokens_of(settings.text, "calibration", tokenizer), settings.seqlen)
+    text = cut_windows(tokens_of(settings.text, "calibration", tokenizer), settings.seqlen)
     if len(text) < settings.batch:
         raise UserError(f"{settings.text}: {len(text)} windows of {settings.seqlen} tokens make no batch")
     if settings.lora:

@@ -61,11 +61,11 @@ def matrix(x: float, y: float, name: str, rows: int, columns: int, gone_rows=(),
 
 
 def units() -> str:
-    """One removed KV group of two query heads, and two removed FFN channels."""
+    """One removed KV head of two query heads, and two removed FFN channels."""
     group = set(range(2 * HEAD_ROWS, 4 * HEAD_ROWS))  # the second of two groups: both its query heads
     key = set(range(HEAD_ROWS, 2 * HEAD_ROWS))
     channels = {2, 7}
-    parts = [text(30, 34, "Attention: a KV group", 15, "start", "bold")]
+    parts = [text(30, 34, "Attention: a KV head", 15, "start", "bold")]
     parts += matrix(30, 74, "q", 8, 8, gone_rows=group)
     parts += matrix(158, 74, "k", 4, 8, gone_rows=key)
     parts += matrix(158, 146, "v", 4, 8, gone_rows=key)

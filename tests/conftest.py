@@ -13,7 +13,7 @@ import pytest
 pytest.register_assert_rewrite("helpers")  # before anything imports it
 
 from helpers.models import ARCHITECTURES, save_tokenizer, tiny_model
-from helpers.recipes import COMMAND, LAYERS_POLICY, SMALL
+from helpers.recipes import COMMAND, SMALL, WIDTH_SEARCH
 
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import Recipe
@@ -102,13 +102,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory, token_cache: str) -> dict
 
     folder = tmp_path_factory.mktemp("runs")
     runs = {}
-    for policy, overrides in (("units", ()), ("layers", LAYERS_POLICY)):
+    for policy, overrides in (("units", ()), ("widths", WIDTH_SEARCH)):
         run = runs[policy] = folder / policy
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", COMMAND)
             patch.setenv("PGPRUNE_CACHE", token_cache)
             search(load(find("demo"), [*SMALL, *overrides]), run, quiet=True)
-        ppl = {"units": 4.5, "layers": 3.25}[policy]
+        ppl = {"units": 4.5, "widths": 3.25}[policy]
         (run / "evaluation.json").write_text(
             f'{{"model": "{policy}", "parameters": 7, "perplexity": '
             f'[{{"corpus": "demo", "seqlen": 128, "ppl": {ppl}, "tokens": 99}}]}}'

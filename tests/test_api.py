@@ -48,7 +48,7 @@ def test_three_lines_prune_measure_and_export() -> None:
 
 
 def test_settings_are_read_as_the_command_line_reads_them(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"--set search\.forward=3: unknown key, did you mean search\.forwards\?"):
+    with pytest.raises(UserError, match=r"--set search\.forward=3: unknown key, did you mean search\.forward_passes\?"):
         prune("demo", {"search.forward": 3})
     with pytest.raises(UserError, match=r'a "b" # c: no such directory'):
         prune("demo", {"model": 'a "b" # c', "calibration.corpus": tmp_path}, quiet=True)

@@ -18,13 +18,19 @@ from pgprune_cli.distributed import Ranks, joined, of_environment, on_this_machi
 from pgprune_cli.jobs.search import search
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.run.checkpoint import latest_checkpoint
-from pgprune_cli.run.layout import MASKS, METRICS_FILE, RECORD, REPAIR
+from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, METRICS_FILE, REPAIR_FILE
 from pgprune_cli.run.scores import Scores
 
 STEPS = 5
 # 3 masks a step leave one of 4 ranks without any, and 5 held-out windows make batches of 2, 2 and 1.
-RECIPE = [*SMALL, "calibration.heldout=5", "search.samples=3", f"search.forwards={3 * STEPS}", "search.policy=layers"]
-RECIPE += ["reconstruct.method=least-squares", "reconstruct.sequences=8", "search.checkpoint_every=2"]
+RECIPE = [
+    *SMALL,
+    "calibration.heldout=5",
+    "search.masks_per_step=3",
+    f"search.forward_passes={3 * STEPS}",
+    "search.policy=widths",
+]
+RECIPE += ["repair.method=least-squares", "repair.windows=8", "search.checkpoint_every=2"]
 TIMING = ("seconds", "tokens_per_second", "memory_bytes")
 SECONDS = 240
 """No test may hang: after so long its processes are killed, and it fails."""
@@ -34,11 +40,11 @@ def result_of(run: Path) -> tuple:
     """All that must not depend on the number of processes: files bit for bit, the history without its clock."""
     rows = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
     history = [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
-    decision = json.loads((run / RECORD).read_text())
+    decision = json.loads((run / DECISION_RECORD).read_text())
     found = latest_checkpoint(run)
     scores = {name: values.tolist() for name, values in Scores.load(run).tensors.items()}
     state = {name: value.tolist() if torch.is_tensor(value) else value for name, value in vars(found.state).items()}
-    return (run / MASKS).read_bytes(), (run / REPAIR).read_bytes(), history, decision, scores, state
+    return (run / DECISION_MASKS).read_bytes(), (run / REPAIR_FILE).read_bytes(), history, decision, scores, state
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +110,7 @@ def test_an_exception_on_one_rank_ends_all(tmp_path) -> None:
     done = torchrun(tmp_path, "exception", 2)
     assert done.returncode != 0
     assert "ArithmeticError: an accident" in done.stderr
-    assert not (tmp_path / RECORD).exists()
+    assert not (tmp_path / DECISION_RECORD).exists()
 
 
 # --- without the search: three processes and a few numbers

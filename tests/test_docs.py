@@ -43,16 +43,16 @@ SMALL = (
     "device=cpu",
     "dtype=float32",
     "calibration.corpus=text.txt",
-    "calibration.sequences=16",
+    "calibration.windows=16",
     "calibration.seqlen=32",
     "calibration.batch=2",
     "calibration.heldout=2",
-    "saliency.sequences=4",
-    "saliency.seqlen=32",
-    "search.forwards=4",
-    "search.samples=2",
+    "scores.windows=4",
+    "scores.seqlen=32",
+    "search.forward_passes=4",
+    "search.masks_per_step=2",
     "search.evaluate_every=2",
-    "reconstruct.sequences=8",
+    "repair.windows=8",
     "evaluation.corpora=[tales=text.txt]",
     "evaluation.seqlen=[32]",
 )
@@ -157,7 +157,7 @@ def test_pgprune_is_installed_from_the_clone_that_the_page_is_read_in(page: Path
         ("pgprune search demo --steps 3", "NoSuchOption"),
         ("pgprune prune demo", "UsageError"),
         ("pgprune recipes list", "UsageError"),
-        ("pgprune eval demo --limit none", "BadParameter"),
+        ("pgprune eval demo --max-windows none", "BadParameter"),
     ],
 )
 def test_a_command_line_that_it_does_not_take_would_be_found(line: str, fault: str) -> None:
@@ -218,13 +218,13 @@ def test_a_block_that_is_run_small_gives_its_commands() -> None:
     text = """\
 pip install 'pgprune[gguf]'   # which is not tried
 torchrun --nproc-per-node 8 -m pgprune_cli search RECIPE    # RECIPE: one's own
-pgprune eval runs/RECIPE --limit 8 \\
+pgprune eval runs/RECIPE --max-windows 8 \\
     --ppl RECIPE
 """
     search, measure = commands(Block("bash", text, None, True, (("8", "2"), ("RECIPE", "demo"))))
     assert search[:7] == ["torchrun", "--nproc-per-node", "2", "-m", "pgprune_cli", "search", "demo"]
     assert search[7:9] == ["--set", "model=demo"]
-    assert measure == ["pgprune", "eval", "runs/RECIPE", "--limit", "2", "--ppl", "demo"]
+    assert measure == ["pgprune", "eval", "runs/RECIPE", "--max-windows", "2", "--ppl", "demo"]
     for text, instead in (("pgprune runs | sort", ()), ("pgprune runs", (("run", "demo"),))):
         with pytest.raises(AssertionError):
             [*commands(Block("bash", text, None, True, instead))]

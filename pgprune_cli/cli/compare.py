@@ -16,8 +16,8 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.run.layout import runs_folder
 
 EXAMPLES = examples(
-    "compare smollm2-135m-30 --seeds 0,1,2 --limit 512",
-    "compare smollm2-135m-30 --only metric --only layers-repaired",
+    "compare smollm2-135m-30 --seeds 0,1,2 --max-windows 512",
+    "compare smollm2-135m-30 --only metric --only widths-repaired",
 )
 
 
@@ -52,7 +52,7 @@ def compare(
         raise UserError(f"--seeds {seeds}: expected whole numbers with commas, such as 0,1,2") from None
     loaded, run = opened(recipe, out, overrides or [], runs_folder() / "compare")
     from pgprune_cli.jobs.compare import cells, compare, runs_of
-    from pgprune_cli.run.layout import TABLE_MARKDOWN
+    from pgprune_cli.run.layout import COMPARISON_TABLE
 
     runs = runs_of(loaded, run, numbers, only or [])
     with resumable(lambda _: of_comparison(run, runs)):
@@ -62,4 +62,4 @@ def compare(
         return
     headings, rows = cells(table)
     grid(headings, rows)
-    print(f"{run / TABLE_MARKDOWN}")
+    print(f"{run / COMPARISON_TABLE}")

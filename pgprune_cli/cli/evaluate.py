@@ -16,7 +16,7 @@ from pgprune_cli.run.layout import is_run, refuse_unfinished, runs_folder
 
 EXAMPLES = examples(
     "eval runs/smollm2-135m-30",
-    "eval models/smollm2-135m-30 --ppl wikitext2 --ppl mine=texts.jsonl --against models/smollm2-135m",
+    "eval models/smollm2-135m-30 --ppl wikitext2 --ppl mine=texts.jsonl --baseline models/smollm2-135m",
     "eval models/smollm2-135m-30 --tasks hellaswag,piqa",
     "eval models/smollm2-135m-30 --speed",
 )
@@ -49,13 +49,13 @@ def evaluate(
             help="Tasks of the lm-evaluation-harness with commas, such as hellaswag,piqa, or task files (*.yaml).",
         ),
     ] = None,
-    task_limit: Annotated[
+    max_items: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Only the first N items of each task.")
     ] = None,
     speed: Annotated[
         bool, typer.Option("--speed", help="Measure tokens per second and memory, beside the base.")
     ] = False,
-    against: Annotated[
+    baselines: Annotated[
         list[str] | None,
         typer.Option(
             metavar="MODEL", help="Another model to measure the same way; repeatable.", autocompletion=model_names
@@ -71,7 +71,7 @@ def evaluate(
     """Measure perplexity, accuracy on tasks and speed. MODEL is a dense model, an exported one or a run directory."""
     if dtype not in (None, "auto", "float32", "float16", "bfloat16"):
         raise UserError(f"--dtype {dtype}: expected auto, float32, float16 or bfloat16")
-    for name in [model, *(against or [])]:  # before seconds go by in imports
+    for name in [model, *(baselines or [])]:  # before seconds go by in imports
         if is_run(Path(name)):
             refuse_unfinished(Path(name))
             if speed:
@@ -93,7 +93,7 @@ def evaluate(
     wanted = targets[0].evaluation
     corpora = Corpus.of(wanted) if as_recipe else asked
     seqlens = seqlen or wanted.seqlen
-    others = list(against or [])
+    others = list(baselines or [])
     base = targets[0].base
     if speed and base is not None and base not in others:
         others.append(base)
@@ -101,14 +101,14 @@ def evaluate(
     results = [evaluate(target, corpora, seqlens, limit, quiet) for target in targets]
     if loaded:
         for target, result in zip(targets, results, strict=True):
-            result["tasks"] = measure_tasks(target, loaded, task_limit, quiet)
+            result["tasks"] = measure_tasks(target, loaded, max_items, quiet)
     if speed:
         for result, measured in zip(results, measure_speed(targets), strict=True):
             result["speed"] = measured
     for target, result in zip(targets, results, strict=True):
-        if (corpora or loaded) and limit is None and task_limit is None:
+        if (corpora or loaded) and limit is None and max_items is None:
             remember(target, result)
     if as_json:
-        print(json.dumps(results[0] | ({"against": results[1:]} if results[1:] else {})))
+        print(json.dumps(results[0] | ({"baselines": results[1:]} if results[1:] else {})))
     else:
         print_measured(results)

@@ -15,7 +15,7 @@ from pgprune_cli.run.layout import refuse_unfinished
 
 EXAMPLES = examples(
     "export runs/smollm2-135m-30 --dry-run",
-    "export runs/smollm2-135m-30 --dtype bfloat16 --ffn-multiple 64",
+    "export runs/smollm2-135m-30 --dtype bfloat16 --pad-ffn 64",
     "export runs/smollm2-135m-30 --format gguf --dtype q8_0",
 )
 
@@ -50,11 +50,12 @@ def export(
         str | None,
         typer.Option(metavar="SIZE", help="Tensors in one weight file, at most; not for GGUF.  [default: 5GB]"),
     ] = None,
-    zero_groups: Annotated[
-        bool, typer.Option("--zero-groups", help="A KV group that adds nothing where a layer has none, for vLLM.")
+    pad_empty_attention: Annotated[
+        bool,
+        typer.Option("--pad-empty-attention", help="A KV head that adds nothing where a layer has none, for vLLM."),
     ] = False,
     kv_multiple: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Pad KV groups to a multiple, with zeros; or all of them.")
+        int, typer.Option(min=1, metavar="N", help="Pad KV heads to a multiple, with zeros; or all of them.")
     ] = 1,
     ffn_multiple: Annotated[
         int, typer.Option(min=1, metavar="N", help="Pad FFN channels to a multiple, with zeros; or all of them.")
@@ -77,7 +78,7 @@ def export(
     from pgprune_cli.console.progress import working
     from pgprune_cli.jobs import export as job
 
-    options = job.options_of(format, dtype, shard_size, zero_groups, kv_multiple, ffn_multiple)
+    options = job.options_of(format, dtype, shard_size, pad_empty_attention, kv_multiple, ffn_multiple)
     out = job.target(run, out, format)
     if dry_run:
         planned = job.plan(run, options, format)

@@ -1,4 +1,4 @@
-"""pgprune init-scores: the saliency of every unit, a search's start."""
+"""pgprune init-scores: the scores of every unit, a search's start."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def init_scores(
     overrides: Set = None,
     metric: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Saliency metric, instead of the recipe's.", autocompletion=metric_names),
+        typer.Option(metavar="NAME", help="Metric, instead of the recipe's.", autocompletion=metric_names),
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Score every unit of the recipe's model, the search's start. The metric is the recipe's, or --metric."""
-    given = [*(overrides or []), *([f"saliency.metric={metric}"] if metric else [])]
+    given = [*(overrides or []), *([f"scores.metric={metric}"] if metric else [])]
     loaded, run = opened(recipe, out, given)
     from pgprune_cli.jobs.init_scores import init_scores
-    from pgprune_cli.run.layout import SCORES
+    from pgprune_cli.run.layout import SCORES_FILE
 
     with resumable(lambda _: of_scores(run)):
         scores = init_scores(loaded, run, quiet)
-    result = {"run": str(run), "scores": str(run / SCORES), "metric": scores.metric}
-    print_result(result, as_json, f"{run / SCORES}: {scores.metric} of {loaded.model}")
+    result = {"run": str(run), "scores": str(run / SCORES_FILE), "metric": scores.metric}
+    print_result(result, as_json, f"{run / SCORES_FILE}: {scores.metric} of {loaded.model}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pgprune_cli.run.layout import RECORD, run_directories, runs_folder
+from pgprune_cli.run.layout import DECISION_RECORD, run_directories, runs_folder
 
 if TYPE_CHECKING:
     from pgprune_cli.recipe.schema import Recipe
@@ -40,7 +40,7 @@ def model_names(incomplete: str) -> Iterator[str]:
 
 
 def metric_names(incomplete: str) -> Iterator[str]:
-    """Completes the saliency metrics."""
+    """Completes the metrics."""
     from typing import get_args
 
     from pgprune_cli.recipe.schema import MetricName
@@ -74,6 +74,6 @@ def opened(name: str, out: Path | None, overrides: list[str], runs: Path | None 
 
     path = find(name)
     recipe, run = load(path, overrides), out or (runs or runs_folder()) / name_of(path)
-    if not (run / RECORD).exists():
+    if not (run / DECISION_RECORD).exists():
         find_local(recipe.model, weights=False)  # before seconds go by in imports
     return recipe, run

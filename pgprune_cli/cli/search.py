@@ -26,13 +26,16 @@ def search(
     overrides: Set = None,
     log: Annotated[
         Literal["tensorboard", "trackio", "wandb"] | None,
-        typer.Option("--log", help="Tell a tracker every step, too; an extra of the same name installs it."),
+        typer.Option("--tracker", help="Tell a tracker every step, too; an extra of the same name installs it."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Load nothing; print what memory, forward passes and time it would take.")
     ] = False,
-    skip_damaged: Annotated[
-        bool, typer.Option("--skip-damaged", help="Where the newest checkpoint is damaged, go on from the one before.")
+    skip_corrupt_checkpoint: Annotated[
+        bool,
+        typer.Option(
+            "--skip-corrupt-checkpoint", help="Where the newest checkpoint is damaged, go on from the one before."
+        ),
     ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -45,18 +48,18 @@ def search(
         print_estimate(estimate(loaded, quiet), as_json)
         return
     from pgprune_cli.jobs.search import search
-    from pgprune_cli.run.layout import MASKS
+    from pgprune_cli.run.layout import DECISION_MASKS
 
     with resumable(lambda step: of_search(run, loaded.search.steps, step)):
-        decision = search(loaded, run, quiet, skip_damaged, log)
+        decision = search(loaded, run, quiet, skip_corrupt_checkpoint, log)
     if not of_environment().writer:
         return
     result = {
         "run": str(run),
-        "decision": str(run / MASKS),
+        "decision": str(run / DECISION_MASKS),
         "sparsity": decision.sparsity,
         "steps": decision.steps,
-        "forwards": decision.forwards,
+        "forward_passes": decision.forward_passes,
         "heldout_loss": decision.heldout_loss,
         "dense_loss": decision.dense_loss,
     }
@@ -65,8 +68,8 @@ def search(
     print_result(
         result,
         as_json,
-        f"{run / MASKS}: sparsity {decision.sparsity:.4f} after {decision.steps} steps, "
-        f"{decision.forwards} forward passes; held-out loss {loss}{dense}",
+        f"{run / DECISION_MASKS}: sparsity {decision.sparsity:.4f} after {decision.steps} steps, "
+        f"{decision.forward_passes} forward passes; held-out loss {loss}{dense}",
     )
     if not quiet:
         print(f"next: pgprune export {run}, or pgprune eval {run}", file=STDERR)

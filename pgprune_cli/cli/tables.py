@@ -51,7 +51,7 @@ def print_estimate(estimate: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(estimate))
         return
-    passes, rates = estimate["forwards"], estimate["flops_per_second"]
+    passes, rates = estimate["forward_passes"], estimate["flops_per_second"]
     rows = [
         [label.format(**estimate), f"{estimate['memory'][key] / 1e9:,.3f} GB"]
         for key, label in MEMORY.items()

@@ -9,9 +9,9 @@ from pgprune_cli.core.projection import project
 from pgprune_cli.core.space import Budget, MaskSpace
 
 
-def sample(theta: Tensor, samples: int, generator: torch.Generator) -> Tensor:
+def sample(theta: Tensor, masks_per_step: int, generator: torch.Generator) -> Tensor:
     """`samples` independent masks: `(K, n)` bool, True = kept. θ = 0 and θ = 1 are certain."""
-    uniform = torch.rand(samples, theta.numel(), generator=generator, dtype=torch.float64)
+    uniform = torch.rand(masks_per_step, theta.numel(), generator=generator, dtype=torch.float64)
     return uniform < theta
 
 
@@ -25,18 +25,18 @@ def entropy(theta: Tensor) -> Tensor:
     return -(torch.xlogy(theta, theta) + torch.xlogy(1.0 - theta, 1.0 - theta)).sum()
 
 
-def starting_theta(saliency: Tensor, space: MaskSpace, budget: Budget, start: str, temperature: float) -> Tensor:
-    """θ that trusts the saliency `(n,)`, per layer, and meets the budget: `(n,)` float64.
+def starting_theta(scores: Tensor, space: MaskSpace, budget: Budget, start: str, temperature: float) -> Tensor:
+    """θ that trusts the scores `(n,)`, per layer, and meets the budget: `(n,)` float64.
 
     `sigmap` is the paper's: z-score within the layer, sigmoid, shifted to the keep fraction. `linear` runs from 0 at
-    the layer's least saliency to 1 at its greatest, then is shifted. A `temperature` below 1 makes θ surer of the
-    saliency's order. A family of one unit a layer is compared across the layers instead.
+    the layer's least scores to 1 at its greatest, then is shifted. A `temperature` below 1 makes θ surer of the
+    scores' order. A family of one unit a layer is compared across the layers instead.
     """
     squash = {"sigmap": _sigmap, "linear": _linear}[start]
     theta = torch.empty(space.n, dtype=torch.float64)
     for family in space.families:
         span = space.slice_of(family.name)
-        values = saliency[span].double()
+        values = scores[span].double()
         parts = [values] if max(family.counts) <= 1 else list(values.split(list(family.counts)))
         theta[span] = torch.cat([squash(part, temperature) for part in parts])
     return project(theta, space, budget)

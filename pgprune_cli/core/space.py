@@ -155,14 +155,14 @@ def budget_of(
     space: MaskSpace,
     sparsity: float,
     scope: str,
-    keep_at_least: float = 0.0,
+    min_keep: float = 0.0,
     multiples: Mapping[str, int] = _NO_MULTIPLES,
 ) -> Budget:
     """The budget that removes the fraction `sparsity` of the cost: of every family (`per-family`), of every layer
     of every family (`per-layer`), or of all (`global`).
 
     Costs are whole numbers, so the kept cost is the nearest whole number to (1 − sparsity) · total. Of every family and
-    layer the fraction `keep_at_least` of the units stays, rounded up; `multiples` says by the names of families what
+    layer the fraction `min_keep` of the units stays, rounded up; `multiples` says by the names of families what
     their widths are multiples of. Whether these limits fit the budget, `Budget.needed` says.
     """
     if scope == "per-family":
@@ -179,7 +179,7 @@ def budget_of(
         for (name, span), total in zip(spans, totals, strict=True)
     )
     # 0.07 · 100 is a little more than 7, and means 7.
-    least = [math.ceil(keep_at_least * count - 1e-9) for family in space.families for count in family.counts]
+    least = [math.ceil(min_keep * count - 1e-9) for family in space.families for count in family.counts]
     widths = [multiples.get(family.name, 1) for family in space.families for _ in family.counts]
     return Budget(constraints, tuple(least), tuple(widths))
 

@@ -40,11 +40,11 @@ def begin(theta: Tensor, seed: int) -> SearchState:
     return SearchState(theta.double(), None, 0, 0, torch.Generator().manual_seed(seed).get_state())
 
 
-def propose(state: SearchState, samples: int) -> tuple[SearchState, Tensor]:
+def propose(state: SearchState, masks_per_step: int) -> tuple[SearchState, Tensor]:
     """`samples` masks `(K, n)` bool from the policy, and the state with the generator moved on."""
     generator = torch.Generator()
     generator.set_state(state.rng)
-    masks = sample(state.theta, samples, generator)
+    masks = sample(state.theta, masks_per_step, generator)
     return replace(state, rng=generator.get_state()), masks
 
 

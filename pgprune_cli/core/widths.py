@@ -69,18 +69,18 @@ def begin(space: MaskSpace, seed: int) -> WidthState:
     )
 
 
-def propose(state: WidthState, samples: int, space: MaskSpace) -> tuple[WidthState, Tensor]:
+def propose(state: WidthState, masks_per_step: int, space: MaskSpace) -> tuple[WidthState, Tensor]:
     """`samples` offsets `(K, J)` in mirrored pairs around the mean, the last without its mirror where K is odd.
 
     Returns the state with the generator moved on.
     """
     generator = torch.Generator()
     generator.set_state(state.rng)
-    half = (samples + 1) // 2
+    half = (masks_per_step + 1) // 2
     own = torch.randn(half, len(state.mean), generator=generator, dtype=torch.float64)
     shared = torch.randn(half, len(space.families), generator=generator, dtype=torch.float64)
     around = state.spread * own + FAMILY_SPREAD * shared[:, space.family_of_pair]
-    around = torch.stack([around, -around], dim=1).flatten(0, 1)[:samples]
+    around = torch.stack([around, -around], dim=1).flatten(0, 1)[:masks_per_step]
     return replace(state, rng=generator.get_state()), state.mean + around
 
 

@@ -16,7 +16,7 @@ from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.data.corpora import Purpose, documents, text_identity
 from pgprune_cli.errors import UserError
 from pgprune_cli.storage.atomic import write_bytes
-from pgprune_cli.storage.records import SEAL, metadata, read_tensors
+from pgprune_cli.storage.records import CHECKSUM, metadata, read_tensors
 
 DOCUMENTS_AT_A_TIME = 64
 
@@ -49,7 +49,7 @@ def _cached(path: Path) -> Tensor | None:
     """The tokens that `_keep` kept, None where there are none or they are not whole: they can be made again."""
     try:
         found = read_tensors(path)["tokens"].int()
-        whole = metadata(path).get(SEAL) == _digest(found)
+        whole = metadata(path).get(CHECKSUM) == _digest(found)
     except (UserError, OSError, KeyError):
         return None
     return found.long() if whole else None
@@ -60,7 +60,7 @@ def _keep(path: Path, tokens: Tensor) -> None:
     from safetensors.torch import save
 
     try:
-        write_bytes(path, save({"tokens": tokens.int()}, {SEAL: _digest(tokens.int())}))
+        write_bytes(path, save({"tokens": tokens.int()}, {CHECKSUM: _digest(tokens.int())}))
     except OSError as error:
         print(f"pgprune: {path}: {error.strerror or error}; the tokens of the text are not kept", file=STDERR)
 

@@ -22,15 +22,15 @@ class CalibrationText:
 
     def long_windows(self, count: int, seqlen: int) -> Tensor:
         """At most `count` windows `(N, seqlen)` of the searched-over part, spread over it."""
-        return spread(windows(self.stream, min(seqlen, len(self.stream))), count)
+        return spread(cut_windows(self.stream, min(seqlen, len(self.stream))), count)
 
 
-def calibration_text(corpus: str, tokenizer: Any, sequences: int, heldout: int, seqlen: int) -> CalibrationText:
+def calibration_text(corpus: str, tokenizer: Any, windows: int, heldout: int, seqlen: int) -> CalibrationText:
     """At most `sequences` windows of `seqlen` tokens spread over the corpus, and `heldout` that no search sees.
 
     Raises UserError for a corpus too short for one window of each.
     """
-    tokens = tokens_of(corpus, "calibration", tokenizer, wanted=(sequences + heldout) * seqlen)
+    tokens = tokens_of(corpus, "calibration", tokenizer, wanted=(windows + heldout) * seqlen)
     kept_apart = heldout * seqlen
     if len(tokens) < kept_apart + seqlen:
         raise UserError(
@@ -39,11 +39,11 @@ def calibration_text(corpus: str, tokenizer: Any, sequences: int, heldout: int, 
         )
     stream = tokens[: len(tokens) - kept_apart]
     return CalibrationText(
-        spread(windows(stream, seqlen), sequences), tokens[len(tokens) - kept_apart :].view(heldout, seqlen), stream
+        spread(cut_windows(stream, seqlen), windows), tokens[len(tokens) - kept_apart :].view(heldout, seqlen), stream
     )
 
 
-def windows(tokens: Tensor, seqlen: int) -> Tensor:
+def cut_windows(tokens: Tensor, seqlen: int) -> Tensor:
     """The stream `(N,)` cut into whole windows `(N // seqlen, seqlen)`; a last part of one is left out."""
     return tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
 

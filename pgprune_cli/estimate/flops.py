@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.estimate.sizes import Block, Sizes, Texts, tokens_in
-from pgprune_cli.forward.curvature import SHARE, some_windows
+from pgprune_cli.forward.curvature import SHARE, curvature_windows
 from pgprune_cli.scores.obs import units_a_round
 
 Flops = Counter[torch.dtype]
@@ -31,8 +31,8 @@ def flops(sizes: Sizes, texts: Texts) -> dict[str, Flops]:
     parts = {
         "scoring": scoring(sizes, texts.scoring),
         "width table": width_table(sizes, texts.fitting),
-        "search": forwards(sizes, texts.step, schedule.steps * schedule.samples),
-        "held-out text": forwards(sizes, texts.heldout, looks + 1),
+        "search": forward_passes(sizes, texts.step, schedule.steps * schedule.masks_per_step),
+        "held-out text": forward_passes(sizes, texts.heldout, looks + 1),
         "repair": repair(sizes, texts.fitting),
     }
     return {name: part for name, part in parts.items() if part.total()}
@@ -43,7 +43,7 @@ def seconds(parts: Mapping[str, Flops], rates: Mapping[torch.dtype, float]) -> f
     return sum(count / rates[dtype] for part in parts.values() for dtype, count in part.items() if count)
 
 
-def forwards(sizes: Sizes, tokens: Tensor, times: int) -> Flops:
+def forward_passes(sizes: Sizes, tokens: Tensor, times: int) -> Flops:
     """`times` losses of the pruned model on `tokens` `(B, T)`."""
     predictions = tokens.shape[0] * (tokens.shape[1] - 1)
     return Flops({sizes.dtype: times * (pruned(sizes, [tokens]) + 2 * predictions * sizes.hidden * sizes.vocabulary)})
@@ -115,7 +115,7 @@ def moments(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
 
 def error_roots(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
     """The unembedding's curvature and its eigenvectors, and R of the layers behind the middle (sensitivity.py)."""
-    some, h = some_windows(batches), sizes.hidden
+    some, h = curvature_windows(batches), sizes.hidden
     tokens = tokens_in(some)
     felt = sum(SHARE * (2 * index / max(1, sizes.layers - 1) - 1) > 0 for index in range(sizes.layers))
     found = Flops({torch.float32: 2 * (tokens + sizes.vocabulary) * h * h, torch.float64: (EIGH + 2 * felt) * h**3})

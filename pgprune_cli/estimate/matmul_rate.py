@@ -1,4 +1,4 @@
-"""How many FLOPs a second a device does in matrix products: what forwards and estimates are measured against."""
+"""How many FLOPs a second a device does in matrix products: what forward passes and estimates are measured against."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LONG_ENOUGH = 50_000_000
 REPEATS = 3
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype, largest: int = LARGEST) -> float:
+def matmul_rate(device: torch.device, dtype: torch.dtype, largest: int = LARGEST) -> float:
     """FLOPs a second, the best of a few products of random square matrices of growing size. Takes a moment."""
     best, size = 0.0, SMALLEST
     while True:

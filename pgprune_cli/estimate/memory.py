@@ -73,7 +73,7 @@ def layer_bytes(sizes: Sizes, tokens: int) -> int:
         else:
             widths.append(4 * hidden + 3 * block.inputs)
     rounded = [(4 * hidden + block.inputs) * sizes.dtype.itemsize + 5 * block.inputs for block in sizes.blocks]
-    return tokens * max(max(widths) * sizes.dtype.itemsize, *(rounded if sizes.recipe.weights == "fp8" else [0]))
+    return tokens * max(max(widths) * sizes.dtype.itemsize, *(rounded if sizes.recipe.weight_format == "fp8" else [0]))
 
 
 def logit_bytes(sizes: Sizes, tokens: Tensor) -> int:
@@ -91,15 +91,15 @@ def slice_bytes(sizes: Sizes, block: Block) -> int:
 
     Of fp8 the values themselves are multiplied, but for the output projection where it is repaired.
     """
-    if sizes.recipe.weights == "fp8":
+    if sizes.recipe.weight_format == "fp8":
         repaired = block.inputs * block.outputs * (sizes.dtype.itemsize - 1) if sizes.repairs else 0
         return block.nbytes // sizes.dtype.itemsize + max(block.largest, repaired)
-    return block.nbytes + (block.largest if sizes.recipe.weights == "int8" else 0)
+    return block.nbytes + (block.largest if sizes.recipe.weight_format == "int8" else 0)
 
 
 def made_bytes(sizes: Sizes) -> int:
     """Of a block's weights that are made of rounded ones, and outlive what they are made for: its scoring."""
-    if sizes.recipe.weights == "dtype":
+    if sizes.recipe.weight_format == "full":
         return 0
     return max(block.nbytes + block.largest for block in sizes.blocks)
 

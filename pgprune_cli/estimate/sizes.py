@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pgprune_cli.model.prunable import Shape
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.repair.width_table import level_of
+from pgprune_cli.repair.width_table import width_step
 from pgprune_cli.scores.metrics import CALIBRATED, NEEDS
 from pgprune_cli.scores.statistics import Statistic
 from pgprune_cli.search.costs import flops
@@ -79,7 +79,7 @@ class Sizes:
         assert isinstance(layers, nn.ModuleList)
         for index, layer in enumerate(layers):
             for name, block in self.shape.spec.blocks():
-                units = (self.shape.kv_groups if name == "attention" else self.shape.channels)[index]
+                units = (self.shape.kv_heads if name == "attention" else self.shape.channels)[index]
                 module = layer.get_submodule(block.module)
                 linears = [module.get_submodule(projection.name) for projection in block.projections]
                 pruned = "layer" in families or any(family.removesuffix("-block") == name for family in families)
@@ -92,7 +92,7 @@ class Sizes:
                         tuple(linear.out_features for linear in linears[:-1]),
                         sum(linear.weight.nbytes for linear in linears),
                         kept if pruned else 1.0,
-                        level_of(units, self.recipe.budget.ffn_multiple if name == "ffn" else 1),
+                        width_step(units, self.recipe.budget.ffn_multiple if name == "ffn" else 1),
                     )
                 )
         return found
@@ -106,25 +106,25 @@ class Sizes:
     @property
     def statistic(self) -> Statistic | None:
         """What the metric collects over text."""
-        return NEEDS.get(self.recipe.saliency.metric)
+        return NEEDS.get(self.recipe.scores.metric)
 
     @property
     def scores_on_text(self) -> bool:
-        return self.recipe.saliency.metric in CALIBRATED
+        return self.recipe.scores.metric in CALIBRATED
 
     @property
     def has_table(self) -> bool:
         """Whether the search is over widths."""
-        return self.recipe.search.policy == "layers"
+        return self.recipe.search.policy == "widths"
 
     @property
     def solves(self) -> bool:
         """Whether repaired projections are solved for."""
-        return self.recipe.reconstruct.method.startswith("least-squares")
+        return self.recipe.repair.method.startswith("least-squares")
 
     @property
     def repairs(self) -> bool:
-        return self.recipe.reconstruct.method != "none"
+        return self.recipe.repair.method != "none"
 
 
 def tokens_in(batches: Sequence[Tensor]) -> int:

@@ -13,7 +13,7 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.storage.atomic import write_bytes
 from pgprune_cli.storage.records import checksum, read_json
 
-SUMS = "SHA256SUMS"
+CHECKSUMS_FILE = "SHA256SUMS"
 CARD = "README.md"
 """Not in the list: it is there for people to edit."""
 
@@ -24,27 +24,27 @@ CODE = {
 """The sha256 of every version of the files that run where an export is loaded, the newest first."""
 
 
-def write_sums(directory: Path) -> None:
+def write_checksums(directory: Path) -> None:
     """Lists every file below `directory` but the card."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     names = [path.relative_to(directory).as_posix() for path in paths]
     lines = [f"{checksum(directory / name)}  {name}\n" for name in names if name != CARD]
-    write_bytes(directory / SUMS, "".join(lines).encode())
+    write_bytes(directory / CHECKSUMS_FILE, "".join(lines).encode())
 
 
 def faults_of(directory: Path) -> Iterator[str]:
     """What is not as it was written, and what would run that pgprune did not put there; a line each."""
     try:
-        sums = _read(directory / SUMS)
+        checksums = _read(directory / CHECKSUMS_FILE)
     except UserError as error:
         yield str(error)
-        sums = {}
-    for name, wanted in sums.items():
+        checksums = {}
+    for name, wanted in checksums.items():
         path = directory / name
         if not path.is_file():
             yield f"{path}: missing"
         elif checksum(path) != wanted:
-            yield f"{path}: not what was written (another sha256 than in {SUMS})"
+            yield f"{path}: not what was written (another sha256 than in {CHECKSUMS_FILE})"
     yield from _foreign_code(directory)
 
 
@@ -54,10 +54,10 @@ def _read(path: Path) -> dict[str, str]:
         raise UserError(f"{path}: missing, and nothing else says what the files were; export again")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     found = [re.fullmatch(r"([0-9a-f]{64})  ([^/\\]+(?:/[^/\\]+)*)", line) for line in lines]
-    sums = {match[2]: match[1] for match in found if match and ".." not in match[2].split("/")}
-    if len(sums) != len(lines) or not sums:
+    checksums = {match[2]: match[1] for match in found if match and ".." not in match[2].split("/")}
+    if len(checksums) != len(lines) or not checksums:
         raise UserError(f"{path}: damaged: a line is not a sha256, two spaces and a file name; export again")
-    return sums
+    return checksums
 
 
 def _foreign_code(directory: Path) -> Iterator[str]:

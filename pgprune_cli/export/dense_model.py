@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pgprune_cli.errors import UserError
 from pgprune_cli.export.safetensors_file import DTYPES
 from pgprune_cli.model.loading import HEAD, load_model, load_tokenizer, read_config, reason_of
-from pgprune_cli.model.prunable import Keep, Shape
+from pgprune_cli.model.prunable import ModelMask, Shape
 from pgprune_cli.model.source import Source
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.storage.records import read_json, write_json
@@ -66,7 +66,7 @@ class Base:
                 yield from map(tensor, run)
 
 
-def open_base(source: Source, decision: Decision) -> Base:
+def open_dense_model(source: Source, decision: Decision) -> Base:
     """Raises UserError where the base is quantised, incomplete, or not of the decision's sizes."""
     base, model = _from_directory(source) if source.gguf is None else _from_gguf(source, decision)
     _check(source.name, base, model, decision.keep)
@@ -180,11 +180,11 @@ def _from_gguf(source: Source, decision: Decision) -> tuple[Base, nn.Module]:
     return Base(given, model.config, Shape.of(model), (shard,), write_side_files), model
 
 
-def _check(name: str, base: Base, model: nn.Module, keep: Keep) -> None:
+def _check(name: str, base: Base, model: nn.Module, keep: ModelMask) -> None:
     """Raises UserError unless the decision and the weights have the sizes that the config says."""
     decided = [(len(layer.attention), len(layer.ffn)) for layer in keep]
-    if decided != list(zip(base.shape.kv_groups, base.shape.channels, strict=True)):
-        raise UserError(f"{name}: has other layers, KV groups or FFN channels than the decision was made for")
+    if decided != list(zip(base.shape.kv_heads, base.shape.channels, strict=True)):
+        raise UserError(f"{name}: has other layers, KV heads or FFN channels than the decision was made for")
     found = base.tensors
     for key, tensor in model.state_dict().items():
         if key == HEAD and key not in found and base.config.tie_word_embeddings:

@@ -20,7 +20,7 @@ import torch
 
 from pgprune_cli import __version__
 from pgprune_cli.errors import UserError
-from pgprune_cli.export import gguf_checksum as gguf_seal
+from pgprune_cli.export import gguf_checksum as gguf_checksum
 from pgprune_cli.export import gguf_types
 from pgprune_cli.export.dense_model import Base
 from pgprune_cli.export.gguf_layout import NEEDS, Layout
@@ -74,7 +74,7 @@ class FilePlan(Plan):
                     for piece in gguf_types.encoded(tensor, dtype):
                         file.write(piece)
                     file.write(bytes(_aligned(size) - size))
-            gguf_seal.seal(temporary)
+            gguf_checksum.write_checksum(temporary)
 
 
 def plan(source: Source, decision: Decision, options: Options, measured: Measured | None = None) -> FilePlan:
@@ -126,10 +126,10 @@ def _add_general(writer: Any, decision: Decision, dtype: str, measured: Measured
     writer.add_description(f"{model} without {decision.sparsity:.1%} of its prunable parameters (pgprune)")
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    writer.add_string(gguf_seal.KEY, gguf_seal.EMPTY)
+    writer.add_string(gguf_checksum.KEY, gguf_checksum.EMPTY)
     writer.add_string("pgprune.version", __version__)
     writer.add_string("pgprune.recipe", decision.recipe)
-    writer.add_array("pgprune.kept.kv_groups", [int(layer.attention.sum()) for layer in decision.keep])
+    writer.add_array("pgprune.kept.kv_heads", [int(layer.attention.sum()) for layer in decision.keep])
     writer.add_array("pgprune.kept.ffn_channels", [int(layer.ffn.sum()) for layer in decision.keep])
     if measured:
         writer.add_string("pgprune.evaluation", json.dumps(measured))

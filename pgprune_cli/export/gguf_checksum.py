@@ -14,7 +14,7 @@ _MARK = KEY.encode() + (8).to_bytes(4, "little") + len(EMPTY).to_bytes(8, "littl
 """What precedes the checksum: the key, the number of the type "string", and its length."""
 
 
-def seal(path: Path) -> None:
+def write_checksum(path: Path) -> None:
     """Puts the checksum into a file that was written with EMPTY under KEY."""
     place, digest = _digest(path)
     with path.open("r+b") as file:
@@ -22,14 +22,14 @@ def seal(path: Path) -> None:
         file.write(digest.encode())
 
 
-def is_sealed(path: Path) -> bool:
+def has_checksum(path: Path) -> bool:
     """Whether pgprune wrote it, damaged or not."""
     with path.open("rb") as file:
         return _MARK in file.read(PIECE)
 
 
 def fault_of(path: Path) -> str:
-    """What is wrong with a sealed file, "" if nothing is."""
+    """What is wrong with a file with a checksum, "" if nothing is."""
     place, digest = _digest(path)
     with path.open("rb") as file:
         file.seek(place)

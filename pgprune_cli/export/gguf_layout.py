@@ -39,8 +39,8 @@ STATIC_ROPE = ("linear", "llama3", "yarn")
 class Layout:
     """The file, but for the values.
 
-    layers: the name of their list in the base; sizes: KV groups and channels of every layer; queries: query heads of a
-    KV group; rope: by what each frequency is divided, `(head_dim / 2,)`, or None, and the scale of the rotation.
+    layers: the name of their list in the base; sizes: KV heads and channels of every layer; queries: query heads of a
+    KV head; rope: by what each frequency is divided, `(head_dim / 2,)`, or None, and the scale of the rotation.
     """
 
     architecture: str

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from pgprune_cli.export import safetensors_file as weights
-from pgprune_cli.export.checksums import write_sums
+from pgprune_cli.export.checksums import write_checksums
 from pgprune_cli.export.hf_config import config_of
-from pgprune_cli.export.model_card import Card
+from pgprune_cli.export.model_card import ModelCard
 from pgprune_cli.export.plan import SLACK, Measured, Options, Plan, check_new, check_space, operate
 from pgprune_cli.export.surgery import Cut
 from pgprune_cli.model.source import INDEX, Source
@@ -66,13 +66,13 @@ class DirectoryPlan(Plan):
             # The repaired outputs are in the weights; a second time they could double the size.
             dataclasses.replace(self.decision, outputs={}).save(directory)
             write_bytes(directory / "README.md", self._card(out.name).text(self.decision).encode())
-            write_sums(directory)
+            write_checksums(directory)
 
-    def _card(self, title: str) -> Card:
+    def _card(self, title: str) -> ModelCard:
         kept = [(int(k.attention.sum()), len(k.attention), int(k.ffn.sum()), len(k.ffn)) for k in self.form.kept]
         padded = self.sparsity if self.form.padded else None
         before, after = self.parameters_before, self.parameters_after
-        return Card(title, kept, before, after, padded, not self.stock, "model_file" in self.config, self.measured)
+        return ModelCard(title, kept, before, after, padded, not self.stock, "model_file" in self.config, self.measured)
 
 
 def plan(source: Source, decision: Decision, options: Options, measured: Measured | None = None) -> DirectoryPlan:

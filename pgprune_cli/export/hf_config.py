@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from pgprune_cli.export.shapes import NormalForm
+from pgprune_cli.export.shapes import RuntimeShapes
 from pgprune_cli.serving import modeling_pruned
 
 WORDS = {"attention": "attention", "ffn": "mlp"}
@@ -13,7 +13,7 @@ WORDS = {"attention": "attention", "ffn": "mlp"}
 
 
 def config_of(
-    given: Mapping[str, Any], dense: Any, form: NormalForm, new_biases: Collection[str], dtype: str | None
+    given: Mapping[str, Any], dense: Any, form: RuntimeShapes, new_biases: Collection[str], dtype: str | None
 ) -> dict[str, Any]:
     """`given` is the base's config.json, which may leave out defaults; `dense` is what transformers reads it as.
 
@@ -33,7 +33,7 @@ def config_of(
     return result | (_pruned(dense, form, new_biases) if stock is None else stock)
 
 
-def _stock(dense: Any, form: NormalForm) -> dict[str, Any] | None:
+def _stock(dense: Any, form: RuntimeShapes) -> dict[str, Any] | None:
     """What differs in the config of a model whose layers are all alike; None where no stock class can express it."""
     sizes = _sizes(*form.sizes()[0], dense)
     if dense.model_type != "llama" or dense.hidden_size % sizes["num_attention_heads"] == 0:
@@ -45,7 +45,7 @@ def _stock(dense: Any, form: NormalForm) -> dict[str, Any] | None:
     return sizes | mistral | {"max_position_embeddings": dense.max_position_embeddings}
 
 
-def _pruned(dense: Any, form: NormalForm, new_biases: Collection[str]) -> dict[str, Any]:
+def _pruned(dense: Any, form: RuntimeShapes, new_biases: Collection[str]) -> dict[str, Any]:
     """What differs in the config of a model that takes modeling_pruned.py along."""
     causal: Any = modeling_pruned.FAMILIES[dense.model_type]
     classes = {"AutoConfig": causal.config_class, "AutoModel": causal.decoder_class, "AutoModelForCausalLM": causal}

@@ -12,10 +12,10 @@ from pgprune_cli.run.decision import Decision
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelCard:
     """What the card says beyond the decision.
 
-    title: the directory's name; layers: for every layer of the base its kept and all KV groups, kept and all FFN
+    title: the directory's name; layers: for every layer of the base its kept and all KV heads, kept and all FFN
     channels; padded: where blocks are wider than that, the sparsity with their padding counted as kept; code: whether
     loading runs the modelling file; mlx: whether mlx-lm can load it; measured: the object of `pgprune eval`.
     """
@@ -101,14 +101,14 @@ class Card:
         return "\n".join(lines)
 
     def _layers(self) -> str:
-        lines = ["## What is kept", "", "| base layer | KV groups | FFN channels |", "|---|---|---|"]
+        lines = ["## What is kept", "", "| base layer | KV heads | FFN channels |", "|---|---|---|"]
         for index, (groups, all_groups, channels, all_channels) in enumerate(self.layers):
             gone = " (layer removed)" if groups == channels == 0 else ""
             lines.append(f"| {index}{gone} | {groups} of {all_groups} | {channels} of {all_channels} |")
         return "\n".join(lines)
 
     def _recipe(self, decision: Decision) -> str:
-        spent = f"{decision.steps} steps, {decision.forwards} forward passes"
+        spent = f"{decision.steps} steps, {decision.forward_passes} forward passes"
         loss = decision.heldout_loss
         held = "" if loss is None else f"; held-out calibration loss {loss:.4f} nats per token"
         held += "" if decision.dense_loss is None else f", of the dense model {decision.dense_loss:.4f}"

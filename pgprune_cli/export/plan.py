@@ -14,8 +14,8 @@ from torch import Tensor
 
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.export import safetensors_file as weights
-from pgprune_cli.export.dense_model import Base, open_base
-from pgprune_cli.export.shapes import Needs, NormalForm, normal_form
+from pgprune_cli.export.dense_model import Base, open_dense_model
+from pgprune_cli.export.shapes import Needs, RuntimeShapes, runtime_shapes
 from pgprune_cli.export.surgery import Cut, Surgery
 from pgprune_cli.model.source import Source
 from pgprune_cli.run.decision import Decision
@@ -79,7 +79,7 @@ class Plan(ABC):
         return str(cut.dtype).removeprefix("torch."), weights.bytes_of(cut)
 
     @property
-    def form(self) -> NormalForm:
+    def form(self) -> RuntimeShapes:
         return self.surgery.form
 
     @property
@@ -119,8 +119,8 @@ def operate(source: Source, decision: Decision, needs: Needs, dtype: torch.dtype
             f"{source.name}: not the model that was searched: its config and weights have the fingerprint "
             f"{fingerprint}, the decision was made for {decision.fingerprint}; put its files back, or search again"
         )
-    base = open_base(source, decision)
-    form = normal_form(decision.keep, needs)
+    base = open_dense_model(source, decision)
+    form = runtime_shapes(decision.keep, needs)
     return base, Surgery(base.shape.spec, form, decision.outputs, base.tensors, dtype)
 
 

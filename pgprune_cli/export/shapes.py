@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.prunable import Keep, LayerKeep, UnitCosts, gather_units, inputs_of
+from pgprune_cli.model.prunable import LayerMask, ModelMask, UnitCosts, gather_units, inputs_of
 
 
 @dataclass(frozen=True)
 class Needs:
     """What is asked of the sizes beyond what the decision says.
 
-    attention: which of the written layers must have a KV group at least; ffn: which of them a channel. A block has a
-    multiple of `kv_multiple` KV groups or `ffn_multiple` channels, or all that the base has, or none.
+    attention: which of the written layers must have a KV head at least; ffn: which of them a channel. A block has a
+    multiple of `kv_multiple` KV heads or `ffn_multiple` channels, or all that the base has, or none.
     """
 
     attention: Literal["any", "first", "every"] = "any"
@@ -44,14 +44,14 @@ class Needs:
 
 
 @dataclass(frozen=True)
-class NormalForm:
+class RuntimeShapes:
     """layers: the base's layers that are written, in order. kept and written: of *every* layer of the base, what the
     decision keeps and what is written, which is the same and the padding; nothing is written of layers not in `layers`.
     """
 
     layers: tuple[int, ...]
-    kept: Keep
-    written: Keep
+    kept: ModelMask
+    written: ModelMask
 
     @property
     def padded(self) -> bool:
@@ -62,7 +62,7 @@ class NormalForm:
         )
 
     def sizes(self) -> list[tuple[int, int]]:
-        """KV groups and channels of the written layers in order."""
+        """KV heads and channels of the written layers in order."""
         return [(int(self.written[i].attention.sum()), int(self.written[i].ffn.sum())) for i in self.layers]
 
     @property
@@ -80,7 +80,7 @@ class NormalForm:
         return 1 - kept / total
 
 
-def normal_form(keep: Keep, needs: Needs) -> NormalForm:
+def runtime_shapes(keep: ModelMask, needs: Needs) -> RuntimeShapes:
     """The least padding that meets the needs; which units pad is no matter for the logits: the first that are gone.
 
     Raises UserError where nothing is kept.
@@ -91,11 +91,11 @@ def normal_form(keep: Keep, needs: Needs) -> NormalForm:
     written = list(keep)
     for index in layers:
         heads = needs.attention == "every" or (needs.attention == "first" and index == layers[0])
-        written[index] = LayerKeep(
+        written[index] = LayerMask(
             _padded(keep[index].attention, int(heads), needs.kv_multiple),
             _padded(keep[index].ffn, int(needs.ffn == "every"), needs.ffn_multiple),
         )
-    return NormalForm(layers, keep, tuple(written))
+    return RuntimeShapes(layers, keep, tuple(written))
 
 
 def _padded(mask: Tensor, least: int, multiple: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.export.shapes import NormalForm, output_columns
+from pgprune_cli.export.shapes import RuntimeShapes, output_columns
 from pgprune_cli.model.prunable import ArchSpec, Block, Outputs, gather_units
 
 
@@ -50,7 +50,7 @@ class Surgery:
     def __init__(
         self,
         spec: ArchSpec,
-        form: NormalForm,
+        form: RuntimeShapes,
         outputs: Outputs,
         tensors: Mapping[str, Tensor],
         dtype: torch.dtype | None = None,

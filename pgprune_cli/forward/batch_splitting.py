@@ -11,11 +11,11 @@ from pgprune_cli.errors import RunError
 
 TOO_LITTLE = (
     "out of memory with one window at a time; give more devices, or lower calibration.seqlen (for the scores: "
-    "saliency.seqlen)"
+    "scores.seqlen)"
 )
 
 
-class Portions:
+class BatchSplitter:
     """How many windows go through at a time: `most`, which is all of a batch (None) until memory runs out."""
 
     def __init__(self) -> None:

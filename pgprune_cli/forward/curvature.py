@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.errors import RunError
-from pgprune_cli.forward.batch_splitting import Portions
+from pgprune_cli.forward.batch_splitting import BatchSplitter
 from pgprune_cli.model.prunable import Shape
 
 SHARE = 0.7
@@ -28,7 +28,7 @@ WINDOWS = 16
 LOGIT_ROWS = 256
 
 
-def some_windows(batches: Sequence[Tensor]) -> list[Tensor]:
+def curvature_windows(batches: Sequence[Tensor]) -> list[Tensor]:
     """The first windows of each of the batches `(B, T)`, as many as the average is taken over."""
     return [batch[: -(-WINDOWS // len(batches))] for batch in batches]
 
@@ -86,8 +86,8 @@ def output_curvature(
     expected = torch.zeros(unembedding.shape[1], unembedding.shape[1], device=unembedding.device)
     tokens = 0
     decoder: Any = model.get_decoder()  # type: ignore[operator]
-    portions = Portions()
-    for done, windows in enumerate(some_windows(batches)):
+    portions = BatchSplitter()
+    for done, windows in enumerate(curvature_windows(batches)):
         if on_batches is not None:
             on_batches(done, len(batches))
         parts: list[Tensor] = []

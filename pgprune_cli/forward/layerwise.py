@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.forward.batch_splitting import Portions
+from pgprune_cli.forward.batch_splitting import BatchSplitter
 from pgprune_cli.model.prunable import Shape
 
 Watch = Mapping[tuple[str, ...], Callable[..., None]]
@@ -74,7 +74,7 @@ class Stream:
     layers: nn.ModuleList
     hidden: list[Tensor]
     calls: Calls
-    portions: Portions
+    portions: BatchSplitter
     position: int = 0
 
     def copy(self) -> Stream:
@@ -148,7 +148,7 @@ def layer_inputs(model: nn.Module, batches: Iterable[Tensor], storage: str | tor
     hidden = [calls.first_inputs(tokens).to(storage) for tokens in batches]
     if not hidden:
         raise ValueError("there is no calibration text to run")
-    return Stream(layers, hidden, calls, Portions())
+    return Stream(layers, hidden, calls, BatchSplitter())
 
 
 @contextmanager

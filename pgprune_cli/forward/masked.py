@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pgprune_cli.forward.batch_splitting import Portions
-from pgprune_cli.model.prunable import Block, Keep, Output, Outputs, Projection, Shape, gather_units
-from pgprune_cli.model.quantized import EightBitLinear, Int8Linear, Rows
+from pgprune_cli.forward.batch_splitting import BatchSplitter
+from pgprune_cli.model.prunable import Block, ModelMask, Output, Outputs, Projection, Shape, gather_units
+from pgprune_cli.model.quantized import Int8Linear, QuantizedLinear, Rows
 
 LOGIT_ROWS = 512
 """Positions whose logits exist at a time: of a 128k vocabulary 131 MB in bfloat16."""
@@ -95,9 +95,9 @@ class Evaluator:
         self.shape = Shape.of(model)
         self.layers = model.get_submodule(self.shape.spec.layers)
         self.input_device = model.get_input_embeddings().weight.device
-        self.portions = Portions()
+        self.portions = BatchSplitter()
 
-    def losses(self, keeps: Sequence[Keep], tokens: Tensor, outputs: Sequence[Outputs] | None = None) -> Tensor:
+    def losses(self, keeps: Sequence[ModelMask], tokens: Tensor, outputs: Sequence[Outputs] | None = None) -> Tensor:
         """Mean next-token loss on `tokens` `(B, T)` int64 under each of K decisions: `(K,)` float64, nats per token.
 
         `outputs` holds the repaired projections of each decision. A loss that overflows comes back as it is (inf or
@@ -110,7 +110,7 @@ class Evaluator:
             return torch.zeros(0, dtype=torch.float64)
         return torch.stack(results).cpu() / (tokens.shape[0] * (tokens.shape[1] - 1))
 
-    def _summed(self, keep: Keep, tokens: Tensor, outputs: Outputs) -> Tensor:
+    def _summed(self, keep: ModelMask, tokens: Tensor, outputs: Outputs) -> Tensor:
         """The loss of one decision over all predictions: a float64 scalar on the model's device."""
         parts: list[Tensor] = []
 
@@ -123,7 +123,7 @@ class Evaluator:
         return torch.stack(parts).double().sum()
 
     @contextmanager
-    def shrunk(self, keep: Keep, outputs: Outputs | None = None) -> Iterator[nn.Module]:
+    def shrunk(self, keep: ModelMask, outputs: Outputs | None = None) -> Iterator[nn.Module]:
         """The model, shrunk to `keep` inside the `with`, and dense again on every way out of it."""
         with ExitStack() as undo:
             for index, (layer, kept) in enumerate(zip(self.layers, keep, strict=True)):
@@ -153,7 +153,7 @@ def _sent(index: Tensor, device: torch.device) -> Tensor:
 
 
 def _kept_weight(linear: nn.Module, projection: Projection, kept: Tensor, units: int) -> Tensor | Rows:
-    if isinstance(linear, EightBitLinear):
+    if isinstance(linear, QuantizedLinear):
         return linear.gathered(projection.axis, kept, units)
     return gather_units(linear.weight.data, projection.axis, kept, units)
 
@@ -176,7 +176,7 @@ def _gathered(module: nn.Module, block: Block, mask: Tensor, output: Output | No
     undo: list[Callable[[], None]] = []
 
     def put(linear: nn.Module, key: str, value: Tensor | Rows) -> None:
-        if key == "weight" and isinstance(linear, EightBitLinear):
+        if key == "weight" and isinstance(linear, QuantizedLinear):
             undo.append(partial(setattr, linear, "kept", None))
             linear.kept = value
             return
@@ -193,7 +193,7 @@ def _gathered(module: nn.Module, block: Block, mask: Tensor, output: Output | No
             if output is not None and projection == block.output:
                 for key, value in zip(("weight", "bias"), output, strict=True):
                     if value is not None:
-                        dtype = linear.dtype if isinstance(linear, EightBitLinear) else linear.weight.dtype
+                        dtype = linear.dtype if isinstance(linear, QuantizedLinear) else linear.weight.dtype
                         put(linear, key, value.to(kept.device, dtype, non_blocking=True))
                 continue
             put(linear, "weight", _kept_weight(linear, projection, kept, len(mask)))

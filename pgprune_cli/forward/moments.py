@@ -47,7 +47,11 @@ class MomentCollector:
     def moments(self, name: str) -> Moments:
         """Of one block; the collector lets go of them."""
         sums = self.sums.pop(name)
-        return Moments(sums.second.div_(sums.weight), sums.first / sums.weight, sums.weight / self.tokens.pop(name))
+        return Moments(
+            sums.second.div_(sums.weight),
+            sums.first / sums.weight,
+            sums.weight / self.tokens.pop(name),
+        )
 
     def _add(self, name: str, residual: Tensor, inputs: Tensor) -> None:
         squares = residual.flatten(0, -2).float().square().mean(-1, keepdim=True)

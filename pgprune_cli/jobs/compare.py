@@ -23,10 +23,10 @@ from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.jobs.search import search
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.checkpoint import latest_checkpoint
-from pgprune_cli.run.layout import MEASURED_FILE, SCORES, TABLE_JSON, TABLE_MARKDOWN
+from pgprune_cli.run.layout import COMPARISON_RECORD, COMPARISON_TABLE, MEASURED_FILE, SCORES_FILE
 from pgprune_cli.run.lock import locked
 from pgprune_cli.run.resume import refuse_other_recipe
-from pgprune_cli.search.texts import refuse_unfit_weights
+from pgprune_cli.search.texts import refuse_weight_format
 from pgprune_cli.storage.atomic import write_bytes
 from pgprune_cli.storage.records import read_record, write_record
 
@@ -85,7 +85,7 @@ class Settings:
 
 def _differs(key: str, was: Any, now: Any) -> str:
     if key == "limit":
-        return f"--limit {was}"
+        return f"--max-windows {was}"
     if key == "dtype":
         return f"dtype {was}, not {now}"
     if key == "seqlen":
@@ -98,14 +98,14 @@ def _differs(key: str, was: Any, now: Any) -> str:
 
 def variants_of(recipe: Recipe) -> list[Variant]:
     """The rows for a recipe: the methods that it does not use itself, then from its metric alone to all of it."""
-    plain = replace(recipe, reconstruct=replace(recipe.reconstruct, method="none"))
-    units = replace(recipe.search, policy="units", samples=2, estimator="paper")
-    layers = replace(recipe.search, policy="layers")
-    nothing = replace(units, forwards=0)
+    plain = replace(recipe, repair=replace(recipe.repair, method="none"))
+    units = replace(recipe.search, policy="units", masks_per_step=2, estimator="paper")
+    layers = replace(recipe.search, policy="widths")
+    nothing = replace(units, forward_passes=0)
 
-    def of(base: Recipe, settings: Any, metric: Any = recipe.saliency.metric, scope: Any = None) -> Recipe:
+    def of(base: Recipe, settings: Any, metric: Any = recipe.scores.metric, scope: Any = None) -> Recipe:
         budget = replace(base.budget, scope=scope or base.budget.scope)
-        return replace(base, search=settings, saliency=replace(base.saliency, metric=metric), budget=budget)
+        return replace(base, search=settings, scores=replace(base.scores, metric=metric), budget=budget)
 
     def method(name: str, shows: str, metric: str, base: Recipe = plain) -> list[Variant]:
         """A method of the field that only scores, with the same width in every layer and with widths as they come."""
@@ -115,8 +115,8 @@ def variants_of(recipe: Recipe) -> list[Variant]:
             Variant(name, f"{shows}, widths as they come", of(base, nothing, metric), seeded),
         ]
 
-    with_bias = replace(recipe, reconstruct=replace(recipe.reconstruct, method="bias"))
-    updated = replace(recipe, reconstruct=replace(recipe.reconstruct, method="least-squares"))
+    with_bias = replace(recipe, repair=replace(recipe.repair, method="bias"))
+    updated = replace(recipe, repair=replace(recipe.repair, method="least-squares"))
     methods = [
         *method("random", "a random choice", "random"),
         *method("magnitude", "sum of squared weights", "magnitude"),
@@ -125,19 +125,24 @@ def variants_of(recipe: Recipe) -> list[Variant]:
         *method("llm-pruner", "LLM-Pruner's Taylor scores, with a backward pass", "taylor"),
         *method("sparsegpt", "SparseGPT on units, with its updates", "obs", updated),
     ]
-    metric = recipe.saliency.metric
+    metric = recipe.scores.metric
     ablation = [
         Variant("metric-uniform", f"{metric} only, all layers alike", of(plain, nothing, scope="per-layer"), False),
         Variant("metric", f"{metric} only, widths as they come", of(plain, nothing), False),
         Variant("metric-uniform-repaired", "metric-uniform, repaired", of(recipe, nothing, scope="per-layer"), False),
         Variant("metric-repaired", "metric, repaired", of(recipe, nothing), False),
-        Variant("curves-repaired", "widths by repaired error alone", of(recipe, replace(layers, forwards=0)), False),
+        Variant(
+            "error-widths-repaired",
+            "widths by repaired error alone",
+            of(recipe, replace(layers, forward_passes=0)),
+            False,
+        ),
         Variant("random-start", "the paper's search from a random start", of(plain, units, "random"), True),
         Variant("uniform-start", "the paper's search from a uniform start", of(plain, units, "uniform"), True),
         Variant("metric-start", "the paper's search from the metric", of(plain, units), True),
         Variant("metric-start-repaired", "metric-start, repaired", of(recipe, units), True),
-        Variant("layers", "search over widths, without repair", of(plain, layers), True),
-        Variant("layers-repaired", "search over widths, with repair", of(recipe, layers), True),
+        Variant("widths", "search over widths, without repair", of(plain, layers), True),
+        Variant("widths-repaired", "search over widths, with repair", of(recipe, layers), True),
     ]
     known = [variant.recipe for variant in ablation]  # of the metrics, the recipe's own has its rows there
     return [*(variant for variant in methods if variant.recipe not in known), *ablation]
@@ -173,7 +178,7 @@ def compare(
     variants, wanted = variants_of(recipe), _wanted(recipe, only)
     settings = Settings.of(recipe, limit)  # its texts are looked for before hours of search
     for variant in wanted:
-        refuse_unfit_weights(variant.recipe)
+        refuse_weight_format(variant.recipe)
     table: dict[str, Any] = {"model": recipe.model, "sparsity": recipe.budget.sparsity, "limit": limit}
     with locked(out):
         rows = _earlier_rows(recipe, out, variants) | {"dense": _dense(recipe, out, settings, quiet)}
@@ -183,19 +188,21 @@ def compare(
                 runs.append(_one(variant, replace(variant.recipe, seed=seed), out, settings, quiet))
                 rows[variant.name] = {"name": variant.name, "shows": variant.shows, "runs": runs, "mean": _mean(runs)}
                 table["rows"] = [rows[name] for name in ("dense", *(each.name for each in variants)) if name in rows]
-                write_record(out / TABLE_JSON, table)
-                write_bytes(out / TABLE_MARKDOWN, markdown(table).encode())
+                write_record(out / COMPARISON_RECORD, table)
+                write_bytes(out / COMPARISON_TABLE, markdown(table).encode())
     return table
 
 
 def _earlier_rows(recipe: Recipe, out: Path, variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
     """The rows that earlier calls put into the table in `out`, by name. Raises UserError for another comparison's."""
-    if not (out / TABLE_JSON).exists():
+    if not (out / COMPARISON_RECORD).exists():
         return {}
-    before = read_record(out / TABLE_JSON)
+    before = read_record(out / COMPARISON_RECORD)
     for key, value in {"model": recipe.model, "sparsity": recipe.budget.sparsity}.items():
         if before.get(key) != value:
-            raise UserError(f"{out / TABLE_JSON}: its {key} is {before.get(key)}, not {value}; give another --out")
+            raise UserError(
+                f"{out / COMPARISON_RECORD}: its {key} is {before.get(key)}, not {value}; give another --out"
+            )
     rows = {row["name"]: row for row in before["rows"]}
     for variant in variants:
         for run in rows.get(variant.name, {"runs": []})["runs"]:
@@ -212,7 +219,7 @@ def _dense(recipe: Recipe, out: Path, settings: Settings, quiet: bool) -> dict[s
     if not record.exists():
         target = replace(open_target(recipe.model, recipe.dtype, recipe.device, quiet), evaluation=recipe.evaluation)
         settings.write(record, _perplexities(target, recipe, settings.limit, quiet))
-    run = settings.read(record) | {"seed": None, "forwards": 0, "calibration_forwards": 0, "seconds": 0.0}
+    run = settings.read(record) | {"seed": None, "forward_passes": 0, "calibration_forward_passes": 0, "seconds": 0.0}
     return {"name": "dense", "shows": "the model as it is", "runs": [run], "mean": _mean([run])}
 
 
@@ -231,20 +238,23 @@ def _one(variant: Variant, recipe: Recipe, out: Path, settings: Settings, quiet:
     seconds = before + time.monotonic() - began
     target = open_target(str(run), None, None, quiet)
     measured = _perplexities(target, recipe, settings.limit, quiet)
-    spent = {"forwards": decision.forwards, "calibration_forwards": decision.calibration_forwards}
+    spent = {
+        "forward_passes": decision.forward_passes,
+        "calibration_forward_passes": decision.calibration_forward_passes,
+    }
     settings.write(record, measured | spent | {"seconds": seconds, "seed": recipe.seed})
     return settings.read(record)
 
 
 def _share_scores(recipe: Recipe, run: Path, out: Path, quiet: bool) -> None:
     """Scores of one metric serve all variants that start from it; those of a random one belong to a seed."""
-    if (run / SCORES).exists():
+    if (run / SCORES_FILE).exists():
         return
-    metric = recipe.saliency.metric
+    metric = recipe.scores.metric
     kept = out / "scores" / (f"{metric}-{recipe.seed}" if metric == "random" else metric)
-    if not (kept / SCORES).exists():
+    if not (kept / SCORES_FILE).exists():
         init_scores(recipe, kept, quiet)
-    write_bytes(run / SCORES, (kept / SCORES).read_bytes())
+    write_bytes(run / SCORES_FILE, (kept / SCORES_FILE).read_bytes())
 
 
 def _seconds_so_far(run: Path) -> float:
@@ -262,8 +272,8 @@ def _mean(runs: list[dict[str, Any]]) -> dict[str, Any]:
     columns = zip(*(run["perplexity"] for run in runs), strict=True)
     return {
         "perplexity": [cells[0] | {"ppl": statistics.fmean(cell["ppl"] for cell in cells)} for cells in columns],
-        "forwards": statistics.fmean(run["forwards"] for run in runs),
-        "calibration_forwards": statistics.fmean(run["calibration_forwards"] for run in runs),
+        "forward_passes": statistics.fmean(run["forward_passes"] for run in runs),
+        "calibration_forward_passes": statistics.fmean(run["calibration_forward_passes"] for run in runs),
         "seconds": statistics.fmean(run["seconds"] for run in runs),
     }
 
@@ -278,8 +288,14 @@ def cells(table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             each = [f"{run['perplexity'][place]['ppl']:,.2f}" for run in row["runs"]]
             line.append(f"{cell['ppl']:,.2f}" + (f" ({', '.join(each)})" if len(each) > 1 else ""))
         mean = row["mean"]
-        rows.append([*line, f"{mean['forwards']:.0f} + {mean['calibration_forwards']:.0f}", f"{mean['seconds']:,.0f}"])
-    return ["variant", "what it shows", *lengths, "forwards: search + calibration", "seconds"], rows
+        rows.append(
+            [
+                *line,
+                f"{mean['forward_passes']:.0f} + {mean['calibration_forward_passes']:.0f}",
+                f"{mean['seconds']:,.0f}",
+            ]
+        )
+    return ["variant", "what it shows", *lengths, "forward passes: search + calibration", "seconds"], rows
 
 
 def markdown(table: dict[str, Any]) -> str:

@@ -171,10 +171,10 @@ class _Weights:
 
 def _model(recipe: Recipe) -> Iterator[Finding]:
     from pgprune_cli.model.loading import check_prunable, devices_of
-    from pgprune_cli.search.texts import refuse_unfit_weights
+    from pgprune_cli.search.texts import refuse_weight_format
 
     try:
-        refuse_unfit_weights(recipe)
+        refuse_weight_format(recipe)
         devices = devices_of(recipe.device)
         source = _local(recipe.model)
         if source is not None:
@@ -186,14 +186,14 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
     where = "here" if source else f"on the hub, {_gb(weights.stored)} to download"
     yield Finding("model", f"{recipe.model}, {weights.parameters / 1e6:,.0f} million parameters, {where}")
     kept_in, needed = f"dtype {recipe.dtype}", weights.parameters * BYTES.get(recipe.dtype, 0) or weights.stored
-    if recipe.weights != "dtype":
-        kept_in, needed = recipe.weights, weights.parameters
+    if recipe.weight_format != "full":
+        kept_in, needed = recipe.weight_format, weights.parameters
     free = sum(_free_memory(str(device)) for device in devices)
     found = f"the weights in {kept_in} take {_gb(needed)} of {_gb(free)} on {recipe.device}; a search takes more"
     ways = "take a smaller model, dtype bfloat16, weights int8, or several devices (device: cuda:0,cuda:1)"
     fix = ways if needed > free else ""
     yield Finding("memory", found, fix)
-    if recipe.weights == "fp8":
+    if recipe.weight_format == "fp8":
         yield _fp8(recipe, devices)
 
 

@@ -9,15 +9,15 @@ import torch
 
 from pgprune_cli.console.progress import working
 from pgprune_cli.estimate.flops import flops, seconds
-from pgprune_cli.estimate.matmul_rate import matrix_rate
+from pgprune_cli.estimate.matmul_rate import matmul_rate
 from pgprune_cli.estimate.memory import memory
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.model.loading import devices_of, empty_model
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.search.texts import (
-    calibration_forwards,
+    calibration_forward_passes,
     empty_text,
-    refuse_unfit_weights,
+    refuse_weight_format,
     repair_batches,
     scoring_batches,
 )
@@ -34,16 +34,16 @@ def estimate(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
 
     Raises UserError for a model whose config is not to be had or cannot be pruned, and for a device that is not there.
     """
-    refuse_unfit_weights(recipe)
+    refuse_weight_format(recipe)
     devices = devices_of(recipe.device)
     device = devices[0]
-    sizes = Sizes(empty_model(recipe.model, recipe.dtype, recipe.weights), recipe)
+    sizes = Sizes(empty_model(recipe.model, recipe.dtype, recipe.weight_format), recipe)
     text = empty_text(recipe)
     step = text.search[: recipe.calibration.batch]
     texts = Texts(scoring_batches(recipe, text), repair_batches(recipe, text), step, text.heldout)
     parts = flops(sizes, texts)
     with working(f"measuring matrix products on {device}", quiet):
-        rates = {dtype: matrix_rate(device, dtype) for part in parts.values() for dtype in part}
+        rates = {dtype: matmul_rate(device, dtype) for part in parts.values() for dtype in part}
     needed = memory(sizes, texts)
     schedule = recipe.search
     return {
@@ -52,9 +52,9 @@ def estimate(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
         "dtype": _name(sizes.dtype),
         "device": _of_all(devices),
         "memory": vars(needed) | {"device": needed.device, "host": needed.host},
-        "forwards": {
-            "search": schedule.steps * schedule.samples,
-            "calibration": calibration_forwards(recipe, text),
+        "forward_passes": {
+            "search": schedule.steps * schedule.masks_per_step,
+            "calibration": calibration_forward_passes(recipe, text),
             "tokens": step.numel(),
         },
         "flops": {name: {_name(dtype): count for dtype, count in part.items()} for name, part in parts.items()},

@@ -22,12 +22,12 @@ from pgprune_cli.data.windows import spread
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.forward.masked import Evaluator, summed_loss
 from pgprune_cli.model.loading import load_model, load_tokenizer
-from pgprune_cli.model.prunable import Keep, Outputs, Shape
+from pgprune_cli.model.prunable import ModelMask, Outputs, Shape
 from pgprune_cli.model.source import Source, resolve
 from pgprune_cli.recipe.reader import UnknownKeys, load, parse
 from pgprune_cli.recipe.schema import Evaluation, name_and_text
 from pgprune_cli.run.decision import Decision, read_origin
-from pgprune_cli.run.layout import EVALUATION_FILE, RECIPE_FILE, RECORD, is_run
+from pgprune_cli.run.layout import DECISION_RECORD, EVALUATION_FILE, RECIPE_FILE, is_run
 from pgprune_cli.run.provenance import note
 from pgprune_cli.storage.records import read_record, write_record
 
@@ -68,7 +68,7 @@ class Target:
     name: str
     source: Source
     model: nn.Module
-    keep: Keep | None
+    keep: ModelMask | None
     outputs: Outputs
     evaluation: Evaluation
     """What the recipe says to evaluate, of a run directory or of a model exported from one; else the defaults."""
@@ -90,7 +90,7 @@ class Target:
         if self.keep is not None:
             shape = Shape.of(self.model)
             for index, layer in enumerate(self.keep):
-                total -= int((~layer.attention).sum()) * shape.group_parameters[index]
+                total -= int((~layer.attention).sum()) * shape.kv_head_parameters[index]
                 total -= int((~layer.ffn).sum()) * shape.channel_parameters[index]
         return total
 
@@ -104,7 +104,7 @@ def open_target(
     UserError for what is damaged or not there.
     """
     run = Path(name)
-    keep: Keep | None = None
+    keep: ModelMask | None = None
     outputs: Outputs = {}
     base: str | None
     if is_run(run):
@@ -132,11 +132,11 @@ def _of_export(source: Source, quiet: bool) -> tuple[Evaluation, str | None]:
     if origin is None:
         return Evaluation(), None
     try:
-        return parse(origin.recipe, f"{source.directory / RECORD}: its recipe").evaluation, origin.model
+        return parse(origin.recipe, f"{source.directory / DECISION_RECORD}: its recipe").evaluation, origin.model
     except UnknownKeys:
         if not quiet:
             said = "its recipe is of another pgprune, and what it says to evaluate is not known: the defaults are taken"
-            print(f"{source.directory / RECORD}: {said}", file=STDERR)
+            print(f"{source.directory / DECISION_RECORD}: {said}", file=STDERR)
         return Evaluation(), origin.model
 
 

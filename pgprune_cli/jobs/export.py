@@ -34,13 +34,18 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 
 def options_of(
-    format: str, dtype: str | None, shard_size: str | None, zero_groups: bool, kv_multiple: int, ffn_multiple: int
+    format: str,
+    dtype: str | None,
+    shard_size: str | None,
+    pad_empty_attention: bool,
+    kv_multiple: int,
+    ffn_multiple: int,
 ) -> Options:
     """The options as the command line gives them. Raises UserError for what the format does not have."""
     known = FORMATS[format]
     if dtype is not None and dtype not in known.dtypes:
         raise UserError(f"--dtype {dtype}: expected {', '.join(known.dtypes)} with --format {format}")
-    needs = Needs("every" if zero_groups else "any", kv_multiple=kv_multiple, ffn_multiple=ffn_multiple)
+    needs = Needs("every" if pad_empty_attention else "any", kv_multiple=kv_multiple, ffn_multiple=ffn_multiple)
     if shard_size is None:
         return Options(needs, dtype)
     if known.suffix:

@@ -22,10 +22,10 @@ def init_scores(recipe: Recipe, run: Path, quiet: bool = False) -> Scores:
     with locked(run):
         source = resolve(recipe.model)
         text = None
-        if recipe.saliency.metric in CALIBRATED:
+        if recipe.scores.metric in CALIBRATED:
             text = load_text(recipe, source, quiet)
         with working(f"loading {recipe.model}", quiet):
-            model = load_model(source, recipe.dtype, recipe.device, recipe.weights)
+            model = load_model(source, recipe.dtype, recipe.device, recipe.weight_format)
         scores = compute_scores(recipe, source, model, text, quiet, Ranks())
         note(run)  # before the scores: who finds those does not come here again
         scores.save(run)

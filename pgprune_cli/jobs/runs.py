@@ -10,10 +10,10 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.recipe.reader import load
 from pgprune_cli.run.evaluation import read_measured
 from pgprune_cli.run.layout import (
-    MASKS,
+    DECISION_MASKS,
+    DECISION_RECORD,
     METRICS_FILE,
     RECIPE_FILE,
-    RECORD,
     run_directories,
 )
 from pgprune_cli.storage.records import read_json
@@ -39,8 +39,8 @@ def _row(run: Path) -> dict[str, Any]:
             step = _steps_done(run / METRICS_FILE)
             row |= {"state": "searching", "model": recipe.model, "target": recipe.budget.sparsity}
             row |= {"step": step, "steps": recipe.search.steps}
-        if (run / RECORD).exists() and (run / MASKS).exists():
-            record = read_json(run / RECORD)
+        if (run / DECISION_RECORD).exists() and (run / DECISION_MASKS).exists():
+            record = read_json(run / DECISION_RECORD)
             row |= {"state": "finished", "sparsity": record["sparsity"], "heldout_loss": record["heldout_loss"]}
         row["perplexity"] = (read_measured(run) or {"perplexity": []})["perplexity"]
     except (UserError, KeyError, ValueError) as error:

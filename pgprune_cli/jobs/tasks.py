@@ -76,7 +76,7 @@ def measure_tasks(
 ) -> list[dict[str, Any]]:
     """Every metric of every task, as the rows that `--json` prints; of a group, its own where it has any.
 
-    `limit`: only the first so many items of each task, as the harness's own `--limit`. `stderr` is the standard error
+    `limit`: only the first so many items of each task, as the harness's own `--max-windows`. `stderr` is the standard error
     over the items, None where the harness has none.
     """
     from lm_eval.evaluator import evaluate

@@ -10,25 +10,25 @@ from pathlib import Path
 from torch import Tensor
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.export import checksums as sums
-from pgprune_cli.export import gguf_checksum as gguf_seal
+from pgprune_cli.export import checksums as checksums
+from pgprune_cli.export import gguf_checksum as gguf_checksum
 from pgprune_cli.recipe.reader import load
 from pgprune_cli.recipe.strict_yaml import one_line
 from pgprune_cli.run import checkpoint
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.history import refuse_other_history
 from pgprune_cli.run.layout import (
-    CHECKPOINTS,
-    COSTS,
+    CHECKPOINTS_FOLDER,
+    COMPARISON_RECORD,
+    COSTS_FILE,
+    DECISION_MASKS,
+    DECISION_RECORD,
     EVALUATION_FILE,
-    MASKS,
     MEASURED_FILE,
     METRICS_FILE,
     RECIPE_FILE,
-    RECORD,
-    REPAIR,
-    SCORES,
-    TABLE_JSON,
+    REPAIR_FILE,
+    SCORES_FILE,
 )
 from pgprune_cli.run.resume import refuse_other_decision
 from pgprune_cli.run.scores import Scores
@@ -55,16 +55,16 @@ class Verdict:
 def verify(path: Path) -> Verdict:
     """Looks at every byte of `path`. Raises UserError for what pgprune did not write."""
     path = path.expanduser()
-    path = path.parent if path.name in (checkpoint.RECORD, checkpoint.TENSORS) else path
+    path = path.parent if path.name in (checkpoint.DECISION_RECORD, checkpoint.TENSORS) else path
     for kind, is_one, faults in KINDS:
         if is_one(path):
             return Verdict(str(path), kind, [], list(_lines(faults(path))))
     if any((path / part).exists() for part in RUN):
         return _run(path)
-    if (path / TABLE_JSON).exists():
+    if (path / COMPARISON_RECORD).exists():
         return _comparison(path)
     raise UserError(
-        f"{path}: not of pgprune, which writes {SCORES}, {RECORD}, checkpoints, run directories and exported models"
+        f"{path}: not of pgprune, which writes {SCORES_FILE}, {DECISION_RECORD}, checkpoints, run directories and exported models"
     )
 
 
@@ -89,12 +89,12 @@ def _scores(run: Path) -> Faults:
     layers = len(tensors) // 2
     wanted = {f"layers.{index}.{block}" for index in range(layers) for block in ("attention", "ffn")}
     if wanted != set(tensors) or any(values.dim() != 1 for values in tensors.values()):
-        yield f"{run / SCORES}: not one list of scores for the attention and the ffn of every layer"
-    yield from (f"{run / SCORES}: {name} holds NaN or infinity" for name in _not_finite(tensors.items()))
+        yield f"{run / SCORES_FILE}: not one list of scores for the attention and the ffn of every layer"
+    yield from (f"{run / SCORES_FILE}: {name} holds NaN or infinity" for name in _not_finite(tensors.items()))
 
 
 def _checkpoints(run: Path) -> Faults:
-    folders = sorted((run / CHECKPOINTS).glob("step-*"))
+    folders = sorted((run / CHECKPOINTS_FOLDER).glob("step-*"))
     for index, folder in enumerate(folders):
         yield from _lines(_checkpoint(folder, folders[:index], run))
 
@@ -117,11 +117,11 @@ def _metrics(run: Path) -> Faults:
 
 
 def _costs(run: Path) -> Faults:
-    record = read_record(run / COSTS)
+    record = read_record(run / COSTS_FILE)
     for family in ("attention", "ffn"):
         values = record.get(family)
         if not isinstance(values, list) or not values or not all(type(value) is int and value > 0 for value in values):
-            yield f"{run / COSTS}: {family} is no list of nanoseconds a unit"
+            yield f"{run / COSTS_FILE}: {family} is no list of nanoseconds a unit"
 
 
 def _decision(run: Path) -> Faults:
@@ -130,17 +130,17 @@ def _decision(run: Path) -> Faults:
     for (index, block), output in decision.outputs.items():
         kept = int(decision.keep[index].of(block).sum()) if index < len(decision.keep) else 0
         if output.weight.dim() != 2 or not kept or output.weight.shape[1] % kept:
-            yield f"{run / REPAIR}: layers.{index}.{block} does not fit the {kept} units that stay there"
+            yield f"{run / REPAIR_FILE}: layers.{index}.{block} does not fit the {kept} units that stay there"
         elif any(
             _not_finite((part, value) for part, value in zip(("w", "b"), output, strict=True) if value is not None)
         ):
-            yield f"{run / REPAIR}: layers.{index}.{block} holds NaN or infinity"
-    if (run / SCORES).exists() and not list(_lines(_scores(run))):
+            yield f"{run / REPAIR_FILE}: layers.{index}.{block} holds NaN or infinity"
+    if (run / SCORES_FILE).exists() and not list(_lines(_scores(run))):
         scores = Scores.load(run)
         sizes = [len(values) for layer in decision.keep for values in (layer.attention, layer.ffn)]
         scored = [len(scores.tensors[f"layers.{i // 2}.{('attention', 'ffn')[i % 2]}"]) for i in range(len(sizes))]
         if scores.fingerprint != decision.fingerprint or sizes != scored:
-            yield f"{run}: {SCORES} and {RECORD} are of two models"
+            yield f"{run}: {SCORES_FILE} and {DECISION_RECORD} are of two models"
 
 
 def _of_this_run(run: Path, decision: Decision) -> Faults:
@@ -163,11 +163,11 @@ def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
 
 RUN: dict[str, Callable[[Path], Faults]] = {
     RECIPE_FILE: _recipe,
-    SCORES: _scores,
-    CHECKPOINTS: _checkpoints,
+    SCORES_FILE: _scores,
+    CHECKPOINTS_FOLDER: _checkpoints,
     METRICS_FILE: _metrics,
-    COSTS: _costs,
-    RECORD: _decision,
+    COSTS_FILE: _costs,
+    DECISION_RECORD: _decision,
     EVALUATION_FILE: _object(EVALUATION_FILE),
     MEASURED_FILE: _object(MEASURED_FILE),
 }
@@ -181,34 +181,46 @@ def _run(run: Path) -> Verdict:
 
 def _comparison(out: Path) -> Verdict:
     """A directory of `pgprune compare`: its table, and every run below it."""
-    runs = sorted({path.parent for part in (RECIPE_FILE, SCORES, MEASURED_FILE) for path in out.rglob(part)})
-    faults = [*_lines(_object(TABLE_JSON)(out)), *(line for run in runs for line in _run(run).faults)]
-    return Verdict(str(out), "comparison", [TABLE_JSON, *(run.relative_to(out).as_posix() for run in runs)], faults)
+    runs = sorted({path.parent for part in (RECIPE_FILE, SCORES_FILE, MEASURED_FILE) for path in out.rglob(part)})
+    faults = [*_lines(_object(COMPARISON_RECORD)(out)), *(line for run in runs for line in _run(run).faults)]
+    return Verdict(
+        str(out), "comparison", [COMPARISON_RECORD, *(run.relative_to(out).as_posix() for run in runs)], faults
+    )
 
 
 # --- what can be looked at by itself: kind, whether a path is one, its faults
 
-PARTS = (SCORES, METRICS_FILE, COSTS, EVALUATION_FILE, MEASURED_FILE)
+PARTS = (SCORES_FILE, METRICS_FILE, COSTS_FILE, EVALUATION_FILE, MEASURED_FILE)
 
 
 def _gguf(path: Path) -> Faults:
-    fault = gguf_seal.fault_of(path)
+    fault = gguf_checksum.fault_of(path)
     yield from [fault] if fault else []
 
 
 def _exported(path: Path) -> bool:
-    return (path / sums.SUMS).exists() or all((path / name).exists() for name in ("config.json", RECORD))
+    return (path / checksums.CHECKSUMS_FILE).exists() or all(
+        (path / name).exists() for name in ("config.json", DECISION_RECORD)
+    )
 
 
 KINDS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path], Faults]], ...] = (
-    ("model in a GGUF file", lambda path: path.is_file() and gguf_seal.is_sealed(path), _gguf),
-    ("model directory", _exported, sums.faults_of),
-    ("decision", lambda path: path.name in (RECORD, MASKS, REPAIR), lambda path: _decision(path.parent)),
+    ("model in a GGUF file", lambda path: path.is_file() and gguf_checksum.has_checksum(path), _gguf),
+    ("model directory", _exported, checksums.faults_of),
+    (
+        "decision",
+        lambda path: path.name in (DECISION_RECORD, DECISION_MASKS, REPAIR_FILE),
+        lambda path: _decision(path.parent),
+    ),
     ("part of a run", lambda path: path.name in PARTS and path.is_file(), lambda path: RUN[path.name](path.parent)),
-    ("comparison's table", lambda path: path.name == TABLE_JSON, lambda path: _object(TABLE_JSON)(path.parent)),
+    (
+        "comparison's table",
+        lambda path: path.name == COMPARISON_RECORD,
+        lambda path: _object(COMPARISON_RECORD)(path.parent),
+    ),
     (
         "checkpoint",
-        lambda path: any((path / name).exists() for name in (checkpoint.RECORD, checkpoint.TENSORS)),
+        lambda path: any((path / name).exists() for name in (checkpoint.DECISION_RECORD, checkpoint.TENSORS)),
         _checkpoint,
     ),
 )

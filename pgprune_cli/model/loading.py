@@ -21,11 +21,11 @@ from pgprune_cli.errors import UserError, in_short
 from pgprune_cli.model.devices import devices_of, enough, spread
 from pgprune_cli.model.gguf_header import read_header
 from pgprune_cli.model.prunable import spec_of
-from pgprune_cli.model.quantized import EightBitLinear, check_fp8, to_eight_bits
+from pgprune_cli.model.quantized import QuantizedLinear, check_fp8, quantize_projections
 from pgprune_cli.model.safety import check_directory, check_gguf
 from pgprune_cli.model.source import Source, resolve
 
-Weights = Literal["dtype", "int8", "fp8"]
+Weights = Literal["full", "int8", "fp8"]
 """What the prunable projections are kept in: the model's dtype, or one byte (eight_bit.py)."""
 
 HEAD = "lm_head.weight"
@@ -57,7 +57,7 @@ def check_prunable(source: Source) -> None:
         raise UserError(f"{source.name}: holds quantised weights, which cannot be cut; prune the original ones")
 
 
-def load_model(source: Source, dtype: str, device: str, weights: Weights = "dtype") -> nn.Module:
+def load_model(source: Source, dtype: str, device: str, weights: Weights = "full") -> nn.Module:
     """The model, ready for forward passes: eval mode, no gradients, in `dtype` ("auto": as stored) on `device`.
 
     `device` is auto (one GPU, or as many as the weights need, or the CPU where there is none), a torch device, or a
@@ -71,10 +71,10 @@ def load_model(source: Source, dtype: str, device: str, weights: Weights = "dtyp
     _refuse_sizes_beyond(source, empty)
     if device == "auto" and len(devices) > 1:
         devices = _as_many_as(empty, weights, devices)
-    if weights == "dtype":
+    if weights == "full":
         model = _read(source, dtype, devices)
     else:
-        model = _read_into_eight_bits(source, empty, devices, weights)
+        model = _read_quantized(source, empty, devices, weights)
     _refuse_what_is_not_finite(source, model)
     return model.eval().requires_grad_(False)
 
@@ -112,7 +112,7 @@ def _read(source: Source, dtype: str, devices: list[torch.device]) -> nn.Module:
     return model.to(devices[0]) if len(devices) == 1 else model
 
 
-def _read_into_eight_bits(
+def _read_quantized(
     source: Source, model: nn.Module, devices: list[torch.device], weights: Literal["int8", "fp8"]
 ) -> nn.Module:
     """Into an empty model, each tensor rounded on its device before the next is read; a GGUF file as a whole.
@@ -127,11 +127,11 @@ def _read_into_eight_bits(
             check_fp8(device, dtype)
     if source.gguf is not None:
         model = _read(source, str(dtype).removeprefix("torch."), [torch.device("cpu")])
-        to_eight_bits(model, weights)
+        quantize_projections(model, weights)
         return _placed(model, devices)
     tensors = dict(model.state_dict())
     places = _spread(model.config, devices)
-    to_eight_bits(model, weights)
+    quantize_projections(model, weights)
     found, misfits = set(), []
     for path in source.weight_files():
         with safe_open(path, framework="pt") as file:
@@ -178,7 +178,7 @@ def _fill(model: nn.Module, name: str, tensor: Tensor) -> None:
     """Puts a tensor of the files where an empty model has none yet."""
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
-    if isinstance(module, EightBitLinear) and key == "weight":
+    if isinstance(module, QuantizedLinear) and key == "weight":
         module.fill(tensor)
     else:
         setattr(module, key, nn.Parameter(tensor, requires_grad=False))
@@ -199,21 +199,21 @@ def _refuse_what_does_not_fit(
 
 def _as_many_as(empty: nn.Module, weights: Weights, devices: list[torch.device]) -> list[torch.device]:
     """Of the devices the first that the weights of an empty model need."""
-    if weights != "dtype":
+    if weights != "full":
         empty = copy.deepcopy(empty)
-        to_eight_bits(empty, weights)
+        quantize_projections(empty, weights)
     free = [torch.cuda.mem_get_info(one)[0] for one in devices]
     return devices[: enough(sum(parameter.nbytes for parameter in empty.parameters()), free)]
 
 
-def empty_model(name: str, dtype: str, weights: Weights = "dtype") -> nn.Module:
+def empty_model(name: str, dtype: str, weights: Weights = "full") -> nn.Module:
     """The model as `load_model` would load it, but on the meta device, without weights; "auto": as its config says.
 
     Of a model of the hub only the config is downloaded. Raises UserError where there is none that can be read.
     """
     model = _empty(resolve(name, weights=False), dtype)
-    if weights != "dtype":
-        to_eight_bits(model, weights)
+    if weights != "full":
+        quantize_projections(model, weights)
     return model
 
 

@@ -89,8 +89,8 @@ def spec_of(model_type: str) -> ArchSpec:
 
 
 @dataclass(frozen=True)
-class LayerKeep:
-    """What stays of one decoder layer: bool masks over its KV groups and its FFN channels, True = kept."""
+class LayerMask:
+    """What stays of one decoder layer: bool masks over its KV heads and its FFN channels, True = kept."""
 
     attention: Tensor
     ffn: Tensor
@@ -99,7 +99,7 @@ class LayerKeep:
         return self.attention if block == "attention" else self.ffn
 
 
-Keep = tuple[LayerKeep, ...]
+ModelMask = tuple[LayerMask, ...]
 """What stays of a model, layer by layer."""
 
 
@@ -116,7 +116,7 @@ Outputs = Mapping[tuple[int, str], Output]
 
 @dataclass(frozen=True)
 class UnitCosts:
-    """What one unit costs, layer by layer: a KV group, and an FFN channel. Whole numbers of whatever is counted."""
+    """What one unit costs, layer by layer: a KV head, and an FFN channel. Whole numbers of whatever is counted."""
 
     attention: tuple[int, ...]
     ffn: tuple[int, ...]
@@ -127,9 +127,9 @@ class Shape:
     """The sizes of a dense model that pruning needs: units of every layer and parameters of a unit."""
 
     spec: ArchSpec
-    kv_groups: tuple[int, ...]
+    kv_heads: tuple[int, ...]
     channels: tuple[int, ...]
-    group_parameters: tuple[int, ...]
+    kv_head_parameters: tuple[int, ...]
     channel_parameters: tuple[int, ...]
 
     @classmethod
@@ -149,7 +149,7 @@ class Shape:
 
     @property
     def parameters(self) -> UnitCosts:
-        return UnitCosts(self.group_parameters, self.channel_parameters)
+        return UnitCosts(self.kv_head_parameters, self.channel_parameters)
 
     def space(self, families: Sequence[str], costs: UnitCosts | None = None) -> MaskSpace:
         """The units of the named families (attention, ffn, attention-block, ffn-block, layer) with what they cost.
@@ -157,11 +157,11 @@ class Shape:
         In parameters, where `costs` says nothing else. A whole block or layer costs the sum of its units.
         """
         costs = costs or self.parameters
-        ones = (1,) * len(self.kv_groups)
-        whole_attention = tuple(n * c for n, c in zip(self.kv_groups, costs.attention, strict=True))
+        ones = (1,) * len(self.kv_heads)
+        whole_attention = tuple(n * c for n, c in zip(self.kv_heads, costs.attention, strict=True))
         whole_ffn = tuple(n * c for n, c in zip(self.channels, costs.ffn, strict=True))
         known = {
-            "attention": (self.kv_groups, costs.attention),
+            "attention": (self.kv_heads, costs.attention),
             "ffn": (self.channels, costs.ffn),
             "attention-block": (ones, whole_attention),
             "ffn-block": (ones, whole_ffn),
@@ -169,9 +169,9 @@ class Shape:
         }
         return MaskSpace(tuple(Family(name, *known[name]) for name in families))
 
-    def keep(self, space: MaskSpace, mask: Tensor) -> Keep:
+    def keep(self, space: MaskSpace, mask: Tensor) -> ModelMask:
         """A mask `(n,)` over the space's units as what stays of every layer; families not in the space stay whole."""
-        attention = [torch.ones(count, dtype=torch.bool) for count in self.kv_groups]
+        attention = [torch.ones(count, dtype=torch.bool) for count in self.kv_heads]
         ffn = [torch.ones(count, dtype=torch.bool) for count in self.channels]
         for family in space.families:
             for index, part in enumerate(space.per_layer(mask, family.name)):
@@ -179,7 +179,7 @@ class Shape:
                     attention[index] = attention[index] & part
                 if family.name in ("ffn", "ffn-block", "layer"):
                     ffn[index] = ffn[index] & part
-        return tuple(LayerKeep(a, f) for a, f in zip(attention, ffn, strict=True))
+        return tuple(LayerMask(a, f) for a, f in zip(attention, ffn, strict=True))
 
 
 def projections(spec: ArchSpec, layer: nn.Module) -> Iterator[tuple[str, Projection, nn.Linear]]:

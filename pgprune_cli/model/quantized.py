@@ -35,7 +35,7 @@ class Rows(NamedTuple):
     scale: Tensor
 
 
-class EightBitLinear(nn.Linear):
+class QuantizedLinear(nn.Linear):
     """A linear layer of `values` `(out, in)`, one byte each, every row of them times its `scale` `(out, 1)`.
 
     kept: what stands for the weight while a block is shrunk, `(out', in')`: rounded rows, or as it is multiplied, in
@@ -107,7 +107,7 @@ class EightBitLinear(nn.Linear):
         """The weight, in `dtype`."""
 
 
-class Int8Linear(EightBitLinear):
+class Int8Linear(QuantizedLinear):
     """Whole steps from −127 to 127; the scale is in the dtype that the weight is made in."""
 
     LARGEST = 127.0
@@ -125,7 +125,7 @@ class Int8Linear(EightBitLinear):
         return rows.values * rows.scale
 
 
-class Fp8Linear(EightBitLinear):
+class Fp8Linear(QuantizedLinear):
     """e4m3, its bits kept as int8, which every operator can gather; the scale is float32, as products want it."""
 
     LARGEST = torch.finfo(FP8).max
@@ -176,20 +176,22 @@ def fp8_product(inputs: Tensor, values: Tensor, scale: Tensor) -> Tensor:
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
     """Raises UserError where there are no products of fp8 matrices: with an older PyTorch, or on a chip without."""
     if not hasattr(functional, "scaled_mm"):
-        raise UserError(f"weights: fp8 needs a newer PyTorch than {torch.__version__}, or set weights to int8")
+        raise UserError(
+            f"weight_format: fp8 needs a newer PyTorch than {torch.__version__}, or set weight_format to int8"
+        )
     some = torch.zeros(ALIGNED, ALIGNED, dtype=torch.int8, device=device)
     try:
         fp8_product(some.to(dtype), some, some[:, :1].float())
     except (RuntimeError, ValueError) as error:  # no such kernel; sizes, layouts or scales that it does not take
-        ways = "set weights to int8 or dtype"
+        ways = "set weight_format to int8 or dtype"
         if dtype != torch.bfloat16:  # in which most chips have them, if any
             ways = f"set dtype to bfloat16, or {ways.removeprefix('set ')}"
         raise UserError(
-            f"weights: {device} multiplies no fp8 in {str(dtype).removeprefix('torch.')}; {ways} ({in_short(error)})"
+            f"weight_format: {device} multiplies no fp8 in {str(dtype).removeprefix('torch.')}; {ways} ({in_short(error)})"
         ) from error
 
 
-def to_eight_bits(model: nn.Module, weights: Literal["int8", "fp8"]) -> None:
+def quantize_projections(model: nn.Module, weights: Literal["int8", "fp8"]) -> None:
     """Replaces the prunable projections, one after another, so that no two of them exist in both forms.
 
     What is left in its dtype: embedding, head, norms and biases. A model on the meta device will do.

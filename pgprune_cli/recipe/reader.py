@@ -44,7 +44,7 @@ _REQUIRED = [key for key, _, required in _walk(Recipe) if required]
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, what it extends, and then `overrides` ("search.forwards=200", YAML; the last one wins).
+    """Read a recipe, what it extends, and then `overrides` ("search.forward_passes=200", YAML; the last one wins).
 
     Raises:
         UserError: with every fault found, a line each; a fault in a value that is overridden counts too.
@@ -196,7 +196,9 @@ class _Reader:
     def override(self, text: str) -> None:
         key, equals, value = text.partition("=")
         if not equals or key.strip() == "extends":
-            return self.fault(f"--set {text}: expected KEY=VALUE with a recipe's key, such as search.forwards=200")
+            return self.fault(
+                f"--set {text}: expected KEY=VALUE with a recipe's key, such as search.forward_passes=200"
+            )
         try:
             node = compose(value, lambda _: f"--set {text}") or yaml.ScalarNode("tag:yaml.org,2002:null", "")
         except UserError as error:
@@ -239,21 +241,21 @@ def _build(section: Any, values: dict[str, Any], prefix: str = "") -> Any:
 def _contradictions(recipe: Recipe) -> list[str]:
     """What no model could satisfy, though every key for itself is sound."""
     budget, families, found = recipe.budget, recipe.units.families, []
-    if budget.of == "kv-cache" and (ffn := [name for name in families if name in ("ffn", "ffn-block")]):
+    if budget.measure == "kv-cache" and (ffn := [name for name in families if name in ("ffn", "ffn-block")]):
         attention = [name for name in families if name not in ffn] or ["attention"]
         found.append(
-            f"budget.of: the family {ffn[0]} has no KV cache, so a budget of it cannot say how much of that goes; "
+            f"budget.measure: the family {ffn[0]} has no KV cache, so a budget of it cannot say how much of that goes; "
             f"set units.families to [{', '.join(attention)}]"
         )
-    if budget.keep_at_least:
+    if budget.min_keep:
         if whole := [name for name in families if name not in ("attention", "ffn")]:
             found.append(
-                f"budget.keep_at_least: {whole[0]} is one unit a layer, and a part of it would be all of it; "
+                f"budget.min_keep: {whole[0]} is one unit a layer, and a part of it would be all of it; "
                 "leave the key at 0"
             )
-        elif budget.keep_at_least + budget.sparsity > 1 + 1e-9:
+        elif budget.min_keep + budget.sparsity > 1 + 1e-9:
             found.append(
-                f"budget.keep_at_least: {budget.keep_at_least} of every layer is more than budget.sparsity "
+                f"budget.min_keep: {budget.min_keep} of every layer is more than budget.sparsity "
                 f"{budget.sparsity} leaves; lower one of them"
             )
     return found
@@ -266,7 +268,7 @@ def shipped_folder() -> Path:
 
 
 def _unknown(key: str) -> str:
-    """The nearest key goes by its last name, wherever it lives: "forwards" at the top means search.forwards.
+    """The nearest key goes by its last name, wherever it lives: "forward_passes" at the top means search.forward_passes.
 
     One of the same section comes first, and alone where no other section has a nearer one.
     """

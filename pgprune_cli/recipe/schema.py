@@ -78,7 +78,7 @@ class Calibration:
     """The text the search measures losses on."""
 
     corpus: str  # a corpus name, or a file
-    sequences: Count = 120_000  # at most this many windows are searched over
+    windows: Count = 120_000  # at most this many windows are searched over
     seqlen: Length = 128  # tokens a window
     batch: Count = 8  # windows a step
     heldout: Count = 32  # windows set aside to judge the hard mask, never searched on
@@ -86,7 +86,7 @@ class Calibration:
 
 @dataclass(frozen=True, kw_only=True)
 class Units:
-    """What is kept or removed as a whole: KV groups, FFN channels, sub-layers or decoder layers."""
+    """What is kept or removed as a whole: KV heads, FFN channels, sub-layers or decoder layers."""
 
     families: Annotated[tuple[Family, ...], _disjoint] = ("attention", "ffn")
 
@@ -96,37 +96,37 @@ class Budget:
     """How much goes: a fraction of what units cost, of all together, of each family or of each layer of a family."""
 
     sparsity: Fraction
-    of: Measure = "parameters"  # what sparsity is a fraction of; latency is measured on the device
+    measure: Measure = "parameters"  # what sparsity is a fraction of; latency is measured on the device
     scope: Literal["per-family", "global", "per-layer"] = "global"
     context: Annotated[int, Range(1, 2**20 + 1)] = 2048  # tokens at which FLOPs, KV-cache bytes and latency are counted
-    keep_at_least: Fraction = 0.0  # of the units of every layer and family
+    min_keep: Fraction = 0.0  # of the units of every layer and family
     ffn_multiple: Count = 1  # FFN widths are multiples of it, or a layer's whole width
 
 
 @dataclass(frozen=True, kw_only=True)
-class Saliency:
+class Scores:
     """The metric that seeds the policy, and the calibration text it reads."""
 
     metric: MetricName = "obs"
-    sequences: Count = 128
+    windows: Count = 128
     seqlen: Length = 1024  # tokens a window
 
 
 @dataclass(frozen=True, kw_only=True)
-class Policy:
-    """How the saliency becomes the starting theta."""
+class Start:
+    """How the scores becomes the starting theta."""
 
-    start: Literal["sigmap", "linear"] = "sigmap"
-    temperature: Positive = 1.0  # below 1 the start is surer of the saliency's order
+    mapping: Literal["sigmap", "linear"] = "sigmap"
+    temperature: Positive = 1.0  # below 1 the start is surer of the scores' order
 
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """The loop: `forwards` forward passes of one batch, `samples` of them a step."""
+    """The loop: `forward passes` forward passes of one batch, `samples` of them a step."""
 
-    policy: Literal["layers", "units"] = "layers"  # what is sampled: the layers' widths, or every unit by itself
-    forwards: Natural = 320
-    samples: Length = 16  # masks a step; they are compared with each other, so one is not enough
+    policy: Literal["widths", "units"] = "widths"  # what is sampled: the layers' widths, or every unit by itself
+    forward_passes: Natural = 320
+    masks_per_step: Length = 16  # masks a step; they are compared with each other, so one is not enough
     estimator: Literal["paper", "rloo"] = "rloo"  # this and the next two: of the units policy only
     learning_rate: Annotated[float, Range(0)] = 0.0  # 0: chosen by the number of steps
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -135,16 +135,16 @@ class Search:
 
     @property
     def steps(self) -> int:
-        """Updates of the policy; forwards that make no whole step are not spent."""
-        return self.forwards // self.samples
+        """Updates of the policy; forward passes that make no whole step are not spent."""
+        return self.forward_passes // self.masks_per_step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reconstruct:
+class Repair:
     """The closed-form repair of the kept weights of o and down, by forward passes only."""
 
     method: Literal["none", "bias", "least-squares", "least-squares-bias"] = "least-squares"
-    sequences: Count = 384  # windows of calibration.seqlen that it is fitted to
+    windows: Count = 384  # windows of calibration.seqlen that it is fitted to
     damping: Positive = 1e-3  # of the mean second moment; more keeps closer to the weights as they are
 
 
@@ -162,14 +162,14 @@ class Recipe:
 
     model: str  # a hub name, a directory, a GGUF file or its directory, or "demo"
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "bfloat16"
-    weights: Literal["dtype", "int8", "fp8"] = "dtype"  # what the layers' projections are kept in while it searches
+    weight_format: Literal["full", "int8", "fp8"] = "full"  # what the layers' projections are kept in while it searches
     device: Annotated[str, _device] = "auto"
     seed: Annotated[int, Range(0, 2**32)] = 0
     calibration: Calibration
     units: Units = Units()
     budget: Budget
-    saliency: Saliency = Saliency()
-    policy: Policy = Policy()
+    scores: Scores = Scores()
+    start: Start = Start()
     search: Search = Search()
-    reconstruct: Reconstruct = Reconstruct()
+    repair: Repair = Repair()
     evaluation: Evaluation = Evaluation()

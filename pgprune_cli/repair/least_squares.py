@@ -20,7 +20,7 @@ from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.forward.layerwise import layer_inputs
 from pgprune_cli.forward.masked import shrunk_block
 from pgprune_cli.forward.moments import Moments, observe_moments
-from pgprune_cli.model.prunable import Block, Keep, LayerKeep, Output, Outputs, Shape, inputs_of
+from pgprune_cli.model.prunable import Block, LayerMask, ModelMask, Output, Outputs, Shape, inputs_of
 from pgprune_cli.scores.obs import removal_order, units_a_round
 
 PASSES = 2
@@ -62,13 +62,13 @@ def compensated_output(weight: Tensor, bias: Tensor | None, moments: Moments, co
 class Repaired(NamedTuple):
     """What stays, and the output projections of every block that lost some but not all of its units."""
 
-    keep: Keep
+    keep: ModelMask
     outputs: Outputs
 
 
 def repair(
     model: nn.Module,
-    keep: Keep,
+    keep: ModelMask,
     batches: Sequence[Tensor],
     method: str,
     damping: float,
@@ -106,7 +106,7 @@ def repair(
                     del moments  # before those of the next block exist
                 undo.enter_context(shrunk_block(layer, name, block, masks[name], outputs.get((index, name))))
             stream.advance(index)
-        repaired.append(LayerKeep(**masks))
+        repaired.append(LayerMask(**masks))
         if on_layers is not None:
             on_layers(1)
     return Repaired(tuple(repaired), outputs)

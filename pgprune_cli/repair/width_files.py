@@ -20,9 +20,9 @@ from torch import Tensor, uint8
 
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.repair.width_table import BlockWidths
-from pgprune_cli.run.layout import WIDTHS
+from pgprune_cli.run.layout import WIDTHS_FOLDER
 from pgprune_cli.storage.atomic import write_bytes
-from pgprune_cli.storage.records import metadata, read_tensors, sealed
+from pgprune_cli.storage.records import metadata, read_tensors, with_checksum
 
 ABOUT = "pgprune"
 ERRORS, ORDER = "errors", "order"
@@ -34,7 +34,7 @@ def save_layer(run: Path, index: int, blocks: Mapping[str, BlockWidths], identit
     for name, block in blocks.items():
         tensors |= {f"{name}.{ERRORS}": block.errors, f"{name}.{ORDER}": block.order}
         tensors |= {f"{name}.{kept}": weight for kept, weight in block.weights.items()}
-    about = sealed({"identity": identity, "tensors_sha256": _digest(tensors)})
+    about = with_checksum({"identity": identity, "tensors_sha256": _digest(tensors)})
     write_bytes(_path(run, index), save(tensors, metadata={ABOUT: json.dumps(about)}))
 
 
@@ -47,7 +47,7 @@ def has_layer(run: Path, index: int, identity: str) -> bool:
         tensors, about = read_tensors(path), json.loads(metadata(path)[ABOUT])
     except (UserError, KeyError, ValueError):
         return False
-    return bool(about == sealed({"identity": identity, "tensors_sha256": _digest(tensors)}))
+    return bool(about == with_checksum({"identity": identity, "tensors_sha256": _digest(tensors)}))
 
 
 def load_layer(run: Path, index: int) -> dict[str, BlockWidths]:
@@ -73,14 +73,14 @@ def refuse_full_disk(run: Path, layers: int, needed: int) -> None:
     free = shutil.disk_usage(run).free
     if missing > free:
         raise RunError(
-            f"{run / WIDTHS}: the repaired projections of all widths need {missing / 1e9:.1f} GB there while the "
+            f"{run / WIDTHS_FOLDER}: the repaired projections of all widths need {missing / 1e9:.1f} GB there while the "
             f"search runs, and {free / 1e9:.1f} GB are free: make room, or give another place with --out"
         )
 
 
 def remove_widths(run: Path) -> None:
     """All of them: the search is finished. Raises OSError."""
-    folder = run / WIDTHS
+    folder = run / WIDTHS_FOLDER
     if folder.exists():
         for path in list(folder.iterdir()):
             path.unlink()
@@ -89,7 +89,7 @@ def remove_widths(run: Path) -> None:
 
 
 def _path(run: Path, index: int) -> Path:
-    return run / WIDTHS / f"layer-{index:05d}.safetensors"
+    return run / WIDTHS_FOLDER / f"layer-{index:05d}.safetensors"
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -2,7 +2,7 @@
 
 A search evaluates masks repaired, and a repair takes minutes. So each block of the dense model is solved once, as if it
 alone were cut, at every width of a grid: units go in the order of a metric, and with the kept units first in C one
-Cholesky factor serves all widths, that of a leading block being the leading block of the factor (reconstruct.py).
+Cholesky factor serves all widths, that of a leading block being the leading block of the factor (repair.py).
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pgprune_cli.core.space import MaskSpace
 from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.forward.layerwise import layer_inputs
 from pgprune_cli.forward.moments import MomentCollector, Moments
-from pgprune_cli.model.prunable import Keep, Output, Outputs, Shape, inputs_of
+from pgprune_cli.model.prunable import ModelMask, Output, Outputs, Shape, inputs_of
 from pgprune_cli.repair.least_squares import cholesky
 
-LEVELS = 16
+WIDTH_STEPS = 16
 """Widths of a block that a search chooses among: multiples of a sixteenth of its units."""
 
 TIE = 1e-6
@@ -32,7 +32,7 @@ class BlockWidths:
     """One block at many widths, on the CPU.
 
     errors: of keeping 0, 1, … units, `(count + 1,)` float64, relative to the residual stream, interpolated between the
-    widths that were solved for; order: the units `(count,)` by falling saliency; weights: by solved width the output
+    widths that were solved for; order: the units `(count,)` by falling scores; weights: by solved width the output
     projection on the first units of the order, transposed: `(inputs, hidden)`, inputs ascending; none without repair.
     """
 
@@ -94,7 +94,7 @@ class WidthTable:
         keys = [(index, family.name) for family in space.families for index in range(len(family.counts))]
         return torch.stack([self.errors[key][width] for key, width in zip(keys, widths, strict=True)], dim=1)
 
-    def outputs_for(self, keep: Keep) -> Outputs:
+    def outputs_for(self, keep: ModelMask) -> Outputs:
         """The repaired projections for a decision along the orders and at solved widths; none for whole or empty
         blocks."""
         found: dict[tuple[int, str], Output] = {}
@@ -105,14 +105,14 @@ class WidthTable:
         return found
 
 
-def level_of(count: int, multiple: int = 1) -> int:
+def width_step(count: int, multiple: int = 1) -> int:
     """The step between the widths that a table holds of a block with `count` units, a multiple of `multiple`."""
-    return -(-count // (LEVELS * multiple)) * multiple
+    return -(-count // (WIDTH_STEPS * multiple)) * multiple
 
 
 def solved_layers(
     model: nn.Module,
-    saliency: Mapping[tuple[int, str], Tensor],
+    scores: Mapping[tuple[int, str], Tensor],
     batches: Sequence[Tensor],
     damping: float,
     solve: bool,
@@ -122,7 +122,7 @@ def solved_layers(
 ) -> Iterator[tuple[int, dict[str, BlockWidths]]]:
     """Solves every block of the dense model at every level, from one pass over `batches` of tokens `(B, T)`.
 
-    `saliency` per (layer, block) gives the order in which units go. Without `solve` the errors are those of the removal
+    `scores` per (layer, block) gives the order in which units go. Without `solve` the errors are those of the removal
     alone. FFN widths are multiples of `ffn_multiple`. `only` of these layers; the others just run. Gives layer after
     layer what was solved, in the model's dtype. Memory: one layer's moments and projections. `on_batches(done, of)` is
     told of those that go through all layers before the first is solved.
@@ -135,23 +135,23 @@ def solved_layers(
             if index < max(only, default=-1):
                 stream.advance(index)
             continue
-        collector = MomentCollector(shape, [name for name, _ in shape.spec.blocks() if (index, name) in saliency])
+        collector = MomentCollector(shape, [name for name, _ in shape.spec.blocks() if (index, name) in scores])
         stream.advance(index, collector.watch)
         blocks: dict[str, BlockWidths] = {}
         for name, block in shape.spec.blocks():
-            if (index, name) not in saliency:
+            if (index, name) not in scores:
                 continue
             linear = layer.get_submodule(block.output_path)
             assert isinstance(linear, nn.Linear)
-            order = saliency[index, name].argsort(descending=True, stable=True)
-            level = level_of(len(order), ffn_multiple if name == "ffn" else 1)
+            order = scores[index, name].argsort(descending=True, stable=True)
+            level = width_step(len(order), ffn_multiple if name == "ffn" else 1)
             moments = collector.moments(name)
-            blocks[name] = _solve_levels(linear, moments, order, level, roots[index], damping, solve)
+            blocks[name] = _solve_widths(linear, moments, order, level, roots[index], damping, solve)
             del moments  # before those of the next layer exist
         yield index, blocks
 
 
-def _solve_levels(
+def _solve_widths(
     linear: nn.Linear, moments: Moments, order: Tensor, level: int, root: Tensor, damping: float, solve: bool
 ) -> BlockWidths:
     dtype, weight, count = linear.weight.dtype, linear.weight.double(), len(order)

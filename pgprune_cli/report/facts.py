@@ -58,27 +58,27 @@ def _columns(names: Sequence[str], columns: Sequence[dict[str, str]]) -> Table:
 def _facts(run: Run) -> dict[str, str]:
     recipe, decision = run.recipe, run.decision
     budget, search = recipe["budget"], recipe["search"]
-    weights = recipe.get("weights", "dtype")  # which runs of before have not
+    weights = recipe.get("weight_format", "full")  # which runs of before have not
     facts = {
         "state": run.progress,
         "model": str(recipe["model"]),
         "budget": f"{budget['sparsity']:.0%} of {budget['of']} go, {budget['scope']}",
-        "start": f"{recipe['saliency']['metric']}, seed {recipe['seed']}",
-        "search": f"over {search['policy']}, {search['samples']} samples a step",
-        "repair": str(recipe["reconstruct"]["method"]),
-        "computed in": str(recipe["dtype"]) + (f", from {weights} weights" if weights != "dtype" else ""),
+        "start": f"{recipe['scores']['metric']}, seed {recipe['seed']}",
+        "search": f"over {search['policy']}, {search['masks_per_step']} samples a step",
+        "repair": str(recipe["repair"]["method"]),
+        "computed in": str(recipe["dtype"]) + (f", from {weights} weights" if weights != "full" else ""),
     }
     if decision is not None:
         facts["sparsity"] = f"{decision.sparsity:.4f} of the prunable parameters"
         facts["forward passes"] = (
-            f"{decision.forwards} of search, {decision.calibration_forwards} of scoring and repair"
+            f"{decision.forward_passes} of search, {decision.calibration_forward_passes} of scoring and repair"
         )
         if decision.heldout_loss is not None:
             facts["held-out loss"] = _nats(decision.heldout_loss)
         if decision.dense_loss is not None:
             facts["of the dense model"] = _nats(decision.dense_loss)
     elif run.rows:
-        facts["forward passes"] = f"{run.forwards[-1]} so far"
+        facts["forward passes"] = f"{run.forward_passes[-1]} so far"
         judged = [row.heldout_loss for row in run.rows if row.heldout_loss is not None]
         if judged:
             facts["held-out loss"] = f"{_nats(judged[-1])}, so far"

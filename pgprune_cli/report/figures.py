@@ -82,10 +82,10 @@ def comparison(runs: Sequence[Run], measures: Sequence[Measure]) -> Iterator[Fig
 def _losses(run: Run) -> Chart:
     sampled, heldout = "sampled masks", "the decision, on held-out text"
     means = []
-    for row, forwards in zip(run.rows, run.forwards, strict=True):
+    for row, forward_passes in zip(run.rows, run.forward_passes, strict=True):
         good = [loss for loss in row.losses if loss is not None]
         if good:
-            mean = _loss(row.mean_loss, forwards, row.step)
+            mean = _loss(row.mean_loss, forward_passes, row.step)
             means.append(mean | {"low": min(good), "high": max(good), "of": sampled})
     x = _forwards()
     left = alt.Axis(title="nats per token")
@@ -98,23 +98,32 @@ def _losses(run: Run) -> Chart:
     judged = alt.Chart(alt.Data(values=points)).mark_line(point=True)
     judged = judged.encode(x, alt.Y("loss:Q", scale=scale, axis=None))
     colour = alt.Color("of:N", title=None, scale=alt.Scale(domain=[sampled, heldout]))
-    tip = _tip(step="step:Q", forwards="forwards:Q", loss="loss:Q", perplexity="perplexity:Q")
+    tip = _tip(step="step:Q", forward_passes="forward_passes:Q", loss="loss:Q", perplexity="perplexity:Q")
     layers = [band.encode(colour), line.encode(colour, tooltip=tip), judged.encode(colour, tooltip=tip)]
     return alt.layer(*layers).resolve_axis(y="independent").properties(width="container", height=HEIGHT)
 
 
 def _heldout(run: Run) -> list[dict[str, Any]]:
-    """The judged losses against forwards; at the end, that of the written decision."""
-    judged = zip(run.rows, run.forwards, strict=True)
-    points = [_loss(row.heldout_loss, forwards, row.step) for row, forwards in judged if row.heldout_loss is not None]
+    """The judged losses against forward passes; at the end, that of the written decision."""
+    judged = zip(run.rows, run.forward_passes, strict=True)
+    points = [
+        _loss(row.heldout_loss, forward_passes, row.step)
+        for row, forward_passes in judged
+        if row.heldout_loss is not None
+    ]
     if run.decision is not None and run.decision.heldout_loss is not None:
-        points.append(_loss(run.decision.heldout_loss, run.decision.forwards, run.decision.steps))
+        points.append(_loss(run.decision.heldout_loss, run.decision.forward_passes, run.decision.steps))
     return points
 
 
-def _loss(loss: float | None, forwards: int, step: int) -> dict[str, Any]:
+def _loss(loss: float | None, forward_passes: int, step: int) -> dict[str, Any]:
     assert loss is not None, "only good losses are drawn"
-    return {"step": step, "forwards": forwards, "loss": round(loss, 5), "perplexity": round(math.exp(loss), 3)}
+    return {
+        "step": step,
+        "forward_passes": forward_passes,
+        "loss": round(loss, 5),
+        "perplexity": round(math.exp(loss), 3),
+    }
 
 
 def _widths(before: Sequence[int], after: Sequence[int], family: str) -> Chart:
@@ -144,8 +153,13 @@ def _heat(cells: list[dict[str, Any]], family: str, value: str) -> Chart:
 
 def _course(run: Run, family: str) -> Chart:
     cells = [
-        {"forwards": forwards, "layer": layer, "value": round(kept / count, 4), "kept": f"{kept} of {count}"}
-        for row, forwards in zip(run.rows, run.forwards, strict=True)
+        {
+            "forward_passes": forward_passes,
+            "layer": layer,
+            "value": round(kept / count, 4),
+            "kept": f"{kept} of {count}",
+        }
+        for row, forward_passes in zip(run.rows, run.forward_passes, strict=True)
         if row.kept is not None
         for layer, (kept, count) in enumerate(zip(row.kept[family], run.dense(family), strict=True))
     ]
@@ -153,10 +167,10 @@ def _course(run: Run, family: str) -> Chart:
         alt.Chart(alt.Data(values=cells))
         .mark_rect()
         .encode(
-            alt.X("forwards:O", title="forward passes", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+            alt.X("forward_passes:O", title="forward passes", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
             alt.Y("layer:O", axis=alt.Axis(labelOverlap=True)),
             _shade("kept"),
-            tooltip=_tip(layer="layer:O", forwards="forwards:O", kept="kept:N"),
+            tooltip=_tip(layer="layer:O", forward_passes="forward_passes:O", kept="kept:N"),
         )
         .properties(width="container", height=_rows(len(run.units[family])))
     )
@@ -195,11 +209,11 @@ def _pareto(measure: Measure) -> Chart:
 
 def _forwards() -> Any:
     """The axis of how far a search has come, in whole numbers."""
-    return alt.X("forwards:Q", title="forward passes", axis=alt.Axis(format=",d", tickMinStep=1))
+    return alt.X("forward_passes:Q", title="forward passes", axis=alt.Axis(format=",d", tickMinStep=1))
 
 
 def _together(points: list[dict[str, Any]]) -> Chart:
-    tip = _tip(run="run:N", forwards="forwards:Q", loss="loss:Q", perplexity="perplexity:Q")
+    tip = _tip(run="run:N", forward_passes="forward_passes:Q", loss="loss:Q", perplexity="perplexity:Q")
     return (
         alt.Chart(alt.Data(values=points))
         .mark_line(point=True)

@@ -19,14 +19,14 @@ from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.evaluation import read_measured
 from pgprune_cli.run.history import Row, read_history
-from pgprune_cli.run.layout import RECIPE_FILE, RECORD
+from pgprune_cli.run.layout import DECISION_RECORD, RECIPE_FILE
 from pgprune_cli.run.provenance import read_provenance
 from pgprune_cli.run.scores import Scores
 
 BLOCKS = 48
 """Cells of a heat map's row, at most: a layer's FFN channels come in runs of equal length."""
 
-UNIT = {"attention": "KV group", "ffn": "FFN channel"}
+UNIT = {"attention": "KV head", "ffn": "FFN channel"}
 """What a unit of a family is called; every other family has one unit a layer."""
 
 
@@ -52,7 +52,7 @@ class Run:
     @property
     def steps(self) -> int:
         """Of the whole search."""
-        return int(self.recipe["search"]["forwards"]) // int(self.recipe["search"]["samples"])
+        return int(self.recipe["search"]["forward_passes"]) // int(self.recipe["search"]["masks_per_step"])
 
     @property
     def progress(self) -> str:
@@ -62,7 +62,7 @@ class Run:
         return f"step {done} of {self.steps}"
 
     @property
-    def forwards(self) -> list[int]:
+    def forward_passes(self) -> list[int]:
         """Forward passes of the search up to every row, its own included."""
         return list(accumulate(len(row.losses) for row in self.rows))
 
@@ -105,7 +105,7 @@ def read_run(directory: Path, name: str) -> Run:
         raise UserError(f"{directory}: no run of a search here, it has no {RECIPE_FILE}; `pgprune search` makes one")
     text = path.read_text(encoding="utf-8")
     recipe = yaml.safe_load(text)
-    decision = Decision.load(directory, with_repair=False) if (directory / RECORD).exists() else None
+    decision = Decision.load(directory, with_repair=False) if (directory / DECISION_RECORD).exists() else None
     checkpoint = latest_checkpoint(directory)
     return Run(
         name=name,

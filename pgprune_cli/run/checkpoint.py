@@ -19,15 +19,15 @@ from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.errors import UserError
 from pgprune_cli.run.history import Written
-from pgprune_cli.run.layout import CHECKPOINTS
+from pgprune_cli.run.layout import CHECKPOINTS_FOLDER
 from pgprune_cli.storage.atomic import new_directory, write_bytes
-from pgprune_cli.storage.records import checksum, read_json, read_tensors, refuse_newer, sealed, write_record
+from pgprune_cli.storage.records import checksum, read_json, read_tensors, refuse_newer, with_checksum, write_record
 
 VERSION = 3
 KEPT = 2
-TENSORS = "state.safetensors"
-RECORD = "state.json"
-STATES: dict[str, type[SearchState] | type[WidthState]] = {"units": SearchState, "layers": WidthState}
+CHECKPOINT_TENSORS = "state.safetensors"
+CHECKPOINT_RECORD = "state.json"
+STATES: dict[str, type[SearchState] | type[WidthState]] = {"units": SearchState, "widths": WidthState}
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Checkpoint:
     """Everything a search goes on from.
 
     state: of the policy, its parameters, step and generator; data_position: batches drawn; schedule: [name, full rate,
-    steps] of the learning rate; bad_steps: how many steps in a row had no finite loss; forwards: model evaluations so
+    steps] of the learning rate; bad_steps: how many steps in a row had no finite loss; forward_passes: model evaluations so
     far; seconds: of search so far; history: what of `metrics.jsonl` goes with it; identity: digest of the recipe and
     scores that the search belongs to.
     """
@@ -44,7 +44,7 @@ class Checkpoint:
     data_position: int
     schedule: tuple[str, float, int]
     bad_steps: int
-    forwards: int
+    forward_passes: int
     seconds: float
     history: Written
     identity: str
@@ -53,13 +53,13 @@ class Checkpoint:
 def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
     """Writes `checkpoint` into the run directory and drops all but the last two. Returns its directory."""
     state = checkpoint.state
-    target = run / CHECKPOINTS / _name(state.step)
+    target = run / CHECKPOINTS_FOLDER / _name(state.step)
     if target.exists():  # a search that resumes here and stops at once
         return target
     values = {entry.name: getattr(state, entry.name) for entry in fields(state)}
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     with new_directory(target) as temporary:
-        write_bytes(temporary / TENSORS, save(tensors))
+        write_bytes(temporary / CHECKPOINT_TENSORS, save(tensors))
         record = {
             "version": VERSION,
             "policy": next(name for name, kind in STATES.items() if isinstance(state, kind)),
@@ -67,14 +67,14 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
             "data_position": checkpoint.data_position,
             "schedule": list(checkpoint.schedule),
             "bad_steps": checkpoint.bad_steps,
-            "forwards": checkpoint.forwards,
+            "forward_passes": checkpoint.forward_passes,
             "seconds": checkpoint.seconds,
             "history_bytes": checkpoint.history.bytes,
             "history_sha256": checkpoint.history.sha256,
             "identity": checkpoint.identity,
-            "state_sha256": checksum(temporary / TENSORS),
+            "state_sha256": checksum(temporary / CHECKPOINT_TENSORS),
         }
-        write_record(temporary / RECORD, record)
+        write_record(temporary / CHECKPOINT_RECORD, record)
     drop_old(run)
     return target
 
@@ -85,39 +85,41 @@ def drop_old(run: Path) -> None:
         shutil.rmtree(old)
 
 
-def latest_checkpoint(run: Path, skip_damaged: bool = False) -> Checkpoint | None:
+def latest_checkpoint(run: Path, skip_corrupt_checkpoint: bool = False) -> Checkpoint | None:
     """The newest checkpoint of a run, or None where it has none. Raises UserError when that one is damaged.
 
-    With `skip_damaged` a damaged one goes, where the one before it is whole, which then is the newest.
+    With `skip_corrupt_checkpoint` a damaged one goes, where the one before it is whole, which then is the newest.
     """
     folders = _all(run)
     if not folders:
         return None
     try:
         return load_checkpoint(folders[-1], folders[:-1])
-    except Damaged:
-        if not skip_damaged or len(folders) == 1:
+    except CorruptCheckpoint:
+        if not skip_corrupt_checkpoint or len(folders) == 1:
             raise
     before = load_checkpoint(folders[-2], folders[:-2])
     shutil.rmtree(folders[-1])
     return before
 
 
-class Damaged(UserError):  # noqa: N818  (it says what the file is)
+class CorruptCheckpoint(UserError):  # noqa: N818  (it says what the file is)
     """A checkpoint is not what was written."""
 
 
 def load_checkpoint(folder: Path, older: Sequence[Path] = ()) -> Checkpoint:
-    """The checkpoint in `folder`; `older` ones there are. Raises Damaged, or UserError for one of another version."""
-    remedy = f"go on from {older[-1].name}, or search with --skip-damaged" if older else "start this search over"
+    """The checkpoint in `folder`; `older` ones there are. Raises CorruptCheckpoint, or UserError for one of another version."""
+    remedy = (
+        f"go on from {older[-1].name}, or search with --skip-corrupt-checkpoint" if older else "start this search over"
+    )
     try:
-        record = read_json(folder / RECORD)
-        if record != sealed(record):
-            raise UserError(f"{RECORD} is not what was written")
+        record = read_json(folder / CHECKPOINT_RECORD)
+        if record != with_checksum(record):
+            raise UserError(f"{CHECKPOINT_RECORD} is not what was written")
         if record["version"] == VERSION:
             return _read(folder, record)
     except (UserError, KeyError, ValueError, TypeError) as error:
-        raise Damaged(f"{folder}: damaged checkpoint: {error}; remove that directory to {remedy}") from None
+        raise CorruptCheckpoint(f"{folder}: damaged checkpoint: {error}; remove that directory to {remedy}") from None
     refuse_newer(folder, record["version"], VERSION)
     raise UserError(
         f"{folder}: of version {record['version']}, and this pgprune reads {VERSION}; start over with --out"
@@ -126,18 +128,18 @@ def load_checkpoint(folder: Path, older: Sequence[Path] = ()) -> Checkpoint:
 
 def _read(folder: Path, record: dict[str, Any]) -> Checkpoint:
     if folder.name != _name(record["step"]):
-        raise UserError(f"{RECORD} is of {_name(record['step'])}")
-    if not (folder / TENSORS).exists() or checksum(folder / TENSORS) != record["state_sha256"]:
-        raise UserError(f"{TENSORS} is not what was written")
+        raise UserError(f"{CHECKPOINT_RECORD} is of {_name(record['step'])}")
+    if not (folder / CHECKPOINT_TENSORS).exists() or checksum(folder / CHECKPOINT_TENSORS) != record["state_sha256"]:
+        raise UserError(f"{CHECKPOINT_TENSORS} is not what was written")
     name, rate, steps = record["schedule"]
     kind = STATES[record["policy"]]
-    values: dict[str, Any] = record | read_tensors(folder / TENSORS)
+    values: dict[str, Any] = record | read_tensors(folder / CHECKPOINT_TENSORS)
     return Checkpoint(
         kind(**{entry.name: values[entry.name] for entry in fields(kind)}),
         record["data_position"],
         (name, rate, steps),
         record["bad_steps"],
-        record["forwards"],
+        record["forward_passes"],
         record["seconds"],
         Written(record["history_bytes"], record.get("history_sha256", "")),
         record["identity"],
@@ -149,4 +151,4 @@ def _name(step: int) -> str:
 
 
 def _all(run: Path) -> list[Path]:
-    return sorted((run / CHECKPOINTS).glob("step-*"))
+    return sorted((run / CHECKPOINTS_FOLDER).glob("step-*"))

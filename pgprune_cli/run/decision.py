@@ -1,6 +1,6 @@
 """The decision: which units stay, in which model, under which budget, from which recipe. Small and replayable.
 
-`decision.safetensors` holds a bool tensor `layers.<l>.attention` (over KV groups) and `layers.<l>.ffn` (over channels)
+`decision.safetensors` holds a bool tensor `layers.<l>.attention` (over KV heads) and `layers.<l>.ffn` (over channels)
 for every layer; `decision.json` says where it comes from, and carries the checksum of the masks. Where the kept weights
 were repaired, `repair.safetensors` holds the output projections, `layers.<l>.attention.weight` (hidden, kept inputs)
 and so on, and the record its checksum.
@@ -17,8 +17,8 @@ import torch
 
 from pgprune_cli import __version__
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.prunable import Keep, LayerKeep, Output, Outputs
-from pgprune_cli.run.layout import MASKS, RECORD, REPAIR, refuse_unfinished
+from pgprune_cli.model.prunable import LayerMask, ModelMask, Output, Outputs
+from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, REPAIR_FILE, refuse_unfinished
 from pgprune_cli.storage.atomic import write_bytes
 from pgprune_cli.storage.records import checksum, read_record, read_tensors, refuse_newer, write_record
 
@@ -30,21 +30,21 @@ class Decision:
     """A keep decision and its origin.
 
     model: as the recipe names it; fingerprint: of the base's config and weights; sparsity: the fraction of the
-    prunable parameters that is removed in fact; recipe: the resolved recipe as YAML; forwards: model evaluations of the
-    search; calibration_forwards: passes of scoring and repair, counted in the search's batches; heldout_loss: of the
+    prunable parameters that is removed in fact; recipe: the resolved recipe as YAML; forward_passes: model evaluations of the
+    search; calibration_forward_passes: passes of scoring and repair, counted in the search's batches; heldout_loss: of the
     pruned and repaired model on held-out calibration text, nats per token; outputs: the repaired output projections;
     budget: what was budgeted (`of`) and the fraction of it that is `kept` in fact; dense_loss: as heldout_loss, of the
     dense model, None in decisions of before it was measured.
     """
 
-    keep: Keep
+    keep: ModelMask
     model: str
     fingerprint: str
     sparsity: float
     recipe: str
     steps: int
-    forwards: int
-    calibration_forwards: int
+    forward_passes: int
+    calibration_forward_passes: int
     heldout_loss: float | None
     outputs: Outputs = field(default_factory=dict)
     budget: dict[str, str | float] = field(default_factory=dict)
@@ -58,18 +58,18 @@ class Decision:
         for index, layer in enumerate(self.keep):
             tensors[f"layers.{index}.attention"] = layer.attention
             tensors[f"layers.{index}.ffn"] = layer.ffn
-        write_bytes(run / MASKS, save(tensors))
+        write_bytes(run / DECISION_MASKS, save(tensors))
         record = {name: getattr(self, name) for name in self._recorded()}
         if self.outputs:
-            write_bytes(run / REPAIR, save(_flat(self.outputs)))
-        record["repair_sha256"] = checksum(run / REPAIR) if self.outputs else None
+            write_bytes(run / REPAIR_FILE, save(_flat(self.outputs)))
+        record["repair_sha256"] = checksum(run / REPAIR_FILE) if self.outputs else None
         record["dense_loss"] = self.dense_loss
         record["budget"] = self.budget
         record["kept"] = [{"attention": int(x.attention.sum()), "ffn": int(x.ffn.sum())} for x in self.keep]
-        record["masks_sha256"] = checksum(run / MASKS)
+        record["masks_sha256"] = checksum(run / DECISION_MASKS)
         record["pgprune"] = __version__
         record["version"] = VERSION
-        write_record(run / RECORD, record)
+        write_record(run / DECISION_RECORD, record)
 
     @classmethod
     def _recorded(cls) -> list[str]:
@@ -83,10 +83,10 @@ class Decision:
         """
         refuse_unfinished(run)
         record = _read_record(run, "remove both and search again")
-        tensors = read_tensors(run / MASKS)
+        tensors = read_tensors(run / DECISION_MASKS)
         try:
             keep = tuple(
-                LayerKeep(tensors[f"layers.{i}.attention"].to(torch.bool), tensors[f"layers.{i}.ffn"].to(torch.bool))
+                LayerMask(tensors[f"layers.{i}.attention"].to(torch.bool), tensors[f"layers.{i}.ffn"].to(torch.bool))
                 for i in range(len(record["kept"]))
             )
             values = {name: record[name] for name in cls._recorded()}
@@ -111,7 +111,7 @@ def read_origin(model: Path) -> Origin | None:
 
     The masks may be absent: what is fetched from the hub comes without them. Raises UserError for a damaged decision.
     """
-    if not (model / RECORD).exists():
+    if not (model / DECISION_RECORD).exists():
         return None
     record = _read_record(model, "export it again")
     try:
@@ -122,15 +122,15 @@ def read_origin(model: Path) -> Origin | None:
 
 def _read_record(run: Path, remedy: str) -> dict[str, Any]:
     """The record, held against its own checksum and against the masks where they are there. Raises UserError."""
-    record = read_record(run / RECORD)
-    refuse_newer(run / RECORD, record.get("version"), VERSION)
-    if (run / MASKS).exists() and checksum(run / MASKS) != record.get("masks_sha256"):
-        raise UserError(f"{run / MASKS}: damaged, or not the masks that {RECORD} describes; {remedy}")
+    record = read_record(run / DECISION_RECORD)
+    refuse_newer(run / DECISION_RECORD, record.get("version"), VERSION)
+    if (run / DECISION_MASKS).exists() and checksum(run / DECISION_MASKS) != record.get("masks_sha256"):
+        raise UserError(f"{run / DECISION_MASKS}: damaged, or not the masks that {DECISION_RECORD} describes; {remedy}")
     return record
 
 
 def _not_whole(run: Path, missing: KeyError) -> UserError:
-    return UserError(f"{run / RECORD}: {missing} is missing; the file is not a whole decision")
+    return UserError(f"{run / DECISION_RECORD}: {missing} is missing; the file is not a whole decision")
 
 
 def _flat(outputs: Outputs) -> dict[str, torch.Tensor]:
@@ -146,9 +146,11 @@ def _load_outputs(run: Path, record: dict[str, Any]) -> Outputs:
     wanted = record.get("repair_sha256")  # decisions of before there was a repair have none
     if wanted is None:
         return {}
-    if not (run / REPAIR).exists() or checksum(run / REPAIR) != wanted:
-        raise UserError(f"{run / REPAIR}: missing, damaged, or not the repair that {RECORD} describes; search again")
-    return RepairFile(run / REPAIR)
+    if not (run / REPAIR_FILE).exists() or checksum(run / REPAIR_FILE) != wanted:
+        raise UserError(
+            f"{run / REPAIR_FILE}: missing, damaged, or not the repair that {DECISION_RECORD} describes; search again"
+        )
+    return RepairFile(run / REPAIR_FILE)
 
 
 class RepairFile(Mapping[tuple[int, str], Output]):

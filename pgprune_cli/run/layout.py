@@ -11,12 +11,12 @@ from pgprune_cli.errors import UserError
 RUNS_VARIABLE = "PGPRUNE_RUNS"
 
 RECIPE_FILE = "recipe.yaml"
-SCORES = "scores.safetensors"
-CHECKPOINTS = "checkpoints"
+SCORES_FILE = "scores.safetensors"
+CHECKPOINTS_FOLDER = "checkpoints"
 METRICS_FILE = "metrics.jsonl"
-MASKS, RECORD = "decision.safetensors", "decision.json"
-REPAIR = "repair.safetensors"
-WIDTHS = "widths"
+DECISION_MASKS, DECISION_RECORD = "decision.safetensors", "decision.json"
+REPAIR_FILE = "repair.safetensors"
+WIDTHS_FOLDER = "widths"
 """A folder: of a search over widths, while it is not finished."""
 EVALUATION_FILE = "evaluation.json"
 """By `pgprune eval RUN`."""
@@ -31,7 +31,9 @@ def runs_folder() -> Path:
 
 def is_run(folder: Path) -> bool:
     """Whether a directory is a run's, begun or finished. An exported model, which holds a decision too, is none."""
-    return any((folder / name).exists() for name in (RECIPE_FILE, SCORES)) and not (folder / "config.json").exists()
+    return (
+        any((folder / name).exists() for name in (RECIPE_FILE, SCORES_FILE)) and not (folder / "config.json").exists()
+    )
 
 
 def run_directories(folder: Path) -> Iterator[Path]:
@@ -46,7 +48,7 @@ def run_directories(folder: Path) -> Iterator[Path]:
 
 def refuse_unfinished(run: Path) -> None:
     """Raises UserError for what is no run, and for a run without a decision: it says which, and what would help."""
-    if all((run / name).exists() for name in (MASKS, RECORD)):
+    if all((run / name).exists() for name in (DECISION_MASKS, DECISION_RECORD)):
         return
     if (run / RECIPE_FILE).exists():
         again = f"pgprune search {run / RECIPE_FILE} --out {run}"
@@ -60,17 +62,17 @@ def refuse_unfinished(run: Path) -> None:
 REPORT_FILE = "report.html"
 
 
-LOCK = ".lock"
+LOCK_FILE = ".lock"
 
 
 PROVENANCE_FILE = "provenance.jsonl"
 
 
-COSTS = "costs.json"
+COSTS_FILE = "costs.json"
 
 
-EVENTS = "tensorboard"
+TENSORBOARD_FOLDER = "tensorboard"
 """The folder of a run that TensorBoard reads."""
 
 
-TABLE_JSON, TABLE_MARKDOWN = "comparison.json", "comparison.md"
+COMPARISON_RECORD, COMPARISON_TABLE = "comparison.json", "comparison.md"

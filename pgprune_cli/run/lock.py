@@ -18,7 +18,7 @@ from pathlib import Path
 
 from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.errors import UserError
-from pgprune_cli.run.layout import LOCK
+from pgprune_cli.run.layout import LOCK_FILE
 from pgprune_cli.storage.atomic import make_directory, take
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -36,7 +36,7 @@ def locked(run: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (run / LOCK).unlink(missing_ok=True)
+        (run / LOCK_FILE).unlink(missing_ok=True)
         os.close(handle)
         if new:
             with suppress(OSError):  # not empty
@@ -46,7 +46,7 @@ def locked(run: Path) -> Iterator[None]:
 def _open(run: Path) -> int:
     """The locked file, as an open handle."""
     while True:
-        handle = os.open(run / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(run / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             if not _taken(handle, run):
                 raise UserError(
@@ -79,7 +79,7 @@ def _sign(handle: int) -> None:
 
 def _owner(run: Path) -> str:
     try:
-        owner = json.loads((run / LOCK).read_text())
+        owner = json.loads((run / LOCK_FILE).read_text())
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
     except (OSError, ValueError, KeyError, TypeError):  # it has the lock, and has not signed yet
         return "another process"

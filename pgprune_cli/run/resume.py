@@ -20,7 +20,7 @@ from pgprune_cli.recipe.schema import Evaluation, Recipe
 from pgprune_cli.run.checkpoint import Checkpoint, drop_old, latest_checkpoint
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.history import refuse_other_history
-from pgprune_cli.run.layout import METRICS_FILE, RECIPE_FILE, RECORD
+from pgprune_cli.run.layout import DECISION_RECORD, METRICS_FILE, RECIPE_FILE
 
 
 def identity_of(recipe: Recipe, fingerprint: str, origin: Tensor) -> str:
@@ -45,7 +45,9 @@ def finished(run: Path, recipe: Recipe) -> Decision:
 def refuse_other_decision(run: Path, decision: Decision) -> None:
     """Raises UserError where the recipe of the run is not the one that the decision was made by."""
     if (run / RECIPE_FILE).exists() and _decides((run / RECIPE_FILE).read_text()) != _decides(decision.recipe):
-        raise UserError(f"{run / RECORD}: of another run than {RECIPE_FILE} beside it; put this run's own back")
+        raise UserError(
+            f"{run / DECISION_RECORD}: of another run than {RECIPE_FILE} beside it; put this run's own back"
+        )
 
 
 def _decides(recipe: str) -> dict[str, Any]:
@@ -67,12 +69,12 @@ def refuse_other_recipe(run: Path, recipe: Recipe) -> None:
         )
 
 
-def resumed(run: Path, identity: str, skip_damaged: bool = False) -> Checkpoint | None:
+def resumed(run: Path, identity: str, skip_corrupt_checkpoint: bool = False) -> Checkpoint | None:
     """What a search goes on from, its history cut back to that moment; None, and no history, at the beginning.
 
     Raises UserError for a checkpoint of another search or with damage, and for a history that is not the one it has.
     """
-    checkpoint = latest_checkpoint(run, skip_damaged)
+    checkpoint = latest_checkpoint(run, skip_corrupt_checkpoint)
     if checkpoint is None:
         (run / METRICS_FILE).unlink(missing_ok=True)
         return None

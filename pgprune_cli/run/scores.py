@@ -1,4 +1,4 @@
-"""`scores.safetensors`: the saliency of every unit, by which metric and of which model."""
+"""`scores.safetensors`: the scores of every unit, by which metric and of which model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.recipe.schema import MetricName
-from pgprune_cli.run.layout import SCORES
+from pgprune_cli.run.layout import SCORES_FILE
 from pgprune_cli.storage.atomic import write_bytes
-from pgprune_cli.storage.records import metadata, read_tensors, refuse_newer, sealed
+from pgprune_cli.storage.records import metadata, read_tensors, refuse_newer, with_checksum
 
 ABOUT = "pgprune"
 VERSION = 1
@@ -33,13 +33,13 @@ class Scores:
         about = {"metric": self.metric, "fingerprint": self.fingerprint, "version": VERSION}
         about["tensors_sha256"] = _digest(self.tensors)
         # of several entries, the library writes them now in this order, now in that
-        write_bytes(run / SCORES, save(self.tensors, metadata={ABOUT: json.dumps(sealed(about))}))
-        return run / SCORES
+        write_bytes(run / SCORES_FILE, save(self.tensors, metadata={ABOUT: json.dumps(with_checksum(about))}))
+        return run / SCORES_FILE
 
     @classmethod
     def load(cls, run: Path) -> Scores:
         """Raises UserError when the file is damaged or not ours."""
-        path = run / SCORES
+        path = run / SCORES_FILE
         tensors, found = read_tensors(path), metadata(path)
         about: dict[str, Any] = dict(found)  # as they were before there were checksums
         if ABOUT in found:
@@ -53,7 +53,7 @@ def _whole(path: Path, text: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
     """What scores say of themselves. Raises UserError where they are not what was written."""
     try:
         about = json.loads(text)
-        if about != sealed(about) or about["tensors_sha256"] != _digest(tensors):
+        if about != with_checksum(about) or about["tensors_sha256"] != _digest(tensors):
             raise ValueError
     except (ValueError, AttributeError, KeyError):
         raise UserError(f"{path}: damaged: not what was written; run `pgprune init-scores` again") from None

@@ -1,6 +1,6 @@
 """Metrics that say how much a unit matters, each one small pure function in a file of its own.
 
-To add one: write `saliency/<name>.py` with a function from `BlockStatistics` to `(units,)` float64, higher = matters
+To add one: write `scores/<name>.py` with a function from `BlockStatistics` to `(units,)` float64, higher = matters
 more; put it into METRICS, and into NEEDS where it looks at calibration text; and its name into `MetricName` of
 `recipe.py`.
 """
@@ -53,7 +53,7 @@ def score(
     on_layers: Callable[[int], None] | None = None,
     on_batches: Callable[[int, int], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Saliency of every unit: `layers.<l>.attention` `(kv groups,)` and `layers.<l>.ffn` `(channels,)`, float64.
+    """Scores of every unit: `layers.<l>.attention` `(kv groups,)` and `layers.<l>.ffn` `(channels,)`, float64.
 
     `batches` of tokens `(B, T)` are read only for a calibrated metric; `only` of these layers, which no other has part
     in. `on_layers(1)` follows each, `on_batches(done, of)` those that go through all layers before the first is scored.
@@ -69,7 +69,7 @@ def score(
     return scores
 
 
-def flat_saliency(scores: dict[str, Tensor], shape: Shape, space: MaskSpace) -> Tensor:
+def flat_scores(scores: dict[str, Tensor], shape: Shape, space: MaskSpace) -> Tensor:
     """The scores along the space's flat axis: `(n,)` float64. A whole block or layer scores the sum of its units."""
     parts = []
     for family in space.families:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from pgprune_cli.forward.batch_splitting import Portions
+from pgprune_cli.forward.batch_splitting import BatchSplitter
 from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.forward.layerwise import layer_inputs
 from pgprune_cli.forward.moments import MomentCollector
@@ -153,7 +153,7 @@ def statistics(
                 name,
                 index,
                 BlockStatistics(
-                    units=(shape.kv_groups if name == "attention" else shape.channels)[index],
+                    units=(shape.kv_heads if name == "attention" else shape.channels)[index],
                     weights={key: linear.weight for key, linear in linears.items()},
                     seed=block_seed(seed, index, place),
                     **found,
@@ -189,7 +189,7 @@ def loss_gradients(
                 on_batches(done, len(parts))
 
     try:
-        Portions().all(batches, add_up)
+        BatchSplitter().all(batches, add_up)
         return {linear: linear.weight.grad.div_(predictions) for linear in linears}
     finally:
         for linear, (required, gradient) in zip(linears, before, strict=True):

@@ -16,7 +16,7 @@ def taylor(block: BlockStatistics) -> Tensor:
     *inner, output = (
         (weight.double() * block.gradients[name].double()).abs() for name, weight in block.weights.items()
     )
-    saliency = block.per_unit(output.sum(0))
+    scores = block.per_unit(output.sum(0))
     for change in inner:  # rows of these belong to the unit
-        saliency = saliency + block.per_unit(change.sum(1))
-    return saliency
+        scores = scores + block.per_unit(change.sum(1))
+    return scores

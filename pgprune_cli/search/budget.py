@@ -12,7 +12,7 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.prunable import UnitCosts
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.run.layout import COSTS
+from pgprune_cli.run.layout import COSTS_FILE
 from pgprune_cli.search.costs import flops, kv_cache, latency_of_run
 
 
@@ -27,20 +27,20 @@ def budget_for(
     wanted = recipe.budget
     space = evaluator.shape.space(recipe.units.families, _costs(recipe, evaluator, run, fingerprint, quiet))
     multiples = {"ffn": wanted.ffn_multiple}
-    budget = budget_of(space, wanted.sparsity, wanted.scope, wanted.keep_at_least, multiples)
+    budget = budget_of(space, wanted.sparsity, wanted.scope, wanted.min_keep, multiples)
     _refuse_what_cannot_be(recipe, space, budget)
     return space, budget
 
 
 def _costs(recipe: Recipe, evaluator: Evaluator, run: Path, fingerprint: str, quiet: bool) -> UnitCosts:
     wanted = recipe.budget
-    match wanted.of:
+    match wanted.measure:
         case "flops":
             return flops(evaluator.model, wanted.context)
         case "kv-cache":
             return kv_cache(evaluator.model, wanted.context)
         case "latency":
-            with working(f"measuring what units cost in time ({COSTS})", quiet):
+            with working(f"measuring what units cost in time ({COSTS_FILE})", quiet):
                 return latency_of_run(run, evaluator, wanted.context, fingerprint)
     return evaluator.shape.parameters
 
@@ -52,8 +52,8 @@ def _refuse_what_cannot_be(recipe: Recipe, space: MaskSpace, budget: Budget) -> 
     for constraint, needed in zip(budget, budget.needed(space), strict=True):
         if needed > constraint.kept:
             raise UserError(
-                f"budget.keep_at_least: {wanted.keep_at_least} of every layer, in whole units{multiple}, comes to "
-                f"{needed / constraint.total:.1%} of the {wanted.of} ({constraint.name}), and budget.sparsity "
+                f"budget.min_keep: {wanted.min_keep} of every layer, in whole units{multiple}, comes to "
+                f"{needed / constraint.total:.1%} of the {wanted.measure} ({constraint.name}), and budget.sparsity "
                 f"{wanted.sparsity} leaves {constraint.kept / constraint.total:.1%}; lower one of them"
             )
     for family in space.families:

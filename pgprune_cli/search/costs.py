@@ -16,7 +16,7 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.forward.layerwise import Stream, layer_inputs
 from pgprune_cli.forward.masked import Evaluator, shrunk_block
 from pgprune_cli.model.prunable import ArchSpec, Block, Shape, UnitCosts, projections, spec_of
-from pgprune_cli.run.layout import COSTS
+from pgprune_cli.run.layout import COSTS_FILE
 from pgprune_cli.storage.records import read_record, write_record
 
 WARM_UPS, REPEATS = 2, 9
@@ -35,7 +35,7 @@ def flops(model: nn.Module, context: int) -> UnitCosts:
     """
     shape = Shape.of(model)
     attention, ffn = [], []
-    for layer, groups, channels in zip(_layers(model), shape.kv_groups, shape.channels, strict=True):
+    for layer, groups, channels in zip(_layers(model), shape.kv_heads, shape.channels, strict=True):
         heads = layer.self_attn.q_proj.out_features // layer.self_attn.head_dim // groups
         window = _window(model, layer, context)
         visible = window * (window + 1) // 2 + (context - window) * window  # keys, summed over all queries
@@ -78,9 +78,9 @@ def measure_latency(evaluator: Evaluator, context: int, clock: Clock = synchroni
     for index, layer in enumerate(stream.layers):
         linears = [linear for _, _, linear in projections(shape.spec, layer)]
         sizes = tuple((linear.weight.shape, linear.weight.dtype, linear.weight.device) for linear in linears)
-        kind = (*sizes, shape.kv_groups[index], _window(model, layer, context))
+        kind = (*sizes, shape.kv_heads[index], _window(model, layer, context))
         if kind not in measured:
-            units = {"attention": shape.kv_groups[index], "ffn": shape.channels[index]}
+            units = {"attention": shape.kv_heads[index], "ffn": shape.channels[index]}
             here = replace(stream, position=index)
             measured[kind] = _nanoseconds_a_unit(here, shape.spec, units, clock)
         rows.append(measured[kind])
@@ -92,7 +92,7 @@ def latency_of_run(run: Path, evaluator: Evaluator, context: int, fingerprint: s
 
     Raises UserError when the file is damaged, or of another model or context.
     """
-    path = run / COSTS
+    path = run / COSTS_FILE
     about = {"of": "latency", "nanoseconds_at_tokens": context, "fingerprint": fingerprint}
     layers = len(evaluator.shape.channels)
     if not path.exists():

@@ -76,8 +76,8 @@ class LiveView:
             first, *rest = self.recent
             row = self.recent[-1]
             if row.seconds > first.seconds:
-                forwards = sum(len(one.losses) for one in rest)
-                parts.append(f"{forwards / (row.seconds - first.seconds):,.1f} forwards/s")
+                forward_passes = sum(len(one.losses) for one in rest)
+                parts.append(f"{forward_passes / (row.seconds - first.seconds):,.1f} forward passes/s")
             parts += [f"{row.tokens_per_second:,.0f} tok/s", f"{row.memory_bytes / 1e9:.1f} GB"]
             parts += [f"skipped {row.skipped}"] if row.skipped else []
         parts.append(f"saved at step {self.saved}" if self.saved else "nothing saved yet")

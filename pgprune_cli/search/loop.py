@@ -44,7 +44,7 @@ class Loop:
     state: SearchState | WidthState
     data_position: int = 0
     bad_steps: int = 0
-    forwards: int = 0
+    forward_passes: int = 0
     seconds: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
@@ -53,14 +53,16 @@ class Loop:
 
 
 def run_steps(
-    problem: Problem, run: Path, identity: str, quiet: bool, skip_damaged: bool, log: TrackerName | None
+    problem: Problem, run: Path, identity: str, quiet: bool, skip_corrupt_checkpoint: bool, log: TrackerName | None
 ) -> Loop:
     """The loop. Returns where it ended."""
     recipe, schedule, ranks = problem.recipe, problem.recipe.search, problem.ranks
     with ranks.writer_first():
-        loop = _loop(problem, resumed(run, identity, skip_damaged) if ranks.writer else latest_checkpoint(run))
+        loop = _loop(
+            problem, resumed(run, identity, skip_corrupt_checkpoint) if ranks.writer else latest_checkpoint(run)
+        )
     units = {family.name: family.counts for family in problem.space.families}
-    budget = f"{recipe.budget.sparsity:.0%} of {recipe.budget.of} go"
+    budget = f"{recipe.budget.sparsity:.0%} of {recipe.budget.measure} go"
     shown = SearchProgress(schedule.steps, units, budget, read_history(run) if ranks.writer else (), quiet)
     tracked = tracking(log, run, asdict(recipe), loop.state.step)
     written = History(run) if ranks.writer else nullcontext()
@@ -90,14 +92,14 @@ def _one_step(problem: Problem, loop: Loop) -> Row:
     recipe, schedule, policy = problem.recipe, problem.recipe.search, problem.policy
     began = time.perf_counter()
     tokens = problem.batches.at(loop.data_position)
-    state, draws, masks = policy.propose(loop.state, schedule.samples)
+    state, draws, masks = policy.propose(loop.state, schedule.masks_per_step)
     losses = problem.losses(masks, tokens)
     rate = policy.rate(state)
     loop.state = policy.update(state, draws, losses)
     spent = time.perf_counter() - began
 
     loop.data_position += 1
-    loop.forwards += len(masks)
+    loop.forward_passes += len(masks)
     loop.bad_steps = 0 if losses.isfinite().any() else loop.bad_steps + 1
     if loop.bad_steps >= min(BAD_STEPS, schedule.steps):
         raise RunError(
@@ -132,7 +134,7 @@ def _loop(problem: Problem, found: Checkpoint | None) -> Loop:
     """Where the search stands: at its beginning, or where a checkpoint was found."""
     if found is None:
         return Loop(problem.policy.begin(problem.recipe.seed))
-    return Loop(found.state, found.data_position, found.bad_steps, found.forwards, found.seconds)
+    return Loop(found.state, found.data_position, found.bad_steps, found.forward_passes, found.seconds)
 
 
 def _checkpoint(loop: Loop, recipe: Recipe, history: Written, identity: str) -> Checkpoint:
@@ -142,7 +144,7 @@ def _checkpoint(loop: Loop, recipe: Recipe, history: Written, identity: str) -> 
         loop.data_position,
         schedule,
         loop.bad_steps,
-        loop.forwards,
+        loop.forward_passes,
         loop.elapsed(),
         history,
         identity,

@@ -1,6 +1,6 @@
 """What the search job moves: a policy draws masks, hears their losses, and says in the end which units stay.
 
-Both wrap the pure steps of `core`: UnitPolicy those of `core.step` (θ, a keep probability a unit), LayerPolicy those of
+Both wrap the pure steps of `core`: UnitPolicy those of `core.step` (θ, a keep probability a unit), WidthPolicy those of
 `core.widths` (how many units each layer keeps, with its block repaired for that number).
 """
 
@@ -21,8 +21,8 @@ from pgprune_cli.core.projection import Bundles, bundled, coarser, hard_mask, ma
 from pgprune_cli.core.space import Budget, MaskSpace
 from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
-from pgprune_cli.model.prunable import Keep, Outputs
-from pgprune_cli.repair.width_table import WidthTable, level_of
+from pgprune_cli.model.prunable import ModelMask, Outputs
+from pgprune_cli.repair.width_table import WidthTable, width_step
 
 State = TypeVar("State", SearchState, WidthState)
 
@@ -40,7 +40,7 @@ class Policy(Protocol[State]):
 
     def begin(self, seed: int) -> State: ...
 
-    def propose(self, state: State, samples: int) -> tuple[State, Tensor, Tensor]:
+    def propose(self, state: State, masks_per_step: int) -> tuple[State, Tensor, Tensor]:
         """The state with its generator moved on, the draws `(K, …)`, and the masks `(K, n)` they stand for."""
 
     def update(self, state: State, draws: Tensor, losses: Tensor) -> State: ...
@@ -51,7 +51,7 @@ class Policy(Protocol[State]):
     def final_mask(self, state: State) -> Tensor:
         """The decision to be written, at the budget's full resolution: `(n,)` bool."""
 
-    def outputs(self, keep: Keep) -> Outputs:
+    def outputs(self, keep: ModelMask) -> Outputs:
         """The repaired output projections that `keep` is to be evaluated with."""
 
     def rate(self, state: State) -> float | None:
@@ -76,8 +76,8 @@ class UnitPolicy:
     def begin(self, seed: int) -> SearchState:
         return units.begin(self.origin, seed)
 
-    def propose(self, state: SearchState, samples: int) -> tuple[SearchState, Tensor, Tensor]:
-        state, masks = units.propose(state, samples)
+    def propose(self, state: SearchState, masks_per_step: int) -> tuple[SearchState, Tensor, Tensor]:
+        state, masks = units.propose(state, masks_per_step)
         return state, masks, masks
 
     def update(self, state: SearchState, draws: Tensor, losses: Tensor) -> SearchState:
@@ -88,7 +88,7 @@ class UnitPolicy:
 
     final_mask = mask
 
-    def outputs(self, keep: Keep) -> Outputs:
+    def outputs(self, keep: ModelMask) -> Outputs:
         return {}
 
     def rate(self, state: SearchState) -> float:
@@ -100,7 +100,7 @@ class UnitPolicy:
 
 
 @dataclass(frozen=True)
-class LayerPolicy:
+class WidthPolicy:
     """How much an error of every layer counts, which decides how many units each of them keeps.
 
     Searched over the widths of the table only, so that every sample runs with the repair that was solved for it.
@@ -114,8 +114,8 @@ class LayerPolicy:
     def begin(self, seed: int) -> WidthState:
         return layers.begin(self.space, seed)
 
-    def propose(self, state: WidthState, samples: int) -> tuple[WidthState, Tensor, Tensor]:
-        state, offsets = layers.propose(state, samples, self.space)
+    def propose(self, state: WidthState, masks_per_step: int) -> tuple[WidthState, Tensor, Tensor]:
+        state, offsets = layers.propose(state, masks_per_step, self.space)
         masks = torch.stack([self._mask(some) for some in offsets])
         return state, self.table.errors_of(masks, self.space), masks
 
@@ -128,7 +128,7 @@ class LayerPolicy:
     def final_mask(self, state: WidthState) -> Tensor:
         return hard_mask(layers.priorities(self.origin, state.mean, self.space), self.space, self.budget)
 
-    def outputs(self, keep: Keep) -> Outputs:
+    def outputs(self, keep: ModelMask) -> Outputs:
         return self.table.outputs_for(keep)
 
     def rate(self, state: WidthState) -> None:
@@ -151,4 +151,6 @@ class LayerPolicy:
         """The budget in the table's widths."""
         of_budget = self.budget.limits(self.space)[1]
         pairs = zip(self.space.pair_counts.tolist(), of_budget.tolist(), strict=True)
-        return coarser(self.budget, self.space, torch.tensor([level_of(count, multiple) for count, multiple in pairs]))
+        return coarser(
+            self.budget, self.space, torch.tensor([width_step(count, multiple) for count, multiple in pairs])
+        )

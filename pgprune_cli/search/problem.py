@@ -14,11 +14,11 @@ from pgprune_cli.data.windows import Batches, CalibrationText
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import UserError
 from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.model.prunable import Keep, Outputs
+from pgprune_cli.model.prunable import ModelMask, Outputs
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.scores import Scores
-from pgprune_cli.scores.metrics import flat_saliency
-from pgprune_cli.search.policies import LayerPolicy, Policy, UnitPolicy
+from pgprune_cli.scores.metrics import flat_scores
+from pgprune_cli.search.policies import Policy, UnitPolicy, WidthPolicy
 from pgprune_cli.search.table import searched_table
 from pgprune_cli.search.texts import repair_batches
 
@@ -35,7 +35,7 @@ class Problem:
     recipe: Recipe
     ranks: Ranks
 
-    def keep(self, mask: Tensor) -> Keep:
+    def keep(self, mask: Tensor) -> ModelMask:
         return self.evaluator.shape.keep(self.space, mask)
 
     def losses(self, masks: Tensor, tokens: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ class Problem:
         own = self.evaluator.losses(keeps, tokens, [self.policy.outputs(keep) for keep in keeps])
         return self.ranks.gathered(own, len(masks))
 
-    def heldout_loss(self, keep: Keep, outputs: Outputs) -> float:
+    def heldout_loss(self, keep: ModelMask, outputs: Outputs) -> float:
         """Of one decision on text the search never sees: nats per token."""
         batches = self.heldout.split(self.recipe.calibration.batch)
         share = [batches[index] for index in self.ranks.share(len(batches))]
@@ -64,12 +64,12 @@ def policy_of(
     text: CalibrationText,
     ranks: Ranks,
     quiet: bool,
-) -> UnitPolicy | LayerPolicy:
+) -> UnitPolicy | WidthPolicy:
     """What the recipe searches with. Raises UserError for families that the layers policy has no widths of."""
     settings = recipe.search
     if settings.policy == "units":
-        saliency = flat_saliency(scores.tensors, evaluator.shape, space)
-        theta = starting_theta(saliency, space, budget, recipe.policy.start, recipe.policy.temperature)
+        scores = flat_scores(scores.tensors, evaluator.shape, space)
+        theta = starting_theta(scores, space, budget, recipe.start.mapping, recipe.start.temperature)
         estimator, rate, schedule = settings.estimator, settings.learning_rate, settings.schedule
         return UnitPolicy(theta, space, budget, estimator, rate, schedule, settings.steps)
     if whole := [name for name in recipe.units.families if name not in ("attention", "ffn")]:
@@ -84,4 +84,4 @@ def policy_of(
     }
     batches = repair_batches(recipe, text)
     table = searched_table(recipe, run, evaluator.model, saliency_of, batches, scores.fingerprint, ranks, quiet)
-    return LayerPolicy(table, table.priorities(space), space, budget)
+    return WidthPolicy(table, table.priorities(space), space, budget)

@@ -13,7 +13,7 @@ from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.model.prunable import Shape
 from pgprune_cli.model.source import Source
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.run.layout import SCORES
+from pgprune_cli.run.layout import SCORES_FILE
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.scores.metrics import CALIBRATED, score
 from pgprune_cli.search.texts import scoring_batches
@@ -31,7 +31,7 @@ def compute_scores(
 
     `text` may be None for a metric without calibration.
     """
-    metric = recipe.saliency.metric
+    metric = recipe.scores.metric
     batches: list[Tensor] = []
     if metric in CALIBRATED:
         assert text is not None, "the caller loads the text of a calibrated metric"
@@ -39,7 +39,7 @@ def compute_scores(
     shape = Shape.of(model)
     own = ranks.share(len(shape.channels))
     with through_layers(f"scoring with {metric}", len(own), quiet) as bar:
-        sizes = {"attention": shape.kv_groups, "ffn": shape.channels}
+        sizes = {"attention": shape.kv_heads, "ffn": shape.channels}
         lengths = {
             f"layers.{index}.{name}": counts[index]
             for index in range(len(shape.channels))
@@ -57,12 +57,12 @@ def scores_of(
     recipe: Recipe, run: Path, source: Source, model: nn.Module, text: CalibrationText, quiet: bool, ranks: Ranks
 ) -> Scores:
     """Those of the run where it has some. Raises UserError where they are another model's."""
-    if not ranks.greatest((run / SCORES).exists()):  # all have looked before one writes
+    if not ranks.greatest((run / SCORES_FILE).exists()):  # all have looked before one writes
         scores = compute_scores(recipe, source, model, text, quiet, ranks)
         if ranks.writer:
             scores.save(run)
         return scores
     scores = Scores.load(run)
     if scores.fingerprint != source.fingerprint():
-        raise UserError(f"{run / SCORES}: scores of another model than {recipe.model}; run `pgprune init-scores`")
+        raise UserError(f"{run / SCORES_FILE}: scores of another model than {recipe.model}; run `pgprune init-scores`")
     return scores

@@ -23,7 +23,7 @@ def searched_table(
     recipe: Recipe,
     run: Path,
     model: nn.Module,
-    saliency: Mapping[tuple[int, str], Tensor],
+    scores: Mapping[tuple[int, str], Tensor],
     batches: Sequence[Tensor],
     fingerprint: str,
     ranks: Ranks,
@@ -31,21 +31,21 @@ def searched_table(
 ) -> WidthTable:
     """The table that the recipe's search needs, in `run` after this call.
 
-    `saliency` per (layer, block), `batches` of tokens `(B, T)`, `fingerprint` of the model. Every process solves each
+    `scores` per (layer, block), `batches` of tokens `(B, T)`, `fingerprint` of the model. Every process solves each
     world-th layer, and all read all: a layer is solved by one alone, so that their number changes nothing. Raises
     RunError where the disk is too small or another process is gone, OSError where it fails.
     """
-    solve, multiple = recipe.reconstruct.method.startswith("least-squares"), recipe.budget.ffn_multiple
-    damping, layers = recipe.reconstruct.damping, len(Shape.of(model).channels)
-    settings = repr((fingerprint, recipe.dtype, recipe.weights, solve, damping, multiple, sorted(saliency)))
-    identity = _digest(settings, [*batches, *(saliency[key] for key in sorted(saliency))])
+    solve, multiple = recipe.repair.method.startswith("least-squares"), recipe.budget.ffn_multiple
+    damping, layers = recipe.repair.damping, len(Shape.of(model).channels)
+    settings = repr((fingerprint, recipe.dtype, recipe.weight_format, solve, damping, multiple, sorted(scores)))
+    identity = _digest(settings, [*batches, *(scores[key] for key in sorted(scores))])
     share = ranks.share(layers)
     own = [index for index in share if not has_layer(run, index, identity)]
     text, done = "measuring every layer's widths", len(share) - len(own)
     with through_layers(text, len(share), quiet, done) as bar:
         if own:
             refuse_full_disk(run, layers, table_bytes(Sizes(model, recipe)) if solve else 0)
-            solved = solved_layers(model, saliency, batches, damping, solve, multiple, own, bar.on_batches)
+            solved = solved_layers(model, scores, batches, damping, solve, multiple, own, bar.on_batches)
             for index, blocks in solved:
                 save_layer(run, index, blocks, identity)
                 bar.on_more(1)

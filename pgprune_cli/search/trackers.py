@@ -1,4 +1,4 @@
-"""`pgprune search --log NAME`: the rows of the history, for TensorBoard, Trackio or Weights & Biases too.
+"""`pgprune search --tracker NAME`: the rows of the history, for TensorBoard, Trackio or Weights & Biases too.
 
 Each gets the same metrics at the same steps. How a tracker is configured beyond that (where its data go, which account)
 is between it and its own environment variables.
@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.run.history import Row
-from pgprune_cli.run.layout import EVENTS
+from pgprune_cli.run.layout import TENSORBOARD_FOLDER
 from pgprune_cli.run.provenance import read_provenance
 
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
@@ -37,7 +37,7 @@ class Tracker(Protocol):
 def check_installed(name: TrackerName) -> None:
     """Raises UserError for a tracker whose package is not there."""
     if find_spec(MODULES[name]) is None:
-        raise UserError(f"--log {name} needs the extra: pip install 'pgprune[{name}]' ({MODULES[name]} is missing)")
+        raise UserError(f"--tracker {name} needs the extra: pip install 'pgprune[{name}]' ({MODULES[name]} is missing)")
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def tracking(
         try:
             tracker = TRACKERS[name](run, config, done)
         except Exception as error:  # no account, no network, no disk: each has errors of its own
-            raise UserError(f"--log {name}: {' '.join(str(error).split())}") from error
+            raise UserError(f"--tracker {name}: {' '.join(str(error).split())}") from error
     try:
         yield lambda row: tracker.log(metrics_of(row), row.step)
     finally:
@@ -89,7 +89,7 @@ class TensorBoard:
         writer = import_module(MODULES["tensorboard"]).SummaryWriter
         # steps after the last checkpoint come again; a file's own name has the second only
         purge = done + 1 if done else None
-        self.writer = writer(str(run / EVENTS), purge_step=purge, filename_suffix=f".{done}")
+        self.writer = writer(str(run / TENSORBOARD_FOLDER), purge_step=purge, filename_suffix=f".{done}")
         if not done:
             self.writer.add_text("recipe", "\n".join(f"    {key}: {value}" for key, value in config.items()))
 

@@ -34,5 +34,5 @@ def check_parallel(config: Any, degree: int) -> None:
             raise ValueError(
                 f"tensor parallelism of {degree} cannot split layer {index}: it has {' and '.join(sizes)}. In every "
                 f"layer KV heads must divide by the degree or divide it, and query heads and channels divide by it: "
-                f"pgprune export with --kv-multiple {degree} --ffn-multiple {degree}, or serve with another degree"
+                f"pgprune export with --pad-kv-heads {degree} --pad-ffn {degree}, or serve with another degree"
             )

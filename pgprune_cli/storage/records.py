@@ -13,7 +13,7 @@ from pgprune_cli.storage.atomic import write_bytes
 if TYPE_CHECKING:
     from torch import Tensor
 
-SEAL = "sha256"
+CHECKSUM = "sha256"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -23,13 +23,13 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Like `write_json`, with a checksum of its own."""
-    write_json(path, sealed(record))
+    write_json(path, with_checksum(record))
 
 
-def sealed(record: dict[str, Any]) -> dict[str, Any]:
+def with_checksum(record: dict[str, Any]) -> dict[str, Any]:
     """The record with its own checksum: a digit that flipped is as bad as a tensor that did."""
-    rest = {key: value for key, value in record.items() if key != SEAL}
-    return rest | {SEAL: hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
+    rest = {key: value for key, value in record.items() if key != CHECKSUM}
+    return rest | {CHECKSUM: hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -46,9 +46,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_record(path: Path) -> dict[str, Any]:
     """What `write_record` wrote, or an earlier pgprune without a checksum. Raises UserError when it is damaged."""
     record = read_json(path)
-    if SEAL in record and record != sealed(record):
+    if CHECKSUM in record and record != with_checksum(record):
         raise UserError(f"{path}: damaged: it is not what was written")
-    return {key: value for key, value in record.items() if key != SEAL}
+    return {key: value for key, value in record.items() if key != CHECKSUM}
 
 
 def refuse_newer(path: Path, version: object, known: int) -> None:

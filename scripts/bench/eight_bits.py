@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import copy
 
-from subject import arguments, in_turn, opened, random_keep, table
+from subject import arguments, in_turn, opened, random_mask, table
 
 from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.model.quantized import check_fp8, to_eight_bits
+from pgprune_cli.model.quantized import check_fp8, quantize_projections
 
 
 def main() -> None:
@@ -23,13 +23,13 @@ def main() -> None:
     parser.add_argument("--weights", nargs="+", choices=("int8", "fp8"), default=["int8", "fp8"])
     options = parser.parse_args()
     dense, tokens = opened(options)
-    keep = random_keep(dense, options.keep)
+    keep = random_mask(dense, options.keep)
     rows = []
     for weights in options.weights:
         if weights == "fp8":
             check_fp8(dense.input_device, next(dense.model.parameters()).dtype)
         model = copy.deepcopy(dense.model)
-        to_eight_bits(model, weights)
+        quantize_projections(model, weights)
         rounded = Evaluator(model)
         ratio = in_turn(
             lambda rounded=rounded: rounded.losses([keep], tokens),

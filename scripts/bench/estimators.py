@@ -1,9 +1,9 @@
 """Which estimator gets how far with how many forward passes? Runs each with several seeds, in equal conditions.
 
-    python scripts/bench/estimators.py RECIPE --out DIR --ppl wikitext2=FILE [--seeds 0 1 2] [--limit 256] [--set K=V]
+    python scripts/bench/estimators.py RECIPE --out DIR --ppl wikitext2=FILE [--seeds 0 1 2] [--max-windows 256] [--set K=V]
 
 `paper` and `rloo` sample every unit by itself, `layers` the widths of the layers. All of them get the same number of
-forwards, the same text and in the end a repair; the units that were sampled one by one stay the ones they are in it.
+forward passes, the same text and in the end a repair; the units that were sampled one by one stay the ones they are in it.
 A line of the plot is the search as it sees itself, the dot at its end the decision after the repair.
 DIR holds a run for each estimator and seed; one that is finished is not repeated, and one that was stopped goes on.
 Every directory `DIR/NAME/seed-N` is then read, also those that another version of pgprune made: a table goes to stdout
@@ -26,17 +26,17 @@ from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import METRICS_FILE
 from pgprune_cli.storage.records import read_json, write_json
 
-UNITS = ["search.policy=units", "search.samples=2", "search.evaluate_every=8"]
+UNITS = ["search.policy=units", "search.masks_per_step=2", "search.evaluate_every=8"]
 ESTIMATORS = {
     "paper": [*UNITS, "search.estimator=paper"],
     "rloo": [*UNITS, "search.estimator=rloo"],
-    "layers": ["search.evaluate_every=1"],  # of 16 samples, so that all are looked at after as many forwards
+    "widths": ["search.evaluate_every=1"],  # of 16 samples, so that all are looked at after as many forward passes
 }
 MEASURED = "bench.json"
 
 
 def curve(run: Path) -> list[tuple[int, float]]:
-    """(forwards so far, held-out perplexity of the hard mask) wherever a search looked at it."""
+    """(forward passes so far, held-out perplexity of the hard mask) wherever a search looked at it."""
     rows = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
     return [
         (row["step"] * len(row["losses"]), math.exp(row["heldout_loss"]))
@@ -52,7 +52,11 @@ def measure(run: Path, corpus: Corpus, limit: int) -> dict[str, Any]:
     if {key: measured.get(key) for key in asked} != asked:
         decision = Decision.load(run)
         cell = evaluate(open_target(str(run), None, None), [corpus], [128], limit)["perplexity"][0]
-        measured = asked | {"ppl": cell["ppl"], "heldout": decision.heldout_loss, "forwards": decision.forwards}
+        measured = asked | {
+            "ppl": cell["ppl"],
+            "heldout": decision.heldout_loss,
+            "forward_passes": decision.forward_passes,
+        }
         write_json(record, measured)
     return measured
 
@@ -63,7 +67,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--ppl", type=Corpus.parse, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--limit", type=int, default=256)
+    parser.add_argument("--max-windows", type=int, default=256)
     parser.add_argument("--set", action="append", default=[])
     options = parser.parse_args()
     for seed in options.seeds:
@@ -74,7 +78,7 @@ def main() -> None:
     runs = sorted(record.parent for record in options.out.glob("*/seed-*/decision.json"))
     names = sorted({run.parent.name for run in runs})
     lines = [
-        f"| estimator | forwards | {options.ppl.name} perplexity: mean (each seed) | held-out loss, nats per token |",
+        f"| estimator | forward passes | {options.ppl.name} perplexity: mean (each seed) | held-out loss, nats per token |",
         "|---|---|---|---|",
     ]
     for name in names:
@@ -82,7 +86,7 @@ def main() -> None:
         each = ", ".join(f"{value['ppl']:.1f}" for value in values)
         held = ", ".join(f"{value['heldout']:.3f}" for value in values)
         mean = statistics.fmean(value["ppl"] for value in values)
-        lines.append(f"| `{name}` | {values[0]['forwards']:.0f} | {mean:.1f} ({each}) | {held} |")
+        lines.append(f"| `{name}` | {values[0]['forward_passes']:.0f} | {mean:.1f} ({each}) | {held} |")
     table = "\n".join(lines) + "\n"
     print(table)
     (options.out / "estimators.md").write_text(table)
@@ -99,11 +103,11 @@ def plot(runs: list[Path], names: list[str], target: Path) -> None:
     colours = dict(zip(names, pyplot.rcParams["axes.prop_cycle"].by_key()["color"], strict=False))
     for run in runs:
         name = run.parent.name
-        forwards, perplexities = zip(*curve(run), strict=True)
+        forward_passes, perplexities = zip(*curve(run), strict=True)
         label = name if run == next(one for one in runs if one.parent.name == name) else None
-        axes.plot(forwards, perplexities, color=colours[name], alpha=0.8, linewidth=1.4, label=label)
+        axes.plot(forward_passes, perplexities, color=colours[name], alpha=0.8, linewidth=1.4, label=label)
         repaired = math.exp(Decision.load(run).heldout_loss or math.inf)
-        axes.plot(forwards[-1:], [repaired], "o", color=colours[name], markersize=5)
+        axes.plot(forward_passes[-1:], [repaired], "o", color=colours[name], markersize=5)
     axes.set(xlabel="forward passes of the search", ylabel="held-out perplexity of the hard mask", yscale="log")
     axes.grid(alpha=0.3, which="both")
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names), frameon=False)  # covers no line

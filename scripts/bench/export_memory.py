@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pgprune_cli.export.plan import Options
 from pgprune_cli.jobs.export import export
-from pgprune_cli.model.prunable import LayerKeep, Output
+from pgprune_cli.model.prunable import LayerMask, Output
 from pgprune_cli.model.source import INDEX, resolve
 from pgprune_cli.run.decision import Decision
 
@@ -74,7 +74,7 @@ def make(folder: Path, layers: int, hidden: int, dtype: torch.dtype) -> Model:
     heads, channels = torch.arange(config.num_attention_heads), torch.arange(config.intermediate_size)
     # Of the last layer a little more, so that the layers differ.
     keep = tuple(
-        LayerKeep(heads % 2 == 0, (channels % 2 == 0) | (channels < 8 * (index == layers - 1)))
+        LayerMask(heads % 2 == 0, (channels % 2 == 0) | (channels < 8 * (index == layers - 1)))
         for index in range(layers)
     )
     outputs = {}

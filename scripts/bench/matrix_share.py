@@ -11,13 +11,13 @@ from __future__ import annotations
 import statistics
 
 import torch
-from subject import arguments, opened, random_keep, seconds, table
+from subject import arguments, opened, random_mask, seconds, table
 from torch import Tensor
 
-from pgprune_cli.estimate.flops import forwards
+from pgprune_cli.estimate.flops import forward_passes
 from pgprune_cli.estimate.sizes import Sizes
 from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.model.prunable import Keep
+from pgprune_cli.model.prunable import ModelMask
 from pgprune_cli.recipe.schema import Budget, Calibration, Recipe
 
 ON_CPU, ON_GPU = 1024, 8192
@@ -27,10 +27,12 @@ ON_CPU, ON_GPU = 1024, 8192
 def flops_of(evaluator: Evaluator, kept: float, tokens: Tensor) -> int:
     """Of one forward."""
     recipe = Recipe(model="", calibration=Calibration(corpus=""), budget=Budget(sparsity=1.0 - kept))
-    return forwards(Sizes(evaluator.model, recipe), tokens, 1).total()
+    return forward_passes(Sizes(evaluator.model, recipe), tokens, 1).total()
 
 
-def shares(evaluator: Evaluator, keep: Keep, flops: int, tokens: Tensor, repeats: int) -> list[tuple[float, float]]:
+def shares(
+    evaluator: Evaluator, keep: ModelMask, flops: int, tokens: Tensor, repeats: int
+) -> list[tuple[float, float]]:
     """(FLOPs a second of the forward, of matrix products), pair by pair; the first pair warms up.
 
     Products go on for as long as the forward took, so that what else the machine does falls on both alike.
@@ -57,7 +59,7 @@ def main() -> None:
     rows = []
     for kept in options.keep:
         flops = flops_of(evaluator, kept, tokens)
-        pairs = shares(evaluator, random_keep(evaluator, kept), flops, tokens, options.repeats)
+        pairs = shares(evaluator, random_mask(evaluator, kept), flops, tokens, options.repeats)
         forward, products = (statistics.median(column) / 1e9 for column in zip(*pairs, strict=True))
         ratios = [one / other for one, other in pairs]
         rows.append((kept, flops / 1e9, forward, products, statistics.median(ratios), min(ratios), max(ratios)))

@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import torch
 from shrunk_forward import masked
-from subject import Ratio, arguments, in_turn, opened, random_keep, table
+from subject import Ratio, arguments, in_turn, opened, random_mask, table
 from torch import Tensor
 from torch.nn import functional
 
 from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.model.prunable import Keep
+from pgprune_cli.model.prunable import ModelMask
 
 
 @torch.no_grad()
-def papers_losses(evaluator: Evaluator, keeps: list[Keep], tokens: Tensor) -> list[float]:
+def papers_losses(evaluator: Evaluator, keeps: list[ModelMask], tokens: Tensor) -> list[float]:
     losses = []
     for keep in keeps:
         with masked(evaluator, keep):
@@ -33,7 +33,7 @@ def papers_losses(evaluator: Evaluator, keeps: list[Keep], tokens: Tensor) -> li
     return losses
 
 
-def compare(evaluator: Evaluator, keeps: list[Keep], tokens: Tensor, repeats: int) -> Ratio:
+def compare(evaluator: Evaluator, keeps: list[ModelMask], tokens: Tensor, repeats: int) -> Ratio:
     """Our losses over the paper's."""
     return in_turn(
         lambda: evaluator.losses(keeps, tokens),
@@ -50,7 +50,7 @@ def main() -> None:
     evaluator, tokens = opened(options)
     rows = []
     for kept in options.keep:
-        keeps = [random_keep(evaluator, kept, seed) for seed in (0, 1)]
+        keeps = [random_mask(evaluator, kept, seed) for seed in (0, 1)]
         rows.append((kept, *compare(evaluator, keeps, tokens, options.repeats)))
     table(("keep", "ours s", "paper's way s", "ratio", "least", "greatest"), rows)
 

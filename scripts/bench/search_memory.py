@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from subject import SHAPES, arguments, headline, open_evaluator, random_keep, random_model, some_tokens, table
+from subject import SHAPES, arguments, headline, open_evaluator, random_mask, random_model, some_tokens, table
 from torch import Tensor
 
 from pgprune_cli.estimate.memory import Memory, memory
@@ -40,13 +40,13 @@ def measured(folder: str, options: argparse.Namespace) -> dict[str, int]:
     """In a process of its own: bytes before anything is loaded, after it, and at the peak of all."""
     device = devices_of(options.device)[0]
     tiny = Evaluator(random_model("tiny", getattr(torch, options.dtype), device))
-    tiny.losses([random_keep(tiny, options.keep)], some_tokens(tiny, options) % SHAPES["tiny"]["vocab"])
+    tiny.losses([random_mask(tiny, options.keep)], some_tokens(tiny, options) % SHAPES["tiny"]["vocab"])
     before = peak_memory(device)
     evaluator = Evaluator(load_model(resolve(folder), options.dtype, options.device, options.weights))
     loaded = peak_memory(device)
     tokens = some_tokens(evaluator, options)
     for seed in range(options.repeats):
-        evaluator.losses([random_keep(evaluator, options.keep, seed)], tokens)
+        evaluator.losses([random_mask(evaluator, options.keep, seed)], tokens)
     allowed = needed(evaluator, tokens, options.weights)
     return {
         "before": before,

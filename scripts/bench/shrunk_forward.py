@@ -11,15 +11,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from subject import Ratio, arguments, in_turn, opened, random_keep, table
+from subject import Ratio, arguments, in_turn, opened, random_mask, table
 from torch import Tensor, nn
 
 from pgprune_cli.forward.masked import Evaluator, summed_loss
-from pgprune_cli.model.prunable import Keep
+from pgprune_cli.model.prunable import ModelMask
 
 
 @contextmanager
-def masked(evaluator: Evaluator, keep: Keep) -> Iterator[nn.Module]:
+def masked(evaluator: Evaluator, keep: ModelMask) -> Iterator[nn.Module]:
     """The dense model with the outputs of removed units multiplied by zero."""
     handles = []
     for layer, kept in zip(evaluator.layers, keep, strict=True):
@@ -39,7 +39,7 @@ def masked(evaluator: Evaluator, keep: Keep) -> Iterator[nn.Module]:
             handle.remove()
 
 
-def compare(evaluator: Evaluator, keep: Keep, tokens: Tensor, repeats: int) -> Ratio:
+def compare(evaluator: Evaluator, keep: ModelMask, tokens: Tensor, repeats: int) -> Ratio:
     """The shrunk forward over the masked one."""
 
     def shrunk() -> None:
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.7, 0.5])
     options = parser.parse_args()
     evaluator, tokens = opened(options)
-    rows = [(kept, *compare(evaluator, random_keep(evaluator, kept), tokens, options.repeats)) for kept in options.keep]
+    rows = [(kept, *compare(evaluator, random_mask(evaluator, kept), tokens, options.repeats)) for kept in options.keep]
     table(("keep", "shrunk s", "masked s", "ratio", "least", "greatest"), rows)
 
 

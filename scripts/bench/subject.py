@@ -15,7 +15,7 @@ from pgprune_cli.core.projection import hard_mask
 from pgprune_cli.core.space import budget_of
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.loading import devices_of, load_model
-from pgprune_cli.model.prunable import Keep
+from pgprune_cli.model.prunable import ModelMask
 from pgprune_cli.model.source import resolve
 from pgprune_cli.search.costs import synchronised_clock
 
@@ -93,7 +93,7 @@ def some_tokens(evaluator: Evaluator, options: argparse.Namespace) -> Tensor:
     return tokens.to(evaluator.input_device)
 
 
-def random_keep(evaluator: Evaluator, kept: float, seed: int = 0) -> Keep:
+def random_mask(evaluator: Evaluator, kept: float, seed: int = 0) -> ModelMask:
     """Random units of every family, so many of each."""
     space = evaluator.shape.space(("attention", "ffn"))
     theta = torch.rand(space.n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

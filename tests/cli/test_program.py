@@ -23,7 +23,7 @@ from helpers.schemas import SCHEMAS, validate
 from pgprune_cli.cli import program as cli
 from pgprune_cli.errors import RunError
 from pgprune_cli.recipe.reader import find, load, name_of, shipped
-from pgprune_cli.run.layout import MASKS
+from pgprune_cli.run.layout import DECISION_MASKS
 
 SET = [word for override in SMALL for word in ("--set", override)]
 
@@ -113,8 +113,8 @@ def test_the_whole_job_prints_one_object_a_command(pgprune) -> None:
     code, out, err = pgprune("search", "demo", *SET, "--json")
     assert code == 0, err
     found = json.loads(out)
-    assert (found["run"], found["decision"]) == ("runs/demo", f"runs/demo/{MASKS}")
-    assert (found["steps"], found["forwards"]) == (6, 12)
+    assert (found["run"], found["decision"]) == ("runs/demo", f"runs/demo/{DECISION_MASKS}")
+    assert (found["steps"], found["forward_passes"]) == (6, 12)
     assert found["sparsity"] == pytest.approx(0.5, abs=0.01)
     assert "step 6/6" in err
     code, out, err = pgprune("export", "runs/demo", "--out", "models/small", "--json")
@@ -130,7 +130,7 @@ def test_the_whole_job_prints_one_object_a_command(pgprune) -> None:
     assert row["ppl"] > 1
     assert row["tokens"] > 0
     assert result["parameters"] == written["parameters_after"]
-    (base,) = result["against"]
+    (base,) = result["baselines"]
     assert base["model"] == "demo"
     assert {*base["speed"]} == {
         "prefill_tokens_per_second",
@@ -145,7 +145,7 @@ def test_accuracies_stand_beside_perplexity_in_the_object_and_in_the_table(pgpru
     (tmp_path / "tales.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items_of(4)))
     task = task_file(tmp_path, tmp_path / "tales.jsonl")
     (tmp_path / "text.txt").write_text("The king was glad. " * 20)
-    words = ["eval", "demo", "--tasks", str(task), "--task-limit", "3", "--ppl", "text=text.txt", "--seqlen", "32"]
+    words = ["eval", "demo", "--tasks", str(task), "--max-items", "3", "--ppl", "text=text.txt", "--seqlen", "32"]
     code, out, err = pgprune(*words, "--json")
     assert code == 0, err
     measured = json.loads(out)
@@ -161,9 +161,11 @@ def test_accuracies_stand_beside_perplexity_in_the_object_and_in_the_table(pgpru
 def test_without_json_a_person_reads_a_line_or_a_table(pgprune) -> None:
     code, out, _ = pgprune("search", "demo", *SET)
     assert code == 0
-    assert out.startswith(f"runs/demo/{MASKS}: sparsity 0.50")
+    assert out.startswith(f"runs/demo/{DECISION_MASKS}: sparsity 0.50")
     assert out.count("\n") == 1
-    code, out, _ = pgprune("eval", "runs/demo", "--ppl", "demo", "--seqlen", "128", "--limit", "2", "--against", "demo")
+    code, out, _ = pgprune(
+        "eval", "runs/demo", "--ppl", "demo", "--seqlen", "128", "--max-windows", "2", "--baseline", "demo"
+    )
     assert code == 0
     assert "demo PPL" in out
     assert "runs/demo" in out
@@ -190,7 +192,7 @@ def test_a_dry_run_says_what_a_search_would_take_and_does_nothing(pgprune) -> No
     assert "estimates, from the shapes of model and recipe" in out
     code, out, _ = pgprune("search", "demo", *SET, "--dry-run", "--json", "--quiet")
     said = json.loads(out)
-    assert (code, said["forwards"]["search"]) == (0, 12)
+    assert (code, said["forward_passes"]["search"]) == (0, 12)
     assert said["seconds"] > 0
     assert list(Path().iterdir()) == []
 
@@ -221,7 +223,7 @@ def test_a_recipe_is_shown_whole_and_copied_once(pgprune) -> None:
 def test_runs_go_where_the_variable_says_and_are_listed_with_their_state(pgprune, monkeypatch) -> None:
     monkeypatch.setenv("PGPRUNE_RUNS", "elsewhere")
     assert pgprune("init-scores", "demo", *SET, "--metric", "magnitude", "--out", "elsewhere/scored")[0] == 0
-    assert pgprune("search", "demo", *SET, "--set", "saliency.metric=magnitude")[0] == 0
+    assert pgprune("search", "demo", *SET, "--set", "scores.metric=magnitude")[0] == 0
     code, out, err = pgprune("eval", "elsewhere/demo", "--ppl", "demo", "--seqlen", "128")
     assert code == 0, err
     (evaluated,) = json.loads(Path("elsewhere/demo/evaluation.json").read_text())["perplexity"]
@@ -247,7 +249,7 @@ def test_a_planned_export_is_one_line_a_tensor_in_a_pipe(pgprune) -> None:
 
 
 def test_a_comparison_prints_its_table(pgprune) -> None:
-    words = ["compare", "demo", *SET, "--set", "evaluation.seqlen=[32]", "--limit", "2", "--only", "metric"]
+    words = ["compare", "demo", *SET, "--set", "evaluation.seqlen=[32]", "--max-windows", "2", "--only", "metric"]
     code, out, err = pgprune(*words, "--json")
     assert code == 0, err
     assert [row["name"] for row in json.loads(out)["rows"]] == ["dense", "metric"]
@@ -272,7 +274,7 @@ def test_a_bad_recipe_is_two_lines_for_two_faults(pgprune) -> None:
     assert pgprune("search", "mine.yaml") == (
         2,
         "",
-        "pgprune: mine.yaml:3: search.forward: unknown key, did you mean search.forwards?\n"
+        "pgprune: mine.yaml:3: search.forward: unknown key, did you mean search.forward_passes?\n"
         "pgprune: mine.yaml:5: budget.sparsity: expected 0 <= value < 1, got 2.0\n",
     )
 
@@ -282,8 +284,8 @@ def test_a_bad_recipe_is_two_lines_for_two_faults(pgprune) -> None:
     [
         (["search", "lama2-7b-50"], "lama2-7b-50: no such recipe, did you mean llama2-7b-50"),
         (
-            ["search", "demo", "--set", "search.forwards"],
-            "--set search.forwards: expected KEY=VALUE with a recipe's key",
+            ["search", "demo", "--set", "search.forward_passes"],
+            "--set search.forward_passes: expected KEY=VALUE with a recipe's key",
         ),
         (["search", "demo", "--set", "model=nowhere"], "nowhere: no such directory or .gguf file, and not a hub name"),
         (
@@ -326,7 +328,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, said, pgprune) -> None
         (["search"], "missing argument 'RECIPE'; see `pgprune search --help`"),
         (["recipes", "show"], "missing argument 'RECIPE'; see `pgprune recipes show --help`"),
         (["searc", "demo"], "no such command 'searc'"),
-        (["eval", "demo", "--limit", "0"], "invalid value for '--limit'"),
+        (["eval", "demo", "--max-windows", "0"], "invalid value for '--max-windows'"),
         (["export", "runs/x", "--format", "onnx"], "invalid value for '--format'"),
     ],
 )
@@ -338,11 +340,11 @@ def test_what_the_parser_refuses_is_one_line_and_exit_code_2(arguments, said, pg
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("place", ["model", "--against"])
+@pytest.mark.parametrize("place", ["model", "--baseline"])
 def test_speed_of_a_run_is_refused_before_anything_is_loaded(place, finished, pgprune, monkeypatch) -> None:
     monkeypatch.setattr("pgprune_cli.jobs.evaluate.load_model", lambda *_: pytest.fail("it was loaded"))
     run = str(finished["units"])
-    words = ["eval", run, "--speed"] if place == "model" else ["eval", "demo", "--speed", "--against", run]
+    words = ["eval", run, "--speed"] if place == "model" else ["eval", "demo", "--speed", "--baseline", run]
     assert pgprune(*words) == (
         2,
         "",
@@ -359,7 +361,7 @@ def test_speed_beside_the_base_reads_the_decision_once(pgprune, monkeypatch) -> 
     monkeypatch.setattr(decision, "read_record", lambda path: reads.append(path) or read(path))
     code, out, err = pgprune("eval", "models/demo", "--speed", "--json", "--quiet")
     assert (code, err) == (0, "")
-    assert [base["model"] for base in json.loads(out)["against"]] == ["demo"]
+    assert [base["model"] for base in json.loads(out)["baselines"]] == ["demo"]
     assert reads == [Path("models/demo/decision.json")]
 
 
@@ -410,7 +412,7 @@ def test_a_bug_of_ours_shows_its_traceback(pgprune, monkeypatch) -> None:
     ],
 )
 def test_a_stopped_search_says_how_to_go_on_and_does(signum, code) -> None:
-    many = [*SET, "--set", "search.forwards=200000", "--set", "search.checkpoint_every=100000"]
+    many = [*SET, "--set", "search.forward_passes=200000", "--set", "search.checkpoint_every=100000"]
     program = [sys.executable, "-m", "pgprune_cli", "search", "demo", "--out", "a run", *many]
     started = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     history = Path("a run/metrics.jsonl")
@@ -435,7 +437,17 @@ def test_a_stopped_search_says_how_to_go_on_and_does(signum, code) -> None:
 
 def test_the_command_that_goes_on_finishes_the_search() -> None:
     """The same command twice: stopped once it runs, then left alone."""
-    program = [sys.executable, "-m", "pgprune_cli", "search", "demo", *SET, "--set", "search.forwards=120", "--json"]
+    program = [
+        sys.executable,
+        "-m",
+        "pgprune_cli",
+        "search",
+        "demo",
+        *SET,
+        "--set",
+        "search.forward_passes=120",
+        "--json",
+    ]
     started = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     history = Path("runs/demo/metrics.jsonl")
     while not (history.exists() and history.stat().st_size) and started.poll() is None:
@@ -446,7 +458,7 @@ def test_the_command_that_goes_on_finishes_the_search() -> None:
     done = subprocess.run(program, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "going on from step " in done.stderr
-    assert json.loads(done.stdout)["forwards"] == 120
+    assert json.loads(done.stdout)["forward_passes"] == 120
 
 
 @pytest.mark.parametrize(
@@ -475,12 +487,12 @@ def test_what_terminals_take_for_commands_is_shown_as_text(pgprune) -> None:
 
 
 def test_verify_says_what_is_whole_and_what_is_not(pgprune) -> None:
-    from pgprune_cli.run.layout import RECORD
+    from pgprune_cli.run.layout import DECISION_RECORD
 
     assert pgprune("verify", "nothing")[0] == 2
     assert pgprune("init-scores", "demo", "--out", "run", "--metric", "magnitude", "-q")[0] == 0
     assert pgprune("verify", "run") == (0, "run: whole, a run directory: scores.safetensors\n", "")
-    Path("run", RECORD).write_text("{")
+    Path("run", DECISION_RECORD).write_text("{")
     code, out, err = pgprune("verify", "run")
     assert (code, len(out.splitlines()), err) == (1, 1, "")
     code, out, _ = pgprune("verify", "run", "--json")

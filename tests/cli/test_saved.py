@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pgprune_cli.cli.saved import of_comparison, of_export, of_scores, of_search
-from pgprune_cli.run.layout import MEASURED_FILE, RECORD, SCORES
+from pgprune_cli.run.layout import DECISION_RECORD, MEASURED_FILE, SCORES_FILE
 
 
 def put(path: Path) -> None:
@@ -17,7 +17,7 @@ def test_a_search_is_saved_as_far_as_it_has_come(tmp_path: Path) -> None:
     run = tmp_path / "run"
     said = [of_search(run, 20).text]
     for name in (
-        SCORES,
+        SCORES_FILE,
         "widths/layer-00000.safetensors",
         "widths/layer-00007.safetensors",
         "checkpoints/.step-00000010.tmp/state.json",  # being written
@@ -27,7 +27,7 @@ def test_a_search_is_saved_as_far_as_it_has_come(tmp_path: Path) -> None:
         put(run / name)
         said.append(of_search(run, 20).text)
     said.append(of_search(run, 20, step=11).text)
-    put(run / RECORD)
+    put(run / DECISION_RECORD)
     assert [*said, of_search(run, 20).text] == [
         "nothing is saved yet",
         f"the scores are saved in {run}, of the search nothing yet",
@@ -44,7 +44,7 @@ def test_a_search_is_saved_as_far_as_it_has_come(tmp_path: Path) -> None:
 def test_a_comparison_counts_its_runs_and_names_the_one_that_was_stopped(tmp_path: Path) -> None:
     runs = [(tmp_path / name / "seed-0", steps) for name, steps in (("metric", 0), ("layers", 20), ("start", 160))]
     put(runs[0][0] / MEASURED_FILE)
-    put(runs[0][0] / RECORD)
+    put(runs[0][0] / DECISION_RECORD)
     assert of_comparison(tmp_path, runs).text == f"1 of 3 runs are measured in {tmp_path}"
     put(runs[1][0] / "checkpoints/step-00000004/state.json")
     assert of_comparison(tmp_path, runs).text == (
@@ -54,7 +54,7 @@ def test_a_comparison_counts_its_runs_and_names_the_one_that_was_stopped(tmp_pat
 
 def test_scores_and_exports_are_whole_or_absent(tmp_path: Path) -> None:
     assert of_scores(tmp_path).text == "nothing is saved yet"
-    put(tmp_path / SCORES)
+    put(tmp_path / SCORES_FILE)
     assert of_scores(tmp_path).text == f"the scores in {tmp_path} are whole"
     out = tmp_path / "small.gguf"
     assert of_export(out, "me/mine") == (f"nothing is written to {out}", False)

@@ -9,7 +9,7 @@ from contextlib import suppress
 from itertools import pairwise
 
 import pytest
-from helpers.recipes import LAYERS_POLICY
+from helpers.recipes import WIDTH_SEARCH
 from rich.console import Console
 
 from pgprune_cli.console.progress import Bar, through_layers, working
@@ -146,7 +146,7 @@ def test_scoring_tabulating_and_repairing_move_before_their_first_layer(small, t
     told: list[object] = []
     monkeypatch.setattr(Bar, "on_batches", lambda _, done, of: told.append((done, of)))
     monkeypatch.setattr(Bar, "on_more", lambda *_: told.append(LAYER))
-    search(small(*LAYERS_POLICY), tmp_path / "run", quiet=True)
+    search(small(*WIDTH_SEARCH), tmp_path / "run", quiet=True)
     firsts = [before for before, now in pairwise(told) if now == LAYER != before]
     assert len(firsts) == 3
     assert all(done == of for done, of in firsts)

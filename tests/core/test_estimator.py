@@ -30,12 +30,12 @@ def preconditioned_gradient(theta: Tensor, masks: Tensor, losses: Tensor) -> Ten
 
 
 def expectation(
-    estimator: Estimator, theta: Tensor, masks: Tensor, losses: Tensor, samples: int, baseline: float | None
+    estimator: Estimator, theta: Tensor, masks: Tensor, losses: Tensor, masks_per_step: int, baseline: float | None
 ) -> Tensor:
     """E of the estimate over all (2^n)^K combinations of masks, each with its probability."""
     probabilities = log_probability(theta, masks).exp()
     total = torch.zeros_like(theta)
-    for chosen in product(range(len(masks)), repeat=samples):
+    for chosen in product(range(len(masks)), repeat=masks_per_step):
         picked = list(chosen)
         gradient, _ = estimator(theta, masks[picked], losses[picked], baseline)
         total += probabilities[picked].prod() * gradient
@@ -46,38 +46,40 @@ SIZES = [(1, 2), (2, 2), (3, 2), (4, 2), (1, 3), (2, 3), (3, 3), (2, 4)]
 
 
 @pytest.mark.parametrize("baseline", [None, 2.7])
-@pytest.mark.parametrize(("n", "samples"), SIZES)
-def test_leave_one_out_is_unbiased_up_to_the_preconditioner(n: int, samples: int, baseline: float | None) -> None:
+@pytest.mark.parametrize(("n", "masks_per_step"), SIZES)
+def test_leave_one_out_is_unbiased_up_to_the_preconditioner(
+    n: int, masks_per_step: int, baseline: float | None
+) -> None:
     theta, masks, losses = random_problem(n, seed=n)
     torch.testing.assert_close(
-        expectation(rloo, theta, masks, losses, samples, baseline), preconditioned_gradient(theta, masks, losses)
+        expectation(rloo, theta, masks, losses, masks_per_step, baseline), preconditioned_gradient(theta, masks, losses)
     )
 
 
 @pytest.mark.parametrize("baseline", [0.0, 2.7, 50.0])
-@pytest.mark.parametrize(("n", "samples"), SIZES)
+@pytest.mark.parametrize(("n", "masks_per_step"), SIZES)
 def test_the_papers_estimator_is_off_by_the_factor_that_its_docstring_states(
-    n: int, samples: int, baseline: float
+    n: int, masks_per_step: int, baseline: float
 ) -> None:
     """δ holds λ/K of every L_k, so that Σ_k loses λ of K; whatever else δ holds is independent and drops out."""
     theta, masks, losses = random_problem(n, seed=n)
-    factor = (samples - BASELINE_RATE) / (samples - 1)
+    factor = (masks_per_step - BASELINE_RATE) / (masks_per_step - 1)
     torch.testing.assert_close(
-        expectation(paper, theta, masks, losses, samples, baseline),
+        expectation(paper, theta, masks, losses, masks_per_step, baseline),
         factor * preconditioned_gradient(theta, masks, losses),
     )
 
 
-@pytest.mark.parametrize(("n", "samples"), SIZES)
-def test_without_a_baseline_yet_the_papers_estimator_is_unbiased(n: int, samples: int) -> None:
+@pytest.mark.parametrize(("n", "masks_per_step"), SIZES)
+def test_without_a_baseline_yet_the_papers_estimator_is_unbiased(n: int, masks_per_step: int) -> None:
     """δ is then the whole mean, λ = 1: the factor becomes (K − 1)/(K − 1), and the estimate is leave-one-out's."""
     theta, masks, losses = random_problem(n, seed=n)
     torch.testing.assert_close(
-        expectation(paper, theta, masks, losses, samples, None), preconditioned_gradient(theta, masks, losses)
+        expectation(paper, theta, masks, losses, masks_per_step, None), preconditioned_gradient(theta, masks, losses)
     )
-    some = masks[:samples]
+    some = masks[:masks_per_step]
     torch.testing.assert_close(
-        paper(theta, some, losses[:samples], None)[0], rloo(theta, some, losses[:samples], None)[0]
+        paper(theta, some, losses[:masks_per_step], None)[0], rloo(theta, some, losses[:masks_per_step], None)[0]
     )
 
 

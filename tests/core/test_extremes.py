@@ -123,11 +123,11 @@ def test_budgets_of_all_and_of_next_to_nothing(sparsity, space, scope) -> None:
 @pytest.mark.parametrize("start", ["sigmap", "linear"])
 @pytest.mark.parametrize("value", [0.0, 1.0, 1e300, 5e-324])
 def test_a_family_of_equal_scores_starts_even(start, value) -> None:
-    saliency = torch.arange(SPACE.n, dtype=torch.float64)
+    scores = torch.arange(SPACE.n, dtype=torch.float64)
     ffn = SPACE.slice_of("ffn")
-    saliency[ffn] = value
+    scores[ffn] = value
     budget = budget_of(SPACE, 0.5, "per-family")
-    theta = starting_theta(saliency, SPACE, budget, start, 0.3)
+    theta = starting_theta(scores, SPACE, budget, start, 0.3)
     assert_within(theta, SPACE, budget)
     assert theta[ffn].max() - theta[ffn].min() < 1e-12
 

@@ -84,15 +84,15 @@ def some_saliency(n: int, seed: int = 0) -> torch.Tensor:
 def test_the_start_meets_the_budget_and_keeps_the_order_of_every_layer(
     start: str, temperature: float, sparsity: float, scope: str, seed: int
 ) -> None:
-    saliency = some_saliency(SPACE.n, seed)
+    scores = some_saliency(SPACE.n, seed)
     budget = budget_of(SPACE, sparsity, scope)
-    theta = starting_theta(saliency, SPACE, budget, start, temperature)
+    theta = starting_theta(scores, SPACE, budget, start, temperature)
     assert ((theta >= 0) & (theta <= 1)).all()
     for constraint in budget:
         spent = float((SPACE.costs * theta)[constraint.units].sum())
         assert spent == pytest.approx(constraint.kept, rel=1e-12, abs=1e-9)
     for family in SPACE.families:
-        views = zip(SPACE.per_layer(theta, family.name), SPACE.per_layer(saliency, family.name), strict=True)
+        views = zip(SPACE.per_layer(theta, family.name), SPACE.per_layer(scores, family.name), strict=True)
         for part, values in views:
             assert (part[values.argsort()].diff() >= 0).all()
 
@@ -123,27 +123,27 @@ def test_linear_runs_from_the_least_to_the_greatest_of_a_layer_then_is_shifted()
 
 @pytest.mark.parametrize("start", ["sigmap", "linear"])
 def test_a_low_temperature_is_surer(start: str) -> None:
-    saliency, budget = some_saliency(SPACE.n), budget_of(SPACE, 0.5, "per-family")
-    hot, normal, cold = (starting_theta(saliency, SPACE, budget, start, t) for t in (10.0, 1.0, 0.05))
+    scores, budget = some_saliency(SPACE.n), budget_of(SPACE, 0.5, "per-family")
+    hot, normal, cold = (starting_theta(scores, SPACE, budget, start, t) for t in (10.0, 1.0, 0.05))
     assert entropy(cold) < entropy(normal) < entropy(hot)
 
 
 @pytest.mark.parametrize("start", ["sigmap", "linear"])
 def test_the_scale_of_a_layers_saliency_does_not_matter(start: str) -> None:
     budget = budget_of(SPACE, 0.5, "per-family")
-    saliency = some_saliency(SPACE.n)
-    scaled = saliency.clone()
+    scores = some_saliency(SPACE.n)
+    scaled = scores.clone()
     SPACE.per_layer(scaled, "ffn")[1].mul_(1e4)
     torch.testing.assert_close(
-        starting_theta(saliency, SPACE, budget, start, 1.0), starting_theta(scaled, SPACE, budget, start, 1.0)
+        starting_theta(scores, SPACE, budget, start, 1.0), starting_theta(scaled, SPACE, budget, start, 1.0)
     )
 
 
 @pytest.mark.parametrize("start", ["sigmap", "linear"])
 def test_a_family_of_one_unit_a_layer_is_compared_across_the_layers(start: str) -> None:
     space = MaskSpace((Family("layer", (1, 1, 1, 1), (5, 5, 5, 5)),))
-    saliency = torch.tensor([3.0, 1.0, 4.0, 2.0], dtype=torch.float64)
-    theta = starting_theta(saliency, space, budget_of(space, 0.5, "global"), start, 1.0)
+    scores = torch.tensor([3.0, 1.0, 4.0, 2.0], dtype=torch.float64)
+    theta = starting_theta(scores, space, budget_of(space, 0.5, "global"), start, 1.0)
     assert theta.argsort().tolist() == [1, 3, 0, 2]
     assert (theta.sort().values.diff() > 0.01).all()
 

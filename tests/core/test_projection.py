@@ -423,6 +423,6 @@ def test_on_a_coarser_grid_least_widths_are_rounded_down_to_it() -> None:
 
 def test_limits_above_the_budget_are_refused() -> None:
     space = MaskSpace((Family("ffn", (4, 4), (3, 3)),))
-    budget = budget_of(space, 0.5, "per-family", keep_at_least=0.6)
+    budget = budget_of(space, 0.5, "per-family", min_keep=0.6)
     with pytest.raises(ValueError, match="ffn: the least widths cost 6 more than the 12 kept"):
         hard_mask(torch.zeros(8, dtype=torch.float64), space, budget)

@@ -46,7 +46,7 @@ BELOW = {
     "checkpoint": {"atomic", "core", "errors", "history", "run_files"},
     "decision": {"arch", "atomic", "errors", "run_files"},
     "portions": {"errors"},
-    "saliency": {"saliency", "arch", "core", "errors", "moments", "portions", "sensitivity", "streaming"},
+    "scores": {"scores", "arch", "core", "errors", "moments", "portions", "sensitivity", "streaming"},
     "moments": {"arch", "streaming"},
     "sensitivity": {"arch", "errors", "portions"},
     "substrate": {"arch", "core", "eight_bit", "portions"},
@@ -71,12 +71,12 @@ BELOW = {
         "run_files",
     }
     | {"scores", "tables"},
-    "reconstruct": {"arch", "errors", "moments", "saliency", "sensitivity", "streaming", "substrate"},
-    "width_table": {"arch", "core", "moments", "reconstruct", "sensitivity", "streaming"},
+    "repair": {"arch", "errors", "moments", "scores", "sensitivity", "streaming", "substrate"},
+    "width_table": {"arch", "core", "moments", "repair", "sensitivity", "streaming"},
     "width_files": {"atomic", "errors", "run_files", "width_table"},
     "costs": {"arch", "atomic", "errors", "streaming", "substrate"},
-    "matrix_rate": {"costs"},
-    "estimate": {"arch", "costs", "estimate", "recipe", "saliency", "sensitivity", "substrate", "width_table"},
+    "matmul_rate": {"costs"},
+    "estimate": {"arch", "costs", "estimate", "recipe", "scores", "sensitivity", "substrate", "width_table"},
     "budget": {"arch", "core", "costs", "errors", "progress", "recipe", "substrate"},
 }
 ABOVE = {"jobs", "api", "verbs", "cli", "__main__"}  # may import anything but what is said of them below

@@ -93,10 +93,10 @@ def test_without_limits_nothing_has_to_stay_and_every_width_will_do() -> None:
 
 
 def test_the_fraction_that_stays_at_least_is_rounded_up_to_whole_units() -> None:
-    budget = budget_of(SPACE, 0.0, "per-family", keep_at_least=0.5)
+    budget = budget_of(SPACE, 0.0, "per-family", min_keep=0.5)
     assert budget.limits(SPACE)[0].tolist() == [1, 0, 2, 2, 1, 1]
     assert budget.needed(SPACE) == (40 + 100, 6 + 5 + 7)
-    assert budget_of(SPACE, 0.0, "global", keep_at_least=0.5).needed(SPACE) == (158,)
+    assert budget_of(SPACE, 0.0, "global", min_keep=0.5).needed(SPACE) == (158,)
 
 
 @given(st.integers(0, 100), st.integers(1, 12_000))

@@ -41,12 +41,12 @@ def same(one: WidthState, other: WidthState) -> bool:
 
 
 def heard_samples(
-    steps: int, samples: int, true: Tensor = TRUE, noise: float = 0.0, seed: int = 0
+    steps: int, masks_per_step: int, true: Tensor = TRUE, noise: float = 0.0, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Errors `(N, J)`, losses that are linear in them but for each step's own constant, and the steps `(N,)`."""
     generator = torch.Generator().manual_seed(seed)
-    errors = torch.rand(steps * samples, len(true), generator=generator, dtype=torch.float64)
-    heard = torch.arange(steps).repeat_interleave(samples)
+    errors = torch.rand(steps * masks_per_step, len(true), generator=generator, dtype=torch.float64)
+    heard = torch.arange(steps).repeat_interleave(masks_per_step)
     constants = 10 * torch.randn(steps, generator=generator, dtype=torch.float64)
     deviates = torch.randn(len(errors), generator=generator, dtype=torch.float64)
     return errors, errors @ true + constants[heard] + noise * deviates, heard
@@ -68,15 +68,15 @@ def test_a_search_begins_without_offsets_at_the_starting_spread() -> None:
     assert (state.step, state.skipped) == (0, 0)
 
 
-@pytest.mark.parametrize("samples", [1, 2, 5, 8])
-def test_samples_come_in_mirrored_pairs_around_the_mean(samples: int) -> None:
+@pytest.mark.parametrize("masks_per_step", [1, 2, 5, 8])
+def test_samples_come_in_mirrored_pairs_around_the_mean(masks_per_step: int) -> None:
     start = replace(begin(SPACE, 0), mean=torch.linspace(-1, 1, J, dtype=torch.float64))
-    state, offsets = propose(start, samples, SPACE)
-    assert (offsets.shape, offsets.dtype) == ((samples, J), torch.float64)
+    state, offsets = propose(start, masks_per_step, SPACE)
+    assert (offsets.shape, offsets.dtype) == ((masks_per_step, J), torch.float64)
     around = offsets - start.mean
-    pairs = samples // 2
+    pairs = masks_per_step // 2
     torch.testing.assert_close(around[: 2 * pairs : 2], -around[1 : 2 * pairs : 2])
-    assert len({tuple(row.abs().round(decimals=9).tolist()) for row in around}) == (samples + 1) // 2
+    assert len({tuple(row.abs().round(decimals=9).tolist()) for row in around}) == (masks_per_step + 1) // 2
     assert same(replace(state, rng=start.rng), start)  # only the generator has moved
 
 
@@ -112,10 +112,10 @@ def test_a_units_priority_gets_the_offset_of_its_pair() -> None:
 # --- sensitivities
 
 
-@pytest.mark.parametrize(("steps", "samples"), [(1, 40), (10, 4), (30, 8), (40, 2)])
-def test_sensitivities_of_linear_losses_are_recovered(steps: int, samples: int) -> None:
+@pytest.mark.parametrize(("steps", "masks_per_step"), [(1, 40), (10, 4), (30, 8), (40, 2)])
+def test_sensitivities_of_linear_losses_are_recovered(steps: int, masks_per_step: int) -> None:
     """Whatever each batch adds to all of its samples."""
-    sensitivity, doubt = sensitivities(*heard_samples(steps, samples), FAMILY)
+    sensitivity, doubt = sensitivities(*heard_samples(steps, masks_per_step), FAMILY)
     torch.testing.assert_close(normed(sensitivity), normed(TRUE), rtol=1e-4, atol=0.0)
     assert (doubt < 1e-3).all()
 
@@ -148,10 +148,12 @@ def test_no_family_falls_further_behind_than_the_range() -> None:
 
 @given(st.integers(0, 10_000), st.floats(0.0, 3.0), st.integers(1, 6), st.integers(1, 9))
 @settings(deadline=None, max_examples=60)
-def test_every_sensitivity_is_positive_and_within_the_range(seed: int, noise: float, steps: int, samples: int) -> None:
+def test_every_sensitivity_is_positive_and_within_the_range(
+    seed: int, noise: float, steps: int, masks_per_step: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     true = 3 * torch.randn(J, generator=generator, dtype=torch.float64)
-    sensitivity, doubt = sensitivities(*heard_samples(steps, samples, true, noise, seed), FAMILY)
+    sensitivity, doubt = sensitivities(*heard_samples(steps, masks_per_step, true, noise, seed), FAMILY)
     assert sensitivity.isfinite().all()
     assert (sensitivity >= 1 / RANGE**2 - 1e-12).all()
     assert (sensitivity <= RANGE + 1e-12).all()
@@ -253,11 +255,11 @@ def test_the_ridges_strength_is_that_of_the_greatest_evidence(seed: int) -> None
     torch.testing.assert_close(doubt, (covariance.diagonal() / prior).sqrt(), rtol=0.1, atol=0.0)
 
 
-@pytest.mark.parametrize("samples", [1, 2, 3, 4])
+@pytest.mark.parametrize("masks_per_step", [1, 2, 3, 4])
 @pytest.mark.parametrize("seed", range(5))
-def test_fewer_samples_than_can_tell_the_pairs_apart_still_give_numbers(samples: int, seed: int) -> None:
+def test_fewer_samples_than_can_tell_the_pairs_apart_still_give_numbers(masks_per_step: int, seed: int) -> None:
     """Two differences are explained by two families alone: nothing is left for the pairs."""
-    sensitivity, doubt = sensitivities(*heard_samples(1, samples, noise=0.1, seed=seed), FAMILY)
+    sensitivity, doubt = sensitivities(*heard_samples(1, masks_per_step, noise=0.1, seed=seed), FAMILY)
     assert sensitivity.isfinite().all()
     assert (sensitivity > 0).all()
     assert doubt.isfinite().all()
@@ -266,19 +268,19 @@ def test_fewer_samples_than_can_tell_the_pairs_apart_still_give_numbers(samples:
 # --- steps
 
 
-def hear(state: WidthState, samples: int, true: Tensor, noise: float = 0.0) -> WidthState:
+def hear(state: WidthState, masks_per_step: int, true: Tensor, noise: float = 0.0) -> WidthState:
     """One step of a search whose errors fall with the offsets, pair by pair, and whose losses are linear in them."""
-    state, offsets = propose(state, samples, SPACE)
+    state, offsets = propose(state, masks_per_step, SPACE)
     errors = (-offsets).exp()
     generator = torch.Generator().manual_seed(state.step)
-    deviates = torch.randn(samples, generator=generator, dtype=torch.float64)
+    deviates = torch.randn(masks_per_step, generator=generator, dtype=torch.float64)
     return update(state, errors, errors @ true + 3 * math.sin(state.step) + noise * deviates, SPACE)
 
 
 def test_a_step_remembers_what_it_heard() -> None:
     state = begin(SPACE, 0)
-    for samples in (4, 3, 5):
-        state = hear(state, samples, TRUE)
+    for masks_per_step in (4, 3, 5):
+        state = hear(state, masks_per_step, TRUE)
     assert (state.errors.shape, state.losses.shape) == ((12, J), (12,))
     assert (state.errors.dtype, state.losses.dtype, state.heard.dtype) == (torch.float64, torch.float64, torch.int64)
     assert state.heard.tolist() == [0] * 4 + [1] * 3 + [2] * 5

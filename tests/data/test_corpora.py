@@ -18,7 +18,7 @@ import pgprune_cli.demo
 from pgprune_cli.data import corpora as data
 from pgprune_cli.data.corpora import NAMED
 from pgprune_cli.data.tokens import cache_directory, check_vocabulary, tokens_of
-from pgprune_cli.data.windows import Batches, calibration_text, windows
+from pgprune_cli.data.windows import Batches, calibration_text, cut_windows
 from pgprune_cli.errors import UserError
 
 TEXTS = ["Mira owned one red kite.", "The old king slept.", "It was Monday and the geese were loud."]
@@ -344,7 +344,7 @@ def test_the_cache_lies_where_the_environment_says(tmp_path: Path, monkeypatch: 
 @given(length=st.integers(0, 100), seqlen=st.integers(1, 20))
 @settings(deadline=None)
 def test_windows_are_the_stream_in_order_without_its_last_part(length: int, seqlen: int) -> None:
-    rows = windows(torch.arange(length), seqlen)
+    rows = cut_windows(torch.arange(length), seqlen)
     assert rows.shape == (length // seqlen, seqlen)
     assert rows.flatten().tolist() == list(range(length // seqlen * seqlen))
 
@@ -355,14 +355,14 @@ def given_tokens(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 
 @pytest.mark.parametrize("length", [24, 31, 32, 100, 1001])
-@pytest.mark.parametrize("sequences", [1, 5, 1000])
-def test_heldout_windows_are_never_searched_over(length: int, sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("windows", [1, 5, 1000])
+def test_heldout_windows_are_never_searched_over(length: int, windows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     given_tokens(monkeypatch, length)
-    text = calibration_text("any", None, sequences=sequences, heldout=2, seqlen=8)
+    text = calibration_text("any", None, windows=windows, heldout=2, seqlen=8)
     searched, heldout = text.search.flatten().tolist(), text.heldout.flatten().tolist()
     assert text.heldout.shape == (2, 8)
     assert heldout == list(range(length - 16, length))
-    assert len(text.search) == min(sequences, (length - 16) // 8)
+    assert len(text.search) == min(windows, (length - 16) // 8)
     assert len(set(searched)) == len(searched)
     assert max(searched) < length - 16
     for row in text.search.tolist():
@@ -372,7 +372,7 @@ def test_heldout_windows_are_never_searched_over(length: int, sequences: int, mo
 
 def test_few_windows_are_spread_over_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
     given_tokens(monkeypatch, 1016)
-    text = calibration_text("any", None, sequences=10, heldout=2, seqlen=8)
+    text = calibration_text("any", None, windows=10, heldout=2, seqlen=8)
     starts = text.search[:, 0]
     assert starts.diff().max() - starts.diff().min() <= 8
     assert starts[0] < 104
@@ -381,7 +381,7 @@ def test_few_windows_are_spread_over_the_text(monkeypatch: pytest.MonkeyPatch) -
 
 def test_long_windows_come_from_the_searched_part(monkeypatch: pytest.MonkeyPatch) -> None:
     given_tokens(monkeypatch, 1000)
-    text = calibration_text("any", None, sequences=3, heldout=2, seqlen=8)
+    text = calibration_text("any", None, windows=3, heldout=2, seqlen=8)
     longer = text.long_windows(count=4, seqlen=100)
     assert longer.shape == (4, 100)
     assert int(longer.max()) < 984
@@ -392,7 +392,7 @@ def test_a_corpus_too_short_says_what_to_lower(tokenizer: Any) -> None:
     Path("a.txt").write_text(TEXTS[0])
     count = len(ids(tokenizer, TEXTS[:1]))
     with pytest.raises(UserError) as caught:
-        calibration_text("a.txt", tokenizer, sequences=4, heldout=3, seqlen=128)
+        calibration_text("a.txt", tokenizer, windows=4, heldout=3, seqlen=128)
     assert str(caught.value) == (
         f"a.txt: {count} tokens are too few for 3 held-out windows of 128 and one to search over; give more text, "
         "or lower calibration.heldout or calibration.seqlen"
@@ -403,10 +403,10 @@ def test_a_corpus_too_short_says_what_to_lower(tokenizer: Any) -> None:
 def test_one_window_to_search_over_is_enough(length: int, enough: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     given_tokens(monkeypatch, length)
     if enough:
-        assert len(calibration_text("any", None, sequences=9, heldout=2, seqlen=8).search) == 1
+        assert len(calibration_text("any", None, windows=9, heldout=2, seqlen=8).search) == 1
     else:
         with pytest.raises(UserError, match="23 tokens are too few"):
-            calibration_text("any", None, sequences=9, heldout=2, seqlen=8)
+            calibration_text("any", None, windows=9, heldout=2, seqlen=8)
 
 
 # --- batches

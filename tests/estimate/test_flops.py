@@ -12,10 +12,10 @@ from helpers.medium import medium_model, medium_recipe, some_batches
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pgprune_cli.estimate.flops import EIGH, Flops, flops, forwards, repair, scoring, seconds, width_table
+from pgprune_cli.estimate.flops import EIGH, Flops, flops, forward_passes, repair, scoring, seconds, width_table
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.model.prunable import Keep, LayerKeep
+from pgprune_cli.model.prunable import LayerMask, ModelMask
 from pgprune_cli.repair.least_squares import repair as run_repair
 from pgprune_cli.repair.width_table import solved_layers
 from pgprune_cli.scores.metrics import score
@@ -51,8 +51,8 @@ def model() -> nn.Module:
     return medium_model()
 
 
-def half(model: nn.Module) -> Keep:
-    return tuple(LayerKeep(torch.arange(2) < 1, torch.arange(192) < 96) for _ in model.model.layers)
+def half(model: nn.Module) -> ModelMask:
+    return tuple(LayerMask(torch.arange(2) < 1, torch.arange(192) < 96) for _ in model.model.layers)
 
 
 def saliency_of(model: nn.Module) -> dict[tuple[int, str], Tensor]:
@@ -63,7 +63,7 @@ def saliency_of(model: nn.Module) -> dict[tuple[int, str], Tensor]:
 @pytest.mark.parametrize("metric", ["obs", "flap", "wanda-sp", "taylor", "magnitude", "uniform"])
 def test_scoring(metric: str, model: nn.Module) -> None:
     text = some_batches()
-    sizes = Sizes(model, medium_recipe(f"saliency.metric={metric}"))
+    sizes = Sizes(model, medium_recipe(f"scores.metric={metric}"))
     expected = counted(lambda: score(model, metric, text, 0))
     # The first layer's inputs need no gradient, and weights that are not pruned need none.
     assert scoring(sizes, text).total() == pytest.approx(expected, rel=0.1 if metric == "taylor" else 0.01)
@@ -71,16 +71,16 @@ def test_scoring(metric: str, model: nn.Module) -> None:
 
 @pytest.mark.parametrize("method", ["least-squares", "none"])
 def test_the_width_table(method: str, model: nn.Module) -> None:
-    text, sizes = some_batches(), Sizes(model, medium_recipe(f"reconstruct.method={method}"))
+    text, sizes = some_batches(), Sizes(model, medium_recipe(f"repair.method={method}"))
     solve = method == "least-squares"
     expected = counted(lambda: dict(solved_layers(model, saliency_of(model), text, 1e-3, solve)))
     assert width_table(sizes, text).total() == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize("policy", ["layers", "units"])
+@pytest.mark.parametrize("policy", ["widths", "units"])
 def test_the_repair(policy: str, model: nn.Module) -> None:
     text, sizes = some_batches(), Sizes(model, medium_recipe(f"search.policy={policy}"))
-    expected = counted(lambda: run_repair(model, half(model), text, "least-squares", 1e-3, policy == "layers"))
+    expected = counted(lambda: run_repair(model, half(model), text, "least-squares", 1e-3, policy == "widths"))
     assert repair(sizes, text).total() == pytest.approx(expected, rel=0.01)
 
 
@@ -88,9 +88,9 @@ def test_forwards(model: nn.Module) -> None:
     (text,) = some_batches(batches=1)
     keeps = [half(model)] * 3
     expected = counted(lambda: Evaluator(model).losses(keeps, text))
-    assert forwards(Sizes(model, medium_recipe()), text, 3).total() == pytest.approx(expected, rel=0.01)
+    assert forward_passes(Sizes(model, medium_recipe()), text, 3).total() == pytest.approx(expected, rel=0.01)
     dense = Sizes(model, medium_recipe("budget.sparsity=0"))
-    assert forwards(dense, text, 1).total() > 1.2 * expected / 3
+    assert forward_passes(dense, text, 1).total() > 1.2 * expected / 3
 
 
 def test_a_family_that_is_not_searched_stays_whole(model: nn.Module) -> None:
@@ -99,7 +99,7 @@ def test_a_family_that_is_not_searched_stays_whole(model: nn.Module) -> None:
     expected = counted(lambda: Evaluator(model).losses([keep], text))
     for family in ("ffn", "ffn-block"):
         sizes = Sizes(model, medium_recipe(f"units.families=[{family}]"))
-        assert forwards(sizes, text, 1).total() == pytest.approx(expected, rel=0.01)
+        assert forward_passes(sizes, text, 1).total() == pytest.approx(expected, rel=0.01)
 
 
 def test_the_parts_of_a_search_and_how_often_it_looks_at_the_text_held_out(model: nn.Module) -> None:
@@ -110,11 +110,11 @@ def test_the_parts_of_a_search_and_how_often_it_looks_at_the_text_held_out(model
         return flops(Sizes(model, medium_recipe(*overrides)), texts)
 
     assert list(parts()) == ["scoring", "width table", "search", "held-out text", "repair"]
-    few = parts("search.policy=units", "reconstruct.method=none", "saliency.metric=magnitude")
+    few = parts("search.policy=units", "repair.method=none", "scores.metric=magnitude")
     assert list(few) == ["search", "held-out text"]
-    once = forwards(Sizes(model, medium_recipe()), text[1], 1).total()
+    once = forward_passes(Sizes(model, medium_recipe()), text[1], 1).total()
     for steps, every, looks in ((0, 5, 1), (1, 5, 2), (20, 5, 6), (21, 5, 7), (3, 100, 3)):
-        found = parts(f"search.forwards={16 * steps}", f"search.evaluate_every={every}")
+        found = parts(f"search.forward_passes={16 * steps}", f"search.evaluate_every={every}")
         assert found["held-out text"].total() == looks * once
         assert found.get("search", Flops()).total() == 16 * steps * once
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from pgprune_cli.estimate.memory import Memory, layer_bytes, logit_bytes, made_bytes, memory, solving_bytes, table_bytes
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.forward.masked import Evaluator, summed_loss
-from pgprune_cli.model.prunable import LayerKeep, Output
-from pgprune_cli.model.quantized import to_eight_bits
+from pgprune_cli.model.prunable import LayerMask, Output
+from pgprune_cli.model.quantized import quantize_projections
 from pgprune_cli.repair.least_squares import repair
 from pgprune_cli.repair.width_table import solved_layers
 from pgprune_cli.scores.metrics import score
@@ -41,7 +41,7 @@ def peak(run: Callable[[], object]) -> int:
 def test_what_a_dense_forward_allocates(shape: dict[str, int], weights: str, dtype: torch.dtype) -> None:
     model = medium_model(dtype, **shape)
     if weights != "dtype":
-        to_eight_bits(model, weights)
+        quantize_projections(model, weights)
     (tokens,) = some_batches(windows=4, length=64, batches=1)
     sizes = Sizes(model, medium_recipe(f"weights={weights}"))
     expected = max(layer_bytes(sizes, tokens.numel()), logit_bytes(sizes, tokens))
@@ -53,11 +53,11 @@ def test_what_a_dense_forward_allocates(shape: dict[str, int], weights: str, dty
 def test_a_pruned_forward_allocates_no_more_than_one_blocks_slices_on_top(weights: str, method: str) -> None:
     model = medium_model(intermediate_size=512)
     if weights != "dtype":
-        to_eight_bits(model, weights)
-    keep = tuple(LayerKeep(torch.arange(2) < 1, torch.arange(512) < 480) for _ in model.model.layers)
+        quantize_projections(model, weights)
+    keep = tuple(LayerMask(torch.arange(2) < 1, torch.arange(512) < 480) for _ in model.model.layers)
     (tokens,) = some_batches(windows=1, length=16, batches=1)
     repaired = {(index, "ffn"): Output(torch.zeros(64, 480, dtype=torch.float64), None) for index in range(3)}
-    sizes = Sizes(model, medium_recipe(f"weights={weights}", "search.policy=units", f"reconstruct.method={method}"))
+    sizes = Sizes(model, medium_recipe(f"weights={weights}", "search.policy=units", f"repair.method={method}"))
     expected = memory(sizes, Texts([], [], tokens, tokens))
     evaluator = Evaluator(model)
     fp8 = 3 + 1 if method == "none" else 2 + 4
@@ -73,19 +73,19 @@ def test_a_pruned_forward_allocates_no_more_than_one_blocks_slices_on_top(weight
 def test_what_is_solved_for_calibration(part: str, shape: dict[str, int], weights: str) -> None:
     model, text = medium_model(**shape), some_batches(windows=1)
     if weights != "dtype":
-        to_eight_bits(model, weights)
+        quantize_projections(model, weights)
     channels = shape.get("intermediate_size", 192)
-    saliency: dict[tuple[int, str], Tensor] = {}
+    scores: dict[tuple[int, str], Tensor] = {}
     for index in range(3):
-        saliency |= {(index, "attention"): torch.rand(2), (index, "ffn"): torch.rand(channels)}
-    keep = tuple(LayerKeep(torch.arange(2) < 1, torch.arange(channels) < channels // 2) for _ in range(3))
+        scores |= {(index, "attention"): torch.rand(2), (index, "ffn"): torch.rand(channels)}
+    keep = tuple(LayerMask(torch.arange(2) < 1, torch.arange(channels) < channels // 2) for _ in range(3))
     sizes = Sizes(model, medium_recipe(f"weights={weights}"))
     made = made_bytes(sizes)
     stays = table_bytes(sizes) if part == "width table" else 0
     seen = peak(
         {
             "score": lambda: score(model, "obs", text, 0),
-            "width table": lambda: dict(solved_layers(model, saliency, text, 1e-3, True)),
+            "width table": lambda: dict(solved_layers(model, scores, text, 1e-3, True)),
             "repair": lambda: repair(model, keep, text, "least-squares", 1e-3, True),
         }[part]
     )
@@ -94,8 +94,8 @@ def test_what_is_solved_for_calibration(part: str, shape: dict[str, int], weight
 
 def test_the_table_holds_what_it_is_said_to_hold() -> None:
     model, text = medium_model(), some_batches()
-    saliency = {(i, name): torch.rand(n) for i in range(3) for name, n in (("attention", 2), ("ffn", 192))}
-    layers = solved_layers(model, saliency, text, 1e-3, True)
+    scores = {(i, name): torch.rand(n) for i in range(3) for name, n in (("attention", 2), ("ffn", 192))}
+    layers = solved_layers(model, scores, text, 1e-3, True)
     held = sum(weight.nbytes for _, blocks in layers for block in blocks.values() for weight in block.weights.values())
     assert table_bytes(Sizes(model, medium_recipe())) == held
 
@@ -115,13 +115,13 @@ def test_what_a_recipe_does_not_do_takes_no_memory() -> None:
     def needed(*overrides: str) -> Memory:
         return memory(Sizes(medium_model(), medium_recipe(*overrides)), texts)
 
-    bare = needed("search.policy=units", "reconstruct.method=none", "saliency.metric=magnitude")
+    bare = needed("search.policy=units", "repair.method=none", "scores.metric=magnitude")
     assert (bare.covariances, bare.gradients, bare.hidden_states, bare.width_table) == (0, 0, 0, 0)
     assert bare.host == 0
     assert bare.device == bare.weights + bare.activations + bare.slices
-    flap = needed("search.policy=units", "reconstruct.method=none", "saliency.metric=flap")
+    flap = needed("search.policy=units", "repair.method=none", "scores.metric=flap")
     assert (flap.covariances, flap.hidden_states) == (0, 2 * 4 * 16 * 64 * 4)
-    taylor = needed("search.policy=units", "reconstruct.method=none", "saliency.metric=taylor")
+    taylor = needed("search.policy=units", "repair.method=none", "scores.metric=taylor")
     assert taylor.gradients > sum(p.nbytes for p in medium_model().model.layers.parameters()) * 0.95
     assert taylor.device == taylor.weights + max(taylor.activations + taylor.slices, taylor.gradients)
     whole = needed()
@@ -132,6 +132,6 @@ def test_what_a_recipe_does_not_do_takes_no_memory() -> None:
 def test_a_backward_pass_takes_what_is_said() -> None:
     model = medium_model(num_hidden_layers=6)
     (text,) = some_batches(windows=4, length=32, batches=1)
-    sizes = Sizes(model, medium_recipe("saliency.metric=taylor"))
+    sizes = Sizes(model, medium_recipe("scores.metric=taylor"))
     expected = memory(sizes, Texts([text], [], text, text)).gradients
     assert 0.6 * expected < peak(lambda: score(model, "taylor", [text], 0)) < 1.2 * expected

@@ -19,9 +19,9 @@ from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.export import gguf as writer
 from pgprune_cli.export.gguf_layout import NEEDS
 from pgprune_cli.export.plan import Options
-from pgprune_cli.export.shapes import Needs, normal_form
+from pgprune_cli.export.shapes import Needs, runtime_shapes
 from pgprune_cli.model.loading import load_model, load_tokenizer
-from pgprune_cli.model.prunable import LayerKeep, Output
+from pgprune_cli.model.prunable import LayerMask, Output
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run.decision import Decision
 
@@ -120,7 +120,7 @@ def test_the_tensors_are_the_masked_dense_ones(architecture, name, tmp_path, eig
     assert all(torch.equal(found[key], value) for key, value in expected.items())
 
 
-def layer_by_hand(dense, index, place, kept: LayerKeep, written: LayerKeep, queries, config) -> dict[str, torch.Tensor]:
+def layer_by_hand(dense, index, place, kept: LayerMask, written: LayerMask, queries, config) -> dict[str, torch.Tensor]:
     """The tensors of one layer as the file should have them, with rows of q and k in transformers' order.
 
     Padding has the base's rows, and zeros in the columns of the output.
@@ -159,7 +159,7 @@ def test_channels_come_in_blocks_of_q8_0(tmp_path):
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
     save_tokenizer(tmp_path / "base")
     kept = [(1, 5), (3, 33), (0, 70), (4, 0)]
-    keep = tuple(LayerKeep(torch.arange(4) < groups, torch.arange(80) < channels) for groups, channels in kept)
+    keep = tuple(LayerMask(torch.arange(4) < groups, torch.arange(80) < channels) for groups, channels in kept)
     export(tmp_path / "base", tmp_path / "out.gguf", keep, "q8_0")
     meta = fields(tmp_path / "out.gguf")
     assert meta["deci.feed_forward_length"] == [32, 64, 80, 32]
@@ -170,7 +170,7 @@ def test_channels_come_in_blocks_of_q8_0(tmp_path):
     planned = export(tmp_path / "base", tmp_path / "wide.gguf", keep, needs=needs)
     assert fields(tmp_path / "wide.gguf")["deci.feed_forward_length"] == [80] * 4
     assert planned.form.sizes() == [(2, 80), (4, 80), (2, 80), (4, 80)]
-    assert planned.form.sizes() == normal_form(keep, Needs("every", "every", 2, 96)).sizes()
+    assert planned.form.sizes() == runtime_shapes(keep, Needs("every", "every", 2, 96)).sizes()
 
 
 def test_metadata(tmp_path):
@@ -189,7 +189,7 @@ def test_metadata(tmp_path):
     assert meta["deci.embedding_length"] == 32
     assert meta["deci.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
     assert meta["pgprune.recipe"] == "dtype: float32"
-    assert meta["pgprune.kept.kv_groups"] == [4, 3, 1, 2]
+    assert meta["pgprune.kept.kv_heads"] == [4, 3, 1, 2]
     assert json.loads(meta["pgprune.evaluation"]) == measured
     assert planned.bytes == out.stat().st_size
     assert planned.parameters_after < planned.parameters_before

@@ -27,7 +27,7 @@ from pgprune_cli.export import safetensors_file as weights
 from pgprune_cli.export.plan import Options
 from pgprune_cli.export.shapes import Needs
 from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.model.prunable import LayerKeep
+from pgprune_cli.model.prunable import LayerMask
 from pgprune_cli.model.source import resolve
 from pgprune_cli.repair.least_squares import repair
 from pgprune_cli.run.decision import Decision
@@ -35,7 +35,7 @@ from pgprune_cli.run.decision import Decision
 GROUPS, CHANNELS, LAYERS = 4, 24, 4
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-4}
 
-# KV groups and channels that stay of every layer; which ones is drawn.
+# KV heads and channels that stay of every layer; which ones is drawn.
 
 
 def load(directory: Path):
@@ -350,7 +350,7 @@ def repaired(base: Path, model, method: str, reselect: bool = False, uniform: bo
     """A decision with its repair, and the text that it saw. Whole blocks, without a repair, are among the layers."""
     tokens = torch.randint(VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
     keep = tuple(
-        LayerKeep(torch.arange(GROUPS) != (0 if uniform else layer % 2 * 9), torch.arange(CHANNELS) % 3 != 0)
+        LayerMask(torch.arange(GROUPS) != (0 if uniform else layer % 2 * 9), torch.arange(CHANNELS) % 3 != 0)
         for layer in range(LAYERS)
     )
     keep, outputs = repair(model, keep, [tokens], method, 1e-3, reselect)

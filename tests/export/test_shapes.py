@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.export.shapes import Needs, normal_form, output_columns
-from pgprune_cli.model.prunable import LayerKeep, UnitCosts, gather_units
+from pgprune_cli.export.shapes import Needs, output_columns, runtime_shapes
+from pgprune_cli.model.prunable import LayerMask, UnitCosts, gather_units
 
 GROUPS, CHANNELS = 4, 10
 
@@ -18,7 +18,7 @@ def masks(units: int) -> st.SearchStrategy[torch.Tensor]:
     return st.lists(st.booleans(), min_size=units, max_size=units).map(lambda drawn: torch.tensor(drawn))
 
 
-keeps = st.lists(st.builds(LayerKeep, masks(GROUPS), masks(CHANNELS)), min_size=1, max_size=4).map(tuple)
+keeps = st.lists(st.builds(LayerMask, masks(GROUPS), masks(CHANNELS)), min_size=1, max_size=4).map(tuple)
 all_needs = st.builds(
     Needs,
     st.sampled_from(["any", "first", "every"]),
@@ -33,9 +33,9 @@ all_needs = st.builds(
 def test_the_padding_is_the_least_that_meets_the_needs(keep, needs):
     if not any(layer.attention.any() or layer.ffn.any() for layer in keep):
         with pytest.raises(UserError, match="keeps nothing"):
-            normal_form(keep, needs)
+            runtime_shapes(keep, needs)
         return
-    form = normal_form(keep, needs)
+    form = runtime_shapes(keep, needs)
     assert [i for i, k in enumerate(keep) if k.attention.any() or k.ffn.any()] == list(form.layers)
     for index, (kept, written) in enumerate(zip(keep, form.written, strict=True)):
         heads = needs.attention == "every" or (needs.attention == "first" and index == form.layers[0])
@@ -67,25 +67,25 @@ def test_needs_together_are_met_both(keep, one, other):
     assert both == other.and_of(one) == both.and_of(one)
     for needs in (one, other):
         for (groups, channels), (least_groups, least_channels) in zip(
-            normal_form(keep, both).sizes(), normal_form(keep, needs).sizes(), strict=True
+            runtime_shapes(keep, both).sizes(), runtime_shapes(keep, needs).sizes(), strict=True
         ):
             assert groups >= least_groups and (groups % needs.kv_multiple == 0 or groups == GROUPS)
             assert channels >= least_channels and (channels % needs.ffn_multiple == 0 or channels == CHANNELS)
 
 
 def test_what_pads_counts_as_kept():
-    keep = (LayerKeep(torch.arange(4) < 1, torch.arange(10) < 3), LayerKeep(torch.arange(4) < 0, torch.arange(10) < 8))
+    keep = (LayerMask(torch.arange(4) < 1, torch.arange(10) < 3), LayerMask(torch.arange(4) < 0, torch.arange(10) < 8))
     costs = UnitCosts((5, 5), (1, 2))
     total = 4 * 5 * 2 + 10 * 1 + 10 * 2
-    assert normal_form(keep, Needs()).sparsity(costs) == pytest.approx(1 - (5 + 3 + 16) / total)
-    form = normal_form(keep, Needs("every", kv_multiple=2, ffn_multiple=4))
+    assert runtime_shapes(keep, Needs()).sparsity(costs) == pytest.approx(1 - (5 + 3 + 16) / total)
+    form = runtime_shapes(keep, Needs("every", kv_multiple=2, ffn_multiple=4))
     assert form.sizes() == [(2, 4), (2, 8)]
     assert form.sparsity(costs) == pytest.approx(1 - (10 + 4 + 10 + 16) / total)
 
 
 def test_uniform_is_alike_in_every_layer_and_with_both_blocks():
     def form(*counts, needs=Needs()):  # noqa: B008
-        return normal_form(tuple(LayerKeep(torch.arange(4) < a, torch.arange(10) < f) for a, f in counts), needs)
+        return runtime_shapes(tuple(LayerMask(torch.arange(4) < a, torch.arange(10) < f) for a, f in counts), needs)
 
     assert form((2, 5), (0, 0), (2, 5)).uniform
     assert not form((2, 5), (2, 6)).uniform

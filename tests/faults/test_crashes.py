@@ -78,8 +78,8 @@ def test_a_damaged_checkpoint_is_refused_and_skipped_when_told_so(bench) -> None
     ended = bench.run(folder, [*command, "--quiet"])
     assert ended.code == 2
     assert ended.said.startswith("pgprune: run/checkpoints/step-00000004: damaged checkpoint: ")
-    assert ended.said.endswith("go on from step-00000003, or search with --skip-damaged\n")
-    assert bench.run(folder, [*command, "--skip-damaged"]).code == 0
+    assert ended.said.endswith("go on from step-00000003, or search with --skip-corrupt-checkpoint\n")
+    assert bench.run(folder, [*command, "--skip-corrupt-checkpoint"]).code == 0
     assert outcome(folder) == bench.of("search").left
 
 

@@ -21,7 +21,15 @@ from pgprune_cli.jobs.search import search
 from pgprune_cli.model.loading import load_model
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import load
-from pgprune_cli.run.layout import EVALUATION_FILE, MASKS, MEASURED_FILE, RECIPE_FILE, RECORD, REPAIR, SCORES
+from pgprune_cli.run.layout import (
+    DECISION_MASKS,
+    DECISION_RECORD,
+    EVALUATION_FILE,
+    MEASURED_FILE,
+    RECIPE_FILE,
+    REPAIR_FILE,
+    SCORES_FILE,
+)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +85,7 @@ HARMS = (truncated, flipped, emptied)
 
 
 @pytest.mark.parametrize("harm", HARMS)
-@pytest.mark.parametrize("name", [RECORD, MASKS, REPAIR])
+@pytest.mark.parametrize("name", [DECISION_RECORD, DECISION_MASKS, REPAIR_FILE])
 def test_a_damaged_decision_is_refused_by_all_who_read_it(base, run, tmp_path, name, harm) -> None:
     harm(run / name)
     for act in (
@@ -93,8 +101,8 @@ def test_a_damaged_decision_is_refused_by_all_who_read_it(base, run, tmp_path, n
 def test_damaged_scores_are_refused(base, tmp_path, harm) -> None:
     recipe = load(base / "recipe.yaml")
     init_scores(recipe, tmp_path, quiet=True)
-    harm(tmp_path / SCORES)
-    assert said(search, recipe, tmp_path, True).startswith(f"{tmp_path / SCORES}: damaged")
+    harm(tmp_path / SCORES_FILE)
+    assert said(search, recipe, tmp_path, True).startswith(f"{tmp_path / SCORES_FILE}: damaged")
     init_scores(recipe, tmp_path, quiet=True)
     search(recipe, tmp_path, quiet=True)
 
@@ -102,20 +110,20 @@ def test_damaged_scores_are_refused(base, tmp_path, harm) -> None:
 def test_swapped_scores_and_those_of_a_newer_pgprune_are_refused(base, tmp_path, monkeypatch) -> None:
     recipe = load(base / "recipe.yaml")
     scores = init_scores(recipe, tmp_path, quiet=True)
-    sound = (tmp_path / SCORES).read_bytes()
+    sound = (tmp_path / SCORES_FILE).read_bytes()
     first, second = (scores.tensors[f"layers.{index}.ffn"].numpy().tobytes() for index in (0, 1))
     between = bytes(len(first))
     swapped = sound.replace(first, between).replace(second, first).replace(between, second)
     assert swapped != sound and len(swapped) == len(sound)
-    (tmp_path / SCORES).write_bytes(swapped)
-    assert said(search, recipe, tmp_path, True).startswith(f"{tmp_path / SCORES}: damaged: not what was written")
+    (tmp_path / SCORES_FILE).write_bytes(swapped)
+    assert said(search, recipe, tmp_path, True).startswith(f"{tmp_path / SCORES_FILE}: damaged: not what was written")
     monkeypatch.setattr("pgprune_cli.run.scores.VERSION", 2)
     scores.save(tmp_path)
     monkeypatch.undo()
     assert said(search, recipe, tmp_path, True) == (
-        f"{tmp_path / SCORES}: of a newer pgprune (version 2, this one reads 1); upgrade pgprune"
+        f"{tmp_path / SCORES_FILE}: of a newer pgprune (version 2, this one reads 1); upgrade pgprune"
     )
-    (tmp_path / SCORES).write_bytes(sound)
+    (tmp_path / SCORES_FILE).write_bytes(sound)
     search(recipe, tmp_path, quiet=True)
 
 
@@ -140,10 +148,10 @@ def test_a_damaged_measurement_of_a_comparison_is_refused(base, tmp_path, harm) 
 def test_a_decision_of_another_run_is_refused(base, run, tmp_path) -> None:
     other = load(base / "recipe.yaml", ["budget.sparsity=0.2"])
     search(other, tmp_path / "other", quiet=True)
-    for name in (MASKS, RECORD, REPAIR):
+    for name in (DECISION_MASKS, DECISION_RECORD, REPAIR_FILE):
         shutil.copyfile(tmp_path / "other" / name, run / name)
     assert said(search, load(base / "recipe.yaml"), run, True) == (
-        f"{run / RECORD}: of another run than {RECIPE_FILE} beside it; put this run's own back"
+        f"{run / DECISION_RECORD}: of another run than {RECIPE_FILE} beside it; put this run's own back"
     )
 
 
@@ -152,7 +160,7 @@ def test_a_half_written_last_line_of_the_history_is_no_damage(base, tmp_path) ->
     recipe = load(base / "recipe.yaml")
     compare(recipe, tmp_path, [0], ["metric-start"], 2, quiet=True)
     run = tmp_path / "metric-start" / "seed-0"
-    for name in (RECORD, MEASURED_FILE):
+    for name in (DECISION_RECORD, MEASURED_FILE):
         (run / name).unlink()
     with (run / "metrics.jsonl").open("a") as history:
         history.write('{"step": 6, "los')
@@ -192,7 +200,7 @@ def test_a_base_that_changed_since_the_decision_is_refused(moved, change) -> Non
         lambda: open_target(str(moved / "run"), None, "cpu", True),
     ):
         assert "not the model that was searched" in said(act)
-    (moved / "run" / RECORD).unlink()
+    (moved / "run" / DECISION_RECORD).unlink()
     assert "scores of another model than" in said(search, recipe, moved / "run", True)
 
 
@@ -201,7 +209,7 @@ def test_weights_that_are_no_numbers_are_refused_wherever_a_model_is_read(moved,
     name = "model.layers.2.mlp.down_proj.weight"
     set_weight(moved / "model", name, value)
     words = f"{moved}/model: {name} holds NaN or infinity: fetch the model's files again"
-    recipe = load(moved / "recipe.yaml", ["saliency.metric=uniform"])
+    recipe = load(moved / "recipe.yaml", ["scores.metric=uniform"])
     assert said(init_scores, recipe, moved / "run", True) == words
     assert said(search, recipe, moved / "run", True) == words
     assert said(open_target, f"{moved}/model", None, "cpu", True) == words
@@ -242,11 +250,11 @@ def test_a_search_whose_model_overflows_says_so(moved) -> None:
         if "proj" in name:
             tensors[name] *= 1e4
     save_file(tensors, moved / "model" / "model.safetensors", metadata={"format": "pt"})
-    recipe = load(moved / "recipe.yaml", ["dtype=float16", "saliency.metric=uniform", "reconstruct.method=none"])
+    recipe = load(moved / "recipe.yaml", ["dtype=float16", "scores.metric=uniform", "repair.method=none"])
     assert "overflows in float16: try dtype float32 or bfloat16" in said(
         search, recipe, moved / "run", True, kind=RunError
     )
-    calibrated = load(moved / "recipe.yaml", ["dtype=float16", "saliency.metric=obs"])
+    calibrated = load(moved / "recipe.yaml", ["dtype=float16", "scores.metric=obs"])
     assert "try dtype float32 or bfloat16" in said(init_scores, calibrated, moved / "other", True, kind=RunError)
 
 
@@ -266,10 +274,10 @@ def save_model(folder: Path, **sizes: int) -> None:
     save_tokenizer(folder)
 
 
-LAYERS = ["search.policy=layers", "search.samples=4", "search.forwards=12"]
+LAYERS = ["search.policy=widths", "search.masks_per_step=4", "search.forward_passes=12"]
 
 
-@pytest.mark.parametrize("policy", [[], LAYERS], ids=["units", "layers"])
+@pytest.mark.parametrize("policy", [[], LAYERS], ids=["units", "widths"])
 @pytest.mark.parametrize("metric", ["obs", "wanda-sp"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.999999])
 @pytest.mark.parametrize(
@@ -282,7 +290,7 @@ LAYERS = ["search.policy=layers", "search.samples=4", "search.forwards=12"]
 )
 def test_the_least_models_and_the_ends_of_the_budget(moved, sizes, sparsity, metric, policy) -> None:
     save_model(moved / "model", **sizes)
-    recipe = load(moved / "recipe.yaml", [f"budget.sparsity={sparsity}", f"saliency.metric={metric}", *policy])
+    recipe = load(moved / "recipe.yaml", [f"budget.sparsity={sparsity}", f"scores.metric={metric}", *policy])
     decision = search(recipe, moved / "run", quiet=True)
     assert decision.sparsity >= sparsity - 1e-6
     if sparsity == 0.0:
@@ -293,7 +301,7 @@ def test_the_least_models_and_the_ends_of_the_budget(moved, sizes, sparsity, met
         export_job.export(moved / "run", moved / "small")
 
 
-@pytest.mark.parametrize("policy", [[], LAYERS], ids=["units", "layers"])
+@pytest.mark.parametrize("policy", [[], LAYERS], ids=["units", "widths"])
 @pytest.mark.parametrize("metric", ["obs", "flap", "magnitude"])
 @pytest.mark.parametrize("family", ["mlp", "self_attn"])
 def test_a_family_of_zeros_is_searched_all_the_same(moved, family, metric, policy) -> None:
@@ -302,13 +310,13 @@ def test_a_family_of_zeros_is_searched_all_the_same(moved, family, metric, polic
         if family in name:
             tensors[name].zero_()
     save_file(tensors, moved / "model" / "model.safetensors", metadata={"format": "pt"})
-    decision = search(load(moved / "recipe.yaml", [f"saliency.metric={metric}", *policy]), moved / "run", quiet=True)
+    decision = search(load(moved / "recipe.yaml", [f"scores.metric={metric}", *policy]), moved / "run", quiet=True)
     assert decision.heldout_loss is not None and 0.35 < decision.sparsity < 0.55
     export_job.export(moved / "run", moved / "small")
 
 
 def test_the_same_seed_gives_the_same_bytes_twice(base, finished, tmp_path) -> None:
     search(load(base / "recipe.yaml"), tmp_path / "again", quiet=True)
-    for name in (MASKS, REPAIR, RECORD, SCORES):
+    for name in (DECISION_MASKS, REPAIR_FILE, DECISION_RECORD, SCORES_FILE):
         assert (tmp_path / "again" / name).read_bytes() == (finished / name).read_bytes()
-    assert json.loads((tmp_path / "again" / RECORD).read_text())["masks_sha256"]
+    assert json.loads((tmp_path / "again" / DECISION_RECORD).read_text())["masks_sha256"]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from helpers.faults_bench import JOBS, outcome
 
-LONG = ["--set", "search.forwards=100000", "--set", "search.checkpoint_every=50000"]
+LONG = ["--set", "search.forward_passes=100000", "--set", "search.checkpoint_every=50000"]
 
 
 def started(bench, folder: Path, **options) -> subprocess.Popen:

@@ -11,11 +11,11 @@ from helpers.models import VOCABULARY, tiny_model
 from torch import Tensor, nn
 
 from pgprune_cli.errors import RunError
-from pgprune_cli.forward.batch_splitting import Portions
+from pgprune_cli.forward.batch_splitting import BatchSplitter
 from pgprune_cli.forward.curvature import output_curvature
 from pgprune_cli.forward.layerwise import layer_inputs
 from pgprune_cli.forward.moments import MomentCollector
-from pgprune_cli.model.prunable import LayerKeep, Shape
+from pgprune_cli.model.prunable import LayerMask, Shape
 from pgprune_cli.repair.least_squares import repair
 from pgprune_cli.repair.width_table import solved_layers
 from pgprune_cli.scores.metrics import score
@@ -69,7 +69,7 @@ def memory_to_watch(windows: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[l
     ("fits", "tried"), [(9, [7]), (4, [7, 4, 3]), (2, [7, 4, 2, 2, 2, 1]), (1, [7, 4, 2, *[1] * 7])]
 )
 def test_every_window_is_taken_once_and_in_order(fits: int, tried: list[int]) -> None:
-    portions, taken, sizes = Portions(), [], []
+    portions, taken, sizes = BatchSplitter(), [], []
 
     def run(some: slice) -> None:
         windows = range(7)[some]
@@ -90,14 +90,14 @@ def test_not_even_one_window_is_an_error() -> None:
     def fails(_: object) -> None:
         raise torch.OutOfMemoryError
 
-    for act in (lambda: Portions().each(3, fails), lambda: Portions().all(text(), fails)):
+    for act in (lambda: BatchSplitter().each(3, fails), lambda: BatchSplitter().all(text(), fails)):
         with pytest.raises(RunError, match="out of memory with one window at a time"):
             act()
 
 
 def test_other_errors_pass() -> None:
     with pytest.raises(ZeroDivisionError):
-        Portions().each(3, lambda some: print(1 // 0))
+        BatchSplitter().each(3, lambda some: print(1 // 0))
 
 
 # --- what goes over text
@@ -107,11 +107,11 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return [layer.mlp.act_fn for layer in model.model.layers]
 
 
-def half(model: nn.Module) -> tuple[LayerKeep, ...]:
+def half(model: nn.Module) -> tuple[LayerMask, ...]:
     shape = Shape.of(model)
     return tuple(
-        LayerKeep(torch.arange(groups) % 2 < 1, torch.arange(channels) % 2 < 1)
-        for groups, channels in zip(shape.kv_groups, shape.channels, strict=True)
+        LayerMask(torch.arange(groups) % 2 < 1, torch.arange(channels) % 2 < 1)
+        for groups, channels in zip(shape.kv_heads, shape.channels, strict=True)
     )
 
 
@@ -121,9 +121,9 @@ def scores_by(metric: str) -> Callable[[nn.Module], list[Tensor]]:
 
 def table_of(model: nn.Module) -> list[Tensor]:
     shape = Shape.of(model)
-    saliency = {(index, "attention"): torch.arange(count).double() for index, count in enumerate(shape.kv_groups)}
-    saliency |= {(index, "ffn"): torch.arange(count).double() for index, count in enumerate(shape.channels)}
-    solved = [block for _, blocks in solved_layers(model, saliency, text(), 1e-2, True) for block in blocks.values()]
+    scores = {(index, "attention"): torch.arange(count).double() for index, count in enumerate(shape.kv_heads)}
+    scores |= {(index, "ffn"): torch.arange(count).double() for index, count in enumerate(shape.channels)}
+    solved = [block for _, blocks in solved_layers(model, scores, text(), 1e-2, True) for block in blocks.values()]
     return [tensor for block in solved for tensor in (block.errors, *block.weights.values())]
 
 
@@ -193,7 +193,7 @@ def test_a_pass_that_memory_suffices_for_is_what_it_was_bit_for_bit() -> None:
     for residual, x in seen:
         weight = residual.flatten(0, -2).square().mean(-1, keepdim=True).clamp_min(1e-12).reciprocal()
         second = second + ((x.flatten(0, -2) * weight).T @ x.flatten(0, -2)).double()
-    assert torch.equal(collector.sums["ffn"].second, second)
+    assert torch.equal(collector.checksums["ffn"].second, second)
 
 
 @pytest.mark.parametrize("name", PASSES)

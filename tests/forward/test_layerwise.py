@@ -129,5 +129,5 @@ def test_the_model_is_left_as_it_was_even_when_it_fails() -> None:
     with pytest.raises(RuntimeError, match="seen"):
         stream.observe(0, {("self_attn.o_proj",): refuse})
     assert not any(module._forward_pre_hooks for module in model.modules())
-    forwards = [vars(layer).get("forward") for layer in model.model.layers]
-    assert forwards == [None, own_forward, None, None]
+    forward_passes = [vars(layer).get("forward") for layer in model.model.layers]
+    assert forward_passes == [None, own_forward, None, None]

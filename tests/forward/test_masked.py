@@ -8,11 +8,11 @@ import pytest
 import torch
 from helpers.masks import (
     GROUPS,
-    KEEPS,
+    MODEL_MASKS,
     dense,
     logits_of,
     only,
-    random_keep,
+    random_mask,
     some_outputs,
     some_tokens,
 )
@@ -20,13 +20,13 @@ from helpers.models import ARCHITECTURES, VOCABULARY, tiny_model
 from torch import Tensor, nn
 
 from pgprune_cli.errors import RunError
-from pgprune_cli.forward import masked as substrate
+from pgprune_cli.forward import masked as masked
 from pgprune_cli.forward.masked import Evaluator, summed_loss
-from pgprune_cli.model.prunable import Keep, Outputs
+from pgprune_cli.model.prunable import ModelMask, Outputs
 
 
 @contextmanager
-def silenced(model: nn.Module, keep: Keep) -> Iterator[None]:
+def silenced(model: nn.Module, keep: ModelMask) -> Iterator[None]:
     """The slow reference: the dense model, where removed units give zeros to o_proj and down_proj, one at a time.
 
     A block without units adds nothing at all: its output bias is silenced too.
@@ -93,9 +93,9 @@ def watched(model: nn.Module) -> Iterator[nn.Module]:
     assert torch.equal(logits_of(model, some_tokens()), logits)
 
 
-@pytest.mark.parametrize("name", KEEPS)
+@pytest.mark.parametrize("name", MODEL_MASKS)
 def test_the_shrunk_model_equals_the_dense_one_with_its_removed_units_silenced(watched: nn.Module, name: str) -> None:
-    keep, tokens = KEEPS[name], some_tokens()
+    keep, tokens = MODEL_MASKS[name], some_tokens()
     with silenced(watched, keep):
         expected = logits_of(watched, tokens)
     with Evaluator(watched).shrunk(keep) as shrunk:
@@ -125,7 +125,7 @@ def test_removed_units_are_not_computed(watched: nn.Module) -> None:
     assert [seen[linear] for linear in linears] == [(16, 32), (32, 2 * queries), (3, 32), (32, 3)]
 
 
-def with_outputs_by_hand(model: nn.Module, keep: Keep, outputs: Outputs) -> nn.Module:
+def with_outputs_by_hand(model: nn.Module, keep: ModelMask, outputs: Outputs) -> nn.Module:
     """A copy whose output projections are replaced, with zeros for the inputs that are gone."""
     copied = copy.deepcopy(model)
     for (index, name), output in outputs.items():
@@ -144,7 +144,7 @@ def with_outputs_by_hand(model: nn.Module, keep: Keep, outputs: Outputs) -> nn.M
 @pytest.mark.parametrize("bias", [False, True], ids=["without a bias", "with a bias"])
 @pytest.mark.parametrize("name", ["dense", "random", "an empty layer", "one channel left"])
 def test_repaired_outputs_stand_in_for_those_of_the_model(watched: nn.Module, name: str, bias: bool) -> None:
-    keep, tokens = KEEPS[name], some_tokens()
+    keep, tokens = MODEL_MASKS[name], some_tokens()
     outputs = some_outputs(watched, keep, bias)
     by_hand = with_outputs_by_hand(watched, keep, outputs)
     with silenced(by_hand, keep):
@@ -159,7 +159,7 @@ def test_repaired_outputs_stand_in_for_those_of_the_model(watched: nn.Module, na
 
 
 def test_losses_take_the_outputs_of_each_decision(watched: nn.Module) -> None:
-    keeps, tokens = [KEEPS["random"], KEEPS["an empty layer"]], some_tokens()
+    keeps, tokens = [MODEL_MASKS["random"], MODEL_MASKS["an empty layer"]], some_tokens()
     outputs = [some_outputs(watched, keep, bias=True) for keep in keeps]
     alone = []
     for keep, repaired in zip(keeps, outputs, strict=True):
@@ -173,7 +173,7 @@ def test_an_exception_behind_repaired_outputs_restores_the_model(watched: nn.Mod
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    keep = random_keep(8)
+    keep = random_mask(8)
     outputs = some_outputs(watched, keep, bias=True)
     handle = watched.model.layers[3].get_submodule(place).register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -182,7 +182,7 @@ def test_an_exception_behind_repaired_outputs_restores_the_model(watched: nn.Mod
 
 
 def test_an_exception_in_the_body_restores_the_model(watched: nn.Module) -> None:
-    with pytest.raises(KeyError), Evaluator(watched).shrunk(KEEPS["an empty layer"]):
+    with pytest.raises(KeyError), Evaluator(watched).shrunk(MODEL_MASKS["an empty layer"]):
         logits_of(watched, some_tokens())
         raise KeyError
 
@@ -197,7 +197,7 @@ def test_an_exception_in_the_middle_of_a_block_restores_the_model(watched: nn.Mo
 
     handle = module.register_forward_pre_hook(fail)
     before, pointers = snapshot(watched), {name: p.data_ptr() for name, p in watched.named_parameters()}
-    with Evaluator(watched).shrunk(random_keep(8)):
+    with Evaluator(watched).shrunk(random_mask(8)):
         with pytest.raises(RuntimeError, match="out of memory"):
             logits_of(watched, some_tokens())
         inside = watched.state_dict()
@@ -217,17 +217,17 @@ def test_an_exception_while_gathering_restores_the_model(watched: nn.Module, mon
             raise RuntimeError("out of memory")
         return gather(*arguments)
 
-    gather = substrate.gather_units
-    monkeypatch.setattr(substrate, "gather_units", fails_third)
+    gather = masked.gather_units
+    monkeypatch.setattr(masked, "gather_units", fails_third)
     evaluator = Evaluator(watched)
     with pytest.raises(RuntimeError, match="out of memory"):
-        evaluator.losses([random_keep(9)], some_tokens())
+        evaluator.losses([random_mask(9)], some_tokens())
     assert len(calls) == 3
 
 
 def test_losses_restore_the_model_when_a_forward_fails(watched: nn.Module) -> None:
     with pytest.raises(IndexError):
-        Evaluator(watched).losses([random_keep(0)], torch.full((1, 5), VOCABULARY))
+        Evaluator(watched).losses([random_mask(0)], torch.full((1, 5), VOCABULARY))
 
 
 @contextmanager
@@ -248,7 +248,7 @@ def memory_for(model: nn.Module, windows: int) -> Iterator[list[int]]:
 
 
 def test_where_memory_runs_out_a_batch_goes_through_in_parts(watched: nn.Module) -> None:
-    keeps, tokens = [KEEPS["random"], KEEPS["another random"]], some_tokens(rows=7)
+    keeps, tokens = [MODEL_MASKS["random"], MODEL_MASKS["another random"]], some_tokens(rows=7)
     outputs = [some_outputs(watched, keep, bias=False) for keep in keeps]
     expected = Evaluator(watched).losses(keeps, tokens, outputs)
     evaluator = Evaluator(watched)
@@ -271,15 +271,15 @@ def test_memory_that_runs_out_while_gathering_is_no_different(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return gather(*arguments)
 
-    keep, tokens, gather = random_keep(9), some_tokens(), substrate.gather_units
+    keep, tokens, gather = random_mask(9), some_tokens(), masked.gather_units
     expected = Evaluator(watched).losses([keep], tokens)
-    monkeypatch.setattr(substrate, "gather_units", fails_third)
+    monkeypatch.setattr(masked, "gather_units", fails_third)
     torch.testing.assert_close(Evaluator(watched).losses([keep], tokens), expected, rtol=1e-6, atol=0)
 
 
 def test_memory_for_less_than_one_window_is_an_error(watched: nn.Module) -> None:
     with memory_for(watched, 0), pytest.raises(RunError, match="out of memory with one window at a time"):
-        Evaluator(watched).losses([KEEPS["random"]], some_tokens())
+        Evaluator(watched).losses([MODEL_MASKS["random"]], some_tokens())
 
 
 def direct_loss(model: nn.Module, tokens: Tensor) -> float:
@@ -290,7 +290,7 @@ def direct_loss(model: nn.Module, tokens: Tensor) -> float:
 
 
 def test_losses_are_the_mean_next_token_cross_entropy_under_each_keep(watched: nn.Module) -> None:
-    tokens, keeps = some_tokens(seed=1), [KEEPS["dense"], KEEPS["random"], KEEPS["an empty layer"]]
+    tokens, keeps = some_tokens(seed=1), [MODEL_MASKS["dense"], MODEL_MASKS["random"], MODEL_MASKS["an empty layer"]]
     expected = []
     for keep in keeps:
         with silenced(watched, keep):
@@ -306,12 +306,12 @@ def test_losses_do_not_depend_on_how_many_logits_exist_at_a_time(monkeypatch: py
     whole = summed_loss(model, tokens)
     for rows in (1, 7, 69, 1000):
         for name, value in (("LOGIT_ROWS", rows), ("SOFTMAX_ROWS", 5)):
-            monkeypatch.setattr(substrate, name, value)
+            monkeypatch.setattr(masked, name, value)
         assert float(summed_loss(model, tokens)) == pytest.approx(float(whole), rel=1e-5)
 
 
 def test_a_batch_loses_the_mean_of_its_windows() -> None:
-    evaluator, tokens, keep = Evaluator(tiny_model("qwen3")), some_tokens(), KEEPS["random"]
+    evaluator, tokens, keep = Evaluator(tiny_model("qwen3")), some_tokens(), MODEL_MASKS["random"]
     alone = [float(evaluator.losses([keep], row[None])) for row in tokens]
     assert float(evaluator.losses([keep], tokens)) == pytest.approx(sum(alone) / 3, rel=1e-4)
 
@@ -326,7 +326,7 @@ def test_a_loss_that_overflows_comes_back_as_it_is() -> None:
 
 def test_decisions_follow_each_other_without_a_trace() -> None:
     evaluator, tokens = Evaluator(tiny_model("qwen2")), some_tokens()
-    keeps = list(KEEPS.values())
+    keeps = list(MODEL_MASKS.values())
     forward = evaluator.losses(keeps, tokens)
     backward = evaluator.losses(keeps[::-1], tokens)
     assert torch.equal(forward, backward.flip(0))

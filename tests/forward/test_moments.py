@@ -57,10 +57,10 @@ def test_only_the_blocks_that_are_named_are_watched(names: list[str]) -> None:
     model = tiny_model("qwen2")
     collector = MomentCollector(Shape.of(model), names)
     layer_inputs(model, batches()).observe(0, collector.watch)
-    assert list(collector.sums) == names
+    assert list(collector.checksums) == names
     for name in names:
         assert_moments(collector.moments(name), moments_by_hand(*seen(model, 0, name)))
-    assert collector.sums == {}  # it let go of them
+    assert collector.checksums == {}  # it let go of them
 
 
 @pytest.mark.parametrize("factor", [10.0, 1e4])

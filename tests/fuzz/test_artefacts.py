@@ -12,7 +12,7 @@ from helpers.recipes import SMALL
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pgprune_cli.export.checksums import SUMS
+from pgprune_cli.export.checksums import CHECKSUMS_FILE
 from pgprune_cli.jobs import export as job
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.verify import verify
@@ -20,15 +20,15 @@ from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.run.checkpoint import load_checkpoint
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import (
-    CHECKPOINTS,
-    COSTS,
+    CHECKPOINTS_FOLDER,
+    COSTS_FILE,
+    DECISION_MASKS,
+    DECISION_RECORD,
     EVALUATION_FILE,
-    MASKS,
     METRICS_FILE,
     RECIPE_FILE,
-    RECORD,
-    REPAIR,
-    SCORES,
+    REPAIR_FILE,
+    SCORES_FILE,
 )
 from pgprune_cli.run.scores import Scores
 
@@ -39,9 +39,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PGPRUNE_CACHE", str(folder / "cache"))
-        search(load(find("demo"), [*SMALL, "reconstruct.method=bias"]), folder / "run", quiet=True)
+        search(load(find("demo"), [*SMALL, "repair.method=bias"]), folder / "run", quiet=True)
         job.export(folder / "run", folder / "out")
-    (folder / "run" / COSTS).write_text(json.dumps({"attention": [3, 4], "ffn": [1, 1]}))
+    (folder / "run" / COSTS_FILE).write_text(json.dumps({"attention": [3, 4], "ffn": [1, 1]}))
     (folder / "run" / EVALUATION_FILE).write_text('{"perplexity": []}')
     shutil.rmtree(folder / "cache")
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -55,10 +55,12 @@ def folder(whole: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-SAFETENSORS = [f"run/{name}" for name in (SCORES, MASKS, REPAIR)] + ["run/checkpoints/*/state.safetensors"]
-OBJECTS = [f"run/{name}" for name in (RECORD, COSTS, EVALUATION_FILE)] + ["run/checkpoints/*/state.json"]
+SAFETENSORS = [f"run/{name}" for name in (SCORES_FILE, DECISION_MASKS, REPAIR_FILE)] + [
+    "run/checkpoints/*/state.safetensors"
+]
+OBJECTS = [f"run/{name}" for name in (DECISION_RECORD, COSTS_FILE, EVALUATION_FILE)] + ["run/checkpoints/*/state.json"]
 OTHERS = [f"run/{name}" for name in (METRICS_FILE, RECIPE_FILE)] + [
-    f"out/{SUMS}",
+    f"out/{CHECKSUMS_FILE}",
     "out/config.json",
     "out/model.safetensors",
 ]
@@ -78,7 +80,7 @@ def read_all(folder: Path, whole: dict[str, bytes], pattern: str, draw, strategy
             with told(kind):
                 read(folder / "run")
         with told(kind):
-            load_checkpoint(next((folder / "run" / CHECKPOINTS).iterdir()))
+            load_checkpoint(next((folder / "run" / CHECKPOINTS_FOLDER).iterdir()))
     finally:
         put(path, original)
 

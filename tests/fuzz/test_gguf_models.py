@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgprune_cli.jobs import export as job
-from pgprune_cli.model.prunable import LayerKeep
+from pgprune_cli.model.prunable import LayerMask
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run.decision import Decision
 
@@ -22,7 +22,7 @@ gguf = pytest.importorskip("gguf", reason="no gguf: pip install 'pgprune[gguf]'"
 
 LIST, STRING = 9, 8
 SIZES = {"dense": (4, 24), "pruned": (2, 24)}
-"""KV groups and FFN channels of every layer; of fewer than 24 the format would make 24 again."""
+"""KV heads and FFN channels of every layer; of fewer than 24 the format would make 24 again."""
 DTYPES = ("float32", "float16", "bfloat16", "q8_0")
 
 
@@ -99,7 +99,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tiny_model("llama-gqa").save_pretrained("base")
         save_tokenizer(Path("base"))
         for name, (groups, channels) in SIZES.items():
-            keep = tuple(LayerKeep(torch.arange(4) < groups, torch.arange(24) < channels) for _ in range(4))
+            keep = tuple(LayerMask(torch.arange(4) < groups, torch.arange(24) < channels) for _ in range(4))
             fingerprint = resolve("base").fingerprint()
             Decision(keep, "base", fingerprint, 0.5, "dtype: float32\n", 1, 2, 3, 2.5).save(Path("made"))
             for dtype in DTYPES:
@@ -124,7 +124,7 @@ def read(folder: Path, content: bytes, kind: str) -> None:
 def test_the_files_are_whole(size: str, dtype: str, folder: Path) -> None:
     groups, channels = SIZES[size]
     name = f"{size}-{dtype}"
-    keep = tuple(LayerKeep(torch.arange(groups) < 1, torch.arange(channels) < 9) for _ in range(4))
+    keep = tuple(LayerMask(torch.arange(groups) < 1, torch.arange(channels) < 9) for _ in range(4))
     read_all(folder / f"{name}.gguf", f"gguf, whole {name}", keep)
     assert [tried[f"gguf, whole {name}{reader}, refused"] for reader in ("", ", doctor", ", export")] == [0, 0, 0]
 

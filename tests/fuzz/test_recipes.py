@@ -20,7 +20,7 @@ TOKENS = [
         "extends",
         "budget",
         "search",
-        "forwards",
+        "forward_passes",
         "sparsity",
         "units",
         "families",

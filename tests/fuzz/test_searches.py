@@ -22,30 +22,30 @@ KEYS: dict[str, list[object]] = {
     "seed": [0, 2**32 - 1],
     "dtype": ["float32", "float16", "bfloat16", "auto"],
     "weights": ["dtype", "int8", "fp8"],
-    **{f"calibration.{key}": HUGE for key in ("sequences", "seqlen", "batch", "heldout")},
+    **{f"calibration.{key}": HUGE for key in ("windows", "seqlen", "batch", "heldout")},
     "units.families": ["[attention]", "[ffn]", "[layer]", "[attention-block, ffn]", "[attention-block, ffn-block]"],
     "budget.sparsity": FRACTIONS,
-    "budget.of": ["parameters", "flops", "kv-cache"],
+    "budget.measure": ["parameters", "flops", "kv-cache"],
     "budget.scope": ["per-family", "global", "per-layer"],
     "budget.context": [1, 3, 2**20],
-    "budget.keep_at_least": FRACTIONS,
+    "budget.min_keep": FRACTIONS,
     "budget.ffn_multiple": HUGE,
-    "saliency.metric": list(get_args(schema.MetricName)),
-    "saliency.sequences": HUGE,
-    "saliency.seqlen": HUGE,
-    "policy.start": ["sigmap", "linear"],
-    "policy.temperature": [1e-300, 1e-9, 1.0, 1e300],
-    "search.policy": ["layers", "units"],
-    "search.forwards": [0, 1, 5, 12],
-    "search.samples": [2, 3, 10**6, 2**31 - 1],
+    "scores.metric": list(get_args(schema.MetricName)),
+    "scores.windows": HUGE,
+    "scores.seqlen": HUGE,
+    "start.mapping": ["sigmap", "linear"],
+    "start.temperature": [1e-300, 1e-9, 1.0, 1e300],
+    "search.policy": ["widths", "units"],
+    "search.forward_passes": [0, 1, 5, 12],
+    "search.masks_per_step": [2, 3, 10**6, 2**31 - 1],
     "search.estimator": ["paper", "rloo"],
     "search.learning_rate": [0, 1e-300, 1.0, 1e300],
     "search.schedule": ["cosine", "constant"],
     "search.checkpoint_every": HUGE,
     "search.evaluate_every": HUGE,
-    "reconstruct.method": ["none", "bias", "least-squares", "least-squares-bias"],
-    "reconstruct.sequences": [1, 2, 16, 10**30],
-    "reconstruct.damping": [1e-300, 1e-3, 1e300],
+    "repair.method": ["none", "bias", "least-squares", "least-squares-bias"],
+    "repair.windows": [1, 2, 16, 10**30],
+    "repair.damping": [1e-300, 1e-3, 1e300],
 }
 
 
@@ -72,7 +72,7 @@ def test_searches(text: Path, data) -> None:
     keys = data.draw(st.lists(st.sampled_from(sorted(KEYS)), min_size=1, max_size=4, unique=True))
     overrides = [f"{key}={data.draw(st.sampled_from(KEYS[key]))}" for key in keys]
     with told("recipes, searched"):
-        recipe = load(find("demo"), [*SMALL, f"calibration.corpus={text}", "reconstruct.sequences=8", *overrides])
+        recipe = load(find("demo"), [*SMALL, f"calibration.corpus={text}", "repair.windows=8", *overrides])
         shutil.rmtree(text.parent / "run", ignore_errors=True)
         decision = search(recipe, text.parent / "run", quiet=True)
         assert 0 <= decision.sparsity <= 1

@@ -1,4 +1,4 @@
-"""What holds on the CPU, on the chip: shrunk equals silenced, streams equal forwards, parts equal wholes, runs resume.
+"""What holds on the CPU, on the chip: shrunk equals silenced, streams equal forward passes, parts equal wholes, runs resume.
 
 Two devices compute the same function in another order: they are compared in float32 with TF32 off, within a tolerance.
 """
@@ -17,17 +17,17 @@ from helpers.models import ARCHITECTURES, VOCABULARY, tiny_model
 from torch import Tensor, nn
 
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.forward import masked as substrate
+from pgprune_cli.forward import masked as masked
 from pgprune_cli.forward.layerwise import layer_inputs
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs.search import search
 from pgprune_cli.model.loading import load_model
-from pgprune_cli.model.prunable import Keep, LayerKeep
-from pgprune_cli.model.quantized import Fp8Linear, check_fp8, fp8_product, to_eight_bits
+from pgprune_cli.model.prunable import LayerMask, ModelMask
+from pgprune_cli.model.quantized import Fp8Linear, check_fp8, fp8_product, quantize_projections
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.checkpoint import latest_checkpoint
-from pgprune_cli.run.layout import MASKS, REPAIR
+from pgprune_cli.run.layout import DECISION_MASKS, REPAIR_FILE
 from pgprune_cli.search import loop as loops
 
 pytestmark = [
@@ -35,8 +35,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
 ]
 
-LAYERS = ("search.policy=layers", "search.samples=4", "search.forwards=12", "reconstruct.method=least-squares")
-LAYERS += ("reconstruct.sequences=8", "calibration.sequences=24")
+LAYERS = ("search.policy=widths", "search.masks_per_step=4", "search.forward_passes=12", "repair.method=least-squares")
+LAYERS += ("repair.windows=8", "calibration.windows=24")
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +68,7 @@ def some_tokens(rows: int = 3) -> Tensor:
     return torch.randint(VOCABULARY, (rows, 24), generator=torch.Generator().manual_seed(0))
 
 
-def keeps() -> list[Keep]:
+def keeps() -> list[ModelMask]:
     """About half of all units, one layer without attention, one without an FFN."""
     generator = torch.Generator().manual_seed(1)
     found = []
@@ -77,7 +77,7 @@ def keeps() -> list[Keep]:
             (torch.rand(4, generator=generator) < 0.5, torch.rand(24, generator=generator) < 0.5) for _ in range(4)
         ]
         some = enumerate(masks)
-        found.append(tuple(LayerKeep(a & (index != empty[0]), f & (index != empty[1])) for index, (a, f) in some))
+        found.append(tuple(LayerMask(a & (index != empty[0]), f & (index != empty[1])) for index, (a, f) in some))
     return found
 
 
@@ -89,7 +89,7 @@ def test_losses_are_those_of_the_cpu(pair) -> None:
 
 def test_losses_of_int8_weights_are_those_of_the_cpu_and_never_wait(pair) -> None:
     for model in pair:
-        to_eight_bits(model, "int8")
+        quantize_projections(model, "int8")
     on_cpu, on_chip = (Evaluator(model) for model in pair)
     torch.testing.assert_close(
         on_chip.losses(keeps(), some_tokens()), on_cpu.losses(keeps(), some_tokens()), rtol=1e-4, atol=0
@@ -107,7 +107,7 @@ def test_fp8_products_are_those_of_the_cpu_and_never_wait(pair) -> None:
     except UserError as error:
         pytest.skip(str(error))
     expected = Evaluator(model).losses(keeps(), some_tokens())
-    to_eight_bits(model, "fp8")
+    quantize_projections(model, "fp8")
     seen = []
 
     def check(linear: Fp8Linear, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -160,7 +160,7 @@ def test_a_stream_is_the_models_own_forward(pair) -> None:
 
 
 def test_a_step_never_waits_for_the_chip(pair) -> None:
-    """Of the forwards of a step; that their losses come back in the end is the one wait."""
+    """Of the forward passes of a step; that their losses come back in the end is the one wait."""
     _, model = pair
     evaluator, tokens = Evaluator(model), some_tokens().cuda()
     evaluator.losses(keeps(), tokens)
@@ -194,7 +194,7 @@ def test_no_memory_for_one_window_is_an_error(monkeypatch) -> None:
     def fails(*_: object) -> Tensor:
         return torch.empty(1 << 50, device="cuda")
 
-    monkeypatch.setattr(substrate, "summed_loss", fails)
+    monkeypatch.setattr(masked, "summed_loss", fails)
     with pytest.raises(RunError, match="out of memory with one window"):
         Evaluator(tiny_model("llama-gqa").to("cuda")).losses(keeps(), some_tokens())
 
@@ -202,7 +202,7 @@ def test_no_memory_for_one_window_is_an_error(monkeypatch) -> None:
 def test_a_search_on_the_chip_is_the_same_twice(small, tmp_path) -> None:
     recipe: Recipe = small(*LAYERS, "device=cuda")
     first, second = (search(recipe, tmp_path / name, quiet=True) for name in ("first", "second"))
-    for name in (MASKS, REPAIR):
+    for name in (DECISION_MASKS, REPAIR_FILE):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
     assert first.heldout_loss == second.heldout_loss
 
@@ -225,7 +225,7 @@ def test_a_search_on_the_chip_resumes_bit_for_bit(small, tmp_path, monkeypatch) 
     monkeypatch.setattr(loops, "_one_step", original)
     search(recipe, cut, quiet=True)
     assert latest_checkpoint(cut).state.losses.tolist() == latest_checkpoint(whole).state.losses.tolist()
-    assert (cut / MASKS).read_bytes() == (whole / MASKS).read_bytes()
+    assert (cut / DECISION_MASKS).read_bytes() == (whole / DECISION_MASKS).read_bytes()
 
 
 def test_a_search_on_the_chip_loses_what_one_on_the_cpu_does(small, tmp_path) -> None:

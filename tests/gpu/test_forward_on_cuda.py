@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers.masks import KEEPS, some_tokens
+from helpers.masks import MODEL_MASKS, some_tokens
 from helpers.models import tiny_model
 
 from pgprune_cli.forward.masked import Evaluator, summed_loss
@@ -24,10 +24,10 @@ def waiting_is_an_error() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", KEEPS)
+@pytest.mark.parametrize("name", MODEL_MASKS)
 def test_the_host_never_waits_inside_a_forward(name: str, architecture: str, request: pytest.FixtureRequest) -> None:
     evaluator, tokens = Evaluator(tiny_model(architecture).cuda()), some_tokens().cuda()
-    with evaluator.shrunk(KEEPS[name]):
+    with evaluator.shrunk(MODEL_MASKS[name]):
         summed_loss(evaluator.model, tokens)  # the first one sets up libraries
         torch.cuda.synchronize()
         request.getfixturevalue("waiting_is_an_error")

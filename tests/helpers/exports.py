@@ -10,7 +10,7 @@ import torch
 from helpers.masks import CHANNELS, GROUPS
 from pgprune_cli.export import hf
 from pgprune_cli.export.plan import Options, Plan
-from pgprune_cli.model.prunable import LayerKeep
+from pgprune_cli.model.prunable import LayerMask
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run.decision import Decision
 
@@ -23,7 +23,7 @@ DECISIONS = {
 }
 
 
-def draw(counts: list[tuple[int, int]]) -> tuple[LayerKeep, ...]:
+def draw(counts: list[tuple[int, int]]) -> tuple[LayerMask, ...]:
     """A random decision with these counts."""
     generator = torch.Generator().manual_seed(3)
 
@@ -32,7 +32,7 @@ def draw(counts: list[tuple[int, int]]) -> tuple[LayerKeep, ...]:
         drawn[torch.randperm(of, generator=generator)[:count]] = True
         return drawn
 
-    return tuple(LayerKeep(mask(groups, GROUPS), mask(channels, CHANNELS)) for groups, channels in counts)
+    return tuple(LayerMask(mask(groups, GROUPS), mask(channels, CHANNELS)) for groups, channels in counts)
 
 
 def decide(base: Path, keep) -> Decision:

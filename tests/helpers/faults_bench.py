@@ -17,11 +17,11 @@ RECIPE = """\
 model: {base}/model
 dtype: float32
 device: cpu
-calibration: {{corpus: {base}/text.txt, sequences: 16, seqlen: 16, batch: 2, heldout: 2}}
+calibration: {{corpus: {base}/text.txt, windows: 16, seqlen: 16, batch: 2, heldout: 2}}
 budget: {{sparsity: 0.4}}
-saliency: {{metric: wanda-sp, sequences: 2, seqlen: 16}}
-search: {{policy: units, forwards: 10, samples: 2, checkpoint_every: 1, evaluate_every: 5, learning_rate: 0.05}}
-reconstruct: {{method: least-squares, sequences: 4}}
+scores: {{metric: wanda-sp, windows: 2, seqlen: 16}}
+search: {{policy: units, forward_passes: 10, masks_per_step: 2, checkpoint_every: 1, evaluate_every: 5, learning_rate: 0.05}}
+repair: {{method: least-squares, windows: 4}}
 evaluation: {{corpora: [{base}/text.txt], seqlen: [16]}}
 """
 CLOCKS = ("seconds", "tokens_per_second", "memory_bytes", "history_bytes", "history_sha256", "sha256")
@@ -30,9 +30,9 @@ CLOCKS = ("seconds", "tokens_per_second", "memory_bytes", "history_bytes", "hist
 JOBS = {
     "init-scores": [["init-scores", "{base}/recipe.yaml", "--out", "run"]],
     "search": [["search", "{base}/recipe.yaml", "--out", "run"]],
-    "widths": [["search", "{base}/recipe.yaml", "--out", "run", "--set", "search.policy=layers"]],
+    "widths": [["search", "{base}/recipe.yaml", "--out", "run", "--set", "search.policy=widths"]],
     "export": [["search", "{base}/recipe.yaml", "--out", "run"], ["export", "run", "--out", "small"]],
-    "compare": [["compare", "{base}/recipe.yaml", "--out", "table", "--only", "metric-start", "--limit", "2"]],
+    "compare": [["compare", "{base}/recipe.yaml", "--out", "table", "--only", "metric-start", "--max-windows", "2"]],
 }
 """The last command of each is put to the test, the others lead there."""
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.models import VOCABULARY
-from pgprune_cli.model.prunable import Keep, LayerKeep, Output, Outputs
+from pgprune_cli.model.prunable import LayerMask, ModelMask, Output, Outputs
 
 GROUPS, CHANNELS, LAYERS = 4, 24, 4
 
@@ -14,7 +14,7 @@ def some_tokens(seed: int = 0, rows: int = 3, length: int = 24) -> Tensor:
     return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def random_keep(seed: int, empty_attention: tuple[int, ...] = (), empty_ffn: tuple[int, ...] = ()) -> Keep:
+def random_mask(seed: int, empty_attention: tuple[int, ...] = (), empty_ffn: tuple[int, ...] = ()) -> ModelMask:
     """About half of all units, at least one a block but for the layers named."""
     generator = torch.Generator().manual_seed(seed)
     layers = []
@@ -22,18 +22,18 @@ def random_keep(seed: int, empty_attention: tuple[int, ...] = (), empty_ffn: tup
         attention = torch.rand(GROUPS, generator=generator) < 0.5
         ffn = torch.rand(CHANNELS, generator=generator) < 0.5
         attention[index % GROUPS] = ffn[index] = True
-        layers.append(LayerKeep(attention & (index not in empty_attention), ffn & (index not in empty_ffn)))
+        layers.append(LayerMask(attention & (index not in empty_attention), ffn & (index not in empty_ffn)))
     return tuple(layers)
 
 
-def dense() -> Keep:
-    return tuple(LayerKeep(torch.ones(GROUPS).bool(), torch.ones(CHANNELS).bool()) for _ in range(LAYERS))
+def dense() -> ModelMask:
+    return tuple(LayerMask(torch.ones(GROUPS).bool(), torch.ones(CHANNELS).bool()) for _ in range(LAYERS))
 
 
-def only(index: int, attention: list[int], ffn: list[int]) -> Keep:
+def only(index: int, attention: list[int], ffn: list[int]) -> ModelMask:
     """Dense but for one layer, of which the units listed stay."""
     layers = list(dense())
-    layers[index] = LayerKeep(
+    layers[index] = LayerMask(
         torch.tensor([unit in attention for unit in range(GROUPS)]),
         torch.tensor([unit in ffn for unit in range(CHANNELS)]),
     )
@@ -43,16 +43,16 @@ def only(index: int, attention: list[int], ffn: list[int]) -> Keep:
 EVERY = list(range(CHANNELS))
 
 
-KEEPS = {
+MODEL_MASKS = {
     "dense": dense(),
-    "random": random_keep(0),
-    "another random": random_keep(1),
-    "empty attention": random_keep(2, empty_attention=(2,)),
-    "empty ffn": random_keep(3, empty_ffn=(1,)),
-    "an empty layer": random_keep(4, empty_attention=(2,), empty_ffn=(2,)),
-    "layer 0 empty": random_keep(5, empty_attention=(0,), empty_ffn=(0,)),
-    "the last layer empty": random_keep(6, empty_attention=(3,), empty_ffn=(3,)),
-    "all empty": random_keep(7, empty_attention=(0, 1, 2, 3), empty_ffn=(0, 1, 2, 3)),
+    "random": random_mask(0),
+    "another random": random_mask(1),
+    "empty attention": random_mask(2, empty_attention=(2,)),
+    "empty ffn": random_mask(3, empty_ffn=(1,)),
+    "an empty layer": random_mask(4, empty_attention=(2,), empty_ffn=(2,)),
+    "layer 0 empty": random_mask(5, empty_attention=(0,), empty_ffn=(0,)),
+    "the last layer empty": random_mask(6, empty_attention=(3,), empty_ffn=(3,)),
+    "all empty": random_mask(7, empty_attention=(0, 1, 2, 3), empty_ffn=(0, 1, 2, 3)),
     "one channel left": only(1, [0, 1, 2, 3], [5]),
     "one group left": only(0, [3], EVERY),
 }
@@ -63,7 +63,7 @@ def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
         return model(input_ids=tokens, use_cache=False).logits
 
 
-def some_outputs(model: nn.Module, keep: Keep, bias: bool) -> Outputs:
+def some_outputs(model: nn.Module, keep: ModelMask, bias: bool) -> Outputs:
     """A random output projection for every block that keeps some units, also for those that keep all."""
     generator, outputs = torch.Generator().manual_seed(0), {}
     for index, (layer, kept) in enumerate(zip(model.model.layers, keep, strict=True)):

@@ -12,7 +12,7 @@ VOCABULARY = 200
 
 
 def medium_model(dtype: torch.dtype = torch.float32, **sizes: int) -> nn.Module:
-    """A Llama: 3 layers of 2 KV groups with 4 query heads each and 192 channels; hidden 64, embeddings tied."""
+    """A Llama: 3 layers of 2 KV heads with 4 query heads each and 192 channels; hidden 64, embeddings tied."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(

@@ -14,7 +14,7 @@ VOCABULARY = 96
 
 
 def tiny_config(architecture: str):
-    """A transformers config of 4 layers: GQA with 4 KV groups of 2 query heads except `llama-mha`; 24 channels.
+    """A transformers config of 4 layers: GQA with 4 KV heads of 2 query heads except `llama-mha`; 24 channels.
 
     `llama-gqa` and `qwen3` tie their embeddings; `llama-biased` has biases everywhere, `qwen2` on q, k and v.
     """

@@ -13,15 +13,15 @@ from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs import export as job
 from pgprune_cli.jobs.doctor import doctor
 from pgprune_cli.model.loading import check_prunable, load_model, load_tokenizer
-from pgprune_cli.model.prunable import Keep, LayerKeep
+from pgprune_cli.model.prunable import LayerMask, ModelMask
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.run.decision import Decision
 
-KEEP = tuple(LayerKeep(torch.arange(4) < 4 - layer, torch.arange(24) < 9 + layer) for layer in range(4))
+KEEP = tuple(LayerMask(torch.arange(4) < 4 - layer, torch.arange(24) < 9 + layer) for layer in range(4))
 
 
-def read_all(model: Path, kind: str, keep: Keep = KEEP) -> None:
+def read_all(model: Path, kind: str, keep: ModelMask = KEEP) -> None:
     """Everything that reads a model. What is read must work: an evaluation and the plan of an export follow."""
     text = str(model.parent / "text.txt")
     with told(f"{kind}, doctor"):

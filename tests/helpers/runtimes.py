@@ -10,7 +10,7 @@ from torch import nn
 from helpers.models import VOCABULARY, tiny_config
 from pgprune_cli.serving.modeling_pruned import FAMILIES
 
-# KV groups and channels of every layer. The dense ones have 4 and 24.
+# KV heads and channels of every layer. The dense ones have 4 and 24.
 SIZES = {
     "every layer has heads": [(4, 24), (3, 8), (1, 24), (2, 16)],
     "no heads, no channels": [(2, 0), (0, 9), (4, 24), (0, 5)],
@@ -62,6 +62,6 @@ def greedy(model: nn.Module, prompt: list[int], count: int) -> tuple[list[int], 
         return_dict_in_generate=True,
         output_logits=True,
     )
-    tokens = made.sequences[0, len(prompt) :]
+    tokens = made.windows[0, len(prompt) :]
     logprobs = torch.stack(made.logits)[:, 0].log_softmax(-1).gather(1, tokens[:, None])[:, 0]
     return tokens.tolist(), logprobs.tolist()

@@ -1,4 +1,4 @@
-"""What runs on the made-up chip of device.cpp, part by part. `python parts.py LIBRARY` prints a JSON object a line.
+"""What runs on the simulated device of device.cpp, part by part. `python parts.py LIBRARY` prints a JSON object a line.
 
 A program of its own: a process has one such device, from its first import on.
 """
@@ -70,20 +70,20 @@ def what_is_refused() -> None:
             fails(read, "the host waits")
 
 
-def forwards() -> None:
+def forward_passes() -> None:
     """Of every layout and kind of weights, repaired or not: the losses of the host, and none is waited for."""
-    from helpers.masks import KEEPS, some_outputs, some_tokens
+    from helpers.masks import MODEL_MASKS, some_outputs, some_tokens
     from helpers.models import ARCHITECTURES, tiny_model
     from pgprune_cli.forward.masked import Evaluator
-    from pgprune_cli.model.quantized import to_eight_bits
+    from pgprune_cli.model.quantized import quantize_projections
 
-    keep, tokens = KEEPS["an empty layer"], some_tokens()
+    keep, tokens = MODEL_MASKS["an empty layer"], some_tokens()
     for architecture in ARCHITECTURES:
         for weights in ("dtype", "int8", "fp8"):
             model = tiny_model(architecture)
             outputs = some_outputs(model, keep, bias=True)
             if weights != "dtype":
-                to_eight_bits(model, weights)
+                quantize_projections(model, weights)
             host, chip = Evaluator(model), Evaluator(copy.deepcopy(model).to(CHIP))
             for given in ({}, outputs):
                 with waiting_is_an_error():
@@ -122,13 +122,13 @@ def searched(*overrides: str, device: str = CHIP) -> None:
 
 
 def untied_on_two() -> None:
-    from helpers.masks import KEEPS, some_outputs, some_tokens
+    from helpers.masks import MODEL_MASKS, some_outputs, some_tokens
     from helpers.models import tiny_model
     from pgprune_cli.forward.masked import Evaluator
     from pgprune_cli.model.loading import load_model
     from pgprune_cli.model.source import resolve
 
-    keep, tokens = KEEPS["random"], some_tokens()
+    keep, tokens = MODEL_MASKS["random"], some_tokens()
     with tempfile.TemporaryDirectory() as folder:
         tiny_model("llama-mha").save_pretrained(folder)
         here, there = (Evaluator(load_model(resolve(folder), "float32", device)) for device in ("cpu", TWO))
@@ -142,7 +142,7 @@ def a_stored_head_on_two() -> None:
     """The files of a model with tied embeddings may hold its head, too."""
     from safetensors.torch import load_file, save_file
 
-    from helpers.masks import KEEPS, some_tokens
+    from helpers.masks import MODEL_MASKS, some_tokens
     from helpers.models import tiny_model
     from pgprune_cli.forward.masked import Evaluator
     from pgprune_cli.model.loading import HEAD, load_model
@@ -157,7 +157,9 @@ def a_stored_head_on_two() -> None:
             here, there = (load_model(resolve(folder), "float32", device, "int8") for device in ("cpu", TWO))
             head, embedding = there.get_output_embeddings().weight, there.get_input_embeddings().weight
             assert (head is embedding) == torch.equal(stored, tensors["model.embed_tokens.weight"])
-            found, expected = (Evaluator(model).losses([KEEPS["dense"]], some_tokens()) for model in (there, here))
+            found, expected = (
+                Evaluator(model).losses([MODEL_MASKS["dense"]], some_tokens()) for model in (there, here)
+            )
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 
 
@@ -170,22 +172,22 @@ def latencies() -> None:
     assert min(*costs.attention, *costs.ffn) > 0
 
 
-LAYERS = ("search.policy=layers", "search.samples=4", "search.forwards=12", "reconstruct.sequences=8")
-LAYERS += ("calibration.sequences=24", "dtype=float32")
-REPAIRED = "reconstruct.method=least-squares"
+LAYERS = ("search.policy=widths", "search.masks_per_step=4", "search.forward_passes=12", "repair.windows=8")
+LAYERS += ("calibration.windows=24", "dtype=float32")
+REPAIRED = "repair.method=least-squares"
 PARTS: dict[str, Callable[[], None]] = {
     "what is refused": what_is_refused,
-    "forwards": forwards,
+    "forward_passes": forward_passes,
     "scores": scores,
     "a search over units": lambda: searched("dtype=float32"),
-    "a search over units, repaired by biases": lambda: searched("dtype=float32", "reconstruct.method=bias"),
+    "a search over units, repaired by biases": lambda: searched("dtype=float32", "repair.method=bias"),
     "a search over layers": lambda: searched("dtype=float32", "units.families=[layer]"),
     "a search over widths": lambda: searched(*LAYERS, REPAIRED),
     "a search over widths in bfloat16": lambda: searched(*LAYERS, REPAIRED, "dtype=bfloat16"),
-    "a search over widths from int8": lambda: searched(*LAYERS, REPAIRED, "weights=int8"),
-    "a search over widths from fp8": lambda: searched(*LAYERS, f"{REPAIRED}-bias", "weights=fp8"),
+    "a search over widths from int8": lambda: searched(*LAYERS, REPAIRED, "weight_format=int8"),
+    "a search over widths from fp8": lambda: searched(*LAYERS, f"{REPAIRED}-bias", "weight_format=fp8"),
     "a search over units on two": lambda: searched("dtype=float32", device=TWO),
-    "a search over widths on two": lambda: searched(*LAYERS, REPAIRED, "weights=int8", device=TWO),
+    "a search over widths on two": lambda: searched(*LAYERS, REPAIRED, "weight_format=int8", device=TWO),
     "untied on two": untied_on_two,
     "a stored head on two": a_stored_head_on_two,
     "latencies": latencies,

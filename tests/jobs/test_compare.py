@@ -9,15 +9,15 @@ import pytest
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs import compare as job
 from pgprune_cli.jobs.compare import Settings, compare, variants_of
-from pgprune_cli.run.layout import MEASURED_FILE, TABLE_JSON, TABLE_MARKDOWN
+from pgprune_cli.run.layout import COMPARISON_RECORD, COMPARISON_TABLE, MEASURED_FILE
 from pgprune_cli.storage.records import read_record, write_record
 
-NAMES = ["metric-uniform", "metric-repaired", "layers-repaired"]
+NAMES = ["metric-uniform", "metric-repaired", "widths-repaired"]
 
 
 @pytest.fixture
 def recipe(small):
-    return small("search.samples=4", "reconstruct.method=least-squares", "reconstruct.sequences=8")
+    return small("search.masks_per_step=4", "repair.method=least-squares", "repair.windows=8")
 
 
 def test_every_variant_differs_from_every_other(recipe) -> None:
@@ -34,9 +34,7 @@ def test_every_variant_differs_from_every_other(recipe) -> None:
     ],
 )
 def test_every_method_has_its_rows_once(small, metric, method, own) -> None:
-    names = {
-        variant.name for variant in variants_of(small(f"saliency.metric={metric}", f"reconstruct.method={method}"))
-    }
+    names = {variant.name for variant in variants_of(small(f"scores.metric={metric}", f"repair.method={method}"))}
     methods = {"random", "magnitude", "wanda-sp", "flap", "llm-pruner", "sparsegpt"}
     wanted = methods | {f"{name}-uniform" for name in methods}
     assert wanted - names == own  # those are the ablation's own rows
@@ -46,12 +44,12 @@ def test_a_comparison_is_a_table_and_goes_on_where_it_was(recipe, tmp_path, monk
     table = compare(recipe, tmp_path, [0, 1], NAMES, limit=2, quiet=True)
     assert [row["name"] for row in table["rows"]] == ["dense", *NAMES]
     assert [len(row["runs"]) for row in table["rows"]] == [1, 1, 1, 2]
-    assert read_record(tmp_path / TABLE_JSON) == table
+    assert read_record(tmp_path / COMPARISON_RECORD) == table
     searched = table["rows"][-1]
     pair = [run["perplexity"][0]["ppl"] for run in searched["runs"]]
     assert searched["mean"]["perplexity"][0]["ppl"] == pytest.approx(sum(pair) / 2)
     assert all(run["parameters"] < table["rows"][0]["runs"][0]["parameters"] for run in searched["runs"])
-    lines = (tmp_path / TABLE_MARKDOWN).read_text().splitlines()
+    lines = (tmp_path / COMPARISON_TABLE).read_text().splitlines()
     assert [line.split(" | ")[0].removeprefix("| ") for line in lines[4:]] == ["dense", *NAMES]
 
     def never(*_: object) -> None:
@@ -65,7 +63,7 @@ def test_a_comparison_is_a_table_and_goes_on_where_it_was(recipe, tmp_path, monk
     with pytest.raises(UserError, match=r"its sparsity is 0\.5, not 0\.25; give another --out"):
         other = replace(recipe, budget=replace(recipe.budget, sparsity=0.25))
         compare(other, tmp_path, [0, 1], NAMES, limit=2, quiet=True)
-    with pytest.raises(UserError, match="measured with --limit 2"):
+    with pytest.raises(UserError, match="measured with --max-windows 2"):
         compare(recipe, tmp_path, [0], NAMES, limit=3, quiet=True)
 
 
@@ -96,7 +94,7 @@ def test_what_was_measured_with_other_settings_is_refused(small, tmp_path) -> No
     for only in ("metric", "metric-uniform"):  # measured, and beside it in the table
         run = tmp_path / "table" / "metric" / "seed-0"
         changed = f"{run}: belongs to another recipe (temperature: 0.3 → temperature: 0.9); "
-        assert again("policy.temperature=0.9", only=only).startswith(changed)
+        assert again("start.temperature=0.9", only=only).startswith(changed)
     texts[0].write_text("Another tale. " * 50)
     assert again() == said.format("another text of tales")
     texts[0].write_text("The king was glad. " * 50)

@@ -91,11 +91,11 @@ def test_too_little_memory(small, monkeypatch) -> None:
 
 
 def test_products_of_fp8(small, monkeypatch) -> None:
-    (finding,) = (found for found in doctor(small("weights=fp8")) if found.name == "fp8")
+    (finding,) = (found for found in doctor(small("weight_format=fp8")) if found.name == "fp8")
     assert finding.fix == "" and finding.found == "multiplied on cpu"
     monkeypatch.delattr(torch.nn.functional, "scaled_mm")
-    (finding,) = bad(doctor(small("weights=fp8")))
-    assert finding.fix.startswith("weights: fp8 needs a newer PyTorch")
+    (finding,) = bad(doctor(small("weight_format=fp8")))
+    assert finding.fix.startswith("weight_format: fp8 needs a newer PyTorch")
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_products_of_fp8(small, monkeypatch) -> None:
         ("model=base-without-weights", "model", "neither model.safetensors nor"),
         ("model=gpt", "model", "model type 'gpt2' is not supported"),
         ("device=cuda:77", "model", "CUDA devices"),
-        ("weights=fp8 saliency.metric=taylor", "model", "takes gradients, which fp8 weights have not"),
+        ("weight_format=fp8 scores.metric=taylor", "model", "takes gradients, which fp8 weights have not"),
         ("calibration.corpus=nothing.txt", "data", "no such file"),
         ("calibration.corpus=empty.txt", "data", "holds no text"),
         ("calibration.corpus=wrong.jsonl", "data", "wrong.jsonl:1: not JSON"),

@@ -18,24 +18,24 @@ from pgprune_cli.model.source import DEMO_MODEL, resolve
 
 @pytest.fixture(autouse=True)
 def _a_rate_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "matrix_rate", lambda device, dtype: {torch.float64: 1e9}.get(dtype, 2e9))
+    monkeypatch.setattr(job, "matmul_rate", lambda device, dtype: {torch.float64: 1e9}.get(dtype, 2e9))
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
         (),
-        ("saliency.metric=magnitude", "search.forwards=7"),
-        ("search.policy=layers", "search.samples=4", "reconstruct.method=least-squares", "reconstruct.sequences=9"),
+        ("scores.metric=magnitude", "search.forward_passes=7"),
+        ("search.policy=widths", "search.masks_per_step=4", "repair.method=least-squares", "repair.windows=9"),
     ],
 )
 def test_a_search_takes_as_many_forward_passes_as_were_said(overrides: tuple[str, ...], small, tmp_path: Path) -> None:
     recipe = small(*overrides)
-    said = estimate(recipe, quiet=True)["forwards"]
+    said = estimate(recipe, quiet=True)["forward_passes"]
     decision = search(recipe, tmp_path / "run", quiet=True)
     assert said == {
-        "search": decision.forwards,
-        "calibration": decision.calibration_forwards,
+        "search": decision.forward_passes,
+        "calibration": decision.calibration_forward_passes,
         "tokens": recipe.calibration.batch * recipe.calibration.seqlen,
     }
 

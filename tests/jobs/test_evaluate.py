@@ -26,7 +26,7 @@ from pgprune_cli.jobs.evaluate import (
 from pgprune_cli.jobs.export import export
 from pgprune_cli.model.loading import load_tokenizer
 from pgprune_cli.recipe.schema import Evaluation
-from pgprune_cli.run.layout import EVALUATION_FILE, MASKS, RECORD
+from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, EVALUATION_FILE
 from pgprune_cli.storage.records import read_record, write_record
 
 
@@ -163,7 +163,7 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
 
 
-@pytest.mark.parametrize("part", [RECORD, MASKS])
+@pytest.mark.parametrize("part", [DECISION_RECORD, DECISION_MASKS])
 def test_an_export_whose_decision_is_damaged_is_refused(part: str, run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "small")
     cut(tmp_path / "small" / part)
@@ -175,7 +175,7 @@ def test_an_export_whose_decision_is_damaged_is_refused(part: str, run: Path, tm
 
 def test_an_export_by_another_version_is_evaluated_by_the_defaults(run: Path, tmp_path: Path, capfd) -> None:
     export(run, tmp_path / "small")
-    record = tmp_path / "small" / RECORD
+    record = tmp_path / "small" / DECISION_RECORD
     whole = read_record(record)
     write_record(record, whole | {"recipe": whole["recipe"] + "of_another_version: 3\n"})
     target = open_target(str(tmp_path / "small"), None, "cpu")
@@ -194,7 +194,7 @@ def test_an_export_by_another_version_is_evaluated_by_the_defaults(run: Path, tm
 
 def test_an_export_from_the_hub_comes_without_its_masks(run: Path, small, tmp_path: Path) -> None:
     export(run, tmp_path / "small")
-    (tmp_path / "small" / MASKS).unlink()
+    (tmp_path / "small" / DECISION_MASKS).unlink()
     target = open_target(str(tmp_path / "small"), None, "cpu", quiet=True)
     assert (target.evaluation, target.base) == (small().evaluation, "demo")
 

@@ -22,7 +22,7 @@ from pgprune_cli.export.plan import Options
 from pgprune_cli.export.shapes import Needs
 from pgprune_cli.jobs import export as job
 from pgprune_cli.run.decision import Decision
-from pgprune_cli.run.layout import REPAIR
+from pgprune_cli.run.layout import REPAIR_FILE
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def planned_and_written(pgprune, run: Path, options: list[str]) -> tuple[dict, l
 
 
 def test_a_dry_run_writes_nothing_and_tells_what_an_export_writes(run, pgprune):
-    options = ["--dtype", "bfloat16", "--shard-size", "9KB", "--ffn-multiple", "8", "--json"]
+    options = ["--dtype", "bfloat16", "--shard-size", "9KB", "--pad-ffn", "8", "--json"]
     planned, tensors = planned_and_written(pgprune, run, options)
     assert planned["model"] == "models/tiny"
     found = []
@@ -109,7 +109,7 @@ def test_a_dry_run_writes_nothing_and_tells_what_an_export_writes(run, pgprune):
 
 def test_a_gguf_file_is_planned_too(run, pgprune):
     gguf = pytest.importorskip("gguf", reason="no gguf: pip install 'pgprune[gguf]'")
-    options = ["--format", "gguf", "--dtype", "float16", "--kv-multiple", "2", "--json"]
+    options = ["--format", "gguf", "--dtype", "float16", "--pad-kv-heads", "2", "--json"]
     planned, tensors = planned_and_written(pgprune, run, options)
     assert planned["bytes"] == Path("models/tiny.gguf").stat().st_size
     found = gguf.GGUFReader("models/tiny.gguf").tensors
@@ -151,7 +151,7 @@ def test_a_push_to_no_name_is_refused_before_anything_is_written(run, pgprune):
 def test_a_repair_is_read_as_it_is_needed(run):
     """Every access reads anew and nothing is held: all together could fill the memory."""
     decision = Decision.load(run)
-    with safe_open(run / REPAIR, framework="pt") as file:
+    with safe_open(run / REPAIR_FILE, framework="pt") as file:
         names = {name for name in file.keys() if name.endswith("weight")}  # noqa: SIM118
     assert {f"layers.{index}.{block}.weight" for index, block in decision.outputs} == names
     assert len(decision.outputs) == len(names)

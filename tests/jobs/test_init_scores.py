@@ -11,7 +11,7 @@ from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.model.loading import load_model
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run import scores
-from pgprune_cli.run.layout import PROVENANCE_FILE, SCORES
+from pgprune_cli.run.layout import PROVENANCE_FILE, SCORES_FILE
 from pgprune_cli.run.provenance import read_provenance
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.scores.metrics import METRICS
@@ -19,7 +19,7 @@ from pgprune_cli.scores.metrics import METRICS
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_every_unit_gets_a_finite_score(metric, small, tmp_path) -> None:
-    made = init_scores(small(f"saliency.metric={metric}"), tmp_path, quiet=True)
+    made = init_scores(small(f"scores.metric={metric}"), tmp_path, quiet=True)
     read = Scores.load(tmp_path)
     assert (read.metric, read.fingerprint) == (metric, made.fingerprint) == (metric, resolve("demo").fingerprint())
     config = load_model(resolve("demo"), "float32", "cpu").config
@@ -34,7 +34,7 @@ def test_every_unit_gets_a_finite_score(metric, small, tmp_path) -> None:
 
 
 def test_magnitude_is_the_size_of_a_units_weights(small, tmp_path) -> None:
-    scores = init_scores(small("saliency.metric=magnitude"), tmp_path, quiet=True)
+    scores = init_scores(small("scores.metric=magnitude"), tmp_path, quiet=True)
     mlp = load_model(resolve("demo"), "float32", "cpu").model.layers[1].mlp
     weights = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T], dim=1).double()
     order = scores.tensors["layers.1.ffn"].argsort()
@@ -44,7 +44,7 @@ def test_magnitude_is_the_size_of_a_units_weights(small, tmp_path) -> None:
 
 def test_chance_is_seeded(small, tmp_path) -> None:
     def ffn(seed: int) -> list[float]:
-        recipe = small("saliency.metric=random", f"seed={seed}")
+        recipe = small("scores.metric=random", f"seed={seed}")
         return init_scores(recipe, tmp_path, quiet=True).tensors["layers.0.ffn"].tolist()
 
     assert ffn(0) == ffn(0)
@@ -52,15 +52,15 @@ def test_chance_is_seeded(small, tmp_path) -> None:
 
 
 def test_uniform_knows_no_difference(small, tmp_path) -> None:
-    scores = init_scores(small("saliency.metric=uniform"), tmp_path, quiet=True)
+    scores = init_scores(small("scores.metric=uniform"), tmp_path, quiet=True)
     assert {value for tensor in scores.tensors.values() for value in tensor.tolist()} == {1.0}
 
 
 def test_only_a_calibrated_metric_reads_text(small, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(job, "calibration_text", None)
-    init_scores(small("saliency.metric=magnitude"), tmp_path, quiet=True)
+    init_scores(small("scores.metric=magnitude"), tmp_path, quiet=True)
     with pytest.raises(TypeError):
-        init_scores(small("saliency.metric=wanda-sp"), tmp_path, quiet=True)
+        init_scores(small("scores.metric=wanda-sp"), tmp_path, quiet=True)
 
 
 def test_the_text_matters_to_a_calibrated_metric(small, tmp_path) -> None:
@@ -72,8 +72,8 @@ def test_the_text_matters_to_a_calibrated_metric(small, tmp_path) -> None:
 
 
 def test_scores_that_are_no_numbers_fail_the_run_and_leave_the_old_ones(small, tmp_path, monkeypatch) -> None:
-    init_scores(small("saliency.metric=magnitude"), tmp_path, quiet=True)
-    before = (tmp_path / SCORES).read_bytes()
+    init_scores(small("scores.metric=magnitude"), tmp_path, quiet=True)
+    before = (tmp_path / SCORES_FILE).read_bytes()
     bad = torch.tensor([1.0, 1.0, float("nan"), 1.0], dtype=torch.float64)
     monkeypatch.setattr(job, "score", lambda *_: {"layers.0.attention": bad})
     with pytest.raises(RunError) as error:
@@ -81,14 +81,14 @@ def test_scores_that_are_no_numbers_fail_the_run_and_leave_the_old_ones(small, t
     assert str(error.value) == (
         "layers.0.attention: the metric obs gave NaN or infinity; try dtype float32 or bfloat16"
     )
-    assert (tmp_path / SCORES).read_bytes() == before
+    assert (tmp_path / SCORES_FILE).read_bytes() == before
 
 
 def test_scoring_again_replaces_the_scores(small, tmp_path) -> None:
-    init_scores(small("saliency.metric=magnitude"), tmp_path, quiet=True)
-    init_scores(small("saliency.metric=uniform"), tmp_path, quiet=True)
+    init_scores(small("scores.metric=magnitude"), tmp_path, quiet=True)
+    init_scores(small("scores.metric=uniform"), tmp_path, quiet=True)
     assert Scores.load(tmp_path).metric == "uniform"
-    assert {path.name for path in tmp_path.iterdir()} == {SCORES, PROVENANCE_FILE}
+    assert {path.name for path in tmp_path.iterdir()} == {SCORES_FILE, PROVENANCE_FILE}
     assert len(read_provenance(tmp_path)) == 2
 
 
@@ -97,7 +97,7 @@ def test_scores_of_earlier_runs_stay_readable(metric, tmp_path) -> None:
     from safetensors.torch import save_file
 
     values = {"layers.0.ffn": torch.rand(3, dtype=torch.float64)}
-    save_file(values, tmp_path / SCORES, metadata={"metric": metric, "fingerprint": "0123"})
+    save_file(values, tmp_path / SCORES_FILE, metadata={"metric": metric, "fingerprint": "0123"})
     read = Scores.load(tmp_path)
     assert (read.metric, read.fingerprint) == (metric, "0123")
     assert torch.equal(read.tensors["layers.0.ffn"], values["layers.0.ffn"])
@@ -106,12 +106,12 @@ def test_scores_of_earlier_runs_stay_readable(metric, tmp_path) -> None:
 def test_damaged_and_foreign_scores_are_refused(small, tmp_path) -> None:
     from safetensors.torch import save_file
 
-    init_scores(small("saliency.metric=uniform"), tmp_path, quiet=True)
-    whole = (tmp_path / SCORES).read_bytes()
-    (tmp_path / SCORES).write_bytes(whole[: len(whole) // 2])
+    init_scores(small("scores.metric=uniform"), tmp_path, quiet=True)
+    whole = (tmp_path / SCORES_FILE).read_bytes()
+    (tmp_path / SCORES_FILE).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"scores\.safetensors: "):
         Scores.load(tmp_path)
-    save_file({"layers.0.ffn": torch.ones(3)}, tmp_path / SCORES)
+    save_file({"layers.0.ffn": torch.ones(3)}, tmp_path / SCORES_FILE)
     with pytest.raises(UserError, match="not scores of pgprune; `pgprune init-scores` writes them"):
         Scores.load(tmp_path)
 
@@ -123,10 +123,10 @@ def flipped(content: bytes, place: int) -> bytes:
 
 
 def test_every_flipped_bit_of_scores_is_noticed(small, tmp_path) -> None:
-    init_scores(small("saliency.metric=magnitude"), tmp_path, quiet=True)
-    whole = (tmp_path / SCORES).read_bytes()
+    init_scores(small("scores.metric=magnitude"), tmp_path, quiet=True)
+    whole = (tmp_path / SCORES_FILE).read_bytes()
     for place in range(0, len(whole), 13):
-        (tmp_path / SCORES).write_bytes(flipped(whole, place))
+        (tmp_path / SCORES_FILE).write_bytes(flipped(whole, place))
         with pytest.raises(UserError, match=r"scores\.safetensors: (damaged|not scores)"):
             Scores.load(tmp_path)
 
@@ -134,7 +134,7 @@ def test_every_flipped_bit_of_scores_is_noticed(small, tmp_path) -> None:
 def test_scores_of_a_newer_pgprune_are_refused(small, tmp_path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(scores, "VERSION", 2)
-        init_scores(small("saliency.metric=uniform"), tmp_path, quiet=True)
+        init_scores(small("scores.metric=uniform"), tmp_path, quiet=True)
     with pytest.raises(UserError, match=r"of a newer pgprune \(version 2, this one reads 1\); upgrade pgprune"):
         Scores.load(tmp_path)
 

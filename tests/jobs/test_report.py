@@ -18,7 +18,7 @@ def test_one_run_has_its_report_in_it_and_several_here(finished, tmp_path, monke
     shutil.copytree(finished["units"], run)
     (runs,) = job.report([run])
     assert [run.progress for run in runs] == ["finished"]
-    (runs,) = job.report([run, finished["layers"]])
+    (runs,) = job.report([run, finished["widths"]])
     (runs,) = job.report([run], tmp_path / "elsewhere" / "it.html")
     for page in (run / "report.html", tmp_path / "report.html", tmp_path / "elsewhere" / "it.html"):
         assert page.read_text().startswith("<!doctype html>")

@@ -10,7 +10,7 @@ import pytest
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.runs import cells, runs_in
 from pgprune_cli.recipe.reader import dump, find, load
-from pgprune_cli.run.layout import MASKS, METRICS_FILE, RECIPE_FILE, RECORD, SCORES
+from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, METRICS_FILE, RECIPE_FILE, SCORES_FILE
 
 RECIPE = dump(load(find("demo")))
 
@@ -23,18 +23,18 @@ def begun(run: Path, steps: int) -> None:
 
 def test_every_state_is_told_apart_and_models_are_no_runs(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
-    (tmp_path / "a" / SCORES).touch()
+    (tmp_path / "a" / SCORES_FILE).touch()
     begun(tmp_path / "b" / "deep", 7)
     begun(tmp_path / "c", 20)
-    (tmp_path / "c" / MASKS).touch()
-    (tmp_path / "c" / RECORD).write_text('{"sparsity": 0.49, "heldout_loss": null}')
+    (tmp_path / "c" / DECISION_MASKS).touch()
+    (tmp_path / "c" / DECISION_RECORD).write_text('{"sparsity": 0.49, "heldout_loss": null}')
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / RECIPE_FILE).write_text("model: [")
     (tmp_path / "e").mkdir()  # an exported model
     (tmp_path / "e" / "config.json").touch()
-    (tmp_path / "e" / RECORD).touch()
+    (tmp_path / "e" / DECISION_RECORD).touch()
     (tmp_path / ".f.tmp").mkdir()
-    (tmp_path / ".f.tmp" / SCORES).touch()
+    (tmp_path / ".f.tmp" / SCORES_FILE).touch()
     rows = {Path(row["run"]).relative_to(tmp_path).as_posix(): row for row in runs_in(tmp_path)}
     assert {name: row["state"] for name, row in rows.items()} == {
         "a": "scored",

@@ -17,7 +17,7 @@ from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.projection import hard_mask
 from pgprune_cli.core.space import budget_of
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.forward import masked as substrate
+from pgprune_cli.forward import masked as masked
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.jobs.search import search
@@ -27,9 +27,16 @@ from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.decision import Decision
-from pgprune_cli.run.layout import CHECKPOINTS, MASKS, METRICS_FILE, RECORD, REPAIR, SCORES
+from pgprune_cli.run.layout import (
+    CHECKPOINTS_FOLDER,
+    DECISION_MASKS,
+    DECISION_RECORD,
+    METRICS_FILE,
+    REPAIR_FILE,
+    SCORES_FILE,
+)
 from pgprune_cli.run.scores import Scores
-from pgprune_cli.scores.metrics import flat_saliency
+from pgprune_cli.scores.metrics import flat_scores
 from pgprune_cli.search import loop as loops
 from pgprune_cli.search.loop import BAD_STEPS, Interrupted
 from pgprune_cli.search.texts import load_text
@@ -46,7 +53,7 @@ def rows_of(run: Path) -> list[dict]:
 
 def result_of(run: Path) -> tuple[bytes, list[dict], list[float]]:
     """The masks, the history and θ: all that must not depend on interruptions."""
-    return (run / MASKS).read_bytes(), rows_of(run), latest_checkpoint(run).state.theta.tolist()
+    return (run / DECISION_MASKS).read_bytes(), rows_of(run), latest_checkpoint(run).state.theta.tolist()
 
 
 @contextmanager
@@ -82,7 +89,7 @@ def cut_power() -> None:
 @pytest.fixture
 def small(small):
     """By wanda-sp, if nothing else is said: obs takes as long as all else in a small search."""
-    return lambda *overrides: small("saliency.metric=wanda-sp", *overrides)
+    return lambda *overrides: small("scores.metric=wanda-sp", *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +118,7 @@ def test_a_search_stopped_at_any_step_ends_as_if_it_never_was(step, estimator, s
     with after_step(step, kill_self(signum)), pytest.raises(Interrupted) as stopped:
         search(recipe, tmp_path, quiet=True)
     assert (stopped.value.signum, stopped.value.step) == (signum, step)
-    assert not (tmp_path / RECORD).exists()
+    assert not (tmp_path / DECISION_RECORD).exists()
     search(recipe, tmp_path, quiet=True)
     assert result_of(tmp_path) == whole(recipe)
 
@@ -182,8 +189,8 @@ def refusal(recipe: Recipe, run: Path) -> str:
 
 
 def test_another_recipe_is_refused(stopped, small) -> None:
-    assert refusal(small("budget.sparsity=0.25", "search.forwards=14"), stopped) == (
-        f"{stopped}: belongs to another recipe (sparsity: 0.5 → sparsity: 0.25; forwards: 12 → forwards: 14); "
+    assert refusal(small("budget.sparsity=0.25", "search.forward_passes=14"), stopped) == (
+        f"{stopped}: belongs to another recipe (sparsity: 0.5 → sparsity: 0.25; forward_passes: 12 → forward_passes: 14); "
         "give another directory with --out, or remove this one to start over"
     )
 
@@ -199,7 +206,7 @@ def test_what_changes_no_result_may_change(stopped, small, whole) -> None:
 
 
 def test_a_damaged_checkpoint_is_refused(stopped, small) -> None:
-    (state,) = (stopped / CHECKPOINTS).glob("*/state.safetensors")
+    (state,) = (stopped / CHECKPOINTS_FOLDER).glob("*/state.safetensors")
     content = bytearray(state.read_bytes())
     content[-1] ^= 1
     state.write_bytes(content)
@@ -239,7 +246,7 @@ def test_scores_of_another_model_are_refused(small, tmp_path) -> None:
     scores = init_scores(small(), tmp_path, quiet=True)
     Scores(scores.tensors, scores.metric, "0" * 64).save(tmp_path)
     assert refusal(small(), tmp_path) == (
-        f"{tmp_path / SCORES}: scores of another model than demo; run `pgprune init-scores`"
+        f"{tmp_path / SCORES_FILE}: scores of another model than demo; run `pgprune init-scores`"
     )
 
 
@@ -269,7 +276,7 @@ def broken_losses(monkeypatch):
 
 def test_bad_losses_are_skipped_and_counted(small, tmp_path, broken_losses) -> None:
     broken_losses(lambda call: [float("nan"), None, float("inf")] if call == 1 else [None])
-    search(small("search.samples=4", "search.forwards=24"), tmp_path, quiet=True)
+    search(small("search.masks_per_step=4", "search.forward_passes=24"), tmp_path, quiet=True)
     rows = rows_of(tmp_path)
     assert [row["skipped"] for row in rows] == [0, 2, 2, 2, 2, 2]
     assert [loss is None for loss in rows[1]["losses"]] == [True, False, True, False]
@@ -279,26 +286,26 @@ def test_bad_losses_are_skipped_and_counted(small, tmp_path, broken_losses) -> N
 def test_a_search_whose_every_loss_is_bad_stops(small, tmp_path, broken_losses) -> None:
     broken_losses(lambda call: [float("nan")] * 2 if call >= 1 else [None])
     with pytest.raises(RunError) as error:
-        search(small("search.forwards=60"), tmp_path, quiet=True)
+        search(small("search.forward_passes=60"), tmp_path, quiet=True)
     assert str(error.value) == (
         f"step {1 + BAD_STEPS}: no finite loss in {BAD_STEPS} steps; the model overflows in float32: "
         "try dtype float32 or bfloat16, or a lower sparsity"
     )
-    assert not (tmp_path / RECORD).exists()
+    assert not (tmp_path / DECISION_RECORD).exists()
 
 
 def test_a_search_goes_on_where_memory_runs_out(small, whole, tmp_path, monkeypatch) -> None:
-    original = substrate.summed_loss
+    original = masked.summed_loss
 
     def summed_loss(model, tokens):
         if len(tokens) > 1:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(model, tokens)
 
-    monkeypatch.setattr(substrate, "summed_loss", summed_loss)
+    monkeypatch.setattr(masked, "summed_loss", summed_loss)
     search(small(), tmp_path, quiet=True)
     masks, rows, theta = whole(small())
-    assert (tmp_path / MASKS).read_bytes() == masks
+    assert (tmp_path / DECISION_MASKS).read_bytes() == masks
     for row, expected in zip(rows_of(tmp_path), rows, strict=True):
         assert row["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert latest_checkpoint(tmp_path).state.theta.tolist() == pytest.approx(theta, abs=1e-4)
@@ -312,19 +319,19 @@ def policy_of(recipe: Recipe, run: Path):
     evaluator = Evaluator(load_model(resolve("demo"), "float32", "cpu"))
     space = evaluator.shape.space(recipe.units.families)
     budget = budget_of(space, recipe.budget.sparsity, recipe.budget.scope)
-    saliency = flat_saliency(Scores.load(run).tensors, evaluator.shape, space)
-    return evaluator, space, budget, starting_theta(saliency, space, budget, "sigmap", recipe.policy.temperature)
+    scores = flat_scores(Scores.load(run).tensors, evaluator.shape, space)
+    return evaluator, space, budget, starting_theta(scores, space, budget, "sigmap", recipe.start.temperature)
 
 
 def test_without_steps_the_metric_decides(small, tmp_path) -> None:
-    recipe = small("search.forwards=0")
+    recipe = small("search.forward_passes=0")
     decision = search(recipe, tmp_path, quiet=True)
     evaluator, space, budget, theta = policy_of(recipe, tmp_path)
     expected = evaluator.shape.keep(space, hard_mask(theta, space, budget))
     for one, other in zip(decision.keep, expected, strict=True):
         assert torch.equal(one.attention, other.attention)
         assert torch.equal(one.ffn, other.ffn)
-    assert (decision.steps, decision.forwards) == (0, 0)
+    assert (decision.steps, decision.forward_passes) == (0, 0)
 
 
 def test_the_heldout_loss_is_the_hard_masks_on_text_never_searched(small, tmp_path) -> None:
@@ -338,7 +345,7 @@ def test_the_heldout_loss_is_the_hard_masks_on_text_never_searched(small, tmp_pa
     assert decision.heldout_loss == pytest.approx(loss.item(), rel=1e-5)
     assert decision.dense_loss == pytest.approx(dense.item(), rel=1e-5)
     assert rows_of(tmp_path)[-1]["heldout_loss"] == decision.heldout_loss
-    assert decision.forwards == 2 * STEPS
+    assert decision.forward_passes == 2 * STEPS
 
 
 @pytest.mark.parametrize("scope", ["per-family", "global"])
@@ -346,7 +353,7 @@ def test_the_heldout_loss_is_the_hard_masks_on_text_never_searched(small, tmp_pa
 @pytest.mark.parametrize("families", ["[attention, ffn]", "[ffn]", "[attention-block, ffn-block]", "[layer]"])
 def test_the_budget_is_met_within_one_unit(families, sparsity, scope, small, tmp_path) -> None:
     recipe = small(
-        f"units.families={families}", f"budget.sparsity={sparsity}", f"budget.scope={scope}", "search.forwards=4"
+        f"units.families={families}", f"budget.sparsity={sparsity}", f"budget.scope={scope}", "search.forward_passes=4"
     )
     decision = search(recipe, tmp_path, quiet=True)
     _, space, _, _ = policy_of(recipe, tmp_path)
@@ -359,7 +366,7 @@ def test_the_budget_is_met_within_one_unit(families, sparsity, scope, small, tmp
 
 
 def test_sparsity_is_of_parameters_whatever_the_budget_is_of(small, tmp_path) -> None:
-    recipe = small("budget.of=flops", "budget.scope=global", "budget.context=4096", "search.forwards=4")
+    recipe = small("budget.measure=flops", "budget.scope=global", "budget.context=4096", "search.forward_passes=4")
     decision = search(recipe, tmp_path, quiet=True)
     _, parameters, _, _ = policy_of(recipe, tmp_path)
     removed = removed_of(decision, recipe, parameters, slice(0, parameters.n))
@@ -371,7 +378,7 @@ def test_sparsity_is_of_parameters_whatever_the_budget_is_of(small, tmp_path) ->
 
 def test_a_latency_is_measured_once_in_a_run(small, tmp_path, monkeypatch) -> None:
     """Were it measured again, the budget would be another one, and the search not the one that was stopped."""
-    recipe = small("budget.of=latency", "budget.context=32")
+    recipe = small("budget.measure=latency", "budget.context=32")
     with after_step(2, kill_self(signal.SIGINT)), pytest.raises(Interrupted):
         search(recipe, tmp_path, quiet=True)
     monkeypatch.setattr("pgprune_cli.search.costs.measure_latency", None)
@@ -411,7 +418,7 @@ def test_scores_are_made_where_there_are_none_and_taken_where_there_are(small, t
 
 
 def test_the_metric_that_made_the_scores_is_what_is_recorded(small, tmp_path) -> None:
-    init_scores(small("saliency.metric=magnitude"), tmp_path, quiet=True)
+    init_scores(small("scores.metric=magnitude"), tmp_path, quiet=True)
     decision = search(small(), tmp_path, quiet=True)
     assert "metric: magnitude" in decision.recipe
     assert "metric: magnitude" in (tmp_path / "recipe.yaml").read_text()
@@ -420,10 +427,10 @@ def test_the_metric_that_made_the_scores_is_what_is_recorded(small, tmp_path) ->
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.soak) for seed in (1, 2))])
 def test_the_shipped_demo_search_beats_the_metric_alone(seed, tmp_path) -> None:
     """The whole recipe of `make demo`. Measured: from 1.506 to 1.062, 1.061 and 1.065 nats per token."""
-    alone = [f"seed={seed}", "search.forwards=0", "search.policy=units", "reconstruct.method=none"]
+    alone = [f"seed={seed}", "search.forward_passes=0", "search.policy=units", "repair.method=none"]
     metric_only = search(load(find("demo"), alone), tmp_path / "metric", quiet=True)
     (tmp_path / "searched").mkdir()
-    shutil.copyfile(tmp_path / "metric" / SCORES, tmp_path / "searched" / SCORES)
+    shutil.copyfile(tmp_path / "metric" / SCORES_FILE, tmp_path / "searched" / SCORES_FILE)
     searched = search(load(find("demo"), [f"seed={seed}"]), tmp_path / "searched", quiet=True)
     assert searched.sparsity == pytest.approx(metric_only.sparsity, abs=1e-3)
     assert searched.heldout_loss < metric_only.heldout_loss - 0.3
@@ -431,8 +438,8 @@ def test_the_shipped_demo_search_beats_the_metric_alone(seed, tmp_path) -> None:
 
 # --- widths and repair
 
-LAYERS = ("search.policy=layers", "search.samples=4", "search.forwards=12", "reconstruct.method=least-squares")
-LAYERS += ("reconstruct.sequences=8", "calibration.sequences=24", "saliency.metric=obs")
+LAYERS = ("search.policy=widths", "search.masks_per_step=4", "search.forward_passes=12", "repair.method=least-squares")
+LAYERS += ("repair.windows=8", "calibration.windows=24", "scores.metric=obs")
 
 
 @pytest.mark.parametrize("step", [1, 2])
@@ -444,18 +451,18 @@ def test_a_search_over_widths_resumes_bit_for_bit_and_repairs_the_same(step, sma
         search(recipe, cut, quiet=True)
     second = search(recipe, cut, quiet=True)
     assert rows_of(cut) == rows_of(whole)
-    for name in (MASKS, REPAIR):
+    for name in (DECISION_MASKS, REPAIR_FILE):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
     assert second.heldout_loss == first.heldout_loss
-    assert first.forwards == 12
-    assert first.calibration_forwards > 0
+    assert first.forward_passes == 12
+    assert first.calibration_forward_passes > 0
 
 
 def test_the_repair_lowers_the_loss_and_is_what_the_decision_carries(small, tmp_path) -> None:
     # of fewer windows it learns too much by heart
-    enough = ("search.policy=units", "search.forwards=0", "calibration.sequences=132", "saliency.metric=obs")
+    enough = ("search.policy=units", "search.forward_passes=0", "calibration.windows=132", "scores.metric=obs")
     plain = search(small(*enough), tmp_path / "plain", quiet=True)
-    recipe = small(*enough, "reconstruct.method=least-squares")
+    recipe = small(*enough, "repair.method=least-squares")
     repaired = search(recipe, tmp_path / "repaired", quiet=True)
     assert repaired.heldout_loss < plain.heldout_loss
     assert (repaired.sparsity, repaired.budget) == (plain.sparsity, plain.budget)
@@ -468,7 +475,7 @@ def test_the_repair_lowers_the_loss_and_is_what_the_decision_carries(small, tmp_
     heldout = load_text(recipe, resolve("demo"), quiet=True).heldout
     with evaluator.shrunk(Decision.load(tmp_path / "repaired").keep, again) as model, torch.inference_mode():
         assert model(input_ids=heldout, labels=heldout).loss.item() == pytest.approx(repaired.heldout_loss, rel=1e-5)
-    (tmp_path / "repaired" / REPAIR).write_bytes(b"cut")
+    (tmp_path / "repaired" / REPAIR_FILE).write_bytes(b"cut")
     with pytest.raises(UserError, match="missing, damaged, or not the repair"):
         Decision.load(tmp_path / "repaired")
 
@@ -476,8 +483,8 @@ def test_the_repair_lowers_the_loss_and_is_what_the_decision_carries(small, tmp_
 def test_a_search_over_widths_leaves_the_choice_of_units_to_the_repair(small, tmp_path) -> None:
     kept = {}
     for method in ("none", "least-squares"):
-        layers = ("search.policy=layers", "search.forwards=0", "saliency.metric=obs")
-        recipe = small(*layers, f"reconstruct.method={method}")
+        layers = ("search.policy=widths", "search.forward_passes=0", "scores.metric=obs")
+        recipe = small(*layers, f"repair.method={method}")
         decision = search(recipe, tmp_path / method, quiet=True)
         scores = Scores.load(tmp_path / method).tensors
         channels = {f"layers.{index}.ffn": layer.ffn for index, layer in enumerate(decision.keep)}

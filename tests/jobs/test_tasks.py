@@ -159,7 +159,7 @@ def test_perplexity_does_without_the_harness(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("The king was glad. " * 20)
     code = (
         "import sys; from pgprune_cli.cli.program import main\n"
-        "sys.argv = ['pgprune', 'eval', 'demo', '--ppl', 'tales=text.txt', '--seqlen', '32', '--limit', '1']\n"
+        "sys.argv = ['pgprune', 'eval', 'demo', '--ppl', 'tales=text.txt', '--seqlen', '32', '--max-windows', '1']\n"
         "try: main()\n"
         "except SystemExit as done: assert not done.code\n"
         "assert 'lm_eval' not in sys.modules"

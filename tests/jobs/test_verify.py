@@ -15,23 +15,23 @@ from helpers.runs import finished_run
 from safetensors.torch import load_file, save
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.export import checksums as sums
-from pgprune_cli.export import gguf_checksum as gguf_seal
+from pgprune_cli.export import checksums as checksums
+from pgprune_cli.export import gguf_checksum as gguf_checksum
 from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.verify import verify
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.run.layout import (
-    COSTS,
+    COMPARISON_RECORD,
+    COSTS_FILE,
+    DECISION_MASKS,
+    DECISION_RECORD,
     EVALUATION_FILE,
-    MASKS,
     MEASURED_FILE,
     METRICS_FILE,
     RECIPE_FILE,
-    RECORD,
-    REPAIR,
-    SCORES,
-    TABLE_JSON,
+    REPAIR_FILE,
+    SCORES_FILE,
 )
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.storage.records import write_record
@@ -64,9 +64,9 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("searched") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PGPRUNE_CACHE", str(run.parent / "cache"))
-        search(load(find("demo"), [*SMALL, "search.checkpoint_every=2", "reconstruct.method=bias"]), run, quiet=True)
+        search(load(find("demo"), [*SMALL, "search.checkpoint_every=2", "repair.method=bias"]), run, quiet=True)
     (run / EVALUATION_FILE).write_text("{}")
-    (run / COSTS).write_text(json.dumps({"attention": [3, 4], "ffn": [1, 1]}))
+    (run / COSTS_FILE).write_text(json.dumps({"attention": [3, 4], "ffn": [1, 1]}))
     return run
 
 
@@ -75,7 +75,7 @@ def run(searched: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(searched, tmp_path / "run"))
 
 
-PARTS = [RECIPE_FILE, SCORES, METRICS_FILE, COSTS, RECORD, EVALUATION_FILE]
+PARTS = [RECIPE_FILE, SCORES_FILE, METRICS_FILE, COSTS_FILE, DECISION_RECORD, EVALUATION_FILE]
 
 
 def test_a_run_is_whole(run: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_run_is_whole(run: Path) -> None:
     assert verdict.text().startswith(f"{run}: whole, a run directory: ")
 
 
-@pytest.mark.parametrize("part", [SCORES, RECORD, MASKS, REPAIR])
+@pytest.mark.parametrize("part", [SCORES_FILE, DECISION_RECORD, DECISION_MASKS, REPAIR_FILE])
 def test_parts_by_themselves_are_whole(part: str, run: Path) -> None:
     assert faults(run / part) == []
 
@@ -99,7 +99,7 @@ def test_a_checkpoint_by_itself(run: Path) -> None:
 
 
 def test_a_run_that_is_not_finished_is_whole(run: Path) -> None:
-    for part in (RECORD, MASKS, REPAIR, EVALUATION_FILE):
+    for part in (DECISION_RECORD, DECISION_MASKS, REPAIR_FILE, EVALUATION_FILE):
         (run / part).unlink()
     with (run / METRICS_FILE).open("a") as file:
         file.write('{"step": 7, "los')  # killed
@@ -107,7 +107,7 @@ def test_a_run_that_is_not_finished_is_whole(run: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, empty])
-@pytest.mark.parametrize("part", [*PARTS, MASKS, REPAIR])
+@pytest.mark.parametrize("part", [*PARTS, DECISION_MASKS, REPAIR_FILE])
 def test_damage_of_a_run_is_one_line_that_names_the_file(damage: Callable, part: str, run: Path) -> None:
     damage(run / part)
     found = faults(run)
@@ -120,7 +120,7 @@ def test_damage_of_a_run_is_one_line_that_names_the_file(damage: Callable, part:
     assert str(run / part) in found[0]
 
 
-@pytest.mark.parametrize("part", [MASKS, REPAIR])
+@pytest.mark.parametrize("part", [DECISION_MASKS, REPAIR_FILE])
 def test_a_flipped_bit_of_a_decision(part: str, run: Path) -> None:
     flip(run / part)
     assert [str(run / part) in line for line in faults(run)] == [True]
@@ -135,35 +135,35 @@ def test_every_damaged_checkpoint_is_named(run: Path) -> None:
 
 
 def test_scores_that_are_no_scores(run: Path) -> None:
-    tensors = load_file(run / SCORES)
+    tensors = load_file(run / SCORES_FILE)
     about = Scores.load(run)
     Scores({**tensors, "layers.0.ffn": tensors["layers.0.ffn"] * float("nan")}, about.metric, about.fingerprint).save(
         run
     )
-    assert faults(run) == [f"{run / SCORES}: layers.0.ffn holds NaN or infinity"]
+    assert faults(run) == [f"{run / SCORES_FILE}: layers.0.ffn holds NaN or infinity"]
     del tensors["layers.0.ffn"]
     Scores(tensors, about.metric, about.fingerprint).save(run)
-    assert "the ffn of every layer" in faults(run / SCORES)[0]
+    assert "the ffn of every layer" in faults(run / SCORES_FILE)[0]
 
 
 def test_scores_of_another_model(run: Path) -> None:
     scores = Scores.load(run)
     Scores(scores.tensors, scores.metric, "0" * 64).save(run)
-    assert faults(run) == [f"{run}: {SCORES} and {RECORD} are of two models"]
+    assert faults(run) == [f"{run}: {SCORES_FILE} and {DECISION_RECORD} are of two models"]
 
 
 def test_a_row_and_a_cost_that_are_none(run: Path) -> None:
     shutil.rmtree(run / "checkpoints")  # which have a checksum of the rows
     rows = (run / METRICS_FILE).read_text().splitlines()
     (run / METRICS_FILE).write_text("\n".join([rows[0], " " * len(rows[1]), *rows[2:]]) + "\n")
-    (run / COSTS).write_text('{"attention": [0], "ffn": [2]}')
+    (run / COSTS_FILE).write_text('{"attention": [0], "ffn": [2]}')
     assert faults(run) == [
         f"{run / METRICS_FILE}:2: not a row of a search",
-        f"{run / COSTS}: attention is no list of nanoseconds a unit",
+        f"{run / COSTS_FILE}: attention is no list of nanoseconds a unit",
     ]
 
 
-@pytest.mark.parametrize("part", [COSTS, EVALUATION_FILE, MEASURED_FILE])
+@pytest.mark.parametrize("part", [COSTS_FILE, EVALUATION_FILE, MEASURED_FILE])
 def test_another_digit_in_a_record(part: str, run: Path) -> None:
     write_record(run / part, {"attention": [3, 4], "ffn": [5, 6]})
     assert faults(run) == faults(run / part) == []
@@ -180,14 +180,16 @@ def test_another_digit_in_the_history(run: Path) -> None:
 
 def test_a_recipe_of_another_run(run: Path) -> None:
     (run / RECIPE_FILE).write_text((run / RECIPE_FILE).read_text().replace("seed: 0", "seed: 7"))
-    assert faults(run) == [f"{run / RECORD}: of another run than {RECIPE_FILE} beside it; put this run's own back"]
+    assert faults(run) == [
+        f"{run / DECISION_RECORD}: of another run than {RECIPE_FILE} beside it; put this run's own back"
+    ]
 
 
 def test_every_part_of_a_comparison_is_looked_at(tmp_path: Path) -> None:
-    for path in (tmp_path / TABLE_JSON, tmp_path / "dense" / MEASURED_FILE):
+    for path in (tmp_path / COMPARISON_RECORD, tmp_path / "dense" / MEASURED_FILE):
         write_record(path, {"seconds": 1})
-    assert verify(tmp_path).checked == [TABLE_JSON, "dense"]
-    for path in (tmp_path / TABLE_JSON, tmp_path / "dense" / MEASURED_FILE):
+    assert verify(tmp_path).checked == [COMPARISON_RECORD, "dense"]
+    for path in (tmp_path / COMPARISON_RECORD, tmp_path / "dense" / MEASURED_FILE):
         path.write_text(path.read_text().replace("1", "2", 1))
         assert faults(path) == [f"{path}: damaged: it is not what was written"]
     assert len(faults(tmp_path)) == 2
@@ -195,10 +197,10 @@ def test_every_part_of_a_comparison_is_looked_at(tmp_path: Path) -> None:
 
 def test_a_comparison_is_all_its_runs(run: Path, tmp_path: Path) -> None:
     shutil.move(run, tmp_path / "out" / "layers" / "seed-0")
-    (tmp_path / "out" / TABLE_JSON).write_text("{}")
+    (tmp_path / "out" / COMPARISON_RECORD).write_text("{}")
     verdict = verify(tmp_path / "out")
-    assert (verdict.kind, verdict.checked, verdict.faults) == ("comparison", [TABLE_JSON, "layers/seed-0"], [])
-    flip(tmp_path / "out" / "layers" / "seed-0" / MASKS)
+    assert (verdict.kind, verdict.checked, verdict.faults) == ("comparison", [COMPARISON_RECORD, "layers/seed-0"], [])
+    flip(tmp_path / "out" / "layers" / "seed-0" / DECISION_MASKS)
     assert len(faults(tmp_path / "out")) == 1
 
 
@@ -242,7 +244,7 @@ def test_sha256sum_reads_the_list(out: Path) -> None:
 
     if shutil.which("sha256sum") is None:
         pytest.skip("no sha256sum here")
-    check = ["sha256sum", "--check", "--quiet", "--strict", sums.SUMS]
+    check = ["sha256sum", "--check", "--quiet", "--strict", checksums.CHECKSUMS_FILE]
     assert subprocess.run(check, cwd=out / "hf", check=False).returncode == 0
     flip(out / "hf" / "model.safetensors")
     assert subprocess.run(check, cwd=out / "hf", check=False, capture_output=True).returncode == 1
@@ -251,7 +253,9 @@ def test_sha256sum_reads_the_list(out: Path) -> None:
 @pytest.mark.parametrize("damage", [flip, cut, empty, Path.unlink])
 def test_damage_of_every_file_of_an_export_is_one_line(damage: Callable, out: Path) -> None:
     listed = [
-        path for path in (out / "mlx").iterdir() if path.name not in (sums.SUMS, sums.CARD) and path.suffix != ".py"
+        path
+        for path in (out / "mlx").iterdir()
+        if path.name not in (checksums.CHECKSUMS_FILE, checksums.CARD) and path.suffix != ".py"
     ]
     assert len(listed) > 6
     for path in listed:
@@ -274,12 +278,12 @@ def test_a_cut_gguf_file(out: Path) -> None:
 
 
 def test_a_gguf_file_larger_than_a_piece(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_seal, "PIECE", 4096)
+    monkeypatch.setattr(gguf_checksum, "PIECE", 4096)
     assert faults(out / "small.gguf") == []
 
 
 def test_the_card_is_for_people_to_edit(out: Path) -> None:
-    (out / "hf" / sums.CARD).write_text("my own words")
+    (out / "hf" / checksums.CARD).write_text("my own words")
     (out / "hf" / ".gitattributes").touch()
     assert faults(out / "hf") == []
 
@@ -290,19 +294,19 @@ def test_a_name_that_would_be_two_lines(out: Path) -> None:
 
 
 def test_a_list_that_is_none(out: Path) -> None:
-    (out / "hf" / sums.SUMS).write_text("0" * 64 + "  ../config.json\n")
+    (out / "hf" / checksums.CHECKSUMS_FILE).write_text("0" * 64 + "  ../config.json\n")
     assert "damaged" in faults(out / "hf")[0]
-    (out / "hf" / sums.SUMS).unlink()
+    (out / "hf" / checksums.CHECKSUMS_FILE).unlink()
     assert "missing, and nothing else says" in faults(out / "hf")[0]
 
 
 # --- the code that travels
 
 
-@pytest.mark.parametrize("name", sums.CODE)
+@pytest.mark.parametrize("name", checksums.CODE)
 def test_the_code_that_travels_is_known_by_its_checksum(name: str) -> None:
     """After a change of the file, add its sha256 in front of the others: exports of before must still be whole."""
-    assert sums.CODE[name][0] == sums.checksum(Path(sums.__file__).with_name(name))
+    assert checksums.CODE[name][0] == checksums.checksum(Path(checksums.__file__).with_name(name))
 
 
 def test_code_is_held_to_more_than_the_list(out: Path) -> None:
@@ -310,8 +314,8 @@ def test_code_is_held_to_more_than_the_list(out: Path) -> None:
     path = out / "hf" / "modeling_pruned.py"
     path.write_text(path.read_text() + "\nimport os\n")
     (out / "hf" / "tokenization_x.py").touch()
-    (out / "hf" / sums.SUMS).unlink()
-    sums.write_sums(out / "hf")
+    (out / "hf" / checksums.CHECKSUMS_FILE).unlink()
+    checksums.write_checksums(out / "hf")
     assert faults(out / "hf") == [
         f"{path}: not the code that pgprune put there, nor any that it ever did",
         f"{out / 'hf' / 'tokenization_x.py'}: code that pgprune did not put there",
@@ -330,8 +334,8 @@ def test_code_is_held_to_more_than_the_list(out: Path) -> None:
 def test_configs_that_name_other_code(file: str, change: dict, named: str, out: Path) -> None:
     path = out / "hf" / file
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    (out / "hf" / sums.SUMS).unlink()
-    sums.write_sums(out / "hf")
+    (out / "hf" / checksums.CHECKSUMS_FILE).unlink()
+    checksums.write_checksums(out / "hf")
     assert faults(out / "hf") == [f"{path}: tells runtimes to run {named}, which is not pgprune's"]
 
 

@@ -330,7 +330,7 @@ def test_a_fingerprint_changes_with_the_config_and_with_the_size(damaged):
 
 
 def test_a_fingerprint_sees_every_part_of_a_file_too_large_to_read_whole(tmp_path):
-    """8 MiB in 64 samples: a change that runs through the whole file, or its end, is seen."""
+    """8 MiB in 64 masks_per_step: a change that runs through the whole file, or its end, is seen."""
     folder = make(tmp_path / "large")
     (folder / "x.gguf").write_bytes(bytes(8 << 20))
     source = resolve(str(folder))

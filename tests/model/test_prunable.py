@@ -33,14 +33,14 @@ def test_a_unit_costs_the_parameters_that_a_model_without_it_lacks(architecture:
     )
     fewer_channels = prunable_parameters(tiny_config(architecture), intermediate_size=channels - 1)
     shape = Shape.of(tiny_model(architecture))
-    assert sum(shape.group_parameters) == whole - fewer_groups
+    assert sum(shape.kv_head_parameters) == whole - fewer_groups
     assert sum(shape.channel_parameters) == whole - fewer_channels
-    assert len(set(shape.group_parameters)) == len(set(shape.channel_parameters)) == 1
+    assert len(set(shape.kv_head_parameters)) == len(set(shape.channel_parameters)) == 1
 
 
 def test_sizes_are_read_off_the_model(architecture: str) -> None:
     shape = Shape.of(tiny_model(architecture))
-    assert shape.kv_groups == (4, 4, 4, 4)
+    assert shape.kv_heads == (4, 4, 4, 4)
     assert shape.channels == (24, 24, 24, 24)
 
 
@@ -60,7 +60,7 @@ def test_families_cost_the_same_whether_counted_by_unit_by_block_or_by_layer(arc
     assert by_unit == by_block == by_layer
     assert shape.space(("layer",)).n == 4
     assert shape.space(("ffn", "attention")).slice_of("attention") == slice(96, 112)
-    assert shape.space(("attention-block",)).costs.tolist() == [4 * cost for cost in shape.group_parameters]
+    assert shape.space(("attention-block",)).costs.tolist() == [4 * cost for cost in shape.kv_head_parameters]
 
 
 def test_units_may_cost_something_else_than_parameters() -> None:

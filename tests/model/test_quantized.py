@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.masks import KEEPS, logits_of, some_outputs, some_tokens
+from helpers.masks import MODEL_MASKS, logits_of, some_outputs, some_tokens
 from helpers.memory import Allocations
 from helpers.models import save_tokenizer, tiny_model
-from helpers.recipes import LAYERS_POLICY
+from helpers.recipes import WIDTH_SEARCH
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -32,8 +32,17 @@ from pgprune_cli.jobs.search import search
 from pgprune_cli.model import loading
 from pgprune_cli.model import quantized as eight_bit
 from pgprune_cli.model.loading import HEAD, Weights, empty_model, load_model
-from pgprune_cli.model.prunable import Keep, LayerKeep, Output, Outputs, Projection, Shape, gather_units, projections
-from pgprune_cli.model.quantized import FP8, Fp8Linear, Int8Linear, check_fp8, fp8_product, to_eight_bits
+from pgprune_cli.model.prunable import (
+    LayerMask,
+    ModelMask,
+    Output,
+    Outputs,
+    Projection,
+    Shape,
+    gather_units,
+    projections,
+)
+from pgprune_cli.model.quantized import FP8, Fp8Linear, Int8Linear, check_fp8, fp8_product, quantize_projections
 from pgprune_cli.model.source import DEMO_MODEL, INDEX, resolve
 from pgprune_cli.repair.least_squares import repair
 from pgprune_cli.repair.width_table import WidthTable, solved_layers
@@ -96,7 +105,7 @@ def pair(architecture: str) -> tuple[nn.Module, nn.Module]:
     """An int8 model and its ordinary twin."""
     model = tiny_model(architecture)
     twin = rounded(model)
-    to_eight_bits(model, "int8")
+    quantize_projections(model, "int8")
     return model, twin
 
 
@@ -176,7 +185,7 @@ def test_a_chip_without_such_products_is_refused_by_name(monkeypatch: pytest.Mon
     ):
         check_fp8(torch.device("cpu"), torch.float32)
     monkeypatch.delattr(eight_bit.functional, "scaled_mm")
-    with pytest.raises(UserError, match=r"weights: fp8 needs a newer PyTorch than .*, or set weights to int8"):
+    with pytest.raises(UserError, match=r"weight_format: fp8 needs a newer PyTorch than .*, or set weights to int8"):
         check_fp8(torch.device("cpu"), torch.float32)
 
 
@@ -213,10 +222,10 @@ def test_gathered_is_what_the_dense_weight_has_there(units: int, width: int, axi
 
 
 @pytest.mark.parametrize("repaired", [False, True], ids=["as it is", "repaired"])
-@pytest.mark.parametrize("name", KEEPS)
+@pytest.mark.parametrize("name", MODEL_MASKS)
 def test_the_shrunk_model_is_that_of_the_rounded_weights(pair, name: str, repaired: bool) -> None:
     model, twin = pair
-    keep, tokens = KEEPS[name], some_tokens()
+    keep, tokens = MODEL_MASKS[name], some_tokens()
     outputs = some_outputs(twin, keep, bias=True) if repaired else {}
     before = {key: value.clone() for key, value in model.state_dict().items()}
     dense = logits_of(model, tokens)
@@ -237,7 +246,7 @@ def test_a_forward_that_fails_leaves_no_trace(pair) -> None:
 
     handle = model.model.layers[3].mlp.down_proj.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        Evaluator(model).losses([KEEPS["random"]], some_tokens())
+        Evaluator(model).losses([MODEL_MASKS["random"]], some_tokens())
     handle.remove()
     assert torch.equal(logits_of(model, some_tokens()), dense)
     spec = Shape.of(model).spec
@@ -253,9 +262,9 @@ def test_scores_are_those_of_the_rounded_weights(pair, metric: str) -> None:
 
 
 def test_the_width_table_is_that_of_the_rounded_weights(pair) -> None:
-    saliency = {(i, name): torch.arange(n).double() for i in range(4) for name, n in (("attention", 4), ("ffn", 24))}
-    found, expected = (WidthTable.of(model, dict(solved_layers(model, saliency, TEXT, 1e-2, True))) for model in pair)
-    for key in saliency:
+    scores = {(i, name): torch.arange(n).double() for i in range(4) for name, n in (("attention", 4), ("ffn", 24))}
+    found, expected = (WidthTable.of(model, dict(solved_layers(model, scores, TEXT, 1e-2, True))) for model in pair)
+    for key in scores:
         torch.testing.assert_close(found.errors[key], expected.errors[key], rtol=1e-3, atol=1e-6)
         for width, output in expected.outputs[key].items():
             torch.testing.assert_close(found.outputs[key][width].weight, output.weight, rtol=1e-3, atol=1e-3)
@@ -263,7 +272,7 @@ def test_the_width_table_is_that_of_the_rounded_weights(pair) -> None:
 
 @pytest.mark.parametrize("method", ["bias", "least-squares", "least-squares-bias"])
 def test_a_repair_is_of_the_rounded_weights(pair, method: str) -> None:
-    found, expected = (repair(model, KEEPS["random"], TEXT, method, 1e-2, reselect=False) for model in pair)
+    found, expected = (repair(model, MODEL_MASKS["random"], TEXT, method, 1e-2, reselect=False) for model in pair)
     assert found.outputs.keys() == expected.outputs.keys()
     for key, output in expected.outputs.items():
         torch.testing.assert_close(found.outputs[key].weight, output.weight, rtol=1e-3, atol=1e-3)
@@ -293,10 +302,10 @@ def test_a_step_makes_one_blocks_weights_at_a_time() -> None:
     model = tiny_model("llama-mha")
     block = max(sum(p.nbytes for p in part.parameters()) for part in model.model.layers[0].children())
     whole = sum(p.nbytes for p in model.model.layers.parameters())
-    to_eight_bits(model, "int8")
+    quantize_projections(model, "int8")
     tokens = some_tokens()[:1, :4]
     with Allocations() as seen:
-        Evaluator(model).losses([KEEPS["dense"], KEEPS["random"]], tokens)
+        Evaluator(model).losses([MODEL_MASKS["dense"], MODEL_MASKS["random"]], tokens)
     assert seen.peak < 1.25 * block + 8_000 < whole / 2
 
 
@@ -304,15 +313,15 @@ def test_a_step_makes_one_blocks_weights_at_a_time() -> None:
 
 
 @pytest.mark.parametrize("repaired", [False, True], ids=["as it is", "repaired"])
-@pytest.mark.parametrize("name", KEEPS)
+@pytest.mark.parametrize("name", MODEL_MASKS)
 def test_every_product_of_a_shrunk_forward_is_that_of_both_rounded(
     architecture: str, name: str, repaired: bool, chip: LikeAChip
 ) -> None:
-    model, keep, tokens = tiny_model(architecture), KEEPS[name], some_tokens()
+    model, keep, tokens = tiny_model(architecture), MODEL_MASKS[name], some_tokens()
     spec = Shape.of(model).spec
     outputs = some_outputs(model, keep, bias=True) if repaired else {}
     expected = Evaluator(model).losses([keep], tokens, [outputs])
-    to_eight_bits(model, "fp8")
+    quantize_projections(model, "fp8")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     seen = []
 
@@ -339,7 +348,7 @@ def test_every_product_of_a_shrunk_forward_is_that_of_both_rounded(
 
 
 def gathers(
-    model: nn.Module, keep: Keep, outputs: Outputs
+    model: nn.Module, keep: ModelMask, outputs: Outputs
 ) -> Iterator[tuple[Output | None, Tensor, Projection, Tensor, int]]:
     """Of every projection that runs: what repairs it, its weight, itself, its kept units, and how many it has."""
     for index, (layer, kept) in enumerate(zip(model.model.layers, keep, strict=True)):
@@ -354,7 +363,7 @@ def gathers(
 @pytest.mark.parametrize("metric", ["wanda-sp", "flap", "obs"])
 def test_scores_from_fp8_are_nearly_those_from_the_model_itself(metric: str) -> None:
     plain, model = tiny_model("llama-gqa"), tiny_model("llama-gqa")
-    to_eight_bits(model, "fp8")
+    quantize_projections(model, "fp8")
     found = score(model, metric, TEXT, 0)
     for key, expected in score(plain, metric, TEXT, 0).items():
         assert not torch.equal(found[key], expected)
@@ -365,8 +374,8 @@ def test_scores_from_fp8_are_nearly_those_from_the_model_itself(metric: str) -> 
 def test_a_repair_on_fp8_is_nearly_that_on_the_model_itself() -> None:
     """Both keep about the same of what a block put out."""
     plain, model = tiny_model("llama-gqa"), tiny_model("llama-gqa")
-    to_eight_bits(model, "fp8")
-    keep = KEEPS["random"]
+    quantize_projections(model, "fp8")
+    keep = MODEL_MASKS["random"]
     held = some_tokens(9, rows=8)
     losses = [
         float(Evaluator(plain).losses([keep], held, [outputs]))
@@ -395,7 +404,7 @@ def test_what_is_loaded_is_what_rounding_makes_of_the_model(
 ) -> None:
     tiny_model(architecture).save_pretrained(tmp_path)
     expected = load_model(resolve(str(tmp_path)), dtype, "cpu")
-    to_eight_bits(expected, kind)
+    quantize_projections(expected, kind)
     found = load_model(resolve(str(tmp_path)), dtype, "cpu", kind)
     same(found, expected)
     assert not found.training and not any(parameter.requires_grad for parameter in found.parameters())
@@ -424,7 +433,7 @@ def test_a_stored_head_is_tied_where_it_is_the_embedding(differs: bool, damaged:
     head = tensors["model.embed_tokens.weight"] + differs
     save_file(tensors | {HEAD: head.clone()}, damaged / "model.safetensors", metadata={"format": "pt"})
     expected = load_model(resolve(str(damaged)), "float32", "cpu")
-    to_eight_bits(expected, "int8")
+    quantize_projections(expected, "int8")
     found = load_model(resolve(str(damaged)), "float32", "cpu", "int8")
     same(found, expected)
     assert (found.lm_head.weight is found.model.embed_tokens.weight) is not differs
@@ -435,7 +444,7 @@ def test_a_gguf_file_is_rounded_once_it_is_unpacked(kind: Weights, tmp_path: Pat
     tiny_model("llama-mha").save_pretrained(tmp_path / "dense")
     save_tokenizer(tmp_path / "dense")
     source = resolve(str(tmp_path / "dense"))
-    keep = (LayerKeep(torch.ones(4, dtype=torch.bool), torch.ones(24, dtype=torch.bool)),) * 4
+    keep = (LayerMask(torch.ones(4, dtype=torch.bool), torch.ones(24, dtype=torch.bool)),) * 4
     decision = Decision(keep, str(tmp_path), source.fingerprint(), 0.0, "dtype: float32\n", 0, 0, 0, None)
     gguf.plan(source, decision, Options(Needs(), "float32")).write(tmp_path / "dense.gguf", lambda _: None)
     unpacked = resolve(str(tmp_path / "dense.gguf"))
@@ -512,9 +521,9 @@ def test_a_search_is_repaired_on_rounded_weights_and_exported_from_stored_ones(
     kind: str, small, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    recipe = small(*LAYERS_POLICY, "dtype=float32", f"weights={kind}", "calibration.sequences=24")
+    recipe = small(*WIDTH_SEARCH, "dtype=float32", f"weights={kind}", "calibration.windows=24")
     decision: Decision = search(recipe, run, quiet=True)
-    plain = search(small(*LAYERS_POLICY, "dtype=float32", "calibration.sequences=24"), tmp_path / "plain", quiet=True)
+    plain = search(small(*WIDTH_SEARCH, "dtype=float32", "calibration.windows=24"), tmp_path / "plain", quiet=True)
     assert decision.heldout_loss == pytest.approx(plain.heldout_loss, rel=0.05)
     assert decision.heldout_loss != plain.heldout_loss
     export(run, tmp_path / "model", options_of("hf", "float32", None, False, 1, 1))
@@ -528,12 +537,12 @@ def test_a_search_is_repaired_on_rounded_weights_and_exported_from_stored_ones(
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 def test_a_metric_with_gradients_is_refused(kind: str, small, tmp_path: Path) -> None:
-    recipe = small(f"weights={kind}", "saliency.metric=taylor")
+    recipe = small(f"weights={kind}", "scores.metric=taylor")
     for job in (search, init_scores):
         with pytest.raises(UserError) as caught:
             job(recipe, tmp_path / "run", quiet=True)
         assert str(caught.value) == (
-            f"saliency.metric: taylor takes gradients, which {kind} weights have not; set weights to dtype, or take a "
+            f"scores.metric: taylor takes gradients, which {kind} weights have not; set weights to dtype, or take a "
             "metric without, such as obs"
         )
     with pytest.raises(UserError, match="taylor takes gradients"):
@@ -547,7 +556,7 @@ def test_a_latency_of_fp8_is_refused(small, tmp_path: Path) -> None:
         with pytest.raises(
             UserError, match=r"budget\.of: a latency would be that of fp8 products, and exports have none"
         ):
-            job(small("weights=fp8", "budget.of=latency"), tmp_path / "run", quiet=True)
+            job(small("weight_format=fp8", "budget.measure=latency"), tmp_path / "run", quiet=True)
 
 
 def test_a_dry_run_knows_of_it(small) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.export import export
 from pgprune_cli.model.loading import check_prunable, load_model, load_tokenizer, read_config
-from pgprune_cli.model.prunable import LayerKeep
+from pgprune_cli.model.prunable import LayerMask
 from pgprune_cli.model.source import INDEX, resolve
 from pgprune_cli.recipe.reader import find, load, name_of
 from pgprune_cli.run.decision import Decision
@@ -239,7 +239,7 @@ def test_code_does_not_travel_into_an_export(model: Path, tmp_path: Path, monkey
 
 
 def exported(model: Path) -> Path:
-    keep = tuple(LayerKeep(torch.arange(4) < 4 - layer, torch.arange(24) < 9 + layer) for layer in range(4))
+    keep = tuple(LayerMask(torch.arange(4) < 4 - layer, torch.arange(24) < 9 + layer) for layer in range(4))
     fingerprint = resolve(str(model)).fingerprint()
     Decision(keep, str(model), fingerprint, 0.5, "dtype: float32\n", 1, 2, 3, 2.5).save(Path("run"))
     export(Path("run"), Path("out"))

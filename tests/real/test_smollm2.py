@@ -1,4 +1,4 @@
-"""The whole job on a real model: SmolLM2-135M, C4 calibration, WikiText-2 evaluation. Minutes, so few forwards."""
+"""The whole job on a real model: SmolLM2-135M, C4 calibration, WikiText-2 evaluation. Minutes, so few forward passes."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def model() -> str:
     return str(MODEL)
 
 
-def short_recipe(model: str, corpus: Path, forwards: int) -> Recipe:
+def short_recipe(model: str, corpus: Path, forward_passes: int) -> Recipe:
     return load(
         find("smollm2-135m-30"),
         [
             f"model={model}",
             f"calibration.corpus={corpus}",
-            f"search.forwards={forwards}",
+            f"search.forward_passes={forward_passes}",
             "search.policy=units",
-            "search.samples=2",
-            "policy.temperature=0.3",
+            "search.masks_per_step=2",
+            "start.temperature=0.3",
             "search.learning_rate=2e-2",
-            "reconstruct.method=none",
-            "saliency.metric=wanda-sp",
+            "repair.method=none",
+            "scores.metric=wanda-sp",
             "budget.scope=per-family",
-            "saliency.sequences=16",
-            "saliency.seqlen=512",
+            "scores.windows=16",
+            "scores.seqlen=512",
         ],
     )
 

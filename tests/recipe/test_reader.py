@@ -47,24 +47,24 @@ def read(text: str, *overrides: str) -> Recipe:
 def test_defaults() -> None:
     got = read(MINIMAL)
     assert (got.dtype, got.device, got.seed) == ("bfloat16", "auto", 0)
-    assert got.calibration == recipe.Calibration(corpus="demo", sequences=120_000, seqlen=128, batch=8, heldout=32)
+    assert got.calibration == recipe.Calibration(corpus="demo", windows=120_000, seqlen=128, batch=8, heldout=32)
     assert got.units.families == ("attention", "ffn")
     assert got.budget == recipe.Budget(
-        sparsity=0.5, of="parameters", scope="global", context=2048, keep_at_least=0.0, ffn_multiple=1
+        sparsity=0.5, of="parameters", scope="global", context=2048, min_keep=0.0, ffn_multiple=1
     )
-    assert got.saliency == recipe.Saliency(metric="obs", sequences=128, seqlen=1024)
+    assert got.scores == recipe.Scores(metric="obs", windows=128, seqlen=1024)
     assert got.policy == recipe.Policy(start="sigmap", temperature=1.0)
     assert got.search == recipe.Search(
-        policy="layers",
-        forwards=320,
-        samples=16,
+        policy="widths",
+        forward_passes=320,
+        masks_per_step=16,
         estimator="rloo",
         learning_rate=0.0,
         schedule="cosine",
         checkpoint_every=100,
         evaluate_every=100,
     )
-    assert got.reconstruct == recipe.Reconstruct(method="least-squares", sequences=384, damping=1e-3)
+    assert got.repair == recipe.Reconstruct(method="least-squares", windows=384, damping=1e-3)
     assert got.evaluation == recipe.Evaluation(corpora=("wikitext2",), seqlen=(128, 2048))
 
 
@@ -110,68 +110,67 @@ def test_a_byte_order_mark_and_windows_line_ends_are_harmless() -> None:
 )
 def test_an_ffn_has_no_kv_cache(families: str, right: str) -> None:
     ffn = next(name for name in families.split(", ") if name.startswith("ffn"))
-    assert faults(MINIMAL + f"units: {{families: [{families}]}}", "budget.of=kv-cache") == [
-        f"x.yaml: budget.of: the family {ffn} has no KV cache, so a budget of it cannot say how much of that goes; "
+    assert faults(MINIMAL + f"units: {{families: [{families}]}}", "budget.measure=kv-cache") == [
+        f"x.yaml: budget.measure: the family {ffn} has no KV cache, so a budget of it cannot say how much of that goes; "
         f"set units.families to [{right}]"
     ]
 
 
 @pytest.mark.parametrize("families", ["[attention]", "[attention-block]", "[layer]"])
 def test_attention_and_whole_layers_have_a_kv_cache(families: str) -> None:
-    got = read(MINIMAL, "budget.of=kv-cache", f"units.families={families}", "budget.context=4096")
-    assert (got.budget.of, got.budget.context) == ("kv-cache", 4096)
+    got = read(MINIMAL, "budget.measure=kv-cache", f"units.families={families}", "budget.context=4096")
+    assert (got.budget.measure, got.budget.context) == ("kv-cache", 4096)
 
 
 @pytest.mark.parametrize("families", ["attention, ffn-block", "layer"])
 def test_of_a_whole_block_no_fraction_can_stay_at_least(families: str) -> None:
     block = families.split(", ")[-1]
-    assert faults(MINIMAL, f"units.families=[{families}]", "budget.keep_at_least=0.1") == [
-        f"x.yaml: budget.keep_at_least: {block} is one unit a layer, and a part of it would be all of it; "
-        "leave the key at 0"
+    assert faults(MINIMAL, f"units.families=[{families}]", "budget.min_keep=0.1") == [
+        f"x.yaml: budget.min_keep: {block} is one unit a layer, and a part of it would be all of it; leave the key at 0"
     ]
 
 
 def test_no_more_can_stay_at_least_than_may_stay() -> None:
-    assert faults(MINIMAL, "budget.sparsity=0.7", "budget.keep_at_least=0.4") == [
-        "x.yaml: budget.keep_at_least: 0.4 of every layer is more than budget.sparsity 0.7 leaves; lower one of them"
+    assert faults(MINIMAL, "budget.sparsity=0.7", "budget.min_keep=0.4") == [
+        "x.yaml: budget.min_keep: 0.4 of every layer is more than budget.sparsity 0.7 leaves; lower one of them"
     ]
-    assert read(MINIMAL, "budget.sparsity=0.7", "budget.keep_at_least=0.3").budget.keep_at_least == 0.3
+    assert read(MINIMAL, "budget.sparsity=0.7", "budget.min_keep=0.3").budget.min_keep == 0.3
 
 
 def test_contradictions_are_told_together() -> None:
-    assert len(faults(MINIMAL, "budget.of=kv-cache", "budget.keep_at_least=0.6")) == 2
+    assert len(faults(MINIMAL, "budget.measure=kv-cache", "budget.min_keep=0.6")) == 2
 
 
 @pytest.mark.parametrize(
     ("line", "fault"),
     [
-        ("forwards: 3", "forwards: unknown key, did you mean search.forwards?"),
-        ("forwrads: 3", "forwrads: unknown key, did you mean search.forwards?"),
-        ("search: {forwrads: 3}", "search.forwrads: unknown key, did you mean search.forwards?"),
-        ("searhc: {forwards: 3}", "searhc: unknown key, did you mean search?"),
+        ("forward_passes: 3", "forward_passes: unknown key, did you mean search.forward_passes?"),
+        ("forwrads: 3", "forwrads: unknown key, did you mean search.forward_passes?"),
+        ("search: {forwrads: 3}", "search.forwrads: unknown key, did you mean search.forward_passes?"),
+        ("searhc: {forward_passes: 3}", "searhc: unknown key, did you mean search?"),
         ("extend: _base", "extend: unknown key, did you mean extends?"),
         (
             "search: {seqlen: 3}",
-            "search.seqlen: unknown key, did you mean calibration.seqlen, saliency.seqlen or evaluation.seqlen?",
+            "search.seqlen: unknown key, did you mean calibration.seqlen, scores.seqlen or evaluation.seqlen?",
         ),
         (
             "evaluation: {corpus: demo}",
             "evaluation.corpus: unknown key, did you mean evaluation.corpora or calibration.corpus?",
         ),
         ("calibration: {corpora: [demo]}", "calibration: given twice, first on line 2"),
-        ("saliency: {seqlne: 3}", "saliency.seqlne: unknown key, did you mean saliency.seqlen?"),
+        ("scores: {seqlne: 3}", "scores.seqlne: unknown key, did you mean scores.seqlen?"),
         ("policy: {zzz: 3}", "policy.zzz: unknown key, expected start or temperature"),
-        ("search: {forwards: many}", "search.forwards: expected an integer, got text 'many'"),
-        ("search: {forwards: '3'}", "search.forwards: expected an integer, got text '3'"),
-        ("search: {forwards: true}", "search.forwards: expected an integer, got the boolean true"),
-        ("search: {forwards: 1.5}", "search.forwards: expected an integer, got 1.5"),
-        ("search: {forwards: 1e3}", "search.forwards: expected an integer, got 1e3"),
-        ("search: {forwards: [3]}", "search.forwards: expected an integer, got a list"),
-        ("search: {forwards: {a: 3}}", "search.forwards: expected an integer, got a mapping"),
-        ("search: {forwards: }", "search.forwards: expected an integer, got nothing"),
-        ("search: {forwards: -1}", "search.forwards: expected value >= 0, got -1"),
-        ("search: {samples: 1}", "search.samples: expected value >= 2, got 1"),
-        ("search: {samples: 2147483648}", "search.samples: expected value < 2147483648, got 2147483648"),
+        ("search: {forward_passes: many}", "search.forward_passes: expected an integer, got text 'many'"),
+        ("search: {forward_passes: '3'}", "search.forward_passes: expected an integer, got text '3'"),
+        ("search: {forward_passes: true}", "search.forward_passes: expected an integer, got the boolean true"),
+        ("search: {forward_passes: 1.5}", "search.forward_passes: expected an integer, got 1.5"),
+        ("search: {forward_passes: 1e3}", "search.forward_passes: expected an integer, got 1e3"),
+        ("search: {forward_passes: [3]}", "search.forward_passes: expected an integer, got a list"),
+        ("search: {forward_passes: {a: 3}}", "search.forward_passes: expected an integer, got a mapping"),
+        ("search: {forward_passes: }", "search.forward_passes: expected an integer, got nothing"),
+        ("search: {forward_passes: -1}", "search.forward_passes: expected value >= 0, got -1"),
+        ("search: {masks_per_step: 1}", "search.masks_per_step: expected value >= 2, got 1"),
+        ("search: {masks_per_step: 2147483648}", "search.masks_per_step: expected value < 2147483648, got 2147483648"),
         ("search: {learning_rate: -1}", "search.learning_rate: expected value >= 0, got -1.0"),
         ("search: {learning_rate: yes}", "search.learning_rate: expected a number, got the boolean yes"),
         ("search: {learning_rate: nan}", "search.learning_rate: expected a number, got text 'nan'"),
@@ -276,17 +275,17 @@ def test_a_file_that_cannot_be_read() -> None:
 
 def test_every_fault_is_told_at_once() -> None:
     text = (
-        "forwards: 3\nsearch:\n  forwrads: 3\n  samples: 1\n  samples: 2\n"
+        "forward_passes: 3\nsearch:\n  forwrads: 3\n  masks_per_step: 1\n  masks_per_step: 2\n"
         "budget: {sparsity: 1.5}\nunits: {families: 3}\n"
     )
     assert faults(text, "search.forwrads=4", "seed=x") == [
-        "x.yaml:1: forwards: unknown key, did you mean search.forwards?",
-        "x.yaml:3: search.forwrads: unknown key, did you mean search.forwards?",
-        "x.yaml:4: search.samples: expected value >= 2, got 1",
-        "x.yaml:5: search.samples: given twice, first on line 4",
+        "x.yaml:1: forward_passes: unknown key, did you mean search.forward_passes?",
+        "x.yaml:3: search.forwrads: unknown key, did you mean search.forward_passes?",
+        "x.yaml:4: search.masks_per_step: expected value >= 2, got 1",
+        "x.yaml:5: search.masks_per_step: given twice, first on line 4",
         "x.yaml:6: budget.sparsity: expected 0 <= value < 1, got 1.5",
         "x.yaml:7: units.families: expected a list such as [a, b], got 3",
-        "--set search.forwrads=4: unknown key, did you mean search.forwards?",
+        "--set search.forwrads=4: unknown key, did you mean search.forward_passes?",
         "--set seed=x: expected an integer, got text 'x'",
         "x.yaml: model: required key is missing",
         "x.yaml: calibration.corpus: required key is missing",
@@ -311,17 +310,19 @@ def test_what_would_break_a_line_is_escaped_and_what_is_endless_is_cut() -> None
 
 
 def test_a_base_is_merged_key_by_key() -> None:
-    Path("_base.yaml").write_text("model: demo\nsearch: {forwards: 5, samples: 4}\ncalibration: {corpus: demo}\n")
-    got = read("search: {forwards: 7}\nextends: _base\nbudget: {sparsity: 0.5}\n")
-    assert (got.model, got.search.forwards, got.search.samples) == ("demo", 7, 4)
-    assert read("extends: ./_base.yaml\nbudget: {sparsity: 0.5}\n").search.forwards == 5
+    Path("_base.yaml").write_text(
+        "model: demo\nsearch: {forward_passes: 5, masks_per_step: 4}\ncalibration: {corpus: demo}\n"
+    )
+    got = read("search: {forward_passes: 7}\nextends: _base\nbudget: {sparsity: 0.5}\n")
+    assert (got.model, got.search.forward_passes, got.search.masks_per_step) == ("demo", 7, 4)
+    assert read("extends: ./_base.yaml\nbudget: {sparsity: 0.5}\n").search.forward_passes == 5
 
 
 def test_a_base_is_looked_for_beside_the_file_then_among_the_shipped() -> None:
     Path("sub").mkdir()
-    Path("sub/demo.yaml").write_text("extends: ../other\nsearch: {forwards: 5}\n")
+    Path("sub/demo.yaml").write_text("extends: ../other\nsearch: {forward_passes: 5}\n")
     Path("other.yaml").write_text(MINIMAL)
-    assert read("extends: sub/demo").search.forwards == 5
+    assert read("extends: sub/demo").search.forward_passes == 5
     assert read("extends: llama3-8b-50\nbudget: {sparsity: 0.1}").model == "meta-llama/Meta-Llama-3-8B"
 
 
@@ -330,7 +331,7 @@ def test_a_fault_in_a_base_is_told_where_it_stands() -> None:
     Path("_b.yaml").write_text("seed: x\n")
     assert faults("extends: _a\nseed: y\nmodel: demo\n") == [
         "_b.yaml:1: seed: expected an integer, got text 'x'",
-        "_a.yaml:4: search.forwrads: unknown key, did you mean search.forwards?",
+        "_a.yaml:4: search.forwrads: unknown key, did you mean search.forward_passes?",
         "x.yaml:2: seed: expected an integer, got text 'y'",
         "x.yaml: calibration.corpus: required key is missing",
         "x.yaml: budget.sparsity: required key is missing",
@@ -359,32 +360,32 @@ def test_a_circle_is_told() -> None:
 
 def test_overrides() -> None:
     got = read(
-        "model: demo\nbudget: {sparsity: 0.5}\nsearch: {forwards: 3, samples: 4}\n",
+        "model: demo\nbudget: {sparsity: 0.5}\nsearch: {forward_passes: 3, masks_per_step: 4}\n",
         "calibration.corpus=a=b",  # a missing required key, and a value with = in it
-        "search.forwards=7",
-        "search.forwards=8",
+        "search.forward_passes=7",
+        "search.forward_passes=8",
         "search.learning_rate=2e-2",
         "units.families=[ffn]",
         "device=cuda:0,cuda:1",
         "policy={start: linear}",
     )
-    assert (got.calibration.corpus, got.search.forwards, got.search.samples) == ("a=b", 8, 4)
+    assert (got.calibration.corpus, got.search.forward_passes, got.search.masks_per_step) == ("a=b", 8, 4)
     assert (got.search.learning_rate, got.units.families) == (0.02, ("ffn",))
-    assert (got.device, got.policy.start) == ("cuda:0,cuda:1", "linear")
+    assert (got.device, got.start.mapping) == ("cuda:0,cuda:1", "linear")
 
 
 @pytest.mark.parametrize(
     ("override", "fault"),
     [
-        ("search.forwrads=3", "unknown key, did you mean search.forwards?"),
-        ("forwards=3", "unknown key, did you mean search.forwards?"),
-        ("search.forwards=many", "expected an integer, got text 'many'"),
-        ("search.forwards=", "expected an integer, got nothing"),
+        ("search.forwrads=3", "unknown key, did you mean search.forward_passes?"),
+        ("forward_passes=3", "unknown key, did you mean search.forward_passes?"),
+        ("search.forward_passes=many", "expected an integer, got text 'many'"),
+        ("search.forward_passes=", "expected an integer, got nothing"),
         ("search=3", "expected keys with values, got 3"),
-        ("search={forwards: 3, forwrads: 4}", "unknown key, did you mean search.forwards?"),
+        ("search={forward_passes: 3, forwrads: 4}", "unknown key, did you mean search.forward_passes?"),
         ("units.families=[ffn, layer]", "ffn and layer hold the same parameters, keep one of them"),
-        ("forwards", "expected KEY=VALUE with a recipe's key, such as search.forwards=200"),
-        ("extends=_base", "expected KEY=VALUE with a recipe's key, such as search.forwards=200"),
+        ("forward_passes", "expected KEY=VALUE with a recipe's key, such as search.forward_passes=200"),
+        ("extends=_base", "expected KEY=VALUE with a recipe's key, such as search.forward_passes=200"),
         ("model=a #2", "a comment after the value; put the value in quotes if # belongs to it"),
         ("model=!!str a", "cannot be read as YAML, anchors, aliases and tags are not allowed in a recipe"),
         ("units.families=[ffn", "cannot be read as YAML, expected ',' or ']', but got '<stream end>'"),
@@ -441,7 +442,7 @@ def without_contradictions(any_recipe: Recipe) -> Recipe:
     """Each value alone is sound; together they may be none that `load` takes."""
     if not recipe_reader._contradictions(any_recipe):
         return any_recipe
-    harmless = dataclasses.replace(any_recipe.budget, of="parameters", keep_at_least=0.0)
+    harmless = dataclasses.replace(any_recipe.budget, of="parameters", min_keep=0.0)
     return dataclasses.replace(any_recipe, budget=harmless)
 
 
@@ -480,7 +481,7 @@ WORDS = [
     *(
         "model",
         "search",
-        "forwards",
+        "forward_passes",
         "seed",
         "budget",
         "sparsity",
@@ -561,7 +562,7 @@ def test_what_ships() -> None:
 @pytest.mark.parametrize("percent", [20, 30, 50])
 def test_the_papers_recipes_are_its_reference_settings(percent: int) -> None:
     got = load(find(f"paper/llama2-13b-{percent}"))
-    assert (got.search.policy, got.search.estimator, got.search.steps, got.search.samples) == (
+    assert (got.search.policy, got.search.estimator, got.search.steps, got.search.masks_per_step) == (
         "units",
         "paper",
         15_000,
@@ -570,9 +571,9 @@ def test_the_papers_recipes_are_its_reference_settings(percent: int) -> None:
     assert (got.search.learning_rate, got.search.schedule, got.dtype) == (2e-3, "cosine", "bfloat16")
     assert load(find(f"paper/llama3-8b-{percent}")).search.learning_rate == 6e-3
     assert got.calibration == recipe.Calibration(corpus="c4")
-    assert got.saliency == recipe.Saliency(metric="wanda-sp", sequences=128, seqlen=1024)
+    assert got.scores == recipe.Scores(metric="wanda-sp", windows=128, seqlen=1024)
     assert (got.policy, got.budget.scope) == (recipe.Policy(), "per-family")
-    assert got.reconstruct.method == "none"
+    assert got.repair.method == "none"
 
 
 def test_the_base_says_every_key_it_can() -> None:
@@ -586,13 +587,17 @@ def test_the_base_says_every_key_it_can() -> None:
 
 
 def test_what_was_dumped_is_parsed() -> None:
-    recipe = read(MINIMAL + "search: {forwards: 32}\n")
+    recipe = read(MINIMAL + "search: {forward_passes: 32}\n")
     assert parse(dump(recipe), "a model") == recipe
     with pytest.raises(UserError, match=r"^a model:1: extends: a recipe that was written whole extends nothing$"):
         parse("extends: _base", "a model")
-    with pytest.raises(match=r"^a model:1: forwards: unknown key, did you mean search.forwards\?$"):
-        parse("forwards: 3", "a model")
-    for text in ("forwards: 3\nseed: x", "model: [", "seed: 3"):  # a fault of another kind, no YAML, a key missing
+    with pytest.raises(match=r"^a model:1: forward_passes: unknown key, did you mean search.forward_passes\?$"):
+        parse("forward_passes: 3", "a model")
+    for text in (
+        "forward_passes: 3\nseed: x",
+        "model: [",
+        "seed: 3",
+    ):  # a fault of another kind, no YAML, a key missing
         with pytest.raises(UserError) as refused:
             parse(text, "a model")
         assert not isinstance(refused.value, UnknownKeys)

@@ -27,15 +27,14 @@ from pgprune_cli.errors import RunError
 from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.forward.moments import Moments, observe_moments
-from pgprune_cli.model.prunable import Keep, LayerKeep, Outputs
-from pgprune_cli.repair import least_squares as reconstruct
+from pgprune_cli.model.prunable import LayerMask, ModelMask, Outputs
 from pgprune_cli.repair.least_squares import compensated_output, repair, repaired_output
 from pgprune_cli.scores.obs import removal_order
 
 DAMPING = 1e-6
 
 
-def some_keep() -> Keep:
+def some_keep() -> ModelMask:
     """Blocks with about half their units, and among them a whole layer, whole blocks and empty ones."""
     generator = torch.Generator().manual_seed(1)
     layers = []
@@ -43,10 +42,10 @@ def some_keep() -> Keep:
         attention, ffn = torch.rand(GROUPS, generator=generator) < 0.5, torch.rand(CHANNELS, generator=generator) < 0.5
         attention[index] = ffn[index] = True
         attention[(index + 1) % GROUPS] = ffn[index + 5] = False
-        layers.append(LayerKeep(attention, ffn))
-    layers[1] = LayerKeep(torch.ones(GROUPS).bool(), layers[1].ffn)
-    layers[2] = LayerKeep(torch.zeros(GROUPS).bool(), layers[2].ffn)
-    layers[3] = LayerKeep(layers[3].attention, torch.zeros(CHANNELS).bool())
+        layers.append(LayerMask(attention, ffn))
+    layers[1] = LayerMask(torch.ones(GROUPS).bool(), layers[1].ffn)
+    layers[2] = LayerMask(torch.zeros(GROUPS).bool(), layers[2].ffn)
+    layers[3] = LayerMask(layers[3].attention, torch.zeros(CHANNELS).bool())
     return tuple(layers)
 
 
@@ -54,8 +53,8 @@ KEEP = some_keep()
 REPAIRED = [(0, "attention"), (0, "ffn"), (1, "ffn"), (2, "ffn"), (3, "attention")]
 
 
-def whole() -> Keep:
-    return tuple(LayerKeep(torch.ones(GROUPS).bool(), torch.ones(CHANNELS).bool()) for _ in range(LAYERS))
+def whole() -> ModelMask:
+    return tuple(LayerMask(torch.ones(GROUPS).bool(), torch.ones(CHANNELS).bool()) for _ in range(LAYERS))
 
 
 # --- one projection
@@ -149,17 +148,17 @@ def test_a_compensated_output_adds_the_mean_of_what_is_gone(columns: list[int]) 
 # --- a model
 
 
-def same_masks(one: Keep, other: Keep) -> bool:
+def same_masks(one: ModelMask, other: ModelMask) -> bool:
     return all(
         torch.equal(a.attention, b.attention) and torch.equal(a.ffn, b.ffn) for a, b in zip(one, other, strict=True)
     )
 
 
-def behind(model: nn.Module, keep: Keep, outputs: Outputs, index: int, name: str) -> tuple[Tensor, Tensor]:
+def behind(model: nn.Module, keep: ModelMask, outputs: Outputs, index: int, name: str) -> tuple[Tensor, Tensor]:
     """`seen` where everything in front of this block is pruned and repaired, and the block and what follows is not."""
     before = BLOCKS[: BLOCKS.index((index, name))]
     front = tuple(
-        LayerKeep(
+        LayerMask(
             kept.attention if (place, "attention") in before else dense.attention,
             kept.ffn if (place, "ffn") in before else dense.ffn,
         )
@@ -276,6 +275,6 @@ def test_one_blocks_moments_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
         return moments
 
     observe = observe_moments
-    monkeypatch.setattr(reconstruct, "observe_moments", observed)
+    monkeypatch.setattr(repair, "observe_moments", observed)
     repair(tiny_model("qwen3"), KEEP, batches(), "least-squares", DAMPING)
     assert len(alive) == len(REPAIRED)

@@ -19,11 +19,11 @@ from pgprune_cli.recipe.schema import Budget, Calibration, Recipe
 from pgprune_cli.repair import width_files
 from pgprune_cli.repair.width_files import has_layer, load_layer, refuse_full_disk, remove_widths, save_layer
 from pgprune_cli.repair.width_table import WidthTable, solved_layers
-from pgprune_cli.run.layout import WIDTHS
+from pgprune_cli.run.layout import WIDTHS_FOLDER
 from pgprune_cli.search import table as job
 
 
-def saliency() -> dict[tuple[int, str], Tensor]:
+def scores() -> dict[tuple[int, str], Tensor]:
     generator = torch.Generator().manual_seed(0)
     counts = {"attention": GROUPS, "ffn": CHANNELS}
     return {key: torch.rand(counts[key[1]], generator=generator, dtype=torch.float64) for key in BLOCKS}
@@ -36,18 +36,18 @@ def model(request) -> nn.Module:
 
 @pytest.fixture
 def saved(model: nn.Module, tmp_path: Path) -> Path:
-    for index, blocks in solved_layers(model, saliency(), batches(), 1e-2, True, only=[1]):
+    for index, blocks in solved_layers(model, scores(), batches(), 1e-2, True, only=[1]):
         save_layer(tmp_path, index, blocks, "mine")
     return tmp_path
 
 
 def the_file(run: Path) -> Path:
-    (path,) = (run / WIDTHS).iterdir()
+    (path,) = (run / WIDTHS_FOLDER).iterdir()
     return path
 
 
 def test_what_is_read_is_what_was_solved_bit_for_bit_and_mapped(model: nn.Module, saved: Path) -> None:
-    ((_, solved),) = solved_layers(model, saliency(), batches(), 1e-2, True, only=[1])
+    ((_, solved),) = solved_layers(model, scores(), batches(), 1e-2, True, only=[1])
     found = load_layer(saved, 1)
     assert list(found) == list(solved) == ["attention", "ffn"]
     for name, block in solved.items():
@@ -101,7 +101,7 @@ def test_a_disk_that_is_too_small_is_refused_beforehand(saved: Path, monkeypatch
 
 
 def test_what_is_finished_leaves_nothing(saved: Path) -> None:
-    (saved / WIDTHS / ".layer-00002.safetensors.1.tmp").write_bytes(b"of one that was killed")
+    (saved / WIDTHS_FOLDER / ".layer-00002.safetensors.1.tmp").write_bytes(b"of one that was killed")
     remove_widths(saved)
     remove_widths(saved)
     assert list(saved.iterdir()) == []
@@ -114,7 +114,7 @@ RECIPE = Recipe(model="", calibration=Calibration(corpus=""), budget=Budget(spar
 
 def table(model: nn.Module, run: Path, recipe: Recipe = RECIPE, ranks: Ranks = Ranks()) -> WidthTable:  # noqa: B008
     run.mkdir(exist_ok=True)
-    return job.searched_table(recipe, run, model, saliency(), batches(), "fingerprint", ranks, True)
+    return job.searched_table(recipe, run, model, scores(), batches(), "fingerprint", ranks, True)
 
 
 @pytest.fixture
@@ -143,16 +143,16 @@ def assert_same(one: WidthTable, other: WidthTable) -> None:
 def test_a_table_is_solved_once(model: nn.Module, tmp_path: Path, solved) -> None:
     first = table(model, tmp_path)
     assert_same(table(model, tmp_path), first)
-    damping = RECIPE.reconstruct.damping
-    assert_same(WidthTable.of(model, dict(solved_layers(model, saliency(), batches(), damping, True))), first)
+    damping = RECIPE.repair.damping
+    assert_same(WidthTable.of(model, dict(solved_layers(model, scores(), batches(), damping, True))), first)
     assert solved == [list(range(LAYERS))]
 
 
 def test_what_is_damaged_is_solved_again_and_nothing_else(model: nn.Module, tmp_path: Path, solved) -> None:
     first = table(model, tmp_path)
     before = {key: {kept: out.weight.clone() for kept, out in outs.items()} for key, outs in first.outputs.items()}
-    flipped(tmp_path / WIDTHS / "layer-00002.safetensors")
-    (tmp_path / WIDTHS / "layer-00000.safetensors").unlink()
+    flipped(tmp_path / WIDTHS_FOLDER / "layer-00002.safetensors")
+    (tmp_path / WIDTHS_FOLDER / "layer-00000.safetensors").unlink()
     again = table(model, tmp_path)
     assert solved == [list(range(LAYERS)), [0, 2]]
     for key, outputs in again.outputs.items():
@@ -164,12 +164,12 @@ def test_of_another_search_everything_is_solved(changed: str, model: nn.Module, 
     table(model, tmp_path)
     recipe, text, fingerprint = RECIPE, batches(), "fingerprint"
     if changed == "recipe":
-        recipe = replace(RECIPE, reconstruct=replace(RECIPE.reconstruct, damping=0.5))
+        recipe = replace(RECIPE, repair=replace(RECIPE.repair, damping=0.5))
     elif changed == "text":
         text[0][0, 0] += 1
     else:
         fingerprint = "another"
-    job.searched_table(recipe, tmp_path, model, saliency(), text, fingerprint, Ranks(), True)
+    job.searched_table(recipe, tmp_path, model, scores(), text, fingerprint, Ranks(), True)
     assert solved == [list(range(LAYERS))] * 2
 
 

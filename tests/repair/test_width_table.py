@@ -28,14 +28,14 @@ from torch import Tensor, nn
 
 from pgprune_cli.core.space import Family, MaskSpace
 from pgprune_cli.forward.curvature import error_roots
-from pgprune_cli.model.prunable import LayerKeep, Shape
+from pgprune_cli.model.prunable import LayerMask, Shape
 from pgprune_cli.repair.least_squares import repaired_output
-from pgprune_cli.repair.width_table import LEVELS, TIE, WidthTable, _falling, level_of, solved_layers
+from pgprune_cli.repair.width_table import TIE, WIDTH_STEPS, WidthTable, _falling, solved_layers, width_step
 
 DAMPING = 1e-6
 
 
-def saliency(seed: int = 0) -> dict[tuple[int, str], Tensor]:
+def scores(seed: int = 0) -> dict[tuple[int, str], Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {key: torch.rand(GROUPS if key[1] == "attention" else CHANNELS, generator=generator) for key in BLOCKS}
 
@@ -49,22 +49,22 @@ def width_table(model: nn.Module, *arguments: Any, **more: Any) -> WidthTable:
 
 def test_a_step_between_levels_is_a_sixteenth_of_the_units_rounded_up() -> None:
     for count in (1, 4, 15, 16, 17, 24, 32, 33, 1536, 11008):
-        level = level_of(count)
-        assert level * LEVELS >= count > (level - 1) * LEVELS
-    assert (level_of(GROUPS), level_of(CHANNELS)) == (1, 2)
+        level = width_step(count)
+        assert level * WIDTH_STEPS >= count > (level - 1) * WIDTH_STEPS
+    assert (width_step(GROUPS), width_step(CHANNELS)) == (1, 2)
 
 
 def test_a_table_holds_what_every_width_would_be_repaired_to(architecture: str) -> None:
     """Every block at every level, as if it alone were cut."""
     model = tiny_model(architecture)
     with left_as_it_was(model):
-        table = width_table(model, saliency(), batches(), 1e-3, solve=True)
+        table = width_table(model, scores(), batches(), 1e-3, solve=True)
     assert sorted(table.outputs) == sorted(table.orders) == sorted(table.errors) == sorted(BLOCKS)
     for key in BLOCKS:
         order, count, linear = table.orders[key], len(table.orders[key]), output_linear(model, *key)
-        assert torch.equal(order, saliency()[key].argsort(descending=True))
+        assert torch.equal(order, scores()[key].argsort(descending=True))
         moments = moments_by_hand(*seen(model, *key))
-        assert sorted(table.outputs[key]) == list(range(level_of(count), count, level_of(count)))
+        assert sorted(table.outputs[key]) == list(range(width_step(count), count, width_step(count)))
         for kept, output in table.outputs[key].items():
             columns = columns_of(leading(order, kept), linear.in_features)
             wanted = repaired_output(linear.weight, linear.bias, moments, columns, 1e-3, False)
@@ -76,7 +76,7 @@ def test_a_table_holds_what_every_width_would_be_repaired_to(architecture: str) 
 def test_errors_are_what_the_text_loses_at_every_width(architecture: str, solve: bool) -> None:
     """By how much the loss feels each direction, and relative to each token's residual stream."""
     model = tiny_model(architecture)
-    table, roots = width_table(model, saliency(), batches(), 1e-9, solve), error_roots(model, batches())
+    table, roots = width_table(model, scores(), batches(), 1e-9, solve), error_roots(model, batches())
     assert solve or table.outputs == {}
     for key in [(0, "attention"), (2, "ffn"), (3, "attention"), (3, "ffn")]:
         errors, order, linear = table.errors[key], table.orders[key], output_linear(model, *key)
@@ -87,7 +87,7 @@ def test_errors_are_what_the_text_loses_at_every_width(architecture: str, solve:
             assert (errors.diff() <= 1e-9 * errors[0]).all()
         x, weights = seen(model, *key)
         moments, weight = moments_by_hand(x, weights), linear.weight.double()
-        level = level_of(len(order))
+        level = width_step(len(order))
         for kept in range(0, len(order), level):
             columns = columns_of(leading(order, kept), linear.in_features)
             some = weight[:, columns]
@@ -103,8 +103,8 @@ def test_errors_are_what_the_text_loses_at_every_width(architecture: str, solve:
 @pytest.mark.parametrize("families", [("ffn",), ("attention",), ("ffn", "attention")])
 def test_only_blocks_with_a_saliency_are_solved(families: tuple[str, ...]) -> None:
     model = tiny_model("llama-gqa")
-    whole = width_table(model, saliency(), batches(), DAMPING, solve=True)
-    chosen = {key: value for key, value in saliency().items() if key[1] in families}
+    whole = width_table(model, scores(), batches(), DAMPING, solve=True)
+    chosen = {key: value for key, value in scores().items() if key[1] in families}
     table = width_table(model, chosen, batches(), DAMPING, solve=True)
     assert set(table.errors) == set(table.outputs) == set(chosen)
     for key in chosen:
@@ -112,12 +112,12 @@ def test_only_blocks_with_a_saliency_are_solved(families: tuple[str, ...]) -> No
 
 
 def test_whole_and_empty_blocks_have_no_outputs() -> None:
-    table = width_table(tiny_model("qwen2"), saliency(), batches(), DAMPING, solve=True)
-    every = tuple(LayerKeep(torch.ones(GROUPS).bool(), torch.ones(CHANNELS).bool()) for _ in range(LAYERS))
-    nothing = tuple(LayerKeep(torch.zeros(GROUPS).bool(), torch.zeros(CHANNELS).bool()) for _ in range(LAYERS))
+    table = width_table(tiny_model("qwen2"), scores(), batches(), DAMPING, solve=True)
+    every = tuple(LayerMask(torch.ones(GROUPS).bool(), torch.ones(CHANNELS).bool()) for _ in range(LAYERS))
+    nothing = tuple(LayerMask(torch.zeros(GROUPS).bool(), torch.zeros(CHANNELS).bool()) for _ in range(LAYERS))
     assert table.outputs_for(every) == {}
     assert table.outputs_for(nothing) == {}
-    some = LayerKeep(leading(table.orders[3, "attention"], 3), leading(table.orders[3, "ffn"], 10))
+    some = LayerMask(leading(table.orders[3, "attention"], 3), leading(table.orders[3, "ffn"], 10))
     found = table.outputs_for((*every[:2], nothing[2], some))
     assert found.keys() == {(3, "attention"), (3, "ffn")}
     assert found[3, "attention"] is table.outputs[3, "attention"][3]
@@ -209,7 +209,7 @@ def test_units_above_a_threshold_are_the_best_widths_at_that_price(seed: int, th
 def test_priorities_fall_strictly_along_every_layers_order(solve: bool, families: tuple[str, ...]) -> None:
     """With ties a sample would keep units that the projection of its width is not made for."""
     model = tiny_model("llama-gqa")
-    chosen = {key: value for key, value in saliency().items() if key[1] in families}
+    chosen = {key: value for key, value in scores().items() if key[1] in families}
     table, space = width_table(model, chosen, batches(), DAMPING, solve), Shape.of(model).space(families)
     values = table.priorities(space)
     for family in space.families:

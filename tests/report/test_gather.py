@@ -24,15 +24,15 @@ def metrics_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("policy", ["units", "layers"])
+@pytest.mark.parametrize("policy", ["units", "widths"])
 def test_a_run_is_read_as_it_was_written(policy, finished) -> None:
     run = read_run(finished[policy], "it")
     written = metrics_of(finished[policy])
     assert (run.progress, run.steps) == ("finished", 6)
     assert run.units == {"attention": [GROUPS] * LAYERS, "ffn": [CHANNELS] * LAYERS}
     assert [row.losses for row in run.rows] == [row["losses"] for row in written]
-    assert run.forwards == [2, 4, 6, 8, 10, 12]
-    assert run.forwards[-1] == run.decision.forwards
+    assert run.forward_passes == [2, 4, 6, 8, 10, 12]
+    assert run.forward_passes[-1] == run.decision.forward_passes
     decided = Decision.load(finished[policy]).keep
     assert run.widths == {
         "attention": [int(layer.attention.sum()) for layer in decided],
@@ -60,10 +60,10 @@ def test_every_unit_is_in_one_cell_of_theta(finished) -> None:
         "units": f"FFN channels {2 * length}–{3 * length - 1}",
         "value": pytest.approx(means[BLOCKS + 2], abs=1e-4),
     }
-    assert cells["attention"][GROUPS + 3]["units"] == "KV group 3"
+    assert cells["attention"][GROUPS + 3]["units"] == "KV head 3"
 
 
-@pytest.mark.parametrize("policy", ["units", "layers"])
+@pytest.mark.parametrize("policy", ["units", "widths"])
 def test_the_kept_cells_are_the_decision(policy, finished) -> None:
     cells = kept_cells(read_run(finished[policy], "it"))
     for block, count in (("attention", GROUPS), ("ffn", CHANNELS)):
@@ -75,7 +75,7 @@ def test_the_kept_cells_are_the_decision(policy, finished) -> None:
 def test_blocks_that_go_as_a_whole_have_a_cell_a_layer(finished, tmp_path) -> None:
     recipe = tmp_path / "whole.yaml"
     recipe.write_text((finished["units"] / "recipe.yaml").read_text().replace("[attention, ffn]", "[attention-block]"))
-    search(load(recipe, ["search.forwards=2"]), tmp_path / "run", quiet=True)
+    search(load(recipe, ["search.forward_passes=2"]), tmp_path / "run", quiet=True)
     run = read_run(tmp_path / "run", "it")
     assert run.units == {"attention-block": [1] * LAYERS}
     assert [cell["units"] for cell in theta_cells(run)["attention-block"]] == ["the whole layer"] * LAYERS
@@ -84,7 +84,7 @@ def test_blocks_that_go_as_a_whole_have_a_cell_a_layer(finished, tmp_path) -> No
 
 
 def test_the_layers_policy_shows_what_it_learned(finished) -> None:
-    run = read_run(finished["layers"], "it")
+    run = read_run(finished["widths"], "it")
     assert theta_cells(run) == {}
     learned = sensitivities(run)
     assert [cell["value"] for cell in learned] == pytest.approx(run.state.mean.exp().tolist())
@@ -103,7 +103,7 @@ def test_a_search_that_goes_on_is_read_up_to_its_last_whole_row(searching) -> No
 
 
 def test_runs_are_named_by_what_tells_them_apart(finished) -> None:
-    assert [run.name for run in read_runs(list(finished.values()))] == ["units", "layers"]
+    assert [run.name for run in read_runs(list(finished.values()))] == ["units", "widths"]
     assert [run.name for run in read_runs([finished["units"], finished["units"]])] == ["units"]
     assert _names([Path("/x/flap/seed-0"), Path("/x/obs/seed-0")]) == ["flap", "obs"]
     assert _names([Path("/x/flap/seed-0"), Path("/x/flap/seed-1")]) == ["seed-0", "seed-1"]
@@ -124,7 +124,7 @@ def test_a_damaged_history_is_refused(searching) -> None:
 def test_the_tables_say_what_was_done(finished) -> None:
     runs = read_runs(list(finished.values()))
     facts = {row[0]: row[1:] for row in summary(runs).rows}
-    assert summary(runs).headings == ["", "units", "layers"]
+    assert summary(runs).headings == ["", "units", "widths"]
     assert facts["search"] == ["over units, 2 samples a step", "over layers, 2 samples a step"]
     assert facts["forward passes"][0].startswith("12 of search, ")
     for weights, said in (("int8", "float32, from int8 weights"), (None, "float32")):
@@ -143,7 +143,7 @@ def test_the_tables_say_what_was_done(finished) -> None:
 def test_perplexities_of_the_same_text_are_compared(finished) -> None:
     on_text, heldout = measures(read_runs(list(finished.values())))
     assert on_text.name == "demo perplexity, 128 tokens"
-    assert [(point["run"], point["ppl"]) for point in on_text.points] == [("units", 4.5), ("layers", 3.25)]
+    assert [(point["run"], point["ppl"]) for point in on_text.points] == [("units", 4.5), ("widths", 3.25)]
     assert heldout.name == "held-out perplexity"
     runs = read_runs(list(finished.values()))
     runs[0].measured["perplexity"][0]["tokens"] = 98  # of another text, or a part of it

@@ -85,7 +85,7 @@ def test_every_plot_has_its_place_and_its_data(html, finished) -> None:
 def test_what_a_run_says_is_text_and_no_html(finished, tmp_path) -> None:
     run = tmp_path / "<b>bold</b>"
     shutil.copytree(finished["units"], run)
-    made = page(read_runs([run, finished["layers"]]))
+    made = page(read_runs([run, finished["widths"]]))
     assert "<b>bold" not in made
     assert "&lt;b&gt;bold" in made
 
@@ -182,4 +182,4 @@ def test_a_cell_says_its_layer_units_and_value_under_the_pointer(browser, html, 
     ActionChains(browser).scroll_to_element(cell).move_to_element(cell).perform()
     tooltip = browser.find_element(By.ID, "vg-tooltip-element")
     theta = float(read_run(finished["units"], "it").state.theta[5])
-    assert re.sub(r"\s+", " ", tooltip.text) == f"layer 1 units KV group 1 θ {round(theta, 4):g}"
+    assert re.sub(r"\s+", " ", tooltip.text) == f"layer 1 units KV head 1 θ {round(theta, 4):g}"

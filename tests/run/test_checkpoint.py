@@ -14,9 +14,15 @@ from pgprune_cli.core.space import Family, MaskSpace
 from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState, begin, propose, update
 from pgprune_cli.errors import UserError
-from pgprune_cli.run.checkpoint import RECORD, TENSORS, Checkpoint, latest_checkpoint, save_checkpoint
+from pgprune_cli.run.checkpoint import (
+    CHECKPOINT_RECORD,
+    CHECKPOINT_TENSORS,
+    Checkpoint,
+    latest_checkpoint,
+    save_checkpoint,
+)
 from pgprune_cli.run.history import Written
-from pgprune_cli.run.layout import CHECKPOINTS
+from pgprune_cli.run.layout import CHECKPOINTS_FOLDER
 from pgprune_cli.storage.records import read_json, write_record
 
 HISTORY = Written(77, "of these bytes")
@@ -41,7 +47,11 @@ def assert_same(one: Checkpoint, other: Checkpoint) -> None:
 
 
 def folders(run: Path) -> list[str]:
-    return sorted(path.name for path in (run / CHECKPOINTS).iterdir()) if (run / CHECKPOINTS).exists() else []
+    return (
+        sorted(path.name for path in (run / CHECKPOINTS_FOLDER).iterdir())
+        if (run / CHECKPOINTS_FOLDER).exists()
+        else []
+    )
 
 
 def refused(run: Path) -> str:
@@ -58,7 +68,7 @@ def test_round_trip_is_exact(tmp_path, baseline):
     checkpoint = a_checkpoint()
     checkpoint = replace(checkpoint, state=replace(checkpoint.state, baseline=baseline))
     target = save_checkpoint(tmp_path, checkpoint)
-    assert target == tmp_path / CHECKPOINTS / "step-00000003"
+    assert target == tmp_path / CHECKPOINTS_FOLDER / "step-00000003"
     loaded = latest_checkpoint(tmp_path)
     assert_same(loaded, checkpoint)
 
@@ -106,7 +116,7 @@ def test_the_generator_goes_on_where_it_was(tmp_path):
 
 def test_a_run_without_checkpoints_has_none(tmp_path):
     assert latest_checkpoint(tmp_path) is None
-    (tmp_path / CHECKPOINTS).mkdir()
+    (tmp_path / CHECKPOINTS_FOLDER).mkdir()
     assert latest_checkpoint(tmp_path) is None
 
 
@@ -120,7 +130,7 @@ def test_the_last_two_are_kept(tmp_path):
 def test_a_step_that_is_saved_already_stays_as_it_is(tmp_path):
     first = a_checkpoint()
     save_checkpoint(tmp_path, first)
-    assert save_checkpoint(tmp_path, replace(first, seconds=99.0)) == tmp_path / CHECKPOINTS / "step-00000003"
+    assert save_checkpoint(tmp_path, replace(first, seconds=99.0)) == tmp_path / CHECKPOINTS_FOLDER / "step-00000003"
     assert_same(latest_checkpoint(tmp_path), first)
     assert folders(tmp_path) == ["step-00000003"]
 
@@ -135,10 +145,13 @@ def test_no_pickle(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "load", forbidden)
     save_checkpoint(tmp_path, a_checkpoint())
     assert_same(latest_checkpoint(tmp_path), a_checkpoint())
-    folder = tmp_path / CHECKPOINTS / "step-00000003"
-    assert folders(tmp_path) == [folder.name] and sorted(path.name for path in folder.iterdir()) == [RECORD, TENSORS]
-    assert load((folder / TENSORS).read_bytes()).keys() == {"theta", "rng"}
-    json.loads((folder / RECORD).read_text())
+    folder = tmp_path / CHECKPOINTS_FOLDER / "step-00000003"
+    assert folders(tmp_path) == [folder.name] and sorted(path.name for path in folder.iterdir()) == [
+        CHECKPOINT_RECORD,
+        CHECKPOINT_TENSORS,
+    ]
+    assert load((folder / CHECKPOINT_TENSORS).read_bytes()).keys() == {"theta", "rng"}
+    json.loads((folder / CHECKPOINT_RECORD).read_text())
 
 
 # --- damage
@@ -153,69 +166,76 @@ def run(tmp_path: Path) -> Path:
 
 def edited(folder: Path, **changes: object) -> None:
     """Changes keys of the record; a key that is given None goes."""
-    record = json.loads((folder / RECORD).read_text()) | changes
-    (folder / RECORD).write_text(json.dumps({key: value for key, value in record.items() if value is not None}))
+    record = json.loads((folder / CHECKPOINT_RECORD).read_text()) | changes
+    (folder / CHECKPOINT_RECORD).write_text(
+        json.dumps({key: value for key, value in record.items() if value is not None})
+    )
 
 
 def resealed(folder: Path, **changes: object) -> None:
     """Likewise, as something that was written so."""
     edited(folder, **changes)
-    write_record(folder / RECORD, read_json(folder / RECORD))
+    write_record(folder / CHECKPOINT_RECORD, read_json(folder / CHECKPOINT_RECORD))
 
 
 def truncate(folder: Path) -> None:
-    os.truncate(folder / TENSORS, (folder / TENSORS).stat().st_size - 8)
+    os.truncate(folder / CHECKPOINT_TENSORS, (folder / CHECKPOINT_TENSORS).stat().st_size - 8)
 
 
 def flip(folder: Path) -> None:
-    content = bytearray((folder / TENSORS).read_bytes())
+    content = bytearray((folder / CHECKPOINT_TENSORS).read_bytes())
     content[-100] ^= 1
-    (folder / TENSORS).write_bytes(content)
+    (folder / CHECKPOINT_TENSORS).write_bytes(content)
 
 
 def swap(folder: Path) -> None:
     """Sound tensors, of another step."""
-    (folder / TENSORS).write_bytes((folder.parent / "step-00000003" / TENSORS).read_bytes())
+    (folder / CHECKPOINT_TENSORS).write_bytes((folder.parent / "step-00000003" / CHECKPOINT_TENSORS).read_bytes())
 
 
 def swap_whole(folder: Path) -> None:
     """All of another step, sound."""
-    for name in (TENSORS, RECORD):
+    for name in (CHECKPOINT_TENSORS, CHECKPOINT_RECORD):
         (folder / name).write_bytes((folder.parent / "step-00000003" / name).read_bytes())
 
 
 def without_theta(folder: Path) -> None:
     from pgprune_cli.storage.records import checksum
 
-    (folder / TENSORS).write_bytes(save({"rng": torch.zeros(3, dtype=torch.uint8)}))
-    edited(folder, state_sha256=checksum(folder / TENSORS))
+    (folder / CHECKPOINT_TENSORS).write_bytes(save({"rng": torch.zeros(3, dtype=torch.uint8)}))
+    edited(folder, state_sha256=checksum(folder / CHECKPOINT_TENSORS))
 
 
 DAMAGE = {
     "truncated": (truncate, "state.safetensors is not what was written"),
     "bit flip": (flip, "state.safetensors is not what was written"),
     "swapped": (swap, "state.safetensors is not what was written"),
-    "swapped whole": (swap_whole, f"{RECORD} is of step-00000003; "),
-    "no tensors": (lambda folder: (folder / TENSORS).unlink(), "state.safetensors is not what was written"),
-    "no record": (lambda folder: (folder / RECORD).unlink(), f"{RECORD}: cannot be read"),
-    "not json": (lambda folder: (folder / RECORD).write_text("{"), f"{RECORD}: cannot be read"),
-    "not an object": (lambda folder: (folder / RECORD).write_text("[]"), f"{RECORD}: holds a list, not an object"),
-    "version": (lambda folder: edited(folder, version=4), f"{RECORD} is not what was written"),
+    "swapped whole": (swap_whole, f"{CHECKPOINT_RECORD} is of step-00000003; "),
+    "no tensors": (lambda folder: (folder / CHECKPOINT_TENSORS).unlink(), "state.safetensors is not what was written"),
+    "no record": (lambda folder: (folder / CHECKPOINT_RECORD).unlink(), f"{CHECKPOINT_RECORD}: cannot be read"),
+    "not json": (lambda folder: (folder / CHECKPOINT_RECORD).write_text("{"), f"{CHECKPOINT_RECORD}: cannot be read"),
+    "not an object": (
+        lambda folder: (folder / CHECKPOINT_RECORD).write_text("[]"),
+        f"{CHECKPOINT_RECORD}: holds a list, not an object",
+    ),
+    "version": (lambda folder: edited(folder, version=4), f"{CHECKPOINT_RECORD} is not what was written"),
     "no version": (lambda folder: resealed(folder, version=None), "'version'; "),
-    "edited": (lambda folder: edited(folder, data_position=11), f"{RECORD} is not what was written"),
-    "missing key": (lambda folder: edited(folder, data_position=None), f"{RECORD} is not what was written"),
-    "empty": (lambda folder: [file.unlink() for file in folder.iterdir()], f"{RECORD}: cannot be read"),
+    "edited": (lambda folder: edited(folder, data_position=11), f"{CHECKPOINT_RECORD} is not what was written"),
+    "missing key": (lambda folder: edited(folder, data_position=None), f"{CHECKPOINT_RECORD} is not what was written"),
+    "empty": (lambda folder: [file.unlink() for file in folder.iterdir()], f"{CHECKPOINT_RECORD}: cannot be read"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_refused_with_the_way_out(run, damage):
     harm, words = DAMAGE[damage]
-    harm(run / CHECKPOINTS / "step-00000006")
+    harm(run / CHECKPOINTS_FOLDER / "step-00000006")
     message = refused(run)
-    assert message.startswith(f"{run / CHECKPOINTS / 'step-00000006'}: damaged checkpoint: ")
+    assert message.startswith(f"{run / CHECKPOINTS_FOLDER / 'step-00000006'}: damaged checkpoint: ")
     assert words in message
-    assert message.endswith("; remove that directory to go on from step-00000003, or search with --skip-damaged")
+    assert message.endswith(
+        "; remove that directory to go on from step-00000003, or search with --skip-corrupt-checkpoint"
+    )
     assert "\n" not in message
 
 
@@ -223,31 +243,31 @@ def test_damage_is_refused_with_the_way_out(run, damage):
 def test_the_way_out_leads_out(run, damage):
     import shutil
 
-    DAMAGE[damage][0](run / CHECKPOINTS / "step-00000006")
-    shutil.rmtree(run / CHECKPOINTS / "step-00000006")
+    DAMAGE[damage][0](run / CHECKPOINTS_FOLDER / "step-00000006")
+    shutil.rmtree(run / CHECKPOINTS_FOLDER / "step-00000006")
     assert_same(latest_checkpoint(run), a_checkpoint(3))
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_one_is_skipped_when_told_so(run, damage):
-    DAMAGE[damage][0](run / CHECKPOINTS / "step-00000006")
+    DAMAGE[damage][0](run / CHECKPOINTS_FOLDER / "step-00000006")
     for _ in range(2):  # the second time it finds nothing to skip
-        assert_same(latest_checkpoint(run, skip_damaged=True), a_checkpoint(3))
+        assert_same(latest_checkpoint(run, skip_corrupt_checkpoint=True), a_checkpoint(3))
         assert folders(run) == ["step-00000003"]
     save_checkpoint(run, a_checkpoint(6))
     assert_same(latest_checkpoint(run), a_checkpoint(6))
 
 
 def test_a_sound_one_is_never_skipped(run):
-    assert_same(latest_checkpoint(run, skip_damaged=True), a_checkpoint(6))
+    assert_same(latest_checkpoint(run, skip_corrupt_checkpoint=True), a_checkpoint(6))
     assert folders(run) == ["step-00000003", "step-00000006"]
 
 
 def test_where_both_are_damaged_nothing_is_skipped_and_nothing_goes(run):
     for name in ("step-00000003", "step-00000006"):
-        truncate(run / CHECKPOINTS / name)
+        truncate(run / CHECKPOINTS_FOLDER / name)
     with pytest.raises(UserError, match=r"step-00000003: damaged checkpoint: .* to start this search over"):
-        latest_checkpoint(run, skip_damaged=True)
+        latest_checkpoint(run, skip_corrupt_checkpoint=True)
     assert folders(run) == ["step-00000003", "step-00000006"]
 
 
@@ -260,25 +280,25 @@ def test_where_both_are_damaged_nothing_is_skipped_and_nothing_goes(run):
 )
 @pytest.mark.parametrize("skip", [False, True])
 def test_another_versions_checkpoint_is_no_damage(run, version, words, skip):
-    newest = run / CHECKPOINTS / "step-00000006"
+    newest = run / CHECKPOINTS_FOLDER / "step-00000006"
     resealed(newest, version=version)
     with pytest.raises(UserError) as caught:
-        latest_checkpoint(run, skip_damaged=skip)
+        latest_checkpoint(run, skip_corrupt_checkpoint=skip)
     assert str(caught.value) == f"{newest}: {words}"
     assert len(folders(run)) == 2
 
 
 def test_where_there_is_no_older_one_the_way_out_is_to_start_over(tmp_path):
     save_checkpoint(tmp_path, a_checkpoint(6))
-    truncate(tmp_path / CHECKPOINTS / "step-00000006")
+    truncate(tmp_path / CHECKPOINTS_FOLDER / "step-00000006")
     assert refused(tmp_path) == (
-        f"{tmp_path / CHECKPOINTS / 'step-00000006'}: damaged checkpoint: state.safetensors is not what was written; "
+        f"{tmp_path / CHECKPOINTS_FOLDER / 'step-00000006'}: damaged checkpoint: state.safetensors is not what was written; "
         "remove that directory to start this search over"
     )
 
 
 def test_missing_tensors_in_a_file_that_checks_out_are_refused(run):
-    folder = run / CHECKPOINTS / "step-00000006"
+    folder = run / CHECKPOINTS_FOLDER / "step-00000006"
     without_theta(folder)
     resealed(folder)
     assert "damaged checkpoint: 'theta'; remove that directory to go on from step-00000003, or" in refused(run)
@@ -286,7 +306,7 @@ def test_missing_tensors_in_a_file_that_checks_out_are_refused(run):
 
 def test_every_flipped_bit_of_the_record_is_noticed(run):
     """A digit that became another one is as bad as a brace that went missing."""
-    path = run / CHECKPOINTS / "step-00000006" / RECORD
+    path = run / CHECKPOINTS_FOLDER / "step-00000006" / CHECKPOINT_RECORD
     whole = path.read_bytes()
     noticed = 0
     for place in range(len(whole)):
@@ -360,9 +380,9 @@ def test_a_state_that_is_not_finite_is_not_written(tmp_path):
 
 def test_what_a_killed_process_left_is_no_checkpoint_and_no_hindrance(tmp_path):
     """Containers give the same process number again and again."""
-    left = tmp_path / CHECKPOINTS / f".step-00000003.{os.getpid()}.tmp"
+    left = tmp_path / CHECKPOINTS_FOLDER / f".step-00000003.{os.getpid()}.tmp"
     left.mkdir(parents=True)
-    (left / TENSORS).write_bytes(b"half")
+    (left / CHECKPOINT_TENSORS).write_bytes(b"half")
     assert latest_checkpoint(tmp_path) is None
     save_checkpoint(tmp_path, a_checkpoint())
     assert_same(latest_checkpoint(tmp_path), a_checkpoint())
@@ -370,6 +390,6 @@ def test_what_a_killed_process_left_is_no_checkpoint_and_no_hindrance(tmp_path):
 
 
 def test_a_checkpoint_of_before_histories_had_checksums_is_read(run):
-    folder = run / CHECKPOINTS / "step-00000006"
+    folder = run / CHECKPOINTS_FOLDER / "step-00000006"
     resealed(folder, history_sha256=None)
     assert latest_checkpoint(run).history == Written(77, "")

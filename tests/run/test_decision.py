@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import save
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.prunable import LayerKeep
+from pgprune_cli.model.prunable import LayerMask
 from pgprune_cli.run.decision import Decision
-from pgprune_cli.run.layout import MASKS, RECIPE_FILE, RECORD
+from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, RECIPE_FILE
 from pgprune_cli.storage.records import checksum, read_record, write_record
 
 
@@ -19,9 +19,9 @@ def a_decision() -> Decision:
     """Of 3 layers: one whole, one thinned, one without attention."""
     ffn = torch.arange(10) % 3 == 0
     keep = (
-        LayerKeep(torch.ones(4, dtype=torch.bool), torch.ones(10, dtype=torch.bool)),
-        LayerKeep(torch.tensor([True, False, False, True]), ffn),
-        LayerKeep(torch.zeros(4, dtype=torch.bool), ~ffn),
+        LayerMask(torch.ones(4, dtype=torch.bool), torch.ones(10, dtype=torch.bool)),
+        LayerMask(torch.tensor([True, False, False, True]), ffn),
+        LayerMask(torch.zeros(4, dtype=torch.bool), ~ffn),
     )
     recipe = "model: owner/name\nseed: 0\n"
     budget: dict[str, str | float] = {"of": "flops", "kept": 2 / 3}
@@ -52,28 +52,28 @@ def run(tmp_path: Path) -> Path:
 def test_round_trip(tmp_path, loss):
     decision = replace(a_decision(), heldout_loss=loss)
     decision.save(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [RECORD, MASKS]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [DECISION_RECORD, DECISION_MASKS]
     assert_same(Decision.load(tmp_path), decision)
 
 
 def test_the_record_can_be_read_by_people(run):
     from pgprune_cli import __version__
 
-    record = json.loads((run / RECORD).read_text())
+    record = json.loads((run / DECISION_RECORD).read_text())
     assert record["kept"] == [{"attention": 4, "ffn": 10}, {"attention": 2, "ffn": 4}, {"attention": 0, "ffn": 6}]
     assert record["pgprune"] == __version__
-    assert record["masks_sha256"] == checksum(run / MASKS)
+    assert record["masks_sha256"] == checksum(run / DECISION_MASKS)
     assert record["sparsity"] == 1 / 3 and record["recipe"].startswith("model: owner/name\n")
 
 
 def test_the_same_decision_gives_the_same_bytes(run, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     a_decision().save(other)
-    assert (other / MASKS).read_bytes() == (run / MASKS).read_bytes()
-    assert (other / RECORD).read_bytes() == (run / RECORD).read_bytes()
+    assert (other / DECISION_MASKS).read_bytes() == (run / DECISION_MASKS).read_bytes()
+    assert (other / DECISION_RECORD).read_bytes() == (run / DECISION_RECORD).read_bytes()
 
 
-@pytest.mark.parametrize("missing", [MASKS, RECORD])
+@pytest.mark.parametrize("missing", [DECISION_MASKS, DECISION_RECORD])
 def test_a_missing_file_is_refused(run, missing):
     (run / missing).unlink()
     assert refused(run) == f"{run}: holds no run; `pgprune runs` lists those there are"
@@ -89,10 +89,12 @@ def test_no_run_at_all_is_refused(tmp_path):
 
 
 def test_every_damage_to_the_masks_is_refused(run):
-    whole = (run / MASKS).read_bytes()
-    words = f"{run / MASKS}: damaged, or not the masks that decision.json describes; remove both and search again"
+    whole = (run / DECISION_MASKS).read_bytes()
+    words = (
+        f"{run / DECISION_MASKS}: damaged, or not the masks that decision.json describes; remove both and search again"
+    )
     for damaged in (whole[:-1], b"", whole + b"\0", *(_flipped(whole, place) for place in range(0, len(whole), 7))):
-        (run / MASKS).write_bytes(damaged)
+        (run / DECISION_MASKS).write_bytes(damaged)
         assert refused(run) == words
 
 
@@ -105,30 +107,32 @@ def _flipped(content: bytes, place: int) -> bytes:
 def test_masks_of_another_decision_are_refused(run, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     replace(a_decision(), keep=tuple(reversed(a_decision().keep))).save(other)
-    (run / MASKS).write_bytes((other / MASKS).read_bytes())
+    (run / DECISION_MASKS).write_bytes((other / DECISION_MASKS).read_bytes())
     assert "not the masks that decision.json describes" in refused(run)
 
 
-@pytest.mark.parametrize("key", ["model", "fingerprint", "sparsity", "recipe", "steps", "forwards", "heldout_loss"])
+@pytest.mark.parametrize(
+    "key", ["model", "fingerprint", "sparsity", "recipe", "steps", "forward_passes", "heldout_loss"]
+)
 def test_a_missing_key_is_refused(run, key):
-    record = read_record(run / RECORD)
+    record = read_record(run / DECISION_RECORD)
     del record[key]
-    (run / RECORD).write_text(json.dumps(record))
-    assert refused(run) == f"{run / RECORD}: '{key}' is missing; the file is not a whole decision"
+    (run / DECISION_RECORD).write_text(json.dumps(record))
+    assert refused(run) == f"{run / DECISION_RECORD}: '{key}' is missing; the file is not a whole decision"
 
 
 def test_a_layer_without_masks_is_refused(run):
     masks = save({"layers.0.attention": torch.ones(4, dtype=torch.bool)})
-    (run / MASKS).write_bytes(masks)
-    record = read_record(run / RECORD) | {"masks_sha256": checksum(run / MASKS)}
-    (run / RECORD).write_text(json.dumps(record))
-    assert refused(run) == f"{run / RECORD}: 'layers.0.ffn' is missing; the file is not a whole decision"
+    (run / DECISION_MASKS).write_bytes(masks)
+    record = read_record(run / DECISION_RECORD) | {"masks_sha256": checksum(run / DECISION_MASKS)}
+    (run / DECISION_RECORD).write_text(json.dumps(record))
+    assert refused(run) == f"{run / DECISION_RECORD}: 'layers.0.ffn' is missing; the file is not a whole decision"
 
 
 @pytest.mark.parametrize(("content", "words"), [("{", "cannot be read"), ("[]", "holds a list, not an object")])
 def test_a_damaged_record_is_refused(run, content, words):
-    (run / RECORD).write_text(content)
-    assert refused(run).startswith(f"{run / RECORD}: {words}")
+    (run / DECISION_RECORD).write_text(content)
+    assert refused(run).startswith(f"{run / DECISION_RECORD}: {words}")
 
 
 def test_a_search_killed_between_the_two_files_leaves_no_decision(tmp_path, monkeypatch):
@@ -145,26 +149,26 @@ def test_a_search_killed_between_the_two_files_leaves_no_decision(tmp_path, monk
 
 
 def test_a_decision_of_before_other_budgets_is_read(run):
-    record = read_record(run / RECORD)
+    record = read_record(run / DECISION_RECORD)
     assert record.pop("budget") == {"of": "flops", "kept": 2 / 3}
-    (run / RECORD).write_text(json.dumps(record))
+    (run / DECISION_RECORD).write_text(json.dumps(record))
     assert_same(Decision.load(run), replace(a_decision(), budget={}))
 
 
 def test_a_changed_digit_of_the_record_is_refused(run):
-    text = (run / RECORD).read_text()
-    (run / RECORD).write_text(text.replace("0.333", "0.433", 1))
-    assert text != (run / RECORD).read_text()
-    assert refused(run) == f"{run / RECORD}: damaged: it is not what was written"
+    text = (run / DECISION_RECORD).read_text()
+    (run / DECISION_RECORD).write_text(text.replace("0.333", "0.433", 1))
+    assert text != (run / DECISION_RECORD).read_text()
+    assert refused(run) == f"{run / DECISION_RECORD}: damaged: it is not what was written"
 
 
 def test_a_decision_of_before_records_had_checksums_is_read(run):
-    record = read_record(run / RECORD)
+    record = read_record(run / DECISION_RECORD)
     del record["version"]
-    (run / RECORD).write_text(json.dumps(record))
+    (run / DECISION_RECORD).write_text(json.dumps(record))
     assert_same(Decision.load(run), a_decision())
 
 
 def test_a_decision_of_a_newer_pgprune_is_refused(run):
-    write_record(run / RECORD, read_record(run / RECORD) | {"version": 2})
-    assert refused(run) == f"{run / RECORD}: of a newer pgprune (version 2, this one reads 1); upgrade pgprune"
+    write_record(run / DECISION_RECORD, read_record(run / DECISION_RECORD) | {"version": 2})
+    assert refused(run) == f"{run / DECISION_RECORD}: of a newer pgprune (version 2, this one reads 1); upgrade pgprune"

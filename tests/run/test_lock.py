@@ -16,7 +16,7 @@ import pytest
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.run import lock
-from pgprune_cli.run.layout import LOCK
+from pgprune_cli.run.layout import LOCK_FILE
 from pgprune_cli.run.lock import locked
 from pgprune_cli.storage import atomic
 
@@ -53,28 +53,28 @@ def test_a_second_process_is_refused_and_told_who_is_in(owner, tmp_path) -> None
 def test_what_a_killed_owner_left_is_no_lock(owner, tmp_path) -> None:
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == owner.pid
+    assert json.loads((tmp_path / "run" / LOCK_FILE).read_text())["pid"] == owner.pid
     with locked(tmp_path / "run"):
-        assert json.loads((tmp_path / "run" / LOCK).read_text())["pid"] == os.getpid()
+        assert json.loads((tmp_path / "run" / LOCK_FILE).read_text())["pid"] == os.getpid()
 
 
 def test_a_process_of_the_dead_owners_number_is_not_the_owner(tmp_path) -> None:
     """This very process lives, and so does the first one of the machine; neither has the lock."""
     for number in (os.getpid(), os.getppid(), 1):
-        (tmp_path / LOCK).write_text(json.dumps({"pid": number, "host": socket.gethostname(), "since": "now"}))
+        (tmp_path / LOCK_FILE).write_text(json.dumps({"pid": number, "host": socket.gethostname(), "since": "now"}))
         with locked(tmp_path):
             pass
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}'])
 def test_an_owner_that_has_not_signed_is_another_process(owner, tmp_path, text) -> None:
-    (tmp_path / "run" / LOCK).write_text(text)
+    (tmp_path / "run" / LOCK_FILE).write_text(text)
     assert "in use by another process;" in refusal(tmp_path / "run")
 
 
 def test_it_leaves_nothing_behind(tmp_path) -> None:
     with locked(tmp_path / "new" / "run"):
-        assert (tmp_path / "new" / "run" / LOCK).exists()
+        assert (tmp_path / "new" / "run" / LOCK_FILE).exists()
     assert not (tmp_path / "new" / "run").exists()
     with locked(tmp_path / "kept"):
         (tmp_path / "kept" / "file").touch()
@@ -91,14 +91,14 @@ def test_a_lock_whose_owner_takes_it_along_is_asked_for_again(tmp_path, monkeypa
 
     def late(handle: int) -> bool:
         if not calls:
-            (tmp_path / LOCK).unlink()
+            (tmp_path / LOCK_FILE).unlink()
         calls.append(handle)
         return take(handle)
 
     monkeypatch.setattr(lock, "take", late)
     with locked(tmp_path):
         assert len(calls) == 2
-        assert (tmp_path / LOCK).exists()
+        assert (tmp_path / LOCK_FILE).exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

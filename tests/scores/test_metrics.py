@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.model.prunable import Shape
 from pgprune_cli.recipe import schema as recipe
-from pgprune_cli.scores.metrics import CALIBRATED, METRICS, NEEDS, flat_saliency, score
+from pgprune_cli.scores.metrics import CALIBRATED, METRICS, NEEDS, flat_scores, score
 from pgprune_cli.scores.obs import removal_order
 from pgprune_cli.scores.statistics import BlockStatistics
 
@@ -205,7 +205,7 @@ def test_a_calibrated_metric_without_text_is_refused(metric: str) -> None:
 
 
 def test_recipes_offer_exactly_the_registered_metrics() -> None:
-    assert set(get_args(recipe.Saliency.__annotations__["metric"])) == set(METRICS)
+    assert set(get_args(recipe.Scores.__annotations__["metric"])) == set(METRICS)
     assert set(METRICS) >= CALIBRATED == set(NEEDS)
 
 
@@ -237,7 +237,7 @@ def test_scores_lie_along_the_axis_of_the_space(families: tuple[str, ...]) -> No
                 "layer": [sum(attention) + sum(ffn)],
             }[family]
     space = shape.space(families)
-    flat = flat_saliency(scores, shape, space)
+    flat = flat_scores(scores, shape, space)
     assert flat.tolist() == expected
     assert len(flat) == space.n
 

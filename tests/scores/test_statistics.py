@@ -99,9 +99,9 @@ def test_only_the_two_covariances_of_one_layer_exist_at_a_time(monkeypatch) -> N
     def watched(self: MomentCollector, name: str, residual: Tensor, inputs: Tensor) -> None:
         nonlocal most
         add(self, name, residual, inputs)
-        assert self.sums[name].second.dtype == torch.float64
-        if all(matrix() is not self.sums[name].second for matrix in matrices):
-            matrices.append(weakref.ref(self.sums[name].second))
+        assert self.checksums[name].second.dtype == torch.float64
+        if all(matrix() is not self.checksums[name].second for matrix in matrices):
+            matrices.append(weakref.ref(self.checksums[name].second))
         most = max(most, sum(matrix() is not None for matrix in matrices))
 
     monkeypatch.setattr(MomentCollector, "_add", watched)

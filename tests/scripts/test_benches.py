@@ -67,7 +67,7 @@ def test_both_ways_hear_the_same_losses() -> None:
 
     evaluator = Evaluator(subject.random_model("tiny", torch.float32, torch.device("cpu")))
     tokens = torch.randint(1000, (2, 16), generator=torch.Generator().manual_seed(0))
-    keeps = [subject.random_keep(evaluator, 0.5, seed) for seed in (0, 1)]
+    keeps = [subject.random_mask(evaluator, 0.5, seed) for seed in (0, 1)]
     ours = evaluator.losses(keeps, tokens).tolist()
     assert paper_way.papers_losses(evaluator, keeps, tokens) == pytest.approx(ours, rel=1e-5)
     with shrunk_forward.masked(evaluator, keeps[0]):

@@ -43,12 +43,12 @@ def test_flops_and_kv_cache_are_counted_at_the_context(tmp_path: Path) -> None:
 def test_latency_is_measured_into_the_run_directory(tmp_path: Path) -> None:
     recipe = recipe_with(of="latency", context=16)
     space, budget = budget_for(recipe, EVALUATOR, tmp_path, "abc", quiet=True)
-    assert (tmp_path / costs.COSTS).exists()
+    assert (tmp_path / costs.COSTS_FILE).exists()
     assert budget_for(recipe, EVALUATOR, tmp_path, "abc", quiet=True) == (space, budget)
 
 
 def test_limits_reach_the_masks(tmp_path: Path) -> None:
-    recipe = recipe_with(keep_at_least=0.25, ffn_multiple=8, scope="global")
+    recipe = recipe_with(min_keep=0.25, ffn_multiple=8, scope="global")
     space, budget = budget_for(recipe, EVALUATOR, tmp_path, "abc", quiet=True)
     theta = torch.zeros(space.n, dtype=torch.float64)
     theta[space.slice_of("attention")] = 1.0
@@ -64,12 +64,12 @@ def refusal(**budget) -> str:
 
 
 def test_whole_units_may_be_more_than_the_budget_leaves() -> None:
-    assert refusal(sparsity=0.7, keep_at_least=0.3) == (
-        "budget.keep_at_least: 0.3 of every layer, in whole units, comes to 50.0% of the parameters (attention), "
+    assert refusal(sparsity=0.7, min_keep=0.3) == (
+        "budget.min_keep: 0.3 of every layer, in whole units, comes to 50.0% of the parameters (attention), "
         "and budget.sparsity 0.7 leaves 30.0%; lower one of them"
     )
-    assert refusal(keep_at_least=0.4, ffn_multiple=16, scope="global") == (
-        "budget.keep_at_least: 0.4 of every layer, in whole units and multiples of 16, comes to 54.5% of the "
+    assert refusal(min_keep=0.4, ffn_multiple=16, scope="global") == (
+        "budget.min_keep: 0.4 of every layer, in whole units and multiples of 16, comes to 54.5% of the "
         "parameters (all), and budget.sparsity 0.5 leaves 50.0%; lower one of them"
     )
 
@@ -84,13 +84,13 @@ def test_a_multiple_may_be_too_coarse_for_the_model_or_for_the_budget() -> None:
 
 def test_in_a_budget_for_every_layer_each_pays_for_itself(tmp_path: Path) -> None:
     space, budget = budget_for(
-        recipe_with(scope="per-layer", ffn_multiple=8, keep_at_least=0.3), EVALUATOR, tmp_path, "abc", quiet=True
+        recipe_with(scope="per-layer", ffn_multiple=8, min_keep=0.3), EVALUATOR, tmp_path, "abc", quiet=True
     )
     mask = hard_mask(torch.linspace(0, 1, space.n, dtype=torch.float64), space, budget)
     widths = [int(part.sum()) for name in ("attention", "ffn") for part in space.per_layer(mask, name)]
     assert widths == [2, 2, 2, 2, 8, 8, 8, 8]
     assert refusal(scope="per-layer", ffn_multiple=16).startswith("budget.ffn_multiple: not even 16 channels")
-    assert "(attention of layer 0)" in refusal(scope="per-layer", sparsity=0.7, keep_at_least=0.3)
+    assert "(attention of layer 0)" in refusal(scope="per-layer", sparsity=0.7, min_keep=0.3)
 
 
 def test_a_multiple_of_channels_does_not_matter_where_none_are_pruned(tmp_path: Path) -> None:

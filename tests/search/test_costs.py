@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pgprune_cli.errors import UserError
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.prunable import Shape, UnitCosts
-from pgprune_cli.run.layout import COSTS
+from pgprune_cli.run.layout import COSTS_FILE
 from pgprune_cli.search.costs import WARM_UPS, flops, kv_cache, latency_of_run, measure_latency
 from pgprune_cli.storage.records import read_record
 
@@ -42,7 +42,7 @@ def test_the_ffn_takes_two_flops_a_weight_and_attention_more_with_the_context() 
     model = tiny_model("llama-biased")
     shape = Shape.of(model)
     assert flops(model, 1).ffn[0] == 2 * 3 * 32
-    assert flops(model, 1).attention[0] == 2 * (shape.group_parameters[0] - 2 * 8 - 8 - 8) + 4 * 8 * 2
+    assert flops(model, 1).attention[0] == 2 * (shape.kv_head_parameters[0] - 2 * 8 - 8 - 8) + 4 * 8 * 2
     assert flops(model, 101).attention[0] - flops(model, 1).attention[0] == 4 * 8 * 2 * 50
 
 
@@ -168,7 +168,7 @@ def test_a_run_measures_once_and_reads_ever_after(tmp_path, monkeypatch) -> None
     first = latency_of_run(tmp_path, evaluator, CONTEXT, "abc")
     monkeypatch.setattr("pgprune_cli.search.costs.measure_latency", None)
     assert latency_of_run(tmp_path, evaluator, CONTEXT, "abc") == first == UnitCosts((7, 8, 9, 10), (1, 2, 3, 4))
-    assert read_record(tmp_path / COSTS) == {
+    assert read_record(tmp_path / COSTS_FILE) == {
         "of": "latency",
         "nanoseconds_at_tokens": CONTEXT,
         "fingerprint": "abc",
@@ -196,16 +196,16 @@ def test_costs_that_are_damaged_or_of_something_else_are_refused(damage, tmp_pat
     evaluator = Evaluator(tiny_model("llama-gqa"))
     monkeypatch.setattr("pgprune_cli.search.costs.measure_latency", lambda *_: UnitCosts((7, 8, 9, 10), (1, 2, 3, 4)))
     latency_of_run(tmp_path, evaluator, CONTEXT, "abc")
-    record = read_record(tmp_path / COSTS)
-    (tmp_path / COSTS).write_text(json.dumps(record | damage))
+    record = read_record(tmp_path / COSTS_FILE)
+    (tmp_path / COSTS_FILE).write_text(json.dumps(record | damage))
     with pytest.raises(UserError) as error:
         latency_of_run(tmp_path, evaluator, CONTEXT, "abc")
     assert str(error.value) == (
-        f"{tmp_path / COSTS}: damaged, or measured on another model or context; remove the run directory to start over"
+        f"{tmp_path / COSTS_FILE}: damaged, or measured on another model or context; remove the run directory to start over"
     )
 
 
 def test_half_a_file_is_refused(tmp_path) -> None:
-    (tmp_path / COSTS).write_text('{"of": "lat')
+    (tmp_path / COSTS_FILE).write_text('{"of": "lat')
     with pytest.raises(UserError, match=r"costs\.json: cannot be read"):
         latency_of_run(tmp_path, Evaluator(tiny_model("llama-gqa")), CONTEXT, "abc")

@@ -59,7 +59,7 @@ def test_the_view_says_how_much_of_every_family_stays_where() -> None:
         ["ffn", "50%", "█▁"],
     ]
     assert "2/10" in lines[0]
-    assert lines[5].rstrip() == "50% of parameters go · 0.2 forwards/s · 1,000 tok/s · 2.5 GB · nothing saved yet"
+    assert lines[5].rstrip() == "50% of parameters go · 0.2 forward passes/s · 1,000 tok/s · 2.5 GB · nothing saved yet"
 
 
 def test_the_view_goes_on_where_the_search_does() -> None:

@@ -16,8 +16,8 @@ from pgprune_cli.forward.layerwise import layer_inputs
 from pgprune_cli.forward.moments import observe_moments
 from pgprune_cli.model.prunable import Shape
 from pgprune_cli.repair.least_squares import repaired_output
-from pgprune_cli.repair.width_table import WidthTable, level_of, solved_layers
-from pgprune_cli.search.policies import LayerPolicy, Policy, UnitPolicy
+from pgprune_cli.repair.width_table import WidthTable, solved_layers, width_step
+from pgprune_cli.search.policies import Policy, UnitPolicy, WidthPolicy
 
 GROUPS, CHANNELS, LAYERS = 4, 24, 4
 FAMILIES = ("attention", "ffn")
@@ -35,27 +35,27 @@ def model() -> nn.Module:
     return tiny_model("llama-biased")
 
 
-def layer_policy(model: nn.Module, sparsity: float = 0.4, scope: str = "global", solve: bool = True) -> LayerPolicy:
+def layer_policy(model: nn.Module, sparsity: float = 0.4, scope: str = "global", solve: bool = True) -> WidthPolicy:
     generator = torch.Generator().manual_seed(0)
-    saliency = {
+    scores = {
         (index, name): torch.rand(GROUPS if name == "attention" else CHANNELS, generator=generator)
         for index in range(LAYERS)
         for name in FAMILIES
     }
     space = Shape.of(model).space(FAMILIES)
-    table = WidthTable.of(model, dict(solved_layers(model, saliency, batches(), DAMPING, solve)))
-    return LayerPolicy(table, table.priorities(space), space, budget_of(space, sparsity, scope))
+    table = WidthTable.of(model, dict(solved_layers(model, scores, batches(), DAMPING, solve)))
+    return WidthPolicy(table, table.priorities(space), space, budget_of(space, sparsity, scope))
 
 
 def unit_policy(model: nn.Module, sparsity: float = 0.4, scope: str = "global") -> UnitPolicy:
     space = Shape.of(model).space(FAMILIES)
     budget = budget_of(space, sparsity, scope)
-    saliency = torch.rand(space.n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    theta = starting_theta(saliency, space, budget, "sigmap", 0.5)
+    scores = torch.rand(space.n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    theta = starting_theta(scores, space, budget, "sigmap", 0.5)
     return UnitPolicy(theta, space, budget, "rloo", 0.05, "cosine", 10)
 
 
-POLICIES = {"units": unit_policy, "layers": layer_policy}
+POLICIES = {"units": unit_policy, "widths": layer_policy}
 
 
 def searched(policy: Policy, seed: int, steps: int = 5):
@@ -83,7 +83,7 @@ def rooms(mask: Tensor, space: MaskSpace, budget: Budget) -> list[tuple[int, int
 @pytest.mark.parametrize("sparsity", [0.0, 0.2, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize("build", POLICIES.values(), ids=POLICIES)
 def test_the_decision_spends_the_budget_to_the_last_unit(
-    build: Callable[..., UnitPolicy | LayerPolicy], sparsity: float, scope: str, model: nn.Module
+    build: Callable[..., UnitPolicy | WidthPolicy], sparsity: float, scope: str, model: nn.Module
 ) -> None:
     policy = build(model, sparsity, scope)
     state, _ = searched(policy, 0)
@@ -100,7 +100,7 @@ def test_every_sample_of_the_layers_policy_is_within_the_budget(sparsity: float,
     for mask in masks:
         assert all(room >= 0 for room, _ in rooms(mask, policy.space, policy.budget))
         for part in policy.space.per_layer(mask, "ffn"):
-            assert int(part.sum()) % level_of(CHANNELS) == 0
+            assert int(part.sum()) % width_step(CHANNELS) == 0
     if sparsity in (0.2, 0.5):
         assert len({tuple(mask.tolist()) for mask in masks}) > 5
 
@@ -148,7 +148,7 @@ def test_the_layers_policy_gives_more_to_a_layer_that_the_loss_feels(model: nn.M
 
 
 @pytest.mark.parametrize("build", POLICIES.values(), ids=POLICIES)
-def test_the_same_seed_gives_the_same_search(build: Callable[..., UnitPolicy | LayerPolicy], model: nn.Module) -> None:
+def test_the_same_seed_gives_the_same_search(build: Callable[..., UnitPolicy | WidthPolicy], model: nn.Module) -> None:
     one, masks = searched(build(model), 3)
     other, again = searched(build(model), 3)
     assert torch.equal(masks, again)
@@ -156,7 +156,7 @@ def test_the_same_seed_gives_the_same_search(build: Callable[..., UnitPolicy | L
     assert not torch.equal(searched(build(model), 4)[1], masks)
     policy = build(model)
     assert policy.entropy(one) == policy.entropy(other)
-    assert (policy.rate(one) is None) == isinstance(policy, LayerPolicy)
+    assert (policy.rate(one) is None) == isinstance(policy, WidthPolicy)
 
 
 def test_every_sample_is_repaired_for_the_very_units_it_keeps(model: nn.Module) -> None:
@@ -193,13 +193,13 @@ def test_samples_keep_to_the_multiple_that_the_budget_asks_for(model: nn.Module)
     """Of 24 channels, widths by fives (or all): the samples' own grid, by twos, would not keep to it."""
     space, shape = Shape.of(model).space(FAMILIES), Shape.of(model)
     generator = torch.Generator().manual_seed(0)
-    saliency = {
+    scores = {
         (index, name): torch.rand(GROUPS if name == "attention" else CHANNELS, generator=generator)
         for index in range(LAYERS)
         for name in FAMILIES
     }
-    table = WidthTable.of(model, dict(solved_layers(model, saliency, batches(), DAMPING, True, 5)))
-    policy = LayerPolicy(table, table.priorities(space), space, budget_of(space, 0.4, "global", 0.0, {"ffn": 5}))
+    table = WidthTable.of(model, dict(solved_layers(model, scores, batches(), DAMPING, True, 5)))
+    policy = WidthPolicy(table, table.priorities(space), space, budget_of(space, 0.4, "global", 0.0, {"ffn": 5}))
     state, masks = searched(policy, 0)
     widths = {int(part.sum()) for mask in [*masks, policy.final_mask(state)] for part in space.per_layer(mask, "ffn")}
     assert widths <= {0, 5, 10, 15, 20, 24}

@@ -125,7 +125,7 @@ def test_the_others_hear_the_same_and_keep_off_stdout(name, tmp_path, monkeypatc
 def test_a_search_that_goes_on_is_the_same_run(finished, monkeypatch) -> None:
     wandb = Played("wandb", monkeypatch)
     identities = []
-    for run, done in ((finished["units"], 0), (finished["units"], 3), (finished["layers"], 0)):
+    for run, done in ((finished["units"], 0), (finished["units"], 3), (finished["widths"], 0)):
         with tracking("wandb", run, {}, done):
             identities.append(wandb.begun["id"])
     assert identities[0] == identities[1] != identities[2]
@@ -138,7 +138,7 @@ def test_a_search_that_goes_on_is_the_same_run(finished, monkeypatch) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_a_tracker_that_is_missing_is_named_before_the_model_is_loaded(name, small, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, MODULES[name], None)
-    with pytest.raises(UserError, match=rf"^--log {name} needs the extra: pip install 'pgprune\[{name}\]'"):
+    with pytest.raises(UserError, match=rf"^--tracker {name} needs the extra: pip install 'pgprune\[{name}\]'"):
         search(small("model=nowhere"), tmp_path, quiet=True, log=name)
 
 
@@ -149,6 +149,9 @@ def test_a_tracker_that_will_not_begin_says_why(tmp_path, monkeypatch) -> None:
         raise RuntimeError("no API key\nconfigured")
 
     monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
-    with pytest.raises(UserError, match=r"^--log wandb: no API key configured$"), tracking("wandb", tmp_path, {}, 0):
+    with (
+        pytest.raises(UserError, match=r"^--tracker wandb: no API key configured$"),
+        tracking("wandb", tmp_path, {}, 0),
+    ):
         pass
     assert played.finished == 0

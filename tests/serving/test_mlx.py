@@ -13,7 +13,7 @@ from helpers.runtimes import SIZES, greedy, prompts, write_pruned
 
 from pgprune_cli.export import mlx
 from pgprune_cli.export.plan import Options
-from pgprune_cli.model.prunable import LayerKeep
+from pgprune_cli.model.prunable import LayerMask
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run.decision import Decision
 
@@ -64,7 +64,7 @@ def test_an_export_with_its_rope(architecture, alike, tmp_path):
     dense.save_pretrained(tmp_path / "base")
     source = resolve(str(tmp_path / "base"))
     groups = dense.config.num_key_value_heads
-    keep = [LayerKeep(torch.arange(groups) < (2 if alike else index), torch.arange(24) % 3 > 0) for index in range(4)]
+    keep = [LayerMask(torch.arange(groups) < (2 if alike else index), torch.arange(24) % 3 > 0) for index in range(4)]
     decision = Decision(tuple(keep), source.name, source.fingerprint(), 0.5, "dtype: float32", 10, 80, 9, 2.5)
     mlx.plan(source, decision, Options()).write(tmp_path / "out", lambda _: None)
     check(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), tmp_path / "out")

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from pgprune_cli.export import hf
 from pgprune_cli.export.plan import Options
-from pgprune_cli.model.prunable import LayerKeep
+from pgprune_cli.model.prunable import LayerMask
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run.decision import Decision
 
@@ -91,7 +91,7 @@ def base(tmp_path):
 
 
 def test_the_openai_server_serves_an_export(base, tmp_path):
-    keep = [LayerKeep(torch.arange(4) < groups, torch.arange(24) < channels) for groups, channels in KEPT]
+    keep = [LayerMask(torch.arange(4) < groups, torch.arange(24) < channels) for groups, channels in KEPT]
     decision = Decision(tuple(keep), base.name, base.fingerprint(), 0.5, "dtype: float32", 10, 80, 9, 2.5)
     hf.plan(base, decision, Options()).write(tmp_path / "out", lambda _: None)
     ids = AutoTokenizer.from_pretrained(tmp_path / "out")("the")["input_ids"]

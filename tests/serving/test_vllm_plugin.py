@@ -14,7 +14,7 @@ from pgprune_cli.serving.vllm_plugin import check_parallel
 
 
 def config(*overrides: dict):
-    """A pruned Llama of 8 query heads in 4 KV groups and 24 channels, in these layers as they say."""
+    """A pruned Llama of 8 query heads in 4 KV heads and 24 channels, in these layers as they say."""
     given = {key: value for key, value in tiny_config("llama-gqa").to_dict().items() if key != "model_type"}
     per_layer = {str(index): layer for index, layer in enumerate(overrides)}
     return FAMILIES["llama"].config_class(**given | {"per_layer_config": per_layer})
@@ -40,7 +40,7 @@ def test_layers_that_can_be_split_pass(degree):
 )
 def test_a_layer_that_cannot_be_split_is_named(layer, degree, named):
     with pytest.raises(
-        ValueError, match=rf"of {degree} cannot split layer 1: it has {named}\. .*--kv-multiple {degree}"
+        ValueError, match=rf"of {degree} cannot split layer 1: it has {named}\. .*--pad-kv-heads {degree}"
     ):
         check_parallel(config(heads(4), layer), degree)
 
