@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
+    from pgprune_cli.console.progress import Progress
     from pgprune_cli.run.decision import Decision
 
 
@@ -23,18 +24,23 @@ class Pruned:
         return f"Pruned({str(self.directory)!r}: {self.decision.model}, sparsity {self.decision.sparsity:.4f})"
 
     def evaluate(
-        self, corpora: Sequence[str] = (), seqlens: Sequence[int] = (), limit: int | None = None, quiet: bool = True
+        self,
+        corpora: Sequence[str] = (),
+        seqlens: Sequence[int] = (),
+        limit: int | None = None,
+        progress: Progress | None = None,
     ) -> dict[str, Any]:
         """Perplexities as `pgprune eval RUN --json` gives them, by default those that the recipe asks for.
 
         `corpora`: names or NAME=FILE; `seqlens`: tokens; `limit`: as `--max-windows`. Raises UserError, RunError.
         """
+        from pgprune_cli.console.progress import SILENT
         from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target, remember
 
         asked = [Corpus.parse(name) for name in corpora]
-        target = open_target(str(self.directory), None, None, quiet, as_recipe=not asked)
+        target = open_target(str(self.directory), None, None, progress or SILENT, as_recipe=not asked)
         chosen = asked or Corpus.of(target.evaluation)
-        result = evaluate(target, chosen, seqlens or target.evaluation.seqlen, limit, quiet)
+        result = evaluate(target, chosen, seqlens or target.evaluation.seqlen, limit, progress or SILENT)
         if limit is None:
             remember(target, result)
         return result
@@ -44,17 +50,18 @@ class Pruned:
         out: str | Path,
         format: Literal["hf", "gguf", "mlx"] = "hf",
         dtype: str | None = None,
-        quiet: bool = True,
+        progress: Progress | None = None,
     ) -> Path:
         """Writes the smaller model as the new `out` and returns it; as `pgprune export`, which has more options.
 
         Raises UserError, also where there is something already.
         """
+        from pgprune_cli.console.progress import SILENT
         from pgprune_cli.jobs.export import export, options_of, target
 
         options = options_of(format, dtype, None, False, 1, 1)
         path = target(self.directory, Path(out), format)
-        export(self.directory, path, options, format, quiet)
+        export(self.directory, path, options, format, progress or SILENT)
         return path
 
 
@@ -62,7 +69,7 @@ def prune(
     recipe: str | Path,
     settings: Mapping[str, Any] | None = None,
     out: str | Path | None = None,
-    quiet: bool = False,
+    progress: Progress | None = None,
 ) -> Pruned:
     """Scores and searches as `pgprune search` does, and goes on where an earlier call was stopped.
 
@@ -75,6 +82,7 @@ def prune(
         UserError: what was given is wrong; RunError: it failed all the same.
         Interrupted: stopped by a signal, as when a notebook's kernel is interrupted; the state is saved.
     """
+    from pgprune_cli.console.progress import StderrProgress
     from pgprune_cli.jobs.search import search
     from pgprune_cli.recipe.reader import find, load, name_of
     from pgprune_cli.run.layout import runs_folder
@@ -84,4 +92,4 @@ def prune(
         f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in (settings or {}).items()
     ]
     run = Path(out) if out is not None else runs_folder() / name_of(path)
-    return Pruned(run, search(load(path, overrides), run, quiet))
+    return Pruned(run, search(load(path, overrides), run, progress or StderrProgress()))

@@ -107,7 +107,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, token_cache: str) -> dict
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "argv", COMMAND)
             patch.setenv("PGPRUNE_CACHE", token_cache)
-            search(load(find("demo"), [*SMALL, *overrides]), run, quiet=True)
+            search(load(find("demo"), [*SMALL, *overrides]), run)
         ppl = {"units": 4.5, "widths": 3.25}[policy]
         (run / "evaluation.json").write_text(
             f'{{"model": "{policy}", "parameters": 7, "perplexity": '

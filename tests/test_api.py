@@ -34,7 +34,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 
 def test_three_lines_prune_measure_and_export() -> None:
-    small = prune("demo", SETTINGS | {"evaluation.seqlen": [64], "evaluation.corpora": ["demo"]}, quiet=True)
+    small = prune("demo", SETTINGS | {"evaluation.seqlen": [64], "evaluation.corpora": ["demo"]})
     measured = small.evaluate()
     model = small.export("models/small")
     assert repr(small) == f"Pruned('runs/demo': demo, sparsity {small.decision.sparsity:.4f})"
@@ -42,7 +42,7 @@ def test_three_lines_prune_measure_and_export() -> None:
     validate("eval", measured)
     assert read_record(Path("runs/demo/evaluation.json")) == measured
     assert (model / "config.json").exists()
-    assert prune("demo", SETTINGS | {"evaluation.seqlen": [64]}, quiet=True).decision.recipe == small.decision.recipe
+    assert prune("demo", SETTINGS | {"evaluation.seqlen": [64]}).decision.recipe == small.decision.recipe
     with pytest.raises(UserError, match="exists already"):
         small.export("models/small")
 
@@ -51,7 +51,7 @@ def test_settings_are_read_as_the_command_line_reads_them(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"--set search\.forward=3: unknown key, did you mean search\.forward_passes\?"):
         prune("demo", {"search.forward": 3})
     with pytest.raises(UserError, match=r'a "b" # c: no such directory'):
-        prune("demo", {"model": 'a "b" # c', "calibration.corpus": tmp_path}, quiet=True)
+        prune("demo", {"model": 'a "b" # c', "calibration.corpus": tmp_path})
 
 
 def test_the_notebook_runs_and_was_run_from_top_to_bottom() -> None:

@@ -50,7 +50,7 @@ def result_of(run: Path) -> tuple:
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, token_cache: str) -> tuple:
     run = tmp_path_factory.mktemp("alone")
-    search(load(find("demo"), RECIPE), run, quiet=True)
+    search(load(find("demo"), RECIPE), run)
     return result_of(run)
 
 
@@ -102,7 +102,7 @@ def test_a_signal_to_one_rank_stops_all_with_their_step_saved(alone, tmp_path) -
         said = f"pgprune, rank {rank}: stopped; step 3 of {STEPS} is saved in {tmp_path}; to go on: the same torchrun"
         assert said in done.stderr
     assert latest_checkpoint(tmp_path).state.step == 3
-    search(load(find("demo"), RECIPE), tmp_path, quiet=True)  # by itself, this time
+    search(load(find("demo"), RECIPE), tmp_path)  # by itself, this time
     assert result_of(tmp_path) == alone
 
 

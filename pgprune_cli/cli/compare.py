@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pgprune_cli.cli.options import AsJson, Limit, Quiet, RecipeName, Set, examples, opened
+from pgprune_cli.cli.options import AsJson, Limit, Quiet, RecipeName, Set, examples, opened, progress_of
 from pgprune_cli.cli.saved import of_comparison
 from pgprune_cli.cli.stopping import resumable
 from pgprune_cli.cli.tables import grid
@@ -56,7 +56,7 @@ def compare(
 
     runs = runs_of(loaded, run, numbers, only or [])
     with resumable(lambda _: of_comparison(run, runs)):
-        table = compare(loaded, run, numbers, only or [], limit, quiet)
+        table = compare(loaded, run, numbers, only or [], limit, progress_of(quiet))
     if as_json:
         print(json.dumps(table))
         return

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pgprune_cli.cli.options import AsJson, Limit, Quiet, examples, model_names
+from pgprune_cli.cli.options import AsJson, Limit, Quiet, examples, model_names, progress_of
 from pgprune_cli.cli.tables import print_measured
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.source import find_local
@@ -87,9 +87,9 @@ def evaluate(
     asked = [Corpus.parse(option) for option in ppl or ()]
     for corpus in asked:  # before a model is loaded
         check_corpus(corpus.text)
-    loaded = load_tasks(names_of(tasks), quiet) if tasks is not None else None
+    loaded = load_tasks(names_of(tasks), progress_of(quiet)) if tasks is not None else None
     as_recipe = not (asked or speed or loaded)
-    targets = [open_target(model, dtype, device, quiet, as_recipe)]
+    targets = [open_target(model, dtype, device, progress_of(quiet), as_recipe)]
     wanted = targets[0].evaluation
     corpora = Corpus.of(wanted) if as_recipe else asked
     seqlens = seqlen or wanted.seqlen
@@ -97,11 +97,11 @@ def evaluate(
     base = targets[0].base
     if speed and base is not None and base not in others:
         others.append(base)
-    targets += [open_target(name, dtype, device, quiet) for name in others]
-    results = [evaluate(target, corpora, seqlens, limit, quiet) for target in targets]
+    targets += [open_target(name, dtype, device, progress_of(quiet)) for name in others]
+    results = [evaluate(target, corpora, seqlens, limit, progress_of(quiet)) for target in targets]
     if loaded:
         for target, result in zip(targets, results, strict=True):
-            result["tasks"] = measure_tasks(target, loaded, max_items, quiet)
+            result["tasks"] = measure_tasks(target, loaded, max_items, progress_of(quiet))
     if speed:
         for result, measured in zip(results, measure_speed(targets), strict=True):
             result["speed"] = measured

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pgprune_cli.cli.options import AsJson, Quiet, examples, run_names
+from pgprune_cli.cli.options import AsJson, Quiet, examples, progress_of, run_names
 from pgprune_cli.cli.saved import of_export
 from pgprune_cli.cli.stopping import resumable
 from pgprune_cli.cli.tables import export_line, print_plan, print_result
@@ -75,7 +75,6 @@ def export(
     if push is not None:
         hub.check_name(push)
     refuse_unfinished(run)  # before seconds go by in imports
-    from pgprune_cli.console.progress import working
     from pgprune_cli.jobs import export as job
 
     options = job.options_of(format, dtype, shard_size, pad_empty_attention, kv_multiple, ffn_multiple)
@@ -85,10 +84,10 @@ def export(
         print_plan(job.summary(planned, out), job.tensors(planned, out), as_json)
         return
     with resumable(lambda _: of_export(out, push)):
-        summary = job.summary(job.export(run, out, options, format, quiet), out)
+        summary = job.summary(job.export(run, out, options, format, progress_of(quiet)), out)
         line = export_line(summary)
         if push is not None:
-            with working(f"uploading {out} to {push}", quiet):
+            with progress_of(quiet).working(f"uploading {out} to {push}"):
                 summary["pushed"] = hub.push(out, push)
             line += f"; {summary['pushed']}"
     print_result(summary, as_json, line)

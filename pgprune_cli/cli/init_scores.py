@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from pgprune_cli.cli.options import AsJson, Out, Quiet, RecipeName, Set, examples, metric_names, opened
+from pgprune_cli.cli.options import AsJson, Out, Quiet, RecipeName, Set, examples, metric_names, opened, progress_of
 from pgprune_cli.cli.saved import of_scores
 from pgprune_cli.cli.stopping import resumable
 from pgprune_cli.cli.tables import print_result
@@ -32,6 +32,6 @@ def init_scores(
     from pgprune_cli.run.layout import SCORES_FILE
 
     with resumable(lambda _: of_scores(run)):
-        scores = init_scores(loaded, run, quiet)
+        scores = init_scores(loaded, run, progress_of(quiet))
     result = {"run": str(run), "scores": str(run / SCORES_FILE), "metric": scores.metric}
     print_result(result, as_json, f"{run / SCORES_FILE}: {scores.metric} of {loaded.model}")

@@ -11,6 +11,7 @@ import typer
 from pgprune_cli.run.layout import DECISION_RECORD, run_directories, runs_folder
 
 if TYPE_CHECKING:
+    from pgprune_cli.console.progress import Progress
     from pgprune_cli.recipe.schema import Recipe
 
 
@@ -65,6 +66,13 @@ Limit = Annotated[
     typer.Option(min=1, metavar="N", help="Windows of the shortest length, at most; other lengths read as much."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
+
+
+def progress_of(quiet: bool) -> Progress:
+    """Return what reports progress on stderr, or nothing under `--quiet`."""
+    from pgprune_cli.console.progress import SILENT, StderrProgress
+
+    return SILENT if quiet else StderrProgress()
 
 
 def opened(name: str, out: Path | None, overrides: list[str], runs: Path | None = None) -> tuple[Recipe, Path]:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pgprune_cli.cli.options import AsJson, Out, Quiet, RecipeName, Set, examples, opened
+from pgprune_cli.cli.options import AsJson, Out, Quiet, RecipeName, Set, examples, opened, progress_of
 from pgprune_cli.cli.saved import of_search
 from pgprune_cli.cli.stopping import resumable
 from pgprune_cli.cli.tables import print_estimate, print_result
@@ -45,13 +45,13 @@ def search(
     if dry_run:
         from pgprune_cli.jobs.estimate import estimate
 
-        print_estimate(estimate(loaded, quiet), as_json)
+        print_estimate(estimate(loaded, progress_of(quiet)), as_json)
         return
     from pgprune_cli.jobs.search import search
     from pgprune_cli.run.layout import DECISION_MASKS
 
     with resumable(lambda step: of_search(run, loaded.search.steps, step)):
-        decision = search(loaded, run, quiet, skip_corrupt_checkpoint, log)
+        decision = search(loaded, run, progress_of(quiet), skip_corrupt_checkpoint, log)
     if not of_environment().writer:
         return
     result = {

@@ -1,4 +1,8 @@
-"""What a person sees of work that takes a while, on stderr: live on a terminal, plain lines elsewhere."""
+"""How a command reports on stderr what it is doing: live bars on a terminal, plain lines elsewhere, or nothing.
+
+A `Progress` is passed down as a value. `SILENT` is the default everywhere, so that library code never has to ask
+whether somebody is watching.
+"""
 
 from __future__ import annotations
 
@@ -11,83 +15,123 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
-    Progress,
     ProgressColumn,
     SpinnerColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.progress import Progress as RichProgress
 
 from pgprune_cli.console.stderr import STDERR
 
 
-def draws(console: Console) -> bool:
-    """Whether lines can be drawn over: on a terminal that is not dumb and no log of a CI."""
-    return console.is_interactive and not os.environ.get("CI")
+class LayerProgress:
+    """Counts work that goes through the layers of a model. This one shows nothing."""
+
+    def layer_done(self) -> None:
+        """Report that one more layer is done."""
+
+    def batches_done(self, done: int, total: int) -> None:
+        """Report, before the first layer, that `done` of `total` batches have gone through the whole model."""
 
 
-@contextmanager
-def working(text: str, quiet: bool = False) -> Iterator[None]:
-    """A line that says what takes a while, with a spinner on a terminal."""
-    console = Console(file=STDERR)
-    if quiet:
+class Progress:
+    """Reports what a command is doing. This one shows nothing.
+
+    shows: whether anything reaches the user.
+    """
+
+    shows = False
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+
+    @contextmanager
+    def working(self, text: str) -> Iterator[None]:
+        """Announce something that takes a while, for as long as the `with` lasts."""
         yield
-    elif draws(console):
-        with console.status(text):
+
+    @contextmanager
+    def writing(self, text: str, total: int) -> Iterator[Callable[[int], None]]:
+        """Show a bar over `total` bytes. Yields a function to call with the number of bytes just written."""
+        yield lambda count: None
+
+    @contextmanager
+    def layers(self, text: str, total: int, done: int = 0) -> Iterator[LayerProgress]:
+        """Show a bar over `total` layers, of which `done` are finished already."""
+        yield LayerProgress()
+
+
+SILENT = Progress()
+"""Shows nothing."""
+
+
+class StderrProgress(Progress):
+    """Reports on stderr: spinners and bars on a terminal, one line per task elsewhere."""
+
+    shows = True
+
+    def say(self, text: str) -> None:
+        Console(file=STDERR).print(text, highlight=False, markup=False, soft_wrap=True)
+
+    @contextmanager
+    def working(self, text: str) -> Iterator[None]:
+        console = Console(file=STDERR)
+        if can_redraw(console):
+            with console.status(text):
+                yield
+        else:
+            print(f"{text} …", file=STDERR)
             yield
-    else:
-        print(f"{text} …", file=STDERR)
-        yield
 
+    @contextmanager
+    def writing(self, text: str, total: int) -> Iterator[Callable[[int], None]]:
+        with self._bar(text, total, 0, "bytes", DownloadColumn(), TransferSpeedColumn()) as bar:
+            yield bar.advance if bar else lambda count: None
 
-@contextmanager
-def writing(text: str, total: int, quiet: bool = False) -> Iterator[Callable[[int], None]]:
-    """A bar over `total` bytes on a terminal, one line elsewhere. Gives what is to be told how many more are done."""
-    with _bar(text, total, quiet, DownloadColumn(), TransferSpeedColumn()) as bar:
-        yield bar.on_more
+    @contextmanager
+    def layers(self, text: str, total: int, done: int = 0) -> Iterator[LayerProgress]:
+        unit = TextColumn("{task.fields[unit]}")
+        with self._bar(text, total, done, "layers", MofNCompleteColumn(), unit) as bar:
+            yield bar or LayerProgress()
 
-
-@contextmanager
-def through_layers(text: str, total: int, quiet: bool = False, done: int = 0) -> Iterator[Bar]:
-    """Likewise over `total` layers, of which so many were `done` before. Gives what is to be told of them."""
-    with _bar(text, total, quiet, MofNCompleteColumn(), TextColumn("{task.fields[unit]}"), done=done) as bar:
-        yield bar
-
-
-class Bar:
-    """Is told of work as it is done; without a `bar` to draw, it keeps that to itself."""
-
-    def __init__(self, bar: Progress | None, text: str, total: int, done: int) -> None:
-        self.bar = bar
-        self.total, self.done = total, done
-        if bar is not None:
-            self.task = bar.add_task(text, total=total, completed=done, unit="layers")
-
-    def on_more(self, more: int) -> None:
-        """So many more are done."""
-        if self.bar is not None:
-            self.bar.update(self.task, advance=more)
-
-    def on_batches(self, done: int, total: int) -> None:
-        """Before the first layer: how many of the batches are done that go through all layers."""
-        if self.bar is None:
+    @contextmanager
+    def _bar(self, text: str, total: int, done: int, unit: str, *columns: ProgressColumn) -> Iterator[Bar | None]:
+        """Draw a bar, or announce the task where lines cannot be redrawn; then there is no bar."""
+        console = Console(file=STDERR)
+        if not can_redraw(console):
+            with self.working(text):
+                yield None
             return
+        before = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(16))
+        with RichProgress(*before, *columns, TextColumn("eta"), TimeRemainingColumn(), console=console) as drawing:
+            bar = Bar(drawing, text, total, done, unit)
+            yield bar
+            drawing.update(bar.task, completed=total)
+
+
+class Bar(LayerProgress):
+    """A bar that rich draws, over `total` units of work of which `done` were finished at the start."""
+
+    def __init__(self, drawing: RichProgress, text: str, total: int, done: int, unit: str) -> None:
+        self.drawing, self.total, self.done = drawing, total, done
+        self.task = drawing.add_task(text, total=total, completed=done, unit=unit)
+
+    def advance(self, count: int) -> None:
+        """Move the bar on by `count` units of work."""
+        self.drawing.update(self.task, advance=count)
+
+    def layer_done(self) -> None:
+        self.advance(1)
+
+    def batches_done(self, done: int, total: int) -> None:
         if done < total:
-            self.bar.update(self.task, completed=done, total=total, unit="batches")
-        else:  # with a clock of their own, as a layer takes longer than a batch
-            self.bar.reset(self.task, completed=self.done, total=self.total, unit="layers")
+            self.drawing.update(self.task, completed=done, total=total, unit="batches")
+        else:  # reset the clock: a layer takes longer than a batch
+            self.drawing.reset(self.task, completed=self.done, total=self.total, unit="layers")
 
 
-@contextmanager
-def _bar(text: str, total: int, quiet: bool, *columns: ProgressColumn, done: int = 0) -> Iterator[Bar]:
-    console = Console(file=STDERR)
-    if quiet or not draws(console):
-        with working(text, quiet):
-            yield Bar(None, text, total, done)
-        return
-    spinner, ends = SpinnerColumn(), (TextColumn("eta"), TimeRemainingColumn())
-    with Progress(spinner, TextColumn("{task.description}"), BarColumn(16), *columns, *ends, console=console) as drawn:
-        bar = Bar(drawn, text, total, done)
-        yield bar
-        drawn.update(bar.task, completed=total)
+def can_redraw(console: Console) -> bool:
+    """Return whether lines can be drawn over: on a terminal that is neither dumb nor the log of a CI run."""
+    return console.is_interactive and not os.environ.get("CI")

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pgprune_cli.console.stderr import STDERR
+from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.console.suggest import nearest
 from pgprune_cli.data.corpora import text_identity
 from pgprune_cli.errors import UserError
@@ -167,7 +167,7 @@ def runs_of(recipe: Recipe, out: Path, seeds: Sequence[int], only: Sequence[str]
 
 
 def compare(
-    recipe: Recipe, out: Path, seeds: Sequence[int], only: Sequence[str], limit: int | None, quiet: bool = False
+    recipe: Recipe, out: Path, seeds: Sequence[int], only: Sequence[str], limit: int | None, progress: Progress = SILENT
 ) -> dict[str, Any]:
     """Runs every variant (or those named in `only`) for every seed and writes the table into `out` after each.
 
@@ -181,11 +181,11 @@ def compare(
         refuse_weight_format(variant.recipe)
     table: dict[str, Any] = {"model": recipe.model, "sparsity": recipe.budget.sparsity, "limit": limit}
     with locked(out):
-        rows = _earlier_rows(recipe, out, variants) | {"dense": _dense(recipe, out, settings, quiet)}
+        rows = _earlier_rows(recipe, out, variants) | {"dense": _dense(recipe, out, settings, progress)}
         for variant in wanted:
             runs = []
             for seed in variant.seeds(seeds):
-                runs.append(_one(variant, replace(variant.recipe, seed=seed), out, settings, quiet))
+                runs.append(_one(variant, replace(variant.recipe, seed=seed), out, settings, progress))
                 rows[variant.name] = {"name": variant.name, "shows": variant.shows, "runs": runs, "mean": _mean(runs)}
                 table["rows"] = [rows[name] for name in ("dense", *(each.name for each in variants)) if name in rows]
                 write_record(out / COMPARISON_RECORD, table)
@@ -214,30 +214,29 @@ def _directory(variant: Variant, seed: int, out: Path) -> Path:
     return out / variant.name / f"seed-{seed}"
 
 
-def _dense(recipe: Recipe, out: Path, settings: Settings, quiet: bool) -> dict[str, Any]:
+def _dense(recipe: Recipe, out: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
     record = out / "dense" / MEASURED_FILE
     if not record.exists():
-        target = replace(open_target(recipe.model, recipe.dtype, recipe.device, quiet), evaluation=recipe.evaluation)
-        settings.write(record, _perplexities(target, recipe, settings.limit, quiet))
+        target = replace(open_target(recipe.model, recipe.dtype, recipe.device, progress), evaluation=recipe.evaluation)
+        settings.write(record, _perplexities(target, recipe, settings.limit, progress))
     run = settings.read(record) | {"seed": None, "forward_passes": 0, "calibration_forward_passes": 0, "seconds": 0.0}
     return {"name": "dense", "shows": "the model as it is", "runs": [run], "mean": _mean([run])}
 
 
-def _one(variant: Variant, recipe: Recipe, out: Path, settings: Settings, quiet: bool) -> dict[str, Any]:
+def _one(variant: Variant, recipe: Recipe, out: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
     """One variant with one seed: what it measured, from its directory where it is done already."""
     run = _directory(variant, recipe.seed, out)
     record = run / MEASURED_FILE
     if record.exists():
         refuse_other_recipe(run, recipe)
         return settings.read(record)
-    if not quiet:
-        print(f"{variant.name}, seed {recipe.seed}: {variant.shows}", file=STDERR)
-    _share_scores(recipe, run, out, quiet)
+    progress.say(f"{variant.name}, seed {recipe.seed}: {variant.shows}")
+    _share_scores(recipe, run, out, progress)
     before, began = _seconds_so_far(run), time.monotonic()
-    decision = search(recipe, run, quiet)
+    decision = search(recipe, run, progress)
     seconds = before + time.monotonic() - began
-    target = open_target(str(run), None, None, quiet)
-    measured = _perplexities(target, recipe, settings.limit, quiet)
+    target = open_target(str(run), None, None, progress)
+    measured = _perplexities(target, recipe, settings.limit, progress)
     spent = {
         "forward_passes": decision.forward_passes,
         "calibration_forward_passes": decision.calibration_forward_passes,
@@ -246,14 +245,14 @@ def _one(variant: Variant, recipe: Recipe, out: Path, settings: Settings, quiet:
     return settings.read(record)
 
 
-def _share_scores(recipe: Recipe, run: Path, out: Path, quiet: bool) -> None:
+def _share_scores(recipe: Recipe, run: Path, out: Path, progress: Progress) -> None:
     """Scores of one metric serve all variants that start from it; those of a random one belong to a seed."""
     if (run / SCORES_FILE).exists():
         return
     metric = recipe.scores.metric
     kept = out / "scores" / (f"{metric}-{recipe.seed}" if metric == "random" else metric)
     if not (kept / SCORES_FILE).exists():
-        init_scores(recipe, kept, quiet)
+        init_scores(recipe, kept, progress)
     write_bytes(run / SCORES_FILE, (kept / SCORES_FILE).read_bytes())
 
 
@@ -263,8 +262,8 @@ def _seconds_so_far(run: Path) -> float:
     return checkpoint.seconds if checkpoint else 0.0
 
 
-def _perplexities(target: Any, recipe: Recipe, limit: int | None, quiet: bool) -> dict[str, Any]:
-    result = evaluate(target, Corpus.of(recipe.evaluation), recipe.evaluation.seqlen, limit, quiet)
+def _perplexities(target: Any, recipe: Recipe, limit: int | None, progress: Progress) -> dict[str, Any]:
+    result = evaluate(target, Corpus.of(recipe.evaluation), recipe.evaluation.seqlen, limit, progress)
     return {"parameters": result["parameters"], "perplexity": result["perplexity"]}
 
 

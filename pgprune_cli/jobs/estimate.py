@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from pgprune_cli.console.progress import working
+from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.estimate.flops import flops, seconds
 from pgprune_cli.estimate.matmul_rate import matmul_rate
 from pgprune_cli.estimate.memory import memory
@@ -29,7 +29,7 @@ RESTS_ON = (
 )
 
 
-def estimate(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
+def estimate(recipe: Recipe, progress: Progress = SILENT) -> dict[str, Any]:
     """Memory in bytes, forward passes, FLOPs and seconds of a search. No weights are read, and no text.
 
     Raises UserError for a model whose config is not to be had or cannot be pruned, and for a device that is not there.
@@ -42,7 +42,7 @@ def estimate(recipe: Recipe, quiet: bool = False) -> dict[str, Any]:
     step = text.search[: recipe.calibration.batch]
     texts = Texts(scoring_batches(recipe, text), repair_batches(recipe, text), step, text.heldout)
     parts = flops(sizes, texts)
-    with working(f"measuring matrix products on {device}", quiet):
+    with progress.working(f"measuring matrix products on {device}"):
         rates = {dtype: matmul_rate(device, dtype) for part in parts.values() for dtype in part}
     needed = memory(sizes, texts)
     schedule = recipe.search

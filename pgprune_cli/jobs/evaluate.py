@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.console.progress import working
-from pgprune_cli.console.stderr import STDERR
+from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.data.corpora import check_corpus
 from pgprune_cli.data.tokens import check_vocabulary, tokens_of
 from pgprune_cli.data.windows import spread
@@ -96,7 +95,7 @@ class Target:
 
 
 def open_target(
-    name: str, dtype: str | None, device: str | None, quiet: bool = False, as_recipe: bool = False
+    name: str, dtype: str | None, device: str | None, progress: Progress = SILENT, as_recipe: bool = False
 ) -> Target:
     """Loads what `pgprune eval` was given. `dtype` and `device` default to the recipe's for a run, else to auto.
 
@@ -118,15 +117,15 @@ def open_target(
         evaluation, base = recipe.evaluation, source.name
     else:
         source = resolve(name)
-        evaluation, base = _of_export(source, quiet)
+        evaluation, base = _of_export(source, progress)
     if as_recipe:
         Corpus.of(evaluation)
-    with working(f"loading {name}", quiet):
+    with progress.working(f"loading {name}"):
         model = load_model(source, dtype or "auto", device or "auto")
     return Target(name, source, model, keep, outputs, evaluation, base)
 
 
-def _of_export(source: Source, quiet: bool) -> tuple[Evaluation, str | None]:
+def _of_export(source: Source, progress: Progress) -> tuple[Evaluation, str | None]:
     """What the decision beside a model says to evaluate, and what it was pruned from; the defaults of a dense model."""
     origin = read_origin(source.directory)
     if origin is None:
@@ -134,14 +133,13 @@ def _of_export(source: Source, quiet: bool) -> tuple[Evaluation, str | None]:
     try:
         return parse(origin.recipe, f"{source.directory / DECISION_RECORD}: its recipe").evaluation, origin.model
     except UnknownKeys:
-        if not quiet:
-            said = "its recipe is of another pgprune, and what it says to evaluate is not known: the defaults are taken"
-            print(f"{source.directory / DECISION_RECORD}: {said}", file=STDERR)
+        said = "its recipe is of another pgprune, and what it says to evaluate is not known: the defaults are taken"
+        progress.say(f"{source.directory / DECISION_RECORD}: {said}")
         return Evaluation(), origin.model
 
 
 def evaluate(
-    target: Target, corpora: Sequence[Corpus], seqlens: Sequence[int], limit: int | None, quiet: bool = False
+    target: Target, corpora: Sequence[Corpus], seqlens: Sequence[int], limit: int | None, progress: Progress = SILENT
 ) -> dict[str, Any]:
     """Perplexities of every corpus at every window length, as the object that `--json` prints.
 
@@ -151,11 +149,11 @@ def evaluate(
     tokenizer = load_tokenizer(target.source)
     longest = getattr(target.model.config, "max_position_embeddings", None) or max(seqlens)
     lengths = sorted({min(seqlen, longest) for seqlen in seqlens})
-    if max(seqlens) > longest and corpora and not quiet:
-        print(f"{target.name} reads {longest} tokens at most, and no window is longer", file=STDERR)
+    if max(seqlens) > longest and corpora:
+        progress.say(f"{target.name} reads {longest} tokens at most, and no window is longer")
     rows = []
     for corpus in corpora:
-        with working(f"perplexity of {target.name} on {corpus.name}", quiet):
+        with progress.working(f"perplexity of {target.name} on {corpus.name}"):
             tokens = tokens_of(corpus.text, "evaluation", tokenizer)
             check_vocabulary(tokens, corpus.name, target.model.get_input_embeddings().num_embeddings)
             for seqlen in lengths:

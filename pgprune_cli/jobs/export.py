@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pgprune_cli.console.progress import writing
+from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.errors import UserError
 from pgprune_cli.export import gguf, hf, mlx
 from pgprune_cli.export.plan import DTYPES, Measured, Options, Plan, check_new
@@ -81,14 +81,16 @@ def plan(run: Path, options: Options | None = None, format: str = "hf") -> Plan:
     return FORMATS[format].plan(resolve(decision.model), decision, options or Options(), measured)
 
 
-def export(run: Path, out: Path, options: Options | None = None, format: str = "hf", quiet: bool = True) -> Plan:
+def export(
+    run: Path, out: Path, options: Options | None = None, format: str = "hf", progress: Progress = SILENT
+) -> Plan:
     """Writes the pruned model of the run directory `run` as the new `out`.
 
     Raises UserError as `plan` and `Plan.write` do.
     """
     check_new(out.expanduser(), directory=not FORMATS[format].suffix)
     planned = plan(run, options, format)
-    with writing(f"writing {out}", planned.bytes, quiet) as on_bytes:
+    with progress.writing(f"writing {out}", planned.bytes) as on_bytes:
         planned.write(out, on_bytes)
     return planned
 

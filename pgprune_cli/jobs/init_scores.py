@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pgprune_cli.console.progress import working
+from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.model.loading import load_model
 from pgprune_cli.model.source import resolve
@@ -17,16 +17,16 @@ from pgprune_cli.search.scoring import compute_scores
 from pgprune_cli.search.texts import load_text
 
 
-def init_scores(recipe: Recipe, run: Path, quiet: bool = False) -> Scores:
+def init_scores(recipe: Recipe, run: Path, progress: Progress = SILENT) -> Scores:
     """Scores the recipe's model with its metric and writes them into `run`. Raises UserError, RunError."""
     with locked(run):
         source = resolve(recipe.model)
         text = None
         if recipe.scores.metric in CALIBRATED:
-            text = load_text(recipe, source, quiet)
-        with working(f"loading {recipe.model}", quiet):
+            text = load_text(recipe, source, progress)
+        with progress.working(f"loading {recipe.model}"):
             model = load_model(source, recipe.dtype, recipe.device, recipe.weight_format)
-        scores = compute_scores(recipe, source, model, text, quiet, Ranks())
+        scores = compute_scores(recipe, source, model, text, progress, Ranks())
         note(run)  # before the scores: who finds those does not come here again
         scores.save(run)
         return scores

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pgprune_cli.console.progress import through_layers, working
+from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.data.windows import Batches, CalibrationText
 from pgprune_cli.distributed import Ranks, joined
 from pgprune_cli.forward.masked import Evaluator
@@ -37,7 +37,7 @@ from pgprune_cli.storage.atomic import write_bytes
 def search(
     recipe: Recipe,
     run: Path,
-    quiet: bool = False,
+    progress: Progress = SILENT,
     skip_corrupt_checkpoint: bool = False,
     log: TrackerName | None = None,
 ) -> Decision:
@@ -54,7 +54,12 @@ def search(
         check_installed(log)
     with joined() as ranks, locked(run) if ranks.writer else nullcontext():
         decision = _search(
-            recipe, run, quiet or not ranks.writer, skip_corrupt_checkpoint, log if ranks.writer else None, ranks
+            recipe,
+            run,
+            progress if ranks.writer else SILENT,
+            skip_corrupt_checkpoint,
+            log if ranks.writer else None,
+            ranks,
         )
         if ranks.writer:
             remove_widths(run)  # nobody reads them any more: all have been heard on the final loss
@@ -63,16 +68,16 @@ def search(
 
 
 def _search(
-    recipe: Recipe, run: Path, quiet: bool, skip_corrupt_checkpoint: bool, log: TrackerName | None, ranks: Ranks
+    recipe: Recipe, run: Path, progress: Progress, skip_corrupt_checkpoint: bool, log: TrackerName | None, ranks: Ranks
 ) -> Decision:
     with ranks.writer_first():
         source = resolve(recipe.model)
-        text = load_text(recipe, source, quiet)
-    with working(f"loading {recipe.model}", quiet):
+        text = load_text(recipe, source, progress)
+    with progress.working(f"loading {recipe.model}"):
         model = load_model(source, recipe.dtype, recipe.device, recipe.weight_format)
     fingerprint = source.fingerprint()
     evaluator = Evaluator(model)
-    scores = scores_of(recipe, run, source, model, text, quiet, ranks)
+    scores = scores_of(recipe, run, source, model, text, progress, ranks)
     with ranks.writer_first():
         # what is recorded is what was done: the scores may have been made with `init-scores --metric`
         recipe = replace(recipe, scores=replace(recipe.scores, metric=scores.metric))
@@ -80,23 +85,23 @@ def _search(
         if ranks.writer:
             write_bytes(run / RECIPE_FILE, dump(recipe).encode())
             note(run)
-        space, budget = budget_for(recipe, evaluator, run, fingerprint, quiet)
+        space, budget = budget_for(recipe, evaluator, run, fingerprint, progress)
     problem = Problem(
         evaluator,
         space,
-        policy_of(recipe, run, evaluator, space, budget, scores, text, ranks, quiet),
+        policy_of(recipe, run, evaluator, space, budget, scores, text, ranks, progress),
         Batches(text.search, recipe.calibration.batch, recipe.seed),
         text.heldout,
         recipe,
         ranks,
     )
     identity = identity_of(recipe, fingerprint, problem.policy.origin)
-    loop = run_steps(problem, run, identity, quiet, skip_corrupt_checkpoint, log)
+    loop = run_steps(problem, run, identity, progress, skip_corrupt_checkpoint, log)
 
     mask = problem.policy.final_mask(loop.state)
     keep = problem.keep(mask)
     parameters = evaluator.shape.space(recipe.units.families).costs
-    keep, outputs = _repaired(recipe, model, keep, text, quiet)
+    keep, outputs = _repaired(recipe, model, keep, text, progress)
     heldout_loss = problem.heldout_loss(keep, outputs)
     dense_loss = problem.heldout_loss(problem.keep(torch.ones_like(mask)), {})
     return Decision(
@@ -115,11 +120,20 @@ def _search(
     )
 
 
-def _repaired(recipe: Recipe, model: nn.Module, keep: ModelMask, text: CalibrationText, quiet: bool) -> Repaired:
+def _repaired(recipe: Recipe, model: nn.Module, keep: ModelMask, text: CalibrationText, progress: Progress) -> Repaired:
     if recipe.repair.method == "none":
         return Repaired(keep, {})
-    with through_layers("repairing the kept weights", len(keep), quiet) as bar:
+    with progress.layers("repairing the kept weights", len(keep)) as bar:
         settings = recipe.repair
         batches = repair_batches(recipe, text)
         chosen_anew = _reselects(recipe)
-        return repair(model, keep, batches, settings.method, settings.damping, chosen_anew, bar.on_more, bar.on_batches)
+        return repair(
+            model,
+            keep,
+            batches,
+            settings.method,
+            settings.damping,
+            chosen_anew,
+            lambda _: bar.layer_done(),
+            bar.batches_done,
+        )

@@ -11,7 +11,7 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pgprune_cli.console.progress import working
+from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.console.suggest import nearest
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.loading import load_tokenizer
@@ -34,7 +34,7 @@ def names_of(option: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def load_tasks(names: Sequence[str], quiet: bool = False) -> dict[str, Any]:
+def load_tasks(names: Sequence[str], progress: Progress = SILENT) -> dict[str, Any]:
     """The tasks with their data, as the harness holds them: names that it knows, or YAML files in its format.
 
     Raises UserError where the harness is not installed, or a task is unknown, wrong or its data not to be had.
@@ -47,7 +47,7 @@ def load_tasks(names: Sequence[str], quiet: bool = False) -> dict[str, Any]:
     if missing := [name for name in names if name.endswith(".yaml") and not Path(name).is_file()]:
         raise UserError(f"--tasks {missing[0]}: no such file")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    with _at_work(f"loading {', '.join(names)}", quiet):
+    with _at_work(f"loading {', '.join(names)}", progress):
         # its index of 14,000 tasks takes a while, and files do not need it
         manager = TaskManager(include_defaults=not all(Path(name).is_file() for name in names))
         tasks: dict[str, Any] = {"tasks": {}, "groups": {}}
@@ -72,7 +72,7 @@ def load_tasks(names: Sequence[str], quiet: bool = False) -> dict[str, Any]:
 
 
 def measure_tasks(
-    target: Target, tasks: dict[str, Any], limit: int | None, quiet: bool = False
+    target: Target, tasks: dict[str, Any], limit: int | None, progress: Progress = SILENT
 ) -> list[dict[str, Any]]:
     """Every metric of every task, as the rows that `--json` prints; of a group, its own where it has any.
 
@@ -82,7 +82,7 @@ def measure_tasks(
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with _at_work(f"tasks of {target.name}", quiet), target.ready() as model:
+    with _at_work(f"tasks of {target.name}", progress), target.ready() as model:
         wrapped = HFLM(pretrained=model, tokenizer=load_tokenizer(target.source), backend="causal", batch_size=BATCH)
         found = evaluate(wrapped, tasks, limit=limit, bootstrap_iters=1000, log_samples=False)
     summarised = {member for group in found.get("groups", {}) for member in found["group_subtasks"].get(group, [])}
@@ -107,10 +107,10 @@ def measure_tasks(
 
 
 @contextmanager
-def _at_work(text: str, quiet: bool) -> Iterator[None]:
+def _at_work(text: str, progress: Progress) -> Iterator[None]:
     """On a terminal the harness draws its own bars; elsewhere they are noise, and a line says what takes a while."""
-    if sys.stderr.isatty() and not quiet:
+    if sys.stderr.isatty() and progress.shows:
         yield
     else:
-        with working(text, quiet), redirect_stderr(StringIO()):
+        with progress.working(text), redirect_stderr(StringIO()):
             yield

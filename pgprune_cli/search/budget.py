@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from pgprune_cli.console.progress import working
+from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.core.space import Budget, MaskSpace, budget_of
 from pgprune_cli.errors import UserError
 from pgprune_cli.forward.masked import Evaluator
@@ -17,7 +17,7 @@ from pgprune_cli.search.costs import flops, kv_cache, latency_of_run
 
 
 def budget_for(
-    recipe: Recipe, evaluator: Evaluator, run: Path, fingerprint: str, quiet: bool = False
+    recipe: Recipe, evaluator: Evaluator, run: Path, fingerprint: str, progress: Progress = SILENT
 ) -> tuple[MaskSpace, Budget]:
     """The recipe's units, with their costs in what it budgets, and its budget.
 
@@ -25,14 +25,14 @@ def budget_for(
     do not fit the budget and for a damaged `costs.json`.
     """
     wanted = recipe.budget
-    space = evaluator.shape.space(recipe.units.families, _costs(recipe, evaluator, run, fingerprint, quiet))
+    space = evaluator.shape.space(recipe.units.families, _costs(recipe, evaluator, run, fingerprint, progress))
     multiples = {"ffn": wanted.ffn_multiple}
     budget = budget_of(space, wanted.sparsity, wanted.scope, wanted.min_keep, multiples)
     _refuse_what_cannot_be(recipe, space, budget)
     return space, budget
 
 
-def _costs(recipe: Recipe, evaluator: Evaluator, run: Path, fingerprint: str, quiet: bool) -> UnitCosts:
+def _costs(recipe: Recipe, evaluator: Evaluator, run: Path, fingerprint: str, progress: Progress) -> UnitCosts:
     wanted = recipe.budget
     match wanted.measure:
         case "flops":
@@ -40,7 +40,7 @@ def _costs(recipe: Recipe, evaluator: Evaluator, run: Path, fingerprint: str, qu
         case "kv-cache":
             return kv_cache(evaluator.model, wanted.context)
         case "latency":
-            with working(f"measuring what units cost in time ({COSTS_FILE})", quiet):
+            with progress.working(f"measuring what units cost in time ({COSTS_FILE})"):
                 return latency_of_run(run, evaluator, wanted.context, fingerprint)
     return evaluator.shape.parameters
 

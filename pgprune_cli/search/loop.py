@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from pgprune_cli.console.progress import Progress
 from pgprune_cli.console.signals import stopping
 from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
@@ -53,7 +54,12 @@ class Loop:
 
 
 def run_steps(
-    problem: Problem, run: Path, identity: str, quiet: bool, skip_corrupt_checkpoint: bool, log: TrackerName | None
+    problem: Problem,
+    run: Path,
+    identity: str,
+    progress: Progress,
+    skip_corrupt_checkpoint: bool,
+    log: TrackerName | None,
 ) -> Loop:
     """The loop. Returns where it ended."""
     recipe, schedule, ranks = problem.recipe, problem.recipe.search, problem.ranks
@@ -63,7 +69,7 @@ def run_steps(
         )
     units = {family.name: family.counts for family in problem.space.families}
     budget = f"{recipe.budget.sparsity:.0%} of {recipe.budget.measure} go"
-    shown = SearchProgress(schedule.steps, units, budget, read_history(run) if ranks.writer else (), quiet)
+    shown = SearchProgress(schedule.steps, units, budget, read_history(run) if ranks.writer else (), progress)
     tracked = tracking(log, run, asdict(recipe), loop.state.step)
     written = History(run) if ranks.writer else nullcontext()
     with tracked as track, shown as progress, written as history, _stop_signals(ranks) as stop:

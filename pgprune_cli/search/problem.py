@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pgprune_cli.console.progress import Progress
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.space import Budget, MaskSpace
 from pgprune_cli.data.windows import Batches, CalibrationText
@@ -63,7 +64,7 @@ def policy_of(
     scores: Scores,
     text: CalibrationText,
     ranks: Ranks,
-    quiet: bool,
+    progress: Progress,
 ) -> UnitPolicy | WidthPolicy:
     """What the recipe searches with. Raises UserError for families that the layers policy has no widths of."""
     settings = recipe.search
@@ -83,5 +84,5 @@ def policy_of(
         for index in range(len(evaluator.shape.channels))
     }
     batches = repair_batches(recipe, text)
-    table = searched_table(recipe, run, evaluator.model, saliency_of, batches, scores.fingerprint, ranks, quiet)
+    table = searched_table(recipe, run, evaluator.model, saliency_of, batches, scores.fingerprint, ranks, progress)
     return WidthPolicy(table, table.priorities(space), space, budget)

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.live import Live
 
-from pgprune_cli.console.progress import draws
+from pgprune_cli.console.progress import SILENT, Progress, can_redraw
 from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.run.history import Row
 from pgprune_cli.search.live_view import LiveView
@@ -31,17 +31,17 @@ class SearchProgress:
         units: Mapping[str, Sequence[int]],
         budget: str,
         rows: Sequence[Row] = (),
-        quiet: bool = False,
+        progress: Progress = SILENT,
     ) -> None:
         self.steps = steps
-        self.quiet = quiet
+        self.progress = progress
         self.console = Console(file=STDERR)
         self.heldout = "…"
         self.view = LiveView(steps, units, budget, rows)
         self.live: Live | None = None
 
     def __enter__(self) -> SearchProgress:
-        if not self.quiet and draws(self.console):
+        if self.progress.shows and can_redraw(self.console):
             self.live = Live(self.view, console=self.console, refresh_per_second=1)
             self.live.start()
         return self
@@ -52,8 +52,7 @@ class SearchProgress:
 
     def say(self, text: str) -> None:
         """One line of its own."""
-        if not self.quiet:
-            self.console.print(text, highlight=False, soft_wrap=True)
+        self.progress.say(text)
 
     def show(self, row: Row) -> None:
         """A step was done."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from pgprune_cli.console.progress import through_layers
+from pgprune_cli.console.progress import Progress
 from pgprune_cli.data.windows import CalibrationText
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import RunError, UserError
@@ -24,7 +24,7 @@ def compute_scores(
     source: Source,
     model: nn.Module,
     text: CalibrationText | None,
-    quiet: bool,
+    progress: Progress,
     ranks: Ranks,
 ) -> Scores:
     """Scores of a model that is loaded already, every world-th layer by each of the processes.
@@ -38,14 +38,14 @@ def compute_scores(
         batches = scoring_batches(recipe, text)
     shape = Shape.of(model)
     own = ranks.share(len(shape.channels))
-    with through_layers(f"scoring with {metric}", len(own), quiet) as bar:
+    with progress.layers(f"scoring with {metric}", len(own)) as bar:
         sizes = {"attention": shape.kv_heads, "ffn": shape.channels}
         lengths = {
             f"layers.{index}.{name}": counts[index]
             for index in range(len(shape.channels))
             for name, counts in sizes.items()
         }
-        found = score(model, metric, batches, recipe.seed, own, bar.on_more, bar.on_batches)
+        found = score(model, metric, batches, recipe.seed, own, lambda _: bar.layer_done(), bar.batches_done)
         tensors = ranks.united(found, lengths)
     for name, values in tensors.items():
         if not values.isfinite().all():
@@ -54,11 +54,11 @@ def compute_scores(
 
 
 def scores_of(
-    recipe: Recipe, run: Path, source: Source, model: nn.Module, text: CalibrationText, quiet: bool, ranks: Ranks
+    recipe: Recipe, run: Path, source: Source, model: nn.Module, text: CalibrationText, progress: Progress, ranks: Ranks
 ) -> Scores:
     """Those of the run where it has some. Raises UserError where they are another model's."""
     if not ranks.greatest((run / SCORES_FILE).exists()):  # all have looked before one writes
-        scores = compute_scores(recipe, source, model, text, quiet, ranks)
+        scores = compute_scores(recipe, source, model, text, progress, ranks)
         if ranks.writer:
             scores.save(run)
         return scores

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from pgprune_cli.console.progress import through_layers
+from pgprune_cli.console.progress import Progress
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.estimate.memory import table_bytes
 from pgprune_cli.estimate.sizes import Sizes
@@ -27,7 +27,7 @@ def searched_table(
     batches: Sequence[Tensor],
     fingerprint: str,
     ranks: Ranks,
-    quiet: bool,
+    progress: Progress,
 ) -> WidthTable:
     """The table that the recipe's search needs, in `run` after this call.
 
@@ -42,13 +42,13 @@ def searched_table(
     share = ranks.share(layers)
     own = [index for index in share if not has_layer(run, index, identity)]
     text, done = "measuring every layer's widths", len(share) - len(own)
-    with through_layers(text, len(share), quiet, done) as bar:
+    with progress.layers(text, len(share), done) as bar:
         if own:
             refuse_full_disk(run, layers, table_bytes(Sizes(model, recipe)) if solve else 0)
-            solved = solved_layers(model, scores, batches, damping, solve, multiple, own, bar.on_batches)
+            solved = solved_layers(model, scores, batches, damping, solve, multiple, own, bar.batches_done)
             for index, blocks in solved:
                 save_layer(run, index, blocks, identity)
-                bar.on_more(1)
+                bar.layer_done()
         ranks.greatest(0)  # by now all have written theirs
         return WidthTable.of(model, {index: load_layer(run, index) for index in range(layers)})
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from pgprune_cli.console.progress import working
+from pgprune_cli.console.progress import Progress
 from pgprune_cli.data.tokens import check_vocabulary
 from pgprune_cli.data.windows import CalibrationText, calibration_text, spread
 from pgprune_cli.errors import UserError
@@ -19,13 +19,13 @@ from pgprune_cli.repair.least_squares import PASSES
 from pgprune_cli.scores.metrics import CALIBRATED, NEEDS
 
 
-def load_text(recipe: Recipe, source: Source, quiet: bool) -> CalibrationText:
+def load_text(recipe: Recipe, source: Source, progress: Progress) -> CalibrationText:
     """The calibration text that a recipe asks for, tokenised for its model. Raises UserError for what cannot be pruned,
     too: before the model is loaded."""
     refuse_weight_format(recipe)
     check_prunable(source)
     wanted = recipe.calibration
-    with working(f"reading {wanted.corpus}", quiet):
+    with progress.working(f"reading {wanted.corpus}"):
         tokenizer = load_tokenizer(source)
         text = calibration_text(wanted.corpus, tokenizer, wanted.windows, wanted.heldout, wanted.seqlen)
     if source.gguf is None:  # whose tokenizer is in the model's own file

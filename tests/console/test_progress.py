@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import time
 from contextlib import suppress
 from itertools import pairwise
 
@@ -12,7 +11,7 @@ import pytest
 from helpers.recipes import WIDTH_SEARCH
 from rich.console import Console
 
-from pgprune_cli.console.progress import Bar, through_layers, working
+from pgprune_cli.console.progress import SILENT, Bar, Progress, StderrProgress
 from pgprune_cli.errors import RunError
 from pgprune_cli.jobs.search import search
 from pgprune_cli.run.history import Row
@@ -27,10 +26,10 @@ LAYER = "a layer"
 UNITS = {"attention": [4, 4], "ffn": [24, 24]}
 
 
-def run_of(steps: int, quiet: bool = False) -> None:
-    with SearchProgress(steps, UNITS, "50% of parameters go", quiet=quiet) as progress:
+def run_of(steps: int, progress: Progress = StderrProgress()) -> None:
+    with SearchProgress(steps, UNITS, "50% of parameters go", progress=progress) as view:
         for step in range(1, steps + 1):
-            progress.show(row(step, [3.0, 3.5], heldout=2.75 if step == 1 else None))
+            view.show(row(step, [3.0, 3.5], heldout=2.75 if step == 1 else None))
 
 
 def test_elsewhere_than_on_a_terminal_a_search_is_a_few_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,15 +50,18 @@ def test_a_short_search_says_every_step(capsys: pytest.CaptureFixture[str]) -> N
     assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["1/4", "2/4", "3/4", "4/4"]
 
 
-def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    run_of(20, quiet=True)
-    with working("loading", quiet=True):
-        pass
+def test_silent_progress_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    run_of(20, SILENT)
+    with SILENT.working("loading"), SILENT.layers("scoring", 2) as layers, SILENT.writing("writing", 3) as advance:
+        layers.batches_done(1, 1)
+        layers.layer_done()
+        advance(3)
+    SILENT.say("done")
     assert capsys.readouterr() == ("", "")
 
 
 def test_bad_losses_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    with SearchProgress(2, UNITS, "50% of parameters go") as progress:
+    with SearchProgress(2, UNITS, "50% of parameters go", progress=StderrProgress()) as progress:
         progress.show(row(1, [None, 4.0], heldout=3.0, skipped=1))
         progress.show(row(2, [None, None], skipped=3))
     first, second = capsys.readouterr().err.splitlines()
@@ -98,23 +100,23 @@ def test_in_a_log_or_on_a_dumb_terminal_lines_stay_plain(variable, monkeypatch, 
 
 
 def test_work_is_announced_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
-    with working("loading the model"):
+    with StderrProgress().working("loading the model"):
         pass
     assert capsys.readouterr() == ("", "loading the model …\n")
 
 
 def test_layers_are_counted(screen: io.StringIO) -> None:
-    with suppress(RunError), through_layers("scoring", 3) as bar:
-        bar.on_more(1)
-        bar.on_more(1)
+    with suppress(RunError), StderrProgress().layers("scoring", 3) as bar:
+        bar.layer_done()
+        bar.layer_done()
         raise RunError("out of memory")
     last = screen.getvalue().split("scoring")[-1]
     assert "2/3 layers" in last
 
 
 def test_layers_that_were_done_before_count(screen: io.StringIO) -> None:
-    with suppress(RunError), through_layers("measuring", 4, done=2) as bar:
-        bar.on_more(1)
+    with suppress(RunError), StderrProgress().layers("measuring", 4, done=2) as bar:
+        bar.layer_done()
         raise RunError("out of memory")
     assert "3/4 layers" in screen.getvalue().split("measuring")[-1]
 
@@ -122,38 +124,31 @@ def test_layers_that_were_done_before_count(screen: io.StringIO) -> None:
 def test_what_goes_through_all_layers_before_the_first_is_counted_too(screen: io.StringIO) -> None:
     """On one line of a terminal of 80 columns, behind the longest text that there is."""
     text = "measuring every layer's widths"
-    with suppress(RunError), through_layers(text, 30, done=2) as bar:
-        bar.on_batches(0, 128)
-        bar.on_batches(105, 128)
-        bar.bar.refresh()
+    with suppress(RunError), StderrProgress().layers(text, 30, done=2) as bar:
+        bar.batches_done(0, 128)
+        bar.batches_done(105, 128)
+        bar.drawing.refresh()
         assert re.search(r"━ +105/128 batches eta -:--:--", screen.getvalue().split(text)[-1])
-        bar.on_batches(128, 128)
-        bar.bar.refresh()
+        bar.batches_done(128, 128)
+        bar.drawing.refresh()
         assert re.search(r"━ +2/30 layers eta -:--:--", screen.getvalue().split(text)[-1])
-        bar.on_more(1)
+        bar.layer_done()
         raise RunError("out of memory")
     assert "3/30 layers" in screen.getvalue().split(text)[-1]
 
 
-def test_a_spinner_turns_while_nothing_is_counted(screen: io.StringIO) -> None:
-    with suppress(RunError), through_layers("scoring", 30):
-        time.sleep(0.5)
-        raise RunError("out of memory")
-    assert len(set(re.findall(r"(\S) scoring", screen.getvalue()))) > 1
-
-
 def test_scoring_tabulating_and_repairing_move_before_their_first_layer(small, tmp_path, monkeypatch) -> None:
     told: list[object] = []
-    monkeypatch.setattr(Bar, "on_batches", lambda _, done, of: told.append((done, of)))
-    monkeypatch.setattr(Bar, "on_more", lambda *_: told.append(LAYER))
-    search(small(*WIDTH_SEARCH), tmp_path / "run", quiet=True)
+    monkeypatch.setattr(Bar, "batches_done", lambda _, done, of: told.append((done, of)))
+    monkeypatch.setattr(Bar, "layer_done", lambda *_: told.append(LAYER))
+    search(small(*WIDTH_SEARCH), tmp_path / "run", StderrProgress())
     firsts = [before for before, now in pairwise(told) if now == LAYER != before]
     assert len(firsts) == 3
     assert all(done == of for done, of in firsts)
 
 
 def test_layers_are_one_line_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
-    with through_layers("scoring", 3) as bar:
-        bar.on_batches(1, 2)
-        bar.on_more(1)
+    with StderrProgress().layers("scoring", 3) as bar:
+        bar.batches_done(1, 2)
+        bar.layer_done()
     assert capsys.readouterr() == ("", "scoring …\n")

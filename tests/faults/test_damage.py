@@ -49,7 +49,7 @@ def finished(base, tmp_path_factory, token_cache) -> Path:
     folder = tmp_path_factory.mktemp("finished") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PGPRUNE_CACHE", token_cache)
-        search(load(base / "recipe.yaml"), folder, quiet=True)
+        search(load(base / "recipe.yaml"), folder)
     return folder
 
 
@@ -100,16 +100,16 @@ def test_a_damaged_decision_is_refused_by_all_who_read_it(base, run, tmp_path, n
 @pytest.mark.parametrize("harm", HARMS)
 def test_damaged_scores_are_refused(base, tmp_path, harm) -> None:
     recipe = load(base / "recipe.yaml")
-    init_scores(recipe, tmp_path, quiet=True)
+    init_scores(recipe, tmp_path)
     harm(tmp_path / SCORES_FILE)
     assert said(search, recipe, tmp_path, True).startswith(f"{tmp_path / SCORES_FILE}: damaged")
-    init_scores(recipe, tmp_path, quiet=True)
-    search(recipe, tmp_path, quiet=True)
+    init_scores(recipe, tmp_path)
+    search(recipe, tmp_path)
 
 
 def test_swapped_scores_and_those_of_a_newer_pgprune_are_refused(base, tmp_path, monkeypatch) -> None:
     recipe = load(base / "recipe.yaml")
-    scores = init_scores(recipe, tmp_path, quiet=True)
+    scores = init_scores(recipe, tmp_path)
     sound = (tmp_path / SCORES_FILE).read_bytes()
     first, second = (scores.tensors[f"layers.{index}.ffn"].numpy().tobytes() for index in (0, 1))
     between = bytes(len(first))
@@ -124,12 +124,12 @@ def test_swapped_scores_and_those_of_a_newer_pgprune_are_refused(base, tmp_path,
         f"{tmp_path / SCORES_FILE}: of a newer pgprune (version 2, this one reads 1); upgrade pgprune"
     )
     (tmp_path / SCORES_FILE).write_bytes(sound)
-    search(recipe, tmp_path, quiet=True)
+    search(recipe, tmp_path)
 
 
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_damaged_evaluation_is_refused(run, tmp_path, harm) -> None:
-    target = open_target(str(run), None, "cpu", quiet=True)
+    target = open_target(str(run), None, "cpu")
     remember(target, {"parameters": 1, "dtype": "float32", "device": "cpu", "perplexity": []})
     harm(run / EVALUATION_FILE)
     assert said(export_job.export, run, tmp_path / "small").startswith(f"{run / EVALUATION_FILE}: ")
@@ -138,7 +138,7 @@ def test_a_damaged_evaluation_is_refused(run, tmp_path, harm) -> None:
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_damaged_measurement_of_a_comparison_is_refused(base, tmp_path, harm) -> None:
     recipe = load(base / "recipe.yaml")
-    compare(recipe, tmp_path, [0], ["metric"], 2, quiet=True)
+    compare(recipe, tmp_path, [0], ["metric"], 2)
     harm(tmp_path / "dense" / MEASURED_FILE)
     assert said(compare, recipe, tmp_path, [0], ["metric"], 2, True).startswith(
         f"{tmp_path / 'dense' / MEASURED_FILE}: "
@@ -147,7 +147,7 @@ def test_a_damaged_measurement_of_a_comparison_is_refused(base, tmp_path, harm) 
 
 def test_a_decision_of_another_run_is_refused(base, run, tmp_path) -> None:
     other = load(base / "recipe.yaml", ["budget.sparsity=0.2"])
-    search(other, tmp_path / "other", quiet=True)
+    search(other, tmp_path / "other")
     for name in (DECISION_MASKS, DECISION_RECORD, REPAIR_FILE):
         shutil.copyfile(tmp_path / "other" / name, run / name)
     assert said(search, load(base / "recipe.yaml"), run, True) == (
@@ -158,13 +158,13 @@ def test_a_decision_of_another_run_is_refused(base, run, tmp_path) -> None:
 def test_a_half_written_last_line_of_the_history_is_no_damage(base, tmp_path) -> None:
     """A comparison reads how long a stopped search took; a power cut may have cut its last line."""
     recipe = load(base / "recipe.yaml")
-    compare(recipe, tmp_path, [0], ["metric-start"], 2, quiet=True)
+    compare(recipe, tmp_path, [0], ["metric-start"], 2)
     run = tmp_path / "metric-start" / "seed-0"
     for name in (DECISION_RECORD, MEASURED_FILE):
         (run / name).unlink()
     with (run / "metrics.jsonl").open("a") as history:
         history.write('{"step": 6, "los')
-    compare(recipe, tmp_path, [0], ["metric-start"], 2, quiet=True)
+    compare(recipe, tmp_path, [0], ["metric-start"], 2)
 
 
 # --- the base model
@@ -189,7 +189,7 @@ def set_weight(model: Path, name: str, value: float) -> None:
 @pytest.mark.parametrize("change", ["weight", "config"])
 def test_a_base_that_changed_since_the_decision_is_refused(moved, change) -> None:
     recipe = load(moved / "recipe.yaml")
-    search(recipe, moved / "run", quiet=True)
+    search(recipe, moved / "run")
     if change == "weight":
         set_weight(moved / "model", "model.layers.1.mlp.up_proj.weight", 0.5)
     else:
@@ -291,7 +291,7 @@ LAYERS = ["search.policy=widths", "search.masks_per_step=4", "search.forward_pas
 def test_the_least_models_and_the_ends_of_the_budget(moved, sizes, sparsity, metric, policy) -> None:
     save_model(moved / "model", **sizes)
     recipe = load(moved / "recipe.yaml", [f"budget.sparsity={sparsity}", f"scores.metric={metric}", *policy])
-    decision = search(recipe, moved / "run", quiet=True)
+    decision = search(recipe, moved / "run")
     assert decision.sparsity >= sparsity - 1e-6
     if sparsity == 0.0:
         assert decision.sparsity == 0.0
@@ -310,13 +310,13 @@ def test_a_family_of_zeros_is_searched_all_the_same(moved, family, metric, polic
         if family in name:
             tensors[name].zero_()
     save_file(tensors, moved / "model" / "model.safetensors", metadata={"format": "pt"})
-    decision = search(load(moved / "recipe.yaml", [f"scores.metric={metric}", *policy]), moved / "run", quiet=True)
+    decision = search(load(moved / "recipe.yaml", [f"scores.metric={metric}", *policy]), moved / "run")
     assert decision.heldout_loss is not None and 0.35 < decision.sparsity < 0.55
     export_job.export(moved / "run", moved / "small")
 
 
 def test_the_same_seed_gives_the_same_bytes_twice(base, finished, tmp_path) -> None:
-    search(load(base / "recipe.yaml"), tmp_path / "again", quiet=True)
+    search(load(base / "recipe.yaml"), tmp_path / "again")
     for name in (DECISION_MASKS, REPAIR_FILE, DECISION_RECORD, SCORES_FILE):
         assert (tmp_path / "again" / name).read_bytes() == (finished / name).read_bytes()
     assert json.loads((tmp_path / "again" / DECISION_RECORD).read_text())["masks_sha256"]

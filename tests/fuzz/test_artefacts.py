@@ -39,7 +39,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PGPRUNE_CACHE", str(folder / "cache"))
-        search(load(find("demo"), [*SMALL, "repair.method=bias"]), folder / "run", quiet=True)
+        search(load(find("demo"), [*SMALL, "repair.method=bias"]), folder / "run")
         job.export(folder / "run", folder / "out")
     (folder / "run" / COSTS_FILE).write_text(json.dumps({"attention": [3, 4], "ffn": [1, 1]}))
     (folder / "run" / EVALUATION_FILE).write_text('{"perplexity": []}')

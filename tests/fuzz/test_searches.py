@@ -74,5 +74,5 @@ def test_searches(text: Path, data) -> None:
     with told("recipes, searched"):
         recipe = load(find("demo"), [*SMALL, f"calibration.corpus={text}", "repair.windows=8", *overrides])
         shutil.rmtree(text.parent / "run", ignore_errors=True)
-        decision = search(recipe, text.parent / "run", quiet=True)
+        decision = search(recipe, text.parent / "run")
         assert 0 <= decision.sparsity <= 1

@@ -201,7 +201,7 @@ def test_no_memory_for_one_window_is_an_error(monkeypatch) -> None:
 
 def test_a_search_on_the_chip_is_the_same_twice(small, tmp_path) -> None:
     recipe: Recipe = small(*LAYERS, "device=cuda")
-    first, second = (search(recipe, tmp_path / name, quiet=True) for name in ("first", "second"))
+    first, second = (search(recipe, tmp_path / name) for name in ("first", "second"))
     for name in (DECISION_MASKS, REPAIR_FILE):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
     assert first.heldout_loss == second.heldout_loss
@@ -218,20 +218,18 @@ def test_a_search_on_the_chip_resumes_bit_for_bit(small, tmp_path, monkeypatch) 
 
     recipe: Recipe = small(*LAYERS, "device=cuda")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    search(recipe, whole, quiet=True)
+    search(recipe, whole)
     monkeypatch.setattr(loops, "_one_step", stopped_after_two)
     with pytest.raises(loops.Interrupted):
-        search(recipe, cut, quiet=True)
+        search(recipe, cut)
     monkeypatch.setattr(loops, "_one_step", original)
-    search(recipe, cut, quiet=True)
+    search(recipe, cut)
     assert latest_checkpoint(cut).state.losses.tolist() == latest_checkpoint(whole).state.losses.tolist()
     assert (cut / DECISION_MASKS).read_bytes() == (whole / DECISION_MASKS).read_bytes()
 
 
 def test_a_search_on_the_chip_loses_what_one_on_the_cpu_does(small, tmp_path) -> None:
-    on_cpu, on_chip = (
-        search(small(*LAYERS, f"device={device}"), tmp_path / device, quiet=True) for device in ("cpu", "cuda")
-    )
+    on_cpu, on_chip = (search(small(*LAYERS, f"device={device}"), tmp_path / device) for device in ("cpu", "cuda"))
     assert on_chip.heldout_loss == pytest.approx(on_cpu.heldout_loss, rel=0.02)
     assert on_chip.sparsity == pytest.approx(on_cpu.sparsity, abs=1e-2)
 

@@ -114,9 +114,7 @@ def searched(*overrides: str, device: str = CHIP) -> None:
 
     recipe = load(find("demo"), [*SMALL, *overrides])
     with tempfile.TemporaryDirectory() as folder:
-        here, there = (
-            search(replace(recipe, device=where), Path(folder, where), quiet=True) for where in ("cpu", device)
-        )
+        here, there = (search(replace(recipe, device=where), Path(folder, where)) for where in ("cpu", device))
     assert abs(there.heldout_loss / here.heldout_loss - 1) < 0.02, (there.heldout_loss, here.heldout_loss)
     assert abs(there.sparsity - here.sparsity) < 0.01, (there.sparsity, here.sparsity)
 

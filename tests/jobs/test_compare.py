@@ -41,7 +41,7 @@ def test_every_method_has_its_rows_once(small, metric, method, own) -> None:
 
 
 def test_a_comparison_is_a_table_and_goes_on_where_it_was(recipe, tmp_path, monkeypatch) -> None:
-    table = compare(recipe, tmp_path, [0, 1], NAMES, limit=2, quiet=True)
+    table = compare(recipe, tmp_path, [0, 1], NAMES, limit=2)
     assert [row["name"] for row in table["rows"]] == ["dense", *NAMES]
     assert [len(row["runs"]) for row in table["rows"]] == [1, 1, 1, 2]
     assert read_record(tmp_path / COMPARISON_RECORD) == table
@@ -57,14 +57,14 @@ def test_a_comparison_is_a_table_and_goes_on_where_it_was(recipe, tmp_path, monk
 
     monkeypatch.setattr(job, "search", never)
     monkeypatch.setattr(job, "open_target", never)
-    assert compare(recipe, tmp_path, [0, 1], NAMES, limit=2, quiet=True) == table
-    few = compare(recipe, tmp_path, [0, 1], NAMES[:1], limit=2, quiet=True)
+    assert compare(recipe, tmp_path, [0, 1], NAMES, limit=2) == table
+    few = compare(recipe, tmp_path, [0, 1], NAMES[:1], limit=2)
     assert few == table  # the rows measured earlier stay, in their places
     with pytest.raises(UserError, match=r"its sparsity is 0\.5, not 0\.25; give another --out"):
         other = replace(recipe, budget=replace(recipe.budget, sparsity=0.25))
-        compare(other, tmp_path, [0, 1], NAMES, limit=2, quiet=True)
+        compare(other, tmp_path, [0, 1], NAMES, limit=2)
     with pytest.raises(UserError, match="measured with --max-windows 2"):
-        compare(recipe, tmp_path, [0], NAMES, limit=3, quiet=True)
+        compare(recipe, tmp_path, [0], NAMES, limit=3)
 
 
 def test_what_was_measured_with_other_settings_is_refused(small, tmp_path) -> None:
@@ -75,7 +75,7 @@ def test_what_was_measured_with_other_settings_is_refused(small, tmp_path) -> No
     def again(*overrides: str, only: str = "metric") -> str:
         recipe = small(f"evaluation.corpora=[tales={texts[0]}]", "evaluation.seqlen=[32]", *overrides)
         try:
-            compare(recipe, tmp_path / "table", [0], [only], limit=2, quiet=True)
+            compare(recipe, tmp_path / "table", [0], [only], limit=2)
         except UserError as refused:
             return str(refused)
         return ""
@@ -122,4 +122,4 @@ def test_texts_of_one_name_that_changed_places_are_other_texts(tmp_path) -> None
 def test_a_name_that_is_no_variants_is_refused(recipe, tmp_path) -> None:
     said = r"^--only metrics: no such variant, did you mean metric or metric-start\? expected one of random-uniform, "
     with pytest.raises(UserError, match=said):
-        compare(recipe, tmp_path, [0], ["metrics"], None, quiet=True)
+        compare(recipe, tmp_path, [0], ["metrics"], None)

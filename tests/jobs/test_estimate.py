@@ -31,8 +31,8 @@ def _a_rate_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_a_search_takes_as_many_forward_passes_as_were_said(overrides: tuple[str, ...], small, tmp_path: Path) -> None:
     recipe = small(*overrides)
-    said = estimate(recipe, quiet=True)["forward_passes"]
-    decision = search(recipe, tmp_path / "run", quiet=True)
+    said = estimate(recipe)["forward_passes"]
+    decision = search(recipe, tmp_path / "run")
     assert said == {
         "search": decision.forward_passes,
         "calibration": decision.calibration_forward_passes,
@@ -42,17 +42,17 @@ def test_a_search_takes_as_many_forward_passes_as_were_said(overrides: tuple[str
 
 def test_no_weights_are_needed(small, tmp_path: Path) -> None:
     shutil.copy(DEMO_MODEL / "config.json", tmp_path)
-    ours, demo = (estimate(small(f"model={name}"), quiet=True) for name in (tmp_path, "demo"))
+    ours, demo = (estimate(small(f"model={name}")) for name in (tmp_path, "demo"))
     assert ours == demo | {"model": str(tmp_path)}
     real = load_model(resolve("demo"), "float32", "cpu")
     assert demo["parameters"] == sum(parameter.numel() for parameter in real.parameters())
     assert demo["memory"]["weights"] == 4 * demo["parameters"]
-    assert estimate(small("dtype=bfloat16"), quiet=True)["memory"]["weights"] == 2 * demo["parameters"]
-    assert estimate(small("dtype=auto"), quiet=True) == demo
+    assert estimate(small("dtype=bfloat16"))["memory"]["weights"] == 2 * demo["parameters"]
+    assert estimate(small("dtype=auto")) == demo
 
 
 def test_time_is_flops_at_the_rates_measured(small) -> None:
-    said = estimate(small("dtype=float32"), quiet=True)
+    said = estimate(small("dtype=float32"))
     by_dtype = [pair for part in said["flops"].values() for pair in part.items()]
     assert said["seconds"] == pytest.approx(sum(n / (1e9 if dtype == "float64" else 2e9) for dtype, n in by_dtype))
     assert said["flops_per_second"] == {"float32": 2e9, "float64": 1e9}
@@ -69,4 +69,4 @@ def test_time_is_flops_at_the_rates_measured(small) -> None:
 def test_a_model_that_cannot_be_pruned_is_refused(config: str, fault: str, small, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(UserError, match=fault):
-        estimate(small(f"model={tmp_path}"), quiet=True)
+        estimate(small(f"model={tmp_path}"))

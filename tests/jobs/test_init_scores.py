@@ -19,7 +19,7 @@ from pgprune_cli.scores.metrics import METRICS
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_every_unit_gets_a_finite_score(metric, small, tmp_path) -> None:
-    made = init_scores(small(f"scores.metric={metric}"), tmp_path, quiet=True)
+    made = init_scores(small(f"scores.metric={metric}"), tmp_path)
     read = Scores.load(tmp_path)
     assert (read.metric, read.fingerprint) == (metric, made.fingerprint) == (metric, resolve("demo").fingerprint())
     config = load_model(resolve("demo"), "float32", "cpu").config
@@ -34,7 +34,7 @@ def test_every_unit_gets_a_finite_score(metric, small, tmp_path) -> None:
 
 
 def test_magnitude_is_the_size_of_a_units_weights(small, tmp_path) -> None:
-    scores = init_scores(small("scores.metric=magnitude"), tmp_path, quiet=True)
+    scores = init_scores(small("scores.metric=magnitude"), tmp_path)
     mlp = load_model(resolve("demo"), "float32", "cpu").model.layers[1].mlp
     weights = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T], dim=1).double()
     order = scores.tensors["layers.1.ffn"].argsort()
@@ -45,39 +45,39 @@ def test_magnitude_is_the_size_of_a_units_weights(small, tmp_path) -> None:
 def test_chance_is_seeded(small, tmp_path) -> None:
     def ffn(seed: int) -> list[float]:
         recipe = small("scores.metric=random", f"seed={seed}")
-        return init_scores(recipe, tmp_path, quiet=True).tensors["layers.0.ffn"].tolist()
+        return init_scores(recipe, tmp_path).tensors["layers.0.ffn"].tolist()
 
     assert ffn(0) == ffn(0)
     assert ffn(0) != ffn(1)
 
 
 def test_uniform_knows_no_difference(small, tmp_path) -> None:
-    scores = init_scores(small("scores.metric=uniform"), tmp_path, quiet=True)
+    scores = init_scores(small("scores.metric=uniform"), tmp_path)
     assert {value for tensor in scores.tensors.values() for value in tensor.tolist()} == {1.0}
 
 
 def test_only_a_calibrated_metric_reads_text(small, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(job, "calibration_text", None)
-    init_scores(small("scores.metric=magnitude"), tmp_path, quiet=True)
+    init_scores(small("scores.metric=magnitude"), tmp_path)
     with pytest.raises(TypeError):
-        init_scores(small("scores.metric=wanda-sp"), tmp_path, quiet=True)
+        init_scores(small("scores.metric=wanda-sp"), tmp_path)
 
 
 def test_the_text_matters_to_a_calibrated_metric(small, tmp_path) -> None:
     other = tmp_path / "numbers.txt"
     other.write_text("1 2 3 4 5 6 7 8 9 10 11 12 " * 200)
-    one = init_scores(small(), tmp_path, quiet=True)
-    two = init_scores(small(f"calibration.corpus={other}"), tmp_path, quiet=True)
+    one = init_scores(small(), tmp_path)
+    two = init_scores(small(f"calibration.corpus={other}"), tmp_path)
     assert not torch.equal(one.tensors["layers.0.ffn"], two.tensors["layers.0.ffn"])
 
 
 def test_scores_that_are_no_numbers_fail_the_run_and_leave_the_old_ones(small, tmp_path, monkeypatch) -> None:
-    init_scores(small("scores.metric=magnitude"), tmp_path, quiet=True)
+    init_scores(small("scores.metric=magnitude"), tmp_path)
     before = (tmp_path / SCORES_FILE).read_bytes()
     bad = torch.tensor([1.0, 1.0, float("nan"), 1.0], dtype=torch.float64)
     monkeypatch.setattr(job, "score", lambda *_: {"layers.0.attention": bad})
     with pytest.raises(RunError) as error:
-        init_scores(small(), tmp_path, quiet=True)
+        init_scores(small(), tmp_path)
     assert str(error.value) == (
         "layers.0.attention: the metric obs gave NaN or infinity; try dtype float32 or bfloat16"
     )
@@ -85,8 +85,8 @@ def test_scores_that_are_no_numbers_fail_the_run_and_leave_the_old_ones(small, t
 
 
 def test_scoring_again_replaces_the_scores(small, tmp_path) -> None:
-    init_scores(small("scores.metric=magnitude"), tmp_path, quiet=True)
-    init_scores(small("scores.metric=uniform"), tmp_path, quiet=True)
+    init_scores(small("scores.metric=magnitude"), tmp_path)
+    init_scores(small("scores.metric=uniform"), tmp_path)
     assert Scores.load(tmp_path).metric == "uniform"
     assert {path.name for path in tmp_path.iterdir()} == {SCORES_FILE, PROVENANCE_FILE}
     assert len(read_provenance(tmp_path)) == 2
@@ -106,7 +106,7 @@ def test_scores_of_earlier_runs_stay_readable(metric, tmp_path) -> None:
 def test_damaged_and_foreign_scores_are_refused(small, tmp_path) -> None:
     from safetensors.torch import save_file
 
-    init_scores(small("scores.metric=uniform"), tmp_path, quiet=True)
+    init_scores(small("scores.metric=uniform"), tmp_path)
     whole = (tmp_path / SCORES_FILE).read_bytes()
     (tmp_path / SCORES_FILE).write_bytes(whole[: len(whole) // 2])
     with pytest.raises(UserError, match=r"scores\.safetensors: "):
@@ -123,7 +123,7 @@ def flipped(content: bytes, place: int) -> bytes:
 
 
 def test_every_flipped_bit_of_scores_is_noticed(small, tmp_path) -> None:
-    init_scores(small("scores.metric=magnitude"), tmp_path, quiet=True)
+    init_scores(small("scores.metric=magnitude"), tmp_path)
     whole = (tmp_path / SCORES_FILE).read_bytes()
     for place in range(0, len(whole), 13):
         (tmp_path / SCORES_FILE).write_bytes(flipped(whole, place))
@@ -134,7 +134,7 @@ def test_every_flipped_bit_of_scores_is_noticed(small, tmp_path) -> None:
 def test_scores_of_a_newer_pgprune_are_refused(small, tmp_path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(scores, "VERSION", 2)
-        init_scores(small("scores.metric=uniform"), tmp_path, quiet=True)
+        init_scores(small("scores.metric=uniform"), tmp_path)
     with pytest.raises(UserError, match=r"of a newer pgprune \(version 2, this one reads 1\); upgrade pgprune"):
         Scores.load(tmp_path)
 

@@ -100,7 +100,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, token_cache: str):
     def run_of(recipe: Recipe) -> tuple:
         if recipe not in done:
             run = tmp_path_factory.mktemp("whole")
-            search(recipe, run, quiet=True)
+            search(recipe, run)
             done[recipe] = result_of(run)
         return done[recipe]
 
@@ -116,18 +116,18 @@ def test_a_search_stopped_at_any_step_ends_as_if_it_never_was(step, estimator, s
     recipe = small(f"search.estimator={estimator}")
     signum = (signal.SIGINT, signal.SIGTERM)[step % 2]
     with after_step(step, kill_self(signum)), pytest.raises(Interrupted) as stopped:
-        search(recipe, tmp_path, quiet=True)
+        search(recipe, tmp_path)
     assert (stopped.value.signum, stopped.value.step) == (signum, step)
     assert not (tmp_path / DECISION_RECORD).exists()
-    search(recipe, tmp_path, quiet=True)
+    search(recipe, tmp_path)
     assert result_of(tmp_path) == whole(recipe)
 
 
 def test_a_search_stopped_at_every_step_ends_as_if_it_never_was(small, whole, tmp_path) -> None:
     for step in range(1, STEPS):
         with after_step(step, kill_self(signal.SIGINT)), pytest.raises(Interrupted):
-            search(small(), tmp_path, quiet=True)
-    search(small(), tmp_path, quiet=True)
+            search(small(), tmp_path)
+    search(small(), tmp_path)
     assert result_of(tmp_path) == whole(small())
 
 
@@ -135,32 +135,32 @@ def test_a_search_stopped_at_every_step_ends_as_if_it_never_was(small, whole, tm
 def test_a_power_cut_costs_only_the_steps_since_the_last_checkpoint(step, small, whole, tmp_path) -> None:
     recipe = small("search.checkpoint_every=2")
     with after_step(step, cut_power), pytest.raises(PowerCut):
-        search(recipe, tmp_path, quiet=True)
+        search(recipe, tmp_path)
     saved = latest_checkpoint(tmp_path)
     assert (saved.state.step if saved else 0) == (step - 1) // 2 * 2
-    search(recipe, tmp_path, quiet=True)
+    search(recipe, tmp_path)
     assert result_of(tmp_path) == whole(small())
 
 
 def test_a_stop_in_the_last_step_is_a_stop_too(small, whole, tmp_path) -> None:
     """The repair behind it may take long, and a comparison has other searches to come."""
     with after_step(STEPS, kill_self(signal.SIGINT)), pytest.raises(Interrupted):
-        search(small(), tmp_path, quiet=True)
-    search(small(), tmp_path, quiet=True)
+        search(small(), tmp_path)
+    search(small(), tmp_path)
     assert result_of(tmp_path) == whole(small())
 
 
 def test_the_signals_mean_what_they_meant_before(small, tmp_path) -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with after_step(1, kill_self(signal.SIGTERM)), pytest.raises(Interrupted):
-        search(small(), tmp_path, quiet=True)
+        search(small(), tmp_path)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_a_finished_run_answers_without_a_model(small, tmp_path, monkeypatch) -> None:
-    first = search(small(), tmp_path, quiet=True)
+    first = search(small(), tmp_path)
     monkeypatch.setattr("pgprune_cli.jobs.search.load_model", None)
-    again = search(small(), tmp_path, quiet=True)
+    again = search(small(), tmp_path)
     assert again.heldout_loss == first.heldout_loss
     for one, other in zip(again.keep, first.keep, strict=True):
         assert torch.equal(one.attention, other.attention)
@@ -177,13 +177,13 @@ def test_the_seed_decides(small, whole) -> None:
 @pytest.fixture
 def stopped(small, tmp_path) -> Path:
     with after_step(2, kill_self(signal.SIGINT)), pytest.raises(Interrupted):
-        search(small(), tmp_path, quiet=True)
+        search(small(), tmp_path)
     return tmp_path
 
 
 def refusal(recipe: Recipe, run: Path) -> str:
     with pytest.raises(UserError) as error:
-        search(recipe, run, quiet=True)
+        search(recipe, run)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -196,12 +196,12 @@ def test_another_recipe_is_refused(stopped, small) -> None:
 
 
 def test_a_finished_run_of_another_recipe_is_refused(small, tmp_path) -> None:
-    search(small(), tmp_path, quiet=True)
+    search(small(), tmp_path)
     assert "seed: 0 → seed: 3" in refusal(small("seed=3"), tmp_path)
 
 
 def test_what_changes_no_result_may_change(stopped, small, whole) -> None:
-    search(small("search.checkpoint_every=1", "evaluation.seqlen=[64]"), stopped, quiet=True)
+    search(small("search.checkpoint_every=1", "evaluation.seqlen=[64]"), stopped)
     assert result_of(stopped) == whole(small())
 
 
@@ -230,7 +230,7 @@ def test_a_history_with_another_digit_is_refused(stopped, small) -> None:
     history.write_text(whole.replace('"step": 1,', '"step": 7,'))
     assert refusal(small(), stopped).startswith(f"{history}: damaged: not what was written; put it back, or ")
     history.write_text(whole + '{"step": 9')  # what was written after the checkpoint goes
-    assert search(small(), stopped, quiet=True)
+    assert search(small(), stopped)
 
 
 def test_scores_changed_under_a_search_are_refused(stopped, small) -> None:
@@ -243,7 +243,7 @@ def test_scores_changed_under_a_search_are_refused(stopped, small) -> None:
 
 
 def test_scores_of_another_model_are_refused(small, tmp_path) -> None:
-    scores = init_scores(small(), tmp_path, quiet=True)
+    scores = init_scores(small(), tmp_path)
     Scores(scores.tensors, scores.metric, "0" * 64).save(tmp_path)
     assert refusal(small(), tmp_path) == (
         f"{tmp_path / SCORES_FILE}: scores of another model than demo; run `pgprune init-scores`"
@@ -276,7 +276,7 @@ def broken_losses(monkeypatch):
 
 def test_bad_losses_are_skipped_and_counted(small, tmp_path, broken_losses) -> None:
     broken_losses(lambda call: [float("nan"), None, float("inf")] if call == 1 else [None])
-    search(small("search.masks_per_step=4", "search.forward_passes=24"), tmp_path, quiet=True)
+    search(small("search.masks_per_step=4", "search.forward_passes=24"), tmp_path)
     rows = rows_of(tmp_path)
     assert [row["skipped"] for row in rows] == [0, 2, 2, 2, 2, 2]
     assert [loss is None for loss in rows[1]["losses"]] == [True, False, True, False]
@@ -286,7 +286,7 @@ def test_bad_losses_are_skipped_and_counted(small, tmp_path, broken_losses) -> N
 def test_a_search_whose_every_loss_is_bad_stops(small, tmp_path, broken_losses) -> None:
     broken_losses(lambda call: [float("nan")] * 2 if call >= 1 else [None])
     with pytest.raises(RunError) as error:
-        search(small("search.forward_passes=60"), tmp_path, quiet=True)
+        search(small("search.forward_passes=60"), tmp_path)
     assert str(error.value) == (
         f"step {1 + BAD_STEPS}: no finite loss in {BAD_STEPS} steps; the model overflows in float32: "
         "try dtype float32 or bfloat16, or a lower sparsity"
@@ -303,7 +303,7 @@ def test_a_search_goes_on_where_memory_runs_out(small, whole, tmp_path, monkeypa
         return original(model, tokens)
 
     monkeypatch.setattr(masked, "summed_loss", summed_loss)
-    search(small(), tmp_path, quiet=True)
+    search(small(), tmp_path)
     masks, rows, theta = whole(small())
     assert (tmp_path / DECISION_MASKS).read_bytes() == masks
     for row, expected in zip(rows_of(tmp_path), rows, strict=True):
@@ -325,7 +325,7 @@ def policy_of(recipe: Recipe, run: Path):
 
 def test_without_steps_the_metric_decides(small, tmp_path) -> None:
     recipe = small("search.forward_passes=0")
-    decision = search(recipe, tmp_path, quiet=True)
+    decision = search(recipe, tmp_path)
     evaluator, space, budget, theta = policy_of(recipe, tmp_path)
     expected = evaluator.shape.keep(space, hard_mask(theta, space, budget))
     for one, other in zip(decision.keep, expected, strict=True):
@@ -335,8 +335,8 @@ def test_without_steps_the_metric_decides(small, tmp_path) -> None:
 
 
 def test_the_heldout_loss_is_the_hard_masks_on_text_never_searched(small, tmp_path) -> None:
-    decision = search(small(), tmp_path, quiet=True)
-    text = load_text(small(), resolve("demo"), quiet=True)
+    decision = search(small(), tmp_path)
+    text = load_text(small(), resolve("demo"))
     evaluator = Evaluator(load_model(resolve("demo"), "float32", "cpu"))
     with evaluator.shrunk(decision.keep) as model, torch.inference_mode():
         loss = model(input_ids=text.heldout, labels=text.heldout).loss
@@ -355,7 +355,7 @@ def test_the_budget_is_met_within_one_unit(families, sparsity, scope, small, tmp
     recipe = small(
         f"units.families={families}", f"budget.sparsity={sparsity}", f"budget.scope={scope}", "search.forward_passes=4"
     )
-    decision = search(recipe, tmp_path, quiet=True)
+    decision = search(recipe, tmp_path)
     _, space, _, _ = policy_of(recipe, tmp_path)
     groups = [space.slice_of(family.name) for family in space.families]
     for units in groups if scope == "per-family" else [slice(0, space.n)]:
@@ -367,7 +367,7 @@ def test_the_budget_is_met_within_one_unit(families, sparsity, scope, small, tmp
 
 def test_sparsity_is_of_parameters_whatever_the_budget_is_of(small, tmp_path) -> None:
     recipe = small("budget.measure=flops", "budget.scope=global", "budget.context=4096", "search.forward_passes=4")
-    decision = search(recipe, tmp_path, quiet=True)
+    decision = search(recipe, tmp_path)
     _, parameters, _, _ = policy_of(recipe, tmp_path)
     removed = removed_of(decision, recipe, parameters, slice(0, parameters.n))
     assert decision.sparsity == pytest.approx(removed / int(parameters.costs.sum()))
@@ -380,9 +380,9 @@ def test_a_latency_is_measured_once_in_a_run(small, tmp_path, monkeypatch) -> No
     """Were it measured again, the budget would be another one, and the search not the one that was stopped."""
     recipe = small("budget.measure=latency", "budget.context=32")
     with after_step(2, kill_self(signal.SIGINT)), pytest.raises(Interrupted):
-        search(recipe, tmp_path, quiet=True)
+        search(recipe, tmp_path)
     monkeypatch.setattr("pgprune_cli.search.costs.measure_latency", None)
-    decision = search(recipe, tmp_path, quiet=True)
+    decision = search(recipe, tmp_path)
     assert decision.budget["of"] == "latency"
     assert 0.4 < decision.budget["kept"] <= 0.5
 
@@ -409,17 +409,17 @@ def removed_of(decision, recipe: Recipe, space, units: slice) -> int:
 
 def test_scores_are_made_where_there_are_none_and_taken_where_there_are(small, tmp_path) -> None:
     alone, after = tmp_path / "alone", tmp_path / "after"
-    search(small(), alone, quiet=True)
-    init_scores(small(), after, quiet=True)
-    search(small(), after, quiet=True)
+    search(small(), alone)
+    init_scores(small(), after)
+    search(small(), after)
     assert result_of(alone) == result_of(after)
     for name, values in Scores.load(alone).tensors.items():
         assert torch.equal(values, Scores.load(after).tensors[name])
 
 
 def test_the_metric_that_made_the_scores_is_what_is_recorded(small, tmp_path) -> None:
-    init_scores(small("scores.metric=magnitude"), tmp_path, quiet=True)
-    decision = search(small(), tmp_path, quiet=True)
+    init_scores(small("scores.metric=magnitude"), tmp_path)
+    decision = search(small(), tmp_path)
     assert "metric: magnitude" in decision.recipe
     assert "metric: magnitude" in (tmp_path / "recipe.yaml").read_text()
 
@@ -428,10 +428,10 @@ def test_the_metric_that_made_the_scores_is_what_is_recorded(small, tmp_path) ->
 def test_the_shipped_demo_search_beats_the_metric_alone(seed, tmp_path) -> None:
     """The whole recipe of `make demo`. Measured: from 1.506 to 1.062, 1.061 and 1.065 nats per token."""
     alone = [f"seed={seed}", "search.forward_passes=0", "search.policy=units", "repair.method=none"]
-    metric_only = search(load(find("demo"), alone), tmp_path / "metric", quiet=True)
+    metric_only = search(load(find("demo"), alone), tmp_path / "metric")
     (tmp_path / "searched").mkdir()
     shutil.copyfile(tmp_path / "metric" / SCORES_FILE, tmp_path / "searched" / SCORES_FILE)
-    searched = search(load(find("demo"), [f"seed={seed}"]), tmp_path / "searched", quiet=True)
+    searched = search(load(find("demo"), [f"seed={seed}"]), tmp_path / "searched")
     assert searched.sparsity == pytest.approx(metric_only.sparsity, abs=1e-3)
     assert searched.heldout_loss < metric_only.heldout_loss - 0.3
 
@@ -446,10 +446,10 @@ LAYERS += ("repair.windows=8", "calibration.windows=24", "scores.metric=obs")
 def test_a_search_over_widths_resumes_bit_for_bit_and_repairs_the_same(step, small, tmp_path) -> None:
     recipe = small(*LAYERS)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    first = search(recipe, whole, quiet=True)
+    first = search(recipe, whole)
     with after_step(step, kill_self(signal.SIGINT)), pytest.raises(Interrupted):
-        search(recipe, cut, quiet=True)
-    second = search(recipe, cut, quiet=True)
+        search(recipe, cut)
+    second = search(recipe, cut)
     assert rows_of(cut) == rows_of(whole)
     for name in (DECISION_MASKS, REPAIR_FILE):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
@@ -461,9 +461,9 @@ def test_a_search_over_widths_resumes_bit_for_bit_and_repairs_the_same(step, sma
 def test_the_repair_lowers_the_loss_and_is_what_the_decision_carries(small, tmp_path) -> None:
     # of fewer windows it learns too much by heart
     enough = ("search.policy=units", "search.forward_passes=0", "calibration.windows=132", "scores.metric=obs")
-    plain = search(small(*enough), tmp_path / "plain", quiet=True)
+    plain = search(small(*enough), tmp_path / "plain")
     recipe = small(*enough, "repair.method=least-squares")
-    repaired = search(recipe, tmp_path / "repaired", quiet=True)
+    repaired = search(recipe, tmp_path / "repaired")
     assert repaired.heldout_loss < plain.heldout_loss
     assert (repaired.sparsity, repaired.budget) == (plain.sparsity, plain.budget)
     for one, other in zip(repaired.keep, plain.keep, strict=True):  # the units that were searched
@@ -472,7 +472,7 @@ def test_the_repair_lowers_the_loss_and_is_what_the_decision_carries(small, tmp_
     assert again.keys() == repaired.outputs.keys() != set()
     assert all(torch.equal(again[key].weight, repaired.outputs[key].weight) for key in again)
     evaluator = Evaluator(load_model(resolve("demo"), "float32", "cpu"))
-    heldout = load_text(recipe, resolve("demo"), quiet=True).heldout
+    heldout = load_text(recipe, resolve("demo")).heldout
     with evaluator.shrunk(Decision.load(tmp_path / "repaired").keep, again) as model, torch.inference_mode():
         assert model(input_ids=heldout, labels=heldout).loss.item() == pytest.approx(repaired.heldout_loss, rel=1e-5)
     (tmp_path / "repaired" / REPAIR_FILE).write_bytes(b"cut")
@@ -485,7 +485,7 @@ def test_a_search_over_widths_leaves_the_choice_of_units_to_the_repair(small, tm
     for method in ("none", "least-squares"):
         layers = ("search.policy=widths", "search.forward_passes=0", "scores.metric=obs")
         recipe = small(*layers, f"repair.method={method}")
-        decision = search(recipe, tmp_path / method, quiet=True)
+        decision = search(recipe, tmp_path / method)
         scores = Scores.load(tmp_path / method).tensors
         channels = {f"layers.{index}.ffn": layer.ffn for index, layer in enumerate(decision.keep)}
         kept[method] = all(mask[scores[name].topk(int(mask.sum())).indices].all() for name, mask in channels.items())
@@ -494,4 +494,4 @@ def test_a_search_over_widths_leaves_the_choice_of_units_to_the_repair(small, tm
 
 def test_widths_of_whole_blocks_are_refused(small, tmp_path) -> None:
     with pytest.raises(UserError, match="layer is kept or removed as a whole"):
-        search(small(*LAYERS, "units.families=[layer]"), tmp_path, quiet=True)
+        search(small(*LAYERS, "units.families=[layer]"), tmp_path)

@@ -50,12 +50,12 @@ def test_accuracies_are_those_of_a_plain_loop_for_the_run_and_its_export(
     harness, run: Path, task: Path, tmp_path: Path
 ) -> None:
     export(run, tmp_path / "exported")
-    tasks = load_tasks([str(task)], quiet=True)
+    tasks = load_tasks([str(task)])
     found = {}
     for name in (str(run), str(tmp_path / "exported"), "demo"):
-        target = open_target(name, None, "cpu", quiet=True)
+        target = open_target(name, None, "cpu")
         before = {key: value.clone() for key, value in target.model.state_dict().items()}
-        rows = measure_tasks(target, tasks, None, quiet=True)
+        rows = measure_tasks(target, tasks, None)
         with target.ready() as model:
             expected = by_hand(model, load_tokenizer(target.source), items_of(12))
         assert values(rows) == pytest.approx(expected)
@@ -68,8 +68,8 @@ def test_accuracies_are_those_of_a_plain_loop_for_the_run_and_its_export(
 
 
 def test_a_limit_takes_the_first_items(harness, task: Path) -> None:
-    target = open_target("demo", None, "cpu", quiet=True)
-    rows = measure_tasks(target, load_tasks([str(task)], quiet=True), 5, quiet=True)
+    target = open_target("demo", None, "cpu")
+    rows = measure_tasks(target, load_tasks([str(task)]), 5)
     assert values(rows) == pytest.approx(by_hand(target.model, load_tokenizer(target.source), items_of(5)))
     assert {row["items"] for row in rows} == {5}
 
@@ -85,10 +85,10 @@ def test_a_group_is_one_row_a_metric_its_own(harness, task: Path, tmp_path: Path
     }
     (tmp_path / "groups").mkdir()
     (tmp_path / "groups" / "both.yaml").write_text(json.dumps(group))
-    target = open_target("demo", None, "cpu", quiet=True)
+    target = open_target("demo", None, "cpu")
     both: Any = TaskManager(include_path=str(tmp_path / "groups"), include_defaults=False).load(["both"])
-    (row,) = measure_tasks(target, both, None, quiet=True)
-    alone = values(measure_tasks(target, load_tasks([str(task)], quiet=True), None, quiet=True))
+    (row,) = measure_tasks(target, both, None)
+    alone = values(measure_tasks(target, load_tasks([str(task)]), None))
     assert (row["task"], row["metric"], row["items"]) == ("both", "acc", 24)
     assert row["value"] == pytest.approx(alone["acc"])
 
@@ -96,17 +96,17 @@ def test_a_group_is_one_row_a_metric_its_own(harness, task: Path, tmp_path: Path
 def test_the_file_of_a_group_is_refused(harness, tmp_path: Path) -> None:
     (tmp_path / "both.yaml").write_text("group: both\ntask: [one, other]\n")
     with pytest.raises(UserError, match=r"both\.yaml: a group, which the harness reads by name only"):
-        load_tasks([str(tmp_path / "both.yaml")], quiet=True)
+        load_tasks([str(tmp_path / "both.yaml")])
 
 
 def test_what_was_measured_stays_in_the_run_and_stands_in_the_model_card(
     harness, run: Path, task: Path, tmp_path: Path
 ) -> None:
-    target = open_target(str(run), None, "cpu", quiet=True)
-    empty = evaluate(target, [], [32], None, quiet=True)
+    target = open_target(str(run), None, "cpu")
+    empty = evaluate(target, [], [32], None)
     perplexity = [{"corpus": "tales", "seqlen": 32, "ppl": 5.0, "tokens": 100}]
     remember(target, empty | {"perplexity": perplexity})
-    rows = measure_tasks(target, load_tasks([str(task)], quiet=True), None, quiet=True)
+    rows = measure_tasks(target, load_tasks([str(task)]), None)
     remember(target, empty | {"tasks": rows})
     assert read_record(run / EVALUATION_FILE) == empty | {"perplexity": perplexity, "tasks": rows}
     export(run, tmp_path / "exported")
@@ -134,12 +134,12 @@ def test_without_the_harness_the_extra_is_named(monkeypatch) -> None:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"^--tasks needs the extra: pip install 'pgprune\[eval\]'"):
-        load_tasks(["hellaswag"], quiet=True)
+        load_tasks(["hellaswag"])
 
 
 def test_an_unknown_task_is_refused_with_the_one_that_may_be_meant(harness) -> None:
     with pytest.raises(UserError) as error:
-        load_tasks(["helaswag"], quiet=True)
+        load_tasks(["helaswag"])
     expected = "--tasks helaswag: no file, and no task of the harness (`lm_eval ls tasks`), did you mean hellaswag?"
     assert str(error.value) == expected
 
@@ -150,7 +150,7 @@ def test_a_task_file_that_is_wrong_is_refused_in_one_line(harness, task: Path, t
     for text in ("no: task", "a: [", json.dumps(described)):
         task.write_text(text)
         with pytest.raises(UserError) as error:
-            load_tasks([str(task)], quiet=True)
+            load_tasks([str(task)])
         assert str(error.value).startswith(f"--tasks {task}: cannot be loaded: ")
         assert "\n" not in str(error.value)
 

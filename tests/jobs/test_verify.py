@@ -64,7 +64,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("searched") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PGPRUNE_CACHE", str(run.parent / "cache"))
-        search(load(find("demo"), [*SMALL, "search.checkpoint_every=2", "repair.method=bias"]), run, quiet=True)
+        search(load(find("demo"), [*SMALL, "search.checkpoint_every=2", "repair.method=bias"]), run)
     (run / EVALUATION_FILE).write_text("{}")
     (run / COSTS_FILE).write_text(json.dumps({"attention": [3, 4], "ffn": [1, 1]}))
     return run

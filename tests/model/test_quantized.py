@@ -522,8 +522,8 @@ def test_a_search_is_repaired_on_rounded_weights_and_exported_from_stored_ones(
 ) -> None:
     run = tmp_path / "run"
     recipe = small(*WIDTH_SEARCH, "dtype=float32", f"weights={kind}", "calibration.windows=24")
-    decision: Decision = search(recipe, run, quiet=True)
-    plain = search(small(*WIDTH_SEARCH, "dtype=float32", "calibration.windows=24"), tmp_path / "plain", quiet=True)
+    decision: Decision = search(recipe, run)
+    plain = search(small(*WIDTH_SEARCH, "dtype=float32", "calibration.windows=24"), tmp_path / "plain")
     assert decision.heldout_loss == pytest.approx(plain.heldout_loss, rel=0.05)
     assert decision.heldout_loss != plain.heldout_loss
     export(run, tmp_path / "model", options_of("hf", "float32", None, False, 1, 1))
@@ -540,15 +540,15 @@ def test_a_metric_with_gradients_is_refused(kind: str, small, tmp_path: Path) ->
     recipe = small(f"weights={kind}", "scores.metric=taylor")
     for job in (search, init_scores):
         with pytest.raises(UserError) as caught:
-            job(recipe, tmp_path / "run", quiet=True)
+            job(recipe, tmp_path / "run")
         assert str(caught.value) == (
             f"scores.metric: taylor takes gradients, which {kind} weights have not; set weights to dtype, or take a "
             "metric without, such as obs"
         )
     with pytest.raises(UserError, match="taylor takes gradients"):
-        estimate(recipe, quiet=True)
+        estimate(recipe)
     with pytest.raises(UserError, match="taylor takes gradients"):
-        compare(small(f"weights={kind}"), tmp_path / "out", [0], ["llm-pruner"], None, quiet=True)
+        compare(small(f"weights={kind}"), tmp_path / "out", [0], ["llm-pruner"], None)
 
 
 def test_a_latency_of_fp8_is_refused(small, tmp_path: Path) -> None:
@@ -556,11 +556,11 @@ def test_a_latency_of_fp8_is_refused(small, tmp_path: Path) -> None:
         with pytest.raises(
             UserError, match=r"budget\.of: a latency would be that of fp8 products, and exports have none"
         ):
-            job(small("weight_format=fp8", "budget.measure=latency"), tmp_path / "run", quiet=True)
+            job(small("weight_format=fp8", "budget.measure=latency"), tmp_path / "run")
 
 
 def test_a_dry_run_knows_of_it(small) -> None:
-    plain, int8, fp8 = (estimate(small("dtype=bfloat16", f"weights={w}"), quiet=True) for w in ("dtype", *KINDS))
+    plain, int8, fp8 = (estimate(small("dtype=bfloat16", f"weights={w}")) for w in ("dtype", *KINDS))
     assert int8["parameters"] == fp8["parameters"] == plain["parameters"]
     assert int8["memory"]["weights"] < fp8["memory"]["weights"] < 1.1 * int8["memory"]["weights"]  # wider scales
     assert fp8["memory"]["slices"] < plain["memory"]["slices"]

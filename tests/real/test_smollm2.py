@@ -54,7 +54,7 @@ def short_recipe(model: str, corpus: Path, forward_passes: int) -> Recipe:
 
 def test_the_dense_model_has_its_known_perplexity(model: str, shared: Path) -> None:
     """55.3 on 128 windows of 128 tokens, measured independently of this code with bfloat16 weights."""
-    target = open_target(model, "bfloat16", "cpu", quiet=True)
+    target = open_target(model, "bfloat16", "cpu")
     tokens = tokens_of(str(shared / "data" / "wikitext2.test.txt"), "evaluation", load_tokenizer(target.source))
     found, predicted = perplexity(target.model, tokens, seqlen=128, limit=128)
     assert predicted == 128 * 127
@@ -65,18 +65,18 @@ def test_a_short_search_beats_the_metric_and_its_export_is_the_masked_model(
     model: str, shared: Path, tmp_path: Path
 ) -> None:
     corpus = shared / "data" / "c4.sample.txt"
-    init_scores(short_recipe(model, corpus, 0), tmp_path / "metric", quiet=True)
-    metric_only = search(short_recipe(model, corpus, 0), tmp_path / "metric", quiet=True)
+    init_scores(short_recipe(model, corpus, 0), tmp_path / "metric")
+    metric_only = search(short_recipe(model, corpus, 0), tmp_path / "metric")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "scores.safetensors").write_bytes((tmp_path / "metric" / "scores.safetensors").read_bytes())
-    searched = search(short_recipe(model, corpus, 24), tmp_path / "run", quiet=True)
+    searched = search(short_recipe(model, corpus, 24), tmp_path / "run")
     assert searched.sparsity == pytest.approx(0.3, abs=1e-3)
     assert searched.heldout_loss < metric_only.heldout_loss - 0.5
 
     written = export(tmp_path / "run", tmp_path / "small")
     assert written.parameters_after < 0.8 * written.parameters_before
-    masked = open_target(str(tmp_path / "run"), "bfloat16", "cpu", quiet=True)
-    exported = open_target(str(tmp_path / "small"), "bfloat16", "cpu", quiet=True)
+    masked = open_target(str(tmp_path / "run"), "bfloat16", "cpu")
+    exported = open_target(str(tmp_path / "small"), "bfloat16", "cpu")
     assert exported.parameters() == masked.parameters() == written.parameters_after
     tokenizer = load_tokenizer(resolve(str(tmp_path / "small")))
     tokens = tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt")["input_ids"]
@@ -93,7 +93,7 @@ def test_accuracies_are_those_of_a_plain_loop_on_hellaswag(model: str, shared: P
     lines = (shared / "data" / "hellaswag.dev.jsonl").read_text().splitlines()[:20]
     (tmp_path / "hellaswag.jsonl").write_text("\n".join(lines))
     task = task_file(tmp_path, tmp_path / "hellaswag.jsonl", "hellaswag_local")
-    target = open_target(model, "float32", "cpu", quiet=True)
-    rows = measure_tasks(target, load_tasks([str(task)], quiet=True), None, quiet=True)
+    target = open_target(model, "float32", "cpu")
+    rows = measure_tasks(target, load_tasks([str(task)]), None)
     expected = by_hand(target.model, load_tokenizer(target.source), [json.loads(line) for line in lines])
     assert {row["metric"]: row["value"] for row in rows} == pytest.approx(expected)

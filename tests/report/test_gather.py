@@ -75,7 +75,7 @@ def test_the_kept_cells_are_the_decision(policy, finished) -> None:
 def test_blocks_that_go_as_a_whole_have_a_cell_a_layer(finished, tmp_path) -> None:
     recipe = tmp_path / "whole.yaml"
     recipe.write_text((finished["units"] / "recipe.yaml").read_text().replace("[attention, ffn]", "[attention-block]"))
-    search(load(recipe, ["search.forward_passes=2"]), tmp_path / "run", quiet=True)
+    search(load(recipe, ["search.forward_passes=2"]), tmp_path / "run")
     run = read_run(tmp_path / "run", "it")
     assert run.units == {"attention-block": [1] * LAYERS}
     assert [cell["units"] for cell in theta_cells(run)["attention-block"]] == ["the whole layer"] * LAYERS

@@ -79,7 +79,7 @@ def test_a_pruned_model_gets_better_and_stays_what_it_was(
     held = tmp_path / "held.txt"
     held.write_text(generate(seed=10, characters=10_000))
     before, after = (
-        evaluate(open_target(str(where), None, "cpu", quiet=True), [Corpus("held", str(held))], [32], None, quiet=True)
+        evaluate(open_target(str(where), None, "cpu"), [Corpus("held", str(held))], [32], None)
         for where in (pruned, better)
     )
     assert (after["parameters"], after["dtype"]) == (before["parameters"], before["dtype"])

@@ -26,7 +26,7 @@ def recipe_with(families: tuple[str, ...] = ("attention", "ffn"), **budget) -> R
 
 
 def test_parameters_are_what_a_budget_counts_unless_it_says_otherwise(tmp_path: Path) -> None:
-    space, budget = budget_for(recipe_with(), EVALUATOR, tmp_path, "abc", quiet=True)
+    space, budget = budget_for(recipe_with(), EVALUATOR, tmp_path, "abc")
     assert space == EVALUATOR.shape.space(("attention", "ffn"))
     assert [c.kept for c in budget] == [4 * 4 * 1536 // 2, 4 * 24 * 96 // 2]
     assert list(tmp_path.iterdir()) == []
@@ -34,22 +34,22 @@ def test_parameters_are_what_a_budget_counts_unless_it_says_otherwise(tmp_path: 
 
 def test_flops_and_kv_cache_are_counted_at_the_context(tmp_path: Path) -> None:
     at = {"families": ("attention",), "context": 64}
-    space, _ = budget_for(recipe_with(of="flops", **at), EVALUATOR, tmp_path, "abc", quiet=True)
+    space, _ = budget_for(recipe_with(of="flops", **at), EVALUATOR, tmp_path, "abc")
     assert space.pair_costs.tolist() == list(costs.flops(EVALUATOR.model, 64).attention)
-    space, _ = budget_for(recipe_with(of="kv-cache", **at), EVALUATOR, tmp_path, "abc", quiet=True)
+    space, _ = budget_for(recipe_with(of="kv-cache", **at), EVALUATOR, tmp_path, "abc")
     assert space.pair_costs.tolist() == list(costs.kv_cache(EVALUATOR.model, 64).attention)
 
 
 def test_latency_is_measured_into_the_run_directory(tmp_path: Path) -> None:
     recipe = recipe_with(of="latency", context=16)
-    space, budget = budget_for(recipe, EVALUATOR, tmp_path, "abc", quiet=True)
+    space, budget = budget_for(recipe, EVALUATOR, tmp_path, "abc")
     assert (tmp_path / costs.COSTS_FILE).exists()
-    assert budget_for(recipe, EVALUATOR, tmp_path, "abc", quiet=True) == (space, budget)
+    assert budget_for(recipe, EVALUATOR, tmp_path, "abc") == (space, budget)
 
 
 def test_limits_reach_the_masks(tmp_path: Path) -> None:
     recipe = recipe_with(min_keep=0.25, ffn_multiple=8, scope="global")
-    space, budget = budget_for(recipe, EVALUATOR, tmp_path, "abc", quiet=True)
+    space, budget = budget_for(recipe, EVALUATOR, tmp_path, "abc")
     theta = torch.zeros(space.n, dtype=torch.float64)
     theta[space.slice_of("attention")] = 1.0
     mask = hard_mask(theta, space, budget)
@@ -59,7 +59,7 @@ def test_limits_reach_the_masks(tmp_path: Path) -> None:
 
 def refusal(**budget) -> str:
     with pytest.raises(UserError) as error:
-        budget_for(recipe_with(**budget), EVALUATOR, Path("nowhere"), "abc", quiet=True)
+        budget_for(recipe_with(**budget), EVALUATOR, Path("nowhere"), "abc")
     return str(error.value)
 
 
@@ -83,9 +83,7 @@ def test_a_multiple_may_be_too_coarse_for_the_model_or_for_the_budget() -> None:
 
 
 def test_in_a_budget_for_every_layer_each_pays_for_itself(tmp_path: Path) -> None:
-    space, budget = budget_for(
-        recipe_with(scope="per-layer", ffn_multiple=8, min_keep=0.3), EVALUATOR, tmp_path, "abc", quiet=True
-    )
+    space, budget = budget_for(recipe_with(scope="per-layer", ffn_multiple=8, min_keep=0.3), EVALUATOR, tmp_path, "abc")
     mask = hard_mask(torch.linspace(0, 1, space.n, dtype=torch.float64), space, budget)
     widths = [int(part.sum()) for name in ("attention", "ffn") for part in space.per_layer(mask, name)]
     assert widths == [2, 2, 2, 2, 8, 8, 8, 8]
@@ -95,5 +93,5 @@ def test_in_a_budget_for_every_layer_each_pays_for_itself(tmp_path: Path) -> Non
 
 def test_a_multiple_of_channels_does_not_matter_where_none_are_pruned(tmp_path: Path) -> None:
     recipe = recipe_with(ffn_multiple=64, families=("attention",))
-    _, budget = budget_for(recipe, EVALUATOR, tmp_path, "abc", quiet=True)
+    _, budget = budget_for(recipe, EVALUATOR, tmp_path, "abc")
     assert budget.multiples == (1, 1, 1, 1)
