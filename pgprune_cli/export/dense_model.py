@@ -69,7 +69,7 @@ class Base:
 def open_dense_model(source: Source, decision: Decision) -> Base:
     """Raises UserError where the base is quantised, incomplete, or not of the decision's sizes."""
     base, model = _from_directory(source) if source.gguf is None else _from_gguf(source, decision)
-    _check(source.name, base, model, decision.keep)
+    _check(source.name, base, model, decision.model_mask)
     return base
 
 

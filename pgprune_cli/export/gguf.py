@@ -129,8 +129,8 @@ def _add_general(writer: Any, decision: Decision, dtype: str, measured: Measured
     writer.add_string(gguf_checksum.KEY, gguf_checksum.EMPTY)
     writer.add_string("pgprune.version", __version__)
     writer.add_string("pgprune.recipe", decision.recipe)
-    writer.add_array("pgprune.kept.kv_heads", [int(layer.attention.sum()) for layer in decision.keep])
-    writer.add_array("pgprune.kept.ffn_channels", [int(layer.ffn.sum()) for layer in decision.keep])
+    writer.add_array("pgprune.kept.kv_heads", [int(layer.attention.sum()) for layer in decision.model_mask])
+    writer.add_array("pgprune.kept.ffn_channels", [int(layer.ffn.sum()) for layer in decision.model_mask])
     if measured:
         writer.add_string("pgprune.evaluation", json.dumps(measured))
 

@@ -120,7 +120,7 @@ def operate(source: Source, decision: Decision, needs: Needs, dtype: torch.dtype
             f"{fingerprint}, the decision was made for {decision.fingerprint}; put its files back, or search again"
         )
     base = open_dense_model(source, decision)
-    form = runtime_shapes(decision.keep, needs)
+    form = runtime_shapes(decision.model_mask, needs)
     return base, Surgery(base.shape.spec, form, decision.outputs, base.tensors, dtype)
 
 

@@ -109,7 +109,7 @@ def open_target(
     if is_run(run):
         decision = Decision.load(run)
         recipe = load(run / RECIPE_FILE)
-        keep, outputs = decision.keep, decision.outputs
+        keep, outputs = decision.model_mask, decision.outputs
         source = resolve(recipe.model)
         if source.fingerprint() != decision.fingerprint:
             raise UserError(f"{name}: {recipe.model} is not the model that was searched; its files have changed")

@@ -105,7 +105,7 @@ def _search(
     heldout_loss = problem.heldout_loss(keep, outputs)
     dense_loss = problem.heldout_loss(problem.keep(torch.ones_like(mask)), {})
     return Decision(
-        keep=keep,
+        model_mask=keep,
         model=recipe.model,
         fingerprint=fingerprint,
         sparsity=1.0 - int(parameters[mask].sum()) / int(parameters.sum()),
@@ -116,7 +116,7 @@ def _search(
         heldout_loss=finite(heldout_loss),
         dense_loss=finite(dense_loss),
         outputs=outputs,
-        budget={"of": recipe.budget.measure, "kept": int(space.costs[mask].sum()) / int(space.costs.sum())},
+        budget={"measure": recipe.budget.measure, "kept": int(space.costs[mask].sum()) / int(space.costs.sum())},
     )
 
 

@@ -128,7 +128,7 @@ def _decision(run: Path) -> Faults:
     decision = Decision.load(run)
     yield from _lines(_of_this_run(run, decision))
     for (index, block), output in decision.outputs.items():
-        kept = int(decision.keep[index].of(block).sum()) if index < len(decision.keep) else 0
+        kept = int(decision.model_mask[index].of(block).sum()) if index < len(decision.model_mask) else 0
         if output.weight.dim() != 2 or not kept or output.weight.shape[1] % kept:
             yield f"{run / REPAIR_FILE}: layers.{index}.{block} does not fit the {kept} units that stay there"
         elif any(
@@ -137,7 +137,7 @@ def _decision(run: Path) -> Faults:
             yield f"{run / REPAIR_FILE}: layers.{index}.{block} holds NaN or infinity"
     if (run / SCORES_FILE).exists() and not list(_lines(_scores(run))):
         scores = Scores.load(run)
-        sizes = [len(values) for layer in decision.keep for values in (layer.attention, layer.ffn)]
+        sizes = [len(values) for layer in decision.model_mask for values in (layer.attention, layer.ffn)]
         scored = [len(scores.tensors[f"layers.{i // 2}.{('attention', 'ffn')[i % 2]}"]) for i in range(len(sizes))]
         if scores.fingerprint != decision.fingerprint or sizes != scored:
             yield f"{run}: {SCORES_FILE} and {DECISION_RECORD} are of two models"

@@ -62,7 +62,7 @@ def _facts(run: Run) -> dict[str, str]:
     facts = {
         "state": run.progress,
         "model": str(recipe["model"]),
-        "budget": f"{budget['sparsity']:.0%} of {budget['of']} go, {budget['scope']}",
+        "budget": f"{budget['sparsity']:.0%} of {budget['measure']} go, {budget['scope']}",
         "start": f"{recipe['scores']['metric']}, seed {recipe['seed']}",
         "search": f"over {search['policy']}, {search['masks_per_step']} samples a step",
         "repair": str(recipe["repair"]["method"]),

@@ -70,7 +70,7 @@ class Run:
     def widths(self) -> dict[str, list[int]] | None:
         """Units that every layer keeps, by family: as decided, or as last judged while it searches."""
         if self.decision is not None:
-            blocks = {name: [int(layer.of(name).sum()) for layer in self.decision.keep] for name in UNIT}
+            blocks = {name: [int(layer.of(name).sum()) for layer in self.decision.model_mask] for name in UNIT}
             return {name: widths for name, widths in blocks.items() if _touched(name, self.units)}
         judged = [row.kept for row in self.rows if row.kept is not None]
         return judged[-1] if judged else None
@@ -80,7 +80,7 @@ class Run:
         if family in self.units:
             return self.units[family]
         assert self.decision is not None, "only a decision speaks of units that the search does not"
-        return [len(layer.of(family)) for layer in self.decision.keep]
+        return [len(layer.of(family)) for layer in self.decision.model_mask]
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
@@ -151,7 +151,7 @@ def kept_cells(run: Run) -> dict[str, list[dict[str, Any]]]:
     """Which units stay, by block: the fraction kept of each run of units. Nothing before there is a decision."""
     if run.decision is None:
         return {}
-    keep = run.decision.keep
+    keep = run.decision.model_mask
     return {
         block: list(_cells(block, [layer.of(block).double() for layer in keep]))
         for block in UNIT

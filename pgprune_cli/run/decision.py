@@ -37,7 +37,7 @@ class Decision:
     dense model, None in decisions of before it was measured.
     """
 
-    keep: ModelMask
+    model_mask: ModelMask
     model: str
     fingerprint: str
     sparsity: float
@@ -55,7 +55,7 @@ class Decision:
         from safetensors.torch import save
 
         tensors = {}
-        for index, layer in enumerate(self.keep):
+        for index, layer in enumerate(self.model_mask):
             tensors[f"layers.{index}.attention"] = layer.attention
             tensors[f"layers.{index}.ffn"] = layer.ffn
         write_bytes(run / DECISION_MASKS, save(tensors))
@@ -65,7 +65,7 @@ class Decision:
         record["repair_sha256"] = checksum(run / REPAIR_FILE) if self.outputs else None
         record["dense_loss"] = self.dense_loss
         record["budget"] = self.budget
-        record["kept"] = [{"attention": int(x.attention.sum()), "ffn": int(x.ffn.sum())} for x in self.keep]
+        record["kept"] = [{"attention": int(x.attention.sum()), "ffn": int(x.ffn.sum())} for x in self.model_mask]
         record["masks_sha256"] = checksum(run / DECISION_MASKS)
         record["pgprune"] = __version__
         record["version"] = VERSION
@@ -73,7 +73,7 @@ class Decision:
 
     @classmethod
     def _recorded(cls) -> list[str]:
-        return [entry.name for entry in fields(cls) if entry.name not in ("keep", "dense_loss", "outputs", "budget")]
+        return [entry.name for entry in fields(cls) if entry.name not in ("model_mask", "dense_loss", "outputs", "budget")]
 
     @classmethod
     def load(cls, run: Path, with_repair: bool = True) -> Decision:

@@ -272,7 +272,7 @@ def test_files_shrink_and_travel_along(llama, tmp_path):
     saved_bytes = 4 * (written.parameters_before - written.parameters_after)
     assert abs((base / "model.safetensors").stat().st_size - written.bytes - saved_bytes) < 4096
     assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
-    assert [k.ffn.tolist() for k in Decision.load(out).keep] == [k.ffn.tolist() for k in keep]
+    assert [k.ffn.tolist() for k in Decision.load(out).model_mask] == [k.ffn.tolist() for k in keep]
     card = (out / "README.md").read_text()
     assert "| 2 (layer removed) | 0 of 4 | 0 of 24 |" in card
     assert "| wikitext2 | 128 | 12.38 | 1,000 |" in card
@@ -371,9 +371,9 @@ def test_an_export_holds_the_repaired_weights(saved, tmp_path, method, reselect,
     written = replay(decision, tmp_path / "small")
     exported = load(tmp_path / "small")
     evaluator = Evaluator(model)
-    with evaluator.shrunk(decision.keep, decision.outputs) as shrunk:
+    with evaluator.shrunk(decision.model_mask, decision.outputs) as shrunk:
         expected = shrunk(tokens).logits
-    with evaluator.shrunk(decision.keep) as unrepaired:
+    with evaluator.shrunk(decision.model_mask) as unrepaired:
         other = unrepaired(tokens).logits
     got = exported(tokens).logits
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)

@@ -162,7 +162,7 @@ def test_a_finished_run_answers_without_a_model(small, tmp_path, monkeypatch) ->
     monkeypatch.setattr("pgprune_cli.jobs.search.load_model", None)
     again = search(small(), tmp_path)
     assert again.heldout_loss == first.heldout_loss
-    for one, other in zip(again.keep, first.keep, strict=True):
+    for one, other in zip(again.model_mask, first.model_mask, strict=True):
         assert torch.equal(one.attention, other.attention)
         assert torch.equal(one.ffn, other.ffn)
 
@@ -328,7 +328,7 @@ def test_without_steps_the_metric_decides(small, tmp_path) -> None:
     decision = search(recipe, tmp_path)
     evaluator, space, budget, theta = policy_of(recipe, tmp_path)
     expected = evaluator.shape.keep(space, hard_mask(theta, space, budget))
-    for one, other in zip(decision.keep, expected, strict=True):
+    for one, other in zip(decision.model_mask, expected, strict=True):
         assert torch.equal(one.attention, other.attention)
         assert torch.equal(one.ffn, other.ffn)
     assert (decision.steps, decision.forward_passes) == (0, 0)
@@ -338,7 +338,7 @@ def test_the_heldout_loss_is_the_hard_masks_on_text_never_searched(small, tmp_pa
     decision = search(small(), tmp_path)
     text = load_text(small(), resolve("demo"))
     evaluator = Evaluator(load_model(resolve("demo"), "float32", "cpu"))
-    with evaluator.shrunk(decision.keep) as model, torch.inference_mode():
+    with evaluator.shrunk(decision.model_mask) as model, torch.inference_mode():
         loss = model(input_ids=text.heldout, labels=text.heldout).loss
     with torch.inference_mode():
         dense = evaluator.model(input_ids=text.heldout, labels=text.heldout).loss
@@ -371,7 +371,7 @@ def test_sparsity_is_of_parameters_whatever_the_budget_is_of(small, tmp_path) ->
     _, parameters, _, _ = policy_of(recipe, tmp_path)
     removed = removed_of(decision, recipe, parameters, slice(0, parameters.n))
     assert decision.sparsity == pytest.approx(removed / int(parameters.costs.sum()))
-    assert decision.budget["of"] == "flops"
+    assert decision.budget["measure"] == "flops"
     assert 0.48 < decision.budget["kept"] <= 0.5
     assert abs(decision.sparsity - 0.5) > 0.02  # FLOPs of attention grow with the context, and its parameters do not
 
@@ -383,7 +383,7 @@ def test_a_latency_is_measured_once_in_a_run(small, tmp_path, monkeypatch) -> No
         search(recipe, tmp_path)
     monkeypatch.setattr("pgprune_cli.search.costs.measure_latency", None)
     decision = search(recipe, tmp_path)
-    assert decision.budget["of"] == "latency"
+    assert decision.budget["measure"] == "latency"
     assert 0.4 < decision.budget["kept"] <= 0.5
 
 
@@ -395,7 +395,7 @@ def removed_of(decision, recipe: Recipe, space, units: slice) -> int:
         if span.start < units.start or span.stop > units.stop:
             continue
         costs = space.per_layer(space.costs, family.name)
-        for layer, cost in zip(decision.keep, costs, strict=True):
+        for layer, cost in zip(decision.model_mask, costs, strict=True):
             masks = {
                 "attention": ~layer.attention,
                 "ffn": ~layer.ffn,
@@ -466,14 +466,14 @@ def test_the_repair_lowers_the_loss_and_is_what_the_decision_carries(small, tmp_
     repaired = search(recipe, tmp_path / "repaired")
     assert repaired.heldout_loss < plain.heldout_loss
     assert (repaired.sparsity, repaired.budget) == (plain.sparsity, plain.budget)
-    for one, other in zip(repaired.keep, plain.keep, strict=True):  # the units that were searched
+    for one, other in zip(repaired.model_mask, plain.model_mask, strict=True):  # the units that were searched
         assert torch.equal(one.attention, other.attention) and torch.equal(one.ffn, other.ffn)
     again = Decision.load(tmp_path / "repaired").outputs
     assert again.keys() == repaired.outputs.keys() != set()
     assert all(torch.equal(again[key].weight, repaired.outputs[key].weight) for key in again)
     evaluator = Evaluator(load_model(resolve("demo"), "float32", "cpu"))
     heldout = load_text(recipe, resolve("demo")).heldout
-    with evaluator.shrunk(Decision.load(tmp_path / "repaired").keep, again) as model, torch.inference_mode():
+    with evaluator.shrunk(Decision.load(tmp_path / "repaired").model_mask, again) as model, torch.inference_mode():
         assert model(input_ids=heldout, labels=heldout).loss.item() == pytest.approx(repaired.heldout_loss, rel=1e-5)
     (tmp_path / "repaired" / REPAIR_FILE).write_bytes(b"cut")
     with pytest.raises(UserError, match="missing, damaged, or not the repair"):
@@ -487,7 +487,7 @@ def test_a_search_over_widths_leaves_the_choice_of_units_to_the_repair(small, tm
         recipe = small(*layers, f"repair.method={method}")
         decision = search(recipe, tmp_path / method)
         scores = Scores.load(tmp_path / method).tensors
-        channels = {f"layers.{index}.ffn": layer.ffn for index, layer in enumerate(decision.keep)}
+        channels = {f"layers.{index}.ffn": layer.ffn for index, layer in enumerate(decision.model_mask)}
         kept[method] = all(mask[scores[name].topk(int(mask.sum())).indices].all() for name, mask in channels.items())
     assert kept == {"none": True, "least-squares": False}
 

@@ -527,10 +527,10 @@ def test_a_search_is_repaired_on_rounded_weights_and_exported_from_stored_ones(
     assert decision.heldout_loss == pytest.approx(plain.heldout_loss, rel=0.05)
     assert decision.heldout_loss != plain.heldout_loss
     export(run, tmp_path / "model", options_of("hf", "float32", None, False, 1, 1))
-    layer = next(index for index, kept in enumerate(decision.keep) if kept.ffn.any() and not kept.ffn.all())
+    layer = next(index for index, kept in enumerate(decision.model_mask) if kept.ffn.any() and not kept.ffn.all())
     name = f"model.layers.{layer}.mlp.gate_proj.weight"
     with safe_open(DEMO_MODEL / "model.safetensors", "pt") as base:
-        stored = base.get_tensor(name).float()[decision.keep[layer].ffn]
+        stored = base.get_tensor(name).float()[decision.model_mask[layer].ffn]
     exported = load_file(tmp_path / "model" / "model.safetensors")
     assert any(torch.equal(value, stored) for key, value in exported.items() if key.endswith("mlp.gate_proj.weight"))
 

@@ -33,7 +33,7 @@ def test_a_run_is_read_as_it_was_written(policy, finished) -> None:
     assert [row.losses for row in run.rows] == [row["losses"] for row in written]
     assert run.forward_passes == [2, 4, 6, 8, 10, 12]
     assert run.forward_passes[-1] == run.decision.forward_passes
-    decided = Decision.load(finished[policy]).keep
+    decided = Decision.load(finished[policy]).model_mask
     assert run.widths == {
         "attention": [int(layer.attention.sum()) for layer in decided],
         "ffn": [int(layer.ffn.sum()) for layer in decided],
@@ -67,7 +67,7 @@ def test_every_unit_is_in_one_cell_of_theta(finished) -> None:
 def test_the_kept_cells_are_the_decision(policy, finished) -> None:
     cells = kept_cells(read_run(finished[policy], "it"))
     for block, count in (("attention", GROUPS), ("ffn", CHANNELS)):
-        kept = torch.stack([layer.of(block) for layer in Decision.load(finished[policy]).keep]).double()
+        kept = torch.stack([layer.of(block) for layer in Decision.load(finished[policy]).model_mask]).double()
         means = kept.view(-1, max(1, count // BLOCKS)).mean(1)
         assert [cell["value"] for cell in cells[block]] == [round(value, 4) for value in means.tolist()]
 

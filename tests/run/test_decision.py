@@ -24,14 +24,14 @@ def a_decision() -> Decision:
         LayerMask(torch.zeros(4, dtype=torch.bool), ~ffn),
     )
     recipe = "model: owner/name\nseed: 0\n"
-    budget: dict[str, str | float] = {"of": "flops", "kept": 2 / 3}
+    budget: dict[str, str | float] = {"measure": "flops", "kept": 2 / 3}
     return Decision(keep, "owner/name", "f" * 64, 1 / 3, recipe, 300, 600, 90, 0.1 + 0.2, budget=budget, dense_loss=0.1)
 
 
 def assert_same(one: Decision, other: Decision) -> None:
-    assert replace(one, keep=()) == replace(other, keep=())
-    assert len(one.keep) == len(other.keep)
-    for mine, its in zip(one.keep, other.keep, strict=True):
+    assert replace(one, model_mask=()) == replace(other, model_mask=())
+    assert len(one.model_mask) == len(other.model_mask)
+    for mine, its in zip(one.model_mask, other.model_mask, strict=True):
         assert mine.attention.dtype == mine.ffn.dtype == torch.bool
         assert mine.attention.equal(its.attention) and mine.ffn.equal(its.ffn)
 
@@ -106,7 +106,7 @@ def _flipped(content: bytes, place: int) -> bytes:
 
 def test_masks_of_another_decision_are_refused(run, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
-    replace(a_decision(), keep=tuple(reversed(a_decision().keep))).save(other)
+    replace(a_decision(), model_mask=tuple(reversed(a_decision().model_mask))).save(other)
     (run / DECISION_MASKS).write_bytes((other / DECISION_MASKS).read_bytes())
     assert "not the masks that decision.json describes" in refused(run)
 
@@ -150,7 +150,7 @@ def test_a_search_killed_between_the_two_files_leaves_no_decision(tmp_path, monk
 
 def test_a_decision_of_before_other_budgets_is_read(run):
     record = read_record(run / DECISION_RECORD)
-    assert record.pop("budget") == {"of": "flops", "kept": 2 / 3}
+    assert record.pop("budget") == {"measure": "flops", "kept": 2 / 3}
     (run / DECISION_RECORD).write_text(json.dumps(record))
     assert_same(Decision.load(run), replace(a_decision(), budget={}))
 
