@@ -66,7 +66,7 @@ def print_estimate(estimate: dict[str, Any], as_json: bool) -> None:
     rows += [[f"TFLOP/s in {dtype}, measured now", f"{rate / 1e12:,.3f}"] for dtype, rate in rates.items()]
     rows.append(["time of these products", f"{estimate['seconds']:,.0f} s"])
     grid((f"{estimate['model']}, {estimate['parameters'] / 1e6:,.1f} M parameters, {estimate['dtype']}", ""), rows, 1)
-    _console().print(estimate["rests_on"], highlight=False, markup=False)
+    _console().print(estimate["basis"], highlight=False, markup=False)
 
 
 def export_line(summary: dict[str, Any]) -> str:

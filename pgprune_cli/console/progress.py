@@ -36,6 +36,10 @@ class LayerProgress:
         """Report, before the first layer, that `done` of `total` batches have gone through the whole model."""
 
 
+NO_PROGRESS = LayerProgress()
+"""Shows nothing."""
+
+
 class Progress:
     """Reports what a command is doing. This one shows nothing.
 
@@ -60,7 +64,7 @@ class Progress:
     @contextmanager
     def layers(self, text: str, total: int, done: int = 0) -> Iterator[LayerProgress]:
         """Show a bar over `total` layers, of which `done` are finished already."""
-        yield LayerProgress()
+        yield NO_PROGRESS
 
 
 SILENT = Progress()
@@ -94,7 +98,7 @@ class StderrProgress(Progress):
     def layers(self, text: str, total: int, done: int = 0) -> Iterator[LayerProgress]:
         unit = TextColumn("{task.fields[unit]}")
         with self._bar(text, total, done, "layers", MofNCompleteColumn(), unit) as bar:
-            yield bar or LayerProgress()
+            yield bar or NO_PROGRESS
 
     @contextmanager
     def _bar(self, text: str, total: int, done: int, unit: str, *columns: ProgressColumn) -> Iterator[Bar | None]:

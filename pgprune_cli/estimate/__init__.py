@@ -1,1 +1,1 @@
-"""What a search takes, from shapes: `sizes.py` reads them off a model without weights, the others do arithmetic."""
+"""What a search takes, computed from shapes: `sizes.py` reads them off a model without weights, the others compute."""

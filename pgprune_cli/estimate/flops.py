@@ -1,7 +1,7 @@
-"""FLOPs that a search does: 2 for every product of two numbers in a matrix product, what textbooks say in solvers.
+"""The FLOPs of a search: 2 for every product of two numbers in a matrix product, textbook counts for solvers.
 
-Softmax, norms, activations and the policy itself are not counted; neither do keys count that no query sees. Where it
-depends on what the search finds, every block is taken to keep what its family keeps.
+Softmax, norms, activations, the policy itself and keys that no query sees are not counted. Where the count depends on
+the decision, every block is assumed to keep what the budget keeps of all.
 """
 
 from __future__ import annotations
@@ -12,133 +12,136 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from pgprune_cli.estimate.sizes import Block, Sizes, Texts, tokens_in
+from pgprune_cli.estimate.sizes import BlockSizes, Sizes, Texts, tokens_in
 from pgprune_cli.forward.curvature import SHARE, curvature_windows
-from pgprune_cli.scores.obs import units_a_round
+from pgprune_cli.scores.obs import units_per_round
 
 Flops = Counter[torch.dtype]
-"""By the dtype that they are done in: what devices differ most in is float64."""
+"""By the dtype of the computation: devices differ most in float64."""
 
 EIGH = 9
 """FLOPs of a symmetric eigendecomposition with its vectors, in n³ (Golub & Van Loan 2013, section 8.3)."""
 
 
 def flops(sizes: Sizes, texts: Texts) -> dict[str, Flops]:
-    """By the part of a search that does them, in their order."""
+    """Return the FLOPs by phase of a search, in order."""
     schedule = sizes.recipe.search
     steps = range(1, schedule.steps + 1)
-    looks = sum(step % schedule.evaluate_every == 0 or step in (1, schedule.steps) for step in steps)
+    evaluations = sum(step % schedule.evaluate_every == 0 or step in (1, schedule.steps) for step in steps)
     parts = {
         "scoring": scoring(sizes, texts.scoring),
         "width table": width_table(sizes, texts.fitting),
         "search": forward_passes(sizes, texts.step, schedule.steps * schedule.masks_per_step),
-        "held-out text": forward_passes(sizes, texts.heldout, looks + 1),
+        "held-out text": forward_passes(sizes, texts.heldout, evaluations + 1),
         "repair": repair(sizes, texts.fitting),
     }
     return {name: part for name, part in parts.items() if part.total()}
 
 
 def seconds(parts: Mapping[str, Flops], rates: Mapping[torch.dtype, float]) -> float:
-    """How long that takes at so many FLOPs a second."""
-    return sum(count / rates[dtype] for part in parts.values() for dtype, count in part.items() if count)
+    """Return how long that takes at the given FLOPs per second."""
+    return sum(flop / rates[dtype] for part in parts.values() for dtype, flop in part.items() if flop)
 
 
 def forward_passes(sizes: Sizes, tokens: Tensor, times: int) -> Flops:
-    """`times` losses of the pruned model on `tokens` `(B, T)`."""
+    """Return the FLOPs of `times` losses of the pruned model on `tokens` `(B, T)`."""
     predictions = tokens.shape[0] * (tokens.shape[1] - 1)
     return Flops({sizes.dtype: times * (pruned(sizes, [tokens]) + 2 * predictions * sizes.hidden * sizes.vocabulary)})
 
 
 def scoring(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
+    """Return the FLOPs of scoring every unit."""
     if not sizes.scores_on_text:
         return Flops()
-    passed = dense(sizes, batches)
-    if sizes.statistic == "gradients":  # a backward pass takes twice what the forward takes
-        return Flops({sizes.dtype: 3 * (passed + 2 * tokens_in(batches) * sizes.hidden * sizes.vocabulary)})
-    found = Flops({sizes.dtype: passed})
+    forward = dense(sizes, batches)
+    if sizes.statistic == "gradients":  # a backward pass takes twice as many as a forward pass
+        return Flops({sizes.dtype: 3 * (forward + 2 * tokens_in(batches) * sizes.hidden * sizes.vocabulary)})
+    count = Flops({sizes.dtype: forward})
     if sizes.statistic == "covariance":
-        found += error_roots(sizes, batches) + moments(sizes, batches)
+        count += error_roots(sizes, batches) + moments(sizes, batches)
         for block in sizes.blocks:
-            found[torch.float64] += removal(block)
-    return found
+            count[torch.float64] += removal(block)
+    return count
 
 
 def width_table(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
+    """Return the FLOPs of solving the width table."""
     if not sizes.has_table:
         return Flops()
-    found = error_roots(sizes, batches) + moments(sizes, batches)
-    found[sizes.dtype] += dense(sizes, batches)
+    count = error_roots(sizes, batches) + moments(sizes, batches)
+    count[sizes.dtype] += dense(sizes, batches)
     for block in sizes.blocks:
         n, h = block.inputs, block.outputs
-        found[torch.float64] += n**3 // 3 + 4 * n * h * h + 5 * n * n * h
-        for kept in range(0, block.units, block.level):
-            some = n // block.units * kept
-            found[torch.float64] += h * some**2 if sizes.solves else 2 * h * (n - some) ** 2
-    return found
+        count[torch.float64] += n**3 // 3 + 4 * n * h * h + 5 * n * n * h
+        for kept in range(0, block.units, block.width_step):
+            inputs = n // block.units * kept
+            count[torch.float64] += h * inputs**2 if sizes.solves else 2 * h * (n - inputs) ** 2
+    return count
 
 
 def repair(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
+    """Return the FLOPs of the final repair."""
     if not sizes.repairs:
         return Flops()
-    found = moments(sizes, batches)
-    # Attention is observed by itself, the FFN behind the pruned attention; then the pruned layer goes on.
-    found[sizes.dtype] += dense(sizes, batches) + pruned(sizes, batches) + pruned(sizes, batches, "attention")
+    count = moments(sizes, batches)
+    # Attention is observed alone, the FFN behind the pruned attention; then the pruned layer advances.
+    count[sizes.dtype] += dense(sizes, batches) + pruned(sizes, batches) + pruned(sizes, batches, sizes.model.family.attention.name)
     if sizes.has_table:
-        found += error_roots(sizes, batches)
+        count += error_roots(sizes, batches)
     for block in sizes.blocks:
-        n, h, kept = block.inputs, block.outputs, int(block.inputs * block.keep)
+        n, h, kept = block.inputs, block.outputs, int(block.inputs * block.keep_fraction)
         if kept < n and sizes.has_table:
-            found[torch.float64] += removal(block)
+            count[torch.float64] += removal(block)
         if kept < n and sizes.solves:
-            found[torch.float64] += 2 * kept * n * h + kept**3 // 3 + 2 * kept**2 * h
-    return found
+            count[torch.float64] += 2 * kept * n * h + kept**3 // 3 + 2 * kept**2 * h
+    return count
 
 
 def dense(sizes: Sizes, batches: Sequence[Tensor]) -> int:
-    """Through all layers as they are, without the head."""
-    return sum(tokens * sum(sizes.flops_of_token(length)) for length, tokens in _by_length(batches).items())
+    """Return the FLOPs of all dense layers, without the head."""
+    return sum(tokens * sum(sizes.flops_per_token(length)) for length, tokens in _by_length(batches).items())
 
 
 def pruned(sizes: Sizes, batches: Sequence[Tensor], only: str = "") -> int:
-    """Through all layers, or the blocks of one name, on the units that stay."""
+    """Return the FLOPs of the kept units of all blocks, or of the blocks of one name."""
     total = 0.0
     for length, tokens in _by_length(batches).items():
-        for block, cost in zip(sizes.blocks, sizes.flops_of_token(length), strict=True):
-            total += tokens * cost * block.keep * (only in ("", block.name))
+        for block, cost in zip(sizes.blocks, sizes.flops_per_token(length), strict=True):
+            total += tokens * cost * block.keep_fraction * (only in ("", block.block.name))
     return round(total)
 
 
 def moments(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
-    """Of the inputs of every output projection (moments.py)."""
+    """Return the FLOPs of the moments of every output projection's inputs (forward/moments.py)."""
     return Flops({torch.float32: 2 * tokens_in(batches) * sum(block.inputs**2 for block in sizes.blocks)})
 
 
 def error_roots(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
-    """The unembedding's curvature and its eigenvectors, and R of the layers behind the middle (sensitivity.py)."""
-    some, h = curvature_windows(batches), sizes.hidden
-    tokens = tokens_in(some)
-    felt = sum(SHARE * (2 * index / max(1, sizes.layers - 1) - 1) > 0 for index in range(sizes.layers))
-    found = Flops({torch.float32: 2 * (tokens + sizes.vocabulary) * h * h, torch.float64: (EIGH + 2 * felt) * h**3})
-    found[sizes.dtype] += dense(sizes, some) + 4 * tokens * sizes.vocabulary * h
-    return found
+    """Return the FLOPs of the curvature, its eigenvectors, and R of the layers after the middle (forward/curvature.py)."""
+    windows, h = curvature_windows(batches), sizes.hidden
+    tokens = tokens_in(windows)
+    weighted_layers = sum(SHARE * (2 * index / max(1, sizes.layers - 1) - 1) > 0 for index in range(sizes.layers))
+    count = Flops({torch.float32: 2 * (tokens + sizes.vocabulary) * h * h, torch.float64: (EIGH + 2 * weighted_layers) * h**3})
+    count[sizes.dtype] += dense(sizes, windows) + 4 * tokens * sizes.vocabulary * h
+    return count
 
 
-def removal(block: Block) -> int:
-    """What obs takes for a block: W behind R, an inverse, then round after round what stays makes up for what goes."""
-    width, left = block.inputs // block.units, block.inputs
+def removal(block: BlockSizes) -> int:
+    """Return the FLOPs of `obs` for a block: R W, an inverse, and one update of the remaining inputs per round."""
+    width, remaining = block.inputs // block.units, block.inputs
     total = 2 * block.outputs**2 * block.inputs + block.inputs**3
-    while left:
-        gone = min(units_a_round(block.units) * width, left)
-        if width > 1:  # what each of the units costs alone
-            total += 2 * left * width * (block.outputs + width)
-        left -= gone
-        total += (2 * gone * left + gone * gone) * (left + block.outputs)
+    while remaining:
+        removed = min(units_per_round(block.units) * width, remaining)
+        if width > 1:  # the cost of each unit alone
+            total += 2 * remaining * width * (block.outputs + width)
+        remaining -= removed
+        total += (2 * removed * remaining + removed * removed) * (remaining + block.outputs)
     return total
 
 
 def _by_length(batches: Sequence[Tensor]) -> Counter[int]:
-    """Tokens, by the length of their windows."""
-    found: Counter[int] = Counter()
+    """Return the tokens by the length of their windows."""
+    tokens: Counter[int] = Counter()
     for batch in batches:
-        found[batch.shape[1]] += batch.numel()
-    return found
+        tokens[batch.shape[1]] += batch.numel()
+    return tokens

@@ -1,4 +1,4 @@
-"""How many FLOPs a second a device does in matrix products: what forward passes and estimates are measured against."""
+"""The FLOPs per second of a device in matrix products."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import torch
 from pgprune_cli.search.costs import synchronised_clock
 
 SMALLEST, LARGEST = 512, 8192
-"""Rows of the square matrices: doubled until a product takes long enough, or the largest is reached."""
+"""Rows of the square matrices: doubled until a product takes long enough, or up to the largest size."""
 
 LONG_ENOUGH = 50_000_000
-"""Nanoseconds of one product whose rate is no longer that of its start."""
+"""Nanoseconds of one product after which its start-up no longer matters."""
 
 REPEATS = 3
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype, largest: int = LARGEST) -> float:
-    """FLOPs a second, the best of a few products of random square matrices of growing size. Takes a moment."""
+    """Return FLOPs per second: the best of a few products of random square matrices of growing size."""
     best, size = 0.0, SMALLEST
     while True:
         generator = torch.Generator().manual_seed(0)
         left = torch.randn(size, size, generator=generator).to(device, dtype)
-        taken = []
+        times = []
         for _ in range(REPEATS + 1):
             began = synchronised_clock(device)
             left @ left
-            taken.append(max(1, synchronised_clock(device) - began))
-        fastest = min(taken[1:])  # the first warms up
+            times.append(max(1, synchronised_clock(device) - began))
+        fastest = min(times[1:])  # the first warms up
         best = max(best, 2 * size**3 / fastest * 1e9)
         size *= 2
         if fastest >= LONG_ENOUGH or size > largest:

@@ -1,4 +1,4 @@
-"""What the estimates are made of: shapes of the model, which may be on the meta device, of the recipe and its text."""
+"""The sizes that the estimates are computed from: of the model (on the meta device will do), the recipe and its text."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pgprune_cli.model.prunable import Shape
+from pgprune_cli.core.space import BLOCKS_OF
+from pgprune_cli.model.families.adapter import Block
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.repair.width_table import width_step
 from pgprune_cli.scores.metrics import CALIBRATED, NEEDS
@@ -19,9 +21,10 @@ from pgprune_cli.search.costs import flops
 
 @dataclass(frozen=True)
 class Texts:
-    """What a search reads, in batches of tokens `(B, T)` (on the meta device will do: only their shapes count).
+    """What a search reads, in batches of tokens `(B, T)`; only their shapes count.
 
-    scoring: of the metric; fitting: of the width table and the repair; step: one step's; heldout: of one evaluation.
+    scoring: read by the metric; fitting: by the width table and the repair; step: by one step; heldout: by one
+    evaluation on held-out text.
     """
 
     scoring: Sequence[Tensor]
@@ -31,85 +34,87 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockSizes:
     """One block of one layer.
 
-    name: attention or ffn; units: how many; inputs, outputs: of its output projection; inner: the widths of what its
-    other projections put out; nbytes: of its weights, in the model's dtype; keep: the fraction that the recipe
-    keeps of it; level: the step between the widths of the table.
+    block: where its projections are; units: how many it has; inputs, outputs: widths of its output projection; inner:
+    output widths of its other projections; nbytes: of its weights, in the model's dtype; keep_fraction: what the recipe
+    keeps of it; width_step: distance between the widths in the table.
     """
 
-    name: str
+    block: Block
     units: int
     inputs: int
     outputs: int
     inner: tuple[int, ...]
     nbytes: int
-    keep: float
-    level: int
+    keep_fraction: float
+    width_step: int
 
     @property
     def largest(self) -> int:
-        """The weights of its largest projection."""
+        """Weights of its largest projection."""
         return max(*self.inner, self.inputs) * self.outputs
 
 
 class Sizes:
-    """Of a recipe's model, and what its search does with it. Raises UserError for a model that cannot be pruned."""
+    """The sizes of a recipe's model, and what the search does with it."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, model: PrunableModel, recipe: Recipe) -> None:
         self.model, self.recipe = model, recipe
-        self.shape = Shape.of(model)
-        self.dtype: torch.dtype = next(model.parameters()).dtype
-        self.vocabulary, self.hidden = model.get_output_embeddings().weight.shape
-        self.layers = len(self.shape.channels)
+        self.dtype: torch.dtype = next(model.module.parameters()).dtype
+        self.vocabulary, self.hidden = model.head.weight.shape
+        self.layers = model.shape.layers
 
     @property
     def parameters(self) -> int:
-        """Of the model; the scales of rounded weights are none."""
-        named = self.model.named_parameters()
+        """Parameters of the model. The scales of rounded weights do not count."""
+        named = self.model.module.named_parameters()
         return sum(parameter.numel() for name, parameter in named if not name.endswith(".scale"))
 
     @cached_property
-    def blocks(self) -> list[Block]:
-        """Layer by layer, attention first. Every block is taken to keep what its family keeps."""
-        families, kept = self.recipe.units.families, 1.0 - self.recipe.budget.sparsity
-        found = []
-        layers = self.model.get_submodule(self.shape.spec.layers)
-        assert isinstance(layers, nn.ModuleList)
-        for index, layer in enumerate(layers):
-            for name, block in self.shape.spec.blocks():
-                units = (self.shape.kv_heads if name == "attention" else self.shape.channels)[index]
-                module = layer.get_submodule(block.module)
-                linears = [module.get_submodule(projection.name) for projection in block.projections]
-                pruned = "layer" in families or any(family.removesuffix("-block") == name for family in families)
-                found.append(
-                    Block(
-                        name,
+    def multiples(self) -> dict[str, int]:
+        """By block name, what its widths are multiples of."""
+        return {"ffn": self.recipe.budget.ffn_multiple}
+
+    @cached_property
+    def blocks(self) -> list[BlockSizes]:
+        """All blocks, layer by layer. Every block is assumed to keep what the budget keeps of all."""
+        pruned = {block for family in self.recipe.units.families for block in BLOCKS_OF[family]}
+        kept = 1.0 - self.recipe.budget.sparsity
+        blocks = []
+        for index, layer in enumerate(self.model.layers):
+            for block in self.model.family.blocks:
+                units = self.model.shape.units[block.name][index]
+                *inner, output = linears = block.linears(layer)
+                blocks.append(
+                    BlockSizes(
+                        block,
                         units,
-                        linears[-1].in_features,
-                        linears[-1].out_features,
-                        tuple(linear.out_features for linear in linears[:-1]),
+                        output.in_features,
+                        output.out_features,
+                        tuple(linear.out_features for linear in inner),
                         sum(linear.weight.nbytes for linear in linears),
-                        kept if pruned else 1.0,
-                        width_step(units, self.recipe.budget.ffn_multiple if name == "ffn" else 1),
+                        kept if block.name in pruned else 1.0,
+                        width_step(units, self.multiples.get(block.name, 1)),
                     )
                 )
-        return found
+        return blocks
 
-    def flops_of_token(self, context: int) -> list[int]:
-        """FLOPs of every block, dense, for one token of a window of `context`."""
+    def flops_per_token(self, context: int) -> list[int]:
+        """Return the FLOPs of every dense block for one token of a window of `context`."""
         costs = flops(self.model, context)
-        in_order = (cost for pair in zip(costs.attention, costs.ffn, strict=True) for cost in pair)
+        in_order = (cost for layer_costs in zip(*costs.values(), strict=True) for cost in layer_costs)
         return [block.units * cost for block, cost in zip(self.blocks, in_order, strict=True)]
 
     @property
     def statistic(self) -> Statistic | None:
-        """What the metric collects over text."""
+        """The statistic that the metric collects over text."""
         return NEEDS.get(self.recipe.scores.metric)
 
     @property
     def scores_on_text(self) -> bool:
+        """Whether the metric reads calibration text."""
         return self.recipe.scores.metric in CALIBRATED
 
     @property
@@ -124,8 +129,10 @@ class Sizes:
 
     @property
     def repairs(self) -> bool:
+        """Whether the kept weights are repaired."""
         return self.recipe.repair.method != "none"
 
 
 def tokens_in(batches: Sequence[Tensor]) -> int:
+    """Return the number of tokens in batches."""
     return sum(batch.numel() for batch in batches)

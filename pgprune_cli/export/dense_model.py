@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.export.safetensors_file import DTYPES
-from pgprune_cli.model.loading import HEAD, load_model, load_tokenizer, read_config, reason_of
-from pgprune_cli.model.prunable import ModelMask, Shape
+from pgprune_cli.model.families.adapter import ModelFamily
+from pgprune_cli.model.loading import load_model, load_tokenizer, read_config, reason_of
+from pgprune_cli.model.masks import ModelMask
+from pgprune_cli.model.prunable import PrunableModel, Shape
 from pgprune_cli.model.source import Source
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.storage.records import read_json, write_json
@@ -31,9 +33,6 @@ SIDE_FILES = (
     *("chat_template*", "additional_chat_templates/*.jinja", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"),
 )
 """What is copied from a base directory as it is."""
-
-EMBEDDING = "model.embed_tokens.weight"
-
 
 @dataclass(frozen=True)
 class Shard:
@@ -88,8 +87,9 @@ def _from_directory(source: Source) -> tuple[Base, nn.Module]:
         raise UserError(f"{source.name}: its config.json cannot be used: {reason_of(error)}") from error
     files = source.weight_files()
     shards = [_shard_of(path) for path in files]
-    if config.tie_word_embeddings and _is_duplicate(shards):
-        shards = [_without(shard, HEAD) for shard in shards]
+    shape = PrunableModel.of(model).shape
+    if config.tie_word_embeddings and _is_duplicate(shards, shape.family):
+        shards = [_without(shard, shape.family.head_weight) for shard in shards]
 
     def write_side_files(directory: Path) -> None:
         for path in side_files(source.directory):
@@ -98,7 +98,7 @@ def _from_directory(source: Source) -> tuple[Base, nn.Module]:
             shutil.copyfile(path, target)
         drop_code(directory / "tokenizer_config.json")
 
-    return Base(given, config, Shape.of(model), tuple(shards), write_side_files), model
+    return Base(given, config, shape, tuple(shards), write_side_files), model
 
 
 def side_files(directory: Path) -> list[Path]:
@@ -147,10 +147,10 @@ def _described(path: Path, name: str, part: Any) -> Tensor:
     return torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
 
 
-def _is_duplicate(shards: list[Shard]) -> bool:
+def _is_duplicate(shards: list[Shard], family: ModelFamily) -> bool:
     """Whether the head holds what the embedding holds. Where it differs, transformers does not tie them either."""
     pair = []
-    for wanted in (EMBEDDING, HEAD):
+    for wanted in (family.embedding_weight, family.head_weight):
         for shard in shards:
             if wanted in shard.tensors:
                 with shard.open() as read:
@@ -167,9 +167,10 @@ def _from_gguf(source: Source, decision: Decision) -> tuple[Base, nn.Module]:
     model: Any = load_model(source, dtype, "cpu")
     given = json.loads(model.config.to_json_string())
     given |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
+    shape = PrunableModel.of(model).shape
     tensors = dict(model.state_dict())
     if model.config.tie_word_embeddings:
-        tensors.pop(HEAD, None)
+        tensors.pop(shape.family.head_weight, None)
 
     def write_side_files(directory: Path) -> None:
         load_tokenizer(source).save_pretrained(directory)
@@ -177,17 +178,17 @@ def _from_gguf(source: Source, decision: Decision) -> tuple[Base, nn.Module]:
 
     meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
     shard = Shard(meta, lambda: nullcontext(tensors.__getitem__))
-    return Base(given, model.config, Shape.of(model), (shard,), write_side_files), model
+    return Base(given, model.config, shape, (shard,), write_side_files), model
 
 
 def _check(name: str, base: Base, model: nn.Module, keep: ModelMask) -> None:
     """Raises UserError unless the decision and the weights have the sizes that the config says."""
-    decided = [(len(layer.attention), len(layer.ffn)) for layer in keep]
-    if decided != list(zip(base.shape.kv_heads, base.shape.channels, strict=True)):
+    decided = {name: tuple(len(layer.of(name)) for layer in keep) for name in base.shape.units}
+    if decided != base.shape.units:
         raise UserError(f"{name}: has other layers, KV heads or FFN channels than the decision was made for")
     found = base.tensors
     for key, tensor in model.state_dict().items():
-        if key == HEAD and key not in found and base.config.tie_word_embeddings:
+        if key == base.shape.family.head_weight and key not in found and base.config.tie_word_embeddings:
             continue
         if key not in found or found[key].shape != tensor.shape:
             shape = "is missing" if key not in found else f"has the shape {tuple(found[key].shape)}"

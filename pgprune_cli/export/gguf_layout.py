@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.errors import UserError
+from pgprune_cli.model.families.adapter import ModelFamily
 from pgprune_cli.export.shapes import Needs
 from pgprune_cli.export.surgery import Cut, Surgery
 
@@ -39,12 +40,12 @@ STATIC_ROPE = ("linear", "llama3", "yarn")
 class Layout:
     """The file, but for the values.
 
-    layers: the name of their list in the base; sizes: KV heads and channels of every layer; queries: query heads of a
+    family: of the base; sizes: KV heads and channels of every layer; queries: query heads of a
     KV head; rope: by what each frequency is divided, `(head_dim / 2,)`, or None, and the scale of the rotation.
     """
 
     architecture: str
-    layers: str
+    family: ModelFamily
     sizes: tuple[tuple[int, int], ...]
     hidden: int
     head_dim: int
@@ -68,7 +69,7 @@ class Layout:
         sizes = tuple(surgery.form.sizes())
         return cls(
             architecture,
-            surgery.spec.layers,
+            surgery.family,
             sizes,
             config.hidden_size,
             head_dim,
@@ -92,11 +93,11 @@ class Layout:
 
     def place(self, cut: Cut) -> list[Cut]:
         """A tensor under its name in the file, rows of q and k in its order; and what the file has beside it."""
-        match = re.fullmatch(re.escape(self.layers) + r"\.(\d+)\.self_attn\.([qk])_proj\.(weight|bias)", cut.name)
+        match = re.fullmatch(re.escape(self.family.layers) + r"\.(\d+)\.(.+)", cut.name)
         make = cut.make
         if match is not None and self.architecture in LIKE_LLAMA:
-            heads = (self.heads if match[2] == "q" else self.groups)[int(match[1])]
-            make = _in_pairs(cut.make, heads)
+            heads = self.family.rotated_heads(match[2], self.sizes[int(match[1])], self.queries)
+            make = cut.make if heads is None else _in_pairs(cut.make, heads)
         placed = dataclasses.replace(cut, name=self._name(cut.name), make=make)
         factors, _ = self.rope
         if factors is None or placed.name != "output_norm.weight":

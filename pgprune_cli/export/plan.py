@@ -121,7 +121,7 @@ def operate(source: Source, decision: Decision, needs: Needs, dtype: torch.dtype
         )
     base = open_dense_model(source, decision)
     form = runtime_shapes(decision.model_mask, needs)
-    return base, Surgery(base.shape.spec, form, decision.outputs, base.tensors, dtype)
+    return base, Surgery(base.shape.family, form, decision.outputs, base.tensors, dtype)
 
 
 def check_new(out: Path, directory: bool) -> None:

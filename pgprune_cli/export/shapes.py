@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.prunable import LayerMask, ModelMask, UnitCosts, gather_units, inputs_of
+from pgprune_cli.model.families.adapter import gather_units
+from pgprune_cli.model.masks import LayerMask, ModelMask, columns_of
+from pgprune_cli.model.prunable import UnitCosts
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,10 @@ class RuntimeShapes:
     def sparsity(self, costs: UnitCosts) -> float:
         """The fraction of what the base's units cost that is not written: the padding counts as kept."""
         kept = total = 0
-        for layer, attention, ffn in zip(self.written, costs.attention, costs.ffn, strict=True):
-            kept += int(layer.attention.sum()) * attention + int(layer.ffn.sum()) * ffn
-            total += len(layer.attention) * attention + len(layer.ffn) * ffn
+        for block, block_costs in costs.items():
+            for layer, cost in zip(self.written, block_costs, strict=True):
+                kept += int(layer.of(block).sum()) * cost
+                total += len(layer.of(block)) * cost
         return 1 - kept / total
 
 
@@ -120,5 +123,5 @@ def output_columns(dense: Tensor, kept: Tensor, written: Tensor, repaired: Tenso
         return repaired
     width = dense.shape[1] // units
     columns = repaired.new_zeros(dense.shape[0], int(written.sum()) * width)
-    columns[:, inputs_of(kept[written].nonzero().squeeze(1), width)] = repaired
+    columns[:, columns_of(kept[written].nonzero().squeeze(1), width)] = repaired
     return columns

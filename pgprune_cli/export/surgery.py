@@ -11,7 +11,8 @@ from torch import Tensor
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.export.shapes import RuntimeShapes, output_columns
-from pgprune_cli.model.prunable import ArchSpec, Block, Outputs, gather_units
+from pgprune_cli.model.families.adapter import Block, ModelFamily, gather_units
+from pgprune_cli.model.masks import Outputs
 
 
 @dataclass(frozen=True)
@@ -49,22 +50,21 @@ class Surgery:
 
     def __init__(
         self,
-        spec: ArchSpec,
+        family: ModelFamily,
         form: RuntimeShapes,
         outputs: Outputs,
         tensors: Mapping[str, Tensor],
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.spec = spec
+        self.family = family
         self.form = form
         self.outputs = outputs
         self.tensors = tensors
         self.dtype = dtype
-        paths = {name: block.output_path for name, block in spec.blocks()}
         self.new_biases = {
             name
             for (index, name), output in outputs.items()
-            if output.bias is not None and f"{spec.layers}.{index}.{paths[name]}.bias" not in tensors
+            if output.bias is not None and f"{family.layers}.{index}.{family.block(name).output_path}.bias" not in tensors
         }
         """The blocks whose output has a bias in the result and not in the base: in all layers, zeros where unfitted."""
 
@@ -74,29 +74,29 @@ class Surgery:
 
     def _cuts_of(self, name: str) -> Iterator[Cut]:
         """What is made of the base's tensor `name`: nothing where it is left out."""
-        match = re.fullmatch(re.escape(self.spec.layers) + r"\.(\d+)\.(.+)", name)
+        match = re.fullmatch(re.escape(self.family.layers) + r"\.(\d+)\.(.+)", name)
         if match is None:
             yield self._cut(name, name, self.tensors[name].shape, _whole)
         elif (index := int(match[1])) in self.form.layers:
-            for family, block in self.spec.blocks():
+            for block in self.family.blocks:
                 inner = match[2]
-                written = self.form.written[index].of(family)
-                if inner.startswith((f"{block.module}.", f"{block.norm}.")) and written.any():
-                    yield from self._cuts_of_block(name, index, inner, family, block)
+                written = self.form.written[index].of(block.name)
+                if inner.startswith(block.tensor_prefixes()) and written.any():
+                    yield from self._cuts_of_block(name, index, inner, block)
 
-    def _cuts_of_block(self, name: str, index: int, inner: str, family: str, block: Block) -> Iterator[Cut]:
+    def _cuts_of_block(self, name: str, index: int, inner: str, block: Block) -> Iterator[Cut]:
         """What is made of the tensor `name`, which layer `index` calls `inner`, of one of its blocks that stay."""
         shape = self.tensors[name].shape
-        written = self.form.written[index].of(family)
-        target = f"{self.spec.layers}.{self.form.layers.index(index)}.{inner}"
+        written = self.form.written[index].of(block.name)
+        target = f"{self.family.layers}.{self.form.layers.index(index)}.{inner}"
         module, _, kind = inner.rpartition(".")
         if module == block.output_path and kind == "bias":  # onto the residual stream: it belongs to no unit
-            yield self._cut(target, name, shape, self._bias(index, family))
+            yield self._cut(target, name, shape, self._bias(index, block.name))
         elif module == block.output_path:
             columns = torch.Size((shape[0], _part(shape[1], written)))
-            yield self._cut(target, name, columns, self._columns(index, family))
-            if family in self.new_biases:
-                yield self._cut(target.removesuffix(kind) + "bias", name, shape[:1], self._bias(index, family))
+            yield self._cut(target, name, columns, self._columns(index, block.name))
+            if block.name in self.new_biases:
+                yield self._cut(target.removesuffix(kind) + "bias", name, shape[:1], self._bias(index, block.name))
         elif module in (f"{block.module}.{projection.name}" for projection in block.projections):
             yield self._cut(target, name, torch.Size((_part(shape[0], written), *shape[1:])), _rows(written))
         else:  # a norm, which all units share
@@ -105,25 +105,25 @@ class Surgery:
     def _cut(self, name: str, source: str, shape: torch.Size, make: Callable[[Tensor], Tensor]) -> Cut:
         return Cut(name, shape, self.dtype or self.tensors[source].dtype, source, make)
 
-    def _columns(self, index: int, family: str) -> Callable[[Tensor], Tensor]:
+    def _columns(self, index: int, block: str) -> Callable[[Tensor], Tensor]:
         """The output projection of a block; a repaired one is read when it is wanted, not now."""
 
         def make(dense: Tensor) -> Tensor:
-            output = self.outputs.get((index, family))
-            kept, written = (keep[index].of(family) for keep in (self.form.kept, self.form.written))
+            output = self.outputs.get((index, block))
+            kept, written = (masks[index].of(block) for masks in (self.form.kept, self.form.written))
             return output_columns(dense, kept, written, output.weight if output else None)
 
         return make
 
-    def _bias(self, index: int, family: str) -> Callable[[Tensor], Tensor]:
+    def _bias(self, index: int, block: str) -> Callable[[Tensor], Tensor]:
         """The output's bias, of the base's or, where that has none, of the projection's weight."""
 
         def make(dense: Tensor) -> Tensor:
-            output = self.outputs.get((index, family))
+            output = self.outputs.get((index, block))
             if output is not None and output.bias is not None:
                 return output.bias
             # Of a block that is nothing but padding nothing is added, the base's bias neither.
-            stays = dense.dim() == 1 and bool(self.form.kept[index].of(family).any())
+            stays = dense.dim() == 1 and bool(self.form.kept[index].of(block).any())
             return dense if stays else dense.new_zeros(dense.shape[0])
 
         return make

@@ -1,4 +1,4 @@
-"""Windows go through a model together as long as memory lasts, and in halves, quarters and so on from then on."""
+"""Run a batch in one go as long as memory suffices, and in halves, quarters and so on once it has run out."""
 
 from __future__ import annotations
 
@@ -9,56 +9,59 @@ from torch import Tensor
 
 from pgprune_cli.errors import RunError
 
-TOO_LITTLE = (
-    "out of memory with one window at a time; give more devices, or lower calibration.seqlen (for the scores: "
-    "scores.seqlen)"
+OUT_OF_MEMORY = (
+    "out of memory with one window at a time. Use more devices, or lower calibration.seqlen (for the scores: "
+    "scores.seqlen)."
 )
 
 
 class BatchSplitter:
-    """How many windows go through at a time: `most`, which is all of a batch (None) until memory runs out."""
+    """Decides how many windows run at a time.
+
+    max_windows: the most that fit; None, which means a whole batch, until memory has run out once.
+    """
 
     def __init__(self) -> None:
-        self.most: int | None = None
+        self.max_windows: int | None = None
 
-    def each(self, windows: int, run: Callable[[slice], None]) -> None:
-        """Calls `run` for slices of so many `windows`, one after another; one that fails is tried again in halves.
+    def run_slices(self, windows: int, run: Callable[[slice], None]) -> None:
+        """Call `run` for consecutive slices of `windows` windows. A slice that runs out of memory is halved and retried.
 
-        Where `run` raises torch.OutOfMemoryError it must have taken nothing of its windows yet. Raises RunError where
-        the memory does not suffice for one window.
+        When `run` raises torch.OutOfMemoryError it must not have recorded anything for its slice. Raises RunError if
+        one window does not fit.
         """
         done = 0
         while done < windows:
-            tried = min(self.most or windows, windows - done)
+            size = min(self.max_windows or windows, windows - done)
             try:
-                run(slice(done, done + tried))
+                run(slice(done, done + size))
             except torch.OutOfMemoryError as error:
-                self._refuse_one(tried, error)
+                self._refuse_single_window(size, error)
             else:
-                done += tried
+                done += size
                 continue
-            self._halve(tried)
+            self._halve(size)
 
-    def all(self, batches: Sequence[Tensor], run: Callable[[Sequence[Tensor]], None]) -> None:
-        """Calls `run` with all batches of tokens `(B, T)`, and from the beginning with smaller ones where it fails.
+    def run_batches(self, batches: Sequence[Tensor], run: Callable[[Sequence[Tensor]], None]) -> None:
+        """Call `run` with all batches of tokens `(B, T)`, and again from the start with smaller ones if it fails.
 
-        Raises RunError as `each` does.
+        Raises RunError if one window does not fit.
         """
         largest = max(map(len, batches))
         while True:
-            tried = min(self.most or largest, largest)
+            size = min(self.max_windows or largest, largest)
             try:
-                run([part for tokens in batches for part in tokens.split(tried)])
+                run([part for tokens in batches for part in tokens.split(size)])
                 return
             except torch.OutOfMemoryError as error:
-                self._refuse_one(tried, error)
-            self._halve(tried)
+                self._refuse_single_window(size, error)
+            self._halve(size)
 
-    def _refuse_one(self, tried: int, error: torch.OutOfMemoryError) -> None:
-        if tried == 1:
-            raise RunError(TOO_LITTLE) from error
+    def _refuse_single_window(self, size: int, error: torch.OutOfMemoryError) -> None:
+        if size == 1:
+            raise RunError(OUT_OF_MEMORY) from error
 
-    def _halve(self, tried: int) -> None:
-        # Not before the error is gone, whose traceback holds on to what the forward had.
+    def _halve(self, size: int) -> None:
+        # Only after the except clause: until then the traceback keeps the tensors of the failed pass alive.
         torch.cuda.empty_cache()
-        self.most = (tried + 1) // 2
+        self.max_windows = (size + 1) // 2

@@ -1,43 +1,44 @@
-"""Which directions of the residual stream the loss feels: forward passes only.
+"""How much the loss feels an error in each direction of the residual stream, from forward passes only.
 
-An error e in the normalised stream in front of the unembedding U moves the loss by ½ eᵀG e, to second order and on
-average over what the model itself would say: G = E[Uᵀ (diag p − p pᵀ) U], times the final norm's weights on both sides.
-That is the Gauss-Newton matrix of the loss at the last layer, in closed form. Through the residual stream an error of a
-late layer reaches the unembedding nearly unchanged, one of an early layer is transformed by all that follows: late
-layers are judged mostly by G, the first half by length alone.
+To second order, an error e in the normalised stream before the unembedding U changes the loss by ½ eᵀG e, on average
+over what the model itself would predict, with G = E[Uᵀ (diag p − p pᵀ) U] and the final norm's weights on both sides.
+That is the Gauss-Newton matrix of the loss at the last layer, in closed form. An error of a late layer reaches the
+unembedding nearly unchanged through the residual stream, while one of an early layer is transformed by everything
+after it. So late layers are judged mostly by G, and the first half of the layers by the length of the error alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
 from pgprune_cli.errors import RunError
 from pgprune_cli.forward.batch_splitting import BatchSplitter
-from pgprune_cli.model.prunable import Shape
+from pgprune_cli.model.prunable import PrunableModel
 
 SHARE = 0.7
-"""Of G in the last layer's mixture with the identity; it falls linearly to 0 at the middle layer."""
+"""Weight of G in the last layer's mixture with the identity. It falls linearly to 0 at the middle layer."""
 
 WINDOWS = 16
-"""Of the calibration text, at least, that the average is taken over."""
+"""How many windows of the calibration text the average is taken over, at least."""
 
 LOGIT_ROWS = 256
+"""Positions whose logits exist at the same time."""
 
 
 def curvature_windows(batches: Sequence[Tensor]) -> list[Tensor]:
-    """The first windows of each of the batches `(B, T)`, as many as the average is taken over."""
+    """Return the first windows of each of the batches `(B, T)`: those that the average is taken over."""
     return [batch[: -(-WINDOWS // len(batches))] for batch in batches]
 
 
 class ErrorRoots:
-    """By layer R `(hidden, hidden)` float64: an output error e costs ‖R e‖², on average over directions its square.
+    """For each layer a matrix R `(hidden, hidden)` float64: an output error e costs ‖R e‖².
 
-    R² is the layer's mixture of G and the identity. All mixtures have G's eigenvectors, so that one decomposition
-    serves every layer, and an R exists only while a layer asks for it.
+    R² is the layer's mixture of G and the identity. All mixtures share G's eigenvectors, so one decomposition serves
+    every layer, and R exists only while somebody uses it.
     """
 
     def __init__(self, curvature: Tensor, layers: int) -> None:
@@ -47,10 +48,10 @@ class ErrorRoots:
     def __len__(self) -> int:
         return self.layers
 
-    def __getitem__(self, index: int) -> Tensor:
-        if not 0 <= index < self.layers:
-            raise IndexError(index)
-        share = SHARE * max(0.0, 2 * index / max(1, self.layers - 1) - 1)
+    def __getitem__(self, layer: int) -> Tensor:
+        if not 0 <= layer < self.layers:
+            raise IndexError(layer)
+        share = SHARE * max(0.0, 2 * layer / max(1, self.layers - 1) - 1)
         if not share:
             return torch.eye(len(self.values), dtype=torch.float64, device=self.values.device)
         mixed = 1.0 + share * (self.values.clamp_min(0.0) - 1.0)
@@ -58,57 +59,53 @@ class ErrorRoots:
 
 
 def error_roots(
-    model: nn.Module, batches: Sequence[Tensor], on_batches: Callable[[int, int], None] | None = None
+    model: PrunableModel, batches: Sequence[Tensor], progress: LayerProgress = NO_PROGRESS
 ) -> ErrorRoots:
-    """What an error weighs in every layer, from some windows of each of the `batches` of tokens `(B, T)`.
-
-    `on_batches(done, of)` is told how many of them have gone through the model.
-    """
-    layers = len(model.get_submodule(Shape.of(model).spec.layers))  # type: ignore[arg-type]
-    return ErrorRoots(output_curvature(model, batches, on_batches), layers)
+    """Return the weight of an error in every layer, from some windows of each of the `batches` of tokens `(B, T)`."""
+    return ErrorRoots(output_curvature(model, batches, progress), model.shape.layers)
 
 
 @torch.no_grad()
 def output_curvature(
-    model: nn.Module, batches: Sequence[Tensor], on_batches: Callable[[int, int], None] | None = None
+    model: PrunableModel, batches: Sequence[Tensor], progress: LayerProgress = NO_PROGRESS
 ) -> Tensor:
-    """G `(hidden, hidden)` float64, scaled so that its diagonal's mean is 1.
+    """Return G `(hidden, hidden)` float64, scaled so that the mean of its diagonal is 1.
 
-    Raises ValueError without batches, RunError where the model overflows.
+    Raises ValueError without batches, RunError if the model overflows.
     """
     if not batches:
         raise ValueError("there is no calibration text to run")
-    spec = Shape.of(model).spec
-    unembedding: Tensor = model.get_output_embeddings().weight  # type: ignore[operator]
-    norm: Tensor = model.get_submodule(spec.norm).weight.double()  # type: ignore[operator, assignment]
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    chance = torch.zeros(len(unembedding), device=unembedding.device)
+    unembedding = model.head.weight
+    norm = model.final_norm.get_parameter("weight").double()
+    token_mass = torch.zeros(len(unembedding), device=unembedding.device)
     expected = torch.zeros(unembedding.shape[1], unembedding.shape[1], device=unembedding.device)
     tokens = 0
-    decoder: Any = model.get_decoder()  # type: ignore[operator]
-    portions = BatchSplitter()
+    splitter = BatchSplitter()
     for done, windows in enumerate(curvature_windows(batches)):
-        if on_batches is not None:
-            on_batches(done, len(batches))
-        parts: list[Tensor] = []
-
-        def run(some: slice, windows: Tensor = windows, parts: list[Tensor] = parts) -> None:
-            parts.append(decoder(input_ids=windows[some].to(device), use_cache=False).last_hidden_state)
-
-        portions.each(len(windows), run)
-        for some in torch.cat(parts).flatten(0, 1).to(unembedding.device).split(LOGIT_ROWS):
-            probability = (some @ unembedding.T).float().softmax(-1)
-            chance += probability.sum(0)
+        progress.batches_done(done, len(batches))
+        for rows in _hidden_states(model, windows, splitter).to(unembedding.device).split(LOGIT_ROWS):
+            probability = (rows @ unembedding.T).float().softmax(-1)
+            token_mass += probability.sum(0)
             mean = (probability.to(unembedding.dtype) @ unembedding).float()
             expected += mean.T @ mean
-            tokens += len(some)
-    if on_batches is not None:
-        on_batches(len(batches), len(batches))
+            tokens += len(rows)
+    progress.batches_done(len(batches), len(batches))
     weighted = torch.zeros_like(expected)
-    for part, some in zip(unembedding.split(LOGIT_ROWS * 16), chance.split(LOGIT_ROWS * 16), strict=True):
-        weighted += (part.float() * some[:, None]).T @ part.float()
+    for rows, mass in zip(unembedding.split(LOGIT_ROWS * 16), token_mass.split(LOGIT_ROWS * 16), strict=True):
+        weighted += (rows.float() * mass[:, None]).T @ rows.float()
     curvature = (weighted - expected).double() / tokens
     curvature = norm[:, None] * curvature * norm
     if not curvature.isfinite().all():
-        raise RunError("the logits on the calibration text are not finite; try dtype float32 or bfloat16")
+        raise RunError("the logits on the calibration text are not finite. Try dtype float32 or bfloat16.")
     return curvature / curvature.diagonal().mean()
+
+
+def _hidden_states(model: PrunableModel, windows: Tensor, splitter: BatchSplitter) -> Tensor:
+    """Return the hidden states `(B · T, hidden)` before the unembedding."""
+    parts: list[Tensor] = []
+
+    def run(part: slice) -> None:
+        parts.append(model.decoder(input_ids=windows[part].to(model.device), use_cache=False).last_hidden_state)
+
+    splitter.run_slices(len(windows), run)
+    return torch.cat(parts).flatten(0, 1)

@@ -1,174 +1,167 @@
-"""A model run one decoder layer at a time over all calibration text, for what needs a layer's inputs from every batch
-before the next layer runs: a covariance that fits into memory for one layer only, or a repair that changes weights.
+"""Run a model one decoder layer at a time over all calibration text.
 
-    stream = layer_inputs(model, batches)
+This is for work that needs a layer's inputs from every batch before the next layer runs: second moments that fit into
+memory for one layer only, or a repair that changes weights.
+
+    run = start_layerwise(model, batches)
     for index in range(layers):
-        stream.advance(index, {("mlp.down_proj",): add})  # add(x) sees every batch's inputs `(B, T, in)`
+        run.advance(index, {("mlp.down_proj",): observe})  # observe(x) gets every batch's inputs `(B, T, in)`
 
-Where memory runs out, a batch goes through in parts (portions.py), and is seen in parts: sums over it are the same up
-to the rounding of other sizes.
+Once memory has run out, a batch goes through, and is observed, in parts. Sums over it are the same up to rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pgprune_cli.forward.batch_splitting import BatchSplitter
-from pgprune_cli.model.prunable import Shape
+from pgprune_cli.model.prunable import PrunableModel
 
-Watch = Mapping[tuple[str, ...], Callable[..., None]]
-"""By the names of submodules inside the layer: what to call with the first input of each, `(B, T, in)`, batch after
-batch, when the layer has run. It takes a batch or, where it raises, nothing of it."""
+Observers = Mapping[tuple[str, ...], Callable[..., None]]
+"""By the paths of submodules inside the layer: a function to call with the first input `(B, T, in)` of each, batch
+after batch, once the layer has run. If it raises, it must not have recorded anything of that batch."""
 
 
-class Call(NamedTuple):
-    """What the decoder hands to one layer besides the hidden states: masks, positions, whatever the family needs."""
+class LayerArguments(NamedTuple):
+    """What the decoder passes to one layer besides the hidden states: masks, positions, whatever the family needs."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
 
-class Calls:
-    """What the decoder hands to its layers, for windows `(B, T)` of every shape: without padding, it depends on nothing
-    else. Kept on the model's devices.
+class LayerCalls:
+    """The arguments that the decoder passes to its layers, for windows `(B, T)` of every shape, on the model's devices.
 
-    The decoder itself is asked: its forward runs with layers that only take notes, so that layers with masks of their
-    own (sliding windows) get theirs.
+    Without padding they depend on nothing but the shape. The decoder itself is asked: it runs once with layers that
+    only record their arguments, so that layers with masks of their own (sliding windows) get them.
     """
 
-    def __init__(self, model: nn.Module, layers: nn.ModuleList) -> None:
-        self.decoder: Any = model.get_decoder()  # type: ignore[operator]
-        self.layers = layers
-        self.known: dict[torch.Size, list[Call]] = {}
+    def __init__(self, model: PrunableModel) -> None:
+        self.model = model
+        self.by_shape: dict[torch.Size, list[LayerArguments]] = {}
 
-    def of(self, shape: torch.Size) -> list[Call]:
-        """Layer by layer."""
-        if shape not in self.known:
+    def for_shape(self, shape: torch.Size) -> list[LayerArguments]:
+        """Return the arguments layer by layer for windows of a shape."""
+        if shape not in self.by_shape:
             self.first_inputs(torch.zeros(shape, dtype=torch.int64))
-        return self.known[shape]
+        return self.by_shape[shape]
 
     def first_inputs(self, tokens: Tensor) -> Tensor:
-        """Of the first layer, `(B, T, hidden)`, where it runs."""
-        device = self.decoder.get_input_embeddings().weight.device
-        with torch.no_grad(), _taking_notes(self.layers) as notes:
-            self.decoder(input_ids=tokens.to(device), use_cache=False)
-        self.known.setdefault(tokens.shape, [call for _, call in notes])
-        return notes[0][0]
+        """Return the inputs `(B, T, hidden)` of the first layer, on its device."""
+        with torch.no_grad(), _recorded_calls(self.model.layers) as calls:
+            self.model.decoder(input_ids=tokens.to(self.model.device), use_cache=False)
+        self.by_shape.setdefault(tokens.shape, [arguments for _, arguments in calls])
+        return calls[0][0]
 
 
 @dataclass
-class Stream:
+class LayerwiseRun:
     """The hidden states of all batches on their way through the layers.
 
-    layers: of the model, run as they are when their turn comes, so their weights and blocks may be changed meanwhile;
-    hidden: per batch the input `(B, T, hidden)` of layer `position`, or after the last layer its output, before the
+    layers: of the model; each runs as it is when its turn comes, so its weights and blocks may change before that;
+    hidden_states: per batch the input `(B, T, hidden)` of layer `position`, after the last layer its output before the
     final norm, in the model's dtype, on the storage device.
     """
 
     layers: nn.ModuleList
-    hidden: list[Tensor]
-    calls: Calls
-    portions: BatchSplitter
+    hidden_states: list[Tensor]
+    calls: LayerCalls
+    splitter: BatchSplitter
     position: int = 0
 
-    def copy(self) -> Stream:
-        """A second stream from here on, for a dense and a pruned model side by side; nothing is run or doubled."""
-        return replace(self, hidden=list(self.hidden))
+    def observe(self, index: int, observers: Observers) -> None:
+        """Run layer `index` on all batches and discard its outputs: only what the observers see counts.
 
-    def observe(self, index: int, watch: Watch) -> None:
-        """Runs layer `index` on all batches and forgets its outputs: only what `watch` sees counts.
-
-        Raises ValueError when the hidden states are not that layer's inputs.
+        Raises ValueError if the hidden states are not the inputs of that layer.
         """
-        for _ in self._outputs(index, watch):
+        for _ in self._outputs(index, observers):
             pass
 
-    def advance(self, index: int, watch: Watch | None = None) -> None:
-        """Runs layer `index` on all batches and replaces the hidden states by its outputs.
+    def advance(self, index: int, observers: Observers | None = None) -> None:
+        """Run layer `index` on all batches and replace the hidden states by its outputs.
 
-        Raises ValueError as `observe` does. After an error of the layer itself the stream is of no further use.
+        Raises ValueError as `observe` does. After an error inside the layer the run cannot be used any more.
         """
-        for place, output in enumerate(self._outputs(index, watch or {})):
-            self.hidden[place] = output.to(self.hidden[place].device)
+        for place, output in enumerate(self._outputs(index, observers or {})):
+            self.hidden_states[place] = output.to(self.hidden_states[place].device)
         self.position += 1
 
-    def _outputs(self, index: int, watch: Watch) -> Iterator[Tensor]:
+    def _outputs(self, index: int, observers: Observers) -> Iterator[Tensor]:
         if index != self.position:
             raise ValueError(f"the hidden states are inputs of layer {self.position}, not of layer {index}")
         layer = self.layers[index]
         device = next(layer.parameters()).device
-        seen: dict[str, Tensor] = {}
+        inputs: dict[str, Tensor] = {}
         handles = [
-            layer.get_submodule(name).register_forward_pre_hook(
-                lambda _, inputs, name=name: seen.update({name: inputs[0]})
+            layer.get_submodule(path).register_forward_pre_hook(
+                lambda _, arguments, path=path: inputs.update({path: arguments[0]})
             )
-            for name in {name for names in watch for name in names}
+            for path in {path for paths in observers for path in paths}
         ]
         try:
-            for hidden in self.hidden:
+            for batch in self.hidden_states:
                 parts: list[Tensor] = []
 
-                def run(some: slice, hidden: Tensor = hidden, parts: list[Tensor] = parts) -> None:
-                    call = self.calls.of(hidden[some].shape[:2])[index]
-                    # no_grad, not inference_mode: a repair may compute with these outside of it.
+                def run(windows: slice, batch: Tensor = batch, parts: list[Tensor] = parts) -> None:
+                    call = self.calls.for_shape(batch[windows].shape[:2])[index]
+                    # no_grad, not inference_mode: a repair may compute with these tensors outside of it.
                     with torch.no_grad():
-                        output = layer(hidden[some].to(device), *call.args, **call.kwargs)
-                    for names, see in watch.items():
-                        self._show(see, [seen[name] for name in names])
-                    seen.clear()
+                        output = layer(batch[windows].to(device), *call.args, **call.kwargs)
+                    for paths, observe in observers.items():
+                        self._show(observe, [inputs[path] for path in paths])
+                    inputs.clear()
                     parts.append(output[0] if isinstance(output, tuple) else output)
 
-                self.portions.each(len(hidden), run)
+                self.splitter.run_slices(len(batch), run)
                 yield torch.cat(parts) if len(parts) > 1 else parts[0]
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _show(self, see: Callable[..., None], inputs: Sequence[Tensor]) -> None:
-        """In parts of their own: what `see` needs may be more than the forward, which is not run again for it."""
-        self.portions.each(len(inputs[0]), lambda some: see(*(each[some] for each in inputs)))
+    def _show(self, observe: Callable[..., None], inputs: Sequence[Tensor]) -> None:
+        """Call an observer, in parts if it needs more memory than the forward pass, which is not repeated for it."""
+        self.splitter.run_slices(len(inputs[0]), lambda windows: observe(*(tensor[windows] for tensor in inputs)))
 
 
-def layer_inputs(model: nn.Module, batches: Iterable[Tensor], storage: str | torch.device = "cpu") -> Stream:
-    """A stream at the first layer, from batches of tokens `(B, T)`, with the hidden states kept on `storage`.
+def start_layerwise(
+    model: PrunableModel, batches: Iterable[Tensor], storage: str | torch.device = "cpu"
+) -> LayerwiseRun:
+    """Start a layer-wise run at the first layer, from batches of tokens `(B, T)`; hidden states are kept on `storage`.
 
     Memory on `storage`: tokens × hidden × bytes of the dtype, 1.1 GB for 131,072 tokens of a 7B model in bfloat16.
-
-    Raises ValueError when there are no batches.
+    Raises ValueError without batches.
     """
-    layers = model.get_submodule(Shape.of(model).spec.layers)
-    assert isinstance(layers, nn.ModuleList)
-    calls = Calls(model, layers)
-    hidden = [calls.first_inputs(tokens).to(storage) for tokens in batches]
-    if not hidden:
+    calls = LayerCalls(model)
+    hidden_states = [calls.first_inputs(tokens).to(storage) for tokens in batches]
+    if not hidden_states:
         raise ValueError("there is no calibration text to run")
-    return Stream(layers, hidden, calls, BatchSplitter())
+    return LayerwiseRun(model.layers, hidden_states, calls, BatchSplitter())
 
 
 @contextmanager
-def _taking_notes(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, Call]]]:
-    """While inside, every layer writes down its inputs and passes the hidden states on as they are."""
-    notes: list[tuple[Tensor, Call]] = []
+def _recorded_calls(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, LayerArguments]]]:
+    """Inside the `with`, every layer records its inputs and passes the hidden states on unchanged."""
+    calls: list[tuple[Tensor, LayerArguments]] = []
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        notes.append((hidden_states, Call(args, kwargs)))
+        calls.append((hidden_states, LayerArguments(args, kwargs)))
         return hidden_states
 
-    # accelerate, which spreads layers over devices, keeps a forward of its own on each of them.
-    before = [vars(layer).get("forward") for layer in layers]
+    # accelerate, which spreads layers over devices, gives each of them a forward of its own.
+    originals = [vars(layer).get("forward") for layer in layers]
     try:
         for layer in layers:
-            layer.forward = forward
-        yield notes
+            layer.forward = forward  # type: ignore[method-assign]
+        yield calls
     finally:
-        for layer, own in zip(layers, before, strict=True):
-            if own is None:
+        for layer, original in zip(layers, originals, strict=True):
+            if original is None:
                 vars(layer).pop("forward", None)
             else:
-                layer.forward = own
+                layer.forward = original

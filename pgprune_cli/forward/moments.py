@@ -1,7 +1,7 @@
-"""Second moments of what the output projections read, the raw material of the `obs` metric and of every repair.
+"""Second moments of the inputs of the output projections: what the metric `obs` and every repair work from.
 
-A token counts by 1 / ‖its residual stream‖²: what follows is normalised, and the attention sinks, a thousand times as
-large as other tokens, would be all that counts.
+A token is weighted by 1 / ‖its residual stream‖². What follows is normalised, and without the weights the attention
+sinks, a thousand times as large as other tokens, would dominate everything.
 """
 
 from __future__ import annotations
@@ -13,15 +13,16 @@ from functools import partial
 
 from torch import Tensor
 
-from pgprune_cli.forward.layerwise import Stream, Watch
-from pgprune_cli.model.prunable import Shape
+from pgprune_cli.forward.layerwise import LayerwiseRun, Observers
+from pgprune_cli.model.families.adapter import Block, ModelFamily
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Of the inputs of one output projection, weighted means over tokens: second `(in, in)`, first `(in,)`, float64.
+    """Weighted means over tokens of the inputs x of one output projection, float64.
 
-    weight: the tokens' mean weight, a float64 scalar; times it, an error is relative to the residual stream.
+    second: of x xᵀ `(in, in)`; first: of x `(in,)`; weight: the mean weight of a token, a scalar. An error times
+    `weight` is relative to the residual stream.
     """
 
     second: Tensor
@@ -30,49 +31,44 @@ class Moments:
 
 
 class MomentCollector:
-    """Watches one layer run, batch after batch, and sums the moments of the blocks that are named."""
+    """Observes one layer, batch after batch, and sums the moments of some of its blocks."""
 
-    def __init__(self, shape: Shape, names: Sequence[str]) -> None:
-        blocks = dict(shape.spec.blocks())
-        self.outputs = {name: blocks[name].output_path for name in names}
-        self.norm = shape.spec.ffn.norm
+    def __init__(self, family: ModelFamily, blocks: Sequence[Block]) -> None:
+        self.residual_norm = family.residual_norm
+        self.output_paths = {block.name: block.output_path for block in blocks}
         self.sums: dict[str, Moments] = {}
         self.tokens: Counter[str] = Counter()
 
     @property
-    def watch(self) -> Watch:
-        # The norm in front of the FFN reads the residual stream.
-        return {(self.norm, path): partial(self._add, name) for name, path in self.outputs.items()}
+    def observers(self) -> Observers:
+        """What a layer-wise run has to call."""
+        return {(self.residual_norm, path): partial(self._add, name) for name, path in self.output_paths.items()}
 
-    def moments(self, name: str) -> Moments:
-        """Of one block; the collector lets go of them."""
-        sums = self.sums.pop(name)
-        return Moments(
-            sums.second.div_(sums.weight),
-            sums.first / sums.weight,
-            sums.weight / self.tokens.pop(name),
-        )
+    def moments(self, block: str) -> Moments:
+        """Return the moments of one block, and drop them here."""
+        sums = self.sums.pop(block)
+        return Moments(sums.second.div_(sums.weight), sums.first / sums.weight, sums.weight / self.tokens.pop(block))
 
-    def _add(self, name: str, residual: Tensor, inputs: Tensor) -> None:
+    def _add(self, block: str, residual: Tensor, inputs: Tensor) -> None:
         squares = residual.flatten(0, -2).float().square().mean(-1, keepdim=True)
         weight = squares.clamp_min(1e-12).reciprocal()
         x = inputs.flatten(0, -2).float()
-        heavy = x * weight
-        new = Moments((heavy.T @ x).double(), heavy.sum(0).double(), weight.sum().double())
-        # Memory for all of it was there: from here on nothing fails.
-        sums = self.sums.setdefault(name, new)
-        if sums is not new:
-            sums.second.add_(new.second)
-            sums.first.add_(new.first)
-            sums.weight.add_(new.weight)
-        self.tokens[name] += len(squares)
+        weighted = x * weight
+        batch = Moments((weighted.T @ x).double(), weighted.sum(0).double(), weight.sum().double())
+        # All memory has been allocated: from here on nothing fails.
+        sums = self.sums.setdefault(block, batch)
+        if sums is not batch:
+            sums.second.add_(batch.second)
+            sums.first.add_(batch.first)
+            sums.weight.add_(batch.weight)
+        self.tokens[block] += len(squares)
 
 
-def observe_moments(stream: Stream, index: int, shape: Shape, name: str) -> Moments:
-    """Moments of the inputs of the output projection of block `name` in layer `index`, over all of the stream.
+def observe_moments(run: LayerwiseRun, index: int, family: ModelFamily, block: Block) -> Moments:
+    """Return the moments of one block of layer `index` over all batches of a layer-wise run.
 
-    Runs the layer as it is now and leaves the stream where it was.
+    The layer runs as it is now, and the run stays where it was.
     """
-    collector = MomentCollector(shape, [name])
-    stream.observe(index, collector.watch)
-    return collector.moments(name)
+    collector = MomentCollector(family, [block])
+    run.observe(index, collector.observers)
+    return collector.moments(block.name)

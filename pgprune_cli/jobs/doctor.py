@@ -228,10 +228,10 @@ def _local(name: str) -> Source | None:
 
 
 def _of_source(source: Source) -> _Weights:
-    from pgprune_cli.model.loading import weights_in
+    from pgprune_cli.model.loading import stored_weights
 
     files = source.weight_files()
-    return _Weights(sum(weights_in(source, path) for path in files), sum(path.stat().st_size for path in files))
+    return _Weights(sum(stored_weights(source, path) for path in files), sum(path.stat().st_size for path in files))
 
 
 def _on_hub(name: str) -> _Weights:

@@ -12,60 +12,53 @@ from pgprune_cli.estimate.flops import flops, seconds
 from pgprune_cli.estimate.matmul_rate import matmul_rate
 from pgprune_cli.estimate.memory import memory
 from pgprune_cli.estimate.sizes import Sizes, Texts
-from pgprune_cli.model.loading import devices_of, empty_model
+from pgprune_cli.model.devices import devices_of
+from pgprune_cli.model.loading import empty_model
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.search.texts import (
-    calibration_forward_passes,
-    empty_text,
-    refuse_weight_format,
-    repair_batches,
-    scoring_batches,
-)
+from pgprune_cli.search.texts import calibration_forward_passes, empty_text, repair_batches, scoring_batches
 
-RESTS_ON = (
-    "estimates, from the shapes of model and recipe, for a corpus with as much text as the recipe reads at most; the "
-    "time is that of the matrix products alone, at the rates measured here just now, so the search takes longer; "
-    "where other work keeps the machine busy, these rates say little"
+BASIS = (
+    "These are estimates from the shapes of the model and the recipe, for a corpus with as much text as the recipe reads "
+    "at most. The time is that of the matrix products alone, at the rates measured on this machine just now: the search "
+    "takes longer. If other work keeps the machine busy, the rates mean little."
 )
 
 
-def estimate(recipe: Recipe, progress: Progress = SILENT) -> dict[str, Any]:
-    """Memory in bytes, forward passes, FLOPs and seconds of a search. No weights are read, and no text.
+def estimate(recipe: Recipe, *, progress: Progress = SILENT) -> dict[str, Any]:
+    """Return memory in bytes, forward passes, FLOPs and seconds of a search. Reads no weights and no text.
 
-    Raises UserError for a model whose config is not to be had or cannot be pruned, and for a device that is not there.
+    Raises UserError for a model whose config is not available or cannot be pruned, and for a missing device.
     """
-    refuse_weight_format(recipe)
     devices = devices_of(recipe.device)
-    device = devices[0]
     sizes = Sizes(empty_model(recipe.model, recipe.dtype, recipe.weight_format), recipe)
     text = empty_text(recipe)
     step = text.search[: recipe.calibration.batch]
     texts = Texts(scoring_batches(recipe, text), repair_batches(recipe, text), step, text.heldout)
     parts = flops(sizes, texts)
-    with progress.working(f"measuring matrix products on {device}"):
-        rates = {dtype: matmul_rate(device, dtype) for part in parts.values() for dtype in part}
+    with progress.working(f"measuring matrix products on {devices[0]}"):
+        rates = {dtype: matmul_rate(devices[0], dtype) for part in parts.values() for dtype in part}
     needed = memory(sizes, texts)
-    schedule = recipe.search
+    settings = recipe.search
     return {
         "model": recipe.model,
         "parameters": sizes.parameters,
         "dtype": _name(sizes.dtype),
-        "device": _of_all(devices),
+        "device": _device_name(devices),
         "memory": vars(needed) | {"device": needed.device, "host": needed.host},
         "forward_passes": {
-            "search": schedule.steps * schedule.masks_per_step,
+            "search": settings.steps * settings.masks_per_step,
             "calibration": calibration_forward_passes(recipe, text),
             "tokens": step.numel(),
         },
         "flops": {name: {_name(dtype): count for dtype, count in part.items()} for name, part in parts.items()},
         "flops_per_second": {_name(dtype): rate for dtype, rate in rates.items()},
         "seconds": seconds(parts, rates),
-        "rests_on": RESTS_ON,
+        "basis": BASIS,
     }
 
 
-def _of_all(devices: Sequence[torch.device]) -> str:
-    """What the devices are called that share the weights, all of the first one's kind."""
+def _device_name(devices: Sequence[torch.device]) -> str:
+    """Return what the devices that share the weights are called. All are of the first one's kind."""
     name = torch.cuda.get_device_name(devices[0]) if devices[0].type == "cuda" else str(devices[0])
     return name if len(devices) == 1 else f"up to {len(devices)} × {name} together"
 

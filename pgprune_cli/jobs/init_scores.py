@@ -1,4 +1,4 @@
-"""init-scores: one pass of a metric over the model, written to `scores.safetensors` of the run."""
+"""init-scores: one pass of a metric over the model, written to the run directory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.distributed import Ranks
-from pgprune_cli.model.loading import load_model
+from pgprune_cli.model.loading import load_prunable
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.lock import locked
@@ -14,19 +14,19 @@ from pgprune_cli.run.provenance import note
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.scores.metrics import CALIBRATED
 from pgprune_cli.search.scoring import compute_scores
-from pgprune_cli.search.texts import load_text
+from pgprune_cli.search.texts import load_text, scoring_batches
 
 
-def init_scores(recipe: Recipe, run: Path, progress: Progress = SILENT) -> Scores:
-    """Scores the recipe's model with its metric and writes them into `run`. Raises UserError, RunError."""
+def init_scores(recipe: Recipe, run: Path, *, progress: Progress = SILENT) -> Scores:
+    """Score the recipe's model with its metric and write the scores into `run`. Raises UserError, RunError."""
     with locked(run):
         source = resolve(recipe.model)
-        text = None
+        batches = []
         if recipe.scores.metric in CALIBRATED:
-            text = load_text(recipe, source, progress)
+            batches = scoring_batches(recipe, load_text(recipe, source, progress))
         with progress.working(f"loading {recipe.model}"):
-            model = load_model(source, recipe.dtype, recipe.device, recipe.weight_format)
-        scores = compute_scores(recipe, source, model, text, progress, Ranks())
-        note(run)  # before the scores: who finds those does not come here again
+            model = load_prunable(source, recipe.dtype, recipe.device, recipe.weight_format)
+        scores = compute_scores(recipe, model, batches, source.fingerprint(), ranks=Ranks(), progress=progress)
+        note(run)  # before the scores: once they exist, this command has nothing left to do
         scores.save(run)
         return scores

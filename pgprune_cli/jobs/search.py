@@ -1,4 +1,4 @@
-"""search: from scores to a decision. Wires the parts; `loop.py` has the steps, `problem.py` what they decide on."""
+"""search: from scores to a decision. The loop is in search/loop.py, what it optimises in search/problem.py."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from pgprune_cli.console.progress import SILENT, Progress
-from pgprune_cli.data.windows import Batches, CalibrationText
+from pgprune_cli.core.space import Budget, MaskSpace
 from pgprune_cli.distributed import Ranks, joined
-from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.model.loading import load_model
-from pgprune_cli.model.prunable import ModelMask
+from pgprune_cli.model.loading import load_prunable
+from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import dump
 from pgprune_cli.recipe.schema import Recipe
@@ -26,10 +24,11 @@ from pgprune_cli.run.lock import locked
 from pgprune_cli.run.provenance import note
 from pgprune_cli.run.resume import finished, identity_of, refuse_other_recipe
 from pgprune_cli.search.budget import budget_for
-from pgprune_cli.search.loop import finite, run_steps
-from pgprune_cli.search.problem import Problem, policy_of
-from pgprune_cli.search.scoring import scores_of
-from pgprune_cli.search.texts import _reselects, calibration_forward_passes, load_text, repair_batches
+from pgprune_cli.search.context import SearchContext
+from pgprune_cli.search.loop import LoopState, finite, run_steps
+from pgprune_cli.search.problem import Problem, set_up
+from pgprune_cli.search.scoring import load_or_compute_scores
+from pgprune_cli.search.texts import calibration_forward_passes, load_text, repair_batches, reselects
 from pgprune_cli.search.trackers import TrackerName, check_installed
 from pgprune_cli.storage.atomic import write_bytes
 
@@ -37,103 +36,113 @@ from pgprune_cli.storage.atomic import write_bytes
 def search(
     recipe: Recipe,
     run: Path,
-    progress: Progress = SILENT,
+    *,
     skip_corrupt_checkpoint: bool = False,
-    log: TrackerName | None = None,
+    tracker: TrackerName | None = None,
+    progress: Progress = SILENT,
 ) -> Decision:
-    """Searches as the recipe says, or goes on where an earlier call was stopped, and writes the decision into `run`.
+    """Search as the recipe says, or resume an interrupted search, and write the decision into `run`.
 
-    `skip_corrupt_checkpoint`: where the newest checkpoint is damaged, goes on from the one before it. `log`: a tracker that is
-    told every step. Under torchrun all processes call it alike, and the writer among them writes. Raises UserError for
-    a run directory of another recipe, with damage in it or with another process in it, RunError where every loss is bad
-    or another process of the search is gone, Interrupted after a signal, with the state saved.
+    Under torchrun all processes call this alike, and only the writer among them writes.
+
+    Args:
+        skip_corrupt_checkpoint: if the newest checkpoint is damaged, resume from the one before it.
+        tracker: logs every step.
+
+    Raises:
+        UserError: the run directory belongs to another recipe, is damaged or in use; the recipe does not fit the model.
+        RunError: the losses are never finite, or another process of the search is gone.
+        Interrupted: a signal stopped the search; its state is saved.
     """
     if (run / DECISION_RECORD).exists():
         return finished(run, recipe)
-    if log is not None:
-        check_installed(log)
+    if tracker is not None:
+        check_installed(tracker)
     with joined() as ranks, locked(run) if ranks.writer else nullcontext():
-        decision = _search(
-            recipe,
-            run,
-            progress if ranks.writer else SILENT,
-            skip_corrupt_checkpoint,
-            log if ranks.writer else None,
-            ranks,
-        )
+        context = _open(recipe, run, ranks, progress if ranks.writer else SILENT)
+        decision = _search(context, skip_corrupt_checkpoint, tracker)
         if ranks.writer:
-            remove_widths(run)  # nobody reads them any more: all have been heard on the final loss
+            remove_widths(run)  # every process has computed the final loss: nobody reads them any more
             decision.save(run)
     return decision
 
 
-def _search(
-    recipe: Recipe, run: Path, progress: Progress, skip_corrupt_checkpoint: bool, log: TrackerName | None, ranks: Ranks
-) -> Decision:
-    with ranks.writer_first():
+def _search(context: SearchContext, skip_corrupt_checkpoint: bool, tracker: TrackerName | None) -> Decision:
+    """Run the phases of a search in order: scores, problem, steps, repair."""
+    scores = load_or_compute_scores(context)
+    # Record what was done: the scores may have been made with `init-scores --metric`.
+    metric = replace(context.recipe.scores, metric=scores.metric)
+    context = replace(context, recipe=replace(context.recipe, scores=metric))
+    space, budget = _begin(context)
+    problem = set_up(context, space, budget, scores)
+    identity = identity_of(context.recipe, context.fingerprint, problem.policy.origin)
+    loop = run_steps(problem, identity, skip_corrupt_checkpoint=skip_corrupt_checkpoint, tracker=tracker)
+    return _decide(problem, loop)
+
+
+def _open(recipe: Recipe, run: Path, ranks: Ranks, progress: Progress) -> SearchContext:
+    """Read the text and load the model of a search."""
+    with ranks.writer_first():  # one process downloads and tokenises, the others find it done
         source = resolve(recipe.model)
         text = load_text(recipe, source, progress)
     with progress.working(f"loading {recipe.model}"):
-        model = load_model(source, recipe.dtype, recipe.device, recipe.weight_format)
-    fingerprint = source.fingerprint()
-    evaluator = Evaluator(model)
-    scores = scores_of(recipe, run, source, model, text, progress, ranks)
-    with ranks.writer_first():
-        # what is recorded is what was done: the scores may have been made with `init-scores --metric`
-        recipe = replace(recipe, scores=replace(recipe.scores, metric=scores.metric))
-        refuse_other_recipe(run, recipe)
-        if ranks.writer:
-            write_bytes(run / RECIPE_FILE, dump(recipe).encode())
-            note(run)
-        space, budget = budget_for(recipe, evaluator, run, fingerprint, progress)
-    problem = Problem(
-        evaluator,
-        space,
-        policy_of(recipe, run, evaluator, space, budget, scores, text, ranks, progress),
-        Batches(text.search, recipe.calibration.batch, recipe.seed),
-        text.heldout,
-        recipe,
-        ranks,
-    )
-    identity = identity_of(recipe, fingerprint, problem.policy.origin)
-    loop = run_steps(problem, run, identity, progress, skip_corrupt_checkpoint, log)
+        model = load_prunable(source, recipe.dtype, recipe.device, recipe.weight_format)
+    return SearchContext(recipe, run, source, model, text, ranks, progress)
 
-    mask = problem.policy.final_mask(loop.state)
-    keep = problem.keep(mask)
-    parameters = evaluator.shape.space(recipe.units.families).costs
-    keep, outputs = _repaired(recipe, model, keep, text, progress)
-    heldout_loss = problem.heldout_loss(keep, outputs)
-    dense_loss = problem.heldout_loss(problem.keep(torch.ones_like(mask)), {})
+
+def _begin(context: SearchContext) -> tuple[MaskSpace, Budget]:
+    """Check the budget against the model, then write the resolved recipe into the run directory.
+
+    Raises UserError if the directory was begun with another recipe, or if the model's sizes cannot meet the budget:
+    then nothing is written, and the corrected recipe is accepted.
+    """
+    with context.ranks.writer_first():  # one process measures latencies and writes, the others read
+        refuse_other_recipe(context.run, context.recipe)
+        space, budget = budget_for(context)
+        if context.ranks.writer:
+            write_bytes(context.run / RECIPE_FILE, dump(context.recipe).encode())
+            note(context.run)
+    return space, budget
+
+
+def _decide(problem: Problem, loop: LoopState) -> Decision:
+    """Repair the mask that the search ended with, measure it on held-out text, and describe it."""
+    context, recipe = problem.context, problem.context.recipe
+    mask = problem.policy.final_mask(loop.policy_state)
+    parameters = context.model.shape.space(recipe.units.families).costs
+    model_mask, outputs = _repaired(context, problem.model_mask(mask))
+    heldout_loss = problem.heldout_loss(model_mask, outputs)
+    dense_loss = problem.heldout_loss(problem.model_mask(torch.ones_like(mask)), {})
     return Decision(
-        model_mask=keep,
+        model_mask=model_mask,
         model=recipe.model,
-        fingerprint=fingerprint,
+        fingerprint=context.fingerprint,
         sparsity=1.0 - int(parameters[mask].sum()) / int(parameters.sum()),
         recipe=dump(recipe),
-        steps=loop.state.step,
+        steps=loop.step,
         forward_passes=loop.forward_passes,
-        calibration_forward_passes=calibration_forward_passes(recipe, text),
+        calibration_forward_passes=calibration_forward_passes(recipe, context.text),
         heldout_loss=finite(heldout_loss),
         dense_loss=finite(dense_loss),
         outputs=outputs,
-        budget={"measure": recipe.budget.measure, "kept": int(space.costs[mask].sum()) / int(space.costs.sum())},
+        budget={
+            "measure": recipe.budget.measure,
+            "kept": int(problem.space.costs[mask].sum()) / int(problem.space.costs.sum()),
+        },
     )
 
 
-def _repaired(recipe: Recipe, model: nn.Module, keep: ModelMask, text: CalibrationText, progress: Progress) -> Repaired:
-    if recipe.repair.method == "none":
-        return Repaired(keep, {})
-    with progress.layers("repairing the kept weights", len(keep)) as bar:
-        settings = recipe.repair
-        batches = repair_batches(recipe, text)
-        chosen_anew = _reselects(recipe)
+def _repaired(context: SearchContext, model_mask: ModelMask) -> Repaired:
+    settings = context.recipe.repair
+    if settings.method == "none":
+        return Repaired(model_mask, {})
+    with context.progress.layers("repairing the kept weights", len(model_mask)) as layers:
         return repair(
-            model,
-            keep,
-            batches,
+            context.model,
+            model_mask,
+            repair_batches(context.recipe, context.text),
             settings.method,
             settings.damping,
-            chosen_anew,
-            lambda _: bar.layer_done(),
-            bar.batches_done,
+            reselect=reselects(context.recipe),
+            progress=layers,
         )

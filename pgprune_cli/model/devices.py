@@ -1,4 +1,4 @@
-"""On which devices a model lies: which are this process's, how many of them its weights need, which layer is where."""
+"""Which devices a model is on: those of this process, how many its weights need, and which layer is where."""
 
 from __future__ import annotations
 
@@ -6,57 +6,60 @@ import torch
 
 from pgprune_cli.distributed import on_this_machine
 from pgprune_cli.errors import UserError
+from pgprune_cli.model.families.adapter import ModelFamily
 
 FILLED = 0.8
-"""Of a GPU's free memory that weights may take where `device: auto` chooses: the rest is for what a forward needs."""
+"""Fraction of a GPU's free memory that `device: auto` fills with weights. The rest is for forward passes."""
 
 
 def devices_of(device: str) -> list[torch.device]:
-    """The devices that a recipe's `device` names; of GPUs, under torchrun, this process's share of them.
+    """Return the devices that a recipe's `device` names; under torchrun, this process's share of the GPUs.
 
-    `auto` names all GPUs, `cuda` the first of them. Raises UserError for devices that this machine lacks.
+    `auto` names all GPUs, `cuda` the first of them. Raises UserError for devices that this machine does not have.
     """
     if device == "auto" and not torch.cuda.is_available():
         return [torch.device("cpu")]
     count = torch.cuda.device_count()
     if device in ("auto", "cuda") and count:
-        devices = _shared([torch.device("cuda", index) for index in range(count)])
-        return devices if device == "auto" else devices[:1]
+        gpus = _share_of_process([torch.device("cuda", index) for index in range(count)])
+        return gpus if device == "auto" else gpus[:1]
     try:
         devices = [torch.device(name.strip()) for name in device.split(",")]
     except RuntimeError:
         raise UserError(
             f"device {device!r}: expected auto, cpu, cuda, cuda:N or a list such as cuda:0,cuda:1"
         ) from None
-    for wanted in devices:
-        if wanted.type == "cuda" and (wanted.index or 0) >= count:
-            raise UserError(f"device {wanted}: this machine has {count} CUDA devices")
-    return _shared(devices) if devices[0].type == "cuda" else devices
+    for named in devices:
+        if named.type == "cuda" and (named.index or 0) >= count:
+            raise UserError(f"device {named}: this machine has {count} CUDA devices")
+    return _share_of_process(devices) if devices[0].type == "cuda" else devices
 
 
-def _shared(devices: list[torch.device]) -> list[torch.device]:
-    """Of GPUs the run of them that is this process's; all are, of one process alone."""
-    here = on_this_machine()
-    if here.world > len(devices):
-        raise UserError(f"{here.world} processes on this machine and {len(devices)} CUDA devices for them; start fewer")
-    return devices[here.rank * len(devices) // here.world : (here.rank + 1) * len(devices) // here.world]
+def _share_of_process(gpus: list[torch.device]) -> list[torch.device]:
+    """Return the consecutive GPUs that belong to this process: all of them, unless torchrun started several."""
+    ranks = on_this_machine()
+    if ranks.world > len(gpus):
+        raise UserError(
+            f"{ranks.world} processes on this machine, but only {len(gpus)} CUDA devices for them. Start fewer processes."
+        )
+    return gpus[ranks.rank * len(gpus) // ranks.world : (ranks.rank + 1) * len(gpus) // ranks.world]
 
 
-def enough(weights: int, free: list[int]) -> int:
-    """How many devices, of so many free bytes each, that many bytes of weights need when spread evenly; at most all."""
+def devices_needed(weight_bytes: int, free: list[int]) -> int:
+    """Return how many of the devices, with `free` bytes each, evenly spread weights need; at most all of them."""
     counts = range(1, len(free) + 1)
-    return next((count for count in counts if weights <= FILLED * count * min(free[:count])), len(free))
+    return next((count for count in counts if weight_bytes <= FILLED * count * min(free[:count])), len(free))
 
 
-def spread(layers: int, tied: bool, devices: list[torch.device]) -> dict[str, torch.device]:
-    """A device map that puts equal runs of layers on the devices in order, the embedding first and the head last.
+def device_map(family: ModelFamily, layers: int, tied: bool, devices: list[torch.device]) -> dict[str, torch.device]:
+    """Return a device by module path: equal runs of layers in order, the embedding first and the head last.
 
-    Of a model with `tied` embeddings both are one tensor, and lie where the head does.
+    tied: embedding and head are one tensor, which then is where the head is.
     """
-    device_map = {f"model.layers.{i}": devices[i * len(devices) // layers] for i in range(layers)}
-    return device_map | {
-        "model.embed_tokens": devices[-1 if tied else 0],
-        "model.rotary_emb": devices[0],
-        "model.norm": devices[-1],
-        "lm_head": devices[-1],
+    by_layer = {f"{family.layers}.{i}": devices[i * len(devices) // layers] for i in range(layers)}
+    return by_layer | {
+        family.embedding: devices[-1 if tied else 0],
+        family.rotary: devices[0],
+        family.final_norm: devices[-1],
+        family.head: devices[-1],
     }

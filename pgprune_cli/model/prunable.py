@@ -1,220 +1,140 @@
-"""Where a model family keeps its prunable projections, and how they are coupled.
-
-An attention unit is a KV head with all the query heads that share it: rows of q, k, v (and of their biases) and the
-matching columns of o. An FFN unit is a row of gate and up and the matching column of down. A sub-layer that loses all
-its units is gone as a whole, its output bias and norm too.
-"""
+"""A model that can be pruned: the transformers model, and what every part of pgprune needs to know about it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.core.space import Family, MaskSpace
-from pgprune_cli.errors import UserError
+from pgprune_cli.core.space import BLOCKS_OF, WHOLE_FAMILIES, Family, MaskSpace
+from pgprune_cli.model.families import family_of
+from pgprune_cli.model.families.adapter import Block, ModelFamily
+from pgprune_cli.model.masks import LayerMask, ModelMask
 
-
-@dataclass(frozen=True)
-class Projection:
-    """A linear layer, by its name inside its block, and the axis of its weight (out, in) along which units lie."""
-
-    name: str
-    axis: int
-
-
-@dataclass(frozen=True)
-class Block:
-    """A sub-layer: its module, the norm in front of it, its projections, the one that writes to the residual last."""
-
-    module: str
-    norm: str
-    projections: tuple[Projection, ...]
-
-    @property
-    def output(self) -> Projection:
-        return self.projections[-1]
-
-    @property
-    def output_path(self) -> str:
-        """Name of the output projection inside its layer."""
-        return f"{self.module}.{self.output.name}"
-
-
-@dataclass(frozen=True)
-class ArchSpec:
-    """One way of laying out a decoder, with its final norm; `model_types`: the transformers configs laid out so."""
-
-    model_types: tuple[str, ...]
-    layers: str
-    norm: str
-    attention: Block
-    ffn: Block
-
-    def blocks(self) -> tuple[tuple[str, Block], ...]:
-        return (("attention", self.attention), ("ffn", self.ffn))
-
-
-LLAMA_LIKE = ArchSpec(
-    model_types=("llama", "mistral", "qwen2", "qwen3"),
-    layers="model.layers",
-    norm="model.norm",
-    attention=Block(
-        "self_attn",
-        "input_layernorm",
-        (Projection("q_proj", 0), Projection("k_proj", 0), Projection("v_proj", 0), Projection("o_proj", 1)),
-    ),
-    ffn=Block(
-        "mlp",
-        "post_attention_layernorm",
-        (Projection("gate_proj", 0), Projection("up_proj", 0), Projection("down_proj", 1)),
-    ),
-)
-
-SPECS = (LLAMA_LIKE,)
-
-
-def spec_of(model_type: str) -> ArchSpec:
-    """The layout of a transformers `model_type`. Raises UserError for one that is not supported."""
-    for spec in SPECS:
-        if model_type in spec.model_types:
-            return spec
-    if model_type.startswith("pruned_"):
-        raise UserError("the model is pruned already; prune the one that it was made from, with another sparsity")
-    known = ", ".join(name for spec in SPECS for name in spec.model_types)
-    raise UserError(f"model type {model_type!r} is not supported; pgprune prunes {known}")
-
-
-@dataclass(frozen=True)
-class LayerMask:
-    """What stays of one decoder layer: bool masks over its KV heads and its FFN channels, True = kept."""
-
-    attention: Tensor
-    ffn: Tensor
-
-    def of(self, block: str) -> Tensor:
-        return self.attention if block == "attention" else self.ffn
-
-
-ModelMask = tuple[LayerMask, ...]
-"""What stays of a model, layer by layer."""
-
-
-class Output(NamedTuple):
-    """An output projection on its kept inputs: weight `(hidden, kept)`, and bias `(hidden,)` where it has one."""
-
-    weight: Tensor
-    bias: Tensor | None
-
-
-Outputs = Mapping[tuple[int, str], Output]
-"""Repaired output projections by (layer, block name); a block without an entry keeps its weights as they are."""
-
-
-@dataclass(frozen=True)
-class UnitCosts:
-    """What one unit costs, layer by layer: a KV head, and an FFN channel. Whole numbers of whatever is counted."""
-
-    attention: tuple[int, ...]
-    ffn: tuple[int, ...]
+UnitCosts = Mapping[str, tuple[int, ...]]
+"""What one unit costs, by block name, layer by layer: whole numbers of whatever is counted."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes of a dense model that pruning needs: units of every layer and parameters of a unit."""
+    """The sizes of a dense model that pruning needs.
 
-    spec: ArchSpec
-    kv_heads: tuple[int, ...]
-    channels: tuple[int, ...]
-    kv_head_parameters: tuple[int, ...]
-    channel_parameters: tuple[int, ...]
+    units: how many units each layer has, by block name; parameters: how many parameters one of them has.
+    """
+
+    family: ModelFamily
+    units: Mapping[str, tuple[int, ...]]
+    parameters: UnitCosts
 
     @classmethod
-    def of(cls, model: nn.Module) -> Shape:
-        """Reads the shape off a transformers causal model (a model on the meta device will do)."""
-        spec = spec_of(model.config.model_type)
-        layers = model.get_submodule(spec.layers)
-        groups = [layer.self_attn.k_proj.out_features // layer.self_attn.head_dim for layer in layers]
-        channels = [layer.mlp.down_proj.in_features for layer in layers]
+    def of(cls, family: ModelFamily, layers: Sequence[nn.Module]) -> Shape:
+        """Read the shape off decoder layers (layers on the meta device will do)."""
+        counts = [family.units(layer) for layer in layers]
         return cls(
-            spec,
-            tuple(groups),
-            tuple(channels),
-            tuple(_unit_parameters(layer, spec.attention, count) for layer, count in zip(layers, groups, strict=True)),
-            tuple(_unit_parameters(layer, spec.ffn, count) for layer, count in zip(layers, channels, strict=True)),
+            family,
+            {block.name: tuple(count[block.name] for count in counts) for block in family.blocks},
+            {
+                block.name: tuple(
+                    _unit_parameters(layer, block, count[block.name])
+                    for layer, count in zip(layers, counts, strict=True)
+                )
+                for block in family.blocks
+            },
         )
 
     @property
-    def parameters(self) -> UnitCosts:
-        return UnitCosts(self.kv_head_parameters, self.channel_parameters)
+    def layers(self) -> int:
+        """How many decoder layers there are."""
+        return len(next(iter(self.units.values())))
 
     def space(self, families: Sequence[str], costs: UnitCosts | None = None) -> MaskSpace:
-        """The units of the named families (attention, ffn, attention-block, ffn-block, layer) with what they cost.
+        """Return the units of the named families (attention, ffn, attention-block, ffn-block, layer) and their costs.
 
-        In parameters, where `costs` says nothing else. A whole block or layer costs the sum of its units.
+        costs: per unit, by block name; parameters by default. A whole block or layer costs the sum of its units.
         """
         costs = costs or self.parameters
-        ones = (1,) * len(self.kv_heads)
-        whole_attention = tuple(n * c for n, c in zip(self.kv_heads, costs.attention, strict=True))
-        whole_ffn = tuple(n * c for n, c in zip(self.channels, costs.ffn, strict=True))
-        known = {
-            "attention": (self.kv_heads, costs.attention),
-            "ffn": (self.channels, costs.ffn),
-            "attention-block": (ones, whole_attention),
-            "ffn-block": (ones, whole_ffn),
-            "layer": (ones, tuple(a + f for a, f in zip(whole_attention, whole_ffn, strict=True))),
-        }
-        return MaskSpace(tuple(Family(name, *known[name]) for name in families))
+        members = []
+        for name in families:
+            blocks = BLOCKS_OF[name]
+            if name in WHOLE_FAMILIES:
+                sums = [
+                    sum(self.units[block][layer] * costs[block][layer] for block in blocks)
+                    for layer in range(self.layers)
+                ]
+                members.append(Family(name, (1,) * self.layers, tuple(sums)))
+            else:
+                members.append(Family(name, self.units[blocks[0]], costs[blocks[0]]))
+        return MaskSpace(tuple(members))
 
-    def keep(self, space: MaskSpace, mask: Tensor) -> ModelMask:
-        """A mask `(n,)` over the space's units as what stays of every layer; families not in the space stay whole."""
-        attention = [torch.ones(count, dtype=torch.bool) for count in self.kv_heads]
-        ffn = [torch.ones(count, dtype=torch.bool) for count in self.channels]
+    def model_mask(self, space: MaskSpace, mask: Tensor) -> ModelMask:
+        """Return a mask `(n,)` over the space's units as the masks of every layer. Blocks outside the space are kept."""
+        masks = {name: [torch.ones(count, dtype=torch.bool) for count in counts] for name, counts in self.units.items()}
         for family in space.families:
             for index, part in enumerate(space.per_layer(mask, family.name)):
-                if family.name in ("attention", "attention-block", "layer"):
-                    attention[index] = attention[index] & part
-                if family.name in ("ffn", "ffn-block", "layer"):
-                    ffn[index] = ffn[index] & part
-        return tuple(LayerMask(a, f) for a, f in zip(attention, ffn, strict=True))
+                for block in BLOCKS_OF[family.name]:
+                    masks[block][index] = masks[block][index] & part
+        return tuple(
+            LayerMask(**{name: layer_masks[index] for name, layer_masks in masks.items()})
+            for index in range(self.layers)
+        )
 
 
-def projections(spec: ArchSpec, layer: nn.Module) -> Iterator[tuple[str, Projection, nn.Linear]]:
-    """(block name, projection, module) of every prunable linear layer of a decoder layer."""
-    for name, block in spec.blocks():
-        module = layer.get_submodule(block.module)
-        for projection in block.projections:
-            yield name, projection, module.get_submodule(projection.name)
+@dataclass(frozen=True)
+class PrunableModel:
+    """A causal language model whose family pgprune knows, ready for forward passes.
 
-
-def gather_units(tensor: Tensor, axis: int, kept: Tensor, units: int) -> Tensor:
-    """The kept units of a weight or bias whose `axis` holds `units` equal runs, one a unit.
-
-    `kept` holds unit indices (int64, ascending) on the tensor's device. Returns a new tensor, with
-    `len(kept) · width` entries along `axis`.
+    module: the transformers model; layers: its decoder layers; embedding, final_norm, head, decoder: its parts; shape:
+    the sizes of the dense model. Weights may be on the meta device, where only shapes count.
     """
-    width = tensor.shape[axis] // units
-    if width == 1:
-        # Whole rows of the transposed matrix: on a CPU three times as fast as picking columns.
-        return tensor.movedim(axis, 0).index_select(0, kept).movedim(0, axis)
-    runs = tensor.unflatten(axis, (units, width))
-    return runs.index_select(axis, kept).flatten(axis, axis + 1)
 
+    module: nn.Module
+    family: ModelFamily
+    shape: Shape
+    layers: nn.ModuleList
+    embedding: nn.Embedding
+    final_norm: nn.Module
+    head: nn.Linear
+    decoder: nn.Module
 
-def inputs_of(units: Tensor, width: int) -> Tensor:
-    """The inputs of an output projection that belong to some units, each a run of `width`, by index; in their order."""
-    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+    @classmethod
+    def of(cls, module: nn.Module) -> PrunableModel:
+        """Find the parts of a transformers causal model. Raises UserError for a family that is not supported."""
+        causal: Any = module
+        family = family_of(causal.config.model_type)
+        layers = module.get_submodule(family.layers)
+        embedding = module.get_submodule(family.embedding)
+        head = module.get_submodule(family.head)
+        assert isinstance(layers, nn.ModuleList)
+        assert isinstance(embedding, nn.Embedding)
+        assert isinstance(head, nn.Linear)
+        shape = Shape.of(family, list(layers))
+        final_norm = module.get_submodule(family.final_norm)
+        return cls(module, family, shape, layers, embedding, final_norm, head, causal.get_decoder())
+
+    @property
+    def config(self) -> Any:
+        """The transformers config."""
+        causal: Any = self.module
+        return causal.config
+
+    @property
+    def device(self) -> torch.device:
+        """The device that tokens are sent to."""
+        return self.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the hidden states."""
+        return self.embedding.weight.dtype
 
 
 def _unit_parameters(layer: nn.Module, block: Block, units: int) -> int:
-    """Parameters that go with one unit: its share of every weight, and of the biases along the same axis."""
+    """Count the parameters of one unit: its share of every weight, and of the biases along the same axis."""
     total = 0
-    for projection in block.projections:
-        linear = layer.get_submodule(f"{block.module}.{projection.name}")
-        assert isinstance(linear, nn.Linear)
+    for projection, linear in zip(block.projections, block.linears(layer), strict=True):
         total += linear.in_features * linear.out_features
         if linear.bias is not None and projection.axis == 0:
             total += linear.bias.numel()

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from pgprune_cli.errors import UserError, in_short
-from pgprune_cli.model.prunable import gather_units, spec_of
+from pgprune_cli.model.families import family_of
+from pgprune_cli.model.families.adapter import gather_units
 
 ROWS = 256
 """That are rounded at a time, in float32."""
@@ -197,9 +198,8 @@ def quantize_projections(model: nn.Module, weights: Literal["int8", "fp8"]) -> N
     What is left in its dtype: embedding, head, norms and biases. A model on the meta device will do.
     """
     kind = {"int8": Int8Linear, "fp8": Fp8Linear}[weights]
-    spec = spec_of(model.config.model_type)  # type: ignore[union-attr, arg-type]
-    for layer in model.get_submodule(spec.layers):  # type: ignore[attr-defined]
-        for _, block in spec.blocks():
-            module = layer.get_submodule(block.module)
-            for projection in block.projections:
-                setattr(module, projection.name, kind(module.get_submodule(projection.name)))
+    causal: Any = model
+    family = family_of(causal.config.model_type)
+    for layer in causal.get_submodule(family.layers):
+        for block, projection, linear in family.linears(layer):
+            setattr(layer.get_submodule(block.module), projection.name, kind(linear))

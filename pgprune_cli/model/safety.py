@@ -57,9 +57,8 @@ def check_directory(name: str, directory: Path) -> None:
 
 def check_gguf(name: str, path: Path) -> None:
     """Raises UserError for a GGUF file that transformers must not be given, or has nothing to make of it."""
-    from pgprune_cli.model.prunable import (
-        spec_of,  # late, as it imports torch, and a model's files are looked for without
-    )
+    # Imported late: it imports torch, and finding a model's files must stay quick.
+    from pgprune_cli.model.families import family_of
 
     header = read_header(path)
     if header.architecture == "deci":
@@ -67,6 +66,6 @@ def check_gguf(name: str, path: Path) -> None:
             f"{name}: layers of different sizes in a GGUF file are for llama.cpp; "
             "name the run, or its export as --format hf"
         )
-    spec_of(header.architecture)
+    family_of(header.architecture)
     if header.layers > MOST_LAYERS:
         raise UserError(f"{path}: {header.layers:,} layers: at most {MOST_LAYERS} are read")

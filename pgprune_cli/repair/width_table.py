@@ -1,39 +1,44 @@
-"""Every block at many widths, solved beforehand: what a search over widths is made of.
+"""The width table: every block solved at many widths before the search.
 
-A search evaluates masks repaired, and a repair takes minutes. So each block of the dense model is solved once, as if it
-alone were cut, at every width of a grid: units go in the order of a metric, and with the kept units first in C one
-Cholesky factor serves all widths, that of a leading block being the leading block of the factor (repair.py).
+A width search evaluates masks with their repair, and a repair takes minutes. So each block of the dense model is solved
+once, as if it alone were pruned, at a grid of widths. Units are removed in the order of their scores. With the units in
+that order in C, one Cholesky factor serves all widths, because the factor of a leading submatrix is the leading
+submatrix of the factor (see least_squares.py for the equations).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
 from pgprune_cli.core.space import MaskSpace
 from pgprune_cli.forward.curvature import error_roots
-from pgprune_cli.forward.layerwise import layer_inputs
+from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.moments import MomentCollector, Moments
-from pgprune_cli.model.prunable import ModelMask, Output, Outputs, Shape, inputs_of
+from pgprune_cli.model.masks import ModelMask, Output, Outputs, columns_of
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair.least_squares import cholesky
 
 WIDTH_STEPS = 16
-"""Widths of a block that a search chooses among: multiples of a sixteenth of its units."""
+"""How many widths of a block a search chooses among: multiples of a sixteenth of its units."""
 
 TIE = 1e-6
-"""Nats of priority between the first and the last of a layer's units where all their gains are equal."""
+"""Nats of priority between the first and the last unit of a layer whose gains are all equal."""
+
+NO_MULTIPLES: Mapping[str, int] = {}
 
 
 @dataclass(frozen=True)
 class BlockWidths:
     """One block at many widths, on the CPU.
 
-    errors: of keeping 0, 1, … units, `(count + 1,)` float64, relative to the residual stream, interpolated between the
-    widths that were solved for; order: the units `(count,)` by falling scores; weights: by solved width the output
-    projection on the first units of the order, transposed: `(inputs, hidden)`, inputs ascending; none without repair.
+    errors: of keeping 0, 1, … units, `(units + 1,)` float64, relative to the residual stream, interpolated between the
+    solved widths; order: the units `(units,)` by falling score; weights: by solved width, the output projection on the
+    first units of the order, transposed: `(inputs, hidden)`, inputs ascending. Empty without repair.
     """
 
     errors: Tensor
@@ -43,10 +48,10 @@ class BlockWidths:
 
 @dataclass(frozen=True)
 class WidthTable:
-    """Every block at many widths, as if it alone were cut: what each costs, and its repaired output projection.
+    """Every block at many widths, as if it alone were pruned: the error of each width, and its repaired projection.
 
-    errors, orders: per (layer, block), as in `BlockWidths`; outputs: per (layer, block) and solved width the projection
-    on the first units of the order; empty without repair.
+    errors, orders: by (layer, block), as in `BlockWidths`; outputs: by (layer, block) and solved width, the projection
+    on the first units of the order. Empty without repair.
     """
 
     errors: Mapping[tuple[int, str], Tensor]
@@ -54,137 +59,151 @@ class WidthTable:
     outputs: Mapping[tuple[int, str], Mapping[int, Output]]
 
     @classmethod
-    def of(cls, model: nn.Module, layers: Mapping[int, Mapping[str, BlockWidths]]) -> WidthTable:
-        """What was solved of a model's blocks, layer by layer."""
-        spec = Shape.of(model).spec
+    def of(cls, model: PrunableModel, layers: Mapping[int, Mapping[str, BlockWidths]]) -> WidthTable:
+        """Collect the solved blocks of a model, layer by layer."""
         errors, orders, outputs = {}, {}, {}
-        for index, found in layers.items():
-            layer = model.get_submodule(spec.layers).get_submodule(str(index))
-            for name, block in spec.blocks():
-                if name not in found:
+        for index, solved in layers.items():
+            for block in model.family.blocks:
+                if block.name not in solved:
                     continue
-                errors[index, name], orders[index, name] = found[name].errors, found[name].order
-                linear = layer.get_submodule(block.output_path)
-                assert isinstance(linear, nn.Linear)
-                if weights := found[name].weights:
+                widths, key = solved[block.name], (index, block.name)
+                errors[key], orders[key] = widths.errors, widths.order
+                if widths.weights:
+                    linear = block.output_linear(model.layers[index])
                     device = next(linear.parameters()).device
-                    outputs[index, name] = {
-                        kept: Output(_close_to(device, weight).T, linear.bias) for kept, weight in weights.items()
+                    outputs[key] = {
+                        kept: Output(_close_to(device, weight).T, linear.bias)
+                        for kept, weight in widths.weights.items()
                     }
         return cls(errors, orders, outputs)
 
     def priorities(self, space: MaskSpace) -> Tensor:
-        """log of (error that a unit's removal adds / its cost), `(n,)` float64: falling along every layer's order.
+        """Return log(error that removing a unit adds / its cost), `(n,)` float64, falling along every layer's order.
 
-        Of the curve's lower convex hull: a width above it is never the best that its cost buys.
+        The errors are those of the lower convex hull: a width above it is never the best that its cost buys.
         """
         parts = []
         for family in space.families:
             for index, cost in enumerate(family.costs):
                 gains = _falling(self.errors[index, family.name].diff().neg()).clamp_min(1e-30) / cost
-                # Strictly: with a tie a sample would keep units that the projection of its width is not made for.
-                place = torch.empty_like(gains)
-                place[self.orders[index, family.name]] = gains.log() - torch.linspace(0.0, TIE, len(gains))
-                parts.append(place)
+                # Strictly falling: with ties, a mask would keep units that the projection of its width does not fit.
+                priority = torch.empty_like(gains)
+                priority[self.orders[index, family.name]] = gains.log() - torch.linspace(0.0, TIE, len(gains))
+                parts.append(priority)
         return torch.cat(parts)
 
     def errors_of(self, masks: Tensor, space: MaskSpace) -> Tensor:
-        """What every (family, layer) loses under masks `(K, n)`, by their widths: `(K, J)` float64."""
+        """Return the error of every (family, layer) under masks `(K, n)`, from their widths: `(K, J)` float64."""
         widths = [part.sum(1) for part in masks.split(space.pair_counts.tolist(), dim=1)]
         keys = [(index, family.name) for family in space.families for index in range(len(family.counts))]
         return torch.stack([self.errors[key][width] for key, width in zip(keys, widths, strict=True)], dim=1)
 
-    def outputs_for(self, keep: ModelMask) -> Outputs:
-        """The repaired projections for a decision along the orders and at solved widths; none for whole or empty
-        blocks."""
-        found: dict[tuple[int, str], Output] = {}
-        for (index, name), at_widths in self.outputs.items():
-            mask = keep[index].of(name)
+    def outputs_for(self, model_mask: ModelMask) -> Outputs:
+        """Return the repaired projections for a mask along the orders, at solved widths. Whole and empty blocks have
+        none."""
+        outputs: dict[tuple[int, str], Output] = {}
+        for (index, name), by_width in self.outputs.items():
+            mask = model_mask[index].of(name)
             if mask.any() and not mask.all():
-                found[index, name] = at_widths[int(mask.sum())]
-        return found
+                outputs[index, name] = by_width[int(mask.sum())]
+        return outputs
 
 
-def width_step(count: int, multiple: int = 1) -> int:
-    """The step between the widths that a table holds of a block with `count` units, a multiple of `multiple`."""
-    return -(-count // (WIDTH_STEPS * multiple)) * multiple
+def width_step(units: int, multiple: int = 1) -> int:
+    """Return the distance between the widths in the table for a block of `units` units: a multiple of `multiple`."""
+    return -(-units // (WIDTH_STEPS * multiple)) * multiple
 
 
-def solved_layers(
-    model: nn.Module,
+def table_bytes(model: PrunableModel, multiples: Mapping[str, int] = NO_MULTIPLES) -> int:
+    """Return the bytes of all repaired projections: every block at every width between none and all of its units."""
+    total = 0
+    for index, layer in enumerate(model.layers):
+        for block in model.family.blocks:
+            units, linear = model.shape.units[block.name][index], block.output_linear(layer)
+            kept = sum(range(0, units, width_step(units, multiples.get(block.name, 1))))
+            total += kept * linear.in_features // units * linear.out_features
+    return total * model.dtype.itemsize
+
+
+def solve_layers(
+    model: PrunableModel,
     scores: Mapping[tuple[int, str], Tensor],
     batches: Sequence[Tensor],
     damping: float,
+    *,
     solve: bool,
-    ffn_multiple: int = 1,
+    multiples: Mapping[str, int] = NO_MULTIPLES,
     only: Collection[int] | None = None,
-    on_batches: Callable[[int, int], None] | None = None,
+    progress: LayerProgress = NO_PROGRESS,
 ) -> Iterator[tuple[int, dict[str, BlockWidths]]]:
-    """Solves every block of the dense model at every level, from one pass over `batches` of tokens `(B, T)`.
+    """Solve every block of the dense model at every width, from one pass over the text. Yields layer after layer.
 
-    `scores` per (layer, block) gives the order in which units go. Without `solve` the errors are those of the removal
-    alone. FFN widths are multiples of `ffn_multiple`. `only` of these layers; the others just run. Gives layer after
-    layer what was solved, in the model's dtype. Memory: one layer's moments and projections. `on_batches(done, of)` is
-    told of those that go through all layers before the first is solved.
+    Memory: the moments and projections of one layer.
+
+    Args:
+        scores: by (layer, block); units are removed by rising score. Blocks without scores are left out.
+        batches: tokens `(B, T)`.
+        damping: as in `repair`.
+        solve: fit the projections; without it, the errors are those of the removal alone.
+        multiples: by block name, what its widths are multiples of.
+        only: if given, solve just these layers.
     """
-    shape = Shape.of(model)
-    roots = error_roots(model, batches, on_batches)
-    stream = layer_inputs(model, batches)
-    for index, layer in enumerate(stream.layers):
+    family = model.family
+    roots = error_roots(model, batches, progress)
+    run = start_layerwise(model, batches)
+    for index, layer in enumerate(model.layers):
         if only is not None and index not in only:
             if index < max(only, default=-1):
-                stream.advance(index)
+                run.advance(index)
             continue
-        collector = MomentCollector(shape, [name for name, _ in shape.spec.blocks() if (index, name) in scores])
-        stream.advance(index, collector.watch)
-        blocks: dict[str, BlockWidths] = {}
-        for name, block in shape.spec.blocks():
-            if (index, name) not in scores:
-                continue
-            linear = layer.get_submodule(block.output_path)
-            assert isinstance(linear, nn.Linear)
-            order = scores[index, name].argsort(descending=True, stable=True)
-            level = width_step(len(order), ffn_multiple if name == "ffn" else 1)
-            moments = collector.moments(name)
-            blocks[name] = _solve_widths(linear, moments, order, level, roots[index], damping, solve)
+        blocks = [block for block in family.blocks if (index, block.name) in scores]
+        collector = MomentCollector(family, blocks)
+        run.advance(index, collector.observers)
+        solved: dict[str, BlockWidths] = {}
+        for block in blocks:
+            order = scores[index, block.name].argsort(descending=True, stable=True)
+            step = width_step(len(order), multiples.get(block.name, 1))
+            moments = collector.moments(block.name)
+            linear = block.output_linear(layer)
+            solved[block.name] = _solve_widths(linear, moments, order, step, roots[index], damping, solve=solve)
             del moments  # before those of the next layer exist
-        yield index, blocks
+        yield index, solved
 
 
 def _solve_widths(
-    linear: nn.Linear, moments: Moments, order: Tensor, level: int, root: Tensor, damping: float, solve: bool
+    linear: nn.Linear, moments: Moments, order: Tensor, step: int, root: Tensor, damping: float, *, solve: bool
 ) -> BlockWidths:
     dtype, weight, count = linear.weight.dtype, linear.weight.double(), len(order)
     second, root = moments.second, root.to(weight.device)
     width = weight.shape[1] // count
-    columns = inputs_of(order.to(second.device), width)
+    columns = columns_of(order.to(second.device), width)
     ridge = damping * second.diagonal().mean().clamp_min(1e-30)
     ordered = second[columns][:, columns] + ridge * torch.eye(len(columns), dtype=torch.float64, device=second.device)
-    kept_first = weight[:, columns]
-    felt = root @ kept_first
-    whole = (felt @ ordered * felt).sum()
+    ordered_weight = weight[:, columns]
+    weighted = root @ ordered_weight
+    whole = (weighted @ ordered * weighted).sum()
     factor = cholesky(ordered)
-    forward = torch.linalg.solve_triangular(factor, ordered @ kept_first.T, upper=False)  # (in, hidden)
+    forward = torch.linalg.solve_triangular(factor, ordered @ ordered_weight.T, upper=False)  # (in, hidden)
     explained = (forward @ root).square().sum(1).cumsum(0)
-    widths = sorted({*range(0, count, level), count})
-    points, weights = [], {}
+    widths = sorted({*range(0, count, step), count})
+    errors, weights = [], {}
     for kept in widths:
-        some = kept * width
+        inputs = kept * width
         if solve:
-            points.append(whole - explained[some - 1] if some else whole)
+            errors.append(whole - explained[inputs - 1] if inputs else whole)
             if 0 < kept < count:
-                solution = torch.linalg.solve_triangular(factor[:some, :some].T, forward[:some], upper=True)
-                ascending = columns[:some].argsort()
+                solution = torch.linalg.solve_triangular(factor[:inputs, :inputs].T, forward[:inputs], upper=True)
+                ascending = columns[:inputs].argsort()
                 weights[kept] = solution[ascending].to(dtype).cpu()
         else:
-            rest = felt[:, some:]
-            points.append((rest @ ordered[some:, some:] * rest).sum())
-    errors = _interpolated(torch.tensor(widths), (torch.stack(points) * moments.weight).cpu(), count)
-    return BlockWidths(errors, order, weights)
+            rest = weighted[:, inputs:]
+            errors.append((rest @ ordered[inputs:, inputs:] * rest).sum())
+    relative = (torch.stack(errors) * moments.weight).cpu()
+    return BlockWidths(_interpolated(torch.tensor(widths), relative, count), order, weights)
 
 
 def _close_to(device: torch.device, weight: Tensor) -> Tensor:
-    """On the GPU where steps use it as long as half of that is free: a copy takes longer than a product."""
+    """Move a weight to the GPU that uses it while half of it is free: copying takes longer than the product."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         if free > total // 2:
@@ -192,22 +211,23 @@ def _close_to(device: torch.device, weight: Tensor) -> Tensor:
     return weight
 
 
-def _interpolated(widths: Tensor, points: Tensor, count: int) -> Tensor:
+def _interpolated(widths: Tensor, errors: Tensor, count: int) -> Tensor:
+    """Return the errors of 0, 1, … `count` units from those of some ascending widths: `(count + 1,)`."""
     at = torch.arange(count + 1)
     right = torch.searchsorted(widths, at).clamp_min(1)
     left = right - 1
     share = (at - widths[left]) / (widths[right] - widths[left])
-    return points[left] + share * (points[right] - points[left])
+    return errors[left] + share * (errors[right] - errors[left])
 
 
 def _falling(gains: Tensor) -> Tensor:
-    """The nearest `(count,)` that never rises: runs that do are replaced by their mean (pool adjacent violators)."""
+    """Return the nearest `(n,)` that never rises: rising runs are replaced by their mean (pool adjacent violators)."""
     pools: list[tuple[float, int]] = []
     for gain in gains.tolist():
         mean, size = gain, 1
         while pools and pools[-1][0] < mean:
-            before, members = pools.pop()
-            mean, size = (before * members + mean * size) / (members + size), members + size
+            pool_mean, pool_size = pools.pop()
+            mean, size = (pool_mean * pool_size + mean * size) / (pool_size + size), pool_size + size
         pools.append((mean, size))
     means, sizes = zip(*pools, strict=True) if pools else ((), ())
     return torch.tensor(means, dtype=torch.float64).repeat_interleave(torch.tensor(sizes, dtype=torch.int64))

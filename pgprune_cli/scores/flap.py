@@ -1,4 +1,4 @@
-"""Fluctuation, what a bias cannot stand in for (FLAP's WIFV; An et al. 2024, arXiv 2312.11983)."""
+"""Fluctuation: the part of an input that a bias cannot replace (FLAP's WIFV; An et al. 2024, arXiv 2312.11983)."""
 
 from torch import Tensor
 
@@ -6,9 +6,9 @@ from pgprune_cli.scores.statistics import BlockStatistics
 
 
 def flap(block: BlockStatistics) -> Tensor:
-    """Σ var(X_j) · ‖W_:j‖₂² over the unit's columns j of the output projection: `(units,)` float64.
+    """Return Σ var(X_j) · ‖W_:j‖₂² over the unit's columns j of the output projection: `(units,)` float64.
 
-    Of a removed input its mean can move into the projection's bias; the variance is lost. Raises ValueError without
+    The mean of a removed input can move into the projection's bias; its variance is lost. Raises ValueError without
     fluctuations.
     """
     if block.fluctuations is None:

@@ -1,4 +1,4 @@
-"""Weight magnitude, the metric that looks at no data."""
+"""Weight magnitude: a metric that reads no data."""
 
 from torch import Tensor
 
@@ -6,9 +6,9 @@ from pgprune_cli.scores.statistics import BlockStatistics
 
 
 def magnitude(block: BlockStatistics) -> Tensor:
-    """Σ W² over all weights of the unit, in every projection of its block: `(units,)` float64."""
+    """Return Σ W² over all weights of the unit, in every projection of its block: `(units,)` float64."""
     *inner, output = block.weights.values()
     scores = block.per_unit(output.double().square().sum(0))
-    for weight in inner:  # rows of these belong to the unit
+    for weight in inner:  # a unit is a run of their rows
         scores = scores + block.per_unit(weight.double().square().sum(1))
     return scores

@@ -1,8 +1,8 @@
-"""Metrics that say how much a unit matters, each one small pure function in a file of its own.
+"""The table of metrics, and `score`, which applies one of them to a model.
 
-To add one: write `scores/<name>.py` with a function from `BlockStatistics` to `(units,)` float64, higher = matters
-more; put it into METRICS, and into NEEDS where it looks at calibration text; and its name into `MetricName` of
-`recipe.py`.
+To add a metric, write `scores/<name>.py` with a function from `BlockStatistics` to `(units,)` float64 where higher means
+more important. Add it to METRICS, add to NEEDS what it reads from calibration text, and add its name to `MetricName` in
+`recipe/schema.py`.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pgprune_cli.core.space import MaskSpace
-from pgprune_cli.model.prunable import Shape
+from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
+from pgprune_cli.core.space import BLOCKS_OF, WHOLE_FAMILIES, MaskSpace
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.scores.flap import flap
 from pgprune_cli.scores.magnitude import magnitude
 from pgprune_cli.scores.obs import obs
@@ -40,48 +41,47 @@ NEEDS: dict[str, Statistic] = {
     "obs": "covariance",
     "taylor": "gradients",
 }
-"""What has to be collected over calibration text for a metric; those that are not here look at no text."""
+"""The statistic over calibration text that a metric needs. Metrics that are not listed read no text."""
 CALIBRATED = frozenset(NEEDS)
+"""The metrics that read calibration text."""
 
 
 def score(
-    model: nn.Module,
+    model: PrunableModel,
     metric: str,
     batches: Sequence[Tensor],
     seed: int,
     only: Collection[int] | None = None,
-    on_layers: Callable[[int], None] | None = None,
-    on_batches: Callable[[int, int], None] | None = None,
+    progress: LayerProgress = NO_PROGRESS,
 ) -> dict[str, Tensor]:
-    """Scores of every unit: `layers.<l>.attention` `(kv groups,)` and `layers.<l>.ffn` `(channels,)`, float64.
+    """Return the scores of every unit: `layers.<l>.attention` `(KV heads,)` and `layers.<l>.ffn` `(channels,)`, float64.
 
-    `batches` of tokens `(B, T)` are read only for a calibrated metric; `only` of these layers, which no other has part
-    in. `on_layers(1)` follows each, `on_batches(done, of)` those that go through all layers before the first is scored.
-    Raises ValueError when it finds no text.
+    batches: tokens `(B, T)`, read only for a calibrated metric; only: if given, score just these layers. Raises
+    ValueError if a calibrated metric gets no text.
     """
     scores = {}
-    last = Shape.of(model).spec.blocks()[-1][0]
-    for name, layer, block in statistics(model, NEEDS.get(metric), batches, seed, only, on_batches):
-        scores[f"layers.{layer}.{name}"] = METRICS[metric](block).cpu()
-        del block  # its covariance goes before the next layer's comes
-        if on_layers is not None and name == last:
-            on_layers(1)
+    last = model.family.blocks[-1].name
+    for name, layer, block in statistics(model, NEEDS.get(metric), batches, seed, only, progress):
+        scores[score_name(layer, name)] = METRICS[metric](block).cpu()
+        del block  # frees its covariance before the next one is collected
+        if name == last:
+            progress.layer_done()
     return scores
 
 
-def flat_scores(scores: dict[str, Tensor], shape: Shape, space: MaskSpace) -> Tensor:
-    """The scores along the space's flat axis: `(n,)` float64. A whole block or layer scores the sum of its units."""
+def score_name(layer: int, block: str) -> str:
+    """Return the name under which the scores of a block are stored."""
+    return f"layers.{layer}.{block}"
+
+
+def flat_scores(scores: dict[str, Tensor], space: MaskSpace) -> Tensor:
+    """Return scores along the flat axis of the space: `(n,)` float64. A whole block or layer scores the sum of its units."""
     parts = []
     for family in space.families:
-        for layer in range(len(shape.channels)):
-            attention, ffn = scores[f"layers.{layer}.attention"], scores[f"layers.{layer}.ffn"]
-            parts.append(
-                {
-                    "attention": attention,
-                    "ffn": ffn,
-                    "attention-block": attention.sum(0, keepdim=True),
-                    "ffn-block": ffn.sum(0, keepdim=True),
-                    "layer": attention.sum(0, keepdim=True) + ffn.sum(0, keepdim=True),
-                }[family.name]
-            )
+        for layer in range(len(family.counts)):
+            blocks = [scores[score_name(layer, block)] for block in BLOCKS_OF[family.name]]
+            if family.name in WHOLE_FAMILIES:
+                parts.append(torch.stack([block.sum() for block in blocks]).sum(0, keepdim=True))
+            else:
+                parts.extend(blocks)
     return torch.cat(parts)

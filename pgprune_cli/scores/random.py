@@ -1,4 +1,4 @@
-"""The control: an order drawn by lot."""
+"""The control: a random order."""
 
 import torch
 from torch import Tensor
@@ -7,6 +7,6 @@ from pgprune_cli.scores.statistics import BlockStatistics
 
 
 def random(block: BlockStatistics) -> Tensor:
-    """Independent uniform draws, the same for the same seed: `(units,)` float64."""
+    """Return independent uniform draws, the same for the same seed: `(units,)` float64."""
     generator = torch.Generator().manual_seed(block.seed)
     return torch.rand(block.units, generator=generator, dtype=torch.float64)

@@ -1,8 +1,8 @@
-"""What a metric may look at, and how it is collected: one pass over calibration text, layer by layer."""
+"""The statistics a metric works from, and how they are collected: one pass over calibration text, layer by layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
 from pgprune_cli.forward.batch_splitting import BatchSplitter
 from pgprune_cli.forward.curvature import error_roots
-from pgprune_cli.forward.layerwise import layer_inputs
+from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.moments import MomentCollector
-from pgprune_cli.model.prunable import Shape, projections
+from pgprune_cli.model.prunable import PrunableModel
 
 Statistic = Literal["input_norms", "fluctuations", "covariance", "gradients"]
 """The fields of `BlockStatistics` that need calibration text. Only the one a metric asks for is collected."""
@@ -22,14 +23,15 @@ Statistic = Literal["input_norms", "fluctuations", "covariance", "gradients"]
 
 @dataclass(frozen=True)
 class BlockStatistics:
-    """One block of one layer.
+    """What a metric may look at: one block of one layer.
 
-    units: how many it has; weights: of its projections by name, as they are multiplied with, the output projection
-    last; seed: this block's own, for metrics that draw. The rest is None unless asked for. Over all calibration tokens,
-    of the inputs of the output projection: input_norms `(in,)` float64, the L2 norm of each; fluctuations `(in,)`
-    float64, the variance of each; covariance `(in, in)` float64, mean of x xᵀ / mean square of the residual stream, not
-    centred; with error_root `(hidden, hidden)` float64, through which an output error goes. And gradients: by
-    projection, ∂L/∂W of the mean loss in nats per token, shape and dtype of the weight.
+    units: how many units the block has; weights: of its projections by name, the output projection last; seed: this
+    block's own, for metrics that draw random numbers. Everything else is None unless the metric asks for it. Over all
+    calibration tokens, of the inputs of the output projection: input_norms `(in,)` float64, the L2 norm of each;
+    fluctuations `(in,)` float64, the variance of each; covariance `(in, in)` float64, the mean of x xᵀ divided by the
+    mean square of the residual stream, not centred, with error_root `(hidden, hidden)` float64, the weight of an output
+    error in each direction. And gradients: by projection, ∂L/∂W of the mean loss in nats per token, with the shape and
+    dtype of the weight.
     """
 
     units: int
@@ -43,16 +45,16 @@ class BlockStatistics:
 
     @property
     def output_weight(self) -> Tensor:
-        """`(hidden, in)`: of the projection that writes to the residual stream."""
+        """Weight `(hidden, in)` of the projection that writes to the residual stream."""
         return list(self.weights.values())[-1]
 
     def per_unit(self, columns: Tensor) -> Tensor:
-        """Sums one value an input of the output projection, `(in,)`, over each unit: `(units,)` float64."""
+        """Sum one value per input of the output projection, `(in,)`, over each unit: `(units,)` float64."""
         return columns.double().unflatten(0, (self.units, -1)).sum(1)
 
 
 class Collector(Protocol):
-    """Sees the inputs `(..., in)` of one projection batch by batch; `value` is asked for once, after the last."""
+    """Sees the inputs `(..., in)` of one projection batch by batch; `value` is called once, after the last batch."""
 
     def add(self, inputs: Tensor) -> None: ...
 
@@ -73,9 +75,9 @@ class InputNorms:
 
 
 class Fluctuations:
-    """Variance of every input over all tokens, divided by tokens − 1: `(in,)` float64; `mean` is theirs.
+    """Variance of every input over all tokens, divided by tokens − 1: `(in,)` float64.
 
-    Batches are merged by their means and squared deviations (Chan et al. 1983): a sum of squares minus a squared sum
+    Batches are merged by their means and squared deviations (Chan et al. 1983). A sum of squares minus a squared sum
     would lose an input that varies little around a large mean.
     """
 
@@ -89,7 +91,7 @@ class Fluctuations:
         total = self.tokens + len(rows)
         shift = mean.double() - self.mean
         deviations = variance.double() * len(rows) + shift.square() * (self.tokens * len(rows) / total)
-        # All at once: memory may run out before, and nothing is added then.
+        # Assigned together: if memory runs out above, nothing of this batch has been added.
         self.mean, self.deviations, self.tokens = (
             self.mean + shift * (len(rows) / total),
             self.deviations + deviations,
@@ -107,102 +109,106 @@ COLLECTORS: dict[str, type[Collector]] = {
 
 
 def statistics(
-    model: nn.Module,
+    model: PrunableModel,
     needed: Statistic | None,
     batches: Sequence[Tensor],
     seed: int,
     only: Collection[int] | None = None,
-    on_batches: Callable[[int, int], None] | None = None,
+    progress: LayerProgress = NO_PROGRESS,
 ) -> Iterator[tuple[str, int, BlockStatistics]]:
-    """(block name, layer, its statistics) for every block of the model, layer by layer; `only` of these layers.
+    """Yield (block name, layer, its statistics) for every block of the model, layer by layer.
 
-    `batches` of tokens `(B, T)` are read only for a `needed` statistic. A layer's covariances exist from its turn on
-    until the reader lets go of them, so let go of one block before asking for the next. `on_batches(done, of)` is told
-    of those that go through all layers before the first block comes.
+    needed: the statistic to collect over `batches` of tokens `(B, T)`, None for a metric that reads no text; only: if
+    given, just these layers. The covariances of a layer exist until the caller drops them, so drop one block before
+    asking for the next. `progress` is told about the batches that go through all layers before the first block.
     """
-    shape = Shape.of(model)
+    family = model.family
     collector = COLLECTORS.get(needed or "")
-    roots = error_roots(model, batches, on_batches) if needed == "covariance" else None
-    stream = layer_inputs(model, batches) if collector or roots else None
-    gradients = loss_gradients(model, batches, on_batches) if needed == "gradients" else None
-    for index, layer in enumerate(model.get_submodule(shape.spec.layers)):
+    roots = error_roots(model, batches, progress) if needed == "covariance" else None
+    run = start_layerwise(model, batches) if collector or roots else None
+    gradients = loss_gradients(model, batches, progress) if needed == "gradients" else None
+    for index, layer in enumerate(model.layers):
         if only is not None and index not in only:
-            if stream and index < max(only, default=-1):
-                stream.advance(index)
+            if run and index < max(only, default=-1):
+                run.advance(index)
             continue
         collectors: dict[str, Collector] = {}
-        moments = MomentCollector(shape, [name for name, _ in shape.spec.blocks()])
-        if roots and stream:
-            stream.advance(index, moments.watch)
-        elif collector and stream:
-            collectors = {name: collector() for name, _ in shape.spec.blocks()}
-            paths = {name: block.output_path for name, block in shape.spec.blocks()}
-            stream.advance(index, {(paths[name],): one.add for name, one in collectors.items()})
-        for place, (name, block) in enumerate(shape.spec.blocks()):
-            linears = {p.name: layer.get_submodule(f"{block.module}.{p.name}") for p in block.projections}
-            found: dict[str, Any] = {}
+        moments = MomentCollector(family, family.blocks)
+        if roots and run:
+            run.advance(index, moments.observers)
+        elif collector and run:
+            collectors = {block.name: collector() for block in family.blocks}
+            run.advance(index, {(block.output_path,): collectors[block.name].add for block in family.blocks})
+        for place, block in enumerate(family.blocks):
+            linears = {p.name: linear for p, linear in zip(block.projections, block.linears(layer), strict=True)}
+            values: dict[str, Any] = {}
             if roots:
-                of_block = moments.moments(name)
-                found = {"covariance": of_block.second.mul_(of_block.weight), "error_root": roots[index]}
-                del of_block
+                block_moments = moments.moments(block.name)
+                covariance = block_moments.second.mul_(block_moments.weight)
+                values = {"covariance": covariance, "error_root": roots[index]}
+                del block_moments, covariance
             elif needed and collectors:
-                found[needed] = collectors.pop(name).value()
+                values[needed] = collectors.pop(block.name).value()
             elif gradients is not None:
-                found["gradients"] = {key: gradients.pop(linear) for key, linear in linears.items()}
+                values["gradients"] = {key: gradients.pop(linear) for key, linear in linears.items()}
             yield (
-                name,
+                block.name,
                 index,
                 BlockStatistics(
-                    units=(shape.kv_heads if name == "attention" else shape.channels)[index],
+                    units=model.shape.units[block.name][index],
                     weights={key: linear.weight for key, linear in linears.items()},
                     seed=block_seed(seed, index, place),
-                    **found,
+                    **values,
                 ),
             )
-            found.clear()  # this generator keeps none of it alive
+            values.clear()  # this generator keeps none of it alive
 
 
 def loss_gradients(
-    model: nn.Module, batches: Sequence[Tensor], on_batches: Callable[[int, int], None] | None = None
+    model: PrunableModel, batches: Sequence[Tensor], progress: LayerProgress = NO_PROGRESS
 ) -> dict[nn.Module, Tensor]:
-    """∂L/∂W of every prunable projection, L the mean next-token loss over all predictions in `batches` of `(B, T)`.
+    """Return ∂L/∂W of every prunable projection, where L is the mean next-token loss over `batches` of `(B, T)`.
 
-    The only backward pass of pgprune, and only for the metric `taylor`. Memory on top of the weights: as much again for
-    the gradients (13 GB for a 7B model in bfloat16; they are summed in the weights' dtype), every activation of one
-    batch, and its logits and their gradient in float32; where that runs out, all begins again with smaller batches. The
-    model is left as it was, on every way out. `on_batches(done, of)` is told how many have gone through it.
+    This is the only backward pass of pgprune, and only the metric `taylor` needs it. Memory on top of the weights: as
+    much again for the gradients (13 GB for a 7B model in bfloat16; they are summed in the dtype of the weights), all
+    activations of one batch, and its logits and their gradient in float32. If that runs out, everything starts again
+    with smaller batches. The model is unchanged on every way out.
     """
-    spec = Shape.of(model).spec
-    linears = [linear for layer in model.get_submodule(spec.layers) for _, _, linear in projections(spec, layer)]
-    before = [(linear.weight.requires_grad, linear.weight.grad) for linear in linears]
+    linears = [linear for layer in model.layers for _, _, linear in model.family.linears(layer)]
+    originals = [(linear.weight.requires_grad, linear.weight.grad) for linear in linears]
     predictions = sum(tokens.shape[0] * (tokens.shape[1] - 1) for tokens in batches)
     if not predictions:
         raise ValueError("there is no calibration text to run")
 
-    def add_up(parts: Sequence[Tensor]) -> None:
+    def accumulate(parts: Sequence[Tensor]) -> None:
         for linear in linears:
             linear.weight.requires_grad_(True).grad = None
         for done, tokens in enumerate(parts, 1):
             with torch.enable_grad():
                 _summed_loss(model, tokens).backward(inputs=[linear.weight for linear in linears])
-            if on_batches is not None:
-                on_batches(done, len(parts))
+            progress.batches_done(done, len(parts))
 
     try:
-        BatchSplitter().all(batches, add_up)
-        return {linear: linear.weight.grad.div_(predictions) for linear in linears}
+        BatchSplitter().run_batches(batches, accumulate)
+        return {linear: _gradient(linear).div_(predictions) for linear in linears}
     finally:
-        for linear, (required, gradient) in zip(linears, before, strict=True):
+        for linear, (required, gradient) in zip(linears, originals, strict=True):
             linear.weight.requires_grad_(required).grad = gradient
 
 
-def _summed_loss(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Next-token loss summed over all predictions in `tokens` `(B, T)`, with its graph: a float32 scalar, nats."""
-    tokens = tokens.to(model.get_input_embeddings().weight.device)
-    logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
+def _gradient(linear: nn.Linear) -> Tensor:
+    assert linear.weight.grad is not None, "a projection took no part in the loss"
+    return linear.weight.grad
+
+
+def _summed_loss(model: PrunableModel, tokens: Tensor) -> Tensor:
+    """Return the next-token loss summed over `tokens` `(B, T)` with its graph: a float32 scalar, nats."""
+    tokens = tokens.to(model.device)
+    causal: Any = model.module
+    logits = causal(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
     return functional.cross_entropy(logits.float(), tokens[:, 1:].flatten().to(logits.device), reduction="sum")
 
 
 def block_seed(seed: int, layer: int, place: int) -> int:
-    """A seed for one block, the same on every machine, and different from its neighbours'."""
+    """Return a seed for one block: the same on every machine, and different from that of its neighbours."""
     return (seed * 1_000_003 + layer * 2 + place) % (1 << 63)

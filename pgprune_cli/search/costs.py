@@ -1,10 +1,10 @@
-"""What a unit costs, in what users budget: FLOPs, bytes of the KV cache, or time. Parameters are `Shape.parameters`."""
+"""What a unit costs, in the measures of a budget: parameters, FLOPs, bytes of the KV cache, or time."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -13,153 +13,143 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.forward.layerwise import Stream, layer_inputs
-from pgprune_cli.forward.masked import Evaluator, shrunk_block
-from pgprune_cli.model.prunable import ArchSpec, Block, Shape, UnitCosts, projections, spec_of
+from pgprune_cli.forward.layerwise import LayerwiseRun, start_layerwise
+from pgprune_cli.forward.masked import shrunk_block
+from pgprune_cli.model.families.adapter import ModelFamily
+from pgprune_cli.model.prunable import PrunableModel, UnitCosts
 from pgprune_cli.run.layout import COSTS_FILE
 from pgprune_cli.storage.records import read_record, write_record
 
 WARM_UPS, REPEATS = 2, 9
-"""Forwards of a layer before any of them counts, and those whose median does."""
+"""Forward passes of a layer before any of them counts, and those whose median counts."""
 
 Clock = Callable[[torch.device], int]
-"""Nanoseconds that have passed on a device."""
+"""Returns the nanoseconds that have passed on a device."""
 
 
-def flops(model: nn.Module, context: int) -> UnitCosts:
-    """FLOPs a token in a sequence of `context` tokens (a model on the meta device will do).
+def flops(model: PrunableModel, context: int) -> UnitCosts:
+    """Return the FLOPs per token and unit in a sequence of `context` tokens (a model on the meta device will do).
 
-    2 for every weight, and for every query head and visible key 4 · head_dim, of the scores and of their sum over the
-    values; a query sees (context + 1)/2 keys on average, or those of its sliding window. Biases, norms, activations
-    and the softmax are not counted.
+    2 per weight, and 4 · head_dim per query head and visible key, for the scores and for their sum over the values. A
+    query sees (context + 1)/2 keys on average, or those of its sliding window. Biases, norms, activations and the
+    softmax are not counted.
     """
-    shape = Shape.of(model)
-    attention, ffn = [], []
-    for layer, groups, channels in zip(_layers(model), shape.kv_heads, shape.channels, strict=True):
-        heads = layer.self_attn.q_proj.out_features // layer.self_attn.head_dim // groups
-        window = _window(model, layer, context)
-        visible = window * (window + 1) // 2 + (context - window) * window  # keys, summed over all queries
-        scores = round(4 * layer.self_attn.head_dim * heads * visible / context)
-        attention.append(2 * _weights(layer, shape.spec.attention) // groups + scores)
-        ffn.append(2 * _weights(layer, shape.spec.ffn) // channels)
-    return UnitCosts(tuple(attention), tuple(ffn))
+    family, shape = model.family, model.shape
+    costs: dict[str, list[int]] = {block.name: [] for block in family.blocks}
+    for index, layer in enumerate(model.layers):
+        window = family.attention_window(model.config, layer, context)
+        visible_keys = window * (window + 1) // 2 + (context - window) * window  # summed over all queries
+        attention = family.attention_flops(layer, visible_keys, context)
+        for block in family.blocks:
+            weights = sum(linear.in_features * linear.out_features for linear in block.linears(layer))
+            costs[block.name].append(2 * weights // shape.units[block.name][index] + attention[block.name])
+    return {name: tuple(by_layer) for name, by_layer in costs.items()}
 
 
-def kv_cache(model: nn.Module, context: int) -> UnitCosts:
-    """Bytes of the KV cache that a sequence of `context` tokens fills, in the model's dtype; an FFN channel needs none.
+def kv_cache(model: PrunableModel, context: int) -> UnitCosts:
+    """Return the bytes per unit of the KV cache that a sequence of `context` tokens fills, in the model's dtype.
 
-    A sliding window bounds them.
+    A sliding window limits them. An FFN channel needs none.
     """
-    attention = []
-    for layer in _layers(model):
-        size = layer.self_attn.k_proj.weight.element_size()
-        attention.append(2 * layer.self_attn.head_dim * size * _window(model, layer, context))
-    return UnitCosts(tuple(attention), (0,) * len(attention))
+    family = model.family
+    costs: dict[str, list[int]] = {block.name: [] for block in family.blocks}
+    for layer in model.layers:
+        window = family.attention_window(model.config, layer, context)
+        for name, size in family.cache_bytes(layer, window).items():
+            costs[name].append(size)
+    return {name: tuple(by_layer) for name, by_layer in costs.items()}
 
 
 def synchronised_clock(device: torch.device) -> int:
-    """Nanoseconds, read when the device has done all that was asked of it."""
+    """Return the time in nanoseconds, once the device has finished everything it was asked to do."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter_ns()
 
 
-def measure_latency(evaluator: Evaluator, context: int, clock: Clock = synchronised_clock) -> UnitCosts:
-    """Nanoseconds a unit adds to the forward of one sequence of `context` tokens, at least 1; never twice the same.
+def measure_latency(model: PrunableModel, context: int, clock: Clock = synchronised_clock) -> UnitCosts:
+    """Return the nanoseconds that a unit adds to the forward pass of one sequence of `context` tokens, at least 1.
 
-    A block is timed with all and with half of its units, in turn, and the difference of the medians is divided by
-    that of the widths: what a block costs however narrow it is, is no unit's. Layers that are alike are timed once.
+    Each block is timed with all and with half of its units, in turn, and the difference of the medians is divided by
+    that of the widths: the fixed cost of a block belongs to no unit. Layers that are alike are timed once. Two
+    measurements never agree exactly.
     """
-    model, shape = evaluator.model, evaluator.shape
+    family, shape = model.family, model.shape
     tokens = torch.arange(context).unsqueeze(0) % model.config.vocab_size
-    stream = layer_inputs(model, [tokens], storage=evaluator.input_device)
+    run = start_layerwise(model, [tokens], storage=model.device)
     measured: dict[Hashable, dict[str, int]] = {}
-    rows = []
-    for index, layer in enumerate(stream.layers):
-        linears = [linear for _, _, linear in projections(shape.spec, layer)]
+    by_layer = []
+    for index, layer in enumerate(model.layers):
+        linears = [linear for _, _, linear in family.linears(layer)]
         sizes = tuple((linear.weight.shape, linear.weight.dtype, linear.weight.device) for linear in linears)
-        kind = (*sizes, shape.kv_heads[index], _window(model, layer, context))
+        units = {name: counts[index] for name, counts in shape.units.items()}
+        kind = (*sizes, *units.values(), family.attention_window(model.config, layer, context))
         if kind not in measured:
-            units = {"attention": shape.kv_heads[index], "ffn": shape.channels[index]}
-            here = replace(stream, position=index)
-            measured[kind] = _nanoseconds_a_unit(here, shape.spec, units, clock)
-        rows.append(measured[kind])
-    return UnitCosts(tuple(row["attention"] for row in rows), tuple(row["ffn"] for row in rows))
+            measured[kind] = _nanoseconds_per_unit(replace(run, position=index), family, units, clock)
+        by_layer.append(measured[kind])
+    return {block.name: tuple(costs[block.name] for costs in by_layer) for block in family.blocks}
 
 
-def latency_of_run(run: Path, evaluator: Evaluator, context: int, fingerprint: str) -> UnitCosts:
-    """The measured latency that a run goes by: read from its `costs.json`, or measured now and written there.
+def latency_of_run(run: Path, model: PrunableModel, context: int, fingerprint: str) -> UnitCosts:
+    """Return the latency costs of a run: read from its directory, or measured now and written there.
 
-    Raises UserError when the file is damaged, or of another model or context.
+    Raises UserError if the file is damaged, or belongs to another model or context.
     """
     path = run / COSTS_FILE
-    about = {"of": "latency", "nanoseconds_at_tokens": context, "fingerprint": fingerprint}
-    layers = len(evaluator.shape.channels)
+    about = {"measure": "latency", "nanoseconds_at_tokens": context, "fingerprint": fingerprint}
+    names = list(model.shape.units)
     if not path.exists():
-        costs = measure_latency(evaluator, context)
-        device = torch.cuda.get_device_name(evaluator.input_device) if evaluator.input_device.type == "cuda" else "cpu"
-        write_record(path, about | {"device": device, "attention": costs.attention, "ffn": costs.ffn})
+        costs = measure_latency(model, context)
+        device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
+        write_record(path, about | {"device": device} | dict(costs))
         return costs
     record = read_record(path)
-    lists = [record.get("attention"), record.get("ffn")]
-    whole = all(
-        isinstance(values, list) and len(values) == layers and all(type(ns) is int and ns > 0 for ns in values)
-        for values in lists
-    )
+    whole = all(_is_cost_list(record.get(name), model.shape.layers) for name in names)
     if not whole or any(record.get(key) != value for key, value in about.items()):
         raise UserError(
-            f"{path}: damaged, or measured on another model or context; remove the run directory to start over"
+            f"{path}: damaged, or measured on another model or context. Remove the run directory to start over."
         )
-    return UnitCosts(tuple(record["attention"]), tuple(record["ffn"]))
+    return {name: tuple(record[name]) for name in names}
 
 
-def _nanoseconds_a_unit(stream: Stream, spec: ArchSpec, units: dict[str, int], clock: Clock) -> dict[str, int]:
-    """Of both blocks of the layer that the stream stands at, by their names; `units` they have."""
-    widths = {1.0: units, 0.5: {name: count // 2 for name, count in units.items()}}
-    times: dict[float, list[dict[str, int]]] = {part: [] for part in widths}
+def _is_cost_list(values: object, layers: int) -> bool:
+    return isinstance(values, list) and len(values) == layers and all(type(ns) is int and ns > 0 for ns in values)
+
+
+def _nanoseconds_per_unit(
+    run: LayerwiseRun, family: ModelFamily, units: Mapping[str, int], clock: Clock
+) -> dict[str, int]:
+    """Time both blocks of the layer at which the run stands, by block name; `units`: how many they have."""
+    widths = {1.0: dict(units), 0.5: {name: count // 2 for name, count in units.items()}}
+    times: dict[float, list[dict[str, int]]] = {fraction: [] for fraction in widths}
     for _ in range(WARM_UPS + REPEATS):
-        for part, kept in widths.items():
+        for fraction, kept in widths.items():
             masks = {name: torch.arange(count) < kept[name] for name, count in units.items()}
-            times[part].append(_times(stream, spec, masks, clock))
-    found = {}
-    for name in units:
-        whole, half = (statistics.median(row[name] for row in times[part][WARM_UPS:]) for part in widths)
-        found[name] = max(1, round((whole - half) / (units[name] - widths[0.5][name])))
-    return found
+            times[fraction].append(_block_times(run, family, masks, clock))
+    costs = {}
+    for name, count in units.items():
+        whole, half = (statistics.median(row[name] for row in times[fraction][WARM_UPS:]) for fraction in widths)
+        costs[name] = max(1, round((whole - half) / (count - widths[0.5][name])))
+    return costs
 
 
-def _times(stream: Stream, spec: ArchSpec, masks: dict[str, Tensor], clock: Clock) -> dict[str, int]:
-    """Nanoseconds that each block takes on its kept units; gathering them is not counted."""
-    layer = stream.layers[stream.position]
+def _block_times(
+    run: LayerwiseRun, family: ModelFamily, masks: Mapping[str, Tensor], clock: Clock
+) -> dict[str, int]:
+    """Return the nanoseconds that each block takes on its kept units, without the time to gather them."""
+    layer = run.layers[run.position]
     device = next(layer.parameters()).device
-    passed: dict[str, list[int]] = {name: [] for name in masks}
+    readings: dict[str, list[int]] = {name: [] for name in masks}
     with ExitStack() as undo:
-        for name, block in spec.blocks():
-            undo.enter_context(shrunk_block(layer, name, block, masks[name], None))
+        for block in family.blocks:
+            undo.enter_context(shrunk_block(family, layer, block, masks[block.name], None))
 
-            def note(module: nn.Module, *_: object, name: str = name) -> None:
-                passed[name].append(clock(device))
+            def read_clock(module: nn.Module, *_: object, name: str = block.name) -> None:
+                readings[name].append(clock(device))
 
             module = layer.get_submodule(block.module)
-            # The first after the units are gathered, the second before the dense weights come back.
-            undo.callback(module.register_forward_pre_hook(note).remove)
-            undo.callback(module.register_forward_hook(note, prepend=True).remove)
-        stream.observe(stream.position, {})
-    return {name: end - start for name, (start, end) in passed.items()}
-
-
-def _layers(model: nn.Module) -> nn.Module:
-    return model.get_submodule(spec_of(model.config.model_type).layers)
-
-
-def _weights(layer: nn.Module, block: Block) -> int:
-    """The weights of a block's projections, without biases."""
-    module = layer.get_submodule(block.module)
-    linears = (module.get_submodule(projection.name) for projection in block.projections)
-    return sum(linear.in_features * linear.out_features for linear in linears)
-
-
-def _window(model: nn.Module, layer: nn.Module, context: int) -> int:
-    """The keys that the last of `context` tokens sees."""
-    own = getattr(layer.self_attn, "sliding_window", getattr(model.config, "sliding_window", None))
-    return min(context, own or context)
+            # The first hook runs after the units are gathered, the second before the dense weights are restored.
+            undo.callback(module.register_forward_pre_hook(read_clock).remove)
+            undo.callback(module.register_forward_hook(read_clock, prepend=True).remove)
+        run.observe(run.position, {})
+    return {name: end - start for name, (start, end) in readings.items()}

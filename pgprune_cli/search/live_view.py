@@ -1,6 +1,6 @@
-"""The picture of a running search on a terminal: losses as small curves, what every layer keeps as a strip of bars.
+"""The live view of a running search: losses as small curves, and what every layer keeps as a strip of bars.
 
-Drawn from the rows that the search writes anyway, a few times a second, whatever the speed of its steps.
+It is drawn from the history rows that the search writes anyway, a few times a second, however fast the steps are.
 """
 
 from __future__ import annotations
@@ -17,55 +17,56 @@ from rich.text import Text
 from pgprune_cli.run.history import Row
 
 BARS = "▁▂▃▄▅▆▇█"
-FEW, MANY = (150, 158, 176), (47, 111, 237)
-"""Colours of a layer that keeps nothing and of one that keeps all: grey to blue, on dark ground as on light."""
+EMPTY_COLOUR, FULL_COLOUR = (150, 158, 176), (47, 111, 237)
+"""RGB of a layer that keeps nothing and of one that keeps everything: grey to blue, readable on dark and on light."""
 
-NARROWEST, WIDEST = 10, 60
-"""Columns of a curve or a strip."""
+MIN_COLUMNS, MAX_COLUMNS = 10, 60
+"""Width of a curve or a strip."""
 
-RECENT = 20
-"""Steps that the forward passes a second are an average of."""
+RECENT_STEPS = 20
+"""Steps over which the forward passes per second are averaged."""
 
 
 class LiveView:
-    """A renderable that stands for a search of `steps` steps; `units`: of every layer before pruning, by family."""
+    """A renderable for a search of `steps` steps; `units`: of every layer before pruning, by family."""
 
     def __init__(self, steps: int, units: Mapping[str, Sequence[int]], budget: str, rows: Sequence[Row] = ()) -> None:
         self.units = units
         self.budget = budget
         self.losses: list[float] = []
-        self.judged: list[float] = []
+        self.heldout_losses: list[float] = []
         self.kept: Mapping[str, Sequence[int]] | None = None
-        self.recent: deque[Row] = deque(maxlen=RECENT + 1)
-        self.saved = rows[-1].step if rows else 0
+        self.recent: deque[Row] = deque(maxlen=RECENT_STEPS + 1)
+        self.saved_step = rows[-1].step if rows else 0
         columns = (BarColumn(24, complete_style="blue"), MofNCompleteColumn(), TextColumn("steps  eta"))
         self.bar = Progress(*columns, TimeRemainingColumn())
-        self.task = self.bar.add_task("search", total=steps, completed=self.saved)
+        self.task = self.bar.add_task("search", total=steps, completed=self.saved_step)
         for row in rows:
-            self._note(row)
+            self._record(row)
 
     def add(self, row: Row) -> None:
-        self._note(row)
+        """Add the row of a step that has been done."""
+        self._record(row)
         self.bar.update(self.task, completed=row.step)
 
-    def _note(self, row: Row) -> None:
+    def _record(self, row: Row) -> None:
         self.recent.append(row)
         if row.mean_loss is not None:
             self.losses.append(row.mean_loss)
         if row.heldout_loss is not None:
-            self.judged.append(row.heldout_loss)
+            self.heldout_losses.append(row.heldout_loss)
         self.kept = row.kept or self.kept
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.bar
-        width = max(NARROWEST, min(WIDEST, options.max_width - 22))
+        width = max(MIN_COLUMNS, min(MAX_COLUMNS, options.max_width - 22))
         table = Table.grid(padding=(0, 2))
-        bad = bool(self.recent) and self.recent[-1].mean_loss is None
-        table.add_row("loss", "bad" if bad else _nats(self.losses), curve(self.losses, width))
-        table.add_row("held-out", _nats(self.judged), curve(self.judged, width))
+        overflows = bool(self.recent) and self.recent[-1].mean_loss is None
+        table.add_row("loss", "not finite" if overflows else _nats(self.losses), curve(self.losses, width))
+        table.add_row("held-out", _nats(self.heldout_losses), curve(self.heldout_losses, width))
         for family, kept in (self.kept or {}).items():
             counts = self.units[family]
-            fractions = [some / count for some, count in zip(kept, counts, strict=True)]
+            fractions = [layer_kept / count for layer_kept, count in zip(kept, counts, strict=True)]
             table.add_row(family, f"{sum(kept) / sum(counts):.0%}", strip(fractions, width))
         yield table
         yield Text(self._numbers(), style="dim")
@@ -76,38 +77,39 @@ class LiveView:
             first, *rest = self.recent
             row = self.recent[-1]
             if row.seconds > first.seconds:
-                forward_passes = sum(len(one.losses) for one in rest)
-                parts.append(f"{forward_passes / (row.seconds - first.seconds):,.1f} forward passes/s")
+                passes = sum(len(step.losses) for step in rest)
+                parts.append(f"{passes / (row.seconds - first.seconds):,.1f} passes/s")
             parts += [f"{row.tokens_per_second:,.0f} tok/s", f"{row.memory_bytes / 1e9:.1f} GB"]
             parts += [f"skipped {row.skipped}"] if row.skipped else []
-        parts.append(f"saved at step {self.saved}" if self.saved else "nothing saved yet")
+        parts.append(f"saved at step {self.saved_step}" if self.saved_step else "not saved yet")
         return " · ".join(parts)
 
 
 def curve(values: Sequence[float], width: int) -> str:
-    """Values as bars between the least and the greatest, in at most `width` columns; empty without any."""
+    """Return values as bars between their minimum and maximum, in at most `width` columns; empty without values."""
     columns = _columns(values, width)
     if not columns:
         return ""
-    least, span = min(columns), max(columns) - min(columns)
-    return "".join(BARS[round((value - least) / span * 7) if span else 0] for value in columns)
+    low, span = min(columns), max(columns) - min(columns)
+    return "".join(BARS[round((value - low) / span * 7) if span else 0] for value in columns)
 
 
 def strip(fractions: Sequence[float], width: int) -> Text:
-    """Fractions of 1 as bars, bluer the higher: a column a layer, or the mean of some where there are more layers."""
+    """Return fractions of 1 as bars, bluer the higher: one column per layer, or the mean of several if there are more."""
     text = Text()
     for value in _columns(fractions, width):
-        red, green, blue = (round(few + (many - few) * value) for few, many in zip(FEW, MANY, strict=True))
+        pairs = zip(EMPTY_COLOUR, FULL_COLOUR, strict=True)
+        red, green, blue = (round(empty + (full - empty) * value) for empty, full in pairs)
         text.append(BARS[round(value * 7)], style=f"rgb({red},{green},{blue})")
     return text
 
 
 def _columns(values: Sequence[float], width: int) -> list[float]:
-    """The values, or the means of `width` runs of them."""
+    """Return the values, or the means of `width` runs of them."""
     if len(values) <= width:
         return list(values)
     edges = [place * len(values) // width for place in range(width + 1)]
-    return [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    return [sum(values[start:end]) / (end - start) for start, end in pairwise(edges)]
 
 
 def _nats(losses: Sequence[float]) -> str:

@@ -1,4 +1,4 @@
-"""The loop of a search: steps, rows, checkpoints. It stops at any step, and goes on as if it never had."""
+"""The loop of a search: steps, history rows and checkpoints. It can stop at any step, and resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from types import FrameType
 
-from pgprune_cli.console.progress import Progress
+from pgprune_cli.console.progress import SILENT
 from pgprune_cli.console.signals import stopping
 from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import RunError
-from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from pgprune_cli.run.history import History, Row, Written, read_history
 from pgprune_cli.run.resume import resumed
@@ -26,11 +24,14 @@ from pgprune_cli.search.progress import SearchProgress, memory_in_use
 from pgprune_cli.search.trackers import TrackerName, tracking
 
 BAD_STEPS = 10
-"""After so many steps in a row without one finite loss, a search gives up."""
+"""A search gives up after this many steps in a row without a finite loss."""
 
 
-class Interrupted(Exception):  # noqa: N818  (a stop that was asked for is no error)
-    """A signal asked the search to stop, and its state is saved."""
+class Interrupted(Exception):  # noqa: N818  (a requested stop is not an error)
+    """A signal stopped the search, and its state is saved.
+
+    signum: the signal; step: the last step that is saved.
+    """
 
     def __init__(self, signum: int, step: int) -> None:
         super().__init__(signum, step)
@@ -39,91 +40,96 @@ class Interrupted(Exception):  # noqa: N818  (a stop that was asked for is no er
 
 
 @dataclass
-class Loop:
-    """Where the search stands: what a checkpoint holds."""
+class LoopState:
+    """Where a search stands: what a checkpoint holds."""
 
-    state: SearchState | WidthState
+    policy_state: SearchState | WidthState
     data_position: int = 0
     bad_steps: int = 0
     forward_passes: int = 0
     seconds: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
+    @property
+    def step(self) -> int:
+        """How many steps are done."""
+        return self.policy_state.step
+
     def elapsed(self) -> float:
+        """Return the seconds of search so far, over all starts."""
         return self.seconds + time.monotonic() - self.started
 
 
 def run_steps(
     problem: Problem,
-    run: Path,
     identity: str,
-    progress: Progress,
-    skip_corrupt_checkpoint: bool,
-    log: TrackerName | None,
-) -> Loop:
-    """The loop. Returns where it ended."""
-    recipe, schedule, ranks = problem.recipe, problem.recipe.search, problem.ranks
+    *,
+    skip_corrupt_checkpoint: bool = False,
+    tracker: TrackerName | None = None,
+) -> LoopState:
+    """Run the steps that are left and return the final state.
+
+    identity: digest of everything a checkpoint must agree with. Raises UserError for a checkpoint of another search,
+    RunError if losses are never finite, Interrupted after a signal.
+    """
+    context, settings = problem.context, problem.context.recipe.search
+    run, ranks = context.run, context.ranks
     with ranks.writer_first():
-        loop = _loop(
-            problem, resumed(run, identity, skip_corrupt_checkpoint) if ranks.writer else latest_checkpoint(run)
-        )
-    units = {family.name: family.counts for family in problem.space.families}
-    budget = f"{recipe.budget.sparsity:.0%} of {recipe.budget.measure} go"
-    shown = SearchProgress(schedule.steps, units, budget, read_history(run) if ranks.writer else (), progress)
-    tracked = tracking(log, run, asdict(recipe), loop.state.step)
-    written = History(run) if ranks.writer else nullcontext()
-    with tracked as track, shown as progress, written as history, _stop_signals(ranks) as stop:
-        if loop.state.step:
-            progress.say(f"going on from step {loop.state.step} of {schedule.steps}")
-        while loop.state.step < schedule.steps:
-            row = _one_step(problem, loop)
+        checkpoint = resumed(run, identity, skip_corrupt_checkpoint) if ranks.writer else latest_checkpoint(run)
+    loop = _loop_state(problem, checkpoint)
+    view = _view(problem)
+    log = tracking(tracker if ranks.writer else None, run, asdict(context.recipe), loop.step)
+    writer = History(run) if ranks.writer else nullcontext()
+    with log as track, view, writer as history, _stop_signals(ranks) as signals:
+        if loop.step:
+            view.say(f"resuming from step {loop.step} of {settings.steps}")
+        while loop.step < settings.steps:
+            row = _take_step(problem, loop)
             track(row)
-            progress.show(row)
-            done = loop.state.step == schedule.steps
-            stopped_by = ranks.greatest(stop[0] if stop else 0)
+            view.show(row)
+            stop_signal = ranks.greatest(signals[0] if signals else 0)
             if history:
                 history.append(row)
-                if stopped_by or done or loop.state.step % schedule.checkpoint_every == 0:
-                    save_checkpoint(run, _checkpoint(loop, recipe, history.flush(), identity))
-                    progress.saved(loop.state.step)
-            if stopped_by:
-                raise Interrupted(stopped_by, loop.state.step)
-        if stopped_by := ranks.greatest(stop[0] if stop else 0):  # while the last checkpoint was written
-            raise Interrupted(stopped_by, loop.state.step)
+                due = loop.step == settings.steps or loop.step % settings.checkpoint_every == 0
+                if stop_signal or due:
+                    save_checkpoint(run, _checkpoint(loop, history.flush(), identity))
+                    view.saved(loop.step)
+            if stop_signal:
+                raise Interrupted(stop_signal, loop.step)
+        if stop_signal := ranks.greatest(signals[0] if signals else 0):  # it came while the last checkpoint was written
+            raise Interrupted(stop_signal, loop.step)
     return loop
 
 
-def _one_step(problem: Problem, loop: Loop) -> Row:
-    """Sample masks, hear their losses on the next batch, move the policy. Advances `loop`."""
-    recipe, schedule, policy = problem.recipe, problem.recipe.search, problem.policy
+def _take_step(problem: Problem, loop: LoopState) -> Row:
+    """Propose masks, compute their losses on the next batch, update the policy. Advances `loop`."""
+    settings, policy = problem.context.recipe.search, problem.policy
     began = time.perf_counter()
     tokens = problem.batches.at(loop.data_position)
-    state, draws, masks = policy.propose(loop.state, schedule.masks_per_step)
+    state, draws, masks = policy.propose(loop.policy_state, settings.masks_per_step)
     losses = problem.losses(masks, tokens)
     rate = policy.rate(state)
-    loop.state = policy.update(state, draws, losses)
+    loop.policy_state = policy.update(state, draws, losses)
     spent = time.perf_counter() - began
 
     loop.data_position += 1
     loop.forward_passes += len(masks)
     loop.bad_steps = 0 if losses.isfinite().any() else loop.bad_steps + 1
-    if loop.bad_steps >= min(BAD_STEPS, schedule.steps):
-        raise RunError(
-            f"step {loop.state.step}: no finite loss in {loop.bad_steps} steps; the model overflows in {recipe.dtype}: "
-            "try dtype float32 or bfloat16, or a lower sparsity"
-        )
-    step = loop.state.step
-    due = step % schedule.evaluate_every == 0 or step in (1, schedule.steps)
-    mask = policy.mask(loop.state) if due else None
-    decided = None if mask is None else problem.keep(mask)
+    _refuse_overflow(problem, loop)
+    due = loop.step % settings.evaluate_every == 0 or loop.step in (1, settings.steps)
+    mask = policy.mask(loop.policy_state) if due else None
+    heldout_loss = None
+    if mask is not None:
+        model_mask = problem.model_mask(mask)
+        heldout_loss = finite(problem.heldout_loss(model_mask, policy.outputs(model_mask)))
     return Row(
-        step=step,
+        step=loop.step,
         losses=[finite(float(loss)) for loss in losses],
-        baseline=loop.state.baseline if isinstance(loop.state, SearchState) else None,
+        baseline=loop.policy_state.baseline if isinstance(loop.policy_state, SearchState) else None,
         learning_rate=rate,
-        entropy=policy.entropy(loop.state),
-        heldout_loss=finite(problem.heldout_loss(decided, policy.outputs(decided))) if decided else None,
-        skipped=loop.state.skipped,
+        entropy=policy.entropy(loop.policy_state),
+        heldout_loss=heldout_loss,
+        skipped=loop.policy_state.skipped,
         tokens_per_second=len(masks) * tokens.numel() / spent,
         memory_bytes=memory_in_use(),
         seconds=loop.elapsed(),
@@ -131,52 +137,76 @@ def _one_step(problem: Problem, loop: Loop) -> Row:
     )
 
 
+def _refuse_overflow(problem: Problem, loop: LoopState) -> None:
+    """Raise RunError if no loss has been finite for too many steps."""
+    recipe = problem.context.recipe
+    if loop.bad_steps >= min(BAD_STEPS, recipe.search.steps):
+        raise RunError(
+            f"step {loop.step}: no finite loss in {loop.bad_steps} steps: the model overflows in {recipe.dtype}. "
+            "Try dtype float32 or bfloat16, or a lower sparsity."
+        )
+
+
 def finite(value: float) -> float | None:
-    """None for what JSON cannot say."""
+    """Return the value, or None if JSON cannot hold it."""
     return value if math.isfinite(value) else None
 
 
-def _loop(problem: Problem, found: Checkpoint | None) -> Loop:
-    """Where the search stands: at its beginning, or where a checkpoint was found."""
-    if found is None:
-        return Loop(problem.policy.begin(problem.recipe.seed))
-    return Loop(found.state, found.data_position, found.bad_steps, found.forward_passes, found.seconds)
+def _view(problem: Problem) -> SearchProgress:
+    """Return what the user sees of the search. Only the writer shows it."""
+    context = problem.context
+    recipe, writer = context.recipe, context.ranks.writer
+    units = {family.name: family.counts for family in problem.space.families}
+    budget = f"removing {recipe.budget.sparsity:.0%} of {recipe.budget.measure}"
+    rows = read_history(context.run) if writer else ()
+    return SearchProgress(recipe.search.steps, units, budget, rows, context.progress if writer else SILENT)
 
 
-def _checkpoint(loop: Loop, recipe: Recipe, history: Written, identity: str) -> Checkpoint:
-    schedule = (recipe.search.schedule, recipe.search.learning_rate, recipe.search.steps)
+def _loop_state(problem: Problem, checkpoint: Checkpoint | None) -> LoopState:
+    """Return the state at a checkpoint, or at the beginning without one."""
+    if checkpoint is None:
+        return LoopState(problem.policy.begin(problem.context.recipe.seed))
+    return LoopState(
+        checkpoint.state,
+        checkpoint.data_position,
+        checkpoint.bad_steps,
+        checkpoint.forward_passes,
+        checkpoint.seconds,
+    )
+
+
+def _checkpoint(loop: LoopState, history: Written, identity: str) -> Checkpoint:
     return Checkpoint(
-        loop.state,
-        loop.data_position,
-        schedule,
-        loop.bad_steps,
-        loop.forward_passes,
-        loop.elapsed(),
-        history,
-        identity,
+        state=loop.policy_state,
+        data_position=loop.data_position,
+        bad_steps=loop.bad_steps,
+        forward_passes=loop.forward_passes,
+        seconds=loop.elapsed(),
+        history=history,
+        identity=identity,
     )
 
 
 @contextmanager
 def _stop_signals(ranks: Ranks) -> Iterator[list[int]]:
-    """A list that holds the signal once one asked to stop. A second one acts as if this were not here.
+    """Yield a list that will hold the signal that asks the search to stop. A second signal acts as it normally would.
 
-    Not so under torchrun, which passes on what its processes may have received already.
+    Not so under torchrun, which passes signals on that its processes may have received already.
     """
     caught: list[int] = []
-    before = {signum: signal.getsignal(signum) for signum in stopping()}
+    handlers = {signum: signal.getsignal(signum) for signum in stopping()}
 
     def restore() -> None:
-        for signum, handler in before.items():
+        for signum, handler in handlers.items():
             signal.signal(signum, handler)
 
-    def note(signum: int, _: FrameType | None) -> None:
+    def catch(signum: int, _: FrameType | None) -> None:
         caught.append(signum)
         if ranks.world == 1:
             restore()
 
-    for signum in before:
-        signal.signal(signum, note)
+    for signum in handlers:
+        signal.signal(signum, catch)
     try:
         yield caught
     finally:

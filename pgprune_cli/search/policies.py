@@ -1,7 +1,7 @@
-"""What the search job moves: a policy draws masks, hears their losses, and says in the end which units stay.
+"""The two policies of a search: each proposes masks, learns from their losses, and in the end says which units to keep.
 
-Both wrap the pure steps of `core`: UnitPolicy those of `core.step` (θ, a keep probability a unit), WidthPolicy those of
-`core.widths` (how many units each layer keeps, with its block repaired for that number).
+Both wrap the pure steps of `core`. `UnitPolicy` wraps `core.units`: θ, one keep probability per unit. `WidthPolicy`
+wraps `core.widths`: how many units each block keeps, with the block repaired for that width.
 """
 
 from __future__ import annotations
@@ -14,20 +14,19 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from pgprune_cli.core import units
-from pgprune_cli.core import widths as layers
+from pgprune_cli.core import units, widths
 from pgprune_cli.core.policy import entropy
 from pgprune_cli.core.projection import Bundles, bundled, coarser, hard_mask, mask_of
 from pgprune_cli.core.space import Budget, MaskSpace
 from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
-from pgprune_cli.model.prunable import ModelMask, Outputs
+from pgprune_cli.model.masks import ModelMask, Outputs
 from pgprune_cli.repair.width_table import WidthTable, width_step
 
 State = TypeVar("State", SearchState, WidthState)
 
 RATE = 0.28
-"""Automatic learning rate of the units policy: RATE / √steps. It is 2e-2 for 200 steps, the best of those tried, and
+"""The automatic learning rate of the unit search is RATE / √steps: 2e-2 for 200 steps, the best of those tried, and
 2.3e-3 for 15,000, about the paper's."""
 
 
@@ -36,29 +35,30 @@ class Policy(Protocol[State]):
 
     @property
     def origin(self) -> Tensor:
-        """What the search starts from, `(n,)` float64: of the same origin, budget and seed it is the same search."""
+        """Where the search starts, `(n,)` float64. With the same origin, budget and seed it is the same search."""
 
     def begin(self, seed: int) -> State: ...
 
     def propose(self, state: State, masks_per_step: int) -> tuple[State, Tensor, Tensor]:
-        """The state with its generator moved on, the draws `(K, …)`, and the masks `(K, n)` they stand for."""
+        """Return the state with its generator advanced, the draws `(K, …)`, and the masks `(K, n)` they stand for."""
 
-    def update(self, state: State, draws: Tensor, losses: Tensor) -> State: ...
+    def update(self, state: State, draws: Tensor, losses: Tensor) -> State:
+        """Return the state after learning from the losses `(K,)` of the draws."""
 
     def mask(self, state: State) -> Tensor:
-        """The decision as searched: `(n,)` bool."""
+        """Return the mask `(n,)` that the search would decide on now."""
 
     def final_mask(self, state: State) -> Tensor:
-        """The decision to be written, at the budget's full resolution: `(n,)` bool."""
+        """Return the mask `(n,)` to be written, at the full resolution of the budget."""
 
-    def outputs(self, keep: ModelMask) -> Outputs:
-        """The repaired output projections that `keep` is to be evaluated with."""
+    def outputs(self, model_mask: ModelMask) -> Outputs:
+        """Return the repaired output projections with which a proposed mask is evaluated."""
 
     def rate(self, state: State) -> float | None:
-        """The learning rate of the next update; None where there is no such thing."""
+        """Return the learning rate of the next update, or None if the policy has none."""
 
     def entropy(self, state: State) -> float:
-        """Of the policy's distribution, in nats."""
+        """Return the entropy of the policy's distribution, in nats."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class UnitPolicy:
 
     final_mask = mask
 
-    def outputs(self, keep: ModelMask) -> Outputs:
+    def outputs(self, model_mask: ModelMask) -> Outputs:
         return {}
 
     def rate(self, state: SearchState) -> float:
@@ -101,9 +101,9 @@ class UnitPolicy:
 
 @dataclass(frozen=True)
 class WidthPolicy:
-    """How much an error of every layer counts, which decides how many units each of them keeps.
+    """How much an error of every block counts, which decides how many units each of them keeps.
 
-    Searched over the widths of the table only, so that every sample runs with the repair that was solved for it.
+    Proposed masks have only widths of the table, so that each is evaluated with the repair solved for it.
     """
 
     table: WidthTable
@@ -112,24 +112,24 @@ class WidthPolicy:
     budget: Budget
 
     def begin(self, seed: int) -> WidthState:
-        return layers.begin(self.space, seed)
+        return widths.begin(self.space, seed)
 
     def propose(self, state: WidthState, masks_per_step: int) -> tuple[WidthState, Tensor, Tensor]:
-        state, offsets = layers.propose(state, masks_per_step, self.space)
-        masks = torch.stack([self._mask(some) for some in offsets])
+        state, offsets = widths.propose(state, masks_per_step, self.space)
+        masks = torch.stack([self._mask(pair_offsets) for pair_offsets in offsets])
         return state, self.table.errors_of(masks, self.space), masks
 
     def update(self, state: WidthState, draws: Tensor, losses: Tensor) -> WidthState:
-        return layers.update(state, draws, losses, self.space)
+        return widths.update(state, draws, losses, self.space)
 
     def mask(self, state: WidthState) -> Tensor:
         return self._mask(state.mean)
 
     def final_mask(self, state: WidthState) -> Tensor:
-        return hard_mask(layers.priorities(self.origin, state.mean, self.space), self.space, self.budget)
+        return hard_mask(widths.priorities(self.origin, state.mean, self.space), self.space, self.budget)
 
-    def outputs(self, keep: ModelMask) -> Outputs:
-        return self.table.outputs_for(keep)
+    def outputs(self, model_mask: ModelMask) -> Outputs:
+        return self.table.outputs_for(model_mask)
 
     def rate(self, state: WidthState) -> None:
         return None
@@ -139,18 +139,16 @@ class WidthPolicy:
 
     def _mask(self, offsets: Tensor) -> Tensor:
         bundles = self._bundles
-        return mask_of(bundles, bundles.mean + offsets[bundles.pair], self.space, self._coarse)
+        return mask_of(bundles, bundles.mean + offsets[bundles.pair], self.space, self._table_budget)
 
     @cached_property
     def _bundles(self) -> Bundles:
-        """An offset moves a layer's units together, so that they are sorted once for all samples."""
-        return bundled(self.origin, self.space, self._coarse)
+        """The sorted units: an offset moves all units of a block together, so they are sorted once for all masks."""
+        return bundled(self.origin, self.space, self._table_budget)
 
     @cached_property
-    def _coarse(self) -> Budget:
-        """The budget in the table's widths."""
-        of_budget = self.budget.limits(self.space)[1]
-        pairs = zip(self.space.pair_counts.tolist(), of_budget.tolist(), strict=True)
-        return coarser(
-            self.budget, self.space, torch.tensor([width_step(count, multiple) for count, multiple in pairs])
-        )
+    def _table_budget(self) -> Budget:
+        """The budget, with the widths of the table as its grid."""
+        multiples = self.budget.limits(self.space)[1]
+        pairs = zip(self.space.pair_counts.tolist(), multiples.tolist(), strict=True)
+        return coarser(self.budget, self.space, torch.tensor([width_step(count, multiple) for count, multiple in pairs]))

@@ -1,88 +1,75 @@
-"""What a search decides on, and how it hears what a decision loses: fixed once model, text and scores are there."""
+"""What a search optimises: the policy it updates, and the losses of the masks that the policy proposes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pgprune_cli.console.progress import Progress
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.space import Budget, MaskSpace
-from pgprune_cli.data.windows import Batches, CalibrationText
-from pgprune_cli.distributed import Ranks
-from pgprune_cli.errors import UserError
-from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.model.prunable import ModelMask, Outputs
-from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.data.windows import Batches
+from pgprune_cli.model.masks import ModelMask, Outputs
 from pgprune_cli.run.scores import Scores
-from pgprune_cli.scores.metrics import flat_scores
+from pgprune_cli.scores.metrics import flat_scores, score_name
+from pgprune_cli.search.context import SearchContext
 from pgprune_cli.search.policies import Policy, UnitPolicy, WidthPolicy
-from pgprune_cli.search.table import searched_table
-from pgprune_cli.search.texts import repair_batches
+from pgprune_cli.search.table import solve_table
+from pgprune_cli.search.texts import step_batches
 
 
 @dataclass
 class Problem:
-    """What is searched."""
+    """One search problem. Fixed once the model, the text and the scores are there."""
 
-    evaluator: Evaluator
+    context: SearchContext
     space: MaskSpace
-    policy: Policy  # type: ignore[type-arg]  # of the state that it began with
+    policy: Policy  # type: ignore[type-arg]  # of whichever state it began with
     batches: Batches
-    heldout: Tensor
-    recipe: Recipe
-    ranks: Ranks
 
-    def keep(self, mask: Tensor) -> ModelMask:
-        return self.evaluator.shape.keep(self.space, mask)
+    def model_mask(self, mask: Tensor) -> ModelMask:
+        """Return a mask `(n,)` over the space's units as the masks of every layer."""
+        return self.context.model.shape.model_mask(self.space, mask)
 
     def losses(self, masks: Tensor, tokens: Tensor) -> Tensor:
-        """Of masks `(K, n)` on one batch, with the repair that the policy has for each: `(K,)` nats per token."""
-        self.ranks.refuse_differences(masks, tokens)
-        keeps = [self.keep(masks[index]) for index in self.ranks.share(len(masks))]
-        own = self.evaluator.losses(keeps, tokens, [self.policy.outputs(keep) for keep in keeps])
-        return self.ranks.gathered(own, len(masks))
+        """Return the losses of masks `(K, n)` on one batch, repaired as the policy says: `(K,)` nats per token."""
+        ranks = self.context.ranks
+        ranks.refuse_differences(masks, tokens)
+        model_masks = [self.model_mask(masks[index]) for index in ranks.share(len(masks))]
+        outputs = [self.policy.outputs(model_mask) for model_mask in model_masks]
+        own_losses = self.context.evaluator.losses(model_masks, tokens, outputs)
+        return ranks.gathered(own_losses, len(masks))
 
-    def heldout_loss(self, keep: ModelMask, outputs: Outputs) -> float:
-        """Of one decision on text the search never sees: nats per token."""
-        batches = self.heldout.split(self.recipe.calibration.batch)
-        share = [batches[index] for index in self.ranks.share(len(batches))]
-        own = [float(self.evaluator.losses([keep], tokens, [outputs])[0]) for tokens in share]
-        losses = self.ranks.gathered(torch.tensor(own, dtype=torch.float64), len(batches)).tolist()
-        return sum(loss * len(tokens) for loss, tokens in zip(losses, batches, strict=True)) / len(self.heldout)
+    def heldout_loss(self, model_mask: ModelMask, outputs: Outputs) -> float:
+        """Return the loss of one mask on text that the search never reads, in nats per token."""
+        heldout, ranks = self.context.text.heldout, self.context.ranks
+        batches = heldout.split(self.context.recipe.calibration.batch)
+        share = [batches[index] for index in ranks.share(len(batches))]
+        own = [float(self.context.evaluator.losses([model_mask], tokens, [outputs])[0]) for tokens in share]
+        losses = ranks.gathered(torch.tensor(own, dtype=torch.float64), len(batches)).tolist()
+        return sum(loss * len(tokens) for loss, tokens in zip(losses, batches, strict=True)) / len(heldout)
 
 
-def policy_of(
-    recipe: Recipe,
-    run: Path,
-    evaluator: Evaluator,
-    space: MaskSpace,
-    budget: Budget,
-    scores: Scores,
-    text: CalibrationText,
-    ranks: Ranks,
-    progress: Progress,
-) -> UnitPolicy | WidthPolicy:
-    """What the recipe searches with. Raises UserError for families that the layers policy has no widths of."""
-    settings = recipe.search
-    if settings.policy == "units":
-        scores = flat_scores(scores.tensors, evaluator.shape, space)
-        theta = starting_theta(scores, space, budget, recipe.start.mapping, recipe.start.temperature)
-        estimator, rate, schedule = settings.estimator, settings.learning_rate, settings.schedule
-        return UnitPolicy(theta, space, budget, estimator, rate, schedule, settings.steps)
-    if whole := [name for name in recipe.units.families if name not in ("attention", "ffn")]:
-        raise UserError(
-            f"units.families: {whole[0]} is kept or removed as a whole, so there are no widths to search over; "
-            "set search.policy to units"
-        )
-    saliency_of: dict[tuple[int, str], Tensor] = {
-        (index, name): scores.tensors[f"layers.{index}.{name}"]
-        for name in recipe.units.families
-        for index in range(len(evaluator.shape.channels))
+def set_up(context: SearchContext, space: MaskSpace, budget: Budget, scores: Scores) -> Problem:
+    """Build the problem of a search. A width search solves its table here, which takes minutes."""
+    build = _unit_policy if context.recipe.search.policy == "units" else _width_policy
+    return Problem(context, space, build(context, space, budget, scores), step_batches(context.recipe, context.text))
+
+
+def _unit_policy(context: SearchContext, space: MaskSpace, budget: Budget, scores: Scores) -> UnitPolicy:
+    start, settings = context.recipe.start, context.recipe.search
+    theta = starting_theta(flat_scores(scores.tensors, space), space, budget, start.mapping, start.temperature)
+    return UnitPolicy(
+        theta, space, budget, settings.estimator, settings.learning_rate, settings.schedule, settings.steps
+    )
+
+
+def _width_policy(context: SearchContext, space: MaskSpace, budget: Budget, scores: Scores) -> WidthPolicy:
+    by_block = {
+        (layer, block): scores.tensors[score_name(layer, block)]
+        for block in context.recipe.units.families
+        for layer in range(context.model.shape.layers)
     }
-    batches = repair_batches(recipe, text)
-    table = searched_table(recipe, run, evaluator.model, saliency_of, batches, scores.fingerprint, ranks, progress)
+    table = solve_table(context, by_block, scores.fingerprint)
     return WidthPolicy(table, table.priorities(space), space, budget)

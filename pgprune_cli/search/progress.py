@@ -1,4 +1,4 @@
-"""What a person sees of a running search: a live view on a terminal, plain lines elsewhere."""
+"""What the user sees of a running search: a live view on a terminal, a few plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ PLAIN_LINES = 10
 
 
 class SearchProgress:
-    """Shows rows as they come; use as a context manager.
+    """Shows history rows as they come. Use it as a context manager.
 
-    units: of every layer before pruning, by family; budget: in words; rows: of the search so far, where it goes on.
+    units: of every layer before pruning, by family; budget: in words; rows: of the search so far, if it is resumed.
     """
 
     def __init__(
@@ -35,14 +35,14 @@ class SearchProgress:
     ) -> None:
         self.steps = steps
         self.progress = progress
-        self.console = Console(file=STDERR)
         self.heldout = "…"
         self.view = LiveView(steps, units, budget, rows)
         self.live: Live | None = None
 
     def __enter__(self) -> SearchProgress:
-        if self.progress.shows and can_redraw(self.console):
-            self.live = Live(self.view, console=self.console, refresh_per_second=1)
+        console = Console(file=STDERR)
+        if self.progress.shows and can_redraw(console):
+            self.live = Live(self.view, console=console, refresh_per_second=1)
             self.live.start()
         return self
 
@@ -51,29 +51,32 @@ class SearchProgress:
             self.live.stop()
 
     def say(self, text: str) -> None:
-        """One line of its own."""
-        self.progress.say(text)
+        """Print one line, above the live view if there is one."""
+        if self.live is not None:
+            self.live.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        else:
+            self.progress.say(text)
 
     def show(self, row: Row) -> None:
-        """A step was done."""
+        """Show a step that has been done."""
         self.view.add(row)
         if row.heldout_loss is not None:
             self.heldout = f"{row.heldout_loss:.3f}"
         due = row.step % max(1, self.steps // PLAIN_LINES) == 0 or row.step in (1, self.steps)
         if due and self.live is None:
-            loss = "bad" if row.mean_loss is None else f"{row.mean_loss:.3f}"
-            bad = f" skipped {row.skipped}" if row.skipped else ""
+            loss = "not finite" if row.mean_loss is None else f"{row.mean_loss:.3f}"
+            skipped = f" skipped {row.skipped}" if row.skipped else ""
             speed = f"{row.tokens_per_second:,.0f} tok/s {row.memory_bytes / 1e9:.1f} GB"
             losses = f"loss {loss} held-out {self.heldout}"
-            self.say(f"step {row.step}/{self.steps} {losses} {speed}{bad} {row.seconds:.0f} s")
+            self.say(f"step {row.step}/{self.steps} {losses} {speed}{skipped} {row.seconds:.0f} s")
 
     def saved(self, step: int) -> None:
-        """A checkpoint was written."""
-        self.view.saved = step
+        """Show that a checkpoint has been written."""
+        self.view.saved_step = step
 
 
 def memory_in_use() -> int:
-    """Bytes: of the accelerator at its peak where there is one, else of this process now."""
+    """Return bytes: the peak of the GPU's allocated memory if there is a GPU, else what this process uses now."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return int(psutil.Process().memory_info().rss)

@@ -1,68 +1,67 @@
-"""Scores of every unit, computed for a search."""
+"""Scores of every unit, computed for a search or read from its run directory."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from pgprune_cli.console.progress import Progress
-from pgprune_cli.data.windows import CalibrationText
+from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.model.prunable import Shape
-from pgprune_cli.model.source import Source
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.layout import SCORES_FILE
 from pgprune_cli.run.scores import Scores
-from pgprune_cli.scores.metrics import CALIBRATED, score
+from pgprune_cli.scores.metrics import score, score_name
+from pgprune_cli.search.context import SearchContext
 from pgprune_cli.search.texts import scoring_batches
 
 
 def compute_scores(
     recipe: Recipe,
-    source: Source,
-    model: nn.Module,
-    text: CalibrationText | None,
-    progress: Progress,
+    model: PrunableModel,
+    batches: Sequence[Tensor],
+    fingerprint: str,
+    *,
     ranks: Ranks,
+    progress: Progress = SILENT,
 ) -> Scores:
-    """Scores of a model that is loaded already, every world-th layer by each of the processes.
+    """Score every unit with the recipe's metric. Each process scores its share of the layers.
 
-    `text` may be None for a metric without calibration.
+    batches: tokens `(B, T)` for a calibrated metric. Raises RunError if a score is not finite.
     """
     metric = recipe.scores.metric
-    batches: list[Tensor] = []
-    if metric in CALIBRATED:
-        assert text is not None, "the caller loads the text of a calibrated metric"
-        batches = scoring_batches(recipe, text)
-    shape = Shape.of(model)
-    own = ranks.share(len(shape.channels))
-    with progress.layers(f"scoring with {metric}", len(own)) as bar:
-        sizes = {"attention": shape.kv_heads, "ffn": shape.channels}
-        lengths = {
-            f"layers.{index}.{name}": counts[index]
-            for index in range(len(shape.channels))
-            for name, counts in sizes.items()
-        }
-        found = score(model, metric, batches, recipe.seed, own, lambda _: bar.layer_done(), bar.batches_done)
-        tensors = ranks.united(found, lengths)
+    own_layers = ranks.share(model.shape.layers)
+    sizes = {
+        score_name(layer, block.name): model.shape.units[block.name][layer]
+        for layer in range(model.shape.layers)
+        for block in model.family.blocks
+    }
+    with progress.layers(f"scoring with {metric}", len(own_layers)) as layers:
+        own_scores = score(model, metric, batches, recipe.seed, own_layers, layers)
+        tensors = ranks.united(own_scores, sizes)
     for name, values in tensors.items():
         if not values.isfinite().all():
-            raise RunError(f"{name}: the metric {metric} gave NaN or infinity; try dtype float32 or bfloat16")
-    return Scores(tensors, metric, source.fingerprint())
+            raise RunError(f"{name}: the metric {metric} returned NaN or infinity. Try dtype float32 or bfloat16.")
+    return Scores(tensors, metric, fingerprint)
 
 
-def scores_of(
-    recipe: Recipe, run: Path, source: Source, model: nn.Module, text: CalibrationText, progress: Progress, ranks: Ranks
-) -> Scores:
-    """Those of the run where it has some. Raises UserError where they are another model's."""
-    if not ranks.greatest((run / SCORES_FILE).exists()):  # all have looked before one writes
-        scores = compute_scores(recipe, source, model, text, progress, ranks)
+def load_or_compute_scores(context: SearchContext) -> Scores:
+    """Return the scores in the run directory, or compute and save them. Raises UserError if they fit another model."""
+    run, ranks = context.run, context.ranks
+    if not ranks.greatest((run / SCORES_FILE).exists()):  # every process has looked before one of them writes
+        batches = scoring_batches(context.recipe, context.text)
+        scores = compute_scores(
+            context.recipe, context.model, batches, context.fingerprint, ranks=ranks, progress=context.progress
+        )
         if ranks.writer:
             scores.save(run)
         return scores
     scores = Scores.load(run)
-    if scores.fingerprint != source.fingerprint():
-        raise UserError(f"{run / SCORES_FILE}: scores of another model than {recipe.model}; run `pgprune init-scores`")
+    if scores.fingerprint != context.fingerprint:
+        raise UserError(
+            f"{run / SCORES_FILE}: these are scores of another model than {context.recipe.model}. "
+            "Run `pgprune init-scores` again."
+        )
     return scores

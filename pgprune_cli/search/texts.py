@@ -1,4 +1,12 @@
-"""Which text each phase of a search reads."""
+"""Which text each phase of a search reads.
+
+| phase | reads |
+|---|---|
+| scoring | `scores.windows` windows of `scores.seqlen` tokens, spread over the search's part of the text |
+| width table, repair | `repair.windows` windows of `calibration.seqlen` tokens |
+| each step | `calibration.batch` windows of `calibration.seqlen` tokens |
+| held-out evaluation | `calibration.heldout` windows from the end of the text, which nothing else reads |
+"""
 
 from __future__ import annotations
 
@@ -7,10 +15,9 @@ import math
 import torch
 from torch import Tensor
 
-from pgprune_cli.console.progress import Progress
+from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.data.tokens import check_vocabulary
-from pgprune_cli.data.windows import CalibrationText, calibration_text, spread
-from pgprune_cli.errors import UserError
+from pgprune_cli.data.windows import Batches, CalibrationText, calibration_text, spread
 from pgprune_cli.forward.curvature import curvature_windows
 from pgprune_cli.model.loading import check_prunable, load_tokenizer, read_config
 from pgprune_cli.model.source import Source
@@ -18,81 +25,76 @@ from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.repair.least_squares import PASSES
 from pgprune_cli.scores.metrics import CALIBRATED, NEEDS
 
+REPAIR_TOKENS = 4096
+"""Tokens of one forward pass of the repair, at least: few large products are faster than many small ones."""
 
-def load_text(recipe: Recipe, source: Source, progress: Progress) -> CalibrationText:
-    """The calibration text that a recipe asks for, tokenised for its model. Raises UserError for what cannot be pruned,
-    too: before the model is loaded."""
-    refuse_weight_format(recipe)
+
+def load_text(recipe: Recipe, source: Source, progress: Progress = SILENT) -> CalibrationText:
+    """Return the recipe's calibration text, tokenised for its model.
+
+    Raises UserError if the model cannot be pruned, before anything large is read, or if its tokenizer does not fit.
+    """
     check_prunable(source)
-    wanted = recipe.calibration
-    with progress.working(f"reading {wanted.corpus}"):
+    settings = recipe.calibration
+    with progress.working(f"reading {settings.corpus}"):
         tokenizer = load_tokenizer(source)
-        text = calibration_text(wanted.corpus, tokenizer, wanted.windows, wanted.heldout, wanted.seqlen)
-    if source.gguf is None:  # whose tokenizer is in the model's own file
-        check_vocabulary(text.stream, wanted.corpus, read_config(source).vocab_size)
+        text = calibration_text(settings.corpus, tokenizer, settings.windows, settings.heldout, settings.seqlen)
+    if source.gguf is None:  # a GGUF file holds its own tokenizer
+        check_vocabulary(text.stream, settings.corpus, read_config(source).vocab_size)
     return text
 
 
-def refuse_weight_format(recipe: Recipe) -> None:
-    """Raises UserError for what weights in 8 bits cannot do: have gradients, or run at the speed of an export."""
-    kept = recipe.weight_format
-    if kept != "full" and NEEDS.get(recipe.scores.metric) == "gradients":
-        raise UserError(
-            f"scores.metric: {recipe.scores.metric} takes gradients, which {kept} weights have not; "
-            "set weight_format to full, or take a metric without, such as obs"
-        )
-    if kept == "fp8" and recipe.budget.measure == "latency":
-        raise UserError(
-            "budget.measure: a latency would be that of fp8 products, and exports have none; set weight_format to full or int8"
-        )
-
-
-def scoring_batches(recipe: Recipe, text: CalibrationText) -> list[Tensor]:
-    """The windows that a calibrated metric reads, as many tokens at a time as the search has (and no more memory)."""
-    windows = text.long_windows(recipe.scores.windows, recipe.scores.seqlen)
-    return list(windows.split(max(1, recipe.calibration.batch * recipe.calibration.seqlen // windows.shape[1])))
-
-
-REPAIR_TOKENS = 4096
-"""Tokens of one forward pass of the repair, at least: few large products are quicker than many small ones."""
-
-
-def repair_batches(recipe: Recipe, text: CalibrationText) -> list[Tensor]:
-    """The windows that repair is fitted to, as many tokens at a time as the search has at least."""
-    windows = spread(text.search, recipe.repair.windows)
-    return list(windows.split(max(recipe.calibration.batch, REPAIR_TOKENS // windows.shape[1])))
-
-
-def _reselects(recipe: Recipe) -> bool:
-    """Whether the repair chooses the units: a search over widths has only said how many, one over units which."""
-    return recipe.search.policy == "widths"
-
-
-def calibration_forward_passes(recipe: Recipe, text: CalibrationText) -> int:
-    """Passes over calibration text besides the search's, in batches of the search."""
-    repaired = recipe.repair.method != "none"
-    read: list[Tensor] = []
-    if recipe.scores.metric in CALIBRATED:
-        scoring = scoring_batches(recipe, text)
-        read += scoring
-        if NEEDS[recipe.scores.metric] == "covariance":
-            read += curvature_windows(scoring)
-    repairing = repair_batches(recipe, text)
-    if recipe.search.policy == "widths":
-        read += repairing + curvature_windows(repairing)
-    if repaired:
-        read += PASSES * repairing
-    if repaired and _reselects(recipe):
-        read += curvature_windows(repairing)
-    return math.ceil(sum(map(Tensor.numel, read)) / (recipe.calibration.batch * recipe.calibration.seqlen))
-
-
 def empty_text(recipe: Recipe) -> CalibrationText:
-    """As many windows as the recipe reads at most, on the meta device: they have shapes and no tokens."""
-    wanted = recipe.calibration
+    """Return as many windows as the recipe reads at most, on the meta device: they have shapes and no tokens."""
+    settings = recipe.calibration
 
     def tokens(*shape: int) -> Tensor:
         return torch.empty(*shape, dtype=torch.int64, device="meta")
 
-    stream = tokens(wanted.windows * wanted.seqlen)
-    return CalibrationText(stream.view(-1, wanted.seqlen), tokens(wanted.heldout, wanted.seqlen), stream)
+    stream = tokens(settings.windows * settings.seqlen)
+    return CalibrationText(stream.view(-1, settings.seqlen), tokens(settings.heldout, settings.seqlen), stream)
+
+
+def scoring_batches(recipe: Recipe, text: CalibrationText) -> list[Tensor]:
+    """Return the batches of a calibrated metric, none for other metrics.
+
+    Each holds as many tokens as a step of the search, so that scoring needs no more memory.
+    """
+    if recipe.scores.metric not in CALIBRATED:
+        return []
+    windows = text.long_windows(recipe.scores.windows, recipe.scores.seqlen)
+    tokens_per_step = recipe.calibration.batch * recipe.calibration.seqlen
+    return list(windows.split(max(1, tokens_per_step // windows.shape[1])))
+
+
+def repair_batches(recipe: Recipe, text: CalibrationText) -> list[Tensor]:
+    """Return the batches that the width table and the repair are fitted to, each at least as large as a step's."""
+    windows = spread(text.search, recipe.repair.windows)
+    return list(windows.split(max(recipe.calibration.batch, REPAIR_TOKENS // windows.shape[1])))
+
+
+def step_batches(recipe: Recipe, text: CalibrationText) -> Batches:
+    """Return the batches that the steps of the search read, shuffled by the recipe's seed."""
+    return Batches(text.search, recipe.calibration.batch, recipe.seed)
+
+
+def reselects(recipe: Recipe) -> bool:
+    """Return whether the repair chooses the kept units again: a width search has only decided how many to keep."""
+    return recipe.search.policy == "widths"
+
+
+def calibration_forward_passes(recipe: Recipe, text: CalibrationText) -> int:
+    """Return the forward passes over calibration text besides those of the steps, in batches of the search."""
+    repairs = recipe.repair.method != "none"
+    scoring = scoring_batches(recipe, text)
+    batches: list[Tensor] = [*scoring]
+    if NEEDS.get(recipe.scores.metric) == "covariance":
+        batches += curvature_windows(scoring)
+    repairing = repair_batches(recipe, text)
+    if recipe.search.policy == "widths":
+        batches += repairing + curvature_windows(repairing)
+    if repairs:
+        batches += PASSES * repairing
+    if repairs and reselects(recipe):
+        batches += curvature_windows(repairing)
+    return math.ceil(sum(map(Tensor.numel, batches)) / (recipe.calibration.batch * recipe.calibration.seqlen))

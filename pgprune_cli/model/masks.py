@@ -1,0 +1,46 @@
+"""Masks over the units of a model, layer by layer, and the repaired output projections that go with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerMask:
+    """The masks of one decoder layer: `(units,)` bool over its KV heads and over its FFN channels, True = kept."""
+
+    attention: Tensor
+    ffn: Tensor
+
+    def of(self, block: str) -> Tensor:
+        """Return the mask of the block of that name."""
+        mask: Tensor = getattr(self, block)
+        return mask
+
+
+ModelMask = tuple[LayerMask, ...]
+"""The masks of every layer of a model."""
+
+
+class Output(NamedTuple):
+    """An output projection on its kept inputs: weight `(hidden, kept)`, and bias `(hidden,)` or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+Outputs = Mapping[tuple[int, str], Output]
+"""Repaired output projections by (layer, block name). A block without an entry keeps the weights of the base model."""
+
+
+def columns_of(units: Tensor, width: int) -> Tensor:
+    """Return the columns of an output projection that belong to units, each a run of `width` columns.
+
+    units: indices `(n,)` int64 in any order. Returns `(n · width,)` int64, unit after unit.
+    """
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()

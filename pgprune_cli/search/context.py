@@ -1,0 +1,42 @@
+"""The context of one search, passed down as one value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pgprune_cli.console.progress import Progress
+from pgprune_cli.data.windows import CalibrationText
+from pgprune_cli.distributed import Ranks
+from pgprune_cli.forward.masked import Evaluator
+from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.model.source import Source
+from pgprune_cli.recipe.schema import Recipe
+
+
+@dataclass(frozen=True)
+class SearchContext:
+    """What every phase of a search works with.
+
+    recipe: resolved; run: the run directory; source: the model's files; model: loaded; text: what the search reads, cut
+    into windows; ranks: this process among those of the search; progress: where it reports.
+    """
+
+    recipe: Recipe
+    run: Path
+    source: Source
+    model: PrunableModel
+    text: CalibrationText
+    ranks: Ranks
+    progress: Progress
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Fingerprint of the model's config and weights."""
+        return self.source.fingerprint()
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """Computes losses of the model under masks."""
+        return Evaluator(self.model)
