@@ -92,4 +92,4 @@ def prune(
         f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in (settings or {}).items()
     ]
     run = Path(out) if out is not None else runs_folder() / name_of(path)
-    return Pruned(run, search(load(path, overrides), run, progress or StderrProgress()))
+    return Pruned(run, search(load(path, overrides), run, progress=progress or StderrProgress()))

@@ -32,6 +32,6 @@ def init_scores(
     from pgprune_cli.run.layout import SCORES_FILE
 
     with resumable(lambda _: of_scores(run)):
-        scores = init_scores(loaded, run, progress_of(quiet))
+        scores = init_scores(loaded, run, progress=progress_of(quiet))
     result = {"run": str(run), "scores": str(run / SCORES_FILE), "metric": scores.metric}
     print_result(result, as_json, f"{run / SCORES_FILE}: {scores.metric} of {loaded.model}")

@@ -45,13 +45,15 @@ def search(
     if dry_run:
         from pgprune_cli.jobs.estimate import estimate
 
-        print_estimate(estimate(loaded, progress_of(quiet)), as_json)
+        print_estimate(estimate(loaded, progress=progress_of(quiet)), as_json)
         return
     from pgprune_cli.jobs.search import search
     from pgprune_cli.run.layout import DECISION_MASKS
 
     with resumable(lambda step: of_search(run, loaded.search.steps, step)):
-        decision = search(loaded, run, progress_of(quiet), skip_corrupt_checkpoint, log)
+        decision = search(
+            loaded, run, skip_corrupt_checkpoint=skip_corrupt_checkpoint, tracker=log, progress=progress_of(quiet)
+        )
     if not of_environment().writer:
         return
     result = {

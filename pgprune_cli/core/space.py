@@ -10,6 +10,18 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+BLOCKS_OF: Mapping[str, tuple[str, ...]] = {
+    "attention": ("attention",),
+    "ffn": ("ffn",),
+    "attention-block": ("attention",),
+    "ffn-block": ("ffn",),
+    "layer": ("attention", "ffn"),
+}
+"""The blocks of a layer that the units of a family cover."""
+
+WHOLE_FAMILIES = ("attention-block", "ffn-block", "layer")
+"""The families with one unit per layer: a block, or the layer, is kept or removed as a whole."""
+
 
 @dataclass(frozen=True)
 class Family:

@@ -85,7 +85,9 @@ def repair(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
         return Flops()
     count = moments(sizes, batches)
     # Attention is observed alone, the FFN behind the pruned attention; then the pruned layer advances.
-    count[sizes.dtype] += dense(sizes, batches) + pruned(sizes, batches) + pruned(sizes, batches, sizes.model.family.attention.name)
+    count[sizes.dtype] += (
+        dense(sizes, batches) + pruned(sizes, batches) + pruned(sizes, batches, sizes.model.family.attention.name)
+    )
     if sizes.has_table:
         count += error_roots(sizes, batches)
     for block in sizes.blocks:
@@ -121,7 +123,9 @@ def error_roots(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
     windows, h = curvature_windows(batches), sizes.hidden
     tokens = tokens_in(windows)
     weighted_layers = sum(SHARE * (2 * index / max(1, sizes.layers - 1) - 1) > 0 for index in range(sizes.layers))
-    count = Flops({torch.float32: 2 * (tokens + sizes.vocabulary) * h * h, torch.float64: (EIGH + 2 * weighted_layers) * h**3})
+    count = Flops(
+        {torch.float32: 2 * (tokens + sizes.vocabulary) * h * h, torch.float64: (EIGH + 2 * weighted_layers) * h**3}
+    )
     count[sizes.dtype] += dense(sizes, windows) + 4 * tokens * sizes.vocabulary * h
     return count
 

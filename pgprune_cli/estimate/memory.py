@@ -73,9 +73,7 @@ def layer_bytes(sizes: Sizes, tokens: int) -> int:
     fp8 through float32.
     """
     hidden, family = sizes.hidden, sizes.model.family
-    widths = [
-        family.activation_width(block.block, hidden, block.inner, block.inputs) for block in sizes.blocks
-    ]
+    widths = [family.activation_width(block.block, hidden, block.inner, block.inputs) for block in sizes.blocks]
     rounded = [(4 * hidden + block.inputs) * sizes.dtype.itemsize + 5 * block.inputs for block in sizes.blocks]
     return tokens * max(max(widths) * sizes.dtype.itemsize, *(rounded if sizes.recipe.weight_format == "fp8" else [0]))
 

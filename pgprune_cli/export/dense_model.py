@@ -34,6 +34,7 @@ SIDE_FILES = (
 )
 """What is copied from a base directory as it is."""
 
+
 @dataclass(frozen=True)
 class Shard:
     """A run of the base's tensors: meta tensors of their shapes and dtypes, and a context that gives them by name."""

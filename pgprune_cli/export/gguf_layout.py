@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.families.adapter import ModelFamily
 from pgprune_cli.export.shapes import Needs
 from pgprune_cli.export.surgery import Cut, Surgery
+from pgprune_cli.model.families.adapter import ModelFamily
 
 NEEDS = Needs(attention="first", ffn="every", ffn_multiple=32)
 """llama.cpp takes the whole model's size of the cache from the first layer, so that it needs a head. A `deci` layer

@@ -64,7 +64,8 @@ class Surgery:
         self.new_biases = {
             name
             for (index, name), output in outputs.items()
-            if output.bias is not None and f"{family.layers}.{index}.{family.block(name).output_path}.bias" not in tensors
+            if output.bias is not None
+            and f"{family.layers}.{index}.{family.block(name).output_path}.bias" not in tensors
         }
         """The blocks whose output has a bias in the result and not in the base: in all layers, zeros where unfitted."""
 

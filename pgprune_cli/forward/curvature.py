@@ -58,17 +58,13 @@ class ErrorRoots:
         return (self.vectors * mixed.sqrt()) @ self.vectors.T
 
 
-def error_roots(
-    model: PrunableModel, batches: Sequence[Tensor], progress: LayerProgress = NO_PROGRESS
-) -> ErrorRoots:
+def error_roots(model: PrunableModel, batches: Sequence[Tensor], progress: LayerProgress = NO_PROGRESS) -> ErrorRoots:
     """Return the weight of an error in every layer, from some windows of each of the `batches` of tokens `(B, T)`."""
     return ErrorRoots(output_curvature(model, batches, progress), model.shape.layers)
 
 
 @torch.no_grad()
-def output_curvature(
-    model: PrunableModel, batches: Sequence[Tensor], progress: LayerProgress = NO_PROGRESS
-) -> Tensor:
+def output_curvature(model: PrunableModel, batches: Sequence[Tensor], progress: LayerProgress = NO_PROGRESS) -> Tensor:
     """Return G `(hidden, hidden)` float64, scaled so that the mean of its diagonal is 1.
 
     Raises ValueError without batches, RunError if the model overflows.

@@ -26,7 +26,6 @@ from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.layout import COMPARISON_RECORD, COMPARISON_TABLE, MEASURED_FILE, SCORES_FILE
 from pgprune_cli.run.lock import locked
 from pgprune_cli.run.resume import refuse_other_recipe
-from pgprune_cli.search.texts import refuse_weight_format
 from pgprune_cli.storage.atomic import write_bytes
 from pgprune_cli.storage.records import read_record, write_record
 
@@ -177,8 +176,6 @@ def compare(
     """
     variants, wanted = variants_of(recipe), _wanted(recipe, only)
     settings = Settings.of(recipe, limit)  # its texts are looked for before hours of search
-    for variant in wanted:
-        refuse_weight_format(variant.recipe)
     table: dict[str, Any] = {"model": recipe.model, "sparsity": recipe.budget.sparsity, "limit": limit}
     with locked(out):
         rows = _earlier_rows(recipe, out, variants) | {"dense": _dense(recipe, out, settings, progress)}
@@ -233,7 +230,7 @@ def _one(variant: Variant, recipe: Recipe, out: Path, settings: Settings, progre
     progress.say(f"{variant.name}, seed {recipe.seed}: {variant.shows}")
     _share_scores(recipe, run, out, progress)
     before, began = _seconds_so_far(run), time.monotonic()
-    decision = search(recipe, run, progress)
+    decision = search(recipe, run, progress=progress)
     seconds = before + time.monotonic() - began
     target = open_target(str(run), None, None, progress)
     measured = _perplexities(target, recipe, settings.limit, progress)
@@ -252,7 +249,7 @@ def _share_scores(recipe: Recipe, run: Path, out: Path, progress: Progress) -> N
     metric = recipe.scores.metric
     kept = out / "scores" / (f"{metric}-{recipe.seed}" if metric == "random" else metric)
     if not (kept / SCORES_FILE).exists():
-        init_scores(recipe, kept, progress)
+        init_scores(recipe, kept, progress=progress)
     write_bytes(run / SCORES_FILE, (kept / SCORES_FILE).read_bytes())
 
 

@@ -171,10 +171,8 @@ class _Weights:
 
 def _model(recipe: Recipe) -> Iterator[Finding]:
     from pgprune_cli.model.loading import check_prunable, devices_of
-    from pgprune_cli.search.texts import refuse_weight_format
 
     try:
-        refuse_weight_format(recipe)
         devices = devices_of(recipe.device)
         source = _local(recipe.model)
         if source is not None:

@@ -21,7 +21,8 @@ from pgprune_cli.data.windows import spread
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.forward.masked import Evaluator, summed_loss
 from pgprune_cli.model.loading import load_model, load_tokenizer
-from pgprune_cli.model.prunable import ModelMask, Outputs, Shape
+from pgprune_cli.model.masks import ModelMask, Outputs
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import Source, resolve
 from pgprune_cli.recipe.reader import UnknownKeys, load, parse
 from pgprune_cli.recipe.schema import Evaluation, name_and_text
@@ -80,17 +81,16 @@ class Target:
         if self.keep is None:
             yield self.model
         else:
-            with Evaluator(self.model).shrunk(self.keep, self.outputs) as model:
+            with Evaluator(PrunableModel.of(self.model)).shrunk(self.keep, self.outputs) as model:
                 yield model
 
     def parameters(self) -> int:
         """How many are left, tied ones counted once."""
         total = sum(parameter.numel() for parameter in self.model.parameters())
         if self.keep is not None:
-            shape = Shape.of(self.model)
-            for index, layer in enumerate(self.keep):
-                total -= int((~layer.attention).sum()) * shape.kv_head_parameters[index]
-                total -= int((~layer.ffn).sum()) * shape.channel_parameters[index]
+            for block, parameters in PrunableModel.of(self.model).shape.parameters.items():
+                for layer, count in zip(self.keep, parameters, strict=True):
+                    total -= int((~layer.of(block)).sum()) * count
         return total
 
 

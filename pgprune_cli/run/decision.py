@@ -17,7 +17,7 @@ import torch
 
 from pgprune_cli import __version__
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.prunable import LayerMask, ModelMask, Output, Outputs
+from pgprune_cli.model.masks import LayerMask, ModelMask, Output, Outputs
 from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, REPAIR_FILE, refuse_unfinished
 from pgprune_cli.storage.atomic import write_bytes
 from pgprune_cli.storage.records import checksum, read_record, read_tensors, refuse_newer, write_record
@@ -73,7 +73,9 @@ class Decision:
 
     @classmethod
     def _recorded(cls) -> list[str]:
-        return [entry.name for entry in fields(cls) if entry.name not in ("model_mask", "dense_loss", "outputs", "budget")]
+        return [
+            entry.name for entry in fields(cls) if entry.name not in ("model_mask", "dense_loss", "outputs", "budget")
+        ]
 
     @classmethod
     def load(cls, run: Path, with_repair: bool = True) -> Decision:

@@ -133,9 +133,7 @@ def _nanoseconds_per_unit(
     return costs
 
 
-def _block_times(
-    run: LayerwiseRun, family: ModelFamily, masks: Mapping[str, Tensor], clock: Clock
-) -> dict[str, int]:
+def _block_times(run: LayerwiseRun, family: ModelFamily, masks: Mapping[str, Tensor], clock: Clock) -> dict[str, int]:
     """Return the nanoseconds that each block takes on its kept units, without the time to gather them."""
     layer = run.layers[run.position]
     device = next(layer.parameters()).device

@@ -151,4 +151,6 @@ class WidthPolicy:
         """The budget, with the widths of the table as its grid."""
         multiples = self.budget.limits(self.space)[1]
         pairs = zip(self.space.pair_counts.tolist(), multiples.tolist(), strict=True)
-        return coarser(self.budget, self.space, torch.tensor([width_step(count, multiple) for count, multiple in pairs]))
+        return coarser(
+            self.budget, self.space, torch.tensor([width_step(count, multiple) for count, multiple in pairs])
+        )

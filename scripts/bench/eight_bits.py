@@ -14,6 +14,7 @@ import copy
 from subject import arguments, in_turn, opened, random_mask, table
 
 from pgprune_cli.forward.masked import Evaluator
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import check_fp8, quantize_projections
 
 
@@ -30,7 +31,7 @@ def main() -> None:
             check_fp8(dense.input_device, next(dense.model.parameters()).dtype)
         model = copy.deepcopy(dense.model)
         quantize_projections(model, weights)
-        rounded = Evaluator(model)
+        rounded = Evaluator(PrunableModel.of(model))
         ratio = in_turn(
             lambda rounded=rounded: rounded.losses([keep], tokens),
             lambda: dense.losses([keep], tokens),

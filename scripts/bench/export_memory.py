@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pgprune_cli.export.plan import Options
 from pgprune_cli.jobs.export import export
-from pgprune_cli.model.prunable import LayerMask, Output
+from pgprune_cli.model.masks import LayerMask, Output
 from pgprune_cli.model.source import INDEX, resolve
 from pgprune_cli.run.decision import Decision
 

@@ -25,8 +25,8 @@ from subject import SHAPES, arguments, headline, in_turn, seconds, table
 from torch import Tensor
 from torch.nn import functional
 
+from pgprune_cli.model.families.adapter import gather_units
 from pgprune_cli.model.loading import devices_of
-from pgprune_cli.model.prunable import gather_units, inputs_of
 
 
 class Tile(NamedTuple):
@@ -141,7 +141,7 @@ def compare(product: Product, keep: float, options: argparse.Namespace, device: 
     units = torch.randperm(product.units, generator=generator)[: max(1, round(keep * product.units))].sort().values
     units = units.to(device)
     width = (product.outputs, product.inputs)[product.axis] // product.units
-    kept = inputs_of(units, width)
+    kept = columns_of(units, width)
     inputs = len(kept) if product.axis else product.inputs
     x = torch.randn(options.batch * options.seqlen, inputs, generator=generator).to(device, dtype)
     weight = torch.randn(product.outputs, product.inputs, generator=generator).to(device, dtype)

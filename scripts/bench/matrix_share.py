@@ -17,7 +17,7 @@ from torch import Tensor
 from pgprune_cli.estimate.flops import forward_passes
 from pgprune_cli.estimate.sizes import Sizes
 from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.model.prunable import ModelMask
+from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.recipe.schema import Budget, Calibration, Recipe
 
 ON_CPU, ON_GPU = 1024, 8192

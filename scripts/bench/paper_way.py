@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.model.prunable import ModelMask
+from pgprune_cli.model.masks import ModelMask
 
 
 @torch.no_grad()

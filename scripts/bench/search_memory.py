@@ -24,14 +24,14 @@ from torch import Tensor
 from pgprune_cli.estimate.memory import Memory, memory
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.model.loading import Weights, devices_of, load_model
+from pgprune_cli.model.loading import WeightFormat, devices_of, load_model
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.schema import Budget, Calibration, Recipe
 
 SLACK = 1.10
 
 
-def needed(evaluator: Evaluator, tokens: Tensor, weights: Weights) -> Memory:
+def needed(evaluator: Evaluator, tokens: Tensor, weights: WeightFormat) -> Memory:
     recipe = Recipe(model="", weights=weights, calibration=Calibration(corpus=""), budget=Budget(sparsity=0.5))
     return memory(Sizes(evaluator.model, recipe), Texts([], [], tokens, tokens))
 
@@ -69,7 +69,7 @@ def peak_memory(device: torch.device) -> int:
 def main() -> None:
     parser = arguments(__doc__, repeats=3)
     parser.add_argument("--keep", type=float, default=0.5)
-    parser.add_argument("--weights", default="dtype", choices=get_args(Weights), help="as the recipe's key")
+    parser.add_argument("--weights", default="dtype", choices=get_args(WeightFormat), help="as the recipe's key")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:

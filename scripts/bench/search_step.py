@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from pgprune_cli.forward import masked as masked
 from pgprune_cli.forward.masked import Evaluator, summed_loss
 from pgprune_cli.jobs import search
-from pgprune_cli.model.prunable import Output, Shape
+from pgprune_cli.model.masks import Output
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.repair.least_squares import Repaired
@@ -64,7 +65,7 @@ def made_up_table(
     recipe: Recipe, run: Path, model: nn.Module, scores: Mapping[tuple[int, str], Tensor], *_: Any
 ) -> WidthTable:
     """Errors that rise evenly, and the dense projections' own columns as repairs, at the widths of a real table."""
-    shape = Shape.of(model)
+    shape = PrunableModel.of(model).shape
     errors, orders, outputs = {}, {}, {}
     for (index, name), values in scores.items():
         weight = model.get_submodule(shape.spec.layers)[index].get_submodule(

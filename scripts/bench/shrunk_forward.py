@@ -15,7 +15,7 @@ from subject import Ratio, arguments, in_turn, opened, random_mask, table
 from torch import Tensor, nn
 
 from pgprune_cli.forward.masked import Evaluator, summed_loss
-from pgprune_cli.model.prunable import ModelMask
+from pgprune_cli.model.masks import ModelMask
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pgprune_cli.core.projection import hard_mask
 from pgprune_cli.core.space import budget_of
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.loading import devices_of, load_model
-from pgprune_cli.model.prunable import ModelMask
+from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.source import resolve
 from pgprune_cli.search.costs import synchronised_clock
 

@@ -15,9 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from pgprune_cli.estimate.flops import EIGH, Flops, flops, forward_passes, repair, scoring, seconds, width_table
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.model.prunable import LayerMask, ModelMask
+from pgprune_cli.model.masks import LayerMask, ModelMask
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair.least_squares import repair as run_repair
-from pgprune_cli.repair.width_table import solved_layers
+from pgprune_cli.repair.width_table import solve_layers
 from pgprune_cli.scores.metrics import score
 
 aten = torch.ops.aten
@@ -63,42 +64,46 @@ def saliency_of(model: nn.Module) -> dict[tuple[int, str], Tensor]:
 @pytest.mark.parametrize("metric", ["obs", "flap", "wanda-sp", "taylor", "magnitude", "uniform"])
 def test_scoring(metric: str, model: nn.Module) -> None:
     text = some_batches()
-    sizes = Sizes(model, medium_recipe(f"scores.metric={metric}"))
-    expected = counted(lambda: score(model, metric, text, 0))
+    sizes = Sizes(PrunableModel.of(model), medium_recipe(f"scores.metric={metric}"))
+    expected = counted(lambda: score(PrunableModel.of(model), metric, text, 0))
     # The first layer's inputs need no gradient, and weights that are not pruned need none.
     assert scoring(sizes, text).total() == pytest.approx(expected, rel=0.1 if metric == "taylor" else 0.01)
 
 
 @pytest.mark.parametrize("method", ["least-squares", "none"])
 def test_the_width_table(method: str, model: nn.Module) -> None:
-    text, sizes = some_batches(), Sizes(model, medium_recipe(f"repair.method={method}"))
+    text, sizes = some_batches(), Sizes(PrunableModel.of(model), medium_recipe(f"repair.method={method}"))
     solve = method == "least-squares"
-    expected = counted(lambda: dict(solved_layers(model, saliency_of(model), text, 1e-3, solve)))
+    expected = counted(lambda: dict(solve_layers(PrunableModel.of(model), saliency_of(model), text, 1e-3, solve)))
     assert width_table(sizes, text).total() == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("policy", ["widths", "units"])
 def test_the_repair(policy: str, model: nn.Module) -> None:
-    text, sizes = some_batches(), Sizes(model, medium_recipe(f"search.policy={policy}"))
-    expected = counted(lambda: run_repair(model, half(model), text, "least-squares", 1e-3, policy == "widths"))
+    text, sizes = some_batches(), Sizes(PrunableModel.of(model), medium_recipe(f"search.policy={policy}"))
+    expected = counted(
+        lambda: run_repair(PrunableModel.of(model), half(model), text, "least-squares", 1e-3, policy == "widths")
+    )
     assert repair(sizes, text).total() == pytest.approx(expected, rel=0.01)
 
 
 def test_forwards(model: nn.Module) -> None:
     (text,) = some_batches(batches=1)
     keeps = [half(model)] * 3
-    expected = counted(lambda: Evaluator(model).losses(keeps, text))
-    assert forward_passes(Sizes(model, medium_recipe()), text, 3).total() == pytest.approx(expected, rel=0.01)
-    dense = Sizes(model, medium_recipe("budget.sparsity=0"))
+    expected = counted(lambda: Evaluator(PrunableModel.of(model)).losses(keeps, text))
+    assert forward_passes(Sizes(PrunableModel.of(model), medium_recipe()), text, 3).total() == pytest.approx(
+        expected, rel=0.01
+    )
+    dense = Sizes(PrunableModel.of(model), medium_recipe("budget.sparsity=0"))
     assert forward_passes(dense, text, 1).total() > 1.2 * expected / 3
 
 
 def test_a_family_that_is_not_searched_stays_whole(model: nn.Module) -> None:
     (text,) = some_batches(batches=1)
     keep = tuple(replace(layer, attention=torch.ones(2, dtype=torch.bool)) for layer in half(model))
-    expected = counted(lambda: Evaluator(model).losses([keep], text))
+    expected = counted(lambda: Evaluator(PrunableModel.of(model)).losses([keep], text))
     for family in ("ffn", "ffn-block"):
-        sizes = Sizes(model, medium_recipe(f"units.families=[{family}]"))
+        sizes = Sizes(PrunableModel.of(model), medium_recipe(f"units.families=[{family}]"))
         assert forward_passes(sizes, text, 1).total() == pytest.approx(expected, rel=0.01)
 
 
@@ -107,12 +112,12 @@ def test_the_parts_of_a_search_and_how_often_it_looks_at_the_text_held_out(model
     texts = Texts(text, text, text[0], text[1])
 
     def parts(*overrides: str) -> dict[str, Flops]:
-        return flops(Sizes(model, medium_recipe(*overrides)), texts)
+        return flops(Sizes(PrunableModel.of(model), medium_recipe(*overrides)), texts)
 
     assert list(parts()) == ["scoring", "width table", "search", "held-out text", "repair"]
     few = parts("search.policy=units", "repair.method=none", "scores.metric=magnitude")
     assert list(few) == ["search", "held-out text"]
-    once = forward_passes(Sizes(model, medium_recipe()), text[1], 1).total()
+    once = forward_passes(Sizes(PrunableModel.of(model), medium_recipe()), text[1], 1).total()
     for steps, every, looks in ((0, 5, 1), (1, 5, 2), (20, 5, 6), (21, 5, 7), (3, 100, 3)):
         found = parts(f"search.forward_passes={16 * steps}", f"search.evaluate_every={every}")
         assert found["held-out text"].total() == looks * once
@@ -122,7 +127,10 @@ def test_the_parts_of_a_search_and_how_often_it_looks_at_the_text_held_out(model
 def test_dtypes_are_counted_apart_and_take_their_own_time() -> None:
     text = some_batches()
     texts = Texts(text, text, text[0], text[1])
-    low, full = (flops(Sizes(medium_model(dtype), medium_recipe()), texts) for dtype in (torch.bfloat16, torch.float32))
+    low, full = (
+        flops(Sizes(PrunableModel.of(medium_model(dtype)), medium_recipe()), texts)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
     assert {name: part.total() for name, part in low.items()} == {name: part.total() for name, part in full.items()}
     assert set(low["search"]) == {torch.bfloat16}
     assert set(low["scoring"]) == {torch.bfloat16, torch.float32, torch.float64}

@@ -10,13 +10,22 @@ from helpers.medium import medium_model, medium_recipe, some_batches
 from helpers.memory import Allocations
 from torch import Tensor
 
-from pgprune_cli.estimate.memory import Memory, layer_bytes, logit_bytes, made_bytes, memory, solving_bytes, table_bytes
+from pgprune_cli.estimate.memory import (
+    Memory,
+    layer_bytes,
+    logit_bytes,
+    memory,
+    solving_bytes,
+    table_bytes,
+    unpacked_bytes,
+)
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.forward.masked import Evaluator, summed_loss
-from pgprune_cli.model.prunable import LayerMask, Output
+from pgprune_cli.model.masks import LayerMask, Output
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import quantize_projections
 from pgprune_cli.repair.least_squares import repair
-from pgprune_cli.repair.width_table import solved_layers
+from pgprune_cli.repair.width_table import solve_layers
 from pgprune_cli.scores.metrics import score
 
 
@@ -43,7 +52,7 @@ def test_what_a_dense_forward_allocates(shape: dict[str, int], weights: str, dty
     if weights != "dtype":
         quantize_projections(model, weights)
     (tokens,) = some_batches(windows=4, length=64, batches=1)
-    sizes = Sizes(model, medium_recipe(f"weights={weights}"))
+    sizes = Sizes(PrunableModel.of(model), medium_recipe(f"weights={weights}"))
     expected = max(layer_bytes(sizes, tokens.numel()), logit_bytes(sizes, tokens))
     assert expected == pytest.approx(peak(lambda: summed_loss(model, tokens)), rel=0.05)
 
@@ -57,9 +66,11 @@ def test_a_pruned_forward_allocates_no_more_than_one_blocks_slices_on_top(weight
     keep = tuple(LayerMask(torch.arange(2) < 1, torch.arange(512) < 480) for _ in model.model.layers)
     (tokens,) = some_batches(windows=1, length=16, batches=1)
     repaired = {(index, "ffn"): Output(torch.zeros(64, 480, dtype=torch.float64), None) for index in range(3)}
-    sizes = Sizes(model, medium_recipe(f"weights={weights}", "search.policy=units", f"repair.method={method}"))
+    sizes = Sizes(
+        PrunableModel.of(model), medium_recipe(f"weights={weights}", "search.policy=units", f"repair.method={method}")
+    )
     expected = memory(sizes, Texts([], [], tokens, tokens))
-    evaluator = Evaluator(model)
+    evaluator = Evaluator(PrunableModel.of(model))
     fp8 = 3 + 1 if method == "none" else 2 + 4
     assert expected.slices == 512 * 64 * {"dtype": 3 * 4, "int8": 3 * 4 + 1, "fp8": fp8}[weights]
     outputs = [{} if method == "none" else repaired] * 3
@@ -79,14 +90,14 @@ def test_what_is_solved_for_calibration(part: str, shape: dict[str, int], weight
     for index in range(3):
         scores |= {(index, "attention"): torch.rand(2), (index, "ffn"): torch.rand(channels)}
     keep = tuple(LayerMask(torch.arange(2) < 1, torch.arange(channels) < channels // 2) for _ in range(3))
-    sizes = Sizes(model, medium_recipe(f"weights={weights}"))
-    made = made_bytes(sizes)
+    sizes = Sizes(PrunableModel.of(model), medium_recipe(f"weights={weights}"))
+    made = unpacked_bytes(sizes)
     stays = table_bytes(sizes) if part == "width table" else 0
     seen = peak(
         {
-            "score": lambda: score(model, "obs", text, 0),
-            "width table": lambda: dict(solved_layers(model, scores, text, 1e-3, True)),
-            "repair": lambda: repair(model, keep, text, "least-squares", 1e-3, True),
+            "score": lambda: score(PrunableModel.of(model), "obs", text, 0),
+            "width table": lambda: dict(solve_layers(PrunableModel.of(model), scores, text, 1e-3, True)),
+            "repair": lambda: repair(PrunableModel.of(model), keep, text, "least-squares", 1e-3, True),
         }[part]
     )
     assert 0.8 * seen < solving_bytes(sizes) + made + stays < 1.6 * seen
@@ -95,9 +106,9 @@ def test_what_is_solved_for_calibration(part: str, shape: dict[str, int], weight
 def test_the_table_holds_what_it_is_said_to_hold() -> None:
     model, text = medium_model(), some_batches()
     scores = {(i, name): torch.rand(n) for i in range(3) for name, n in (("attention", 2), ("ffn", 192))}
-    layers = solved_layers(model, scores, text, 1e-3, True)
+    layers = solve_layers(PrunableModel.of(model), scores, text, 1e-3, True)
     held = sum(weight.nbytes for _, blocks in layers for block in blocks.values() for weight in block.weights.values())
-    assert table_bytes(Sizes(model, medium_recipe())) == held
+    assert table_bytes(Sizes(PrunableModel.of(model), medium_recipe())) == held
 
 
 def test_weights_are_counted_once_where_they_are_tied() -> None:
@@ -105,7 +116,9 @@ def test_weights_are_counted_once_where_they_are_tied() -> None:
         model = medium_model(torch.bfloat16, tie_word_embeddings=tied)
         (text,) = some_batches(batches=1)
         storages = {parameter.untyped_storage().data_ptr(): parameter.nbytes for parameter in model.parameters()}
-        assert memory(Sizes(model, medium_recipe()), Texts([], [], text, text)).weights == sum(storages.values())
+        assert memory(Sizes(PrunableModel.of(model), medium_recipe()), Texts([], [], text, text)).weights == sum(
+            storages.values()
+        )
 
 
 def test_what_a_recipe_does_not_do_takes_no_memory() -> None:
@@ -113,7 +126,7 @@ def test_what_a_recipe_does_not_do_takes_no_memory() -> None:
     texts = Texts(text, text, text[0], text[1])
 
     def needed(*overrides: str) -> Memory:
-        return memory(Sizes(medium_model(), medium_recipe(*overrides)), texts)
+        return memory(Sizes(PrunableModel.of(medium_model()), medium_recipe(*overrides)), texts)
 
     bare = needed("search.policy=units", "repair.method=none", "scores.metric=magnitude")
     assert (bare.covariances, bare.gradients, bare.hidden_states, bare.width_table) == (0, 0, 0, 0)
@@ -132,6 +145,6 @@ def test_what_a_recipe_does_not_do_takes_no_memory() -> None:
 def test_a_backward_pass_takes_what_is_said() -> None:
     model = medium_model(num_hidden_layers=6)
     (text,) = some_batches(windows=4, length=32, batches=1)
-    sizes = Sizes(model, medium_recipe("scores.metric=taylor"))
+    sizes = Sizes(PrunableModel.of(model), medium_recipe("scores.metric=taylor"))
     expected = memory(sizes, Texts([text], [], text, text)).gradients
-    assert 0.6 * expected < peak(lambda: score(model, "taylor", [text], 0)) < 1.2 * expected
+    assert 0.6 * expected < peak(lambda: score(PrunableModel.of(model), "taylor", [text], 0)) < 1.2 * expected

@@ -21,7 +21,7 @@ from pgprune_cli.export.gguf_layout import NEEDS
 from pgprune_cli.export.plan import Options
 from pgprune_cli.export.shapes import Needs, runtime_shapes
 from pgprune_cli.model.loading import load_model, load_tokenizer
-from pgprune_cli.model.prunable import LayerMask, Output
+from pgprune_cli.model.masks import LayerMask, Output
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run.decision import Decision
 

@@ -27,7 +27,8 @@ from pgprune_cli.export import safetensors_file as weights
 from pgprune_cli.export.plan import Options
 from pgprune_cli.export.shapes import Needs
 from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.model.prunable import LayerMask
+from pgprune_cli.model.masks import LayerMask
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import resolve
 from pgprune_cli.repair.least_squares import repair
 from pgprune_cli.run.decision import Decision
@@ -353,7 +354,7 @@ def repaired(base: Path, model, method: str, reselect: bool = False, uniform: bo
         LayerMask(torch.arange(GROUPS) != (0 if uniform else layer % 2 * 9), torch.arange(CHANNELS) % 3 != 0)
         for layer in range(LAYERS)
     )
-    keep, outputs = repair(model, keep, [tokens], method, 1e-3, reselect)
+    keep, outputs = repair(PrunableModel.of(model), keep, [tokens], method, 1e-3, reselect)
     fingerprint = resolve(str(base)).fingerprint()
     return Decision(keep, str(base), fingerprint, 0.3, "dtype: float32", 1, 2, 3, 2.5, outputs), tokens
 
@@ -370,7 +371,7 @@ def test_an_export_holds_the_repaired_weights(saved, tmp_path, method, reselect,
     decision, tokens = repaired(base, model, method, reselect, uniform)
     written = replay(decision, tmp_path / "small")
     exported = load(tmp_path / "small")
-    evaluator = Evaluator(model)
+    evaluator = Evaluator(PrunableModel.of(model))
     with evaluator.shrunk(decision.model_mask, decision.outputs) as shrunk:
         expected = shrunk(tokens).logits
     with evaluator.shrunk(decision.model_mask) as unrepaired:
@@ -395,7 +396,7 @@ def test_a_bias_fitted_in_one_block_only_is_zero_in_the_others(llama, tmp_path):
     model, base = llama
     tokens = torch.randint(VOCABULARY, (4, 16))
     keep = draw([(4, 24), (0, 9), (4, 24), (4, 0)])
-    outputs = repair(model, keep, [tokens], "bias", 1e-3).outputs
+    outputs = repair(PrunableModel.of(model), keep, [tokens], "bias", 1e-3).outputs
     decision = dataclasses.replace(decide(base, keep), outputs=outputs)
     replay(decision, tmp_path / "small")
     pruned = load(tmp_path / "small")
@@ -404,7 +405,7 @@ def test_a_bias_fitted_in_one_block_only_is_zero_in_the_others(llama, tmp_path):
         "model.layers.1.mlp.down_proj.bias"
     }
     assert sum(name.endswith("bias") for name, _ in pruned.named_parameters()) == 3
-    with Evaluator(model).shrunk(keep, outputs) as shrunk:
+    with Evaluator(PrunableModel.of(model)).shrunk(keep, outputs) as shrunk:
         torch.testing.assert_close(pruned(tokens).logits, shrunk(tokens).logits, **TOLERANCE)
 
 
@@ -423,7 +424,7 @@ def test_padding_leaves_the_logits_as_they_were(saved, tmp_path, needs, method):
     model, base = saved
     keep = draw([(0, 9), (2, 24), (3, 0), (1, 5)])
     tokens = torch.randint(3, VOCABULARY, (2, 20))
-    outputs = {} if method == "none" else repair(model, keep, [tokens], method, 1e-3).outputs
+    outputs = {} if method == "none" else repair(PrunableModel.of(model), keep, [tokens], method, 1e-3).outputs
     decision = dataclasses.replace(decide(base, keep), outputs=outputs)
     planned = replay(decision, tmp_path / "out", needs=PADDED[needs])
     pruned = load(tmp_path / "out")
@@ -432,7 +433,7 @@ def test_padding_leaves_the_logits_as_they_were(saved, tmp_path, needs, method):
     for layer, (groups, channels) in zip(pruned.model.layers, sizes, strict=True):
         found = layer.self_attn.k_proj.out_features // 8 if groups else 0
         assert (found, layer.mlp.down_proj.in_features if channels else 0) == (groups, channels)
-    with Evaluator(model).shrunk(keep, outputs) as shrunk:
+    with Evaluator(PrunableModel.of(model)).shrunk(keep, outputs) as shrunk:
         torch.testing.assert_close(pruned(tokens).logits, shrunk(tokens).logits, **TOLERANCE)
     assert planned.parameters_after == sum(parameter.numel() for parameter in pruned.parameters())
     card = (tmp_path / "out" / "README.md").read_text()

@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.export.shapes import Needs, output_columns, runtime_shapes
-from pgprune_cli.model.prunable import LayerMask, UnitCosts, gather_units
+from pgprune_cli.model.families.adapter import gather_units
+from pgprune_cli.model.masks import LayerMask
+from pgprune_cli.model.prunable import UnitCosts
 
 GROUPS, CHANNELS = 4, 10
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from pgprune_cli.errors import RunError
 from pgprune_cli.forward.batch_splitting import BatchSplitter
 from pgprune_cli.forward.curvature import output_curvature
-from pgprune_cli.forward.layerwise import layer_inputs
+from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.moments import MomentCollector
-from pgprune_cli.model.prunable import LayerMask, Shape
+from pgprune_cli.model.masks import LayerMask
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair.least_squares import repair
-from pgprune_cli.repair.width_table import solved_layers
+from pgprune_cli.repair.width_table import solve_layers
 from pgprune_cli.scores.metrics import score
 
 WINDOWS = 5
@@ -78,11 +79,11 @@ def test_every_window_is_taken_once_and_in_order(fits: int, tried: list[int]) ->
             raise torch.OutOfMemoryError
         taken.extend(windows)
 
-    portions.each(7, run)
+    splitter.run_slices(7, run)
     assert taken == list(range(7))
     assert sizes == tried
     sizes.clear()
-    portions.each(7, run)
+    splitter.run_slices(7, run)
     assert max(sizes) <= fits  # what failed once is not tried again
 
 
@@ -108,7 +109,7 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def half(model: nn.Module) -> tuple[LayerMask, ...]:
-    shape = Shape.of(model)
+    shape = PrunableModel.of(model).shape
     return tuple(
         LayerMask(torch.arange(groups) % 2 < 1, torch.arange(channels) % 2 < 1)
         for groups, channels in zip(shape.kv_heads, shape.channels, strict=True)
@@ -116,32 +117,36 @@ def half(model: nn.Module) -> tuple[LayerMask, ...]:
 
 
 def scores_by(metric: str) -> Callable[[nn.Module], list[Tensor]]:
-    return lambda model: list(score(model, metric, text(), 0).values())
+    return lambda model: list(score(PrunableModel.of(model), metric, text(), 0).values())
 
 
 def table_of(model: nn.Module) -> list[Tensor]:
-    shape = Shape.of(model)
+    shape = PrunableModel.of(model).shape
     scores = {(index, "attention"): torch.arange(count).double() for index, count in enumerate(shape.kv_heads)}
     scores |= {(index, "ffn"): torch.arange(count).double() for index, count in enumerate(shape.channels)}
-    solved = [block for _, blocks in solved_layers(model, scores, text(), 1e-2, True) for block in blocks.values()]
+    solved = [
+        block
+        for _, blocks in solve_layers(PrunableModel.of(model), scores, text(), 1e-2, True)
+        for block in blocks.values()
+    ]
     return [tensor for block in solved for tensor in (block.errors, *block.weights.values())]
 
 
 def repair_of(model: nn.Module) -> list[Tensor]:
-    repaired = repair(model, half(model), text(), "least-squares", 1e-2)
+    repaired = repair(PrunableModel.of(model), half(model), text(), "least-squares", 1e-2)
     return [output.weight for output in repaired.outputs.values()]
 
 
 PASSES = {metric: scores_by(metric) for metric in ("wanda-sp", "flap", "obs", "taylor")} | {
     "width table": table_of,
     "repair": repair_of,
-    "curvature": lambda model: [output_curvature(model, text())],
+    "curvature": lambda model: [output_curvature(PrunableModel.of(model), text())],
     "stream": lambda model: streamed(model),
 }
 
 
 def streamed(model: nn.Module) -> list[Tensor]:
-    stream = layer_inputs(model, text())
+    stream = start_layerwise(PrunableModel.of(model), text())
     for index in range(len(stream.layers)):
         stream.advance(index)
     return stream.hidden
@@ -175,7 +180,7 @@ def test_layers_get_masks_of_the_parts_own_shape() -> None:
     """Mistral's window of 16 needs a mask, which has the batch's size."""
     model = tiny_model("mistral")
     tokens = [torch.randint(VOCABULARY, (WINDOWS, 40), generator=torch.Generator().manual_seed(0))]
-    whole, parts = layer_inputs(model, tokens), layer_inputs(model, tokens)
+    whole, parts = start_layerwise(PrunableModel.of(model), tokens), start_layerwise(PrunableModel.of(model), tokens)
     whole.advance(0)
     with memory_for(2, model.model.layers[0].mlp):
         parts.advance(0)
@@ -185,10 +190,12 @@ def test_layers_get_masks_of_the_parts_own_shape() -> None:
 def test_a_pass_that_memory_suffices_for_is_what_it_was_bit_for_bit() -> None:
     """A batch's sums are made in one piece, batch after batch."""
     model = tiny_model("llama-mha")
-    collector = MomentCollector(Shape.of(model), ["ffn"])
+    collector = MomentCollector(PrunableModel.of(model).shape, ["ffn"])
     seen: list[tuple[Tensor, Tensor]] = []
     names = ("post_attention_layernorm", "mlp.down_proj")
-    layer_inputs(model, text()).observe(0, {**collector.watch, names[::-1]: lambda x, r: seen.append((r, x))})
+    start_layerwise(PrunableModel.of(model), text()).observe(
+        0, {**collector.watch, names[::-1]: lambda x, r: seen.append((r, x))}
+    )
     second = torch.zeros(())
     for residual, x in seen:
         weight = residual.flatten(0, -2).square().mean(-1, keepdim=True).clamp_min(1e-12).reciprocal()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pgprune_cli.errors import RunError
 from pgprune_cli.forward import curvature as sensitivity
 from pgprune_cli.forward.curvature import SHARE, WINDOWS, error_roots, output_curvature
+from pgprune_cli.model.prunable import PrunableModel
 
 
 def final_inputs(model: nn.Module, text: list[Tensor]) -> Tensor:
@@ -44,7 +45,7 @@ def softened(architecture: str) -> nn.Module:
 def test_the_curvature_is_what_its_definition_says(architecture: str) -> None:
     model = softened(architecture)
     with left_as_it_was(model):
-        curvature = output_curvature(model, batches())
+        curvature = output_curvature(PrunableModel.of(model), batches())
     assert (curvature.shape, curvature.dtype) == ((32, 32), torch.float64)
     torch.testing.assert_close(curvature, scaled(curvature_by_loops(model, batches())), rtol=1e-4, atol=1e-4)
 
@@ -61,9 +62,9 @@ def test_the_curvature_is_symmetric_and_nowhere_negative(architecture: str) -> N
 def test_how_many_logits_exist_at_a_time_does_not_matter(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither of tokens nor of the vocabulary, whose chunks are sixteen times as long."""
     model = softened("qwen2")
-    whole = output_curvature(model, batches())
+    whole = output_curvature(PrunableModel.of(model), batches())
     monkeypatch.setattr(sensitivity, "LOGIT_ROWS", rows)
-    torch.testing.assert_close(output_curvature(model, batches()), whole, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output_curvature(PrunableModel.of(model), batches()), whole, rtol=1e-4, atol=1e-5)
 
 
 def test_the_curvature_predicts_what_a_small_error_costs(architecture: str) -> None:
@@ -72,7 +73,7 @@ def test_the_curvature_predicts_what_a_small_error_costs(architecture: str) -> N
     One scale for all directions, among them the dearest and the cheapest: G is scaled.
     """
     model = softened(architecture)
-    curvature = output_curvature(model, batches())
+    curvature = output_curvature(PrunableModel.of(model), batches())
     unembedding, norm = model.lm_head.weight.double(), model.model.norm.weight.double()
     logits = final_inputs(model, batches()) @ unembedding.T
     _, vectors = torch.linalg.eigh(curvature)
@@ -97,7 +98,10 @@ def test_some_windows_of_each_batch_are_run() -> None:
     generator = torch.Generator().manual_seed(0)
     for batch_count, wanted in ((1, 16), (3, 6), (5, 4), (20, 1)):
         runs.clear()
-        output_curvature(model, [torch.randint(VOCABULARY, (20, 3), generator=generator) for _ in range(batch_count)])
+        output_curvature(
+            PrunableModel.of(model),
+            [torch.randint(VOCABULARY, (20, 3), generator=generator) for _ in range(batch_count)],
+        )
         assert runs == [wanted] * batch_count
         assert sum(runs) >= WINDOWS
     handle.remove()
@@ -105,20 +109,20 @@ def test_some_windows_of_each_batch_are_run() -> None:
 
 def test_without_text_there_is_no_curvature() -> None:
     with pytest.raises(ValueError, match="no calibration text"):
-        output_curvature(tiny_model("qwen2"), [])
+        output_curvature(PrunableModel.of(tiny_model("qwen2")), [])
 
 
 def test_a_model_that_overflows_is_named_as_that() -> None:
     model = tiny_model("qwen2")
     model.model.layers[1].mlp.down_proj.weight.data[0] = 1e38
     with pytest.raises(RunError, match="the logits on the calibration text are not finite; try dtype float32"):
-        error_roots(model, batches())
+        error_roots(PrunableModel.of(model), batches())
 
 
 def test_roots_are_of_a_mixture_that_only_late_layers_have(architecture: str) -> None:
     model = softened(architecture)
-    roots = error_roots(model, batches())
-    curvature, identity = output_curvature(model, batches()), torch.eye(32, dtype=torch.float64)
+    roots = error_roots(PrunableModel.of(model), batches())
+    curvature, identity = output_curvature(PrunableModel.of(model), batches()), torch.eye(32, dtype=torch.float64)
     assert len(roots) == 4
     for index, root in enumerate(roots):
         share = SHARE * {0: 0.0, 1: 0.0, 2: 1 / 3, 3: 1.0}[index]
@@ -138,8 +142,8 @@ def test_models_of_few_layers_have_roots_too(layers: int, shares: list[float]) -
     config.num_hidden_layers = layers
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
-    curvature, identity = output_curvature(model, batches()), torch.eye(32, dtype=torch.float64)
-    for root, share in zip(error_roots(model, batches()), shares, strict=True):
+    curvature, identity = output_curvature(PrunableModel.of(model), batches()), torch.eye(32, dtype=torch.float64)
+    for root, share in zip(error_roots(PrunableModel.of(model), batches()), shares, strict=True):
         wanted = (1 - SHARE * share) * identity + SHARE * share * curvature
         torch.testing.assert_close(root @ root, wanted, rtol=1e-6, atol=1e-6)
 

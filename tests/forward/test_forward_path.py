@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pgprune_cli.forward.masked import LOGIT_ROWS, SOFTMAX_ROWS, Evaluator, summed_loss
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import quantize_projections
 from pgprune_cli.repair import width_table
 
@@ -60,7 +61,7 @@ def test_a_forward_reads_no_value_back(name: str, repaired: bool, weights: str, 
     if weights != "dtype":
         quantize_projections(model, weights)
     outputs = some_outputs(model, keep, bias=True) if repaired else {}
-    with Evaluator(model).shrunk(keep, outputs):
+    with Evaluator(PrunableModel.of(model)).shrunk(keep, outputs):
         expected = summed_loss(model, tokens)
         with Reads():
             loss = summed_loss(model, tokens)
@@ -92,7 +93,7 @@ def test_nothing_the_size_of_the_weights_is_copied() -> None:
     model = tiny_model("llama-mha")
     keep, tokens = MODEL_MASKS["random"], some_tokens()[:1, :4]
     outputs = some_outputs(model, keep, bias=False)
-    evaluator = Evaluator(model)
+    evaluator = Evaluator(PrunableModel.of(model))
     block = max(sum(parameter.nbytes for parameter in part.parameters()) for part in model.model.layers[0].children())
     with Allocations() as seen:
         evaluator.losses([keep] * 3, tokens, [outputs] * 3)

@@ -5,7 +5,8 @@ import torch
 from helpers.models import VOCABULARY, tiny_config, tiny_model
 from torch import Tensor, nn
 
-from pgprune_cli.forward.layerwise import layer_inputs
+from pgprune_cli.forward.layerwise import start_layerwise
+from pgprune_cli.model.prunable import PrunableModel
 
 LAYERS = 4
 
@@ -23,7 +24,7 @@ def hidden_states(model: nn.Module, tokens: Tensor) -> list[Tensor]:
 
 
 def assert_streams(model: nn.Module) -> None:
-    stream = layer_inputs(model, batches())
+    stream = start_layerwise(PrunableModel.of(model), batches())
     wanted = [hidden_states(model, tokens) for tokens in batches()]
     for index in range(LAYERS):
         for place, states in enumerate(wanted):
@@ -49,7 +50,10 @@ def test_layers_with_masks_of_their_own_get_them() -> None:
         if parameter.dim() == 2:
             nn.init.normal_(parameter, std=0.3)
     assert_streams(model)
-    masks = [call.kwargs["attention_mask"] for call in layer_inputs(model, batches()).calls.of(batches()[0].shape)]
+    masks = [
+        call.kwargs["attention_mask"]
+        for call in start_layerwise(PrunableModel.of(model), batches()).calls.of(batches()[0].shape)
+    ]
     assert masks[3] is not None
     assert masks[0] is None or not torch.equal(masks[0], masks[3])
 
@@ -62,7 +66,7 @@ def test_watched_modules_show_their_inputs_of_every_batch(architecture: str) -> 
         for tokens in batches():
             model(input_ids=tokens)
     handle.remove()
-    stream = layer_inputs(model, batches())
+    stream = start_layerwise(PrunableModel.of(model), batches())
     seen: list[Tensor] = []
     stream.advance(0)
     stream.advance(1)
@@ -75,7 +79,7 @@ def test_watched_modules_show_their_inputs_of_every_batch(architecture: str) -> 
 
 def test_two_streams_run_side_by_side_while_weights_change() -> None:
     model, changed = tiny_model("llama-gqa"), tiny_model("llama-gqa")
-    dense = layer_inputs(model, batches())
+    dense = start_layerwise(PrunableModel.of(model), batches())
     pruned = dense.copy()
     for index in range(LAYERS):
         dense.advance(index)
@@ -91,7 +95,7 @@ def test_two_streams_run_side_by_side_while_weights_change() -> None:
 
 
 def test_layers_are_taken_in_their_order_only() -> None:
-    stream = layer_inputs(tiny_model("mistral"), batches())
+    stream = start_layerwise(PrunableModel.of(tiny_model("mistral")), batches())
     with pytest.raises(ValueError, match="inputs of layer 0, not of layer 1"):
         stream.advance(1)
     stream.advance(0)
@@ -101,12 +105,12 @@ def test_layers_are_taken_in_their_order_only() -> None:
 
 def test_no_text_is_refused() -> None:
     with pytest.raises(ValueError, match="no calibration text"):
-        layer_inputs(tiny_model("llama-mha"), [])
+        start_layerwise(PrunableModel.of(tiny_model("llama-mha")), [])
 
 
 def test_hidden_states_are_plain_tensors_in_the_models_dtype() -> None:
     model = tiny_model("llama-mha").bfloat16()
-    stream = layer_inputs(model, batches())
+    stream = start_layerwise(PrunableModel.of(model), batches())
     stream.advance(0)
     assert all(hidden.dtype == torch.bfloat16 and not hidden.is_inference() for hidden in stream.hidden)
     assert not any(hidden.requires_grad for hidden in stream.hidden)
@@ -120,8 +124,8 @@ def test_the_model_is_left_as_it_was_even_when_it_fails() -> None:
 
     model.model.layers[1].forward = own_forward
     with pytest.raises(IndexError):
-        layer_inputs(model, [torch.full((1, 4), VOCABULARY)])
-    stream = layer_inputs(model, batches())
+        start_layerwise(PrunableModel.of(model), [torch.full((1, 4), VOCABULARY)])
+    stream = start_layerwise(PrunableModel.of(model), batches())
 
     def refuse(_: Tensor) -> None:
         raise RuntimeError("seen")

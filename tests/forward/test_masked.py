@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from pgprune_cli.errors import RunError
 from pgprune_cli.forward import masked as masked
 from pgprune_cli.forward.masked import Evaluator, summed_loss
-from pgprune_cli.model.prunable import ModelMask, Outputs
+from pgprune_cli.model.masks import ModelMask, Outputs
+from pgprune_cli.model.prunable import PrunableModel
 
 
 @contextmanager
@@ -311,7 +312,7 @@ def test_losses_do_not_depend_on_how_many_logits_exist_at_a_time(monkeypatch: py
 
 
 def test_a_batch_loses_the_mean_of_its_windows() -> None:
-    evaluator, tokens, keep = Evaluator(tiny_model("qwen3")), some_tokens(), MODEL_MASKS["random"]
+    evaluator, tokens, keep = Evaluator(PrunableModel.of(tiny_model("qwen3"))), some_tokens(), MODEL_MASKS["random"]
     alone = [float(evaluator.losses([keep], row[None])) for row in tokens]
     assert float(evaluator.losses([keep], tokens)) == pytest.approx(sum(alone) / 3, rel=1e-4)
 
@@ -319,13 +320,15 @@ def test_a_batch_loses_the_mean_of_its_windows() -> None:
 def test_a_loss_that_overflows_comes_back_as_it_is() -> None:
     model = tiny_model("llama-mha")
     model.model.layers[1].mlp.down_proj.weight[0, 3] = torch.inf
-    broken, sound = Evaluator(model).losses([dense(), only(1, [0, 1, 2, 3], [0, 1, 2])], some_tokens())
+    broken, sound = Evaluator(PrunableModel.of(model)).losses(
+        [dense(), only(1, [0, 1, 2, 3], [0, 1, 2])], some_tokens()
+    )
     assert not broken.isfinite()
     assert sound.isfinite()
 
 
 def test_decisions_follow_each_other_without_a_trace() -> None:
-    evaluator, tokens = Evaluator(tiny_model("qwen2")), some_tokens()
+    evaluator, tokens = Evaluator(PrunableModel.of(tiny_model("qwen2"))), some_tokens()
     keeps = list(MODEL_MASKS.values())
     forward = evaluator.losses(keeps, tokens)
     backward = evaluator.losses(keeps[::-1], tokens)

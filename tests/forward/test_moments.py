@@ -8,9 +8,9 @@ from helpers.blocks import BLOCKS, LAYERS, batches, left_as_it_was, moments_by_h
 from helpers.models import VOCABULARY, tiny_model
 from torch import Tensor
 
-from pgprune_cli.forward.layerwise import layer_inputs
+from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.moments import MomentCollector, Moments, observe_moments
-from pgprune_cli.model.prunable import Shape
+from pgprune_cli.model.prunable import PrunableModel
 
 NORM = "post_attention_layernorm"
 """In front of the FFN: it reads the residual stream."""
@@ -29,9 +29,9 @@ def test_one_pass_collects_the_moments_of_every_block(architecture: str) -> None
     model = tiny_model(architecture)
     found: dict[tuple[int, str], Moments] = {}
     with left_as_it_was(model):
-        stream = layer_inputs(model, batches())
+        stream = start_layerwise(PrunableModel.of(model), batches())
         for index in range(LAYERS):
-            collector = MomentCollector(Shape.of(model), ["attention", "ffn"])
+            collector = MomentCollector(PrunableModel.of(model).shape, ["attention", "ffn"])
             stream.advance(index, collector.watch)
             for name in ("attention", "ffn"):
                 found[index, name] = collector.moments(name)
@@ -43,10 +43,10 @@ def test_one_pass_collects_the_moments_of_every_block(architecture: str) -> None
 def test_observing_runs_one_layer_and_leaves_the_stream_where_it_was(architecture: str, name: str) -> None:
     model = tiny_model(architecture)
     with left_as_it_was(model):
-        stream = layer_inputs(model, batches())
+        stream = start_layerwise(PrunableModel.of(model), batches())
         stream.advance(0)
         before = [hidden.clone() for hidden in stream.hidden]
-        moments = observe_moments(stream, 1, Shape.of(model), name)
+        moments = observe_moments(stream, 1, PrunableModel.of(model).shape, name)
         assert stream.position == 1
         assert all(torch.equal(one, other) for one, other in zip(stream.hidden, before, strict=True))
     assert_moments(moments, moments_by_hand(*seen(model, 1, name)))
@@ -55,8 +55,8 @@ def test_observing_runs_one_layer_and_leaves_the_stream_where_it_was(architectur
 @pytest.mark.parametrize("names", [["attention"], ["ffn"], []])
 def test_only_the_blocks_that_are_named_are_watched(names: list[str]) -> None:
     model = tiny_model("qwen2")
-    collector = MomentCollector(Shape.of(model), names)
-    layer_inputs(model, batches()).observe(0, collector.watch)
+    collector = MomentCollector(PrunableModel.of(model).shape, names)
+    start_layerwise(PrunableModel.of(model), batches()).observe(0, collector.watch)
     assert list(collector.checksums) == names
     for name in names:
         assert_moments(collector.moments(name), moments_by_hand(*seen(model, 0, name)))
@@ -67,7 +67,7 @@ def test_only_the_blocks_that_are_named_are_watched(names: list[str]) -> None:
 def test_tokens_of_a_huge_residual_stream_count_no_more_than_others(factor: float) -> None:
     """A token a thousand times as large as the others, with inputs that much larger, moves the mean as one of many."""
     model = tiny_model("llama-gqa")
-    collector = MomentCollector(Shape.of(model), ["ffn"])
+    collector = MomentCollector(PrunableModel.of(model).shape, ["ffn"])
     generator = torch.Generator().manual_seed(0)
     x, residual = torch.randn(1, 50, 6, generator=generator), torch.randn(1, 50, 32, generator=generator)
     by_hand = moments_by_hand(x[0].double(), 1.0 / residual[0].double().square().mean(-1))
@@ -80,7 +80,7 @@ def test_tokens_of_a_huge_residual_stream_count_no_more_than_others(factor: floa
 
 def test_tokens_without_any_residual_stream_do_not_divide_by_zero() -> None:
     model = tiny_model("llama-gqa")
-    collector = MomentCollector(Shape.of(model), ["ffn"])
+    collector = MomentCollector(PrunableModel.of(model).shape, ["ffn"])
     collector.watch[NORM, "mlp.down_proj"](torch.zeros(1, 3, 32), torch.zeros(1, 3, 24))
     moments = collector.moments("ffn")
     assert moments.second.abs().max() == moments.first.abs().max() == 0.0
@@ -91,7 +91,7 @@ def test_how_tokens_are_cut_into_batches_does_not_matter() -> None:
     tokens = torch.randint(VOCABULARY, (6, 20), generator=torch.Generator().manual_seed(0))
 
     def moments(text: list[Tensor]) -> Moments:
-        return observe_moments(layer_inputs(model, text), 0, Shape.of(model), "ffn")
+        return observe_moments(start_layerwise(PrunableModel.of(model), text), 0, PrunableModel.of(model).shape, "ffn")
 
     whole = moments([tokens])
     for sizes in ([1] * 6, [2, 4], [3, 1, 2]):

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pgprune_cli.jobs import export as job
-from pgprune_cli.model.prunable import LayerMask
+from pgprune_cli.model.masks import LayerMask
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run.decision import Decision
 

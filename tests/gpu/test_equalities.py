@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.forward import masked as masked
-from pgprune_cli.forward.layerwise import layer_inputs
+from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs.search import search
 from pgprune_cli.model.loading import load_model
-from pgprune_cli.model.prunable import LayerMask, ModelMask
+from pgprune_cli.model.masks import LayerMask, ModelMask
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import Fp8Linear, check_fp8, fp8_product, quantize_projections
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.schema import Recipe
@@ -82,7 +83,7 @@ def keeps() -> list[ModelMask]:
 
 
 def test_losses_are_those_of_the_cpu(pair) -> None:
-    on_cpu, on_chip = (Evaluator(model).losses(keeps(), some_tokens()) for model in pair)
+    on_cpu, on_chip = (Evaluator(PrunableModel.of(model)).losses(keeps(), some_tokens()) for model in pair)
     torch.testing.assert_close(on_chip, on_cpu, rtol=1e-4, atol=0)
     assert len(set(on_chip.tolist())) == 3
 
@@ -90,7 +91,7 @@ def test_losses_are_those_of_the_cpu(pair) -> None:
 def test_losses_of_int8_weights_are_those_of_the_cpu_and_never_wait(pair) -> None:
     for model in pair:
         quantize_projections(model, "int8")
-    on_cpu, on_chip = (Evaluator(model) for model in pair)
+    on_cpu, on_chip = (Evaluator(PrunableModel.of(model)) for model in pair)
     torch.testing.assert_close(
         on_chip.losses(keeps(), some_tokens()), on_cpu.losses(keeps(), some_tokens()), rtol=1e-4, atol=0
     )
@@ -106,7 +107,7 @@ def test_fp8_products_are_those_of_the_cpu_and_never_wait(pair) -> None:
         check_fp8(torch.device("cuda"), torch.bfloat16)
     except UserError as error:
         pytest.skip(str(error))
-    expected = Evaluator(model).losses(keeps(), some_tokens())
+    expected = Evaluator(PrunableModel.of(model)).losses(keeps(), some_tokens())
     quantize_projections(model, "fp8")
     seen = []
 
@@ -119,13 +120,15 @@ def test_fp8_products_are_those_of_the_cpu_and_never_wait(pair) -> None:
 
     linears = [each for each in model.modules() if isinstance(each, Fp8Linear)]
     handles = [linear.register_forward_hook(check) for linear in linears]
-    torch.testing.assert_close(Evaluator(model).losses(keeps(), some_tokens()), expected, rtol=0.03, atol=0)
+    torch.testing.assert_close(
+        Evaluator(PrunableModel.of(model)).losses(keeps(), some_tokens()), expected, rtol=0.03, atol=0
+    )
     assert len(seen) > len(linears)
     for handle in handles:
         handle.remove()
     tokens = some_tokens().cuda()
     with waiting_is_an_error():
-        Evaluator(model)._summed(keeps()[0], tokens, {})
+        Evaluator(PrunableModel.of(model))._summed(keeps()[0], tokens, {})
 
 
 def test_int8_weights_go_straight_to_the_chip_and_take_half_of_bfloat16s() -> None:
@@ -143,14 +146,14 @@ def test_int8_weights_go_straight_to_the_chip_and_take_half_of_bfloat16s() -> No
 def test_losses_are_the_same_twice_and_leave_no_trace(pair) -> None:
     _, model = pair
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    evaluator = Evaluator(model)
+    evaluator = Evaluator(PrunableModel.of(model))
     assert torch.equal(evaluator.losses(keeps(), some_tokens()), evaluator.losses(keeps(), some_tokens()))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_stream_is_the_models_own_forward(pair) -> None:
     _, model = pair
-    stream = layer_inputs(model, [some_tokens()])
+    stream = start_layerwise(PrunableModel.of(model), [some_tokens()])
     for index in range(4):
         stream.advance(index)
     with torch.no_grad():
@@ -162,7 +165,7 @@ def test_a_stream_is_the_models_own_forward(pair) -> None:
 def test_a_step_never_waits_for_the_chip(pair) -> None:
     """Of the forward passes of a step; that their losses come back in the end is the one wait."""
     _, model = pair
-    evaluator, tokens = Evaluator(model), some_tokens().cuda()
+    evaluator, tokens = Evaluator(PrunableModel.of(model)), some_tokens().cuda()
     evaluator.losses(keeps(), tokens)
     with waiting_is_an_error():
         for keep in keeps():
@@ -172,14 +175,14 @@ def test_a_step_never_waits_for_the_chip(pair) -> None:
 def test_where_memory_really_runs_out_a_batch_goes_through_in_parts() -> None:
     """Of the chip's memory, this process may take what half of the batch needs."""
     model = load_model(resolve("demo"), "float32", "cuda")
-    evaluator = Evaluator(model)
+    evaluator = Evaluator(PrunableModel.of(model))
     space = evaluator.shape.space(("attention", "ffn"))
     keep = evaluator.shape.keep(space, torch.arange(space.n) % 2 > 0)
     tokens = torch.randint(200, (512, 128), generator=torch.Generator().manual_seed(0))
     expected = evaluator.losses([keep], tokens)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    Evaluator(model).losses([keep], tokens[:256])
+    Evaluator(PrunableModel.of(model)).losses([keep], tokens[:256])
     half, total = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(1.1 * half / total)
@@ -187,7 +190,7 @@ def test_where_memory_really_runs_out_a_batch_goes_through_in_parts() -> None:
         torch.testing.assert_close(evaluator.losses([keep], tokens), expected, rtol=1e-5, atol=0)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert evaluator.portions.most and evaluator.portions.most <= 256
+    assert evaluator.splitter.most and evaluator.splitter.most <= 256
 
 
 def test_no_memory_for_one_window_is_an_error(monkeypatch) -> None:

@@ -10,7 +10,7 @@ import torch
 from helpers.masks import CHANNELS, GROUPS
 from pgprune_cli.export import hf
 from pgprune_cli.export.plan import Options, Plan
-from pgprune_cli.model.prunable import LayerMask
+from pgprune_cli.model.masks import LayerMask
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run.decision import Decision
 

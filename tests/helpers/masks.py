@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.models import VOCABULARY
-from pgprune_cli.model.prunable import LayerMask, ModelMask, Output, Outputs
+from pgprune_cli.model.masks import LayerMask, ModelMask, Output, Outputs
 
 GROUPS, CHANNELS, LAYERS = 4, 24, 4
 

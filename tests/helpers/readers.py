@@ -13,7 +13,8 @@ from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs import export as job
 from pgprune_cli.jobs.doctor import doctor
 from pgprune_cli.model.loading import check_prunable, load_model, load_tokenizer
-from pgprune_cli.model.prunable import LayerMask, ModelMask
+from pgprune_cli.model.masks import LayerMask, ModelMask
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.run.decision import Decision
@@ -33,7 +34,7 @@ def read_all(model: Path, kind: str, keep: ModelMask = KEEP) -> None:
             source.fingerprint()
             check_prunable(source)
             loaded = load_model(source, "auto", "cpu")
-            evaluator = Evaluator(loaded)
+            evaluator = Evaluator(PrunableModel.of(loaded))
             tokens = tokens_of(text, "evaluation", load_tokenizer(source))[:16].unsqueeze(0)
             check_vocabulary(tokens, text, loaded.get_input_embeddings().num_embeddings)
             space = evaluator.shape.space(("attention", "ffn"))

@@ -11,7 +11,8 @@ from helpers.models import save_tokenizer, tiny_model
 
 def finished_run(run: Path) -> None:
     """Writes a base model with its tokenizer into `base`, and into `run` a repaired decision on it."""
-    from pgprune_cli.model.prunable import LayerMask
+    from pgprune_cli.model.masks import LayerMask
+    from pgprune_cli.model.prunable import PrunableModel
     from pgprune_cli.model.source import resolve
     from pgprune_cli.repair.least_squares import repair
     from pgprune_cli.run.decision import Decision
@@ -20,5 +21,5 @@ def finished_run(run: Path) -> None:
     model.save_pretrained("base")
     save_tokenizer(Path("base"))
     keep = tuple(LayerMask(torch.arange(4) < 4 - layer, torch.arange(24) < 9 + layer) for layer in range(4))
-    outputs = repair(model, keep, [torch.arange(64).view(4, 16)], "least-squares", 1e-3).outputs
+    outputs = repair(PrunableModel.of(model), keep, [torch.arange(64).view(4, 16)], "least-squares", 1e-3).outputs
     Decision(keep, "base", resolve("base").fingerprint(), 0.5, "dtype: float32\n", 1, 2, 3, 2.5, outputs).save(run)

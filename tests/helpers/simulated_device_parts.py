@@ -75,6 +75,7 @@ def forward_passes() -> None:
     from helpers.masks import MODEL_MASKS, some_outputs, some_tokens
     from helpers.models import ARCHITECTURES, tiny_model
     from pgprune_cli.forward.masked import Evaluator
+    from pgprune_cli.model.prunable import PrunableModel
     from pgprune_cli.model.quantized import quantize_projections
 
     keep, tokens = MODEL_MASKS["an empty layer"], some_tokens()
@@ -84,7 +85,7 @@ def forward_passes() -> None:
             outputs = some_outputs(model, keep, bias=True)
             if weights != "dtype":
                 quantize_projections(model, weights)
-            host, chip = Evaluator(model), Evaluator(copy.deepcopy(model).to(CHIP))
+            host, chip = Evaluator(PrunableModel.of(model)), Evaluator(copy.deepcopy(model).to(CHIP))
             for given in ({}, outputs):
                 with waiting_is_an_error():
                     found = chip._summed(keep, tokens.to(CHIP), given)
@@ -101,7 +102,7 @@ def scores() -> None:
     model = tiny_model("llama-gqa")
     there = copy.deepcopy(model).to(CHIP)
     for metric in (*NEEDS, "magnitude"):
-        found, expected = score(there, metric, text, 0), score(model, metric, text, 0)
+        found, expected = score(there, metric, text, 0), score(PrunableModel.of(model), metric, text, 0)
         for key, values in expected.items():
             torch.testing.assert_close(found[key].cpu(), values, rtol=1e-5, atol=1e-8)
 
@@ -156,7 +157,8 @@ def a_stored_head_on_two() -> None:
             head, embedding = there.get_output_embeddings().weight, there.get_input_embeddings().weight
             assert (head is embedding) == torch.equal(stored, tensors["model.embed_tokens.weight"])
             found, expected = (
-                Evaluator(model).losses([MODEL_MASKS["dense"]], some_tokens()) for model in (there, here)
+                Evaluator(PrunableModel.of(model)).losses([MODEL_MASKS["dense"]], some_tokens())
+                for model in (there, here)
             )
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
 

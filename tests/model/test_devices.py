@@ -5,7 +5,7 @@ import torch
 from helpers.models import tiny_model
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.devices import devices_of, enough, spread
+from pgprune_cli.model.devices import device_map, devices_needed, devices_of
 
 
 def test_devices_by_name():
@@ -53,8 +53,8 @@ def test_more_processes_than_gpus_are_refused(eight_gpus):
     [(80, [100, 100], 1), (81, [100, 100], 2), (161, [100, 100, 100], 3), (90, [100, 20, 100], 3), (999, [100] * 4, 4)],
 )
 def test_auto_takes_as_many_gpus_as_the_weights_need(weights, free, count):
-    """Of the fourth, the second is nearly full, and layers are spread evenly."""
-    assert enough(weights, free) == count
+    """Of the fourth, the second is nearly full, and layers are device_map evenly."""
+    assert devices_needed(weights, free) == count
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch):
@@ -80,7 +80,7 @@ def test_what_is_no_device_is_refused(device):
 @pytest.mark.parametrize(("layers", "count"), [(32, 2), (7, 3), (4, 4), (2, 3), (1, 1)])
 def test_layers_are_spread_evenly_and_in_order(layers, count, tied):
     devices = [torch.device("cuda", index) for index in range(count)]
-    places = spread(layers, tied, devices)
+    places = device_map(layers, tied, devices)
     order = [places.pop(f"model.layers.{index}").index for index in range(layers)]
     assert order == sorted(order)
     sizes = [order.count(index) for index in range(count)]
@@ -98,6 +98,6 @@ def test_layers_are_spread_evenly_and_in_order(layers, count, tied):
 def test_a_spread_names_every_part_of_a_model():
     """What accelerate has no place for, it refuses to load."""
     model = tiny_model("llama-mha")
-    places = spread(4, False, [torch.device("cpu")])
+    places = device_map(4, False, [torch.device("cpu")])
     for name, _ in model.named_parameters():
         assert sum(name.startswith(f"{module}.") for module in places) == 1, name

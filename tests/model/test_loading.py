@@ -14,10 +14,10 @@ from helpers.models import tiny_model
 from safetensors.torch import load_file, save_file
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.forward.layerwise import layer_inputs
+from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model import loading
-from pgprune_cli.model.devices import spread
+from pgprune_cli.model.devices import device_map
 from pgprune_cli.model.loading import check_prunable, empty_model, load_model, load_tokenizer
 from pgprune_cli.model.source import DEMO_MODEL, INDEX, Source, resolve
 
@@ -351,7 +351,9 @@ def test_auto_weighs_the_model_before_it_is_loaded(free, count, monkeypatch):
     """The demo model has 3.2 MB in bfloat16."""
     two, used = [torch.device("cpu"), torch.device("cpu", 0)], [torch.device("cpu")]
     monkeypatch.setattr(loading, "devices_of", lambda _: two)
-    monkeypatch.setattr(loading, "spread", lambda *given: used.append(given[-1][1]) or spread(*given[:-1], used[:1]))
+    monkeypatch.setattr(
+        loading, "device_map", lambda *given: used.append(given[-1][1]) or device_map(*given[:-1], used[:1])
+    )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
     load_model(resolve("demo"), "bfloat16", "auto")
     assert used == two[:count]
@@ -362,13 +364,13 @@ def test_a_spread_model_computes_what_it_did():
     accelerate = pytest.importorskip("accelerate", reason="needs the extra: pip install 'pgprune[multi-gpu]'")
     alone, hooked = (Evaluator(load_model(resolve("demo"), "float32", "cpu")) for _ in range(2))
     layers = len(alone.shape.channels)
-    accelerate.dispatch_model(hooked.model, spread(layers, True, [torch.device("cpu")]), force_hooks=True)
+    accelerate.dispatch_model(hooked.model, device_map(layers, True, [torch.device("cpu")]), force_hooks=True)
     assert all(hasattr(layer, "_hf_hook") for layer in hooked.layers)
     space = alone.shape.space(("attention", "ffn"))
     keep = alone.shape.keep(space, torch.arange(space.n) % 3 > 0)
     tokens = torch.arange(48).view(2, 24)
     assert torch.equal(hooked.losses([keep], tokens), alone.losses([keep], tokens))
-    streams = [layer_inputs(evaluator.model, [tokens]) for evaluator in (alone, hooked)]
+    streams = [start_layerwise(evaluator.model, [tokens]) for evaluator in (alone, hooked)]
     for stream in streams:
         stream.advance(0)
     assert torch.equal(streams[0].hidden[0], streams[1].hidden[0])

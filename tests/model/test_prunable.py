@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.prunable import Shape, UnitCosts, gather_units, projections, spec_of
+from pgprune_cli.model.families.adapter import gather_units
+from pgprune_cli.model.prunable import PrunableModel, Shape, UnitCosts
 
 
 def prunable_parameters(config, **changes: int) -> int:
@@ -49,7 +50,7 @@ def test_a_model_on_the_meta_device_has_the_same_shape(architecture: str) -> Non
 
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(tiny_config(architecture))
-    assert Shape.of(empty) == Shape.of(tiny_model(architecture))
+    assert PrunableModel.of(empty).shape == Shape.of(tiny_model(architecture))
 
 
 def test_families_cost_the_same_whether_counted_by_unit_by_block_or_by_layer(architecture: str) -> None:
@@ -138,12 +139,14 @@ def test_gathering_no_units_leaves_nothing() -> None:
 
 def test_the_prunable_linear_layers_in_order() -> None:
     layer = tiny_model("llama-gqa").model.layers[0]
-    found = [(block, projection.name, projection.axis) for block, projection, _ in projections(spec_of("llama"), layer)]
+    found = [
+        (block, projection.name, projection.axis) for block, projection, _ in projections(family_of("llama"), layer)
+    ]
     assert found == [
         *[("attention", name, axis) for name, axis in (("q_proj", 0), ("k_proj", 0), ("v_proj", 0), ("o_proj", 1))],
         *[("ffn", name, axis) for name, axis in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1))],
     ]
-    modules = {id(module) for _, _, module in projections(spec_of("llama"), layer)}
+    modules = {id(module) for _, _, module in projections(family_of("llama"), layer)}
     assert modules == {id(module) for module in layer.modules() if isinstance(module, nn.Linear)}
 
 
@@ -151,9 +154,9 @@ def test_an_unsupported_model_type_is_named_with_those_that_are_supported() -> N
     with pytest.raises(
         UserError, match="model type 'phi3' is not supported; pgprune prunes llama, mistral, qwen2, qwen3"
     ):
-        spec_of("phi3")
+        family_of("phi3")
 
 
 def test_every_supported_model_type_is_tested() -> None:
     tested = {tiny_config(architecture).model_type for architecture in ARCHITECTURES}
-    assert tested == set(spec_of("llama").model_types)
+    assert tested == set(family_of("llama").model_types)

@@ -1,4 +1,4 @@
-"""Weights in 8 bits: how they are rounded, that whatever reads them reads the rounded ones, and how they are loaded."""
+"""WeightFormat in 8 bits: how they are rounded, that whatever reads them reads the rounded ones, and how they are loaded."""
 
 from __future__ import annotations
 
@@ -31,21 +31,14 @@ from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.jobs.search import search
 from pgprune_cli.model import loading
 from pgprune_cli.model import quantized as eight_bit
-from pgprune_cli.model.loading import HEAD, Weights, empty_model, load_model
-from pgprune_cli.model.prunable import (
-    LayerMask,
-    ModelMask,
-    Output,
-    Outputs,
-    Projection,
-    Shape,
-    gather_units,
-    projections,
-)
+from pgprune_cli.model.families.adapter import Projection, gather_units
+from pgprune_cli.model.loading import HEAD, WeightFormat, empty_model, load_model
+from pgprune_cli.model.masks import LayerMask, ModelMask, Output, Outputs
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import FP8, Fp8Linear, Int8Linear, check_fp8, fp8_product, quantize_projections
 from pgprune_cli.model.source import DEMO_MODEL, INDEX, resolve
 from pgprune_cli.repair.least_squares import repair
-from pgprune_cli.repair.width_table import WidthTable, solved_layers
+from pgprune_cli.repair.width_table import WidthTable, solve_layers
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.scores.metrics import score
 from pgprune_cli.search.costs import measure_latency
@@ -72,7 +65,7 @@ def slowly_rounded(row: Tensor) -> Tensor:
 
 def rounded(model: nn.Module) -> nn.Module:
     """The same weights as the int8 model has, in an ordinary one."""
-    spec, model = Shape.of(model).spec, copy.deepcopy(model)
+    spec, model = PrunableModel.of(model).shape.spec, copy.deepcopy(model)
     for layer in model.get_submodule(spec.layers):
         for _, _, linear in projections(spec, layer):
             linear.weight.data = Int8Linear(linear).weight
@@ -229,7 +222,7 @@ def test_the_shrunk_model_is_that_of_the_rounded_weights(pair, name: str, repair
     outputs = some_outputs(twin, keep, bias=True) if repaired else {}
     before = {key: value.clone() for key, value in model.state_dict().items()}
     dense = logits_of(model, tokens)
-    with Evaluator(model).shrunk(keep, outputs), Evaluator(twin).shrunk(keep, outputs):
+    with Evaluator(PrunableModel.of(model)).shrunk(keep, outputs), Evaluator(twin).shrunk(keep, outputs):
         torch.testing.assert_close(logits_of(model, tokens), logits_of(twin, tokens), rtol=1e-5, atol=1e-5)
     after = model.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
@@ -246,16 +239,16 @@ def test_a_forward_that_fails_leaves_no_trace(pair) -> None:
 
     handle = model.model.layers[3].mlp.down_proj.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        Evaluator(model).losses([MODEL_MASKS["random"]], some_tokens())
+        Evaluator(PrunableModel.of(model)).losses([MODEL_MASKS["random"]], some_tokens())
     handle.remove()
     assert torch.equal(logits_of(model, some_tokens()), dense)
-    spec = Shape.of(model).spec
+    spec = PrunableModel.of(model).shape.spec
     assert all(linear.kept is None for layer in model.model.layers for _, _, linear in projections(spec, layer))
 
 
 @pytest.mark.parametrize("metric", ["wanda-sp", "flap", "obs", "magnitude"])
 def test_scores_are_those_of_the_rounded_weights(pair, metric: str) -> None:
-    found, expected = (score(model, metric, TEXT, 0) for model in pair)
+    found, expected = (score(PrunableModel.of(model), metric, TEXT, 0) for model in pair)
     assert found.keys() == expected.keys()
     for key in expected:
         torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-6)
@@ -263,7 +256,10 @@ def test_scores_are_those_of_the_rounded_weights(pair, metric: str) -> None:
 
 def test_the_width_table_is_that_of_the_rounded_weights(pair) -> None:
     scores = {(i, name): torch.arange(n).double() for i in range(4) for name, n in (("attention", 4), ("ffn", 24))}
-    found, expected = (WidthTable.of(model, dict(solved_layers(model, scores, TEXT, 1e-2, True))) for model in pair)
+    found, expected = (
+        WidthTable.of(PrunableModel.of(model), dict(solve_layers(PrunableModel.of(model), scores, TEXT, 1e-2, True)))
+        for model in pair
+    )
     for key in scores:
         torch.testing.assert_close(found.errors[key], expected.errors[key], rtol=1e-3, atol=1e-6)
         for width, output in expected.outputs[key].items():
@@ -272,14 +268,16 @@ def test_the_width_table_is_that_of_the_rounded_weights(pair) -> None:
 
 @pytest.mark.parametrize("method", ["bias", "least-squares", "least-squares-bias"])
 def test_a_repair_is_of_the_rounded_weights(pair, method: str) -> None:
-    found, expected = (repair(model, MODEL_MASKS["random"], TEXT, method, 1e-2, reselect=False) for model in pair)
+    found, expected = (
+        repair(PrunableModel.of(model), MODEL_MASKS["random"], TEXT, method, 1e-2, reselect=False) for model in pair
+    )
     assert found.outputs.keys() == expected.outputs.keys()
     for key, output in expected.outputs.items():
         torch.testing.assert_close(found.outputs[key].weight, output.weight, rtol=1e-3, atol=1e-3)
 
 
 def test_shapes_and_costs_do_not_change(pair) -> None:
-    found, expected = (Shape.of(model) for model in pair)
+    found, expected = (PrunableModel.of(model).shape for model in pair)
     assert found == expected
 
 
@@ -292,9 +290,9 @@ def test_a_latency_counts_no_rounding(pair) -> None:
         made.append([linear.kept is not None for _, _, linear in linears])
         return len(made)
 
-    spec = Shape.of(model).spec
+    spec = PrunableModel.of(model).shape.spec
     linears = [found for layer in model.model.layers for found in projections(spec, layer)]
-    measure_latency(Evaluator(model), 8, clock)
+    measure_latency(Evaluator(PrunableModel.of(model)), 8, clock)
     assert all(any(look) for look in made)
 
 
@@ -305,7 +303,7 @@ def test_a_step_makes_one_blocks_weights_at_a_time() -> None:
     quantize_projections(model, "int8")
     tokens = some_tokens()[:1, :4]
     with Allocations() as seen:
-        Evaluator(model).losses([MODEL_MASKS["dense"], MODEL_MASKS["random"]], tokens)
+        Evaluator(PrunableModel.of(model)).losses([MODEL_MASKS["dense"], MODEL_MASKS["random"]], tokens)
     assert seen.peak < 1.25 * block + 8_000 < whole / 2
 
 
@@ -318,9 +316,9 @@ def test_every_product_of_a_shrunk_forward_is_that_of_both_rounded(
     architecture: str, name: str, repaired: bool, chip: LikeAChip
 ) -> None:
     model, keep, tokens = tiny_model(architecture), MODEL_MASKS[name], some_tokens()
-    spec = Shape.of(model).spec
+    spec = PrunableModel.of(model).shape.spec
     outputs = some_outputs(model, keep, bias=True) if repaired else {}
-    expected = Evaluator(model).losses([keep], tokens, [outputs])
+    expected = Evaluator(PrunableModel.of(model)).losses([keep], tokens, [outputs])
     quantize_projections(model, "fp8")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     seen = []
@@ -336,7 +334,9 @@ def test_every_product_of_a_shrunk_forward_is_that_of_both_rounded(
     for layer in model.model.layers:
         for _, _, linear in projections(spec, layer):
             linear.register_forward_hook(check)
-    torch.testing.assert_close(Evaluator(model).losses([keep], tokens, [outputs]), expected, rtol=0.03, atol=0)
+    torch.testing.assert_close(
+        Evaluator(PrunableModel.of(model)).losses([keep], tokens, [outputs]), expected, rtol=0.03, atol=0
+    )
     shapes = [
         tuple(output.weight.shape) if output else tuple(gather_units(weight, projection.axis, *units).shape)
         for output, weight, projection, *units in gathers(model, keep, outputs)
@@ -352,7 +352,7 @@ def gathers(
 ) -> Iterator[tuple[Output | None, Tensor, Projection, Tensor, int]]:
     """Of every projection that runs: what repairs it, its weight, itself, its kept units, and how many it has."""
     for index, (layer, kept) in enumerate(zip(model.model.layers, keep, strict=True)):
-        for name, block in Shape.of(model).spec.blocks():
+        for name, block in PrunableModel.of(model).shape.spec.blocks():
             mask = kept.of(name)
             for projection in block.projections if mask.any() else ():
                 weight = layer.get_submodule(block.module).get_submodule(projection.name).weight
@@ -364,7 +364,7 @@ def gathers(
 def test_scores_from_fp8_are_nearly_those_from_the_model_itself(metric: str) -> None:
     plain, model = tiny_model("llama-gqa"), tiny_model("llama-gqa")
     quantize_projections(model, "fp8")
-    found = score(model, metric, TEXT, 0)
+    found = score(PrunableModel.of(model), metric, TEXT, 0)
     for key, expected in score(plain, metric, TEXT, 0).items():
         assert not torch.equal(found[key], expected)
         if key.endswith("ffn"):  # of 4 groups some are too much alike
@@ -381,7 +381,7 @@ def test_a_repair_on_fp8_is_nearly_that_on_the_model_itself() -> None:
         float(Evaluator(plain).losses([keep], held, [outputs]))
         for outputs in (
             repair(plain, keep, TEXT, "least-squares", 1e-2, reselect=False).outputs,
-            repair(model, keep, TEXT, "least-squares", 1e-2, reselect=False).outputs,
+            repair(PrunableModel.of(model), keep, TEXT, "least-squares", 1e-2, reselect=False).outputs,
         )
     ]
     assert losses[1] == pytest.approx(losses[0], rel=0.01) and losses[1] != losses[0]
@@ -400,7 +400,7 @@ def same(found: nn.Module, expected: nn.Module) -> None:
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
 def test_what_is_loaded_is_what_rounding_makes_of_the_model(
-    architecture: str, dtype: str, kind: Weights, tmp_path: Path
+    architecture: str, dtype: str, kind: WeightFormat, tmp_path: Path
 ) -> None:
     tiny_model(architecture).save_pretrained(tmp_path)
     expected = load_model(resolve(str(tmp_path)), dtype, "cpu")
@@ -440,7 +440,7 @@ def test_a_stored_head_is_tied_where_it_is_the_embedding(differs: bool, damaged:
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_a_gguf_file_is_rounded_once_it_is_unpacked(kind: Weights, tmp_path: Path) -> None:
+def test_a_gguf_file_is_rounded_once_it_is_unpacked(kind: WeightFormat, tmp_path: Path) -> None:
     tiny_model("llama-mha").save_pretrained(tmp_path / "dense")
     save_tokenizer(tmp_path / "dense")
     source = resolve(str(tmp_path / "dense"))
@@ -452,7 +452,7 @@ def test_a_gguf_file_is_rounded_once_it_is_unpacked(kind: Weights, tmp_path: Pat
 
 
 @pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_it_is_never_whole_in_memory(kind: Weights, tmp_path: Path) -> None:
+def test_it_is_never_whole_in_memory(kind: WeightFormat, tmp_path: Path) -> None:
     """Of 72 projections one at a time exists in another form than 8 bits."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.export import export
 from pgprune_cli.model.loading import check_prunable, load_model, load_tokenizer, read_config
-from pgprune_cli.model.prunable import LayerMask
+from pgprune_cli.model.masks import LayerMask
 from pgprune_cli.model.source import INDEX, resolve
 from pgprune_cli.recipe.reader import find, load, name_of
 from pgprune_cli.run.decision import Decision

@@ -27,7 +27,8 @@ from pgprune_cli.errors import RunError
 from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.forward.moments import Moments, observe_moments
-from pgprune_cli.model.prunable import LayerMask, ModelMask, Outputs
+from pgprune_cli.model.masks import LayerMask, ModelMask, Outputs
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair.least_squares import compensated_output, repair, repaired_output
 from pgprune_cli.scores.obs import removal_order
 
@@ -164,7 +165,9 @@ def behind(model: nn.Module, keep: ModelMask, outputs: Outputs, index: int, name
         )
         for place, (kept, dense) in enumerate(zip(keep, whole(), strict=True))
     )
-    with Evaluator(model).shrunk(front, {key: output for key, output in outputs.items() if key in before}):
+    with Evaluator(PrunableModel.of(model)).shrunk(
+        front, {key: output for key, output in outputs.items() if key in before}
+    ):
         return seen(model, index, name)
 
 
@@ -173,7 +176,7 @@ def behind(model: nn.Module, keep: ModelMask, outputs: Outputs, index: int, name
 def test_no_block_is_worse_for_its_repair_on_the_text(architecture: str, method: str, reselect: bool) -> None:
     model = tiny_model(architecture)
     with left_as_it_was(model):
-        keep, outputs = repair(model, KEEP, batches(), method, DAMPING, reselect)
+        keep, outputs = repair(PrunableModel.of(model), KEEP, batches(), method, DAMPING, reselect)
     assert reselect or same_masks(keep, KEEP)
     assert sorted(outputs) == REPAIRED  # nothing for whole and for empty blocks
     for (index, name), output in outputs.items():
@@ -201,7 +204,7 @@ def test_no_block_is_worse_for_its_repair_on_the_text(architecture: str, method:
 def test_a_model_that_loses_nothing_is_not_repaired(architecture: str, reselect: bool) -> None:
     model = tiny_model(architecture)
     with left_as_it_was(model):
-        keep, outputs = repair(model, whole(), batches()[:1], "least-squares", DAMPING, reselect)
+        keep, outputs = repair(PrunableModel.of(model), whole(), batches()[:1], "least-squares", DAMPING, reselect)
     assert outputs == {}
     assert same_masks(keep, whole())
 
@@ -212,8 +215,8 @@ def test_units_that_are_chosen_again_are_those_that_obs_keeps_behind_the_pruned_
 ) -> None:
     """As many as before in every block; and by the loss's directions they lose no more than those before would."""
     model = tiny_model(architecture)
-    keep, outputs = repair(model, KEEP, batches(), method, DAMPING, reselect=True)
-    roots = error_roots(model, batches())
+    keep, outputs = repair(PrunableModel.of(model), KEEP, batches(), method, DAMPING, reselect=True)
+    roots = error_roots(PrunableModel.of(model), batches())
     changed = 0
     for index, name in BLOCKS:
         mask, before = keep[index].of(name), KEEP[index].of(name)
@@ -238,8 +241,8 @@ def test_units_that_are_chosen_again_are_those_that_obs_keeps_behind_the_pruned_
 
 def test_chosen_again_from_the_same_text_nothing_changes() -> None:
     model = tiny_model("qwen3")
-    once = repair(model, KEEP, batches(), "least-squares", DAMPING, reselect=True)
-    twice = repair(model, once.keep, batches(), "least-squares", DAMPING, reselect=True)
+    once = repair(PrunableModel.of(model), KEEP, batches(), "least-squares", DAMPING, reselect=True)
+    twice = repair(PrunableModel.of(model), once.keep, batches(), "least-squares", DAMPING, reselect=True)
     assert same_masks(once.keep, twice.keep)
     assert all(torch.equal(once.outputs[key].weight, twice.outputs[key].weight) for key in REPAIRED)
 
@@ -261,7 +264,7 @@ def test_a_forward_that_fails_leaves_the_model_as_it_was(place: str, call: int) 
         if place == "3.self_attn" and call == 5:
             call = 4  # observed four times and then run pruned, once a batch
         with pytest.raises(RuntimeError, match="out of memory"):
-            repair(model, KEEP, batches(), "least-squares-bias", DAMPING)
+            repair(PrunableModel.of(model), KEEP, batches(), "least-squares-bias", DAMPING)
         handle.remove()
 
 
@@ -276,5 +279,5 @@ def test_one_blocks_moments_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
 
     observe = observe_moments
     monkeypatch.setattr(repair, "observe_moments", observed)
-    repair(tiny_model("qwen3"), KEEP, batches(), "least-squares", DAMPING)
+    repair(PrunableModel.of(tiny_model("qwen3")), KEEP, batches(), "least-squares", DAMPING)
     assert len(alive) == len(REPAIRED)

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import RunError, UserError
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.schema import Budget, Calibration, Recipe
 from pgprune_cli.repair import width_files
 from pgprune_cli.repair.width_files import has_layer, load_layer, refuse_full_disk, remove_widths, save_layer
-from pgprune_cli.repair.width_table import WidthTable, solved_layers
+from pgprune_cli.repair.width_table import WidthTable, solve_layers
 from pgprune_cli.run.layout import WIDTHS_FOLDER
 from pgprune_cli.search import table as job
 
@@ -36,7 +37,7 @@ def model(request) -> nn.Module:
 
 @pytest.fixture
 def saved(model: nn.Module, tmp_path: Path) -> Path:
-    for index, blocks in solved_layers(model, scores(), batches(), 1e-2, True, only=[1]):
+    for index, blocks in solve_layers(PrunableModel.of(model), scores(), batches(), 1e-2, True, only=[1]):
         save_layer(tmp_path, index, blocks, "mine")
     return tmp_path
 
@@ -47,7 +48,7 @@ def the_file(run: Path) -> Path:
 
 
 def test_what_is_read_is_what_was_solved_bit_for_bit_and_mapped(model: nn.Module, saved: Path) -> None:
-    ((_, solved),) = solved_layers(model, scores(), batches(), 1e-2, True, only=[1])
+    ((_, solved),) = solve_layers(PrunableModel.of(model), scores(), batches(), 1e-2, True, only=[1])
     found = load_layer(saved, 1)
     assert list(found) == list(solved) == ["attention", "ffn"]
     for name, block in solved.items():
@@ -124,9 +125,9 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
     def noted(*arguments):
         calls.append(list(arguments[-2]))  # which layers; the last shows progress
-        return solved_layers(*arguments)
+        return solve_layers(*arguments)
 
-    monkeypatch.setattr(job, "solved_layers", noted)
+    monkeypatch.setattr(job, "solve_layers", noted)
     return calls
 
 
@@ -144,7 +145,12 @@ def test_a_table_is_solved_once(model: nn.Module, tmp_path: Path, solved) -> Non
     first = table(model, tmp_path)
     assert_same(table(model, tmp_path), first)
     damping = RECIPE.repair.damping
-    assert_same(WidthTable.of(model, dict(solved_layers(model, scores(), batches(), damping, True))), first)
+    assert_same(
+        WidthTable.of(
+            PrunableModel.of(model), dict(solve_layers(PrunableModel.of(model), scores(), batches(), damping, True))
+        ),
+        first,
+    )
     assert solved == [list(range(LAYERS))]
 
 

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from pgprune_cli.core.space import Family, MaskSpace
 from pgprune_cli.forward.curvature import error_roots
-from pgprune_cli.model.prunable import LayerMask, Shape
+from pgprune_cli.model.masks import LayerMask
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair.least_squares import repaired_output
-from pgprune_cli.repair.width_table import TIE, WIDTH_STEPS, WidthTable, _falling, solved_layers, width_step
+from pgprune_cli.repair.width_table import TIE, WIDTH_STEPS, WidthTable, _falling, solve_layers, width_step
 
 DAMPING = 1e-6
 
@@ -41,7 +42,7 @@ def scores(seed: int = 0) -> dict[tuple[int, str], Tensor]:
 
 
 def width_table(model: nn.Module, *arguments: Any, **more: Any) -> WidthTable:
-    return WidthTable.of(model, dict(solved_layers(model, *arguments, **more)))
+    return WidthTable.of(PrunableModel.of(model), dict(solve_layers(PrunableModel.of(model), *arguments, **more)))
 
 
 # --- the solved table
@@ -76,7 +77,7 @@ def test_a_table_holds_what_every_width_would_be_repaired_to(architecture: str) 
 def test_errors_are_what_the_text_loses_at_every_width(architecture: str, solve: bool) -> None:
     """By how much the loss feels each direction, and relative to each token's residual stream."""
     model = tiny_model(architecture)
-    table, roots = width_table(model, scores(), batches(), 1e-9, solve), error_roots(model, batches())
+    table, roots = width_table(model, scores(), batches(), 1e-9, solve), error_roots(PrunableModel.of(model), batches())
     assert solve or table.outputs == {}
     for key in [(0, "attention"), (2, "ffn"), (3, "attention"), (3, "ffn")]:
         errors, order, linear = table.errors[key], table.orders[key], output_linear(model, *key)
@@ -210,7 +211,7 @@ def test_priorities_fall_strictly_along_every_layers_order(solve: bool, families
     """With ties a sample would keep units that the projection of its width is not made for."""
     model = tiny_model("llama-gqa")
     chosen = {key: value for key, value in scores().items() if key[1] in families}
-    table, space = width_table(model, chosen, batches(), DAMPING, solve), Shape.of(model).space(families)
+    table, space = width_table(model, chosen, batches(), DAMPING, solve), PrunableModel.of(model).shape.space(families)
     values = table.priorities(space)
     for family in space.families:
         for index, part in enumerate(space.per_layer(values, family.name)):

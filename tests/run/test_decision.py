@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.prunable import LayerMask
+from pgprune_cli.model.masks import LayerMask
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, RECIPE_FILE
 from pgprune_cli.storage.records import checksum, read_record, write_record

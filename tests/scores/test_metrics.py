@@ -10,7 +10,7 @@ from helpers.models import VOCABULARY, tiny_model
 from torch import Tensor, nn
 
 from pgprune_cli.forward.curvature import error_roots
-from pgprune_cli.model.prunable import Shape
+from pgprune_cli.model.prunable import PrunableModel, Shape
 from pgprune_cli.recipe import schema as recipe
 from pgprune_cli.scores.metrics import CALIBRATED, METRICS, NEEDS, flat_scores, score
 from pgprune_cli.scores.obs import removal_order
@@ -55,7 +55,7 @@ def piles_by_hooks(model: nn.Module, batches: list[Tensor]) -> dict[nn.Module, T
 def test_wanda_sp_is_weight_times_input_norm_summed_over_the_unit(architecture: str) -> None:
     model, batches = tiny_model(architecture), calibration()
     norms = {module: pile.norm(dim=0) for module, pile in piles_by_hooks(model, batches).items()}
-    scores = score(model, "wanda-sp", batches, seed=0)
+    scores = score(PrunableModel.of(model), "wanda-sp", batches, seed=0)
     for index, layer in enumerate(model.model.layers):
         output, down = layer.self_attn.o_proj, layer.mlp.down_proj
         for group in range(GROUPS):
@@ -72,7 +72,7 @@ def test_wanda_sp_is_weight_times_input_norm_summed_over_the_unit(architecture: 
 def test_flap_is_variance_times_squared_weight_summed_over_the_unit(architecture: str) -> None:
     model, batches = tiny_model(architecture), calibration()
     piles = piles_by_hooks(model, batches)
-    scores = score(model, "flap", batches, seed=0)
+    scores = score(PrunableModel.of(model), "flap", batches, seed=0)
     for index, layer in enumerate(model.model.layers):
         for name, output, columns_of in (
             ("attention", layer.self_attn.o_proj, lambda unit, layer=layer: columns_of_group(layer, unit)),
@@ -91,7 +91,10 @@ def test_flap_is_variance_times_squared_weight_summed_over_the_unit(architecture
 def test_obs_removes_greedily_what_the_inputs_say(architecture: str) -> None:
     """The metric end to end; the order itself is tested in test_obs.py."""
     model, batches = tiny_model(architecture), calibration()
-    scores, roots = score(model, "obs", batches, seed=0), error_roots(model, batches)
+    scores, roots = (
+        score(PrunableModel.of(model), "obs", batches, seed=0),
+        error_roots(PrunableModel.of(model), batches),
+    )
     for index, layer in enumerate(model.model.layers):
         for name, output, units in (
             ("attention", layer.self_attn.o_proj, GROUPS),
@@ -107,7 +110,7 @@ def test_obs_removes_greedily_what_the_inputs_say(architecture: str) -> None:
 
 def test_magnitude_is_the_squared_weights_of_the_unit_in_every_projection(architecture: str) -> None:
     model = tiny_model(architecture)
-    scores = score(model, "magnitude", [], seed=0)
+    scores = score(PrunableModel.of(model), "magnitude", [], seed=0)
     for index, layer in enumerate(model.model.layers):
         attention, mlp = layer.self_attn, layer.mlp
         for group in range(GROUPS):
@@ -127,24 +130,24 @@ def test_magnitude_is_the_squared_weights_of_the_unit_in_every_projection(archit
 
 def test_random_draws_every_block_anew_and_depends_on_the_seed_alone() -> None:
     model = tiny_model("llama-gqa")
-    one, same, other = (score(model, "random", [], seed) for seed in (5, 5, 6))
+    one, same, other = (score(PrunableModel.of(model), "random", [], seed) for seed in (5, 5, 6))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not any(torch.equal(one[name], other[name]) for name in one)
     drawn = torch.cat(list(one.values()))
     assert len(drawn.unique()) == LAYERS * (GROUPS + CHANNELS)
-    again = score(tiny_model("llama-gqa", seed=1), "random", [], 5)
+    again = score(PrunableModel.of(tiny_model("llama-gqa", seed=1)), "random", [], 5)
     assert all(torch.equal(one[name], again[name]) for name in one)
 
 
 def test_uniform_knows_nothing() -> None:
-    scores = score(tiny_model("mistral"), "uniform", [], seed=0)
+    scores = score(PrunableModel.of(tiny_model("mistral")), "uniform", [], seed=0)
     assert all((values == 1.0).all() for values in scores.values())
 
 
 @pytest.mark.parametrize("metric", sorted(METRICS))
 def test_scores_are_one_float64_for_every_unit_and_the_same_again(metric: str) -> None:
     model = tiny_model("qwen2")
-    one, same = (score(model, metric, calibration(), seed=3) for _ in range(2))
+    one, same = (score(PrunableModel.of(model), metric, calibration(), seed=3) for _ in range(2))
     wanted = {f"layers.{i}.{block}": size for i in range(LAYERS) for block, size in (("attention", 4), ("ffn", 24))}
     assert {name: len(values) for name, values in one.items()} == wanted
     assert all(values.dtype == torch.float64 and (values >= 0).all() for values in one.values())
@@ -163,7 +166,7 @@ def test_a_unit_without_weights_matters_least(architecture: str, metric: str) ->
     for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
         projection.weight[HEAD : 2 * HEAD] = 0.0
     layer.mlp.gate_proj.weight[7] = layer.mlp.up_proj.weight[7] = layer.mlp.down_proj.weight[:, 7] = 0.0
-    scores = score(model, metric, calibration(), seed=0)
+    scores = score(PrunableModel.of(model), metric, calibration(), seed=0)
     assert int(scores["layers.2.attention"].argmin()) == 1
     assert int(scores["layers.2.ffn"].argmin()) == 7
     assert float(scores["layers.2.ffn"][7]) == 0.0
@@ -182,17 +185,17 @@ def test_only_calibrated_metrics_read_the_text() -> None:
     for metric in METRICS:
         if metric in CALIBRATED:
             with pytest.raises(AssertionError, match="read"):
-                score(model, metric, Refuse(), seed=0)
+                score(PrunableModel.of(model), metric, Refuse(), seed=0)
         else:
-            score(model, metric, Refuse(), seed=0)
+            score(PrunableModel.of(model), metric, Refuse(), seed=0)
 
 
 @pytest.mark.parametrize("metric", sorted(CALIBRATED))
 def test_collecting_leaves_no_hooks_behind_even_when_it_fails(metric: str) -> None:
     model = tiny_model("llama-gqa")
     with pytest.raises(IndexError):
-        score(model, metric, [torch.full((1, 4), VOCABULARY)], seed=0)
-    score(model, metric, calibration(), seed=0)
+        score(PrunableModel.of(model), metric, [torch.full((1, 4), VOCABULARY)], seed=0)
+    score(PrunableModel.of(model), metric, calibration(), seed=0)
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
@@ -201,7 +204,7 @@ def test_a_calibrated_metric_without_text_is_refused(metric: str) -> None:
     with pytest.raises(ValueError, match=f"{metric} needs calibration text"):
         METRICS[metric](BlockStatistics(2, {"o": torch.ones(3, 4)}, seed=0))
     with pytest.raises(ValueError, match="no calibration text"):
-        score(tiny_model("llama-mha"), metric, [], seed=0)
+        score(PrunableModel.of(tiny_model("llama-mha")), metric, [], seed=0)
 
 
 def test_recipes_offer_exactly_the_registered_metrics() -> None:
@@ -247,9 +250,9 @@ def test_layers_are_scored_apart_as_they_are_together(metric: str) -> None:
     """Bit for bit: processes divide them."""
     model = tiny_model("llama-gqa")
     text = [torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))]
-    whole = score(model, metric, text, 0)
-    parts = [score(model, metric, text, 0, range(rank, 4, 3)) for rank in range(3)] + [
-        score(model, metric, text, 0, [])
+    whole = score(PrunableModel.of(model), metric, text, 0)
+    parts = [score(PrunableModel.of(model), metric, text, 0, range(rank, 4, 3)) for rank in range(3)] + [
+        score(PrunableModel.of(model), metric, text, 0, [])
     ]
     assert sum(map(len, parts)) == len(whole) == 8
     for part in parts:

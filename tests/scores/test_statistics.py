@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.forward.moments import MomentCollector
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.scores.metrics import score
 from pgprune_cli.scores.statistics import (
     Fluctuations,
@@ -63,7 +64,7 @@ def test_half_precision_inputs_do_not_overflow() -> None:
 
 @pytest.mark.parametrize("needed", [None, *get_args(Statistic)])
 def test_only_what_is_asked_for_is_collected(needed: Statistic | None) -> None:
-    blocks = list(statistics(tiny_model("qwen2"), needed, calibration(), seed=0))
+    blocks = list(statistics(PrunableModel.of(tiny_model("qwen2")), needed, calibration(), seed=0))
     assert [(name, layer) for name, layer, _ in blocks] == [
         (name, layer) for layer in range(4) for name in ("attention", "ffn")
     ]
@@ -77,8 +78,8 @@ def test_only_what_is_asked_for_is_collected(needed: Statistic | None) -> None:
 def test_covariances_are_relative_to_each_tokens_residual_stream(architecture: str) -> None:
     """Mean over tokens of x xᵀ / mean square of the residual stream; with the root of the loss's directions."""
     model = tiny_model(architecture)
-    roots, found = error_roots(model, calibration()), 0
-    for name, layer, block in statistics(model, "covariance", calibration(), seed=0):
+    roots, found = error_roots(PrunableModel.of(model), calibration()), 0
+    for name, layer, block in statistics(PrunableModel.of(model), "covariance", calibration(), seed=0):
         x, weights = seen(model, layer, name, calibration())
         wanted = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
         for token, weight in zip(x, weights, strict=True):
@@ -105,7 +106,7 @@ def test_only_the_two_covariances_of_one_layer_exist_at_a_time(monkeypatch) -> N
         most = max(most, sum(matrix() is not None for matrix in matrices))
 
     monkeypatch.setattr(MomentCollector, "_add", watched)
-    score(tiny_model("llama-gqa"), "obs", calibration(), seed=0)
+    score(PrunableModel.of(tiny_model("llama-gqa")), "obs", calibration(), seed=0)
     assert len(matrices) == 8
     assert most == 2
 
@@ -119,7 +120,7 @@ def test_gradients_leave_the_model_exactly_as_it_was() -> None:
 
     for batches in (calibration(), [*calibration(1), torch.full((1, 4), VOCABULARY)]):
         try:
-            gradients = loss_gradients(model, batches)
+            gradients = loss_gradients(PrunableModel.of(model), batches)
         except IndexError:
             pass
         else:
@@ -136,7 +137,7 @@ def test_gradients_leave_the_model_exactly_as_it_was() -> None:
 
 def test_gradients_come_through_no_grad_around_the_caller() -> None:
     with torch.no_grad():
-        gradients = loss_gradients(tiny_model("qwen3"), calibration(1))
+        gradients = loss_gradients(PrunableModel.of(tiny_model("qwen3")), calibration(1))
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
 
 
@@ -144,7 +145,9 @@ def test_gradients_come_through_no_grad_around_the_caller() -> None:
 def test_what_goes_through_all_layers_is_counted_before_the_first_block_comes(needed: Statistic) -> None:
     model, text = tiny_model("llama-gqa"), calibration()
     told: list[tuple[int, int]] = []
-    found = statistics(model, needed, text, seed=0, on_batches=lambda done, of: told.append((done, of)))
+    found = statistics(
+        PrunableModel.of(model), needed, text, seed=0, on_batches=lambda done, of: told.append((done, of))
+    )
     next(found)
     first = 0 if needed == "covariance" else 1
     assert told == [(done, len(text)) for done in range(first, len(text) + 1)]

@@ -6,6 +6,7 @@ from helpers.models import VOCABULARY, tiny_model
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.scores.metrics import score
 
 HEAD, CHANNELS, GROUPS = 8, 24, 4
@@ -44,7 +45,7 @@ def rows_of_unit(layer: nn.Module, block: str, unit: int) -> dict[str, tuple[int
 def test_taylor_is_the_change_of_the_loss_by_a_mask_on_every_weight(architecture: str) -> None:
     """With L(W ∘ m), ∂L/∂m at m = 1 is W · ∂L/∂W, the first-order change when a weight goes."""
     model, batches = tiny_model(architecture).double(), calibration()
-    scores = score(model, "taylor", batches, seed=0)
+    scores = score(PrunableModel.of(model), "taylor", batches, seed=0)
     names = [name for name, p in model.named_parameters() if "_proj.weight" in name]
     masks = {name: torch.ones_like(model.get_parameter(name), requires_grad=True) for name in names}
     mean_loss(model, batches, {name: model.get_parameter(name) * mask for name, mask in masks.items()}).backward()
@@ -61,7 +62,7 @@ def test_taylor_is_the_change_of_the_loss_by_a_mask_on_every_weight(architecture
 
 def test_taylor_is_what_finite_differences_say() -> None:
     model, batches = tiny_model("llama-gqa").double(), calibration()[1:]
-    got = float(score(model, "taylor", batches, seed=0)["layers.2.ffn"][5])
+    got = float(score(PrunableModel.of(model), "taylor", batches, seed=0)["layers.2.ffn"][5])
     layer, step, wanted = model.model.layers[2], 1e-2, 0.0  # the norms compute in float32: a small step drowns
     with torch.no_grad():
         for name, (axis, [place]) in rows_of_unit(layer, "ffn", 5).items():

@@ -10,8 +10,6 @@ from types import ModuleType
 import pytest
 import torch
 
-from pgprune_cli.model.prunable import inputs_of
-
 pytest.importorskip("triton", reason="Triton is not installed: it comes with PyTorch's CUDA builds")
 BENCHES = Path(__file__).parents[2] / "scripts" / "bench"
 
@@ -40,7 +38,7 @@ def test_it_multiplies_with_the_units_that_are_kept(
     shape = (units * width, 70) if axis == 0 else (70, units * width)
     weight = torch.randn(shape, generator=generator).to(dtype)
     x = torch.randn(67, 70 if axis == 0 else kept * width, generator=generator).to(dtype)
-    found = bench.gather_matmul(x, weight, inputs_of(some, width), axis, bench.Tile(32, 64, 32, 4))
+    found = bench.gather_matmul(x, weight, columns_of(some, width), axis, bench.Tile(32, 64, 32, 4))
     expected = bench.copied_matmul(x.float(), weight.float(), some, axis, units)
     assert found.dtype == dtype and found.shape == expected.shape
     torch.testing.assert_close(found.float(), expected, rtol=1e-5 if dtype == torch.float32 else 2e-3, atol=1e-2)

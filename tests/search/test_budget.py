@@ -9,11 +9,12 @@ from helpers.models import tiny_model
 from pgprune_cli.core.projection import hard_mask
 from pgprune_cli.errors import UserError
 from pgprune_cli.forward.masked import Evaluator
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.schema import Budget, Calibration, Recipe, Units
 from pgprune_cli.search import costs
 from pgprune_cli.search.budget import budget_for
 
-EVALUATOR = Evaluator(tiny_model("llama-gqa"))
+EVALUATOR = Evaluator(PrunableModel.of(tiny_model("llama-gqa")))
 
 
 def recipe_with(families: tuple[str, ...] = ("attention", "ffn"), **budget) -> Recipe:

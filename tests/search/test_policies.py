@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.space import Budget, MaskSpace, budget_of
 from pgprune_cli.core.widths import LEAST_SPREAD, SPREAD
-from pgprune_cli.forward.layerwise import layer_inputs
+from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.moments import observe_moments
-from pgprune_cli.model.prunable import Shape
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair.least_squares import repaired_output
-from pgprune_cli.repair.width_table import WidthTable, solved_layers, width_step
+from pgprune_cli.repair.width_table import WidthTable, solve_layers, width_step
 from pgprune_cli.search.policies import Policy, UnitPolicy, WidthPolicy
 
 GROUPS, CHANNELS, LAYERS = 4, 24, 4
@@ -42,13 +42,15 @@ def layer_policy(model: nn.Module, sparsity: float = 0.4, scope: str = "global",
         for index in range(LAYERS)
         for name in FAMILIES
     }
-    space = Shape.of(model).space(FAMILIES)
-    table = WidthTable.of(model, dict(solved_layers(model, scores, batches(), DAMPING, solve)))
+    space = PrunableModel.of(model).shape.space(FAMILIES)
+    table = WidthTable.of(
+        PrunableModel.of(model), dict(solve_layers(PrunableModel.of(model), scores, batches(), DAMPING, solve))
+    )
     return WidthPolicy(table, table.priorities(space), space, budget_of(space, sparsity, scope))
 
 
 def unit_policy(model: nn.Module, sparsity: float = 0.4, scope: str = "global") -> UnitPolicy:
-    space = Shape.of(model).space(FAMILIES)
+    space = PrunableModel.of(model).shape.space(FAMILIES)
     budget = budget_of(space, sparsity, scope)
     scores = torch.rand(space.n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     theta = starting_theta(scores, space, budget, "sigmap", 0.5)
@@ -119,7 +121,7 @@ def test_what_the_layers_policy_hears_of_a_sample_is_what_its_widths_lose(model:
     policy = layer_policy(model)
     state, draws, masks = policy.propose(policy.begin(2), 4)
     for draw, mask in zip(draws.tolist(), masks, strict=True):
-        keep = Shape.of(model).keep(policy.space, mask)
+        keep = PrunableModel.of(model).shape.keep(policy.space, mask)
         wanted = [policy.table.errors[i, name][int(keep[i].of(name).sum())] for name in FAMILIES for i in range(LAYERS)]
         assert draw == [float(error) for error in wanted]
     moved = policy.update(state, draws, torch.arange(4.0))
@@ -160,8 +162,8 @@ def test_the_same_seed_gives_the_same_search(build: Callable[..., UnitPolicy | W
 
 
 def test_every_sample_is_repaired_for_the_very_units_it_keeps(model: nn.Module) -> None:
-    policy, shape = layer_policy(model), Shape.of(model)
-    stream, moments = layer_inputs(model, batches()), {}
+    policy, shape = layer_policy(model), PrunableModel.of(model).shape
+    stream, moments = start_layerwise(PrunableModel.of(model), batches()), {}
     for index in range(LAYERS):
         for name in FAMILIES:
             moments[index, name] = observe_moments(stream, index, shape, name)
@@ -186,19 +188,21 @@ def test_nothing_is_repaired_where_nothing_was_solved(model: nn.Module) -> None:
     policy, units = layer_policy(model, solve=False), unit_policy(model)
     for one in (policy, units):
         state, _ = searched(one, 0)
-        assert one.outputs(Shape.of(model).keep(one.space, one.mask(state))) == {}
+        assert one.outputs(PrunableModel.of(model).shape.keep(one.space, one.mask(state))) == {}
 
 
 def test_samples_keep_to_the_multiple_that_the_budget_asks_for(model: nn.Module) -> None:
     """Of 24 channels, widths by fives (or all): the samples' own grid, by twos, would not keep to it."""
-    space, shape = Shape.of(model).space(FAMILIES), Shape.of(model)
+    space, shape = PrunableModel.of(model).shape.space(FAMILIES), PrunableModel.of(model).shape
     generator = torch.Generator().manual_seed(0)
     scores = {
         (index, name): torch.rand(GROUPS if name == "attention" else CHANNELS, generator=generator)
         for index in range(LAYERS)
         for name in FAMILIES
     }
-    table = WidthTable.of(model, dict(solved_layers(model, scores, batches(), DAMPING, True, 5)))
+    table = WidthTable.of(
+        PrunableModel.of(model), dict(solve_layers(PrunableModel.of(model), scores, batches(), DAMPING, True, 5))
+    )
     policy = WidthPolicy(table, table.priorities(space), space, budget_of(space, 0.4, "global", 0.0, {"ffn": 5}))
     state, masks = searched(policy, 0)
     widths = {int(part.sum()) for mask in [*masks, policy.final_mask(state)] for part in space.per_layer(mask, "ffn")}

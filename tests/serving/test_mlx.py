@@ -13,7 +13,7 @@ from helpers.runtimes import SIZES, greedy, prompts, write_pruned
 
 from pgprune_cli.export import mlx
 from pgprune_cli.export.plan import Options
-from pgprune_cli.model.prunable import LayerMask
+from pgprune_cli.model.masks import LayerMask
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run.decision import Decision
 

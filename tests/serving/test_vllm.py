@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 
 from pgprune_cli.export import hf
 from pgprune_cli.export.plan import Options
-from pgprune_cli.model.prunable import LayerMask
+from pgprune_cli.model.masks import LayerMask
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run.decision import Decision
 

@@ -84,7 +84,12 @@ LLAMA = LlamaFamily(
         name="attention",
         module="self_attn",
         norm="input_layernorm",
-        projections=(Projection("q_proj", 0), Projection("k_proj", 0), Projection("v_proj", 0), Projection("o_proj", 1)),
+        projections=(
+            Projection("q_proj", 0),
+            Projection("k_proj", 0),
+            Projection("v_proj", 0),
+            Projection("o_proj", 1),
+        ),
         config_name="attention",
     ),
     ffn=Block(
