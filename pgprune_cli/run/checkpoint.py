@@ -42,7 +42,6 @@ class Checkpoint:
 
     state: SearchState | WidthState
     data_position: int
-    schedule: tuple[str, float, int]
     bad_steps: int
     forward_passes: int
     seconds: float
@@ -65,7 +64,6 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
             "policy": next(name for name, kind in STATES.items() if isinstance(state, kind)),
             **{name: value for name, value in values.items() if name not in tensors},
             "data_position": checkpoint.data_position,
-            "schedule": list(checkpoint.schedule),
             "bad_steps": checkpoint.bad_steps,
             "forward_passes": checkpoint.forward_passes,
             "seconds": checkpoint.seconds,
@@ -131,13 +129,11 @@ def _read(folder: Path, record: dict[str, Any]) -> Checkpoint:
         raise UserError(f"{CHECKPOINT_RECORD} is of {_name(record['step'])}")
     if not (folder / CHECKPOINT_TENSORS).exists() or checksum(folder / CHECKPOINT_TENSORS) != record["state_sha256"]:
         raise UserError(f"{CHECKPOINT_TENSORS} is not what was written")
-    name, rate, steps = record["schedule"]
     kind = STATES[record["policy"]]
     values: dict[str, Any] = record | read_tensors(folder / CHECKPOINT_TENSORS)
     return Checkpoint(
         kind(**{entry.name: values[entry.name] for entry in fields(kind)}),
         record["data_position"],
-        (name, rate, steps),
         record["bad_steps"],
         record["forward_passes"],
         record["seconds"],
