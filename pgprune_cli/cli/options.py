@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pgprune_cli.errors import UserError
 from pgprune_cli.run.layout import DECISION_RECORD, run_directories, runs_folder
 
 if TYPE_CHECKING:
@@ -65,6 +66,14 @@ Limit = Annotated[
     int | None,
     typer.Option(min=1, metavar="N", help="Windows of the shortest length, at most; other lengths read as much."),
 ]
+Sparsity = Annotated[
+    float,
+    typer.Option("--sparsity", metavar="FRACTION", help="Fraction of the prunable parameters to remove, such as 0.3."),
+]
+Calibration = Annotated[
+    str | None,
+    typer.Option("--calibration", metavar="CORPUS", help="Text to search on: a corpus name or a file.  [default: c4]"),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 
 
@@ -73,6 +82,24 @@ def progress_of(quiet: bool) -> Progress:
     from pgprune_cli.console.progress import SILENT, StderrProgress
 
     return SILENT if quiet else StderrProgress()
+
+
+def is_model(name: str) -> bool:
+    """Return whether a name stands for a model and not for a recipe: recipes come first, so `demo` is a recipe."""
+    from pgprune_cli.model.source import find_local
+    from pgprune_cli.recipe.reader import find
+
+    try:
+        find(name)
+        return False
+    except UserError:
+        if name.endswith(".yaml"):
+            return False
+    try:
+        find_local(name, weights=False)
+    except UserError:
+        return Path(name).expanduser().exists()
+    return True
 
 
 def opened(name: str, out: Path | None, overrides: list[str], runs: Path | None = None) -> tuple[Recipe, Path]:

@@ -1,4 +1,4 @@
-"""pgprune recipes: the recipes that ship, listed, shown and handed out."""
+"""pgprune recipes: list, show and copy the recipes that ship, and write a new one for a model."""
 
 from __future__ import annotations
 
@@ -7,19 +7,24 @@ from typing import Annotated
 
 import typer
 
-from pgprune_cli.cli.options import AsJson, RecipeName, Set, examples
+from pgprune_cli.cli.options import AsJson, Calibration, RecipeName, Set, Sparsity, examples, model_names
 from pgprune_cli.cli.tables import print_result
 
 recipes_app = typer.Typer(
     invoke_without_command=True,
     rich_markup_mode=None,
-    epilog=examples("recipes", "recipes show llama2-7b-50", "recipes copy llama2-7b-50 mine.yaml"),
+    epilog=examples(
+        "recipes",
+        "recipes new HuggingFaceTB/SmolLM2-135M-Instruct --sparsity 0.3 > mine.yaml",
+        "recipes show llama2-7b-50",
+        "recipes copy llama2-7b-50 mine.yaml",
+    ),
 )
 
 
 @recipes_app.callback()
 def recipes(context: typer.Context, as_json: AsJson = False) -> None:
-    """List the recipes that ship; show one, or copy one to edit."""
+    """List the recipes that ship, show or copy one, or write a new one for a model."""
     if context.invoked_subcommand is not None:
         return
     from pgprune_cli.recipe.reader import name_of, shipped, summary
@@ -27,6 +32,36 @@ def recipes(context: typer.Context, as_json: AsJson = False) -> None:
     listed = {name_of(path): summary(path) for path in shipped()}
     width = max(map(len, listed))
     print_result({"recipes": listed}, as_json, "\n".join(f"{name:<{width}}  {text}" for name, text in listed.items()))
+
+
+@recipes_app.command(
+    epilog=examples(
+        "recipes new HuggingFaceTB/SmolLM2-135M-Instruct > mine.yaml",
+        "recipes new /data/my-llama --sparsity 0.5 --calibration my-text.jsonl > mine.yaml",
+    )
+)
+def new(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A hub name, a directory, a GGUF file, or demo.", autocompletion=model_names
+        ),
+    ],
+    sparsity: Sparsity = 0.3,
+    calibration: Calibration = None,
+    as_json: AsJson = False,
+) -> None:
+    """Print a new recipe for a model. Its values suit the model's size and this machine's devices.
+
+    Only the model's config is read. Redirect the output to a file and edit it.
+    """
+    from pgprune_cli.model.source import find_local
+
+    find_local(model, weights=False)  # a wrong name is refused before seconds of imports
+    from pgprune_cli.jobs.new_recipe import new_recipe
+
+    _, text = new_recipe(model, sparsity=sparsity, calibration=calibration)
+    print_result({"recipe": text}, as_json, text.rstrip())
 
 
 @recipes_app.command(epilog=examples("recipes show llama2-7b-50", "recipes show mine.yaml --set budget.sparsity=0.4"))

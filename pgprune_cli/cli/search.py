@@ -1,47 +1,83 @@
-"""pgprune search: which units stay."""
+"""pgprune search: find the units to keep."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from pgprune_cli.cli.options import AsJson, Out, Quiet, RecipeName, Set, examples, opened, progress_of
+from pgprune_cli.cli.options import (
+    AsJson,
+    Calibration,
+    Out,
+    Quiet,
+    Set,
+    examples,
+    is_model,
+    opened,
+    progress_of,
+    recipe_names,
+)
 from pgprune_cli.cli.saved import of_search
 from pgprune_cli.cli.stopping import resumable
 from pgprune_cli.cli.tables import print_estimate, print_result
 from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.distributed import of_environment
+from pgprune_cli.errors import UserError
+from pgprune_cli.run.layout import RECIPE_FILE, runs_folder
+
+if TYPE_CHECKING:
+    from pgprune_cli.recipe.schema import Recipe
 
 EXAMPLES = examples(
     "search demo",
+    "search HuggingFaceTB/SmolLM2-135M-Instruct --sparsity 0.3",
     "search mine.yaml --out runs/mine",
     "search llama2-7b-50 --set model=/data/my-llama --set budget.sparsity=0.4",
 )
 
 
 def search(
-    recipe: RecipeName,
+    recipe: Annotated[
+        str,
+        typer.Argument(
+            metavar="RECIPE|MODEL",
+            help="A recipe file, the name of a shipped recipe, or a model together with --sparsity.",
+            autocompletion=recipe_names,
+        ),
+    ],
     out: Out = None,
+    sparsity: Annotated[
+        float | None,
+        typer.Option("--sparsity", metavar="FRACTION", help="Fraction of the budget to remove, such as 0.3."),
+    ] = None,
+    calibration: Calibration = None,
     overrides: Set = None,
-    log: Annotated[
+    tracker: Annotated[
         Literal["tensorboard", "trackio", "wandb"] | None,
-        typer.Option("--tracker", help="Tell a tracker every step, too; an extra of the same name installs it."),
+        typer.Option("--tracker", help="Log every step to a tracker. An extra of the same name installs it."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Load nothing; print what memory, forward passes and time it would take.")
+        bool,
+        typer.Option("--dry-run", help="Load nothing. Print the memory, forward passes and time it would take."),
     ] = False,
     skip_corrupt_checkpoint: Annotated[
         bool,
         typer.Option(
-            "--skip-corrupt-checkpoint", help="Where the newest checkpoint is damaged, go on from the one before."
+            "--skip-corrupt-checkpoint", help="If the newest checkpoint is damaged, resume from the one before it."
         ),
     ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Search which units to keep. Goes on by itself where an earlier call was stopped."""
-    loaded, run = opened(recipe, out, overrides or [])
+    """Search for the units to keep. Resumes automatically if a previous run was interrupted.
+
+    A MODEL (a hub name, a directory or a GGUF file) needs no recipe: `recipes new` chooses the values, and the resolved
+    recipe is in the run directory.
+    """
+    loaded, run = _open(recipe, out, overrides or [], sparsity, calibration)
     if dry_run:
         from pgprune_cli.jobs.estimate import estimate
 
@@ -52,7 +88,7 @@ def search(
 
     with resumable(lambda step: of_search(run, loaded.search.steps, step)):
         decision = search(
-            loaded, run, skip_corrupt_checkpoint=skip_corrupt_checkpoint, tracker=log, progress=progress_of(quiet)
+            loaded, run, skip_corrupt_checkpoint=skip_corrupt_checkpoint, tracker=tracker, progress=progress_of(quiet)
         )
     if not of_environment().writer:
         return
@@ -75,3 +111,26 @@ def search(
     )
     if not quiet:
         print(f"next: pgprune export {run}, or pgprune eval {run}", file=STDERR)
+
+
+def _open(
+    name: str, out: Path | None, overrides: list[str], sparsity: float | None, calibration: str | None
+) -> tuple[Recipe, Path]:
+    """Return the recipe of a name and its run directory; for a model, its run's recipe or a new one."""
+    options = {"budget.sparsity": sparsity, "calibration.corpus": calibration}
+    given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items() if value is not None]
+    if not is_model(name):
+        return opened(name, out, [*given, *overrides])
+    if sparsity is None:
+        raise UserError(
+            f"{name}: a model, not a recipe. Say how much to remove, for example: pgprune search {name} --sparsity 0.3"
+        )
+    from pgprune_cli.jobs.new_recipe import new_recipe, run_name
+
+    run = out or runs_folder() / run_name(name, sparsity)
+    if (run / RECIPE_FILE).exists():  # resumed with the values chosen then, whatever this machine has free now
+        from pgprune_cli.recipe.reader import load
+
+        return load(run / RECIPE_FILE, [*given, *overrides]), run
+    loaded, _ = new_recipe(name, sparsity=sparsity, calibration=calibration, overrides=overrides)
+    return loaded, run

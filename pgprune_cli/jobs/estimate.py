@@ -18,9 +18,9 @@ from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.search.texts import calibration_forward_passes, empty_text, repair_batches, scoring_batches
 
 BASIS = (
-    "These are estimates from the shapes of the model and the recipe, for a corpus with as much text as the recipe reads "
-    "at most. The time is that of the matrix products alone, at the rates measured on this machine just now: the search "
-    "takes longer. If other work keeps the machine busy, the rates mean little."
+    "These are estimates from the shapes of the model and the recipe, for a corpus with as much text as the recipe "
+    "reads at most. The time is that of the matrix products alone, at the rates just measured on this machine, so the "
+    "search takes longer. If other work keeps the machine busy, the rates mean little."
 )
 
 

@@ -40,7 +40,7 @@ def _share_of_process(gpus: list[torch.device]) -> list[torch.device]:
     ranks = on_this_machine()
     if ranks.world > len(gpus):
         raise UserError(
-            f"{ranks.world} processes on this machine, but only {len(gpus)} CUDA devices for them. Start fewer processes."
+            f"{ranks.world} processes on this machine, but only {len(gpus)} CUDA devices. Start fewer processes."
         )
     return gpus[ranks.rank * len(gpus) // ranks.world : (ranks.rank + 1) * len(gpus) // ranks.world]
 

@@ -83,7 +83,7 @@ def load_model(source: Source, dtype: str, device: str, weight_format: WeightFor
 
 
 def empty_model(name: str, dtype: str, weight_format: WeightFormat = "full") -> PrunableModel:
-    """Return the model as `load_prunable` would load it, without weights on the meta device ("auto": the config's dtype).
+    """Return the model as `load_prunable` would, without weights on the meta device ("auto": the config's dtype).
 
     For a model on the hub only the config is downloaded. Raises UserError if no config can be read.
     """
@@ -97,7 +97,7 @@ def load_tokenizer(source: Source) -> Any:
     """Return the model's tokenizer. Raises UserError if there is none."""
     from transformers import AutoTokenizer
 
-    from pgprune_cli.serving import modeling_pruned  # noqa: F401  (else transformers asks whether to run the export's)
+    from pgprune_cli.serving import modeling_pruned  # noqa: F401  (else transformers asks to run a copy)
 
     _check_files(source)
     arguments = {} if source.gguf is None else {"gguf_file": source.gguf}

@@ -70,7 +70,7 @@ class Shape:
         return MaskSpace(tuple(members))
 
     def model_mask(self, space: MaskSpace, mask: Tensor) -> ModelMask:
-        """Return a mask `(n,)` over the space's units as the masks of every layer. Blocks outside the space are kept."""
+        """Return a mask `(n,)` over the space's units as masks of every layer. Blocks outside the space are kept."""
         masks = {name: [torch.ones(count, dtype=torch.bool) for count in counts] for name, counts in self.units.items()}
         for family in space.families:
             for index, part in enumerate(space.per_layer(mask, family.name)):

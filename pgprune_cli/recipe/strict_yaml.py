@@ -92,6 +92,12 @@ Dumper.add_representer(str, Dumper.represent_str)
 Dumper.add_representer(tuple, Dumper.represent_tuple)
 
 
+def to_yaml(value: Any) -> str:
+    """Return a plain value or a list as YAML on one line, quoted where the reader would take it for something else."""
+    text: str = yaml.dump(value, Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=10**6)
+    return text.removesuffix("...\n").strip()
+
+
 def compose(text: str, place: Callable[[int], str]) -> yaml.Node | None:
     """The nodes of a YAML text, None of an empty one; raises UserError at `place(line)`."""
     try:

@@ -1,8 +1,8 @@
-"""`widths/` of a run: what the table of widths is made of, a file a layer, for as long as the search is not finished.
+"""The width table on disk, one file per layer, in the run directory until the search is finished.
 
-The repaired projections of all widths are larger than the model. They are mapped into memory and only read, so that the
-processes of a machine have one copy together, and the system drops of it what memory has no room for. A file is whole
-or absent; a layer whose file is there, whole, and of the same search is not solved again.
+The repaired projections of all widths are larger than the model. They are mapped into memory and only read, so the
+processes of one machine share a single copy, and the system drops what memory has no room for. A file is whole or
+absent. A layer whose file is whole and belongs to the same search is not solved again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ERRORS, ORDER = "errors", "order"
 
 
 def save_layer(run: Path, index: int, blocks: Mapping[str, BlockWidths], identity: str) -> None:
-    """One layer's widths, block by block, of the search that `identity` stands for. Raises OSError."""
+    """Write one layer's widths, block by block, for the search that `identity` stands for. Raises OSError."""
     tensors: dict[str, Tensor] = {}
     for name, block in blocks.items():
         tensors |= {f"{name}.{ERRORS}": block.errors, f"{name}.{ORDER}": block.order}
@@ -39,7 +39,7 @@ def save_layer(run: Path, index: int, blocks: Mapping[str, BlockWidths], identit
 
 
 def has_layer(run: Path, index: int, identity: str) -> bool:
-    """Whether a layer's file is there, of this search, and what was written: reads all of it."""
+    """Return whether a layer's file exists, is whole and belongs to this search. Reads all of it."""
     path = _path(run, index)
     if not path.exists():
         return False
@@ -51,40 +51,40 @@ def has_layer(run: Path, index: int, identity: str) -> bool:
 
 
 def load_layer(run: Path, index: int) -> dict[str, BlockWidths]:
-    """What `has_layer` has found or `save_layer` written: its tensors are on the CPU, and pages of the file.
+    """Return one layer's widths by block name. The tensors are on the CPU, mapped from the file.
 
-    Raises UserError for a file that is gone or cut.
+    Raises UserError for a file that is missing or truncated.
     """
-    found: dict[str, dict[str, Any]] = {}
+    blocks: dict[str, dict[str, Any]] = {}
     for name, tensor in read_tensors(_path(run, index)).items():
-        block, _, what = name.rpartition(".")
-        found.setdefault(block, {})[what] = tensor
+        block, _, key = name.rpartition(".")
+        blocks.setdefault(block, {})[key] = tensor
     return {
         name: BlockWidths(
             parts.pop(ERRORS), parts.pop(ORDER), {int(kept): parts[kept] for kept in sorted(parts, key=int)}
         )
-        for name, parts in found.items()
+        for name, parts in blocks.items()
     }
 
 
 def refuse_full_disk(run: Path, layers: int, needed: int) -> None:
-    """Raises RunError where `needed` bytes, all files of so many `layers` together, do not fit beside what is there."""
+    """Raise RunError if `needed` bytes, the files of all `layers`, do not fit on the disk besides those that exist."""
     missing = needed * sum(not _path(run, index).exists() for index in range(layers)) // layers
     free = shutil.disk_usage(run).free
     if missing > free:
         raise RunError(
-            f"{run / WIDTHS_FOLDER}: the repaired projections of all widths need {missing / 1e9:.1f} GB there while the "
-            f"search runs, and {free / 1e9:.1f} GB are free: make room, or give another place with --out"
+            f"{run / WIDTHS_FOLDER}: the width table needs {missing / 1e9:.1f} GB here while the search runs, but only "
+            f"{free / 1e9:.1f} GB are free. Free some space, or choose another directory with --out."
         )
 
 
 def remove_widths(run: Path) -> None:
-    """All of them: the search is finished. Raises OSError."""
+    """Remove the files of all layers, once the search is finished. Raises OSError."""
     folder = run / WIDTHS_FOLDER
     if folder.exists():
         for path in list(folder.iterdir()):
             path.unlink()
-        with suppress(OSError):  # on NFS a file that is still mapped keeps a name there until its process ends
+        with suppress(OSError):  # on NFS, a file that is still mapped keeps a name until its process ends
             folder.rmdir()
 
 
@@ -93,8 +93,8 @@ def _path(run: Path, index: int) -> Path:
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        found.update(tensor.contiguous().reshape(-1).view(uint8).numpy().data)
-    return found.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(uint8).numpy().data)
+    return digest.hexdigest()

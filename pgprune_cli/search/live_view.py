@@ -95,7 +95,7 @@ def curve(values: Sequence[float], width: int) -> str:
 
 
 def strip(fractions: Sequence[float], width: int) -> Text:
-    """Return fractions of 1 as bars, bluer the higher: one column per layer, or the mean of several if there are more."""
+    """Return fractions of 1 as bars, bluer the higher: one column per layer, or the mean of several layers."""
     text = Text()
     for value in _columns(fractions, width):
         pairs = zip(EMPTY_COLOUR, FULL_COLOUR, strict=True)

@@ -1,7 +1,7 @@
-"""`pgprune search --tracker NAME`: the rows of the history, for TensorBoard, Trackio or Weights & Biases too.
+"""Trackers for `pgprune search --tracker NAME`: TensorBoard, Trackio and Weights & Biases.
 
-Each gets the same metrics at the same steps. How a tracker is configured beyond that (where its data go, which account)
-is between it and its own environment variables.
+Each gets the same metrics at the same steps. Everything else (where its data go, which account) is configured through
+the tracker's own environment variables.
 """
 
 from __future__ import annotations
@@ -23,40 +23,42 @@ from pgprune_cli.run.provenance import read_provenance
 TrackerName = Literal["tensorboard", "trackio", "wandb"]
 
 MODULES: Mapping[TrackerName, str] = {"tensorboard": "tensorboardX", "trackio": "trackio", "wandb": "wandb"}
-"""What each is imported as; the extra of pgprune that installs it has the tracker's name."""
+"""The module of each tracker. The extra of pgprune that installs it has the tracker's name."""
 
 PROJECT = "pgprune"
 
 
 class Tracker(Protocol):
+    """Somewhere to log metrics."""
+
     def log(self, metrics: Mapping[str, float], step: int) -> None: ...
 
     def close(self) -> None: ...
 
 
 def check_installed(name: TrackerName) -> None:
-    """Raises UserError for a tracker whose package is not there."""
+    """Raise UserError for a tracker whose package is not installed."""
     if find_spec(MODULES[name]) is None:
-        raise UserError(f"--tracker {name} needs the extra: pip install 'pgprune[{name}]' ({MODULES[name]} is missing)")
+        raise UserError(f"--tracker {name} needs {MODULES[name]}: pip install 'pgprune[{name}]'")
 
 
 @contextmanager
 def tracking(
     name: TrackerName | None, run: Path, config: Mapping[str, Any], done: int
 ) -> Iterator[Callable[[Row], None]]:
-    """Gives what is to be told every row; nothing happens without a name.
+    """Yield a function that logs a history row; without a tracker it does nothing.
 
-    config: the recipe, as the tracker shows it; done: steps of before, where a search goes on. Raises UserError for a
-    tracker that is missing or will not begin.
+    config: the recipe, as the tracker shows it; done: steps that are done already, if the search is resumed. Raises
+    UserError for a tracker that is not installed or cannot start.
     """
     if name is None:
         yield lambda row: None
         return
     check_installed(name)
-    with redirect_stdout(sys.stderr):  # they greet, and stdout is for results
+    with redirect_stdout(sys.stderr):  # trackers print greetings, and stdout is for results
         try:
             tracker = TRACKERS[name](run, config, done)
-        except Exception as error:  # no account, no network, no disk: each has errors of its own
+        except Exception as error:  # no account, no network, no disk: each tracker has its own errors
             raise UserError(f"--tracker {name}: {' '.join(str(error).split())}") from error
     try:
         yield lambda row: tracker.log(metrics_of(row), row.step)
@@ -66,7 +68,7 @@ def tracking(
 
 
 def metrics_of(row: Row) -> dict[str, float]:
-    """A row as numbers with names, those of the history: `loss` is the samples' mean, `kept/<family>` counts units."""
+    """Return a row as named numbers: `loss` is the mean over the step's masks, `kept/<family>` counts kept units."""
     numbers = {
         "loss": row.mean_loss,
         "heldout_loss": row.heldout_loss,
@@ -87,7 +89,7 @@ class TensorBoard:
 
     def __init__(self, run: Path, config: Mapping[str, Any], done: int) -> None:
         writer = import_module(MODULES["tensorboard"]).SummaryWriter
-        # steps after the last checkpoint come again; a file's own name has the second only
+        # Steps after the last checkpoint are repeated; file names have a resolution of one second.
         purge = done + 1 if done else None
         self.writer = writer(str(run / TENSORBOARD_FOLDER), purge_step=purge, filename_suffix=f".{done}")
         if not done:
@@ -117,7 +119,7 @@ class Trackio:
 class WeightsAndBiases:
     def __init__(self, run: Path, config: Mapping[str, Any], done: int) -> None:
         module = import_module(MODULES["wandb"])
-        # the same run again where a search goes on, and another where its directory was made anew
+        # A resumed search continues its tracked run; a new directory of the same name starts another one.
         began = next((note["began"] for note in read_provenance(run)), "")
         identity = hashlib.sha256(f"{run.resolve()} {began}".encode()).hexdigest()[:16]
         self.run = module.init(

@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from pgprune_cli.model.families.adapter import gather_units
 from pgprune_cli.model.loading import devices_of
+from pgprune_cli.model.masks import columns_of
 
 
 class Tile(NamedTuple):

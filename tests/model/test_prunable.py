@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.families.adapter import gather_units
 from pgprune_cli.model.prunable import PrunableModel, Shape, UnitCosts
+from pgprune_cli.model.families.__init__ import family_of
 
 
 def prunable_parameters(config, **changes: int) -> int:

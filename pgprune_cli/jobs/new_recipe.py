@@ -1,0 +1,172 @@
+"""recipes new, search MODEL: a recipe for a model, with values that suit its size and this machine.
+
+Only the model's config is read (of a GGUF file the header), so this takes seconds and no memory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgprune_cli.estimate.memory import memory
+from pgprune_cli.estimate.sizes import Sizes, Texts
+from pgprune_cli.model.devices import devices_of
+from pgprune_cli.model.loading import check_prunable, empty_model
+from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.model.source import resolve
+from pgprune_cli.recipe.reader import load, shipped_folder
+from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.recipe.strict_yaml import to_yaml
+from pgprune_cli.search.texts import empty_text, repair_batches, scoring_batches
+
+_SECTIONS = ("", "calibration", "budget", "scores", "search", "repair", "evaluation")
+
+BASE = "_base"
+"""The shipped recipe that a new one extends."""
+
+SMALL_MODEL = 500_000_000
+"""Parameters up to which a search affords more text, and windows as short as its own."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A recipe key with its value, and a comment that says why ("" for none)."""
+
+    key: str
+    value: Any
+    comment: str = ""
+
+
+def new_recipe(
+    model: str, *, sparsity: float = 0.3, calibration: str | None = None, overrides: Sequence[str] = ()
+) -> tuple[Recipe, str]:
+    """Return a recipe that removes `sparsity` of a model's prunable parameters, and its text with comments.
+
+    model: as in recipes (a hub name, a directory, a GGUF file or `demo`); calibration: a corpus name or a file, c4 by
+    default; overrides: `KEY=VALUE`, as `--set` takes them. Raises UserError for a model that cannot be pruned.
+    """
+    check_prunable(resolve(model, weights=False))
+    dtype = _dtype()
+    empty = empty_model(model, dtype.value)
+    settings = [
+        Setting("model", model),
+        dtype,
+        *_text_settings(model, calibration),
+        Setting("budget.sparsity", sparsity, "fraction of the prunable parameters to remove"),
+        *_size_settings(empty),
+    ]
+    settings.sort(key=lambda setting: _SECTIONS.index(setting.key.rpartition(".")[0]))
+    recipe = _load(settings, overrides)
+    if weight_format := _weight_format(recipe, empty):
+        settings.insert(2, weight_format)
+        recipe = _load(settings, overrides)
+    return recipe, _text(settings, empty, sparsity)
+
+
+def run_name(model: str, sparsity: float) -> str:
+    """Return the name of the run directory of `search MODEL`: `SmolLM2-135M-30` for owner/SmolLM2-135M at 30 %."""
+    path = Path(model)
+    return f"{path.stem if path.suffix == '.gguf' else path.name}-{round(100 * sparsity):02}"
+
+
+def _dtype() -> Setting:
+    """Choose bfloat16 where the device computes in it; on other CPUs float32 is five times as fast."""
+    if devices_of("auto")[0].type == "cuda":
+        return Setting("dtype", "bfloat16")
+    has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    if has_bfloat16:
+        return Setting("dtype", "bfloat16", "this CPU has bfloat16 instructions")
+    return Setting("dtype", "float32", "this CPU has no bfloat16 instructions, float32 is faster")
+
+
+def _calibration_settings(calibration: str | None) -> list[Setting]:
+    if calibration is None:
+        return [
+            Setting("calibration.corpus", "c4", "or a .txt, .jsonl or .parquet file that is like what you will run")
+        ]
+    corpus = str(Path(calibration).expanduser().resolve()) if Path(calibration).expanduser().exists() else calibration
+    return [Setting("calibration.corpus", corpus, "keep it apart from the text that you evaluate on")]
+
+
+def _size_settings(model: PrunableModel) -> list[Setting]:
+    """Choose window lengths that the model can read, and more text for small models."""
+    longest = getattr(model.config, "max_position_embeddings", None) or 2048
+    settings = []
+    if longest < 128:
+        settings.append(Setting("calibration.seqlen", longest, "the model reads no more tokens at once"))
+    if _parameters(model) <= SMALL_MODEL:
+        settings += [
+            Setting("scores.windows", 384),
+            Setting("scores.seqlen", min(128, longest), "as the windows of the search"),
+            Setting("search.forward_passes", 256),
+            Setting("repair.windows", 1024, "a small model affords more text"),
+        ]
+    elif longest < 1024:
+        settings.append(Setting("scores.seqlen", longest, "the model reads no more tokens at once"))
+    if longest < 2048:
+        lengths = sorted({min(128, longest), longest})
+        settings.append(Setting("evaluation.seqlen", lengths, "the model reads no more tokens at once"))
+    return settings
+
+
+def _weight_format(recipe: Recipe, model: PrunableModel) -> Setting | None:
+    """Choose int8 if the search needs more memory than is free; None if it fits, or if that would not help."""
+    devices = devices_of("auto")
+    free = _free_bytes(devices)
+    text = empty_text(recipe)
+    batches = Texts(
+        scoring_batches(recipe, text),
+        repair_batches(recipe, text),
+        text.search[: recipe.calibration.batch],
+        text.heldout,
+    )
+    needed = memory(Sizes(model, recipe), batches).device
+    if needed <= free:
+        return None
+    comment = f"in full it would need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on {devices[0].type}"
+    return Setting("weight_format", "int8", comment)
+
+
+def _free_bytes(devices: Sequence[torch.device]) -> int:
+    if devices[0].type == "cuda":
+        return sum(torch.cuda.mem_get_info(device)[0] for device in devices)
+    import psutil
+
+    return int(psutil.virtual_memory().available)
+
+
+def _load(settings: Sequence[Setting], overrides: Sequence[str]) -> Recipe:
+    """Build the recipe through the reader, which checks every value."""
+    own = [f"{setting.key}={json.dumps(setting.value, ensure_ascii=False)}" for setting in settings]
+    return load(shipped_folder() / f"{BASE}.yaml", [*own, *overrides])
+
+
+def _parameters(model: PrunableModel) -> int:
+    return sum(parameter.numel() for parameter in model.module.parameters())
+
+
+def _text(settings: Sequence[Setting], model: PrunableModel, sparsity: float) -> str:
+    """Return the recipe as YAML: a comment that describes it, then the settings, section by section."""
+    units = model.shape.units
+    heads, channels = (max(units[block.name]) for block in model.family.blocks)
+    lines = [
+        f"# {settings[0].value} with {sparsity:.0%} of its prunable parameters removed.",
+        f"# {_parameters(model) / 1e6:,.1f} M parameters; {model.shape.layers} layers of {heads} KV heads and "
+        f"{channels:,} FFN channels.",
+        "#     pgprune search THIS_FILE",
+        f"extends: {BASE}  # every key that is not here keeps its value there: pgprune recipes show THIS_FILE",
+    ]
+    section = ""
+    for setting in settings:
+        name, _, key = setting.key.rpartition(".")
+        if name != section and name:
+            lines.append(f"{name}:")
+        section = name
+        comment = f"  # {setting.comment}" if setting.comment else ""
+        lines.append(f"{'  ' if name else ''}{key}: {to_yaml(setting.value)}{comment}")
+    return "\n".join(lines) + "\n"
