@@ -119,7 +119,7 @@ def moments(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
 
 
 def error_roots(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
-    """Return the FLOPs of the curvature, its eigenvectors, and R of the layers after the middle (forward/curvature.py)."""
+    """Return the FLOPs of the curvature, its eigenvectors, and R of the later layers (forward/curvature.py)."""
     windows, h = curvature_windows(batches), sizes.hidden
     tokens = tokens_in(windows)
     weighted_layers = sum(SHARE * (2 * index / max(1, sizes.layers - 1) - 1) > 0 for index in range(sizes.layers))

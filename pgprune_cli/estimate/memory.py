@@ -120,7 +120,7 @@ def observing_bytes(sizes: Sizes, tokens: int) -> int:
 
 
 def backward_bytes(sizes: Sizes, tokens: Tensor) -> int:
-    """Return the bytes of a backward pass: gradients of the weights, activations of all layers, logits, their gradient."""
+    """Return the bytes of a backward pass: gradients, activations of all layers, logits and their gradient."""
     weights = sum(block.nbytes for block in sizes.blocks)
     logits = tokens.numel() * sizes.vocabulary * (8 + sizes.dtype.itemsize)
     return weights + sizes.layers * layer_bytes(sizes, tokens.numel()) + logits

@@ -1,4 +1,4 @@
-"""The sizes that the estimates are computed from: of the model (on the meta device will do), the recipe and its text."""
+"""The sizes that the estimates are computed from: of the model (which may be on the meta device), recipe and text."""
 
 from __future__ import annotations
 

@@ -25,10 +25,10 @@ class BatchSplitter:
         self.max_windows: int | None = None
 
     def run_slices(self, windows: int, run: Callable[[slice], None]) -> None:
-        """Call `run` for consecutive slices of `windows` windows. A slice that runs out of memory is halved and retried.
+        """Call `run` for consecutive slices of `windows` windows.
 
-        When `run` raises torch.OutOfMemoryError it must not have recorded anything for its slice. Raises RunError if
-        one window does not fit.
+        A slice that runs out of memory is halved and retried. When `run` raises torch.OutOfMemoryError it must not have
+        recorded anything for its slice. Raises RunError if one window does not fit.
         """
         done = 0
         while done < windows:

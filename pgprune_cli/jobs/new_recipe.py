@@ -84,11 +84,11 @@ def _dtype() -> Setting:
     return Setting("dtype", "float32", "this CPU has no bfloat16 instructions, float32 is faster")
 
 
-def _calibration_settings(calibration: str | None) -> list[Setting]:
+def _text_settings(model: str, calibration: str | None) -> list[Setting]:
+    if calibration is None and model == "demo":  # its language is its own
+        return [Setting("calibration.corpus", "demo"), Setting("evaluation.corpora", ["demo"])]
     if calibration is None:
-        return [
-            Setting("calibration.corpus", "c4", "or a .txt, .jsonl or .parquet file that is like what you will run")
-        ]
+        return [Setting("calibration.corpus", "c4", "or a .txt, .jsonl or .parquet file with text like yours")]
     corpus = str(Path(calibration).expanduser().resolve()) if Path(calibration).expanduser().exists() else calibration
     return [Setting("calibration.corpus", corpus, "keep it apart from the text that you evaluate on")]
 

@@ -292,7 +292,7 @@ def _check_files(source: Source) -> None:
 
 
 def _refuse_mismatches(source: Source, missing: Iterable[str], mismatched: Iterable[tuple[str, Any, Any]]) -> None:
-    """Raise UserError for weights whose shape is not the config's, and for missing ones, which transformers makes up."""
+    """Raise UserError for weights of other shapes than the config's, and for missing ones."""
     if by_name := sorted(mismatched):
         name, stored, expected = by_name[0]
         raise UserError(

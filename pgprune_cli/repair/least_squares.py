@@ -1,4 +1,4 @@
-"""Closed-form repair: the kept columns of the output projections, refitted by least squares to the whole block's output.
+"""Closed-form repair: the kept columns of the output projections, refitted to the output of the whole block.
 
 With C = E[x xᵀ] the second moments of the output projection's inputs, collected behind the already pruned layers, and S
 the kept columns:   W_S ← (W C[:,S] + λ W_S) (C[S,S] + λ I)⁻¹.   This takes forward passes and one Cholesky factor per

@@ -1,7 +1,7 @@
 """The table of metrics, and `score`, which applies one of them to a model.
 
-To add a metric, write `scores/<name>.py` with a function from `BlockStatistics` to `(units,)` float64 where higher means
-more important. Add it to METRICS, add to NEEDS what it reads from calibration text, and add its name to `MetricName` in
+To add a metric, write `scores/<name>.py` with a function from `BlockStatistics` to `(units,)` float64 ; higher means more
+important. Add it to METRICS, add to NEEDS what it reads from calibration text, and add its name to `MetricName` in
 `recipe/schema.py`.
 """
 
@@ -54,7 +54,7 @@ def score(
     only: Collection[int] | None = None,
     progress: LayerProgress = NO_PROGRESS,
 ) -> dict[str, Tensor]:
-    """Return the scores of every unit: `layers.<l>.attention` `(KV heads,)` and `layers.<l>.ffn` `(channels,)`, float64.
+    """Return every unit's score: `layers.<l>.attention` `(KV heads,)` and `layers.<l>.ffn` `(channels,)`, float64.
 
     batches: tokens `(B, T)`, read only for a calibrated metric; only: if given, score just these layers. Raises
     ValueError if a calibrated metric gets no text.
@@ -75,7 +75,7 @@ def score_name(layer: int, block: str) -> str:
 
 
 def flat_scores(scores: dict[str, Tensor], space: MaskSpace) -> Tensor:
-    """Return scores along the flat axis of the space: `(n,)` float64. A whole block or layer scores the sum of its units."""
+    """Return scores along the space's flat axis: `(n,)` float64. A whole block or layer scores the sum of its units."""
     parts = []
     for family in space.families:
         for layer in range(len(family.counts)):

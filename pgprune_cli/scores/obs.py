@@ -17,7 +17,7 @@ active, fewer tokens than inputs), and columns that are collinear on the calibra
 
 
 def obs(block: BlockStatistics) -> Tensor:
-    """Return the error of the output projection at the moment each unit is removed, in greedy order: `(units,)` float64.
+    """Return the error of the output projection by the time each unit is removed, in greedy order: `(units,)` float64.
 
     Errors are relative to the residual stream, so that layers can be compared, and weighted by how much the loss feels
     each direction (forward/curvature.py). NaN if the covariance is not finite. Raises ValueError without a covariance.
