@@ -55,7 +55,8 @@ class ErrorRoots:
         if not share:
             return torch.eye(len(self.values), dtype=torch.float64, device=self.values.device)
         mixed = 1.0 + share * (self.values.clamp_min(0.0) - 1.0)
-        return (self.vectors * mixed.sqrt()) @ self.vectors.T
+        root: Tensor = (self.vectors * mixed.sqrt()) @ self.vectors.T
+        return root
 
 
 def error_roots(model: PrunableModel, batches: Sequence[Tensor], progress: LayerProgress = NO_PROGRESS) -> ErrorRoots:

@@ -152,6 +152,7 @@ def cholesky(system: Tensor) -> Tensor:
     """
     if not system.isfinite().all():
         raise RunError("the activations on the calibration text are not finite. Try dtype float32 or bfloat16.")
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(system)
     extra = system.diagonal().mean() * 1e-6
     while failed:

@@ -1,8 +1,8 @@
 """The table of metrics, and `score`, which applies one of them to a model.
 
-To add a metric, write `scores/<name>.py` with a function from `BlockStatistics` to `(units,)` float64 ; higher means more
-important. Add it to METRICS, add to NEEDS what it reads from calibration text, and add its name to `MetricName` in
-`recipe/schema.py`.
+To add a metric, write `scores/<name>.py` with a function from `BlockStatistics` to `(units,)` float64, where higher
+means more important. Add it to METRICS, add to NEEDS what it reads from calibration text, and add its name to
+`MetricName` in `recipe/schema.py`.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ class BlockStatistics:
 
     def per_unit(self, columns: Tensor) -> Tensor:
         """Sum one value per input of the output projection, `(in,)`, over each unit: `(units,)` float64."""
-        return columns.double().unflatten(0, (self.units, -1)).sum(1)
+        sums: Tensor = columns.double().unflatten(0, (self.units, -1)).sum(1)
+        return sums
 
 
 class Collector(Protocol):

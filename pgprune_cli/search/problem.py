@@ -47,7 +47,7 @@ class Problem:
         batches = heldout.split(self.context.recipe.calibration.batch)
         share = [batches[index] for index in ranks.share(len(batches))]
         own = [float(self.context.evaluator.losses([model_mask], tokens, [outputs])[0]) for tokens in share]
-        losses = ranks.gathered(torch.tensor(own, dtype=torch.float64), len(batches)).tolist()
+        losses: list[float] = ranks.gathered(torch.tensor(own, dtype=torch.float64), len(batches)).tolist()
         return sum(loss * len(tokens) for loss, tokens in zip(losses, batches, strict=True)) / len(heldout)
 
 
@@ -66,7 +66,7 @@ def _unit_policy(context: SearchContext, space: MaskSpace, budget: Budget, score
 
 
 def _width_policy(context: SearchContext, space: MaskSpace, budget: Budget, scores: Scores) -> WidthPolicy:
-    by_block = {
+    by_block: dict[tuple[int, str], Tensor] = {
         (layer, block): scores.tensors[score_name(layer, block)]
         for block in context.recipe.units.families
         for layer in range(context.model.shape.layers)

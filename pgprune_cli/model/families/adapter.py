@@ -162,6 +162,7 @@ def gather_units(tensor: Tensor, axis: int, kept: Tensor, units: int) -> Tensor:
     width = tensor.shape[axis] // units
     if width == 1:
         # Rows of the transposed matrix are contiguous: on a CPU that is three times as fast as picking columns.
-        return tensor.movedim(axis, 0).index_select(0, kept).movedim(0, axis)
+        picked: Tensor = tensor.movedim(axis, 0).index_select(0, kept).movedim(0, axis)
+        return picked
     runs = tensor.unflatten(axis, (units, width))
     return runs.index_select(axis, kept).flatten(axis, axis + 1)
