@@ -54,10 +54,10 @@ def export(
         bool,
         typer.Option("--pad-empty-attention", help="A KV head that adds nothing where a layer has none, for vLLM."),
     ] = False,
-    kv_multiple: Annotated[
+    pad_kv_heads: Annotated[
         int, typer.Option(min=1, metavar="N", help="Pad KV heads to a multiple, with zeros; or all of them.")
     ] = 1,
-    ffn_multiple: Annotated[
+    pad_ffn: Annotated[
         int, typer.Option(min=1, metavar="N", help="Pad FFN channels to a multiple, with zeros; or all of them.")
     ] = 1,
     push: Annotated[
@@ -77,7 +77,7 @@ def export(
     refuse_unfinished(run)  # before seconds go by in imports
     from pgprune_cli.jobs import export as job
 
-    options = job.options_of(format, dtype, shard_size, pad_empty_attention, kv_multiple, ffn_multiple)
+    options = job.options_of(format, dtype, shard_size, pad_empty_attention, pad_kv_heads, pad_ffn)
     out = job.target(run, out, format)
     if dry_run:
         planned = job.plan(run, options, format)

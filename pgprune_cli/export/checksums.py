@@ -1,6 +1,6 @@
-"""What says that an exported directory is as it was written: SHA256SUMS, which `sha256sum --check` reads as well.
+"""Checksums of an exported directory: SHA256SUMS, which `sha256sum --check` reads as well.
 
-The code in it is held to more: it must be a file that some pgprune shipped, whatever SHA256SUMS says of it.
+Code in the directory is checked more strictly: it must be a file that pgprune ships, whatever SHA256SUMS says.
 """
 
 from __future__ import annotations
@@ -14,75 +14,75 @@ from pgprune_cli.storage.atomic import write_bytes
 from pgprune_cli.storage.records import checksum, read_json
 
 CHECKSUMS_FILE = "SHA256SUMS"
-CARD = "README.md"
-"""Not in the list: it is there for people to edit."""
+MODEL_CARD = "README.md"
+"""Not listed in SHA256SUMS, because people may edit it."""
 
 CODE = {
-    "modeling_pruned.py": ("08901e45e802b4adb51ed07dc8394b75a94433fbf10f42d907c24ef7cc2cb68f",),
-    "modeling_mlx.py": ("fcdd4f2e28c29db30c0763c904a8f2bf02b8817a96f92e47f73c761c383b9787",),
+    "modeling_pruned.py": "08901e45e802b4adb51ed07dc8394b75a94433fbf10f42d907c24ef7cc2cb68f",
+    "modeling_mlx.py": "fcdd4f2e28c29db30c0763c904a8f2bf02b8817a96f92e47f73c761c383b9787",
 }
-"""The sha256 of every version of the files that run where an export is loaded, the newest first."""
+"""The sha256 of each file that runs when an export is loaded."""
 
 
 def write_checksums(directory: Path) -> None:
-    """Lists every file below `directory` but the card."""
+    """Write SHA256SUMS, which lists every file below `directory` except the model card."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     names = [path.relative_to(directory).as_posix() for path in paths]
-    lines = [f"{checksum(directory / name)}  {name}\n" for name in names if name != CARD]
+    lines = [f"{checksum(directory / name)}  {name}\n" for name in names if name != MODEL_CARD]
     write_bytes(directory / CHECKSUMS_FILE, "".join(lines).encode())
 
 
 def faults_of(directory: Path) -> Iterator[str]:
-    """What is not as it was written, and what would run that pgprune did not put there; a line each."""
+    """Yield one line for every file that is missing or changed, and for code that pgprune does not ship."""
     try:
         checksums = _read(directory / CHECKSUMS_FILE)
     except UserError as error:
         yield str(error)
         checksums = {}
-    for name, wanted in checksums.items():
+    for name, expected in checksums.items():
         path = directory / name
         if not path.is_file():
-            yield f"{path}: missing"
-        elif checksum(path) != wanted:
-            yield f"{path}: not what was written (another sha256 than in {CHECKSUMS_FILE})"
+            yield f"{path}: missing. Export again."
+        elif checksum(path) != expected:
+            yield f"{path}: changed since the export (its sha256 is not the one in {CHECKSUMS_FILE}). Export again."
     yield from _foreign_code(directory)
 
 
 def _read(path: Path) -> dict[str, str]:
-    """sha256 by file name. Raises UserError."""
+    """Return the sha256 of every file by its name. Raises UserError if SHA256SUMS is missing or damaged."""
     if not path.exists():
-        raise UserError(f"{path}: missing, and nothing else says what the files were; export again")
+        raise UserError(f"{path}: missing, so the files cannot be checked. Export again.")
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = [re.fullmatch(r"([0-9a-f]{64})  ([^/\\]+(?:/[^/\\]+)*)", line) for line in lines]
-    checksums = {match[2]: match[1] for match in found if match and ".." not in match[2].split("/")}
+    matches = [re.fullmatch(r"([0-9a-f]{64})  ([^/\\]+(?:/[^/\\]+)*)", line) for line in lines]
+    checksums = {match[2]: match[1] for match in matches if match and ".." not in match[2].split("/")}
     if len(checksums) != len(lines) or not checksums:
-        raise UserError(f"{path}: damaged: a line is not a sha256, two spaces and a file name; export again")
+        raise UserError(f"{path}: damaged: each line must be a sha256, two spaces and a file name. Export again.")
     return checksums
 
 
 def _foreign_code(directory: Path) -> Iterator[str]:
     for path in sorted(directory.rglob("*.py")):
-        known = CODE.get(path.relative_to(directory).as_posix())
-        if known is None:
-            yield f"{path}: code that pgprune did not put there"
-        elif checksum(path) not in known:
-            yield f"{path}: not the code that pgprune put there, nor any that it ever did"
+        expected = CODE.get(path.relative_to(directory).as_posix())
+        if expected is None:
+            yield f"{path}: code that pgprune did not write. Remove it."
+        elif checksum(path) != expected:
+            yield f"{path}: not the code that pgprune ships under this name. Export again."
     for name in ("config.json", "tokenizer_config.json"):
-        for file in _code_named_by(directory / name):
+        for file in _code_named_in(directory / name):
             if file not in CODE:
-                yield f"{directory / name}: tells runtimes to run {file}, which is not pgprune's"
+                yield f"{directory / name}: tells runtimes to run {file}, which is not from pgprune. Export again."
 
 
-def _code_named_by(path: Path) -> Iterator[str]:
-    """The files that a config tells a runtime to run."""
+def _code_named_in(path: Path) -> Iterator[str]:
+    """Yield the files that a config tells a runtime to run."""
     try:
         config = read_json(path)
-    except UserError:  # no config names no code
+    except UserError:  # not a config, so it names no code
         return
-    named = config.get("auto_map") or {}
-    for classes in named.values() if isinstance(named, dict) else [named]:
+    auto_map = config.get("auto_map") or {}
+    for classes in auto_map.values() if isinstance(auto_map, dict) else [auto_map]:
         for name in classes if isinstance(classes, list) else [classes]:
-            if name is not None:  # of a tokenizer's two classes, one may be absent
+            if name is not None:  # a tokenizer lists two classes, and one may be absent
                 yield f"{str(name).rpartition('.')[0]}.py"
     if "model_file" in config:
         yield str(config["model_file"])

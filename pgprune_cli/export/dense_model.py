@@ -1,6 +1,6 @@
-"""The base of an export: its config, and its tensors shard by shard, never more than one shard in memory.
+"""The base model of an export: its config, and its tensors, with never more than one shard in memory.
 
-A GGUF base is the exception: transformers unpacks it as a whole.
+A GGUF model is the exception: transformers unpacks it as a whole.
 """
 
 from __future__ import annotations
@@ -26,171 +26,195 @@ from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import PrunableModel, Shape
 from pgprune_cli.model.source import Source
 from pgprune_cli.run.decision import Decision
+from pgprune_cli.run.layout import DECISION_RECORD
 from pgprune_cli.storage.records import read_json, write_json
 
-SIDE_FILES = (
+AUXILIARY_FILES = (
     *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
     *("chat_template*", "additional_chat_templates/*.jinja", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"),
 )
-"""What is copied from a base directory as it is."""
+"""Patterns of the files that are copied unchanged from the base model's directory: tokenizer, template, licence."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A run of the base's tensors: meta tensors of their shapes and dtypes, and a context that gives them by name."""
+    """Some tensors of the base model that are read together.
+
+    tensors: by name, on the meta device; open: a context manager that gives a function from a name to its tensor.
+    """
 
     tensors: Mapping[str, Tensor]
     open: Callable[[], AbstractContextManager[Callable[[str], Tensor]]]
 
 
 @dataclass(frozen=True)
-class Base:
-    """A dense model as files: `json` is its config.json, `config` what transformers reads it as."""
+class DenseModel:
+    """A dense model as files.
+
+    json: its config.json; config: the transformers config read from it; write_auxiliary_files: puts tokenizer, chat
+    template and licence into a directory.
+    """
 
     json: dict[str, Any]
     config: Any
     shape: Shape
     shards: tuple[Shard, ...]
-    write_side_files: Callable[[Path], None]
+    write_auxiliary_files: Callable[[Path], None]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Meta tensors of all that the base holds, by name, shard after shard."""
+        """Every tensor by name, on the meta device, shard after shard."""
         return {name: tensor for shard in self.shards for name, tensor in shard.tensors.items()}
 
     def read(self, names: Iterable[str]) -> Iterator[Tensor]:
-        """These tensors in turn. One shard is open at a time, so names had best come shard by shard."""
-        places = {name: place for place, shard in enumerate(self.shards) for name in shard.tensors}
-        for place, run in groupby(names, places.__getitem__):
-            with self.shards[place].open() as tensor:
-                yield from map(tensor, run)
+        """Yield these tensors in turn. One shard is open at a time, so reading is fastest in the order of `tensors`."""
+        shard_of = {name: index for index, shard in enumerate(self.shards) for name in shard.tensors}
+        for index, names_in_shard in groupby(names, shard_of.__getitem__):
+            with self.shards[index].open() as tensor:
+                yield from map(tensor, names_in_shard)
 
 
-def open_dense_model(source: Source, decision: Decision) -> Base:
-    """Raises UserError where the base is quantised, incomplete, or not of the decision's sizes."""
+def open_dense_model(source: Source, decision: Decision) -> DenseModel:
+    """Return the base model that a decision was made for.
+
+    Raises UserError if it is quantised or incomplete, or does not have the sizes of the decision.
+    """
     base, model = _from_directory(source) if source.gguf is None else _from_gguf(source, decision)
-    _check(source.name, base, model, decision.model_mask)
+    _check_sizes(source.name, base, decision.model_mask)
+    _check_tensors(source.name, base, model)
     return base
 
 
-def _from_directory(source: Source) -> tuple[Base, nn.Module]:
+def _from_directory(source: Source) -> tuple[DenseModel, nn.Module]:
     from transformers import AutoModelForCausalLM
 
     build: Any = AutoModelForCausalLM.from_config
-    given = read_json(source.directory / "config.json")
-    if "quantization_config" in given:
-        raise UserError(f"{source.name}: holds quantised weights, which cannot be cut; export from the original ones")
+    config_json = read_json(source.directory / "config.json")
+    if "quantization_config" in config_json:
+        raise UserError(
+            f"{source.name}: holds quantised weights, which cannot be exported from. Export from the original model."
+        )
     config = read_config(source)
     try:
         with torch.device("meta"):
             model = build(config)
-    except Exception as error:  # of dozens of kinds
-        raise UserError(f"{source.name}: its config.json cannot be used: {reason_of(error)}") from error
-    files = source.weight_files()
-    shards = [_shard_of(path) for path in files]
+    except Exception as error:  # transformers raises dozens of kinds for configs that are wrong
+        raise UserError(f"{source.name}: no model can be built from its config.json: {reason_of(error)}.") from error
     shape = PrunableModel.of(model).shape
-    if config.tie_word_embeddings and _is_duplicate(shards, shape.family):
+    shards = [_open_shard(path, shape.family) for path in source.weight_files()]
+    if config.tie_word_embeddings and _head_equals_embedding(shards, shape.family):
         shards = [_without(shard, shape.family.head_weight) for shard in shards]
 
-    def write_side_files(directory: Path) -> None:
-        for path in side_files(source.directory):
+    def write_auxiliary_files(directory: Path) -> None:
+        for path in auxiliary_files(source.directory):
             target = directory / path.relative_to(source.directory)
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
-        drop_code(directory / "tokenizer_config.json")
+        remove_code_references(directory / "tokenizer_config.json")
 
-    return Base(given, config, shape, tuple(shards), write_side_files), model
-
-
-def side_files(directory: Path) -> list[Path]:
-    """What of a base directory is copied as it is: no code, which would run where the export is trusted."""
-    found = {path for pattern in SIDE_FILES for path in directory.glob(pattern)}
-    return sorted(path for path in found if path.is_file() and path.suffix != ".py")
+    return DenseModel(config_json, config, shape, tuple(shards), write_auxiliary_files), model
 
 
-def drop_code(path: Path) -> None:
-    """Takes the classes that a tokenizer's config would have loaded from code out of it."""
+def auxiliary_files(directory: Path) -> list[Path]:
+    """Return the files that are copied unchanged. Code is not: it would run on the machine of anyone who trusts it."""
+    matches = {path for pattern in AUXILIARY_FILES for path in directory.glob(pattern)}
+    return sorted(path for path in matches if path.is_file() and path.suffix != ".py")
+
+
+def remove_code_references(path: Path) -> None:
+    """Remove `auto_map` from a tokenizer's config: it names classes in code that is not copied."""
     try:
         config = read_json(path)
-    except UserError:  # absent, or no config that could name any
+    except UserError:  # absent or not JSON, so it names no code either
         return
     if config.pop("auto_map", None) is not None:
         write_json(path, config)
 
 
-def _shard_of(path: Path) -> Shard:
+def _open_shard(path: Path, family: ModelFamily) -> Shard:
     from safetensors import SafetensorError, safe_open
 
     @contextmanager
-    def tensors() -> Iterator[Callable[[str], Tensor]]:
+    def reader() -> Iterator[Callable[[str], Tensor]]:
         with safe_open(path, framework="pt") as file:
             yield file.get_tensor
 
+    computed = f"{family.rotary.rpartition('.')[2]}.inv_freq"  # stored by old checkpoints, computed today
     try:
         with safe_open(path, framework="pt") as file:
-            # Old checkpoints hold rotary_emb.inv_freq; it is computed nowadays.
-            found = {
-                name: _described(path, name, file.get_slice(name))
+            tensors = {
+                name: _meta_tensor(path, name, file.get_slice(name))
                 for name in file.keys()  # noqa: SIM118
-                if not name.endswith("rotary_emb.inv_freq")
+                if not name.endswith(computed)
             }
     except SafetensorError as error:
-        raise UserError(f"{path}: damaged or not safetensors ({error})") from None
-    return Shard(found, tensors)
+        raise UserError(f"{path}: damaged or not safetensors ({error}). Fetch the model again.") from None
+    return Shard(tensors, reader)
 
 
-def _described(path: Path, name: str, part: Any) -> Tensor:
-    """The meta tensor of a slice that the safetensors library gives."""
+def _meta_tensor(path: Path, name: str, part: Any) -> Tensor:
+    """Return a meta tensor like `part`, a slice of the safetensors library."""
     if part.get_dtype() not in DTYPES:
         raise UserError(
-            f"{path}: {name} is of dtype {part.get_dtype()}; weights that can be cut are {', '.join(DTYPES)}"
+            f"{path}: {name} has the dtype {part.get_dtype()}, which cannot be exported. "
+            f"Supported dtypes are {', '.join(DTYPES)}."
         )
     return torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
 
 
-def _is_duplicate(shards: list[Shard], family: ModelFamily) -> bool:
-    """Whether the head holds what the embedding holds. Where it differs, transformers does not tie them either."""
-    pair = []
-    for wanted in (family.embedding_weight, family.head_weight):
+def _head_equals_embedding(shards: list[Shard], family: ModelFamily) -> bool:
+    """Return True if the files hold the head, and it equals the embedding. If it differs, transformers unties them."""
+    tensors = []
+    for name in (family.embedding_weight, family.head_weight):
         for shard in shards:
-            if wanted in shard.tensors:
+            if name in shard.tensors:
                 with shard.open() as read:
-                    pair.append(read(wanted))
-    return len(pair) == 2 and torch.equal(*pair)
+                    tensors.append(read(name))
+    return len(tensors) == 2 and torch.equal(*tensors)
 
 
 def _without(shard: Shard, name: str) -> Shard:
     return Shard({key: tensor for key, tensor in shard.tensors.items() if key != name}, shard.open)
 
 
-def _from_gguf(source: Source, decision: Decision) -> tuple[Base, nn.Module]:
+def _from_gguf(source: Source, decision: Decision) -> tuple[DenseModel, nn.Module]:
     dtype = yaml.safe_load(decision.recipe)["dtype"]
     model: Any = load_model(source, dtype, "cpu")
-    given = json.loads(model.config.to_json_string())
-    given |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
+    config_json = json.loads(model.config.to_json_string())
+    config_json |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
     shape = PrunableModel.of(model).shape
     tensors = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         tensors.pop(shape.family.head_weight, None)
 
-    def write_side_files(directory: Path) -> None:
+    def write_auxiliary_files(directory: Path) -> None:
         load_tokenizer(source).save_pretrained(directory)
         model.generation_config.save_pretrained(directory)
 
     meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
     shard = Shard(meta, lambda: nullcontext(tensors.__getitem__))
-    return Base(given, model.config, shape, (shard,), write_side_files), model
+    return DenseModel(config_json, model.config, shape, (shard,), write_auxiliary_files), model
 
 
-def _check(name: str, base: Base, model: nn.Module, keep: ModelMask) -> None:
-    """Raises UserError unless the decision and the weights have the sizes that the config says."""
-    decided = {name: tuple(len(layer.of(name)) for layer in keep) for name in base.shape.units}
+def _check_sizes(name: str, base: DenseModel, model_mask: ModelMask) -> None:
+    """Raise UserError unless the decision has the layers and units of the base model."""
+    decided = {block: tuple(len(layer.of(block)) for layer in model_mask) for block in base.shape.units}
     if decided != base.shape.units:
-        raise UserError(f"{name}: has other layers, KV heads or FFN channels than the decision was made for")
-    found = base.tensors
+        units = " or ".join(block.unit_name for block in base.shape.family.blocks)
+        raise UserError(
+            f"{name}: has other numbers of layers, {units} than {DECISION_RECORD}. "
+            "Export the run that searched this model."
+        )
+
+
+def _check_tensors(name: str, base: DenseModel, model: nn.Module) -> None:
+    """Raise UserError unless the files hold the tensors of `model`, which was built from the config."""
+    stored, head = base.tensors, base.shape.family.head_weight
     for key, tensor in model.state_dict().items():
-        if key == base.shape.family.head_weight and key not in found and base.config.tie_word_embeddings:
+        if key == head and key not in stored and base.config.tie_word_embeddings:
             continue
-        if key not in found or found[key].shape != tensor.shape:
-            shape = "is missing" if key not in found else f"has the shape {tuple(found[key].shape)}"
-            raise UserError(f"{name}: the tensor {key} {shape}; by the config it should be {tuple(tensor.shape)}")
+        if key not in stored or stored[key].shape != tensor.shape:
+            fault = "is missing" if key not in stored else f"has the shape {tuple(stored[key].shape)}"
+            raise UserError(
+                f"{name}: the tensor {key} {fault}. By config.json it should have the shape {tuple(tensor.shape)}."
+            )

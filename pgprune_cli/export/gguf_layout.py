@@ -1,8 +1,8 @@
-"""How a pruned model stands in a GGUF file: the architecture it claims, its sizes, and what becomes of every tensor.
+"""The layout of a GGUF export: its architecture, its sizes, and where every tensor goes.
 
-Layers that are all alike make a stock file (`llama`, `qwen2`, `qwen3`), which every reader of GGUF knows. Other ones
-make a `deci` file: llama.cpp's architecture whose layers have their own numbers of heads, KV heads and channels. It is
-a Llama in all else.
+A model whose layers all have the same sizes becomes a stock file (`llama`, `qwen2`, `qwen3`), which every program that
+reads GGUF knows. Any other becomes a `deci` file: llama.cpp's architecture whose layers each have their own numbers of
+heads, KV heads and channels, and which otherwise is a Llama.
 """
 
 from __future__ import annotations
@@ -17,141 +17,165 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.export.shapes import Needs
-from pgprune_cli.export.surgery import Cut, Surgery
+from pgprune_cli.export.shapes import ShapeRequirements
+from pgprune_cli.export.surgery import Surgery, TensorEdit
 from pgprune_cli.model.families.adapter import ModelFamily
 
-NEEDS = Needs(attention="first", ffn="every", ffn_multiple=32)
-"""llama.cpp takes the whole model's size of the cache from the first layer, so that it needs a head. A `deci` layer
-without channels forgets what its attention put out. And a block of Q8_0 and its like is 32 weights."""
-
-STOCK = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
-"""llama.cpp's architecture by the model type of the base, where all layers are alike."""
+REQUIREMENTS = ShapeRequirements(attention="first", ffn="every", pad_ffn=32)
+"""llama.cpp takes the size of the whole cache from the first layer, so that layer needs a head. In a `deci` layer
+without channels it drops the output of the attention. And the blocks of Q8_0 and similar types hold 32 weights."""
 
 LIKE_LLAMA = ("llama", "deci")
-"""Architectures that llama.cpp reads as it reads a Llama: they rotate neighbouring pairs of a head's rows, where the
-others and transformers rotate its halves, and have a place for any output bias and for a scaled RoPE's frequencies."""
+"""Architectures that llama.cpp reads like a Llama. They rotate neighbouring pairs of a head's rows, while all others,
+and transformers, rotate the two halves of a head. They also have a place for any output bias and for scaled RoPE."""
 
 STATIC_ROPE = ("linear", "llama3", "yarn")
-"""Kinds of rope scaling whose frequencies do not depend on the text's length: one vector holds them."""
+"""Kinds of RoPE scaling whose frequencies do not depend on the length of the text, so one vector holds them."""
+
+
+@dataclass(frozen=True)
+class Rope:
+    """RoPE scaling. factors: what each frequency is divided by, float32 `(head_dim / 2,)`, or None; scale: of the
+    rotated vectors."""
+
+    factors: Tensor | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The file, but for the values.
+    """Everything about the file except the values.
 
-    family: of the base; sizes: KV heads and channels of every layer; queries: query heads of a
-    KV head; rope: by what each frequency is divided, `(head_dim / 2,)`, or None, and the scale of the rotation.
+    family: of the base model; units: how many units every written layer has, by block name; hidden: size of the
+    residual stream; context: longest text in tokens; names: the gguf library's map of tensor names.
     """
 
     architecture: str
     family: ModelFamily
-    sizes: tuple[tuple[int, int], ...]
+    units: tuple[dict[str, int], ...]
     hidden: int
     head_dim: int
-    queries: int
+    queries_per_kv_head: int
     context: int
-    rope: tuple[Tensor | None, float]
+    rope: Rope
     names: Any
 
     @classmethod
     def of(cls, config: Any, surgery: Surgery) -> Layout:
-        """The layout for what `surgery` leaves of a dense model of transformers' `config`.
+        """Return the layout for a dense model, of which `config` is the transformers config, after its surgery.
 
-        Raises UserError for what GGUF's architectures have no place for.
+        Raises UserError if no GGUF architecture can hold the model.
         """
         architecture = _architecture(config.model_type, surgery)
         if config.hidden_act != "silu":
-            raise UserError(f"GGUF's {architecture} architecture computes SiLU, and the base model {config.hidden_act}")
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        # llama.cpp knows no sliding window here; up to its length there is none in effect.
+            raise UserError(
+                f"--format gguf: the {architecture} architecture computes SiLU, but the base model uses "
+                f"{config.hidden_act}. Export it with --format hf."
+            )
+        # llama.cpp has no sliding window for these architectures. Up to its length there is no difference.
         window = getattr(config, "sliding_window", None) or config.max_position_embeddings
-        sizes = tuple(surgery.form.sizes())
+        units = tuple(surgery.shapes.sizes())
         return cls(
-            architecture,
-            surgery.family,
-            sizes,
-            config.hidden_size,
-            head_dim,
-            config.num_attention_heads // config.num_key_value_heads,
-            min(config.max_position_embeddings, window),
-            _rope(config, head_dim, architecture),
-            _names(architecture, len(sizes)),
+            architecture=architecture,
+            family=surgery.family,
+            units=units,
+            hidden=config.hidden_size,
+            head_dim=surgery.family.head_dim(config),
+            queries_per_kv_head=config.num_attention_heads // config.num_key_value_heads,
+            context=min(config.max_position_embeddings, window),
+            rope=_rope(config, surgery.family.head_dim(config), architecture),
+            names=_tensor_names(architecture, len(units)),
         )
 
     @property
-    def groups(self) -> list[int]:
-        return [groups for groups, _ in self.sizes]
+    def kv_heads(self) -> list[int]:
+        """KV heads of every written layer."""
+        return [layer[self.family.attention.name] for layer in self.units]
 
     @property
     def heads(self) -> list[int]:
-        return [groups * self.queries for groups in self.groups]
+        """Query heads of every written layer."""
+        return [kv_heads * self.queries_per_kv_head for kv_heads in self.kv_heads]
 
     @property
     def channels(self) -> list[int]:
-        return [channels for _, channels in self.sizes]
+        """FFN channels of every written layer."""
+        return [layer[self.family.ffn.name] for layer in self.units]
 
-    def place(self, cut: Cut) -> list[Cut]:
-        """A tensor under its name in the file, rows of q and k in its order; and what the file has beside it."""
-        match = re.fullmatch(re.escape(self.family.layers) + r"\.(\d+)\.(.+)", cut.name)
-        make = cut.make
+    def place(self, edit: TensorEdit) -> list[TensorEdit]:
+        """Return the edit with its name and row order in the file, and the tensor that only GGUF has, if it is next."""
+        match = re.fullmatch(re.escape(self.family.layers) + r"\.(\d+)\.(.+)", edit.name)
+        make = edit.make
         if match is not None and self.architecture in LIKE_LLAMA:
-            heads = self.family.rotated_heads(match[2], self.sizes[int(match[1])], self.queries)
-            make = cut.make if heads is None else _in_pairs(cut.make, heads)
-        placed = dataclasses.replace(cut, name=self._name(cut.name), make=make)
-        factors, _ = self.rope
-        if factors is None or placed.name != "output_norm.weight":
+            heads = self.family.rotated_heads(match[2], self.units[int(match[1])], self.queries_per_kv_head)
+            make = edit.make if heads is None else _make_in_pairs(edit.make, heads)
+        placed = dataclasses.replace(edit, name=self._name(edit.name), make=make)
+        factors = self.rope.factors
+        if factors is None or edit.name != f"{self.family.final_norm}.weight":
             return [placed]
-        # Of the config, not of a tensor; but every cut is of one, and the last norm is small.
-        return [placed, Cut("rope_freqs.weight", factors.shape, factors.dtype, cut.source, lambda _: factors)]
+        # The factors come from the config, but every edit reads some tensor, and the final norm is a small one.
+        return [placed, TensorEdit("rope_freqs.weight", factors.shape, factors.dtype, edit.source, lambda _: factors)]
 
     def _name(self, name: str) -> str:
-        """GGUF's name for one of transformers'."""
-        found: str | None = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if found is None:
-            raise UserError(f"{name}: GGUF's {self.architecture} architecture has no place for this tensor")
-        return found
+        """Return GGUF's name for a tensor of transformers."""
+        gguf_name: str | None = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
+            raise UserError(
+                f"--format gguf: the {self.architecture} architecture has no place for the tensor {name}. "
+                "Export the model with --format hf."
+            )
+        return gguf_name
 
 
 def _architecture(model_type: str, surgery: Surgery) -> str:
-    stock = STOCK[model_type]
-    if surgery.form.uniform and (stock in LIKE_LLAMA or not surgery.new_biases):
-        return stock
-    if model_type == "qwen3":
-        what = "with a bias that a repair fitted" if surgery.form.uniform else "whose layers differ"
+    """Return llama.cpp's architecture. Raises UserError if it has none for these sizes and biases."""
+    architectures = surgery.family.gguf[model_type]
+    uniform = surgery.shapes.uniform
+    if uniform and (architectures.equal in LIKE_LLAMA or not surgery.new_biases):
+        return architectures.equal
+    if architectures.unequal is None:
+        reason = "with output biases, which the repair fitted" if uniform else "whose layers have different sizes"
         raise UserError(
-            f"GGUF has no architecture for a Qwen3 {what} (none that norms query and key); export it with --format hf"
+            f"--format gguf: llama.cpp has no architecture for a {model_type} model {reason}. "
+            "Export it with --format hf."
         )
-    return "deci"
+    return architectures.unequal
 
 
-def pairs(tensor: Tensor, heads: int) -> Tensor:
-    """Rows of q or k (or of their bias) as transformers has them, its halves rotated, ordered for rotated pairs."""
+def interleave_halves(tensor: Tensor, heads: int) -> Tensor:
+    """Return the rows of queries or keys (or of their bias) reordered for rotated pairs.
+
+    transformers rotates the two halves of a head, so row i and row i + head_dim / 2 become neighbours.
+    """
     return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def _in_pairs(make: Callable[[Tensor], Tensor], heads: int) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: pairs(make(tensor), heads)
+def _make_in_pairs(make: Callable[[Tensor], Tensor], heads: int) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: interleave_halves(make(tensor), heads)
 
 
-def _names(architecture: str, layers: int) -> Any:
-    """gguf's map from transformers' names of tensors."""
+def _tensor_names(architecture: str, layers: int) -> Any:
+    """Return the gguf library's map from transformers' names of tensors."""
     import gguf
 
     number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     return gguf.get_tensor_name_map(number, layers)
 
 
-def _rope(config: Any, head_dim: int, architecture: str) -> tuple[Tensor | None, float]:
-    """By what every frequency is divided, float32 `(head_dim / 2,)`, and the scale of the rotated vectors."""
+def _rope(config: Any, head_dim: int, architecture: str) -> Rope:
+    """Return the RoPE scaling of a config. Raises UserError for one that GGUF cannot hold."""
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    given = config.rope_parameters
-    kind = given["rope_type"]
-    if kind == "default" and given.get("partial_rotary_factor", 1.0) == 1.0:
-        return None, 1.0
-    if kind not in STATIC_ROPE or architecture not in LIKE_LLAMA or given.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError(f"GGUF's {architecture} architecture has no place for the base model's rope_parameters, {kind}")
+    parameters = config.rope_parameters
+    kind = parameters["rope_type"]
+    partial = parameters.get("partial_rotary_factor", 1.0) != 1.0
+    if kind == "default" and not partial:
+        return Rope()
+    if kind not in STATIC_ROPE or architecture not in LIKE_LLAMA or partial:
+        raise UserError(
+            f"--format gguf: the {architecture} architecture has no place for the base model's rope_parameters, "
+            f"{kind}{' with partial_rotary_factor' if partial else ''}. Export it with --format hf."
+        )
     frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    plain = given["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    return (plain / frequencies.double()).float(), scale
+    unscaled = parameters["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    return Rope((unscaled / frequencies.double()).float(), scale)

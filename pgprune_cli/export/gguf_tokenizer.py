@@ -1,8 +1,8 @@
-"""A tokenizer as GGUF metadata: tokens, merges or scores, special tokens, chat template.
+"""Writes a tokenizer as GGUF metadata: tokens, merges or scores, special tokens, chat template.
 
-Where the base is a GGUF file, its own metadata is copied. Otherwise it is made from what transformers' fast tokenizer
-is in truth, its `tokenizer.json`: BPE over bytes (llama.cpp's `gpt2`), or over characters with bytes to fall back on,
-as SentencePiece makes it (`llama`).
+If the base model is a GGUF file, its own metadata is copied. Otherwise the metadata is made from `tokenizer.json`,
+which defines a fast tokenizer. Two kinds are supported: BPE over bytes (`gpt2` in llama.cpp), and BPE over characters
+with a fallback to bytes, as SentencePiece makes it (`llama`).
 """
 
 from __future__ import annotations
@@ -24,27 +24,31 @@ SPLITS = {
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}": "tekken",
 }
-"""llama.cpp's name of the way in which text is split before the merges, by the regular expression that does it."""
+"""llama.cpp's names for the ways to split text before the merges, by the regular expression that does it."""
+
+USE_HF = "Export the model with --format hf."
 
 
 def add_tokenizer(writer: Any, source: Source, vocabulary: int) -> None:
-    """Puts the tokenizer of `source`, for a model of `vocabulary` embeddings, into a GGUFWriter's metadata.
+    """Add the tokenizer of `source` to the metadata of a GGUFWriter. vocabulary: number of embeddings of the model.
 
-    Raises UserError where there is none, or it is of a kind that llama.cpp does not know.
+    Raises UserError if there is no tokenizer, or llama.cpp does not support its kind.
     """
     if source.gguf is not None:
-        _copy(writer, source)
+        _copy_metadata(writer, source)
         return
     tokenizer = load_tokenizer(source)
     if not getattr(tokenizer, "is_fast", False):
-        raise UserError(f"{source.name}: its tokenizer has no tokenizer.json, which a GGUF file is made from")
-    described = json.loads(tokenizer.backend_tokenizer.to_str())
-    model = described["model"]
-    splitters = _flat(described["pre_tokenizer"], "pretokenizers")
-    if model["type"] != "BPE" or not (model["byte_fallback"] or any(s["type"] == "ByteLevel" for s in splitters)):
-        raise UserError(f"{source.name}: its tokenizer is {model['type']}, and llama.cpp knows BPE over bytes only")
-    _refuse_rewriting(source.name, _flat(described["normalizer"], "normalizers"), model["byte_fallback"])
-    added = {token["id"]: token for token in described["added_tokens"]}
+        raise UserError(f"{source.name}: its tokenizer has no tokenizer.json, which --format gguf needs. {USE_HF}")
+    definition = json.loads(tokenizer.backend_tokenizer.to_str())
+    model = definition["model"]
+    splitters = _steps(definition["pre_tokenizer"], "pretokenizers")
+    if model["type"] != "BPE" or not (model["byte_fallback"] or any(step["type"] == "ByteLevel" for step in splitters)):
+        raise UserError(
+            f"{source.name}: its tokenizer is {model['type']}, but llama.cpp supports only BPE over bytes. {USE_HF}"
+        )
+    _refuse_rewriting(source.name, _steps(definition["normalizer"], "normalizers"), model["byte_fallback"])
+    added = {token["id"]: token for token in definition["added_tokens"]}
     _add_tokens(writer, source.name, model, added, vocabulary)
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     if model["byte_fallback"]:
@@ -59,7 +63,7 @@ def add_tokenizer(writer: Any, source: Source, vocabulary: int) -> None:
     _add_special(writer, tokenizer)
 
 
-def _copy(writer: Any, source: Source) -> None:
+def _copy_metadata(writer: Any, source: Source) -> None:
     import gguf
 
     reader = gguf.GGUFReader(source.directory / str(source.gguf))
@@ -69,23 +73,29 @@ def _copy(writer: Any, source: Source) -> None:
             writer.add_key_value(name, field.contents(), field.types[0], kind)
 
 
-def _flat(described: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
-    """The steps of a pre-tokenizer or normalizer, which may be a sequence of them, or none at all."""
-    if described is None:
+def _steps(definition: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """Return the steps of a pre-tokenizer or normalizer: several under `key` if it is a sequence, one, or none."""
+    if definition is None:
         return []
-    return described[inner] if described["type"] == "Sequence" else [described]
+    return definition[key] if definition["type"] == "Sequence" else [definition]
 
 
 def _refuse_rewriting(name: str, normalizers: list[dict[str, Any]], byte_fallback: bool) -> None:
-    """llama.cpp rewrites no text before it splits it, but for SentencePiece's spaces. Composed letters (NFC) are let
-    pass, as llama.cpp's own converter does: text mostly has them composed."""
-    known = ("Prepend", "Replace") if byte_fallback else ("NFC",)
-    if other := [step["type"] for step in normalizers if step["type"] not in known]:
-        raise UserError(f"{name}: its tokenizer rewrites text first ({', '.join(other)}), which llama.cpp does not")
+    """Raise UserError for a normalizer that changes text in a way that llama.cpp does not.
+
+    llama.cpp only replaces spaces, as SentencePiece does. Unicode composition (NFC) is accepted, as in llama.cpp's own
+    converter: most text is composed already.
+    """
+    supported = ("Prepend", "Replace") if byte_fallback else ("NFC",)
+    if unsupported := [step["type"] for step in normalizers if step["type"] not in supported]:
+        raise UserError(
+            f"{name}: its tokenizer normalises text with {', '.join(unsupported)}, which llama.cpp does not support. "
+            f"{USE_HF}"
+        )
 
 
 def _split_name(name: str, splitters: list[dict[str, Any]]) -> str:
-    """llama.cpp's name for how a BPE over bytes splits its text first."""
+    """Return llama.cpp's name for the way in which a BPE over bytes splits text. Raises UserError if it has none."""
     kinds = [splitter["type"] for splitter in splitters]
     last = splitters[-1]
     if kinds == ["ByteLevel"] and last["use_regex"]:
@@ -97,16 +107,19 @@ def _split_name(name: str, splitters: list[dict[str, Any]]) -> str:
         if pattern in SPLITS:
             return SPLITS[pattern]
     steps = json.dumps(splitters)
-    raise UserError(f"{name}: its tokenizer splits text in a way that llama.cpp has no name for: {steps}")
+    raise UserError(f"{name}: its tokenizer splits text in a way that llama.cpp does not support: {steps}. {USE_HF}")
 
 
 def _add_tokens(writer: Any, name: str, model: dict[str, Any], added: dict[int, Any], vocabulary: int) -> None:
-    """Every token's text and type. Embeddings without a token, which pad some models, get a text of their own."""
+    """Add text and type of every token. Embeddings without a token, with which some models are padded, get a name."""
     from gguf import TokenType
 
     texts = {index: text for text, index in model["vocab"].items()}
-    if (most := max({*texts, *added})) >= vocabulary:
-        raise UserError(f"{name}: its tokenizer has the token {most}, and the model {vocabulary} embeddings")
+    if (largest := max({*texts, *added})) >= vocabulary:
+        raise UserError(
+            f"{name}: its tokenizer has the token {largest}, but the model has only {vocabulary} embeddings. "
+            "Use the tokenizer that belongs to the model."
+        )
     tokens, types = [], []
     for index in range(vocabulary):
         if index in added:
@@ -133,24 +146,24 @@ def _is_byte(text: str) -> bool:
 
 
 def _scores(model: dict[str, Any], merges: list[str], vocabulary: int) -> list[float]:
-    """SentencePiece's scores: of two merges, the one that makes the token of the higher score goes first."""
+    """Return the scores of SentencePiece: of two possible merges, the one whose result has the higher score is made."""
     rank: dict[str, int] = {}
-    for place, merge in enumerate(merges):
-        rank.setdefault(merge.replace(" ", ""), place)
+    for order, merge in enumerate(merges):
+        rank.setdefault(merge.replace(" ", ""), order)
     texts = {index: text for text, index in model["vocab"].items()}
     return [float(-rank.get(texts.get(index, ""), len(merges))) for index in range(vocabulary)]
 
 
 def _add_special(writer: Any, tokenizer: Any) -> None:
-    """The ids that start, end and fill, whether encoding adds them, and the chat template."""
+    """Add the ids of special tokens, whether encoding adds them, and the chat template."""
     for kind in ("bos", "eos", "unk", "pad"):
         index = getattr(tokenizer, f"{kind}_token_id")
         if index is not None:
             getattr(writer, f"add_{kind}_token_id")(index)
-    plain, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
-    before = whole[: len(whole) - len(plain)] if whole[-len(plain) :] == plain else whole[:1]
+    plain, encoded = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    before = encoded[: len(encoded) - len(plain)] if encoded[-len(plain) :] == plain else encoded[:1]
     writer.add_add_bos_token(bool(before) and before[0] == tokenizer.bos_token_id)
-    writer.add_add_eos_token(whole[-1] != plain[-1] and whole[-1] == tokenizer.eos_token_id)
+    writer.add_add_eos_token(encoded[-1] != plain[-1] and encoded[-1] == tokenizer.eos_token_id)
     template = tokenizer.chat_template
     if isinstance(template, dict):
         writer.add_chat_template([{"name": name, "template": text} for name, text in template.items()])

@@ -1,71 +1,53 @@
-"""The config.json of a pruned model: a stock one where all layers are alike, else with `per_layer_config`."""
+"""The config.json of an export: a stock one if all layers have the same sizes, else one with `per_layer_config`."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-from pgprune_cli.export.shapes import RuntimeShapes
+from pgprune_cli.export.dense_model import DenseModel
+from pgprune_cli.export.surgery import Surgery
+from pgprune_cli.model.families.adapter import ModelFamily
 from pgprune_cli.serving import modeling_pruned
 
-WORDS = {"attention": "attention", "ffn": "mlp"}
-"""What transformers calls a block."""
 
-
-def config_of(
-    given: Mapping[str, Any], dense: Any, form: RuntimeShapes, new_biases: Collection[str], dtype: str | None
-) -> dict[str, Any]:
-    """`given` is the base's config.json, which may leave out defaults; `dense` is what transformers reads it as.
-
-    new_biases: the blocks that have an output bias and had none in the base; dtype: of the result, None: as it was.
-    """
-    head_dim = getattr(dense, "head_dim", None) or dense.hidden_size // dense.num_attention_heads
-    result = dict(given) | {"num_hidden_layers": len(form.layers), "head_dim": head_dim}
+def export_config(base: DenseModel, surgery: Surgery, dtype: str | None) -> dict[str, Any]:
+    """Return the content of config.json. dtype: of the export, None to keep the base model's."""
+    shapes, family = surgery.shapes, base.shape.family
+    result = dict(base.json) | {"num_hidden_layers": len(shapes.layers), "head_dim": family.head_dim(base.config)}
     result.pop("auto_map", None)
     if dtype is not None:
-        result.pop("torch_dtype", None)  # its older name
+        result.pop("torch_dtype", None)  # the older name of the key
         result["dtype"] = dtype
-    if types := getattr(dense, "layer_types", None):
-        # A layer without heads stands in the cache for the first that has some: see modeling_pruned.py.
-        with_heads = [index for index in form.layers if form.written[index].attention.any()]
-        result["layer_types"] = [types[i if i in with_heads else (with_heads or [0])[0]] for i in form.layers]
-    stock = _stock(dense, form) if form.uniform and not new_biases else None
-    return result | (_pruned(dense, form, new_biases) if stock is None else stock)
+    if types := getattr(base.config, "layer_types", None):
+        # A layer without attention uses the cache slot of the first layer that has some: see modeling_pruned.py.
+        with_heads = [layer for layer in shapes.layers if shapes.written[layer].attention.any()]
+        result["layer_types"] = [types[i if i in with_heads else (with_heads or [0])[0]] for i in shapes.layers]
+    stock = None
+    if shapes.uniform and not surgery.new_biases:
+        stock = family.stock_config(base.config, shapes.sizes()[0])
+    return result | (_pruned_config(base, surgery) if stock is None else stock)
 
 
-def _stock(dense: Any, form: RuntimeShapes) -> dict[str, Any] | None:
-    """What differs in the config of a model whose layers are all alike; None where no stock class can express it."""
-    sizes = _sizes(*form.sizes()[0], dense)
-    if dense.model_type != "llama" or dense.hidden_size % sizes["num_attention_heads"] == 0:
-        return sizes
-    if dense.attention_bias or dense.mlp_bias:
-        return None
-    # Llama's config refuses this number of heads; Mistral's is the same model and does not ask.
-    mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
-    return sizes | mistral | {"max_position_embeddings": dense.max_position_embeddings}
-
-
-def _pruned(dense: Any, form: RuntimeShapes, new_biases: Collection[str]) -> dict[str, Any]:
-    """What differs in the config of a model that takes modeling_pruned.py along."""
-    causal: Any = modeling_pruned.FAMILIES[dense.model_type]
+def _pruned_config(base: DenseModel, surgery: Surgery) -> dict[str, Any]:
+    """Return what changes in the config of a model that needs modeling_pruned.py."""
+    family = base.shape.family
+    causal: Any = modeling_pruned.FAMILIES[base.config.model_type]
     classes = {"AutoConfig": causal.config_class, "AutoModel": causal.decoder_class, "AutoModelForCausalLM": causal}
-    whole = _sizes(dense.num_key_value_heads, dense.intermediate_size, dense)
-    sizes = [_sizes(*counts, dense) for counts in form.sizes()]
-    differing = [{key: value for key, value in size.items() if whole.get(key) != value} for size in sizes]
-    biases = [word for block, word in WORDS.items() if block in new_biases]
+    dense = _layer_config(family, base.config, {block: counts[0] for block, counts in base.shape.units.items()})
+    layers = [_layer_config(family, base.config, units) for units in surgery.shapes.sizes()]
+    differences = [{key: value for key, value in layer.items() if dense.get(key) != value} for layer in layers]
+    biases = [block.config_name for block in family.blocks if block.name in surgery.new_biases]
     return {
         "model_type": causal.config_class.model_type,
         "architectures": [causal.__name__],
         "auto_map": {auto: f"modeling_pruned.{cls.__name__}" for auto, cls in classes.items()},
-        "per_layer_config": {str(index): size for index, size in enumerate(differing) if size},
+        "per_layer_config": {str(index): layer for index, layer in enumerate(differences) if layer},
         **({"output_biases": biases} if biases else {}),
     }
 
 
-def _sizes(groups: int, channels: int, dense: Any) -> dict[str, Any]:
-    """A layer in the words of `per_layer_config`."""
-    heads = groups * (dense.num_attention_heads // dense.num_key_value_heads)
-    sizes: dict[str, Any] = {"num_attention_heads": heads, "num_key_value_heads": groups} if groups else {}
-    sizes |= {"intermediate_size": channels} if channels else {}
-    skip = [word for word, count in zip(WORDS.values(), (groups, channels), strict=True) if not count]
-    return sizes | ({"skip": skip} if skip else {})
+def _layer_config(family: ModelFamily, config: Any, units: Mapping[str, int]) -> dict[str, Any]:
+    """Return the sizes of one layer, and `skip` with its missing blocks, as `per_layer_config` has them."""
+    skip = [block.config_name for block in family.blocks if not units[block.name]]
+    return family.layer_config(config, units) | ({"skip": skip} if skip else {})

@@ -1,8 +1,8 @@
 """Export for MLX: the directory that hf.py writes, and one more file, which mlx-lm runs with `trust_remote_code`.
 
-transformers and vLLM load the same directory. mlx-lm would read a stock model by itself, but not always rightly: it
-passes over the `rope_parameters` of Llamas, the window of Mistrals and the head size of Qwen2s. So the file goes along
-with every model.
+transformers and vLLM load the same directory. mlx-lm would also read a stock model without this file, but not always
+correctly: it ignores the `rope_parameters` of a Llama, the sliding window of a Mistral and the head size of a Qwen2. So
+every model gets the file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MODEL_FILE = Path(__file__).parents[1] / "serving" / "modeling_mlx.py"
 
 
 def plan(source: Source, decision: Decision, options: Options, measured: Measured | None = None) -> hf.DirectoryPlan:
-    """The plan of a model directory for MLX. Raises UserError as `hf.plan` does."""
-    planned = hf.plan(source, decision, options, measured)
-    config = {**planned.config, "model_file": MODEL_FILE.name}
-    return dataclasses.replace(planned, config=config, code=(*planned.code, MODEL_FILE))
+    """Return the plan of a model directory for MLX. Raises UserError as `hf.plan` does."""
+    directory = hf.plan(source, decision, options, measured)
+    config = {**directory.config, "model_file": MODEL_FILE.name}
+    return dataclasses.replace(directory, config=config, code=(*directory.code, MODEL_FILE))

@@ -1,115 +1,163 @@
-"""The model card of an export: what was removed, by which recipe, what it cost, and how to load the rest."""
+"""The model card of an export: what was removed, what that cost, how to load the model, and where it comes from."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pgprune_cli import __version__
+from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.run.decision import Decision
+from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD
 
 
 @dataclass(frozen=True)
 class ModelCard:
     """What the card says beyond the decision.
 
-    title: the directory's name; layers: for every layer of the base its kept and all KV heads, kept and all FFN
-    channels; padded: where blocks are wider than that, the sparsity with their padding counted as kept; code: whether
-    loading runs the modelling file; mlx: whether mlx-lm can load it; measured: the object of `pgprune eval`.
+    title: name of the directory; units: what the units of each block are called, by block name; layers: the masks of
+    every layer of the base model; padded_sparsity: the sparsity if padding counts as kept, None without padding;
+    needs_code: True if loading runs modeling_pruned.py; loads_in_mlx: True if modeling_mlx.py is in the directory;
+    measured: the results of `pgprune eval`.
     """
 
     title: str
-    layers: Sequence[tuple[int, int, int, int]]
+    units: Mapping[str, str]
+    layers: ModelMask
     parameters_before: int
     parameters_after: int
-    padded: float | None
-    code: bool
-    mlx: bool
+    padded_sparsity: float | None
+    needs_code: bool
+    loads_in_mlx: bool
     measured: Mapping[str, Any] | None
 
     def text(self, decision: Decision) -> str:
-        """The card as Markdown with YAML front matter."""
-        measured = [self._perplexity(), self._tasks()]
-        parts = [self._head(decision), self._loading(), *measured, self._layers(), self._recipe(decision)]
-        return "\n\n".join(part for part in parts if part) + "\n"
+        """Return the card as Markdown with YAML front matter."""
+        sections = [
+            f"{_front_matter(decision)}\n\n# {self.title}\n\n{self._summary(decision)}",
+            self._loading(),
+            self._perplexity(),
+            self._tasks(),
+            self._kept_units(),
+            _provenance(decision),
+        ]
+        return "\n\n".join(section for section in sections if section) + "\n"
 
-    def _head(self, decision: Decision) -> str:
-        local = decision.model == "demo" or Path(decision.model).expanduser().exists()
-        # A path would mean nothing to whoever reads the card, and a base_model must be a name on the hub.
-        base = [] if local else [f"base_model: {json.dumps(decision.model)}"]
-        name = (
-            f"`{Path(decision.model).name}`"
-            if local
-            else f"[{decision.model}](https://huggingface.co/{decision.model})"
-        )
-        front = ["---", "library_name: transformers", *base, "pipeline_tag: text-generation", "tags:"]
-        front += ["- pgprune", "- pruned", "---", "", f"# {self.title}", "", ""]
-        padding = (
-            ""
-            if self.padded is None
-            else f"Some blocks are padded to sizes that suit runtimes, with units whose output weights are zero; with "
-            f"these counted as kept, {self.padded:.1%} of what could be pruned is gone. "
-        )
-        less = 1 - self.parameters_after / self.parameters_before
-        return "\n".join(front) + (
-            f"{name}, with attention heads and FFN channels removed by pgprune: {self.parameters_after:,} of "
-            f"{self.parameters_before:,} parameters are left ({less:.1%} fewer; {decision.sparsity:.1%} of those that "
-            f"could be pruned are gone). {padding}The kept weights were not retrained. "
-            f"`decision.safetensors` and `decision.json` say which units stayed, and in which model."
-        )
+    def _summary(self, decision: Decision) -> str:
+        fewer = 1 - self.parameters_after / self.parameters_before
+        units = " and ".join(self.units.values())
+        sentences = [
+            f"This is {_base_name(decision)} after structured pruning with pgprune, which removed some of its {units}.",
+            f"It has {self.parameters_after:,} parameters, {fewer:.1%} fewer than the {self.parameters_before:,} of "
+            f"the base model. {decision.sparsity:.1%} of the parameters that can be pruned were removed.",
+        ]
+        if self.padded_sparsity is not None:
+            sentences.append(
+                "Some blocks are padded to sizes that runtimes need, with units whose output weights are zero. If this "
+                f"padding counts as kept, {self.padded_sparsity:.1%} were removed."
+            )
+        if decision.outputs:
+            sentences.append(
+                "The output projections of pruned blocks were refitted on calibration text. All other kept weights are "
+                "those of the base model, and nothing was retrained."
+            )
+        else:
+            sentences.append("The kept weights are those of the base model, and nothing was retrained.")
+        return " ".join(sentences)
 
     def _loading(self) -> str:
-        lines = ["## Loading", "", "```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-        trust = ", trust_remote_code=True" if self.code else ""
-        lines += [f'model = AutoModelForCausalLM.from_pretrained("{self.title}"{trust})']
-        lines += [f'tokenizer = AutoTokenizer.from_pretrained("{self.title}")', "```"]
-        if self.code:
+        trust = ", trust_remote_code=True" if self.needs_code else ""
+        lines = [
+            *("## How to load it", ""),
+            *("```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""),
+            f'model = AutoModelForCausalLM.from_pretrained("{self.title}"{trust})',
+            *(f'tokenizer = AutoTokenizer.from_pretrained("{self.title}")', "```"),
+        ]
+        if self.needs_code:
             lines += [
                 "",
-                "The layers differ in size, which no stock class can express; `modeling_pruned.py` in this directory "
-                "does. Where pgprune is installed, `import pgprune_cli.serving.modeling_pruned` will do instead of "
+                "The layers have different sizes, which the model classes of transformers cannot express. "
+                "`trust_remote_code=True` lets transformers run `modeling_pruned.py` from this directory, which can. "
+                "If pgprune is installed, `import pgprune_cli.serving.modeling_pruned` does the same without "
                 "`trust_remote_code`.",
             ]
-        if self.mlx:
+        if self.loads_in_mlx:
             trust = '{"trust_remote_code": True}'
-            lines += ["", "In mlx-lm, which runs `modeling_mlx.py` of this directory:", "", "```python"]
-            lines += ["from mlx_lm import load", ""]
-            lines += [f'load("{self.title}", tokenizer_config={trust}, trust_remote_code=True)', "```"]
+            lines += [
+                *("", "mlx-lm loads the model with `modeling_mlx.py` from this directory:", ""),
+                *("```python", "from mlx_lm import load", ""),
+                *(f'load("{self.title}", tokenizer_config={trust}, trust_remote_code=True)', "```"),
+            ]
         return "\n".join(lines)
 
     def _perplexity(self) -> str:
         rows = (self.measured or {}).get("perplexity", [])
         if not rows:
             return ""
-        lines = ["## Perplexity", "", "| corpus | window | perplexity | tokens |", "|---|---|---|---|"]
-        lines += [f"| {row['corpus']} | {row['seqlen']} | {row['ppl']:.2f} | {row['tokens']:,} |" for row in rows]
-        return "\n".join(lines)
+        cells = [(row["corpus"], row["seqlen"], f"{row['ppl']:.2f}", f"{row['tokens']:,}") for row in rows]
+        return "## Perplexity\n\n" + _table(("corpus", "window (tokens)", "perplexity", "tokens"), cells)
 
     def _tasks(self) -> str:
         rows = (self.measured or {}).get("tasks", [])
         if not rows:
             return ""
-        lines = ["## Tasks", "", "| task | shots | metric | value | standard error | items |"]
-        lines.append("|---|---|---|---|---|---|")
-        for row in rows:
-            error = "" if row["stderr"] is None else f"{row['stderr']:.4f}"
-            shots = "" if row["shots"] is None else row["shots"]
-            cells = [row["task"], shots, row["metric"], f"{row['value']:.4f}", error, f"{row['items']:,}"]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
-        return "\n".join(lines)
+        cells = [
+            (
+                row["task"],
+                "" if row["shots"] is None else row["shots"],
+                row["metric"],
+                f"{row['value']:.4f}",
+                "" if row["stderr"] is None else f"{row['stderr']:.4f}",
+                f"{row['items']:,}",
+            )
+            for row in rows
+        ]
+        return "## Tasks\n\n" + _table(("task", "shots", "metric", "value", "standard error", "items"), cells)
 
-    def _layers(self) -> str:
-        lines = ["## What is kept", "", "| base layer | KV heads | FFN channels |", "|---|---|---|"]
-        for index, (groups, all_groups, channels, all_channels) in enumerate(self.layers):
-            gone = " (layer removed)" if groups == channels == 0 else ""
-            lines.append(f"| {index}{gone} | {groups} of {all_groups} | {channels} of {all_channels} |")
-        return "\n".join(lines)
+    def _kept_units(self) -> str:
+        rows = []
+        for index, layer in enumerate(self.layers):
+            masks = [layer.of(block) for block in self.units]
+            removed = "" if any(mask.any() for mask in masks) else " (layer removed)"
+            rows.append((f"{index}{removed}", *(f"{int(mask.sum())} of {len(mask)}" for mask in masks)))
+        return "## What was kept\n\n" + _table(("layer of the base model", *self.units.values()), rows)
 
-    def _recipe(self, decision: Decision) -> str:
-        spent = f"{decision.steps} steps, {decision.forward_passes} forward passes"
-        loss = decision.heldout_loss
-        held = "" if loss is None else f"; held-out calibration loss {loss:.4f} nats per token"
-        held += "" if decision.dense_loss is None else f", of the dense model {decision.dense_loss:.4f}"
-        return f"## Recipe\n\n{spent}{held}.\n\n```yaml\n{decision.recipe.strip()}\n```"
+
+def _front_matter(decision: Decision) -> str:
+    # The hub accepts only names on the hub as base_model.
+    base = [] if _is_local(decision) else [f"base_model: {json.dumps(decision.model)}"]
+    lines = ["library_name: transformers", *base, "pipeline_tag: text-generation", "tags:", "- pgprune", "- pruned"]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _is_local(decision: Decision) -> bool:
+    return decision.model == "demo" or Path(decision.model).expanduser().exists()
+
+
+def _base_name(decision: Decision) -> str:
+    """Return the base model as Markdown: a link to the hub, or the name of a local directory without its path."""
+    if _is_local(decision):
+        return f"`{Path(decision.model).name}`"
+    return f"[{decision.model}](https://huggingface.co/{decision.model})"
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
+
+
+def _provenance(decision: Decision) -> str:
+    lines = [
+        *("## Where it comes from", ""),
+        f"pgprune {__version__} searched for {decision.steps:,} steps with {decision.forward_passes:,} forward passes "
+        f"of {_base_name(decision)}, and exported the result. The base model's config and weights have the fingerprint "
+        f"`{decision.fingerprint}`. `{DECISION_RECORD}` and `{DECISION_MASKS}` record which units were kept.",
+    ]
+    if decision.heldout_loss is not None:
+        dense = "" if decision.dense_loss is None else f"; the base model has {decision.dense_loss:.4f}"
+        lines += ["", f"Loss on held-out calibration text: {decision.heldout_loss:.4f} nats per token{dense}."]
+    lines += ["", "The recipe:", "", "```yaml", decision.recipe.strip(), "```"]
+    return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What every format's export has in common: options, and a plan that says all of it before a byte is written."""
+"""What the exports of all formats share: options, and a plan that is complete before anything is written."""
 
 from __future__ import annotations
 
@@ -13,126 +13,140 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.export import safetensors_file as weights
-from pgprune_cli.export.dense_model import Base, open_dense_model
-from pgprune_cli.export.shapes import Needs, RuntimeShapes, runtime_shapes
-from pgprune_cli.export.surgery import Cut, Surgery
+from pgprune_cli.export import safetensors_file
+from pgprune_cli.export.dense_model import DenseModel, open_dense_model
+from pgprune_cli.export.shapes import RuntimeShapes, ShapeRequirements, runtime_shapes
+from pgprune_cli.export.surgery import Surgery, TensorEdit
 from pgprune_cli.model.source import Source
 from pgprune_cli.run.decision import Decision
 
 DTYPES = ("float32", "float16", "bfloat16")
 
-SLACK = 64 * 2**20
-"""Bytes of disk asked for on top of the weights: tokenizer, card, decision."""
+DISK_RESERVE = 64 * 2**20
+"""Bytes of free disk that an export asks for on top of its weights: tokenizer, model card, decision."""
 
 Measured = Mapping[str, Any]
-"""The object of `pgprune eval`."""
+"""What `pgprune eval` measured: its JSON object."""
 
 
 @dataclass(frozen=True)
 class Options:
-    """How it is written. needs: on top of the format's own; dtype: None for the base's; shard_size: bytes of tensors in
-    one file, at most, unless a single tensor has more, where a format has several files."""
+    """How to write an export.
 
-    needs: Needs = field(default_factory=Needs)
+    requirements: of the user, on top of the format's own; dtype: None to keep the base model's; shard_size: most bytes
+    of tensors in one file, for formats with several files. A larger tensor gets a file for itself.
+    """
+
+    requirements: ShapeRequirements = field(default_factory=ShapeRequirements)
     dtype: str | None = None
     shard_size: int = 5 * 10**9
 
 
 @dataclass(frozen=True)
 class Plan(ABC):
-    """All that an export will be. A format adds what else its files hold, and writes them.
+    """Everything about an export, before it is written. Each format adds what its files need, and writes them.
 
-    files: the tensors of every file by its name, which is "" where the export is one file; measured: what goes along.
+    files: the tensors of every file, by file name, which is "" if the export is a single file; measured: results of
+    `pgprune eval` for the model card.
     """
 
-    base: Base
+    base: DenseModel
     decision: Decision
     surgery: Surgery
-    files: Mapping[str, list[Cut]]
+    files: Mapping[str, list[TensorEdit]]
     measured: Measured | None
 
     @property
     @abstractmethod
     def model_type(self) -> str:
-        """What its runtime calls its architecture."""
+        """The name of the architecture in the runtime that loads it."""
 
     @property
     @abstractmethod
     def stock(self) -> bool:
-        """Whether that is one for layers that are all alike."""
+        """True if that architecture is an ordinary one, whose layers all have the same sizes."""
 
     @property
     @abstractmethod
     def bytes(self) -> int:
-        """Of the files that hold the tensors."""
+        """Size of the files that hold the tensors."""
 
     @abstractmethod
     def write(self, out: Path, on_bytes: Callable[[int], None]) -> None:
-        """Writes it as the new `out`; on any failure nothing of it is left. `on_bytes(n)` follows a tensor's n bytes.
+        """Write the export to `out`, which must not exist, and leave nothing there on failure.
 
-        Raises UserError: `out` exists, a weight does not fit the dtype; RunError: the disk is too full.
+        `on_bytes(n)` is called after each tensor of n bytes. Raises UserError if `out` exists or a weight does not fit
+        the dtype, RunError if the disk is too full.
         """
 
-    def stored(self, cut: Cut) -> tuple[str, int]:
-        """The dtype of a tensor in its file, and its bytes."""
-        return str(cut.dtype).removeprefix("torch."), weights.bytes_of(cut)
+    def stored(self, edit: TensorEdit) -> tuple[str, int]:
+        """Return the dtype of a tensor in its file, and its size in bytes."""
+        return str(edit.dtype).removeprefix("torch."), safetensors_file.bytes_of(edit)
 
     @property
-    def form(self) -> RuntimeShapes:
-        return self.surgery.form
+    def shapes(self) -> RuntimeShapes:
+        return self.surgery.shapes
 
     @property
-    def cuts(self) -> list[Cut]:
-        return [cut for cuts in self.files.values() for cut in cuts]
+    def edits(self) -> list[TensorEdit]:
+        """Every tensor of the export, file after file."""
+        return [edit for edits in self.files.values() for edit in edits]
 
     @property
     def parameters_before(self) -> int:
-        """Tied ones count once; likewise after."""
+        """Number of parameters of the base model. Tied ones count once, here and in `parameters_after`."""
         return sum(tensor.numel() for tensor in self.base.tensors.values())
 
     @property
     def parameters_after(self) -> int:
-        return sum(cut.shape.numel() for cut in self.surgery.cuts())
+        return sum(edit.shape.numel() for edit in self.surgery.edits())
 
     @property
     def sparsity(self) -> float:
-        """The fraction of the prunable parameters that is not written; padding counts as kept."""
-        return self.form.sparsity(self.base.shape.parameters)
+        """The fraction of the prunable parameters that is not written. Padding counts as kept."""
+        return self.shapes.sparsity(self.base.shape.parameters)
 
-    def tensors(self, cuts: list[Cut], on_bytes: Callable[[int], None]) -> Iterator[Tensor]:
-        """The results of these cuts, read and made one at a time. Raises UserError as `Cut.apply` does."""
-        for cut, tensor in zip(cuts, self.base.read(cut.source for cut in cuts), strict=True):
-            yield cut.apply(tensor)
-            on_bytes(self.stored(cut)[1])
+    def tensors(self, edits: list[TensorEdit], on_bytes: Callable[[int], None]) -> Iterator[Tensor]:
+        """Yield the tensors of these edits, reading and making one at a time.
+
+        Raises UserError as `TensorEdit.apply` does.
+        """
+        for edit, tensor in zip(edits, self.base.read(edit.source for edit in edits), strict=True):
+            yield edit.apply(tensor)
+            on_bytes(self.stored(edit)[1])
 
 
-def operate(source: Source, decision: Decision, needs: Needs, dtype: torch.dtype | None = None) -> tuple[Base, Surgery]:
-    """The base, and what becomes of its tensors; reads no weights.
+def prepare(
+    source: Source, decision: Decision, requirements: ShapeRequirements, dtype: torch.dtype | None = None
+) -> tuple[DenseModel, Surgery]:
+    """Return the base model and the surgery that replays the decision on it. Reads no weights.
 
-    Raises UserError: the base is not the one that the decision was made for, or is quantised or incomplete; nothing is
-    kept.
+    Raises UserError if the decision was made for another model or keeps nothing, or if the model is quantised or
+    incomplete.
     """
     fingerprint = source.fingerprint()
     if fingerprint != decision.fingerprint:
         raise UserError(
-            f"{source.name}: not the model that was searched: its config and weights have the fingerprint "
-            f"{fingerprint}, the decision was made for {decision.fingerprint}; put its files back, or search again"
+            f"{source.name}: not the model that was searched (fingerprint {fingerprint}, but the decision was made for "
+            f"{decision.fingerprint}). Restore the model's files or search again."
         )
     base = open_dense_model(source, decision)
-    form = runtime_shapes(decision.model_mask, needs)
-    return base, Surgery(base.shape.family, form, decision.outputs, base.tensors, dtype)
+    shapes = runtime_shapes(decision.model_mask, requirements)
+    return base, Surgery(base.shape.family, shapes, decision.outputs, base.tensors, dtype)
 
 
 def check_new(out: Path, directory: bool) -> None:
-    """Raises UserError where an export as `out` would replace something; an empty directory may become the export."""
+    """Raise UserError if an export to `out` would replace something. An empty directory may become the export."""
     if out.exists() and not (directory and out.is_dir() and not any(out.iterdir())):
-        what = " and is not an empty directory" if directory else ""
-        raise UserError(f"{out}: exists already{what}; choose another name, or remove it")
+        fault = "exists already and is not an empty directory" if directory else "exists already"
+        raise UserError(f"{out}: {fault}. Choose another name or remove it.")
 
 
-def check_space(out: Path, needed: int) -> None:
-    """Raises RunError where `needed` bytes for `out`, which is absolute, are more than the disk has."""
+def check_space(out: Path, required: int) -> None:
+    """Raise RunError if the disk has fewer than `required` bytes free for `out`, an absolute path."""
     free = shutil.disk_usage(next(folder for folder in out.parents if folder.exists())).free
-    if free < needed:
-        raise RunError(f"{out}: needs about {needed / 1e6:,.0f} MB of disk, and {free / 1e6:,.0f} MB are free")
+    if free < required:
+        raise RunError(
+            f"{out}: needs about {required / 1e6:,.0f} MB of disk, but only {free / 1e6:,.0f} MB are free. "
+            "Make room or choose another disk with --out."
+        )

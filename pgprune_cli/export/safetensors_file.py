@@ -1,7 +1,7 @@
-"""safetensors files written a tensor at a time, so that no more than one tensor of the result is ever in memory.
+"""Writes safetensors files one tensor at a time, so that only one tensor of the export is in memory.
 
-The library's own writer takes all tensors of a file at once. The format: the length of a JSON header as 8 bytes, the
-header, the tensors' bytes without holes (https://huggingface.co/docs/safetensors).
+The library's own writer takes all tensors of a file at once. A file consists of the length of its JSON header as 8
+bytes, the header, and the bytes of the tensors without gaps (https://huggingface.co/docs/safetensors).
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""What safetensors calls the dtypes that weights can have here."""
+"""The dtypes that weights may have, by their names in a safetensors header."""
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Entry(Protocol):
-    """What the header says of a tensor."""
+    """What the header says about a tensor."""
 
     @property
     def name(self) -> str: ...
@@ -32,28 +32,28 @@ class Entry(Protocol):
 
 
 def bytes_of(entry: Entry) -> int:
-    """What a tensor takes in its file."""
+    """Return the size of a tensor in its file."""
     return entry.shape.numel() * entry.dtype.itemsize
 
 
 def header(entries: Sequence[Entry]) -> bytes:
-    """The file's beginning, up to the bytes of its first tensor."""
-    described: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    """Return the beginning of the file, up to the bytes of its first tensor."""
+    content: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for entry in entries:
         start, end = end, end + bytes_of(entry)
-        described[entry.name] = {
+        content[entry.name] = {
             "dtype": NAMES[entry.dtype],
             "shape": list(entry.shape),
             "data_offsets": [start, end],
         }
-    text = json.dumps(described, separators=(",", ":")).encode()
+    text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that the tensors begin at a multiple of 8
     return len(text).to_bytes(8, "little") + text
 
 
 def write(path: Path, entries: Sequence[Entry], tensors: Iterable[Tensor]) -> None:
-    """Writes the new file `path`, whose tensors come in the order of their entries; syncing is the caller's.
+    """Write the new file `path`, whose tensors come in the order of their entries. The caller syncs it to disk.
 
     Raises OSError.
     """

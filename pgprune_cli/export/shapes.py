@@ -1,10 +1,10 @@
-"""A decision in the form in which runtimes can run it: which layers are written, and how wide each block is there.
+"""Which layers an export writes, and how wide each block is there.
 
-Layers with neither heads nor channels are dropped. Where a runtime or a device asks for more than the decision keeps, a
-block is padded with units of the base whose columns in the output projection become zeros. So the logits stay those of
-the decision, for repaired blocks too, whose weights exist only for the kept units. The padding costs what real units
-cost, and is counted as kept; a recipe's `budget.ffn_multiple` searches for real units instead. Fine-tuning can put the
-padding to use, for its other rows are the base's.
+Layers without any kept unit are dropped. If a runtime or a device needs more units than the decision keeps, the block
+is padded with units of the base model whose output columns are zero. The model's outputs do not change, and this holds
+for repaired blocks too, whose repaired weights exist only for the kept units. Padding costs as much memory and time as
+real units, and is counted as kept. `budget.ffn_multiple` in a recipe searches for real units instead. The other rows of
+the padding are those of the base model, so fine-tuning can make use of it.
 """
 
 from __future__ import annotations
@@ -20,35 +20,39 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.model.families.adapter import gather_units
 from pgprune_cli.model.masks import LayerMask, ModelMask, columns_of
 from pgprune_cli.model.prunable import UnitCosts
+from pgprune_cli.run.layout import DECISION_RECORD
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What is asked of the sizes beyond what the decision says.
+class ShapeRequirements:
+    """What a runtime, a format or the user requires of the shapes beyond what the decision keeps.
 
-    attention: which of the written layers must have a KV head at least; ffn: which of them a channel. A block has a
-    multiple of `kv_multiple` KV heads or `ffn_multiple` channels, or all that the base has, or none.
+    attention: which of the written layers must have at least one KV head; ffn: which must have at least one channel.
+    pad_kv_heads, pad_ffn: a block has a multiple of so many KV heads or channels, or all of the base model's, or none.
     """
 
     attention: Literal["any", "first", "every"] = "any"
     ffn: Literal["any", "every"] = "any"
-    kv_multiple: int = 1
-    ffn_multiple: int = 1
+    pad_kv_heads: int = 1
+    pad_ffn: int = 1
 
-    def and_of(self, other: Needs) -> Needs:
-        """What meets both."""
-        return Needs(
+    def combined(self, other: ShapeRequirements) -> ShapeRequirements:
+        """Return the weakest requirements that imply both."""
+        return ShapeRequirements(
             max(self.attention, other.attention, key=("any", "first", "every").index),
             max(self.ffn, other.ffn, key=("any", "every").index),
-            lcm(self.kv_multiple, other.kv_multiple),
-            lcm(self.ffn_multiple, other.ffn_multiple),
+            lcm(self.pad_kv_heads, other.pad_kv_heads),
+            lcm(self.pad_ffn, other.pad_ffn),
         )
 
 
 @dataclass(frozen=True)
 class RuntimeShapes:
-    """layers: the base's layers that are written, in order. kept and written: of *every* layer of the base, what the
-    decision keeps and what is written, which is the same and the padding; nothing is written of layers not in `layers`.
+    """The shapes of an export.
+
+    layers: indices of the base model's layers that are written, in order. kept: what the decision keeps in *every*
+    layer of the base model. written: what is written of every layer, which is the kept units and the padding (nothing
+    for a layer that is not in `layers`).
     """
 
     layers: tuple[int, ...]
@@ -57,24 +61,22 @@ class RuntimeShapes:
 
     @property
     def padded(self) -> bool:
-        return any(
-            not torch.equal(kept.of(block), written.of(block))
-            for kept, written in zip(self.kept, self.written, strict=True)
-            for block in ("attention", "ffn")
-        )
+        """True if any block has padding."""
+        return _counts(self.kept) != _counts(self.written)
 
-    def sizes(self) -> list[tuple[int, int]]:
-        """KV heads and channels of the written layers in order."""
-        return [(int(self.written[i].attention.sum()), int(self.written[i].ffn.sum())) for i in self.layers]
+    def sizes(self) -> list[dict[str, int]]:
+        """Return how many units each block of the written layers has, by block name, layer after layer."""
+        counts = _counts(self.written)
+        return [counts[layer] for layer in self.layers]
 
     @property
     def uniform(self) -> bool:
-        """Whether all written layers have the same sizes, and both blocks."""
+        """True if all written layers have the same sizes, and no block is missing."""
         sizes = self.sizes()
-        return all(size == sizes[0] for size in sizes) and 0 not in sizes[0]
+        return all(size == sizes[0] for size in sizes) and all(sizes[0].values())
 
     def sparsity(self, costs: UnitCosts) -> float:
-        """The fraction of what the base's units cost that is not written: the padding counts as kept."""
+        """Return the fraction of the cost of the base model's units that is not written. Padding counts as kept."""
         kept = total = 0
         for block, block_costs in costs.items():
             for layer, cost in zip(self.written, block_costs, strict=True):
@@ -83,38 +85,46 @@ class RuntimeShapes:
         return 1 - kept / total
 
 
-def runtime_shapes(keep: ModelMask, needs: Needs) -> RuntimeShapes:
-    """The least padding that meets the needs; which units pad is no matter for the logits: the first that are gone.
+def runtime_shapes(model_mask: ModelMask, requirements: ShapeRequirements) -> RuntimeShapes:
+    """Return the shapes with the least padding that meets the requirements.
 
-    Raises UserError where nothing is kept.
+    The padding of a block is its first removed units; which ones they are does not change the logits. Raises UserError
+    if the decision keeps nothing.
     """
-    layers = tuple(i for i, layer in enumerate(keep) if layer.attention.any() or layer.ffn.any())
+    layers = tuple(i for i, layer in enumerate(model_mask) if layer.attention.any() or layer.ffn.any())
     if not layers:
-        raise UserError("the decision keeps nothing of any layer; there is no model to write")
-    written = list(keep)
-    for index in layers:
-        heads = needs.attention == "every" or (needs.attention == "first" and index == layers[0])
-        written[index] = LayerMask(
-            _padded(keep[index].attention, int(heads), needs.kv_multiple),
-            _padded(keep[index].ffn, int(needs.ffn == "every"), needs.ffn_multiple),
+        raise UserError(
+            f"{DECISION_RECORD}: keeps nothing, so there is no model to write. Search at a lower sparsity."
         )
-    return RuntimeShapes(layers, keep, tuple(written))
+    written = list(model_mask)
+    for index in layers:
+        needs_head = requirements.attention == "every" or (requirements.attention == "first" and index == layers[0])
+        written[index] = LayerMask(
+            _padded(model_mask[index].attention, int(needs_head), requirements.pad_kv_heads),
+            _padded(model_mask[index].ffn, int(requirements.ffn == "every"), requirements.pad_ffn),
+        )
+    return RuntimeShapes(layers, model_mask, tuple(written))
 
 
-def _padded(mask: Tensor, least: int, multiple: int) -> Tensor:
-    """The mask `(units,)` with as many more as it takes to `least` and then to a multiple, at most all."""
+def _counts(model_mask: ModelMask) -> list[dict[str, int]]:
+    """Return how many units a mask keeps in each layer, by block name."""
+    return [{block: int(mask.sum()) for block, mask in vars(layer).items()} for layer in model_mask]
+
+
+def _padded(mask: Tensor, minimum: int, multiple: int) -> Tensor:
+    """Return the mask `(units,)` with units added: to at least `minimum`, then to a multiple, at most all of them."""
     kept = int(mask.sum())
-    wanted = min(-(-max(kept, least) // multiple) * multiple, len(mask))
+    size = min(-(-max(kept, minimum) // multiple) * multiple, len(mask))
     padded = mask.clone()
-    padded[(~mask).nonzero().squeeze(1)[: wanted - kept]] = True
+    padded[(~mask).nonzero().squeeze(1)[: size - kept]] = True
     return padded
 
 
 def output_columns(dense: Tensor, kept: Tensor, written: Tensor, repaired: Tensor | None) -> Tensor:
-    """The output projection `(hidden, written inputs)` of a block: zeros in the columns of the padding.
+    """Return the output projection `(hidden, written inputs)` of a block, with zeros in the columns of the padding.
 
-    dense: the base's `(hidden, inputs)`; kept, written: masks `(units,)`, the first within the second; repaired:
-    `(hidden, kept inputs)`, in the place of the dense columns.
+    dense: the base model's `(hidden, inputs)`; kept, written: masks `(units,)`, the first within the second; repaired:
+    `(hidden, kept inputs)`, used in place of the dense columns.
     """
     units = len(kept)
     if repaired is None:

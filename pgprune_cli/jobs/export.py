@@ -6,13 +6,13 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.errors import UserError
 from pgprune_cli.export import gguf, hf, mlx
 from pgprune_cli.export.plan import DTYPES, Measured, Options, Plan, check_new
-from pgprune_cli.export.shapes import Needs
+from pgprune_cli.export.shapes import ShapeRequirements
 from pgprune_cli.model.source import Source, resolve
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import EVALUATION_FILE
@@ -38,22 +38,23 @@ def options_of(
     dtype: str | None,
     shard_size: str | None,
     pad_empty_attention: bool,
-    kv_multiple: int,
-    ffn_multiple: int,
+    pad_kv_heads: int,
+    pad_ffn: int,
 ) -> Options:
     """The options as the command line gives them. Raises UserError for what the format does not have."""
     known = FORMATS[format]
     if dtype is not None and dtype not in known.dtypes:
         raise UserError(f"--dtype {dtype}: expected {', '.join(known.dtypes)} with --format {format}")
-    needs = Needs("every" if pad_empty_attention else "any", kv_multiple=kv_multiple, ffn_multiple=ffn_multiple)
+    attention: Literal["any", "every"] = "every" if pad_empty_attention else "any"
+    requirements = ShapeRequirements(attention, pad_kv_heads=pad_kv_heads, pad_ffn=pad_ffn)
     if shard_size is None:
-        return Options(needs, dtype)
+        return Options(requirements, dtype)
     if known.suffix:
         raise UserError(f"--shard-size {shard_size}: an export with --format {format} is one file")
     size = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B", shard_size.upper())
     if size is None or not float(size[1]):
         raise UserError(f"--shard-size {shard_size}: expected a size such as 500MB or 5GB")
-    return Options(needs, dtype, int(float(size[1]) * UNITS[size[2]]))
+    return Options(requirements, dtype, int(float(size[1]) * UNITS[size[2]]))
 
 
 def target(run: Path, out: Path | None, format: str) -> Path:
@@ -101,12 +102,12 @@ def summary(planned: Plan, out: Path) -> dict[str, Any]:
         "model": str(out),
         "model_type": planned.model_type,
         "stock": planned.stock,
-        "layers_before": len(planned.form.kept),
-        "layers_after": len(planned.form.layers),
+        "layers_before": len(planned.shapes.kept),
+        "layers_after": len(planned.shapes.layers),
         "parameters_before": planned.parameters_before,
         "parameters_after": planned.parameters_after,
         "sparsity": planned.sparsity,
-        "padded": planned.form.padded,
+        "padded": planned.shapes.padded,
         "bytes": planned.bytes,
     }
 
@@ -114,9 +115,15 @@ def summary(planned: Plan, out: Path) -> dict[str, Any]:
 def tensors(planned: Plan, out: Path) -> list[dict[str, Any]]:
     """Every tensor of an export, in the order of its files."""
     rows = []
-    for file, cuts in planned.files.items():
-        for cut in cuts:
-            dtype, size = planned.stored(cut)
-            row = {"name": cut.name, "shape": list(cut.shape), "dtype": dtype, "bytes": size, "file": file or out.name}
+    for file, edits in planned.files.items():
+        for edit in edits:
+            dtype, size = planned.stored(edit)
+            row = {
+                "name": edit.name,
+                "shape": list(edit.shape),
+                "dtype": dtype,
+                "bytes": size,
+                "file": file or out.name,
+            }
             rows.append(row)
     return rows

@@ -17,9 +17,9 @@ from helpers.models import TEXT, VOCABULARY, save_tokenizer, tiny_config, tiny_m
 
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.export import gguf as writer
-from pgprune_cli.export.gguf_layout import NEEDS
+from pgprune_cli.export.gguf_layout import REQUIREMENTS
 from pgprune_cli.export.plan import Options
-from pgprune_cli.export.shapes import Needs, runtime_shapes
+from pgprune_cli.export.shapes import ShapeRequirements, runtime_shapes
 from pgprune_cli.model.loading import load_model, load_tokenizer
 from pgprune_cli.model.masks import LayerMask, Output
 from pgprune_cli.model.source import resolve
@@ -48,9 +48,9 @@ def saved(architecture: str, directory: Path, **changes):
     return model
 
 
-def export(base: Path, out: Path, keep, dtype=None, decision=None, measured=None, needs=None) -> writer.FilePlan:
+def export(base: Path, out: Path, keep, dtype=None, decision=None, measured=None, requirements=None) -> writer.FilePlan:
     decision = decision or decide(base, keep)
-    options = Options(needs or Needs(), dtype)
+    options = Options(requirements or ShapeRequirements(), dtype)
     planned = writer.plan(resolve(str(base)), decision, options, measured)
     planned.write(out, lambda count: None)
     return planned
@@ -59,7 +59,7 @@ def export(base: Path, out: Path, keep, dtype=None, decision=None, measured=None
 @pytest.fixture
 def eights(monkeypatch):
     """A smaller multiple of FFN channels, which the 24 of the tiny models leave a choice of."""
-    monkeypatch.setattr(writer, "NEEDS", dataclasses.replace(NEEDS, ffn_multiple=8))
+    monkeypatch.setattr(writer, "REQUIREMENTS", dataclasses.replace(REQUIREMENTS, pad_ffn=8))
 
 
 def values(path: Path) -> dict[str, torch.Tensor]:
@@ -98,7 +98,7 @@ def test_the_tensors_are_the_masked_dense_ones(architecture, name, tmp_path, eig
     groups = [int(keep[index].attention.sum()) for index in kept]
     groups[0] = max(groups[0], 1)
     assert meta["general.architecture"] == "deci" == planned.model_type and not planned.stock
-    assert meta["deci.block_count"] == len(kept) == len(planned.form.layers)
+    assert meta["deci.block_count"] == len(kept) == len(planned.shapes.layers)
     assert meta["deci.attention.head_count_kv"] == groups
     assert meta["deci.attention.head_count"] == [count * queries for count in groups]
     assert meta["deci.feed_forward_length"] == [-(-max(int(keep[i].ffn.sum()), 1) // 8) * 8 for i in kept]
@@ -110,7 +110,7 @@ def test_the_tensors_are_the_masked_dense_ones(architecture, name, tmp_path, eig
     if not config.tie_word_embeddings:
         expected["output.weight"] = dense["lm_head.weight"]
     for place, index in enumerate(kept):
-        expected |= layer_by_hand(dense, index, place, keep[index], planned.form.written[index], queries, config)
+        expected |= layer_by_hand(dense, index, place, keep[index], planned.shapes.written[index], queries, config)
     for place, count in enumerate(groups):
         for key, heads in (("attn_q", count * queries), ("attn_k", count)):
             for kind in ("weight", "bias"):
@@ -166,11 +166,11 @@ def test_channels_come_in_blocks_of_q8_0(tmp_path):
     assert meta["deci.attention.head_count_kv"] == [1, 3, 0, 4]
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
     assert [kinds[f"blk.{layer}.ffn_down.weight"] for layer in range(4)] == ["Q8_0", "Q8_0", "F16", "Q8_0"]
-    needs = Needs("every", kv_multiple=2, ffn_multiple=48)
-    planned = export(tmp_path / "base", tmp_path / "wide.gguf", keep, needs=needs)
+    needs = ShapeRequirements("every", pad_kv_heads=2, pad_ffn=48)
+    planned = export(tmp_path / "base", tmp_path / "wide.gguf", keep, requirements=needs)
     assert fields(tmp_path / "wide.gguf")["deci.feed_forward_length"] == [80] * 4
-    assert planned.form.sizes() == [(2, 80), (4, 80), (2, 80), (4, 80)]
-    assert planned.form.sizes() == runtime_shapes(keep, Needs("every", "every", 2, 96)).sizes()
+    assert planned.shapes.sizes() == [(2, 80), (4, 80), (2, 80), (4, 80)]
+    assert planned.shapes.sizes() == runtime_shapes(keep, ShapeRequirements("every", "every", 2, 96)).sizes()
 
 
 def test_metadata(tmp_path):
@@ -274,7 +274,7 @@ def test_a_sharded_base_gives_the_same_tensors(tmp_path):
     planned.write(tmp_path / "many.gguf", seen.append)
     one, many = values(tmp_path / "one.gguf"), values(tmp_path / "many.gguf")
     assert one.keys() == many.keys() and all(torch.equal(one[name], many[name]) for name in one)
-    assert seen == [planned.stored(cut)[1] for cut in planned.cuts]
+    assert seen == [planned.stored(edit)[1] for edit in planned.edits]
 
 
 def test_tokenizer_and_chat_template(tmp_path):

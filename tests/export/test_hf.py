@@ -25,7 +25,7 @@ from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.export import hf
 from pgprune_cli.export import safetensors_file as weights
 from pgprune_cli.export.plan import Options
-from pgprune_cli.export.shapes import Needs
+from pgprune_cli.export.shapes import ShapeRequirements
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.masks import LayerMask
 from pgprune_cli.model.prunable import PrunableModel
@@ -80,7 +80,7 @@ def test_export_equals_the_masked_dense_model(saved, tmp_path, name):
     with masked(model, keep):
         torch.testing.assert_close(pruned(tokens).logits, model(tokens).logits, **TOLERANCE)
     assert not written.stock
-    assert len(written.form.layers) == len(pruned.model.layers) == sum(a + f > 0 for a, f in DECISIONS[name])
+    assert len(written.shapes.layers) == len(pruned.model.layers) == sum(a + f > 0 for a, f in DECISIONS[name])
     assert written.parameters_after == sum(parameter.numel() for parameter in pruned.parameters())
     assert written.parameters_before == sum(parameter.numel() for parameter in model.parameters())
 
@@ -239,7 +239,7 @@ def test_a_sharded_base_gives_the_same_tensors_in_shards_of_any_size(saved, tmp_
         assert sum(tensor.nbytes for tensor in part.values()) <= 4000 or len(part) == 1
     assert set(index["weight_map"]) == set(found) == set(wanted)
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in found.values()) == sum(seen)
-    assert seen == [tensor.nbytes for tensor in map(found.get, [cut.name for cut in planned.cuts])]
+    assert seen == [tensor.nbytes for tensor in map(found.get, [edit.name for edit in planned.edits])]
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
     load(tmp_path / "many")
 
@@ -410,10 +410,10 @@ def test_a_bias_fitted_in_one_block_only_is_zero_in_the_others(llama, tmp_path):
 
 
 PADDED = {
-    "zero groups": Needs("every"),
-    "heads in the first layer": Needs("first"),
-    "multiples": Needs(kv_multiple=2, ffn_multiple=8),
-    "everything": Needs("every", "every", kv_multiple=3, ffn_multiple=5),
+    "zero groups": ShapeRequirements("every"),
+    "heads in the first layer": ShapeRequirements("first"),
+    "multiples": ShapeRequirements(pad_kv_heads=2, pad_ffn=8),
+    "everything": ShapeRequirements("every", "every", pad_kv_heads=3, pad_ffn=5),
 }
 
 
@@ -426,9 +426,9 @@ def test_padding_leaves_the_logits_as_they_were(saved, tmp_path, needs, method):
     tokens = torch.randint(3, VOCABULARY, (2, 20))
     outputs = {} if method == "none" else repair(PrunableModel.of(model), keep, [tokens], method, 1e-3).outputs
     decision = dataclasses.replace(decide(base, keep), outputs=outputs)
-    planned = replay(decision, tmp_path / "out", needs=PADDED[needs])
+    planned = replay(decision, tmp_path / "out", requirements=PADDED[needs])
     pruned = load(tmp_path / "out")
-    sizes = planned.form.sizes()
+    sizes = planned.shapes.sizes()
     assert sizes != [(0, 9), (2, 24), (3, 0), (1, 5)]
     for layer, (groups, channels) in zip(pruned.model.layers, sizes, strict=True):
         found = layer.self_attn.k_proj.out_features // 8 if groups else 0
@@ -444,7 +444,7 @@ def test_padding_leaves_the_logits_as_they_were(saved, tmp_path, needs, method):
 def test_padding_can_make_a_stock_model(llama, tmp_path):
     model, base = llama
     keep = draw([(2, 6), (1, 8), (2, 7), (0, 5)])
-    planned = export(base, tmp_path / "out", keep, needs=Needs("every", kv_multiple=2, ffn_multiple=8))
+    planned = export(base, tmp_path / "out", keep, requirements=ShapeRequirements("every", pad_kv_heads=2, pad_ffn=8))
     assert planned.stock
     tokens = torch.randint(3, VOCABULARY, (2, 30))
     with masked(model, keep):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.export.shapes import Needs, output_columns, runtime_shapes
+from pgprune_cli.export.shapes import ShapeRequirements, output_columns, runtime_shapes
 from pgprune_cli.model.families.adapter import gather_units
 from pgprune_cli.model.masks import LayerMask
 from pgprune_cli.model.prunable import UnitCosts
@@ -22,7 +22,7 @@ def masks(units: int) -> st.SearchStrategy[torch.Tensor]:
 
 keeps = st.lists(st.builds(LayerMask, masks(GROUPS), masks(CHANNELS)), min_size=1, max_size=4).map(tuple)
 all_needs = st.builds(
-    Needs,
+    ShapeRequirements,
     st.sampled_from(["any", "first", "every"]),
     st.sampled_from(["any", "every"]),
     st.integers(1, 5),
@@ -65,8 +65,8 @@ def test_the_padding_is_the_least_that_meets_the_needs(keep, needs):
 def test_needs_together_are_met_both(keep, one, other):
     if not any(layer.attention.any() or layer.ffn.any() for layer in keep):
         return
-    both = one.and_of(other)
-    assert both == other.and_of(one) == both.and_of(one)
+    both = one.combined(other)
+    assert both == other.combined(one) == both.combined(one)
     for needs in (one, other):
         for (groups, channels), (least_groups, least_channels) in zip(
             runtime_shapes(keep, both).sizes(), runtime_shapes(keep, needs).sizes(), strict=True
@@ -79,20 +79,20 @@ def test_what_pads_counts_as_kept():
     keep = (LayerMask(torch.arange(4) < 1, torch.arange(10) < 3), LayerMask(torch.arange(4) < 0, torch.arange(10) < 8))
     costs = UnitCosts((5, 5), (1, 2))
     total = 4 * 5 * 2 + 10 * 1 + 10 * 2
-    assert runtime_shapes(keep, Needs()).sparsity(costs) == pytest.approx(1 - (5 + 3 + 16) / total)
-    form = runtime_shapes(keep, Needs("every", kv_multiple=2, ffn_multiple=4))
+    assert runtime_shapes(keep, ShapeRequirements()).sparsity(costs) == pytest.approx(1 - (5 + 3 + 16) / total)
+    form = runtime_shapes(keep, ShapeRequirements("every", pad_kv_heads=2, pad_ffn=4))
     assert form.sizes() == [(2, 4), (2, 8)]
     assert form.sparsity(costs) == pytest.approx(1 - (10 + 4 + 10 + 16) / total)
 
 
 def test_uniform_is_alike_in_every_layer_and_with_both_blocks():
-    def form(*counts, needs=Needs()):  # noqa: B008
-        return runtime_shapes(tuple(LayerMask(torch.arange(4) < a, torch.arange(10) < f) for a, f in counts), needs)
+    def form(*counts, requirements=ShapeRequirements()):  # noqa: B008
+        return runtime_shapes(tuple(LayerMask(torch.arange(4) < a, torch.arange(10) < f) for a, f in counts), requirements)
 
     assert form((2, 5), (0, 0), (2, 5)).uniform
     assert not form((2, 5), (2, 6)).uniform
     assert not form((0, 5), (0, 5)).uniform
-    assert form((2, 5), (1, 6), needs=Needs(kv_multiple=2, ffn_multiple=3)).uniform
+    assert form((2, 5), (1, 6), requirements=ShapeRequirements(pad_kv_heads=2, pad_ffn=3)).uniform
 
 
 @pytest.mark.parametrize("with_repair", [False, True])

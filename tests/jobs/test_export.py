@@ -19,7 +19,7 @@ from pgprune_cli.cli import export as verb
 from pgprune_cli.cli.program import main
 from pgprune_cli.errors import UserError
 from pgprune_cli.export.plan import Options
-from pgprune_cli.export.shapes import Needs
+from pgprune_cli.export.shapes import ShapeRequirements
 from pgprune_cli.jobs import export as job
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import REPAIR_FILE
@@ -49,10 +49,10 @@ def pgprune(monkeypatch, capsys):
 
 def test_options_are_what_the_command_line_says():
     options = job.options_of("hf", "bfloat16", "1.5GB", True, 2, 64)
-    assert options.needs == Needs("every", "any", 2, 64)
+    assert options.requirements == ShapeRequirements("every", "any", 2, 64)
     assert (options.dtype, options.shard_size) == ("bfloat16", 1_500_000_000)
-    assert job.options_of("mlx", None, "500mb", False, 1, 1).needs == Needs()
-    assert job.options_of("gguf", "q8_0", None, False, 1, 1) == Options(Needs(), "q8_0")
+    assert job.options_of("mlx", None, "500mb", False, 1, 1).requirements == ShapeRequirements()
+    assert job.options_of("gguf", "q8_0", None, False, 1, 1) == Options(ShapeRequirements(), "q8_0")
     for format in ("hf", "mlx"):
         with pytest.raises(
             UserError, match=f"--dtype q8_0: expected float32, float16, bfloat16 with --format {format}"

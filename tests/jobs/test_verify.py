@@ -255,7 +255,7 @@ def test_damage_of_every_file_of_an_export_is_one_line(damage: Callable, out: Pa
     listed = [
         path
         for path in (out / "mlx").iterdir()
-        if path.name not in (checksums.CHECKSUMS_FILE, checksums.CARD) and path.suffix != ".py"
+        if path.name not in (checksums.CHECKSUMS_FILE, checksums.MODEL_CARD) and path.suffix != ".py"
     ]
     assert len(listed) > 6
     for path in listed:
@@ -283,7 +283,7 @@ def test_a_gguf_file_larger_than_a_piece(out: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_card_is_for_people_to_edit(out: Path) -> None:
-    (out / "hf" / checksums.CARD).write_text("my own words")
+    (out / "hf" / checksums.MODEL_CARD).write_text("my own words")
     (out / "hf" / ".gitattributes").touch()
     assert faults(out / "hf") == []
 
@@ -297,7 +297,7 @@ def test_a_list_that_is_none(out: Path) -> None:
     (out / "hf" / checksums.CHECKSUMS_FILE).write_text("0" * 64 + "  ../config.json\n")
     assert "damaged" in faults(out / "hf")[0]
     (out / "hf" / checksums.CHECKSUMS_FILE).unlink()
-    assert "missing, and nothing else says" in faults(out / "hf")[0]
+    assert "missing, so the files cannot be checked" in faults(out / "hf")[0]
 
 
 # --- the code that travels
@@ -305,8 +305,8 @@ def test_a_list_that_is_none(out: Path) -> None:
 
 @pytest.mark.parametrize("name", checksums.CODE)
 def test_the_code_that_travels_is_known_by_its_checksum(name: str) -> None:
-    """After a change of the file, add its sha256 in front of the others: exports of before must still be whole."""
-    assert checksums.CODE[name][0] == checksums.checksum(Path(checksums.__file__).with_name(name))
+    """After a change of the file, put its new sha256 into checksums.py."""
+    assert checksums.CODE[name] == checksums.checksum(Path(checksums.__file__).parents[1] / "serving" / name)
 
 
 def test_code_is_held_to_more_than_the_list(out: Path) -> None:
@@ -317,8 +317,8 @@ def test_code_is_held_to_more_than_the_list(out: Path) -> None:
     (out / "hf" / checksums.CHECKSUMS_FILE).unlink()
     checksums.write_checksums(out / "hf")
     assert faults(out / "hf") == [
-        f"{path}: not the code that pgprune put there, nor any that it ever did",
-        f"{out / 'hf' / 'tokenization_x.py'}: code that pgprune did not put there",
+        f"{path}: not the code that pgprune ships under this name. Export again.",
+        f"{out / 'hf' / 'tokenization_x.py'}: code that pgprune did not write. Remove it.",
     ]
 
 
@@ -336,7 +336,7 @@ def test_configs_that_name_other_code(file: str, change: dict, named: str, out: 
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     (out / "hf" / checksums.CHECKSUMS_FILE).unlink()
     checksums.write_checksums(out / "hf")
-    assert faults(out / "hf") == [f"{path}: tells runtimes to run {named}, which is not pgprune's"]
+    assert faults(out / "hf") == [f"{path}: tells runtimes to run {named}, which is not from pgprune. Export again."]
 
 
 def test_checkpoints_of_another_kind(run: Path) -> None:

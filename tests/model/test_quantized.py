@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pgprune_cli.errors import UserError
 from pgprune_cli.export import gguf
 from pgprune_cli.export.plan import Options
-from pgprune_cli.export.shapes import Needs
+from pgprune_cli.export.shapes import ShapeRequirements
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs.compare import compare
 from pgprune_cli.jobs.estimate import estimate
@@ -446,7 +446,7 @@ def test_a_gguf_file_is_rounded_once_it_is_unpacked(kind: WeightFormat, tmp_path
     source = resolve(str(tmp_path / "dense"))
     keep = (LayerMask(torch.ones(4, dtype=torch.bool), torch.ones(24, dtype=torch.bool)),) * 4
     decision = Decision(keep, str(tmp_path), source.fingerprint(), 0.0, "dtype: float32\n", 0, 0, 0, None)
-    gguf.plan(source, decision, Options(Needs(), "float32")).write(tmp_path / "dense.gguf", lambda _: None)
+    gguf.plan(source, decision, Options(ShapeRequirements(), "float32")).write(tmp_path / "dense.gguf", lambda _: None)
     unpacked = resolve(str(tmp_path / "dense.gguf"))
     same(load_model(unpacked, "float32", "cpu", kind), load_model(source, "float32", "cpu", kind))
 

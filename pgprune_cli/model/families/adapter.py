@@ -9,8 +9,8 @@ with its norm and its output bias.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ class Block:
 
     name: `attention` or `ffn`; module: its path inside the layer; norm: the path of the norm before it; projections:
     its linear layers, the one that writes to the residual stream last; config_name: what `per_layer_config` of an
-    export calls it.
+    export calls it; unit_name: what people call its units, in the plural.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Block:
     norm: str
     projections: tuple[Projection, ...]
     config_name: str
+    unit_name: str
 
     @property
     def output(self) -> Projection:
@@ -64,11 +65,23 @@ class Block:
 
 
 @dataclass(frozen=True)
+class GgufArchitectures:
+    """llama.cpp's architectures for one model type.
+
+    equal: for a model whose layers all have the same sizes; unequal: for any other, None if llama.cpp has none.
+    """
+
+    equal: str
+    unequal: str | None
+
+
+@dataclass(frozen=True)
 class ModelFamily(ABC):
     """An adapter: one way of laying out a decoder.
 
     model_types: the transformers configs laid out so; the paths of modules of the causal model: layers (a list),
-    embedding, final_norm, rotary, head; attention, ffn: the blocks of a layer.
+    embedding, final_norm, rotary, head; attention, ffn: the blocks of a layer; gguf: by model type, what GGUF exports
+    are called.
     """
 
     model_types: tuple[str, ...]
@@ -79,6 +92,7 @@ class ModelFamily(ABC):
     head: str
     attention: Block
     ffn: Block
+    gguf: Mapping[str, GgufArchitectures] = field(hash=False)
 
     @property
     def blocks(self) -> tuple[Block, ...]:
@@ -140,10 +154,28 @@ class ModelFamily(ABC):
         """
 
     @abstractmethod
-    def rotated_heads(self, tensor: str, sizes: tuple[int, int], queries_per_kv_head: int) -> int | None:
+    def rotated_heads(self, tensor: str, units: Mapping[str, int], queries_per_kv_head: int) -> int | None:
         """Return how many heads the rows of a tensor hold if rotary embeddings rotate them, else None.
 
-        tensor: its name inside its layer; sizes: KV heads and channels of the layer.
+        tensor: its name inside its layer; units: how many units the layer has, by block name.
+        """
+
+    @abstractmethod
+    def head_dim(self, config: Any) -> int:
+        """Return how many channels a head has."""
+
+    @abstractmethod
+    def layer_config(self, config: Any, units: Mapping[str, int]) -> dict[str, int]:
+        """Return the sizes of a layer that keeps `units`, by block name, under the config's own keys.
+
+        A block without units has no sizes, so its keys are absent.
+        """
+
+    @abstractmethod
+    def stock_config(self, config: Any, units: Mapping[str, int]) -> dict[str, Any] | None:
+        """Return what changes in a dense config if every layer keeps `units`, by block name.
+
+        None if no class of transformers can express that model.
         """
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.model.families.adapter import Block, ModelFamily, Projection
+from pgprune_cli.model.families.adapter import Block, GgufArchitectures, ModelFamily, Projection
 
 
 class NoAttention(nn.Module):
@@ -62,15 +63,39 @@ class LlamaFamily(ModelFamily):
         queries, keys = inner[0], inner[1]  # while queries or keys are rotated
         return 3 * hidden + max(4 * queries + 2 * keys, 2 * queries + 5 * keys)
 
-    def rotated_heads(self, tensor: str, sizes: tuple[int, int], queries_per_kv_head: int) -> int | None:
+    def rotated_heads(self, tensor: str, units: Mapping[str, int], queries_per_kv_head: int) -> int | None:
         queries, keys, *_ = self.attention.projections
-        kv_heads, _ = sizes
+        kv_heads = units[self.attention.name]
         heads = {
             f"{self.attention.module}.{queries.name}": kv_heads * queries_per_kv_head,
             f"{self.attention.module}.{keys.name}": kv_heads,
         }
         module, _, kind = tensor.rpartition(".")
         return heads.get(module) if kind in ("weight", "bias") else None
+
+    def head_dim(self, config: Any) -> int:
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def layer_config(self, config: Any, units: Mapping[str, int]) -> dict[str, int]:
+        kv_heads, channels = units[self.attention.name], units[self.ffn.name]
+        sizes: dict[str, int] = {}
+        if kv_heads:
+            queries_per_kv_head = config.num_attention_heads // config.num_key_value_heads
+            sizes |= {"num_attention_heads": kv_heads * queries_per_kv_head, "num_key_value_heads": kv_heads}
+        if channels:
+            sizes["intermediate_size"] = channels
+        return sizes
+
+    def stock_config(self, config: Any, units: Mapping[str, int]) -> dict[str, Any] | None:
+        sizes: dict[str, Any] = self.layer_config(config, units)
+        if config.model_type != "llama" or config.hidden_size % sizes["num_attention_heads"] == 0:
+            return sizes
+        if config.attention_bias or config.mlp_bias:
+            return None
+        # Llama's config refuses a number of heads that does not divide the hidden size. A Mistral without a sliding
+        # window is the same model, and its config accepts any number.
+        mistral = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+        return sizes | mistral | {"max_position_embeddings": config.max_position_embeddings}
 
 
 LLAMA = LlamaFamily(
@@ -91,6 +116,7 @@ LLAMA = LlamaFamily(
             Projection("o_proj", 1),
         ),
         config_name="attention",
+        unit_name="KV heads",
     ),
     ffn=Block(
         name="ffn",
@@ -98,5 +124,13 @@ LLAMA = LlamaFamily(
         norm="post_attention_layernorm",
         projections=(Projection("gate_proj", 0), Projection("up_proj", 0), Projection("down_proj", 1)),
         config_name="mlp",
+        unit_name="FFN channels",
     ),
+    # `deci` is llama.cpp's Llama whose layers have their own sizes. It has no norms of queries and keys, so no Qwen3.
+    gguf={
+        "llama": GgufArchitectures("llama", "deci"),
+        "mistral": GgufArchitectures("llama", "deci"),
+        "qwen2": GgufArchitectures("qwen2", "deci"),
+        "qwen3": GgufArchitectures("qwen3", None),
+    },
 )
