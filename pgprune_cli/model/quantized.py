@@ -1,9 +1,16 @@
-"""Projections whose frozen weights lie in 8 bits, in half of bfloat16's memory (recipe key `weights`).
+"""Linear layers whose frozen weights take one byte each, half the memory of bfloat16 (recipe key `weight_format`).
 
-int8: what a forward multiplies with is made when it is needed, in the dtype that the model computes in: of the kept
-units of one block at a time (substrate.py), or of one dense matrix where a layer runs as it is. fp8: weights and inputs
-are multiplied as they are, where the device can, a scale a row and a token; nothing is made of them. Whoever reads
-`weight` gets the rounded weights, dense, as a new tensor.
+A search only multiplies with the weights, so they may be rounded while it runs. Exports always use the original
+weights. Each row of a weight matrix is divided by a scale, so that its largest entry becomes the largest number that a
+byte can hold, and is then rounded. A weight is read as this number times the scale.
+
+- `int8` stores whole numbers from −127 to 127. Before a product, the weights of the kept units of one block are
+  converted back to the model's dtype (one matrix at a time for a dense layer). The product itself is an ordinary one.
+- `fp8` stores floating-point numbers with 4 bits of exponent and 3 of mantissa (e4m3), which span from 2⁻⁹ to 448.
+  Recent GPUs multiply them directly and faster than bfloat16. So the inputs are rounded too, with one scale per token,
+  and no weight is ever converted back.
+
+The attribute `weight` gives the rounded weights in the model's dtype, as a new tensor on every access.
 """
 
 from __future__ import annotations
@@ -20,38 +27,38 @@ from pgprune_cli.errors import UserError, in_short
 from pgprune_cli.model.families import family_of
 from pgprune_cli.model.families.adapter import gather_units
 
-ROWS = 256
-"""That are rounded at a time, in float32."""
+ROWS_AT_A_TIME = 256
+"""Rows that are rounded at a time, in float32."""
 
 FP8 = torch.float8_e4m3fn
 
-ALIGNED = 16
-"""Tensor cores multiply fp8 matrices whose rows are so many bytes, or a multiple."""
+ROW_MULTIPLE = 16
+"""Tensor cores multiply fp8 matrices whose rows are a multiple of so many bytes."""
 
 
 class Rows(NamedTuple):
-    """Rounded rows of a matrix: values `(out, in)` of one byte, each row of them times its scale `(out, 1)`."""
+    """Rounded rows of a matrix: values `(out, in)` of one byte each, to be multiplied with the scale `(out, 1)`."""
 
     values: Tensor
     scale: Tensor
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer of `values` `(out, in)`, one byte each, every row of them times its `scale` `(out, 1)`.
+    """A linear layer with the weight `values` `(out, in)`, one byte each, times `scale` `(out, 1)`.
 
-    kept: what stands for the weight while a block is shrunk, `(out', in')`: rounded rows, or as it is multiplied, in
-    `dtype`, which the model computes in; None otherwise.
+    kept: replaces the weight while its block is shrunk to its kept units, `(out', in')`: rounded rows, or a weight in
+    `dtype`, which is the dtype that the model computes in. None otherwise.
     """
 
     LARGEST: ClassVar[float]
-    """Of a value: symmetric, so that a row needs no zero point."""
+    """The largest value. Values are symmetric around zero, so a row needs no zero point."""
 
     values: nn.Parameter
     scale: nn.Parameter
 
     def __init__(self, linear: nn.Linear) -> None:
-        """Of the weights of `linear`, whose bias it takes over; one on the meta device will do."""
-        nn.Module.__init__(self)  # and not that of Linear, which would make a weight
+        """Round the weights of `linear` and take over its bias. It may be on the meta device."""
+        nn.Module.__init__(self)  # not that of nn.Linear, which would create a weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.register_parameter("bias", linear.bias)
         self.kept: Tensor | Rows | None = None
@@ -59,147 +66,157 @@ class QuantizedLinear(nn.Linear):
 
     @torch.no_grad()
     def fill(self, weight: Tensor) -> None:
-        """Rounds `weight` `(out, in)` of any floating dtype, on its device; a row that is not finite has no such scale.
+        """Round `weight` `(out, in)`, of any floating dtype, on its device. A row that is not finite has no such scale.
 
-        Row by row, so that its largest value is LARGEST. The scale is rounded first, to the dtype that it is kept in,
-        so that this rounding costs no more than a step does.
+        The scale of a row makes its largest value LARGEST. It is rounded to its own dtype first, so that this rounding
+        costs no more than one step.
         """
         self.dtype = weight.dtype
-        # What stays is allocated before what does not, some rows at a time, so that no holes are left in between.
+        # The results are allocated before the temporary tensors, so that no gaps are left between them.
         values = torch.empty_like(weight, dtype=torch.int8)
         scales = weight.new_empty(len(weight), 1, dtype=self._scale_dtype())
-        least = torch.finfo(scales.dtype).smallest_normal
-        for rows, some, scale in zip(weight.split(ROWS), values.split(ROWS), scales.split(ROWS), strict=True):
+        smallest = torch.finfo(scales.dtype).smallest_normal
+        for rows, rounded, scale in zip(
+            weight.split(ROWS_AT_A_TIME), values.split(ROWS_AT_A_TIME), scales.split(ROWS_AT_A_TIME), strict=True
+        ):
             largest = rows.abs().amax(1, keepdim=True).to(scale)
-            scale.copy_(largest.div_(self.LARGEST).clamp_min_(least))
-            some.copy_(self._bytes(rows.to(torch.float32, copy=True).div_(scale).clamp_(-self.LARGEST, self.LARGEST)))
+            scale.copy_(largest.div_(self.LARGEST).clamp_min_(smallest))
+            # In one expression, so that the temporary tensor is freed before the next rows are read.
+            rounded.copy_(
+                self._round(rows.to(torch.float32, copy=True).div_(scale).clamp_(-self.LARGEST, self.LARGEST))
+            )
         self.values = nn.Parameter(values, requires_grad=False)
         self.scale = nn.Parameter(scales, requires_grad=False)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """`(out, in)`, or of the kept units, in `dtype`. Not cheap: a new tensor with every call."""
+        """The rounded weight `(out, in)`, or that of the kept units, in `dtype`. Costly: every access makes one."""
         if isinstance(self.kept, Tensor):
             return self.kept
-        return self._made(self._rows())
+        return self._dequantize(self._rows())
 
     def _rows(self) -> Rows:
-        """All of them, or those kept."""
+        """Return the rounded rows of the kept units while the block is shrunk, else of all units."""
         return self.kept if isinstance(self.kept, Rows) else Rows(self.values, self.scale)
 
-    def _picked(self, axis: int, kept: Tensor, units: int) -> Rows:
-        """The rounded rows of the kept units as `arch.gather_units` picks them; nothing is made of the others."""
+    def _gather_rows(self, axis: int, kept: Tensor, units: int) -> Rows:
+        """Return the rounded values of the kept units, as `gather_units` does for weights."""
         scale = gather_units(self.scale, 0, kept, units) if axis == 0 else self.scale
         return Rows(gather_units(self.values, axis, kept, units), scale)
 
     @abstractmethod
     def gathered(self, axis: int, kept: Tensor, units: int) -> Tensor | Rows:
-        """What stands for the weight of the kept units, as `arch.gather_units` picks them."""
+        """Return what replaces the weight while only the kept units run, as `gather_units` does for weights."""
 
     @abstractmethod
-    def _scale_dtype(self) -> torch.dtype: ...
+    def _scale_dtype(self) -> torch.dtype:
+        """Return the dtype of the scales."""
 
     @abstractmethod
-    def _bytes(self, scaled: Tensor) -> Tensor:
-        """Float32 between ± LARGEST, which may be overwritten, as values are stored."""
+    def _round(self, scaled: Tensor) -> Tensor:
+        """Return float32 values between ± LARGEST rounded, in the form in which they are stored. May overwrite them."""
 
     @abstractmethod
-    def _made(self, rows: Rows) -> Tensor:
-        """The weight, in `dtype`."""
+    def _dequantize(self, rows: Rows) -> Tensor:
+        """Return values times scales as a weight in `dtype`."""
 
 
 class Int8Linear(QuantizedLinear):
-    """Whole steps from −127 to 127; the scale is in the dtype that the weight is made in."""
+    """A linear layer of whole numbers from −127 to 127. The scale has the model's dtype."""
 
     LARGEST = 127.0
 
     def gathered(self, axis: int, kept: Tensor, units: int) -> Tensor:
-        return self._made(self._picked(axis, kept, units))
+        return self._dequantize(self._gather_rows(axis, kept, units))
 
     def _scale_dtype(self) -> torch.dtype:
         return self.dtype
 
-    def _bytes(self, scaled: Tensor) -> Tensor:
+    def _round(self, scaled: Tensor) -> Tensor:
         return scaled.round_()
 
-    def _made(self, rows: Rows) -> Tensor:
+    def _dequantize(self, rows: Rows) -> Tensor:
         return rows.values * rows.scale
 
 
 class Fp8Linear(QuantizedLinear):
-    """e4m3, its bits kept as int8, which every operator can gather; the scale is float32, as products want it."""
+    """A linear layer of e4m3 numbers. The scale is float32, as fp8 products require.
+
+    Their bits are stored as int8, because not every operator can gather fp8.
+    """
 
     LARGEST = torch.finfo(FP8).max
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(self.kept, Tensor):  # repaired
+        if isinstance(self.kept, Tensor):  # a repaired output projection, which is not rounded
             return functional.linear(input, self.kept, self.bias)
-        found = fp8_product(input, *self._rows())
-        return found if self.bias is None else found + self.bias
+        product = fp8_product(input, *self._rows())
+        return product if self.bias is None else product + self.bias
 
     def gathered(self, axis: int, kept: Tensor, units: int) -> Rows:
-        values, scale = self._picked(axis, kept, units)
+        values, scale = self._gather_rows(axis, kept, units)
         return Rows(values.contiguous(), scale)
 
     def _scale_dtype(self) -> torch.dtype:
         return torch.float32
 
-    def _bytes(self, scaled: Tensor) -> Tensor:
+    def _round(self, scaled: Tensor) -> Tensor:
         return scaled.to(FP8).view(torch.int8)
 
-    def _made(self, rows: Rows) -> Tensor:
+    def _dequantize(self, rows: Rows) -> Tensor:
         return rows.values.view(FP8).to(torch.float32).mul_(rows.scale).to(self.dtype)
 
 
 def fp8_product(inputs: Tensor, values: Tensor, scale: Tensor) -> Tensor:
-    """`inputs` `(…, in)`, rounded to e4m3 with a scale a row, times rounded rows: `(…, out)` in the inputs' dtype.
+    """Return `inputs` `(…, in)`, rounded to e4m3 with a scale per token, times rounded weights: `(…, out)`.
 
-    values: e4m3's bits as int8 `(out, in)`; scale: float32 `(out, 1)`. Sums are made in float32. Raises RuntimeError
-    where PyTorch has no such product for the device and the dtype.
+    values: e4m3 bits as int8 `(out, in)`; scale: float32 `(out, 1)`. Sums are float32, the result has the dtype of the
+    inputs. Raises RuntimeError if PyTorch has no such product for the device and the dtype.
     """
-    rows, out = inputs.flatten(0, -2), len(values)
-    of_rows = torch.linalg.vector_norm(rows, math.inf, dim=1, keepdim=True, dtype=torch.float32)
-    of_rows = of_rows.div_(Fp8Linear.LARGEST).clamp_min_(torch.finfo(torch.float32).smallest_normal)
-    rounded = (rows / of_rows).to(FP8)
-    missing_in, missing_out = -values.shape[1] % ALIGNED, -out % ALIGNED
+    tokens, out = inputs.flatten(0, -2), len(values)
+    token_scale = torch.linalg.vector_norm(tokens, math.inf, dim=1, keepdim=True, dtype=torch.float32)
+    token_scale = token_scale.div_(Fp8Linear.LARGEST).clamp_min_(torch.finfo(torch.float32).smallest_normal)
+    rounded = (tokens / token_scale).to(FP8)
+    missing_in, missing_out = -values.shape[1] % ROW_MULTIPLE, -out % ROW_MULTIPLE
     if missing_in:
         rounded = functional.pad(rounded.view(torch.int8), (0, missing_in)).view(FP8)
-    if missing_in or missing_out:  # zeros, which add nothing; what they put out is left away
+    if missing_in or missing_out:  # padding with zeros adds nothing, and its outputs are dropped
         values = functional.pad(values, (0, missing_in, 0, missing_out))
         scale = functional.pad(scale, (0, 0, 0, missing_out))
     by_row = functional.ScalingType.RowWise
     product = functional.scaled_mm(
-        rounded, values.view(FP8).t(), of_rows, by_row, scale.t(), by_row, output_dtype=inputs.dtype
+        rounded, values.view(FP8).t(), token_scale, by_row, scale.t(), by_row, output_dtype=inputs.dtype
     )
     return product[:, :out].unflatten(0, inputs.shape[:-1])
 
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises UserError where there are no products of fp8 matrices: with an older PyTorch, or on a chip without."""
+    """Raise UserError if this PyTorch or this device cannot multiply fp8 matrices."""
     if not hasattr(functional, "scaled_mm"):
         raise UserError(
-            f"weight_format: fp8 needs a newer PyTorch than {torch.__version__}, or set weight_format to int8"
+            f"weight_format: PyTorch {torch.__version__} is too old for fp8. "
+            "Install a newer one, or set weight_format to int8 or full."
         )
-    some = torch.zeros(ALIGNED, ALIGNED, dtype=torch.int8, device=device)
+    matrix = torch.zeros(ROW_MULTIPLE, ROW_MULTIPLE, dtype=torch.int8, device=device)
     try:
-        fp8_product(some.to(dtype), some, some[:, :1].float())
-    except (RuntimeError, ValueError) as error:  # no such kernel; sizes, layouts or scales that it does not take
-        ways = "set weight_format to int8 or dtype"
-        if dtype != torch.bfloat16:  # in which most chips have them, if any
-            ways = f"set dtype to bfloat16, or {ways.removeprefix('set ')}"
+        fp8_product(matrix.to(dtype), matrix, matrix[:, :1].float())
+    except (RuntimeError, ValueError) as error:  # no such kernel, or one that does not take these sizes or scales
+        # Most devices that multiply fp8 at all do so in bfloat16.
+        bfloat16 = "" if dtype == torch.bfloat16 else "dtype to bfloat16, or "
         raise UserError(
-            f"weight_format: {device} multiplies no fp8 in {str(dtype).removeprefix('torch.')}; {ways} ({in_short(error)})"
+            f"weight_format: {device} cannot multiply fp8 in {str(dtype).removeprefix('torch.')} ({in_short(error)}). "
+            f"Set {bfloat16}weight_format to int8 or full."
         ) from error
 
 
-def quantize_projections(model: nn.Module, weights: Literal["int8", "fp8"]) -> None:
-    """Replaces the prunable projections, one after another, so that no two of them exist in both forms.
+def quantize_projections(model: nn.Module, weight_format: Literal["int8", "fp8"]) -> None:
+    """Replace the prunable projections of a model, one by one, so that only one exists in both forms at a time.
 
-    What is left in its dtype: embedding, head, norms and biases. A model on the meta device will do.
+    Embedding, head, norms and biases keep their dtype. The model may be on the meta device.
     """
-    kind = {"int8": Int8Linear, "fp8": Fp8Linear}[weights]
+    quantized_class = {"int8": Int8Linear, "fp8": Fp8Linear}[weight_format]
     causal: Any = model
     family = family_of(causal.config.model_type)
     for layer in causal.get_submodule(family.layers):
         for block, projection, linear in family.linears(layer):
-            setattr(layer.get_submodule(block.module), projection.name, kind(linear))
+            setattr(layer.get_submodule(block.module), projection.name, quantized_class(linear))

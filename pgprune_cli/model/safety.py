@@ -1,4 +1,4 @@
-"""What of a model is read, whoever made it: nothing that lies outside of its directory, no pickles, no code."""
+"""Refuses what an untrusted model must not make pgprune read: files outside its directory, pickles, code."""
 
 from __future__ import annotations
 
@@ -10,62 +10,65 @@ from pgprune_cli.model.gguf_header import read_header
 from pgprune_cli.storage.records import read_json
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-HOW_TO_CONVERT = (
-    "pickled weights (*.bin), which can run code, are not read: scripts/convert_to_safetensors.py converts them"
-)
+CONVERT = "Convert pickled weights (*.bin) with scripts/convert_to_safetensors.py."
+PICKLES_REFUSED = f"pickled weights are not read, because they can run code. {CONVERT}"
 
-MOST_LAYERS = 1000
-"""Building a model of a billion layers, as a config may ask for, would never end."""
+MAX_LAYERS = 1000
+"""A config may ask for a billion layers, and building them would never end."""
 
 
 def refuse_links_out(name: str, directory: Path) -> None:
-    """Raises UserError where something in a model directory is a symbolic link to what is outside of it.
+    """Raise UserError if a symbolic link in a model directory leads out of it.
 
-    But the hub's cache is made of links from `models--x/snapshots/<revision>` to `models--x/blobs`.
+    The hub's cache consists of links from `models--x/snapshots/<revision>` to `models--x/blobs`, which are allowed.
     """
-    here = Path(os.path.realpath(directory))
-    inside = [here, here.parents[1] / "blobs"] if here.parent.name == "snapshots" else [here]
+    root = Path(os.path.realpath(directory))
+    allowed = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
     for path in (*directory.iterdir(), *(directory / "additional_chat_templates").glob("*")):
         target = Path(os.path.realpath(path))
-        if path.is_symlink() and not any(target.is_relative_to(root) for root in inside):
+        if path.is_symlink() and not any(target.is_relative_to(folder) for folder in allowed):
             raise UserError(
-                f"{name}: {path} is a symbolic link out of the model's directory, to {target}; put a copy in its place"
+                f"{name}: {path} is a symbolic link out of the model's directory, to {target}. "
+                "Replace it with a copy of the file."
             )
 
 
 def check_weight_name(index: Path, name: str) -> None:
-    """Raises UserError unless `name`, which an index gives, is that of a safetensors file in the index's directory."""
+    """Raise UserError unless `name`, from an index, is the name of a safetensors file in the index's directory."""
     if Path(name).name != name or "\\" in name or "\0" in name or name == "..":
-        raise UserError(f"{index}: {name!r} is not a plain file name")
+        raise UserError(f"{index}: {name!r} is not a plain file name. Fetch the model's files again.")
     if not name.endswith(".safetensors"):
-        raise UserError(f"{index}: {name!r} is not a safetensors file; {HOW_TO_CONVERT}")
+        raise UserError(f"{index}: {name!r} is not a safetensors file. {CONVERT}")
 
 
 def check_directory(name: str, directory: Path) -> None:
-    """Raises UserError where transformers would read other weights than those that lie in the directory."""
-    if (directory / "adapter_config.json").exists():  # whose base it would load instead
-        raise UserError(f"{name}: holds an adapter (adapter_config.json); merge it into its base model first")
-    if not (directory / "config.json").exists():
+    """Raise UserError if transformers would read other weights than those in the directory, or too many layers."""
+    if (directory / "adapter_config.json").exists():  # transformers would load the adapter's base model instead
+        raise UserError(
+            f"{name}: holds an adapter (adapter_config.json), not a whole model. Merge it into its base model first."
+        )
+    path = directory / "config.json"
+    if not path.exists():
         return
-    config = read_json(directory / "config.json")
+    config = read_json(path)
     if "transformers_weights" in config:
-        raise UserError(f"{directory / 'config.json'}: names its weights (transformers_weights); remove that key")
+        raise UserError(f"{path}: transformers_weights names other weight files. Remove this key.")
     layers = config.get("num_hidden_layers", 0)
-    if not isinstance(layers, int) or layers > MOST_LAYERS:
-        raise UserError(f"{directory / 'config.json'}: num_hidden_layers {layers!r}: at most {MOST_LAYERS} are read")
+    if not isinstance(layers, int) or layers > MAX_LAYERS:
+        raise UserError(f"{path}: num_hidden_layers is {layers!r}, not an integer up to {MAX_LAYERS}.")
 
 
 def check_gguf(name: str, path: Path) -> None:
-    """Raises UserError for a GGUF file that transformers must not be given, or has nothing to make of it."""
-    # Imported late: it imports torch, and finding a model's files must stay quick.
-    from pgprune_cli.model.families import family_of
+    """Raise UserError for a GGUF file that transformers must not be given or that cannot be pruned."""
+    # Imported late, because it imports torch, and finding a model's files must stay quick.
+    from pgprune_cli.model.families import FAMILIES, family_of
 
     header = read_header(path)
-    if header.architecture == "deci":
+    if any(header.architecture == names.unequal for family in FAMILIES for names in family.gguf.values()):
         raise UserError(
-            f"{name}: layers of different sizes in a GGUF file are for llama.cpp; "
-            "name the run, or its export as --format hf"
+            f"{name}: only llama.cpp reads a GGUF file whose layers have different sizes. "
+            "Give the run directory, or an export with --format hf."
         )
     family_of(header.architecture)
-    if header.layers > MOST_LAYERS:
-        raise UserError(f"{path}: {header.layers:,} layers: at most {MOST_LAYERS} are read")
+    if header.layers > MAX_LAYERS:
+        raise UserError(f"{path}: has {header.layers:,} layers. At most {MAX_LAYERS} are read.")
