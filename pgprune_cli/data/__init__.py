@@ -1,1 +1,1 @@
-"""Corpora, tokens and windows."""
+"""Calibration and evaluation text: where it comes from, how it is tokenized, and how it is cut into windows."""

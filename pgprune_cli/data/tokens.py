@@ -1,4 +1,4 @@
-"""Text to tokens, tokenised once and cached."""
+"""Tokenize a corpus once, and cache the tokens on disk."""
 
 from __future__ import annotations
 
@@ -18,79 +18,85 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.storage.atomic import write_bytes
 from pgprune_cli.storage.records import CHECKSUM, metadata, read_tensors
 
-DOCUMENTS_AT_A_TIME = 64
+DOCUMENTS_PER_CALL = 64
+"""How many documents the tokenizer gets at a time."""
 
 
 def cache_directory() -> Path:
-    """Where tokenised corpora are kept: $PGPRUNE_CACHE, else pgprune under the user's cache directory."""
+    """Return where token streams are cached: $PGPRUNE_CACHE, or else pgprune/ in the user's cache directory."""
     if "PGPRUNE_CACHE" in os.environ:
         return Path(os.environ["PGPRUNE_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pgprune"
 
 
-def tokens_of(corpus: str, purpose: Purpose, tokenizer: Any, wanted: int | None = None) -> Tensor:
-    """The corpus as one stream of tokens `(N,)` int64, at least `wanted` of them where the corpus has as many.
+def tokens_of(corpus: str, purpose: Purpose, tokenizer: Any, *, at_least: int | None = None) -> Tensor:
+    """Return the corpus as one stream of tokens `(N,)` int64.
 
-    Raises UserError for a corpus that is not there, cannot be read, is empty or cannot be reached.
+    at_least: stop reading once there are this many tokens; None reads the whole corpus. A corpus that is shorter gives
+    all it has.
+
+    Raises UserError if the corpus does not exist, cannot be read or reached, or holds no text.
     """
     identity = text_identity(corpus, purpose)
-    key = hashlib.sha256(json.dumps([identity, wanted, _tokenizer_identity(tokenizer)]).encode()).hexdigest()
-    cached = cache_directory() / "tokens" / f"{key[:32]}.safetensors"
-    if (tokens := _cached(cached)) is not None:
-        return tokens
-    tokens = _tokenise(documents(corpus, purpose), tokenizer, wanted)
+    key = hashlib.sha256(json.dumps([identity, at_least, _tokenizer_identity(tokenizer)]).encode()).hexdigest()
+    path = cache_directory() / "tokens" / f"{key[:32]}.safetensors"
+    if (cached := _read_cache(path)) is not None:
+        return cached
+    tokens = _tokenize(documents(corpus, purpose), tokenizer, at_least)
     if not tokens.numel():
-        raise UserError(f"{corpus}: holds no text")
-    _keep(cached, tokens)
+        raise UserError(f"{corpus}: it contains no text.")
+    _write_cache(path, tokens)
     return tokens
 
 
-def _cached(path: Path) -> Tensor | None:
-    """The tokens that `_keep` kept, None where there are none or they are not whole: they can be made again."""
+def check_vocabulary(tokens: Tensor, corpus: str, embeddings: int) -> None:
+    """Raise UserError if a token has no row in the model's embedding, which has `embeddings` rows."""
+    if tokens.numel() and int(tokens.max()) >= embeddings:
+        raise UserError(
+            f"{corpus}: its token ids go up to {int(tokens.max())}, but the model has only {embeddings} embeddings. "
+            "The tokenizer in the model's directory belongs to another model."
+        )
+
+
+def _read_cache(path: Path) -> Tensor | None:
+    """Return the cached tokens, or None if there are none or they are damaged: they can be computed again."""
     try:
-        found = read_tensors(path)["tokens"].int()
-        whole = metadata(path).get(CHECKSUM) == _digest(found)
+        tokens = read_tensors(path)["tokens"].int()
+        intact = metadata(path).get(CHECKSUM) == _digest(tokens)
     except (UserError, OSError, KeyError):
         return None
-    return found.long() if whole else None
+    return tokens.long() if intact else None
 
 
-def _keep(path: Path, tokens: Tensor) -> None:
-    """Without a place to keep them in, a run goes on and says so."""
+def _write_cache(path: Path, tokens: Tensor) -> None:
+    """Cache the tokens. Print a warning if that is not possible; the run does not need the cache."""
     from safetensors.torch import save
 
     try:
         write_bytes(path, save({"tokens": tokens.int()}, {CHECKSUM: _digest(tokens.int())}))
     except OSError as error:
-        print(f"pgprune: {path}: {error.strerror or error}; the tokens of the text are not kept", file=STDERR)
+        print(f"pgprune: {path}: cannot cache the tokens of the text ({error.strerror or error}).", file=STDERR)
 
 
 def _digest(tokens: Tensor) -> str:
     return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
 
 
-def check_vocabulary(tokens: Tensor, corpus: str, embeddings: int) -> None:
-    """Raises UserError where a corpus was cut into tokens that a model of so many embeddings has none of."""
-    if tokens.numel() and int(tokens.max()) >= embeddings:
-        raise UserError(
-            f"{corpus}: its tokens go up to number {int(tokens.max())}, and the model has {embeddings} embeddings: "
-            "the tokenizer beside it is another model's"
-        )
-
-
 def _tokenizer_identity(tokenizer: Any) -> str:
+    """Return a digest of everything that decides which tokens a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(f"{described}{tokenizer.bos_token}{tokenizer.eos_token}".encode()).hexdigest()
 
 
-def _tokenise(documents: Iterator[str], tokenizer: Any, wanted: int | None) -> Tensor:
+def _tokenize(documents: Iterator[str], tokenizer: Any, at_least: int | None) -> Tensor:
+    """Return the tokens of the documents in order, each tokenized by itself."""
     pieces: list[list[int]] = []
     total = 0
-    while some := [document for _, document in zip(range(DOCUMENTS_AT_A_TIME), documents, strict=False)]:
-        for ids in tokenizer(some, verbose=False)["input_ids"]:
+    while texts := [document for _, document in zip(range(DOCUMENTS_PER_CALL), documents, strict=False)]:
+        for ids in tokenizer(texts, verbose=False)["input_ids"]:
             pieces.append(ids)
             total += len(ids)
-        if wanted is not None and total >= wanted:
+        if at_least is not None and total >= at_least:
             break
     return torch.tensor([token for piece in pieces for token in piece], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""Tokens to windows and batches."""
+"""Cut a stream of tokens into windows, set held-out windows aside, and group windows into batches."""
 
 from __future__ import annotations
 
@@ -14,58 +14,64 @@ from pgprune_cli.errors import UserError
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Windows `(N, T)` int64 to search over, and others, from the end of the text, only to judge by."""
+    """The calibration text of a search.
+
+    search: windows `(N, T)` int64 that the search runs over; heldout: windows `(N, T)` int64 from the end of the text,
+    which only measure the decision; stream: the tokens `(N,)` int64 before the held-out windows.
+    """
 
     search: Tensor
     heldout: Tensor
     stream: Tensor
 
     def long_windows(self, count: int, seqlen: int) -> Tensor:
-        """At most `count` windows `(N, seqlen)` of the searched-over part, spread over it."""
+        """Return at most `count` windows `(N, seqlen)`, spread over the text without its held-out part."""
         return spread(cut_windows(self.stream, min(seqlen, len(self.stream))), count)
 
 
 def calibration_text(corpus: str, tokenizer: Any, windows: int, heldout: int, seqlen: int) -> CalibrationText:
-    """At most `sequences` windows of `seqlen` tokens spread over the corpus, and `heldout` that no search sees.
+    """Read at most `windows` windows of `seqlen` tokens, spread over the corpus, and `heldout` windows at its end.
 
-    Raises UserError for a corpus too short for one window of each.
+    Raises UserError if the corpus is too short for the held-out windows and one more.
     """
-    tokens = tokens_of(corpus, "calibration", tokenizer, wanted=(windows + heldout) * seqlen)
-    kept_apart = heldout * seqlen
-    if len(tokens) < kept_apart + seqlen:
+    tokens = tokens_of(corpus, "calibration", tokenizer, at_least=(windows + heldout) * seqlen)
+    heldout_tokens = heldout * seqlen
+    if len(tokens) < heldout_tokens + seqlen:
         raise UserError(
-            f"{corpus}: {len(tokens)} tokens are too few for {heldout} held-out windows of {seqlen} and one to search "
-            "over; give more text, or lower calibration.heldout or calibration.seqlen"
+            f"{corpus}: {len(tokens)} tokens are too few for {heldout} held-out windows of {seqlen} tokens and one "
+            "window to search over. Use a longer text, or lower calibration.heldout or calibration.seqlen."
         )
-    stream = tokens[: len(tokens) - kept_apart]
-    return CalibrationText(
-        spread(cut_windows(stream, seqlen), windows), tokens[len(tokens) - kept_apart :].view(heldout, seqlen), stream
-    )
+    end = len(tokens) - heldout_tokens
+    stream = tokens[:end]
+    return CalibrationText(spread(cut_windows(stream, seqlen), windows), tokens[end:].view(heldout, seqlen), stream)
 
 
 def cut_windows(tokens: Tensor, seqlen: int) -> Tensor:
-    """The stream `(N,)` cut into whole windows `(N // seqlen, seqlen)`; a last part of one is left out."""
+    """Cut the stream `(N,)` into whole windows `(N // seqlen, seqlen)`; an incomplete last window is dropped."""
     return tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
 
 
 def spread(rows: Tensor, count: int) -> Tensor:
-    """`count` rows at even distances, or all when there are fewer."""
+    """Return `count` evenly spaced rows, or all rows if there are no more than that."""
     return rows if len(rows) <= count else rows[torch.arange(count) * len(rows) // count]
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Windows `(N, T)` in a seeded order, shuffled anew every epoch. A position names a batch: no state to lose."""
+    """Windows `(N, T)` in a seeded order that changes every epoch.
+
+    A batch depends only on its position, so a resumed search needs no data-loader state.
+    """
 
     windows: Tensor
     batch: int
     seed: int
 
     def at(self, position: int) -> Tensor:
-        """The batch `(B, T)` at a position ≥ 0; the last windows of an epoch that make no whole batch are left out."""
+        """Return the batch `(B, T)` at a position ≥ 0. Windows that do not fill a last batch wait for a later epoch."""
         size = min(self.batch, len(self.windows))
-        an_epoch = len(self.windows) // size
-        epoch, place = divmod(position, an_epoch)
+        batches_per_epoch = len(self.windows) // size
+        epoch, index = divmod(position, batches_per_epoch)
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
         order = torch.randperm(len(self.windows), generator=generator)
-        return self.windows[order[place * size : (place + 1) * size]]
+        return self.windows[order[index * size : (index + 1) * size]]

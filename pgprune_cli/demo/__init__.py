@@ -1,4 +1,4 @@
-"""A tiny language model and the grammar it was trained on, so that pgprune can be tried without any download.
+"""A tiny language model and the grammar that writes its training text, so that pgprune can be tried offline.
 
-The model was trained on text of seed 0, its tokenizer too; text of any other seed is new to it.
+The model and its tokenizer were trained on text generated with seed 0. Text from any other seed is unseen.
 """
