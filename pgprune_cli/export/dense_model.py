@@ -92,7 +92,7 @@ def _from_directory(source: Source) -> tuple[DenseModel, nn.Module]:
     config_json = read_json(source.directory / "config.json")
     if "quantization_config" in config_json:
         raise UserError(
-            f"{source.name}: holds quantised weights, which cannot be exported from. Export from the original model."
+            f"{source.name}: holds quantised weights, which cannot be pruned. Export from the original model."
         )
     config = read_config(source)
     try:

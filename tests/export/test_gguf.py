@@ -175,7 +175,7 @@ def test_channels_come_in_blocks_of_q8_0(tmp_path):
 
 def test_metadata(tmp_path):
     saved("mistral", tmp_path / "base")
-    keep = draw(DECISIONS["some of everything"])
+    keep = draw(DECISIONS["mixed sizes"])
     measured = {"perplexity": [{"corpus": "wikitext2", "ppl": 12.5}]}
     out = tmp_path / "new" / "small.gguf"
     planned = export(tmp_path / "base", out, keep, measured=measured)
@@ -200,7 +200,7 @@ def test_metadata(tmp_path):
 def test_types(dtype, tmp_path):
     """Matrices in the wanted type, where its blocks divide the rows; norms and biases in float32."""
     saved("llama-biased", tmp_path / "base")
-    keep = draw(DECISIONS["some of everything"])
+    keep = draw(DECISIONS["mixed sizes"])
     export(tmp_path / "base", tmp_path / "exact.gguf", keep, "float32")
     export(tmp_path / "base", tmp_path / "out.gguf", keep, dtype)
     wanted = {"float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}[dtype]
@@ -253,7 +253,7 @@ def test_a_gguf_base_gives_the_same_file(tmp_path):
     read = load_model(resolve(str(tmp_path / "dense.gguf")), "float32", "cpu")
     torch.testing.assert_close(read(tokens).logits, model(tokens).logits)
 
-    keep = draw(DECISIONS["no heads first"])
+    keep = draw(DECISIONS["no heads in the first layer"])
     export(tmp_path / "base", tmp_path / "direct.gguf", keep)
     export(tmp_path / "dense.gguf", tmp_path / "again.gguf", keep)
     direct, again = values(tmp_path / "direct.gguf"), values(tmp_path / "again.gguf")
@@ -266,7 +266,7 @@ def test_a_sharded_base_gives_the_same_tensors(tmp_path):
     model = saved("llama-biased", tmp_path / "base")
     model.save_pretrained(tmp_path / "sharded", max_shard_size="6KB")
     save_tokenizer(tmp_path / "sharded")
-    keep = draw(DECISIONS["layers gone, the first one too"])
+    keep = draw(DECISIONS["two layers removed, among them the first"])
     export(tmp_path / "base", tmp_path / "one.gguf", keep)
     seen: list[int] = []
     planned = writer.plan(resolve(str(tmp_path / "sharded")), decide(tmp_path / "sharded", keep), Options())
@@ -311,7 +311,7 @@ def test_what_gguf_has_no_place_for_is_refused_before_anything_is_written(tmp_pa
     with pytest.raises(UserError, match="Qwen3 with a bias that a repair fitted"):
         export(tmp_path / "base", tmp_path / "out.gguf", draw(ALIKE), decision=fitted)
     tokenizer = None
-    odd = DECISIONS["some of everything"]
+    odd = DECISIONS["mixed sizes"]
     refused("Qwen3 whose layers differ", "qwen3", odd)
     refused("computes SiLU, and the base model gelu", "llama-gqa", odd, hidden_act="gelu")
     dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
@@ -407,7 +407,7 @@ def test_llama_cpp_scales_rope_as_transformers_does(rope, tmp_path):
     plain = tiny_model("llama-gqa")
     tokens = torch.tensor([prompt()])
     assert not torch.allclose(model(tokens).logits, plain(tokens).logits, atol=1e-2), "the scaling matters"
-    keep = draw(DECISIONS["no heads first"])
+    keep = draw(DECISIONS["no heads in the first layer"])
     export(tmp_path / "base", tmp_path / "out.gguf", keep)
     compare([tmp_path / "out.gguf"], [lambda: masked(model, keep)], prompt())
 
@@ -420,7 +420,7 @@ def test_llama_cpp_adds_the_biases_that_a_repair_fitted(architecture, tmp_path):
 
     model = saved(architecture, tmp_path / "base")
     models, references = [], []
-    for number, counts in enumerate((DECISIONS["no heads twice, no channels last"], ALIKE)):
+    for number, counts in enumerate((DECISIONS["two layers without heads, two without channels"], ALIKE)):
         keep, outputs, wanted = draw(counts), {}, []
         generator = torch.Generator().manual_seed(number)
         for index, layer in enumerate(keep):

@@ -1,4 +1,4 @@
-"""Weight files against the safetensors library."""
+"""Weight files that pgprune writes, compared with the safetensors library."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ class Entry(NamedTuple):
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
-    made = {f"a.{name}": torch.randn(3, 5).to(dtype) for name, dtype in weights.DTYPES.items()}
-    made |= {"column": torch.randn(4, 6).t()[:, :1], "transposed": torch.randn(4, 6).t(), "one": torch.randn(1)}
-    return made | {"ünï": torch.randn(2, 2, 2)}
+    tensors = {f"a.{name}": torch.randn(3, 5).to(dtype) for name, dtype in weights.DTYPES.items()}
+    tensors |= {"column": torch.randn(4, 6).t()[:, :1], "transposed": torch.randn(4, 6).t(), "one": torch.randn(1)}
+    return tensors | {"ünï": torch.randn(2, 2, 2)}
 
 
-def test_the_library_reads_what_was_written(tmp_path):
+def test_the_library_reads_a_written_file(tmp_path):
     tensors = some_tensors()
     entries = [Entry(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
     weights.write(tmp_path / "x.safetensors", entries, iter(tensors.values()))
-    found = load_file(tmp_path / "x.safetensors")
-    assert found.keys() == tensors.keys()
+    stored = load_file(tmp_path / "x.safetensors")
+    assert stored.keys() == tensors.keys()
     for name, tensor in tensors.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor)
+        assert stored[name].dtype == tensor.dtype and torch.equal(stored[name], tensor)
     with safe_open(tmp_path / "x.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
     size = len(weights.header(entries)) + sum(map(weights.bytes_of, entries))
     assert (tmp_path / "x.safetensors").stat().st_size == size
 
 
-def test_a_file_of_one_dtype_is_the_same_as_the_librarys(tmp_path):
+def test_a_file_of_one_dtype_equals_the_librarys_byte_for_byte(tmp_path):
     tensors = {"a": torch.randn(3, 4), "b": torch.randn(5)}
     entries = [Entry(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()]
     weights.write(tmp_path / "ours", entries, tensors.values())
@@ -46,20 +46,20 @@ def test_a_file_of_one_dtype_is_the_same_as_the_librarys(tmp_path):
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
 
-def test_tensors_are_taken_one_by_one(tmp_path):
-    """While one is made, the one before lies in the file already."""
+def test_tensors_are_written_one_by_one(tmp_path):
+    """When a tensor is requested, the previous one is in the file already."""
     entries = [Entry(str(n), torch.Size([1000]), torch.float32) for n in range(50)]
 
-    def made():
+    def tensors():
         for n in range(50):
-            # 64 KiB may wait in a buffer
+            # up to 64 KiB may be buffered
             assert (tmp_path / "x").stat().st_size >= len(weights.header(entries)) + n * 4000 - (1 << 16)
             yield torch.full((1000,), float(n))
 
-    weights.write(tmp_path / "x", entries, made())
+    weights.write(tmp_path / "x", entries, tensors())
     assert (tmp_path / "x").stat().st_size == len(weights.header(entries)) + 50 * 4000
 
 
-def test_another_shape_than_announced_is_no_file(tmp_path):
+def test_a_tensor_of_another_shape_than_its_entry_fails(tmp_path):
     with pytest.raises(AssertionError, match="w"):
         weights.write(tmp_path / "x", [Entry("w", torch.Size([3]), torch.float32)], [torch.zeros(4)])

@@ -1,4 +1,4 @@
-"""Exported models are trained as any other: by transformers' Trainer and peft, without pgprune in the process."""
+"""Exported models can be trained like any other, by transformers' Trainer and peft, without pgprune in the process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def loaded(directory):
     return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)
 
 def trained(model, **options):
-    window = torch.arange(3, 23)  # one sentence, to be learnt by heart
+    window = torch.arange(3, 23)  # one sentence, to be memorised
     rows = [{"input_ids": window, "labels": window}] * 16
     arguments = TrainingArguments(
         output_dir="trainer", max_steps=20, per_device_train_batch_size=4, learning_rate=1e-2, use_cpu=True,
@@ -63,19 +63,26 @@ assert not any(name.startswith("pgprune") for name in sys.modules)
 """
 
 
-ODD = {"everything": "some of everything", "empty": "no heads twice, no channels last"}
-"""Directories and the decisions of tests/writers/test_hf.py that are exported into them."""
+DIRECTORIES = {"mixed": "mixed sizes", "empty": "two layers without heads, two without channels"}
+"""Directories, and the decisions that are exported into them."""
 
 
 @pytest.mark.parametrize("way", ["full", "lora"])
-def test_exported_models_learn(way: str, tmp_path: Path) -> None:
+def test_an_exported_model_can_be_trained(way: str, tmp_path: Path) -> None:
     if way == "lora":
         pytest.importorskip("peft", reason="needs the extra: pip install 'pgprune[recovery]'")
     pytest.importorskip("accelerate", reason="needs the extra: pip install 'pgprune[recovery]'")
     tiny_model("llama-gqa").save_pretrained(tmp_path / "base")
-    for name, decision in ODD.items():
+    for name, decision in DIRECTORIES.items():
         export(tmp_path / "base", tmp_path / name, draw(DECISIONS[decision]))
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-I", "-c", SCRIPT, way, *ODD]  # one process for both: its imports take longest
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    command = [
+        sys.executable,
+        "-I",
+        "-c",
+        SCRIPT,
+        way,
+        *DIRECTORIES,
+    ]  # one process for both, because its imports take longest
+    process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr

@@ -14,7 +14,7 @@ from pgprune_cli.serving.modeling_pruned import FAMILIES
 SIZES = {
     "every layer has heads": [(4, 24), (3, 8), (1, 24), (2, 16)],
     "no heads, no channels": [(2, 0), (0, 9), (4, 24), (0, 5)],
-    "no heads first": [(0, 9), (3, 24), (1, 0), (2, 7)],
+    "no heads in the first layer": [(0, 9), (3, 24), (1, 0), (2, 7)],
 }
 
 
