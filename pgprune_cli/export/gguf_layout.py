@@ -173,8 +173,8 @@ def _rope(config: Any, head_dim: int, architecture: str) -> Rope:
         return Rope()
     if kind not in STATIC_ROPE or architecture not in LIKE_LLAMA or partial:
         raise UserError(
-            f"--format gguf: the {architecture} architecture has no place for the base model's rope_parameters, "
-            f"{kind}{' with partial_rotary_factor' if partial else ''}. Export it with --format hf."
+            f"--format gguf: the {architecture} architecture has no place for rope_parameters of type {kind}"
+            f"{' with a partial_rotary_factor' if partial else ''}. Export it with --format hf."
         )
     frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
     unscaled = parameters["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
