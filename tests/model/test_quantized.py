@@ -1,9 +1,9 @@
-"""WeightFormat in 8 bits: how they are rounded, that whatever reads them reads the rounded ones, and how they are loaded."""
+"""Weights in one byte: how they are rounded, that every reader sees the rounded ones, and how they are loaded."""
 
 from __future__ import annotations
 
-import copy
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.masks import MODEL_MASKS, logits_of, some_outputs, some_tokens
 from helpers.memory import Allocations
+from helpers.messages import refused, says
 from helpers.models import save_tokenizer, tiny_model
 from helpers.recipes import WIDTH_SEARCH
 from hypothesis import given
@@ -24,18 +25,24 @@ from pgprune_cli.export import gguf
 from pgprune_cli.export.plan import Options
 from pgprune_cli.export.shapes import ShapeRequirements
 from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.jobs.compare import compare
 from pgprune_cli.jobs.estimate import estimate
 from pgprune_cli.jobs.export import export, options_of
-from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.jobs.search import search
-from pgprune_cli.model import loading
-from pgprune_cli.model import quantized as eight_bit
+from pgprune_cli.model import loading, quantized
 from pgprune_cli.model.families.adapter import Projection, gather_units
-from pgprune_cli.model.loading import HEAD, WeightFormat, empty_model, load_model
+from pgprune_cli.model.families.llama import LLAMA
+from pgprune_cli.model.loading import WeightFormat, empty_model, load_model, load_prunable
 from pgprune_cli.model.masks import LayerMask, ModelMask, Output, Outputs
 from pgprune_cli.model.prunable import PrunableModel
-from pgprune_cli.model.quantized import FP8, Fp8Linear, Int8Linear, check_fp8, fp8_product, quantize_projections
+from pgprune_cli.model.quantized import (
+    FP8,
+    Fp8Linear,
+    Int8Linear,
+    QuantizedLinear,
+    check_fp8,
+    fp8_product,
+    quantize_projections,
+)
 from pgprune_cli.model.source import DEMO_MODEL, INDEX, resolve
 from pgprune_cli.repair.least_squares import repair
 from pgprune_cli.repair.width_table import WidthTable, solve_layers
@@ -54,59 +61,64 @@ def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     return linear
 
 
-KINDS = {"int8": Int8Linear, "fp8": Fp8Linear}
+CLASSES: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "fp8": Fp8Linear}
 
 
 def slowly_rounded(row: Tensor) -> Tensor:
-    least = torch.tensor([torch.finfo(torch.float32).smallest_normal])
-    scale = torch.maximum(row.float().abs().max() / torch.tensor([448.0]), least)
+    """Return a row rounded to e4m3 and back."""
+    smallest = torch.tensor([torch.finfo(torch.float32).smallest_normal])
+    scale = torch.maximum(row.float().abs().max() / torch.tensor([448.0]), smallest)
     return (row.float() / scale).to(FP8).float().mul(scale).to(row.dtype)
 
 
-def rounded(model: nn.Module) -> nn.Module:
-    """The same weights as the int8 model has, in an ordinary one."""
-    spec, model = PrunableModel.of(model).shape.spec, copy.deepcopy(model)
-    for layer in model.get_submodule(spec.layers):
-        for _, _, linear in projections(spec, layer):
-            linear.weight.data = Int8Linear(linear).weight
-    return model
+def linears_of(model: PrunableModel) -> list[nn.Linear]:
+    """Return the prunable linear layers of every decoder layer."""
+    return [linear for layer in model.layers for _, _, linear in model.family.linears(layer)]
 
 
-class LikeAChip:
-    """torch's product of fp8 matrices, refusing what a GPU refuses: sizes, layouts and scales of other kinds."""
+class StrictScaledMM:
+    """torch's product of fp8 matrices, which also refuses what a GPU refuses: sizes, layouts and kinds of scales."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.calls, self.known = 0, nn.functional.scaled_mm
-        monkeypatch.setattr(eight_bit.functional, "scaled_mm", self)
+        self.calls, self.original = 0, nn.functional.scaled_mm
+        monkeypatch.setattr(quantized.functional, "scaled_mm", self)
 
-    def __call__(self, a: Tensor, b: Tensor, scale_a: Tensor, by_a, scale_b: Tensor, by_b, **others) -> Tensor:
+    def __call__(self, a: Tensor, b: Tensor, scale_a: Tensor, by_a, scale_b: Tensor, by_b, **options) -> Tensor:
         self.calls += 1
         assert a.dtype == b.dtype == FP8 and a.shape[1] % 16 == b.shape[1] % 16 == 0
         assert a.is_contiguous() and b.t().is_contiguous()
         for scale, shape in ((scale_a, (len(a), 1)), (scale_b, (1, b.shape[1]))):
             assert scale.dtype == torch.float32 and scale.shape == shape and scale.is_contiguous()
-        return self.known(a, b, scale_a, by_a, scale_b, by_b, **others)
+        return self.original(a, b, scale_a, by_a, scale_b, by_b, **options)
 
 
 @pytest.fixture
-def chip(monkeypatch: pytest.MonkeyPatch) -> LikeAChip:
-    return LikeAChip(monkeypatch)
+def scaled_mm(monkeypatch: pytest.MonkeyPatch) -> StrictScaledMM:
+    return StrictScaledMM(monkeypatch)
 
 
 @pytest.fixture
-def pair(architecture: str) -> tuple[nn.Module, nn.Module]:
-    """An int8 model and its ordinary twin."""
-    model = tiny_model(architecture)
-    twin = rounded(model)
-    quantize_projections(model, "int8")
-    return model, twin
+def pair(architecture: str) -> tuple[PrunableModel, PrunableModel]:
+    """An int8 model, and an ordinary one with the same rounded weights."""
+    int8, twin = tiny_model(architecture), tiny_model(architecture)
+    quantize_projections(int8, "int8")
+    for linear in linears_of(PrunableModel.of(twin)):
+        linear.weight.data = Int8Linear(linear).weight
+    return PrunableModel.of(int8), PrunableModel.of(twin)
+
+
+def fp8_pair() -> tuple[PrunableModel, PrunableModel]:
+    """Return an ordinary model and the same in fp8."""
+    plain, fp8 = tiny_model("llama-gqa"), tiny_model("llama-gqa")
+    quantize_projections(fp8, "fp8")
+    return PrunableModel.of(plain), PrunableModel.of(fp8)
 
 
 # --- rounding
 
 
 @given(seed=st.integers(0, 999), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-def test_no_weight_is_off_by_more_than_half_a_step(seed: int, dtype: torch.dtype) -> None:
+def test_int8_error_is_at_most_half_a_step(seed: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = (torch.randn(7, 33, generator=generator) * torch.logspace(-1, 1, 7)[:, None]).to(dtype)
     weight[3] = 0.0
@@ -115,7 +127,7 @@ def test_no_weight_is_off_by_more_than_half_a_step(seed: int, dtype: torch.dtype
     assert torch.equal(weight, before)
     assert linear.values.dtype == torch.int8 and int(linear.values.min()) >= -127
     largest = weight.double().abs().amax(1, keepdim=True)
-    # The scale is rounded to the dtype, so the largest weight may lie beyond the last step; the product is, too.
+    # The scale is rounded to the dtype, so the largest weight may exceed the last step. The product is rounded too.
     allowed = largest * (0.5 / 127 + 2 * torch.finfo(dtype).eps)
     assert linear.weight.dtype == dtype
     assert ((linear.weight.double() - weight.double()).abs() <= allowed).all()
@@ -123,8 +135,8 @@ def test_no_weight_is_off_by_more_than_half_a_step(seed: int, dtype: torch.dtype
 
 
 @given(seed=st.integers(0, 999), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-def test_fp8_is_off_by_a_sixteenth_or_half_of_its_smallest_step(seed: int, dtype: torch.dtype) -> None:
-    """e4m3 has 3 bits behind the leading one, down to 2⁻⁶, and steps of 2⁻⁹ below."""
+def test_fp8_error_is_at_most_a_sixteenth_or_half_of_the_smallest_step(seed: int, dtype: torch.dtype) -> None:
+    """e4m3 has 3 bits after the leading one for numbers down to 2⁻⁶, and steps of 2⁻⁹ below."""
     generator = torch.Generator().manual_seed(seed)
     weight = (torch.randn(300, 33, generator=generator) * torch.logspace(-3, 1, 300)[:, None]).to(dtype)
     weight[3] = 0.0
@@ -144,45 +156,44 @@ def test_fp8_is_off_by_a_sixteenth_or_half_of_its_smallest_step(seed: int, dtype
     out=st.integers(1, 40),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
 )
-def test_a_product_is_that_of_both_rounded(rows: int, inner: int, out: int, dtype: torch.dtype) -> None:
+def test_fp8_product_equals_that_of_rounded_inputs_and_weights(
+    rows: int, inner: int, out: int, dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(rows)
     inputs = (torch.randn(2, rows, inner, generator=generator) * 5).to(dtype)
     inputs[0, 0], inputs[1, 0] = 0.0, inputs[1, 0] * 100
     linear = Fp8Linear(linear_of(torch.randn(out, inner, generator=generator, dtype=dtype)))
     with pytest.MonkeyPatch.context() as patch:
-        chip = LikeAChip(patch)
-        found = fp8_product(inputs, linear.values, linear.scale)
-    assert chip.calls == 1 and found.dtype == dtype and found.shape == (2, rows, out)
-    both = torch.stack([slowly_rounded(row.float()) for row in inputs.flatten(0, 1)])
-    expected = (both @ (linear.values.view(FP8).float() * linear.scale).t()).view(found.shape)
+        scaled_mm = StrictScaledMM(patch)
+        product = fp8_product(inputs, linear.values, linear.scale)
+    assert scaled_mm.calls == 1 and product.dtype == dtype and product.shape == (2, rows, out)
+    rounded = torch.stack([slowly_rounded(row.float()) for row in inputs.flatten(0, 1)])
+    expected = (rounded @ (linear.values.view(FP8).float() * linear.scale).t()).view(product.shape)
     torch.testing.assert_close(
-        found.float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6 * float(expected.abs().max())
+        product.float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6 * float(expected.abs().max())
     )
-    assert not found[0, 0].any() and found.isfinite().all()
+    assert not product[0, 0].any() and product.isfinite().all()
 
 
-def test_a_chip_without_such_products_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_that_cannot_multiply_fp8_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: object, **__: object) -> Tensor:
         raise RuntimeError("only supported on CUDA devices with compute capability >= 8.9\nand more")
 
     check_fp8(torch.device("cpu"), torch.float32)
-    monkeypatch.setattr(eight_bit.functional, "scaled_mm", fails)
-    with pytest.raises(UserError) as caught:
+    monkeypatch.setattr(quantized.functional, "scaled_mm", fails)
+    with refused("weight_format: cpu", "bfloat16", "int8 or full", "compute capability >= 8.9 and more"):
         load_model(resolve("demo"), "bfloat16", "cpu", "fp8")
-    assert str(caught.value) == (
-        "weights: cpu multiplies no fp8 in bfloat16; set weights to int8 or dtype (only supported on CUDA devices with "
-        "compute capability >= 8.9 and more)"
-    )
-    with pytest.raises(
-        UserError, match="multiplies no fp8 in float32; set dtype to bfloat16, or weights to int8 or dtype"
-    ):
-        check_fp8(torch.device("cpu"), torch.float32)
-    monkeypatch.delattr(eight_bit.functional, "scaled_mm")
-    with pytest.raises(UserError, match=r"weight_format: fp8 needs a newer PyTorch than .*, or set weights to int8"):
+    with refused("weight_format: cpu", "float32", "Set dtype to bfloat16, or weight_format to int8"):
         check_fp8(torch.device("cpu"), torch.float32)
 
 
-def test_what_lies_on_the_steps_stays() -> None:
+def test_a_pytorch_without_fp8_products_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(quantized.functional, "scaled_mm")
+    with pytest.raises(UserError, match=rf"^weight_format: PyTorch {re.escape(torch.__version__)} is too old for fp8"):
+        check_fp8(torch.device("cpu"), torch.float32)
+
+
+def test_weights_on_the_steps_are_not_changed() -> None:
     steps = torch.tensor([[127.0, -127.0, 3.0, 0.0], [1.0, 127.0, -5.0, 2.0]])
     weight = steps * torch.tensor([[0.5], [0.25]])
     linear = Int8Linear(linear_of(weight))
@@ -191,7 +202,7 @@ def test_what_lies_on_the_steps_stays() -> None:
     assert torch.equal(linear.scale, torch.tensor([[0.5], [0.25]]))
 
 
-def test_a_forward_is_that_of_the_rounded_weights() -> None:
+def test_int8_forward_pass_uses_the_rounded_weights() -> None:
     generator = torch.Generator().manual_seed(0)
     linear = linear_of(torch.randn(6, 5, generator=generator), torch.randn(6, generator=generator))
     inputs = torch.randn(3, 5, generator=generator)
@@ -201,370 +212,336 @@ def test_a_forward_is_that_of_the_rounded_weights() -> None:
 
 
 @given(units=st.integers(1, 6), width=st.integers(1, 4), axis=st.integers(0, 1), data=st.data())
-def test_gathered_is_what_the_dense_weight_has_there(units: int, width: int, axis: int, data: st.DataObject) -> None:
+def test_gathered_units_equal_those_of_the_rounded_weight(
+    units: int, width: int, axis: int, data: st.DataObject
+) -> None:
     shape = (units * width, 5) if axis == 0 else (5, units * width)
-    for of_kind in KINDS.values():
-        linear = of_kind(linear_of(torch.randn(shape, generator=torch.Generator().manual_seed(units))))
+    for quantized_class in CLASSES.values():
+        linear = quantized_class(linear_of(torch.randn(shape, generator=torch.Generator().manual_seed(units))))
         kept = torch.tensor(sorted(data.draw(st.sets(st.integers(0, units - 1), min_size=1))))
         expected = gather_units(linear.weight, axis, kept, units)
         linear.kept = linear.gathered(axis, kept, units)
         assert torch.equal(linear.weight, expected)
 
 
-# --- whatever reads weights
+# --- readers of weights
 
 
-@pytest.mark.parametrize("repaired", [False, True], ids=["as it is", "repaired"])
+@pytest.mark.parametrize("repaired", [False, True], ids=["not repaired", "repaired"])
 @pytest.mark.parametrize("name", MODEL_MASKS)
-def test_the_shrunk_model_is_that_of_the_rounded_weights(pair, name: str, repaired: bool) -> None:
+def test_shrunk_model_uses_the_rounded_weights(pair, name: str, repaired: bool) -> None:
     model, twin = pair
-    keep, tokens = MODEL_MASKS[name], some_tokens()
-    outputs = some_outputs(twin, keep, bias=True) if repaired else {}
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    dense = logits_of(model, tokens)
-    with Evaluator(PrunableModel.of(model)).shrunk(keep, outputs), Evaluator(twin).shrunk(keep, outputs):
-        torch.testing.assert_close(logits_of(model, tokens), logits_of(twin, tokens), rtol=1e-5, atol=1e-5)
-    after = model.state_dict()
+    model_mask, tokens = MODEL_MASKS[name], some_tokens()
+    outputs = some_outputs(twin.module, model_mask, bias=True) if repaired else {}
+    before = {key: value.clone() for key, value in model.module.state_dict().items()}
+    dense = logits_of(model.module, tokens)
+    with (
+        Evaluator(model).shrunk(model_mask, outputs) as shrunk,
+        Evaluator(twin).shrunk(model_mask, outputs) as expected,
+    ):
+        torch.testing.assert_close(logits_of(shrunk, tokens), logits_of(expected, tokens), rtol=1e-5, atol=1e-5)
+    after = model.module.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
-    assert torch.equal(logits_of(model, tokens), dense)
-    torch.testing.assert_close(dense, logits_of(twin, tokens), rtol=1e-5, atol=1e-5)
+    assert torch.equal(logits_of(model.module, tokens), dense)
+    torch.testing.assert_close(dense, logits_of(twin.module, tokens), rtol=1e-5, atol=1e-5)
 
 
-def test_a_forward_that_fails_leaves_no_trace(pair) -> None:
+def test_a_failed_forward_pass_leaves_the_model_unchanged(pair) -> None:
     model, _ = pair
-    dense = logits_of(model, some_tokens())
+    dense = logits_of(model.module, some_tokens())
 
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    handle = model.model.layers[3].mlp.down_proj.register_forward_pre_hook(fail)
+    handle = model.layers[3].mlp.down_proj.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        Evaluator(PrunableModel.of(model)).losses([MODEL_MASKS["random"]], some_tokens())
+        Evaluator(model).losses([MODEL_MASKS["random"]], some_tokens())
     handle.remove()
-    assert torch.equal(logits_of(model, some_tokens()), dense)
-    spec = PrunableModel.of(model).shape.spec
-    assert all(linear.kept is None for layer in model.model.layers for _, _, linear in projections(spec, layer))
+    assert torch.equal(logits_of(model.module, some_tokens()), dense)
+    assert all(linear.kept is None for linear in linears_of(model))
 
 
 @pytest.mark.parametrize("metric", ["wanda-sp", "flap", "obs", "magnitude"])
 def test_scores_are_those_of_the_rounded_weights(pair, metric: str) -> None:
-    found, expected = (score(PrunableModel.of(model), metric, TEXT, 0) for model in pair)
-    assert found.keys() == expected.keys()
+    scores, expected = (score(model, metric, TEXT, 0) for model in pair)
+    assert scores.keys() == expected.keys()
     for key in expected:
-        torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(scores[key], expected[key], rtol=1e-4, atol=1e-6)
 
 
-def test_the_width_table_is_that_of_the_rounded_weights(pair) -> None:
+def test_width_table_is_that_of_the_rounded_weights(pair) -> None:
     scores = {(i, name): torch.arange(n).double() for i in range(4) for name, n in (("attention", 4), ("ffn", 24))}
-    found, expected = (
-        WidthTable.of(PrunableModel.of(model), dict(solve_layers(PrunableModel.of(model), scores, TEXT, 1e-2, True)))
-        for model in pair
+    table, expected = (
+        WidthTable.of(model, dict(solve_layers(model, scores, TEXT, 1e-2, solve=True))) for model in pair
     )
     for key in scores:
-        torch.testing.assert_close(found.errors[key], expected.errors[key], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(table.errors[key], expected.errors[key], rtol=1e-3, atol=1e-6)
         for width, output in expected.outputs[key].items():
-            torch.testing.assert_close(found.outputs[key][width].weight, output.weight, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(table.outputs[key][width].weight, output.weight, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("method", ["bias", "least-squares", "least-squares-bias"])
-def test_a_repair_is_of_the_rounded_weights(pair, method: str) -> None:
-    found, expected = (
-        repair(PrunableModel.of(model), MODEL_MASKS["random"], TEXT, method, 1e-2, reselect=False) for model in pair
-    )
-    assert found.outputs.keys() == expected.outputs.keys()
+def test_repair_is_fitted_to_the_rounded_weights(pair, method: str) -> None:
+    repaired, expected = (repair(model, MODEL_MASKS["random"], TEXT, method, 1e-2) for model in pair)
+    assert repaired.outputs.keys() == expected.outputs.keys()
     for key, output in expected.outputs.items():
-        torch.testing.assert_close(found.outputs[key].weight, output.weight, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(repaired.outputs[key].weight, output.weight, rtol=1e-3, atol=1e-3)
 
 
-def test_shapes_and_costs_do_not_change(pair) -> None:
-    found, expected = (PrunableModel.of(model).shape for model in pair)
-    assert found == expected
+def test_shape_and_parameter_counts_do_not_change(pair) -> None:
+    model, twin = pair
+    assert model.shape == twin.shape
 
 
-def test_a_latency_counts_no_rounding(pair) -> None:
-    """Between the two looks at the clock no weight is made of int8: whole and halved blocks alike."""
+def test_latency_excludes_the_conversion_of_weights(pair) -> None:
+    """Whenever the clock is read, the weights of the timed block, full or halved, have been converted."""
     model, _ = pair
-    made = []
+    linears = linears_of(model)
+    converted: list[list[bool]] = []
 
     def clock(_: torch.device) -> int:
-        made.append([linear.kept is not None for _, _, linear in linears])
-        return len(made)
+        converted.append([linear.kept is not None for linear in linears])
+        return len(converted)
 
-    spec = PrunableModel.of(model).shape.spec
-    linears = [found for layer in model.model.layers for found in projections(spec, layer)]
-    measure_latency(Evaluator(PrunableModel.of(model)), 8, clock)
-    assert all(any(look) for look in made)
+    measure_latency(model, 8, clock)
+    assert converted and all(any(reading) for reading in converted)
 
 
-def test_a_step_makes_one_blocks_weights_at_a_time() -> None:
-    model = tiny_model("llama-mha")
-    block = max(sum(p.nbytes for p in part.parameters()) for part in model.model.layers[0].children())
-    whole = sum(p.nbytes for p in model.model.layers.parameters())
-    quantize_projections(model, "int8")
-    tokens = some_tokens()[:1, :4]
-    with Allocations() as seen:
-        Evaluator(PrunableModel.of(model)).losses([MODEL_MASKS["dense"], MODEL_MASKS["random"]], tokens)
-    assert seen.peak < 1.25 * block + 8_000 < whole / 2
+def test_an_evaluation_converts_the_weights_of_one_block_at_a_time() -> None:
+    module = tiny_model("llama-mha")
+    block = max(sum(p.nbytes for p in part.parameters()) for part in module.model.layers[0].children())
+    layers = sum(p.nbytes for p in module.model.layers.parameters())
+    quantize_projections(module, "int8")
+    evaluator, tokens = Evaluator(PrunableModel.of(module)), some_tokens()[:1, :4]
+    with Allocations() as allocations:
+        evaluator.losses([MODEL_MASKS["dense"], MODEL_MASKS["random"]], tokens)
+    assert allocations.peak < 1.25 * block + 8_000 < layers / 2
 
 
-# --- fp8: one input that is rounded the other way changes all that follows, so products are looked at one by one
+# --- fp8: a single input that is rounded differently changes everything after it, so products are compared one by one
 
 
-@pytest.mark.parametrize("repaired", [False, True], ids=["as it is", "repaired"])
+@pytest.mark.parametrize("repaired", [False, True], ids=["not repaired", "repaired"])
 @pytest.mark.parametrize("name", MODEL_MASKS)
-def test_every_product_of_a_shrunk_forward_is_that_of_both_rounded(
-    architecture: str, name: str, repaired: bool, chip: LikeAChip
+def test_every_product_of_a_shrunk_fp8_model_uses_rounded_inputs_and_weights(
+    architecture: str, name: str, repaired: bool, scaled_mm: StrictScaledMM
 ) -> None:
-    model, keep, tokens = tiny_model(architecture), MODEL_MASKS[name], some_tokens()
-    spec = PrunableModel.of(model).shape.spec
-    outputs = some_outputs(model, keep, bias=True) if repaired else {}
-    expected = Evaluator(PrunableModel.of(model)).losses([keep], tokens, [outputs])
-    quantize_projections(model, "fp8")
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    seen = []
+    module, model_mask, tokens = tiny_model(architecture), MODEL_MASKS[name], some_tokens()
+    outputs = some_outputs(module, model_mask, bias=True) if repaired else {}
+    expected = Evaluator(PrunableModel.of(module)).losses([model_mask], tokens, [outputs])
+    quantize_projections(module, "fp8")
+    model = PrunableModel.of(module)
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    shapes = []
 
     def check(linear: Fp8Linear, inputs: tuple[Tensor], output: Tensor) -> None:
         rows = inputs[0].flatten(0, -2)
         if not isinstance(linear.kept, Tensor):
             rows = torch.stack([slowly_rounded(row) for row in rows])
-        found = nn.functional.linear(rows, linear.weight, linear.bias).view(output.shape)
-        torch.testing.assert_close(output, found, rtol=1e-4, atol=1e-5)
-        seen.append(linear.weight.shape)
+        product = nn.functional.linear(rows, linear.weight, linear.bias).view(output.shape)
+        torch.testing.assert_close(output, product, rtol=1e-4, atol=1e-5)
+        shapes.append(linear.weight.shape)
 
-    for layer in model.model.layers:
-        for _, _, linear in projections(spec, layer):
-            linear.register_forward_hook(check)
-    torch.testing.assert_close(
-        Evaluator(PrunableModel.of(model)).losses([keep], tokens, [outputs]), expected, rtol=0.03, atol=0
-    )
-    shapes = [
+    for linear in linears_of(model):
+        linear.register_forward_hook(check)
+    torch.testing.assert_close(Evaluator(model).losses([model_mask], tokens, [outputs]), expected, rtol=0.03, atol=0)
+    expected_shapes = [
         tuple(output.weight.shape) if output else tuple(gather_units(weight, projection.axis, *units).shape)
-        for output, weight, projection, *units in gathers(model, keep, outputs)
+        for output, weight, projection, *units in running_projections(model, model_mask, outputs)
     ]
-    assert seen == shapes
-    assert chip.calls == len(shapes) - len(outputs)
-    after = model.state_dict()
+    assert shapes == expected_shapes
+    assert scaled_mm.calls == len(expected_shapes) - len(outputs)
+    after = module.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
 
 
-def gathers(
-    model: nn.Module, keep: ModelMask, outputs: Outputs
+def running_projections(
+    model: PrunableModel, model_mask: ModelMask, outputs: Outputs
 ) -> Iterator[tuple[Output | None, Tensor, Projection, Tensor, int]]:
-    """Of every projection that runs: what repairs it, its weight, itself, its kept units, and how many it has."""
-    for index, (layer, kept) in enumerate(zip(model.model.layers, keep, strict=True)):
-        for name, block in PrunableModel.of(model).shape.spec.blocks():
-            mask = kept.of(name)
-            for projection in block.projections if mask.any() else ():
-                weight = layer.get_submodule(block.module).get_submodule(projection.name).weight
-                output = outputs.get((index, name)) if projection == block.output else None
-                yield output, weight, projection, mask.nonzero().squeeze(1), len(mask)
+    """Yield the repaired output, weight, place, kept units and number of units of every projection that runs."""
+    for index, (layer, layer_mask) in enumerate(zip(model.layers, model_mask, strict=True)):
+        for block, projection, linear in model.family.linears(layer):
+            mask = layer_mask.of(block.name)
+            if mask.any():
+                output = outputs.get((index, block.name)) if projection == block.output else None
+                yield output, linear.weight, projection, mask.nonzero().squeeze(1), len(mask)
 
 
 @pytest.mark.parametrize("metric", ["wanda-sp", "flap", "obs"])
-def test_scores_from_fp8_are_nearly_those_from_the_model_itself(metric: str) -> None:
-    plain, model = tiny_model("llama-gqa"), tiny_model("llama-gqa")
-    quantize_projections(model, "fp8")
-    found = score(PrunableModel.of(model), metric, TEXT, 0)
+def test_fp8_scores_are_close_to_those_of_the_original_weights(metric: str) -> None:
+    plain, fp8 = fp8_pair()
+    scores = score(fp8, metric, TEXT, 0)
     for key, expected in score(plain, metric, TEXT, 0).items():
-        assert not torch.equal(found[key], expected)
-        if key.endswith("ffn"):  # of 4 groups some are too much alike
-            assert float(torch.corrcoef(torch.stack([found[key], expected]))[0, 1]) > 0.9
+        assert not torch.equal(scores[key], expected)
+        if key.endswith("ffn"):  # 4 KV heads are too few and too similar for a correlation
+            assert float(torch.corrcoef(torch.stack([scores[key], expected]))[0, 1]) > 0.9
 
 
-def test_a_repair_on_fp8_is_nearly_that_on_the_model_itself() -> None:
-    """Both keep about the same of what a block put out."""
-    plain, model = tiny_model("llama-gqa"), tiny_model("llama-gqa")
-    quantize_projections(model, "fp8")
-    keep = MODEL_MASKS["random"]
-    held = some_tokens(9, rows=8)
-    losses = [
-        float(Evaluator(plain).losses([keep], held, [outputs]))
-        for outputs in (
-            repair(plain, keep, TEXT, "least-squares", 1e-2, reselect=False).outputs,
-            repair(PrunableModel.of(model), keep, TEXT, "least-squares", 1e-2, reselect=False).outputs,
-        )
-    ]
+def test_fp8_repair_is_nearly_as_good_as_one_on_the_original_weights() -> None:
+    plain, fp8 = fp8_pair()
+    model_mask, heldout = MODEL_MASKS["random"], some_tokens(9, rows=8)
+    losses = []
+    for model in (plain, fp8):
+        outputs = repair(model, model_mask, TEXT, "least-squares", 1e-2).outputs
+        losses.append(float(Evaluator(plain).losses([model_mask], heldout, [outputs])))
     assert losses[1] == pytest.approx(losses[0], rel=0.01) and losses[1] != losses[0]
 
 
 # --- loading
 
 
-def same(found: nn.Module, expected: nn.Module) -> None:
+def assert_same(model: nn.Module, expected: nn.Module) -> None:
     parameters = dict(expected.named_parameters())
-    assert dict(found.named_parameters()).keys() == parameters.keys()
-    assert all(torch.equal(value, parameters[name]) for name, value in found.named_parameters())
-    assert torch.equal(logits_of(found, some_tokens()), logits_of(expected, some_tokens()))
+    assert dict(model.named_parameters()).keys() == parameters.keys()
+    assert all(torch.equal(value, parameters[name]) for name, value in model.named_parameters())
+    assert torch.equal(logits_of(model, some_tokens()), logits_of(expected, some_tokens()))
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("weight_format", ["int8", "fp8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "auto"])
-def test_what_is_loaded_is_what_rounding_makes_of_the_model(
-    architecture: str, dtype: str, kind: WeightFormat, tmp_path: Path
+def test_loading_equals_rounding_a_loaded_model(
+    architecture: str, dtype: str, weight_format: WeightFormat, tmp_path: Path
 ) -> None:
     tiny_model(architecture).save_pretrained(tmp_path)
     expected = load_model(resolve(str(tmp_path)), dtype, "cpu")
-    quantize_projections(expected, kind)
-    found = load_model(resolve(str(tmp_path)), dtype, "cpu", kind)
-    same(found, expected)
-    assert not found.training and not any(parameter.requires_grad for parameter in found.parameters())
-    empty = empty_model(str(tmp_path), dtype, kind)
+    quantize_projections(expected, weight_format)
+    model = load_model(resolve(str(tmp_path)), dtype, "cpu", weight_format)
+    assert_same(model, expected)
+    assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+    empty = empty_model(str(tmp_path), dtype, weight_format).module
     assert [(n, p.shape, p.dtype) for n, p in empty.named_parameters()] == [
-        (n, p.shape, p.dtype) for n, p in found.named_parameters()
+        (n, p.shape, p.dtype) for n, p in model.named_parameters()
     ]
 
 
-def test_of_shards_and_of_old_files_what_belongs_to_the_model(damaged: Path) -> None:
+def test_loading_reads_shards_and_ignores_tensors_of_old_files(damaged: Path) -> None:
     tensors = load_file(damaged / "model.safetensors") | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     expected = load_model(resolve(str(damaged)), "float32", "cpu", "int8")
     (damaged / "model.safetensors").unlink()
     names = sorted(tensors)
     shards = {"two.safetensors": names[::2], "one.safetensors": names[1::2]}
-    for file, inside in shards.items():
-        save_file({name: tensors[name] for name in inside}, damaged / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: file for file, inside in shards.items() for name in inside}}
+    for file, names in shards.items():
+        save_file({name: tensors[name] for name in names}, damaged / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, names in shards.items() for name in names}}
     (damaged / INDEX).write_text(json.dumps(index))
-    same(load_model(resolve(str(damaged)), "float32", "cpu", "int8"), expected)
+    assert_same(load_model(resolve(str(damaged)), "float32", "cpu", "int8"), expected)
 
 
 @pytest.mark.parametrize("differs", [False, True])
-def test_a_stored_head_is_tied_where_it_is_the_embedding(differs: bool, damaged: Path) -> None:
+def test_a_stored_head_is_tied_only_if_it_equals_the_embedding(differs: bool, damaged: Path) -> None:
     tensors = load_file(damaged / "model.safetensors")
     head = tensors["model.embed_tokens.weight"] + differs
-    save_file(tensors | {HEAD: head.clone()}, damaged / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors | {LLAMA.head_weight: head.clone()}, damaged / "model.safetensors", metadata={"format": "pt"})
     expected = load_model(resolve(str(damaged)), "float32", "cpu")
     quantize_projections(expected, "int8")
-    found = load_model(resolve(str(damaged)), "float32", "cpu", "int8")
-    same(found, expected)
-    assert (found.lm_head.weight is found.model.embed_tokens.weight) is not differs
+    model = load_model(resolve(str(damaged)), "float32", "cpu", "int8")
+    assert_same(model, expected)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is not differs
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_a_gguf_file_is_rounded_once_it_is_unpacked(kind: WeightFormat, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weight_format", ["int8", "fp8"])
+def test_a_gguf_file_is_rounded_after_unpacking(weight_format: WeightFormat, tmp_path: Path) -> None:
     tiny_model("llama-mha").save_pretrained(tmp_path / "dense")
     save_tokenizer(tmp_path / "dense")
     source = resolve(str(tmp_path / "dense"))
-    keep = (LayerMask(torch.ones(4, dtype=torch.bool), torch.ones(24, dtype=torch.bool)),) * 4
-    decision = Decision(keep, str(tmp_path), source.fingerprint(), 0.0, "dtype: float32\n", 0, 0, 0, None)
+    model_mask = (LayerMask(torch.ones(4, dtype=torch.bool), torch.ones(24, dtype=torch.bool)),) * 4
+    decision = Decision(model_mask, str(tmp_path), source.fingerprint(), 0.0, "dtype: float32\n", 0, 0, 0, None)
     gguf.plan(source, decision, Options(ShapeRequirements(), "float32")).write(tmp_path / "dense.gguf", lambda _: None)
     unpacked = resolve(str(tmp_path / "dense.gguf"))
-    same(load_model(unpacked, "float32", "cpu", kind), load_model(source, "float32", "cpu", kind))
+    assert_same(
+        load_model(unpacked, "float32", "cpu", weight_format), load_model(source, "float32", "cpu", weight_format)
+    )
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_it_is_never_whole_in_memory(kind: WeightFormat, tmp_path: Path) -> None:
-    """Of 72 projections one at a time exists in another form than 8 bits."""
+@pytest.mark.parametrize("weight_format", ["int8", "fp8"])
+def test_loading_never_holds_the_model_in_another_form_than_one_byte(
+    weight_format: WeightFormat, tmp_path: Path
+) -> None:
+    """Of 72 projections, only one at a time exists in another form."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 12, "num_attention_heads": 4}
     config = LlamaConfig(vocab_size=64, tie_word_embeddings=True, **sizes)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     source = resolve(str(tmp_path))
-    with Allocations() as seen:
-        model = load_model(source, "bfloat16", "cpu", kind)
+    with Allocations() as allocations:
+        model = load_model(source, "bfloat16", "cpu", weight_format)
     kept = sum(parameter.nbytes for parameter in model.parameters())
-    largest = 64 * 256 * (4 + 2 + 2 + 1)  # read, in magnitude, in float32, and in 8 bits
-    assert kept < seen.peak < kept + largest + 10_000 < 0.75 * 2 * sum(p.numel() for p in model.parameters())
+    largest = 64 * 256 * (4 + 2 + 2 + 1)  # as read, its magnitudes, in float32, and in one byte
+    assert kept < allocations.peak < kept + largest + 10_000 < 0.75 * 2 * sum(p.numel() for p in model.parameters())
 
 
-def refused(folder: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        load_model(resolve(str(folder)), "float32", "cpu", "int8")
-    return str(caught.value).removeprefix(f"{folder}: ")
-
-
-def test_what_is_wrong_with_files_is_said_as_ever(damaged: Path) -> None:
+def test_damaged_files_are_refused_as_without_rounding(damaged: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     path, tensors = damaged / "model.safetensors", load_file(damaged / "model.safetensors")
 
-    def changed(tensors: dict[str, Tensor]) -> str:
+    def error_with(tensors: dict[str, Tensor], weight_format: WeightFormat = "int8") -> str:
         save_file(tensors, path, metadata={"format": "pt"})
-        return refused(damaged)
+        with pytest.raises(UserError) as caught:
+            load_model(resolve(str(damaged)), "float32", "cpu", weight_format)
+        return str(caught.value)
 
-    assert changed({key: value for key, value in tensors.items() if key != name}) == (
-        f"its files lack 1 weights, the first is {name}"
-    )
-    assert changed(tensors | {name: tensors[name][:5].clone()}) == (
-        f"1 weights do not fit its config: {name} has the shape (5, 32), and by the config it should be (24, 32)"
-    )
+    for broken, facts in (
+        ({key: value for key, value in tensors.items() if key != name}, ("lack 1 weight", name)),
+        (tensors | {name: tensors[name][:5].clone()}, (name, "(5, 32)", "(24, 32)")),
+    ):
+        says(error_with(broken), str(damaged), *facts)
+        assert error_with(broken) == error_with(broken, "full")
     for bad in (torch.nan, torch.inf):
-        broken = tensors[name].clone()
-        broken[3, 5] = bad
-        assert changed(tensors | {name: broken}).startswith("model.layers.1.mlp.up_proj.scale holds NaN or infinity")
+        weight = tensors[name].clone()
+        weight[3, 5] = bad
+        says(error_with(tensors | {name: weight}), "model.layers.1.mlp.up_proj.scale", "NaN or infinity")
     path.write_bytes(path.read_bytes()[:999])
-    assert "damaged or not safetensors" in refused(damaged)
+    with pytest.raises(UserError, match="damaged or not safetensors"):
+        load_model(resolve(str(damaged)), "float32", "cpu", "int8")
 
 
-def test_on_several_devices_it_computes_what_it_did(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them the CPU, but with accelerate's hooks."""
+def test_several_devices_give_the_same_losses_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All devices are the CPU, but accelerate's hooks are active."""
     accelerate = pytest.importorskip("accelerate", reason="needs the extra: pip install 'pgprune[multi-gpu]'")
-    dispatched = accelerate.dispatch_model
-    monkeypatch.setattr(accelerate, "dispatch_model", lambda *given: dispatched(*given, force_hooks=True))
-    alone = Evaluator(load_model(resolve("demo"), "float32", "cpu", "int8"))
+    dispatch = accelerate.dispatch_model
+    monkeypatch.setattr(accelerate, "dispatch_model", lambda *arguments: dispatch(*arguments, force_hooks=True))
+    single = load_prunable(resolve("demo"), "float32", "cpu", "int8")
     monkeypatch.setattr(loading, "devices_of", lambda _: [torch.device("cpu")] * 2)
-    hooked = Evaluator(load_model(resolve("demo"), "float32", "cpu,cpu", "int8"))
+    hooked = load_prunable(resolve("demo"), "float32", "cpu,cpu", "int8")
     assert all(hasattr(layer, "_hf_hook") for layer in hooked.layers)
-    space = alone.shape.space(("attention", "ffn"))
-    keep = alone.shape.keep(space, torch.arange(space.n) % 3 > 0)
+    space = single.shape.space(("attention", "ffn"))
+    model_mask = single.shape.model_mask(space, torch.arange(space.n) % 3 > 0)
     tokens = torch.arange(48).view(2, 24)
-    assert torch.equal(hooked.losses([keep], tokens), alone.losses([keep], tokens))
+    assert torch.equal(Evaluator(hooked).losses([model_mask], tokens), Evaluator(single).losses([model_mask], tokens))
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"several devices needs the extra: pip install 'pgprune\[multi-gpu\]'"):
+    with refused("several devices", "accelerate", "pip install 'pgprune[multi-gpu]'"):
         load_model(resolve("demo"), "float32", "cpu,cpu", "int8")
 
 
-# --- a search with them
+# --- jobs with rounded weights
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_a_search_is_repaired_on_rounded_weights_and_exported_from_stored_ones(
-    kind: str, small, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("weight_format", ["int8", "fp8"])
+def test_a_search_repairs_rounded_weights_and_exports_original_ones(weight_format: str, small, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    recipe = small(*WIDTH_SEARCH, "dtype=float32", f"weights={kind}", "calibration.windows=24")
+    recipe = small(*WIDTH_SEARCH, "dtype=float32", f"weight_format={weight_format}", "calibration.windows=24")
     decision: Decision = search(recipe, run)
     plain = search(small(*WIDTH_SEARCH, "dtype=float32", "calibration.windows=24"), tmp_path / "plain")
     assert decision.heldout_loss == pytest.approx(plain.heldout_loss, rel=0.05)
     assert decision.heldout_loss != plain.heldout_loss
     export(run, tmp_path / "model", options_of("hf", "float32", None, False, 1, 1))
-    layer = next(index for index, kept in enumerate(decision.model_mask) if kept.ffn.any() and not kept.ffn.all())
+    layer = next(index for index, mask in enumerate(decision.model_mask) if mask.ffn.any() and not mask.ffn.all())
     name = f"model.layers.{layer}.mlp.gate_proj.weight"
     with safe_open(DEMO_MODEL / "model.safetensors", "pt") as base:
-        stored = base.get_tensor(name).float()[decision.model_mask[layer].ffn]
-    exported = load_file(tmp_path / "model" / "model.safetensors")
-    assert any(torch.equal(value, stored) for key, value in exported.items() if key.endswith("mlp.gate_proj.weight"))
+        original = base.get_tensor(name).float()[decision.model_mask[layer].ffn]
+    tensors = load_file(tmp_path / "model" / "model.safetensors")
+    assert any(torch.equal(value, original) for key, value in tensors.items() if key.endswith("mlp.gate_proj.weight"))
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
-def test_a_metric_with_gradients_is_refused(kind: str, small, tmp_path: Path) -> None:
-    recipe = small(f"weights={kind}", "scores.metric=taylor")
-    for job in (search, init_scores):
-        with pytest.raises(UserError) as caught:
-            job(recipe, tmp_path / "run")
-        assert str(caught.value) == (
-            f"scores.metric: taylor takes gradients, which {kind} weights have not; set weights to dtype, or take a "
-            "metric without, such as obs"
-        )
-    with pytest.raises(UserError, match="taylor takes gradients"):
-        estimate(recipe)
-    with pytest.raises(UserError, match="taylor takes gradients"):
-        compare(small(f"weights={kind}"), tmp_path / "out", [0], ["llm-pruner"], None)
-
-
-def test_a_latency_of_fp8_is_refused(small, tmp_path: Path) -> None:
-    for job in (search, init_scores):
-        with pytest.raises(
-            UserError, match=r"budget\.of: a latency would be that of fp8 products, and exports have none"
-        ):
-            job(small("weight_format=fp8", "budget.measure=latency"), tmp_path / "run")
-
-
-def test_a_dry_run_knows_of_it(small) -> None:
-    plain, int8, fp8 = (estimate(small("dtype=bfloat16", f"weights={w}")) for w in ("dtype", *KINDS))
+def test_estimate_counts_rounded_weights(small) -> None:
+    plain, int8, fp8 = (
+        estimate(small("dtype=bfloat16", f"weight_format={weight_format}")) for weight_format in ("full", *CLASSES)
+    )
     assert int8["parameters"] == fp8["parameters"] == plain["parameters"]
-    assert int8["memory"]["weights"] < fp8["memory"]["weights"] < 1.1 * int8["memory"]["weights"]  # wider scales
-    assert fp8["memory"]["slices"] < plain["memory"]["slices"]
-    projections_ = 2 * plain["parameters"] - int8["memory"]["weights"]
-    layers = sum(p.numel() for p in empty_model("demo", "bfloat16").model.layers.parameters() if p.dim() == 2)
-    assert projections_ == pytest.approx(layers, rel=0.02)
-    assert int8["memory"]["slices"] > plain["memory"]["slices"]
+    # the scales of fp8 are wider
+    assert int8["memory"]["weights"] < fp8["memory"]["weights"] < 1.1 * int8["memory"]["weights"]
+    assert fp8["memory"]["slices"] < plain["memory"]["slices"] < int8["memory"]["slices"]
+    saved_bytes = 2 * plain["parameters"] - int8["memory"]["weights"]
+    matrices = [p for p in empty_model("demo", "bfloat16").layers.parameters() if p.dim() == 2]
+    assert saved_bytes == pytest.approx(sum(matrix.numel() for matrix in matrices), rel=0.02)
