@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+
 from pgprune_cli.model.prunable import PrunableModel
 
 CHIP = "chip"

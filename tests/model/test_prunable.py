@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pgprune_cli.errors import UserError
+from pgprune_cli.model.families.__init__ import family_of
 from pgprune_cli.model.families.adapter import gather_units
 from pgprune_cli.model.prunable import PrunableModel, Shape, UnitCosts
-from pgprune_cli.model.families.__init__ import family_of
 
 
 def prunable_parameters(config, **changes: int) -> int:

@@ -9,6 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
+
 from pgprune_cli.model.masks import columns_of
 
 pytest.importorskip("triton", reason="Triton is not installed: it comes with PyTorch's CUDA builds")

@@ -1,0 +1,1 @@
+"""Training of a pruned model, to win back what pruning cost."""
