@@ -1,4 +1,4 @@
-"""doctor: what is fine, what is not, and what to do about it; against a hub that is made up."""
+"""doctor: each check passes on this machine, and fails with a fix when something is missing. The hub is simulated."""
 
 from __future__ import annotations
 
@@ -11,26 +11,29 @@ import huggingface_hub
 import psutil
 import pytest
 import torch
+from helpers.messages import says
 from helpers.models import tiny_model
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
 from pgprune_cli.jobs import doctor as job
-from pgprune_cli.jobs.doctor import Finding, doctor
+from pgprune_cli.jobs import machine
+from pgprune_cli.jobs.doctor import doctor
+from pgprune_cli.jobs.machine import Finding
 from pgprune_cli.recipe.schema import Recipe
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _work_in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def bad(findings: list[Finding]) -> list[Finding]:
-    return [finding for finding in findings if finding.fix]
+def problems(findings: list[Finding]) -> list[Finding]:
+    return [finding for finding in findings if finding.status != "OK"]
 
 
-def test_a_machine_that_runs_these_tests_is_fine(small) -> None:
+def test_this_machine_passes_every_check(small) -> None:
     findings = doctor(small())
-    assert bad(findings) == []
+    assert problems(findings) == []
     assert {finding.name for finding in findings} > {
         "python",
         "packages",
@@ -41,79 +44,82 @@ def test_a_machine_that_runs_these_tests_is_fine(small) -> None:
         "model",
         "data",
     }
-    assert all(finding.text().startswith("ok ") for finding in findings)
+    assert all(finding.text().startswith("OK ") and not finding.fails for finding in findings)
 
 
-def test_packages_that_are_absent_or_old(monkeypatch) -> None:
-    wanted = ["torch>=999", "surely-nothing>=2", "typer>=0.1", "vllm>=1; extra == 'vllm'"]
-    monkeypatch.setattr(metadata, "requires", lambda _: wanted)
-    finding = next(job._packages())
+def test_missing_and_old_packages_are_failures(monkeypatch) -> None:
+    requirements = ["torch>=999", "surely-nothing>=2", "typer>=0.1", "vllm>=1; extra == 'vllm'"]
+    monkeypatch.setattr(metadata, "requires", lambda _: requirements)
+    finding = next(machine._packages())
+    assert finding.status == "FAIL"
     version = metadata.version("torch")
-    assert finding.found == f"torch {version}, needed >=999; surely-nothing is absent, needed >=2"
-    assert finding.fix == "pip install pgprune"
-    assert job._unmet("vllm")[0].startswith("vllm ")
+    for fact in (f"torch {version}", ">=999", "surely-nothing is not installed", ">=2", "pip install pgprune"):
+        assert fact in finding.text()
+    assert "typer" not in finding.text() and "vllm" not in finding.text()
+    assert machine._unmet_requirements("vllm")[0].startswith("vllm ")
 
 
-def test_sources_that_are_not_installed(monkeypatch) -> None:
-    def absent(name: str):
+def test_a_source_tree_without_installation_is_a_failure(monkeypatch) -> None:
+    def not_installed(name: str):
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(metadata, "requires", absent)
-    assert [finding.fix for finding in job._packages()] == ["pip install -e ."]
+    monkeypatch.setattr(metadata, "requires", not_installed)
+    (finding,) = machine._packages()
+    assert finding.status == "FAIL"
+    says(finding.text(), "pip install -e .")
 
 
-def test_extras_are_nobodys_fault(monkeypatch) -> None:
+def test_missing_extras_are_listed_but_no_failure(monkeypatch) -> None:
     monkeypatch.setattr(metadata, "requires", lambda _: ["surely-nothing>=2; extra == 'vllm'", "typer>=0.1"])
-    finding = job._extras()
-    assert not finding.fix and "not: vllm (pip install 'pgprune[vllm]')" in finding.found
-    assert "gguf" in finding.found.split("; not")[0] and "dev" not in finding.found
+    finding = machine._extras()
+    installed, _, missing = finding.found.partition("; not installed: ")
+    assert finding.status == "OK"
+    assert "gguf" in installed and "dev" not in installed
+    assert missing == "vllm (pip install 'pgprune[vllm]')"
 
 
-def test_a_full_disk_and_one_closed_to_us(monkeypatch) -> None:
+def test_a_full_or_read_only_disk_is_a_failure(monkeypatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    assert {finding.fix.split(" on ")[0] for finding in job._disks()} == {"make room"}
-    monkeypatch.setattr(job.os, "access", lambda *_: False)
-    assert all("nothing can be written" in finding.fix for finding in job._disks())
+    assert all(finding.fails and finding.fix.startswith("Free some space") for finding in machine._disks())
+    monkeypatch.setattr(machine.os, "access", lambda *_: False)
+    assert all(finding.fails and "not writable" in finding.fix for finding in machine._disks())
 
 
-def test_a_driver_without_a_cuda_build(monkeypatch) -> None:
-    import torch
-
+def test_a_driver_without_a_cuda_build_is_a_failure(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/nvidia-smi")
-    assert ["built without CUDA" in finding.found for finding in bad(list(job._torch()))] == [True]
+    (finding,) = problems(list(machine._torch()))
+    assert "built without CUDA" in finding.found
 
 
-def test_too_little_memory(small, monkeypatch) -> None:
+def test_too_little_memory_is_a_failure(small, monkeypatch) -> None:
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
-    assert [finding.name for finding in bad(doctor(small()))] == ["memory"]
+    assert [finding.name for finding in problems(doctor(small()))] == ["memory"]
 
 
-def test_products_of_fp8(small, monkeypatch) -> None:
-    (finding,) = (found for found in doctor(small("weight_format=fp8")) if found.name == "fp8")
-    assert finding.fix == "" and finding.found == "multiplied on cpu"
+def test_missing_fp8_products_are_a_failure(small, monkeypatch) -> None:
+    (finding,) = (finding for finding in doctor(small("weight_format=fp8")) if finding.name == "fp8")
+    assert finding.status == "OK"
     monkeypatch.delattr(torch.nn.functional, "scaled_mm")
-    (finding,) = bad(doctor(small("weight_format=fp8")))
-    assert finding.fix.startswith("weight_format: fp8 needs a newer PyTorch")
+    (finding,) = problems(doctor(small("weight_format=fp8")))
+    assert "weight_format" in finding.fix and "PyTorch" in finding.fix
 
 
 @pytest.mark.parametrize(
-    ("override", "name", "said"),
+    ("override", "name", "facts"),
     [
-        ("model=nowhere/at/all", "model", "no such directory"),
-        ("model=base-without-weights", "model", "neither model.safetensors nor"),
-        ("model=gpt", "model", "model type 'gpt2' is not supported"),
-        ("device=cuda:77", "model", "CUDA devices"),
-        ("weight_format=fp8 scores.metric=taylor", "model", "takes gradients, which fp8 weights have not"),
-        ("calibration.corpus=nothing.txt", "data", "no such file"),
-        ("calibration.corpus=empty.txt", "data", "holds no text"),
-        ("calibration.corpus=wrong.jsonl", "data", "wrong.jsonl:1: not JSON"),
-        ("evaluation.corpora=[tales=nothing.txt]", "data", "nothing.txt: no such file"),
-        ("evaluation.corpora=[tales=wrong.jsonl]", "data", "wrong.jsonl:1: not JSON"),
+        ("model=nowhere/at/all", "model", ["nowhere/at/all"]),
+        ("model=base-without-weights", "model", ["base-without-weights", "model.safetensors"]),
+        ("model=gpt", "model", ["gpt2"]),
+        ("calibration.corpus=nothing.txt", "data", ["nothing.txt"]),
+        ("calibration.corpus=empty.txt", "data", ["no text"]),
+        ("calibration.corpus=wrong.jsonl", "data", ["wrong.jsonl:1"]),
+        ("evaluation.corpora=[tales=nothing.txt]", "data", ["nothing.txt"]),
+        ("evaluation.corpora=[tales=wrong.jsonl]", "data", ["wrong.jsonl:1"]),
     ],
 )
-def test_what_is_wrong_with_a_recipe(override: str, name: str, said: str, small) -> None:
+def test_a_recipe_that_cannot_run_here_has_one_problem(override: str, name: str, facts: list[str], small) -> None:
     from transformers import GPT2Config
 
     Path("empty.txt").touch()
@@ -122,39 +128,44 @@ def test_what_is_wrong_with_a_recipe(override: str, name: str, said: str, small)
     Path("base-without-weights/model.safetensors").unlink()
     GPT2Config().save_pretrained("gpt")
     Path("gpt/model.safetensors").touch()
-    found = bad(doctor(small(*override.split())))
-    assert [finding.name for finding in found] == [name]
-    assert said in found[0].fix
-    assert found[0].fails == (not override.startswith("evaluation."))
+    (finding,) = problems(doctor(small(override)))
+    assert finding.name == name
+    assert finding.status == ("WARN" if override.startswith("evaluation.") else "FAIL")
+    says(finding.fix, *facts)
 
 
-def test_a_text_under_another_name_is_looked_for_in_its_file(small) -> None:
+def test_a_missing_device_is_a_failure(small) -> None:
+    (finding,) = problems(doctor(small("device=cuda:77")))
+    assert finding.name == "model" and finding.fails
+    assert "cuda:77" in finding.fix
+
+
+def test_a_corpus_with_a_file_of_its_own_is_read_from_the_file(small) -> None:
     Path("tales.txt").write_text("The king was glad.")
     findings = doctor(small("evaluation.corpora=[wikitext2=tales.txt]"))
-    assert bad(findings) == []
-    assert Finding("data", "tales.txt, for evaluation, here") in findings
+    assert problems(findings) == []
+    assert Finding("data", "OK", "tales.txt, for evaluation, on this machine") in findings
 
 
-def test_a_model_is_counted_by_its_headers(small) -> None:
+def test_parameters_are_counted_from_the_file_headers_and_damage_is_a_failure(small) -> None:
     model = tiny_model("llama-mha")
     model.save_pretrained("base")
-    found = doctor(small("model=base", "dtype=bfloat16"))
-    assert bad(found) == []
-    weights = job._of_source(job._local("base"))
+    assert problems(doctor(small("model=base", "dtype=bfloat16"))) == []
+    weights = job._local_weights(job._local_source("base"))
     assert weights.parameters == model.num_parameters()
     Path("base/model.safetensors").write_bytes(Path("base/model.safetensors").read_bytes()[:-1])
-    assert "damaged" in bad(doctor(small("model=base")))[0].fix
+    assert "damaged" in problems(doctor(small("model=base")))[0].fix
 
 
 # --- the hub
 
 
-def on_hub(small) -> Recipe:
+def hub_recipe(small) -> Recipe:
     return small("model=someone/model", "calibration.corpus=c4")
 
 
-def answers(monkeypatch, error: Exception | None = None, files: int = 1) -> None:
-    """A hub that has everything, or answers every question with an error."""
+def simulate_hub(monkeypatch, error: Exception | None = None, files: int = 1) -> None:
+    """Simulate a hub that has everything, or that answers every request with an error."""
 
     class Api:
         def auth_check(self, name):
@@ -173,49 +184,52 @@ def answers(monkeypatch, error: Exception | None = None, files: int = 1) -> None
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: None)
 
 
-def test_what_the_hub_has(small, monkeypatch) -> None:
-    answers(monkeypatch)
-    findings = doctor(on_hub(small))
-    assert bad(findings) == []
-    assert Finding("model", "someone/model, 1 million parameters, on the hub, 0.0 GB to download") in findings
+def test_a_model_and_a_data_set_on_the_hub_are_ok(small, monkeypatch) -> None:
+    simulate_hub(monkeypatch)
+    findings = doctor(hub_recipe(small))
+    assert problems(findings) == []
+    assert Finding("model", "OK", "someone/model, 1 million parameters, on the hub, 0.0 GB to download") in findings
 
 
-def test_a_repository_of_pickles(small, monkeypatch) -> None:
-    answers(monkeypatch, files=0)
-    assert "convert_to_safetensors" in bad(doctor(on_hub(small)))[0].fix
+def test_a_repository_without_safetensors_is_a_failure(small, monkeypatch) -> None:
+    simulate_hub(monkeypatch, files=0)
+    assert "convert_to_safetensors" in problems(doctor(hub_recipe(small)))[0].fix
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("error", "fact"),
     [
-        (GatedRepoError, "ask for access on https://huggingface.co/"),
+        (GatedRepoError, "https://huggingface.co/"),
         (RepositoryNotFoundError, "no such repository"),
-        (OfflineModeIsEnabled, "HF_HUB_OFFLINE is set: unset it, or "),
-        (TimeoutError, "the hub cannot be reached"),
+        (OfflineModeIsEnabled, "HF_HUB_OFFLINE"),
+        (TimeoutError, "cannot be reached"),
     ],
 )
-def test_what_the_hub_has_not(kind, said: str, small, monkeypatch) -> None:
-    answers(monkeypatch, kind.__new__(kind))
-    found = bad(doctor(on_hub(small)))
-    assert [finding.name for finding in found] == ["model", "data"]
-    assert all(said in finding.fix for finding in found)
+def test_a_hub_that_refuses_is_a_failure_for_model_and_data(error, fact: str, small, monkeypatch) -> None:
+    simulate_hub(monkeypatch, error.__new__(error))
+    model, data = problems(doctor(hub_recipe(small)))
+    assert (model.name, data.name) == ("model", "data")
+    assert model.fails and data.fails
+    says(model.fix, fact)
+    says(data.fix, fact)
 
 
-@pytest.mark.parametrize("kind", [OfflineModeIsEnabled, TimeoutError])
-def test_an_evaluations_text_that_is_out_of_reach_stops_no_search(kind, small, monkeypatch) -> None:
-    answers(monkeypatch, kind.__new__(kind))
-    (found,) = bad(doctor(small("evaluation.corpora=[wikitext2]")))
-    assert not found.fails
-    assert found.text().startswith("note data      wikitext2, for evaluation\n")
-    assert found.fix.endswith("or evaluation.corpora: [wikitext2=FILE]; only eval and compare read it")
-    (found,) = bad(doctor(small("calibration.corpus=c4")))
-    assert found.fails and found.text().startswith("MEND ")
-    assert found.fix.endswith("or calibration.corpus: FILE")
+@pytest.mark.parametrize("error", [OfflineModeIsEnabled, TimeoutError])
+def test_an_unreachable_evaluation_text_is_a_warning_and_a_calibration_text_a_failure(
+    error, small, monkeypatch
+) -> None:
+    simulate_hub(monkeypatch, error.__new__(error))
+    (finding,) = problems(doctor(small("evaluation.corpora=[wikitext2]")))
+    assert not finding.fails
+    says(finding.text(), "WARN ", "wikitext2", "evaluation.corpora: [wikitext2=FILE]")
+    (finding,) = problems(doctor(small("calibration.corpus=c4")))
+    assert finding.fails
+    says(finding.text(), "FAIL ", "c4", "calibration.corpus: FILE")
 
 
-def test_what_is_in_the_cache_needs_no_hub(small, monkeypatch) -> None:
+def test_a_cached_model_needs_no_hub(small, monkeypatch) -> None:
     tiny_model("llama-gqa").save_pretrained("cached")
     monkeypatch.setattr(
         huggingface_hub, "try_to_load_from_cache", lambda *_: str(Path("cached/config.json").absolute())
     )
-    assert bad(doctor(small("model=someone/model"))) == []
+    assert problems(doctor(small("model=someone/model"))) == []
