@@ -1,1 +1,1 @@
-"""Writing the pruned model: the plan, the surgery, and one file per format."""
+"""Write the pruned model: a plan, the surgery on the weights, and one module per format."""

@@ -18,8 +18,8 @@ MODEL_CARD = "README.md"
 """Not listed in SHA256SUMS, because people may edit it."""
 
 CODE = {
-    "modeling_pruned.py": "08901e45e802b4adb51ed07dc8394b75a94433fbf10f42d907c24ef7cc2cb68f",
-    "modeling_mlx.py": "fcdd4f2e28c29db30c0763c904a8f2bf02b8817a96f92e47f73c761c383b9787",
+    "modeling_pruned.py": "fcea3aa14b788043e99f4163cc1f30a8b2c8308f29f27654a239a5ea83e21db7",
+    "modeling_mlx.py": "fa2b6b2f9254027caff2d3e3486889b7c36d0fcc48cdbe19353e7774d8323461",
 }
 """The sha256 of each file that runs when an export is loaded."""
 

@@ -1,1 +1,1 @@
-"""Runtimes that load exported models by what pgprune registers there."""
+"""Code that runs exported models in transformers, MLX and vLLM. It imports nothing else of pgprune."""

@@ -1,8 +1,8 @@
-"""Decoders that pgprune made, for MLX: Llama, Mistral, Qwen2 and Qwen3 whose layers differ in heads and channels.
+"""Models pruned by pgprune, for MLX: Llama, Mistral, Qwen2 and Qwen3 whose layers differ in their sizes.
 
-This file lies in every directory that `pgprune export --format mlx` writes; mlx-lm runs it with
-`trust_remote_code=True` (`--trust-remote-code`). It needs no pgprune. What config.json says is told in
-modeling_pruned.py, which does the same for transformers.
+This file is part of every directory that `pgprune export --format mlx` writes, and mlx-lm runs it if
+`trust_remote_code=True` (`--trust-remote-code`) is given. It does not need pgprune. modeling_pruned.py does the same
+for transformers, and explains the keys of config.json.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 
 @dataclasses.dataclass
 class ModelArgs(BaseModelArgs):
-    """config.json, with transformers' defaults; `skip`: the blocks that a layer lacks."""
+    """The content of config.json, with the defaults of transformers. skip: the blocks that a layer lacks."""
 
     model_type: str
     vocab_size: int
@@ -45,20 +45,20 @@ class ModelArgs(BaseModelArgs):
 
     def __post_init__(self) -> None:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        if self.rope_parameters:  # as transformers 5 writes them; before it was the other two
+        if self.rope_parameters:  # written by transformers 5, the other two by older versions
             self.rope_theta, self.rope_scaling = self.rope_parameters.get("rope_theta"), self.rope_parameters
         self.rope_theta = self.rope_theta or 10000.0
 
     @property
     def family(self) -> str:
-        """The base's model type."""
+        """The model type of the dense model."""
         return self.model_type.removeprefix("pruned_")
 
     def of_layers(self) -> Iterator["ModelArgs"]:
-        """These as every layer in order sees them; `sliding_window` is None where it sees all."""
+        """Yield the arguments of each layer in order. `sliding_window` is None if the layer sees all tokens."""
         for index in range(self.num_hidden_layers):
             kind = self.layer_types[index] if self.layer_types else None
-            # A Mistral has its window everywhere, the others where they say so.
+            # A Mistral has its window in every layer, the others in the layers that layer_types names.
             sliding = kind == "sliding_attention" or (kind is None and self.family == "mistral")
             window = self.sliding_window if sliding else None
             overrides = self.per_layer_config.get(str(index), {})
@@ -66,7 +66,7 @@ class ModelArgs(BaseModelArgs):
 
 
 def linear(old: nn.Linear, bias: bool) -> nn.Linear:
-    """One of the same shape, with or without a bias."""
+    """Return a layer of the same shape, with or without a bias."""
     outputs, inputs = old.weight.shape
     return nn.Linear(inputs, outputs, bias=bias)
 
@@ -86,7 +86,7 @@ def feed_forward(args: ModelArgs) -> nn.Module:
 
 
 class Layer(nn.Module):
-    """A decoder layer; a block that it skips does not exist, nor does its norm."""
+    """A decoder layer. A skipped block does not exist, and neither does its norm."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class Decoder(nn.Module):
         with_heads = [index for index, layer in enumerate(self.layers) if layer.has_heads]
         slots = dict(zip(with_heads, cache or [None] * len(with_heads), strict=True))
         masks: dict[int | None, Any] = {}
-        for index, slot in slots.items():  # before any layer writes into its slot
+        for index, slot in slots.items():  # before any layer writes to its slot
             window = self.layers[index].window
             if window not in masks:
                 masks[window] = create_attention_mask(x, slot, window_size=window)
@@ -129,7 +129,7 @@ class Decoder(nn.Module):
 
 
 class Model(nn.Module):
-    """What mlx-lm builds and calls."""
+    """The model that mlx-lm builds and calls."""
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__()
@@ -155,6 +155,6 @@ class Model(nn.Module):
         return self.model.layers
 
     def make_cache(self) -> list:
-        """A slot for every layer that has heads: mlx-lm cannot save one that stays empty."""
+        """Return a slot for every layer with heads. mlx-lm cannot save slots that stay empty."""
         windows = [layer.window for layer in self.layers if layer.has_heads]
         return [RotatingKVCache(max_size=window) if window else KVCache() for window in windows]

@@ -1,11 +1,12 @@
-"""Decoders that pgprune made: Llama, Mistral, Qwen2 and Qwen3 whose layers differ in heads and channels.
+"""Models pruned by pgprune, for transformers: Llama, Mistral, Qwen2 and Qwen3 whose layers differ in their sizes.
 
-This file lies in every exported model directory that needs it; `trust_remote_code=True` makes transformers run it.
-Where pgprune is installed, `import pgprune_cli.serving.modeling_pruned` does instead. It needs no pgprune itself.
+This file is part of every exported model directory that needs it, and transformers runs it if `trust_remote_code=True`
+is given. It does not need pgprune. If pgprune is installed, `import pgprune_cli.serving.modeling_pruned` has the same
+effect without `trust_remote_code`.
 
-The sizes stand in `per_layer_config` as transformers (5.14 and later) defines it: by layer index, the values in which a
-layer differs from the global, dense ones; `"skip": ["attention"]` or `["mlp"]` for a layer that lost that block.
-`output_biases` lists which of these blocks have a bias on their output in every layer, where the base's have none.
+The config's `per_layer_config` holds the sizes, as transformers 5.14 and later defines it: by layer index, the values
+that differ from those of the dense model. `"skip": ["attention"]` or `"skip": ["mlp"]` means that the layer has no such
+block. `output_biases` lists the blocks that have an output bias in every layer although the dense model has none.
 """
 
 import copy
@@ -22,13 +23,13 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 
 class PrunedConfig:
-    """What the configs below add to their base."""
+    """What the configs below add to those of transformers."""
 
     def validate_architecture(self) -> None:
-        """Any number of heads will do: head_dim is given, so the hidden size need not be a multiple of them."""
+        """Accept any number of heads: head_dim is set, so the hidden size need not be a multiple of them."""
 
     def of_layer(self, overrides: dict):
-        """This config as one layer sees it: plain values, and `skip`, the blocks the layer lacks."""
+        """Return the config of one layer: its own sizes, and in `skip` the blocks that it lacks."""
         layer = copy.copy(self)
         layer.per_layer_config = None
         for name, value in ({"skip": []} | overrides).items():
@@ -36,42 +37,42 @@ class PrunedConfig:
         return layer
 
     def of_layers(self) -> list:
-        """`of_layer` for every layer in order."""
-        # to_dict, because the attribute itself is a dict in older transformers and a view in newer.
-        overrides = {int(index): given for index, given in (self.to_dict().get("per_layer_config") or {}).items()}
+        """Return the configs of all layers in order."""
+        # With to_dict, because the attribute is a dict in older versions of transformers and a view in newer ones.
+        overrides = {int(index): values for index, values in (self.to_dict().get("per_layer_config") or {}).items()}
         return [self.of_layer(overrides.get(index, {})) for index in range(self.num_hidden_layers)]
 
 
 class NoHeads(nn.Module):
-    """In the place of attention that lost all its heads: adds nothing to the residual stream."""
+    """Runs in place of an attention block without heads: adds nothing to the residual stream."""
 
     def forward(self, hidden_states: torch.Tensor, **_) -> tuple[torch.Tensor, None]:
         return torch.zeros_like(hidden_states), None
 
 
 class NoChannels(nn.Module):
-    """In the place of a feed-forward block that lost all its channels."""
+    """Runs in place of a feed-forward block without channels: adds nothing to the residual stream."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(hidden_states)
 
 
 class PrunedModel:
-    """The base's model, with every decoder layer built from its own config."""
+    """The decoder of transformers, with every layer built from its own config."""
 
     layer_class: type[nn.Module]
 
     def __init__(self, config) -> None:
         theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
-        # transformers 4 does not know rope_parameters: it would go on with its default, and be wrong.
+        # transformers 4 does not know rope_parameters. It would use its default and compute wrong outputs.
         if theta is not None and theta != getattr(config, "rope_theta", theta):
             raise ValueError(f"{config.model_type}: this model's rope_parameters need transformers 5 or later")
-        shell = config.of_layer({"num_hidden_layers": 0})  # the base builds all but the layers
+        shell = config.of_layer({"num_hidden_layers": 0})  # transformers builds everything except the layers
         super().__init__(shell)
         self.config, config._attn_implementation = config, shell._attn_implementation
         layers = config.of_layers()
         self.layers = nn.ModuleList(self.build(layer, index) for index, layer in enumerate(layers))
-        # The cache takes its length from slot 0. So the first layer that has heads writes there, not at its own index,
+        # The cache takes its length from slot 0. So the first layer with heads writes to that slot instead of its own,
         # and the slots of layers without heads stay empty.
         first = next((layer for layer in self.layers if not isinstance(layer.self_attn, NoHeads)), None)
         if first is not None:
@@ -80,7 +81,7 @@ class PrunedModel:
 
     def build(self, config, index: int) -> nn.Module:
         layer = self.layer_class(config, index)
-        # Only the sizes are the layer's own: what may change later (set_attn_implementation) is read from the whole's.
+        # The layers read what may change later (set_attn_implementation) from the config of the whole model.
         layer.self_attn.config = layer.mlp.config = self.config
         for name, block, output in (("attention", layer.self_attn, "o_proj"), ("mlp", layer.mlp, "down_proj")):
             if name in (getattr(config, "output_biases", None) or ()):
@@ -94,12 +95,12 @@ class PrunedModel:
 
 
 class PrunedForCausalLM:
-    """The base's causal model, around the pruned decoder."""
+    """The causal model of transformers, around the pruned decoder."""
 
     decoder_class: type[PreTrainedModel]
 
     def __init__(self, config) -> None:
-        PreTrainedModel.__init__(self, config)  # not the base's own, which builds dense layers
+        PreTrainedModel.__init__(self, config)  # not that of the dense model, which builds dense layers
         self.model = self.decoder_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -107,7 +108,7 @@ class PrunedForCausalLM:
 
 
 def config_class(cls):
-    """Newer transformers have configs as strict dataclasses, which gather their validators here."""
+    """Make a config a strict dataclass if its base is one, as in newer versions of transformers."""
     return strict(cls) if dataclasses.is_dataclass(cls) else cls
 
 
@@ -177,13 +178,13 @@ FAMILIES = {
     "qwen2": PrunedQwen2ForCausalLM,
     "qwen3": PrunedQwen3ForCausalLM,
 }
-"""The causal model by the model type of its base."""
+"""The pruned causal model, by the model type of the dense one."""
 
 for causal in FAMILIES.values():
     AutoConfig.register(causal.config_class.model_type, causal.config_class, exist_ok=True)
     AutoModel.register(causal.config_class, causal.decoder_class, exist_ok=True)
     AutoModelForCausalLM.register(causal.config_class, causal, exist_ok=True)
-    # So that save_pretrained puts this file beside the weights.
+    # So that save_pretrained copies this file next to the weights.
     causal.config_class.register_for_auto_class()
     causal.decoder_class.register_for_auto_class("AutoModel")
     causal.register_for_auto_class("AutoModelForCausalLM")

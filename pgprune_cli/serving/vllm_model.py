@@ -1,6 +1,6 @@
-"""The pruned models in vLLM: its own Llama, with layers that have their own sizes and only the blocks that are there.
+"""Pruned models in vLLM: its own Llama, whose layers each have their own sizes, and lack the blocks that were removed.
 
-Tested with vLLM 0.32. Imported by vLLM only: see vllm_plugin.py.
+Tested with vLLM 0.32. Only vLLM imports this module: see vllm_plugin.py.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from pgprune_cli.serving.vllm_plugin import check_parallel
 
 
 class NormedAttention(LlamaAttention):
-    """Qwen3's attention: every head's queries and keys are normed before they are rotated."""
+    """Qwen3's attention: queries and keys are normed head by head before they are rotated."""
 
-    def __init__(self, config: Any, **given: Any) -> None:
-        super().__init__(config=config, **given)
+    def __init__(self, config: Any, **arguments: Any) -> None:
+        super().__init__(config=config, **arguments)
         self.q_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
         self.k_norm = RMSNorm(self.head_dim, eps=config.rms_norm_eps)
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
-        """positions `(N,)`, hidden_states `(N, hidden)` → `(N, hidden)`, N tokens of all sequences."""
+        """Return the output `(N, hidden)` for positions `(N,)` and hidden_states `(N, hidden)`, N tokens in all."""
         qkv, _ = self.qkv_proj(hidden_states)
         q, k, v = qkv.split([self.q_size, self.kv_size, self.kv_size], dim=-1)
         q = self.q_norm(q.view(-1, self.num_heads, self.head_dim)).view(q.shape)
@@ -38,12 +38,12 @@ class NormedAttention(LlamaAttention):
 
 
 class PrunedDecoderLayer(nn.Module):
-    """A layer of the sizes that `per_layer_config` says; a block that it skips does not exist, nor does its norm."""
+    """A layer with the sizes in `per_layer_config`. A skipped block does not exist, and neither does its norm."""
 
     def __init__(self, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config.of_layers()[extract_layer_index(prefix)]
-        # A Llama's config says so; a Qwen2 has these biases always, and no others.
+        # A Llama's config has attention_bias. A Qwen2 always has biases on q, k and v, and no others.
         bias = getattr(config, "attention_bias", config.model_type == "pruned_qwen2")
         output_biases = getattr(config, "output_biases", None) or ()
         self.self_attn = self.mlp = None
@@ -84,8 +84,7 @@ class PrunedDecoderLayer(nn.Module):
     def forward(
         self, positions: Tensor, hidden_states: Tensor, residual: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """hidden_states `(N, hidden)` are yet to be added to residual, the same or None at the start; so are those it
-        returns."""
+        """Return hidden_states `(N, hidden)` and residual, which are not added yet. residual is None at the start."""
         if self.self_attn is not None:
             hidden_states, residual = _normed(self.input_layernorm, hidden_states, residual)
             hidden_states = self.self_attn(positions=positions, hidden_states=hidden_states)
@@ -102,7 +101,7 @@ def _normed(norm: RMSNorm, hidden_states: Tensor, residual: Tensor | None) -> tu
 
 
 class PrunedForCausalLM(LlamaForCausalLM):
-    """Pruned Llama, Mistral, Qwen2 and Qwen3."""
+    """A pruned Llama, Mistral, Qwen2 or Qwen3."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_parallel(vllm_config.model_config.hf_config, get_tensor_model_parallel_world_size())

@@ -40,7 +40,7 @@ def test_layers_that_can_be_split_pass(degree):
 )
 def test_a_layer_that_cannot_be_split_is_named(layer, degree, named):
     with pytest.raises(
-        ValueError, match=rf"of {degree} cannot split layer 1: it has {named}\. .*--pad-kv-heads {degree}"
+        ValueError, match=rf"of {degree}: cannot split layer 1, which has {named}\. .*--pad-kv-heads {degree}"
     ):
         check_parallel(config(heads(4), layer), degree)
 
