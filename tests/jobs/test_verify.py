@@ -269,7 +269,7 @@ def test_damage_of_every_file_of_an_export_is_one_line(damage: Callable, out: Pa
 @pytest.mark.parametrize("place", [0.0, 0.01, 0.5, 0.999])
 def test_damage_of_a_gguf_file(place: float, out: Path) -> None:
     flip(out / "small.gguf", place)
-    assert faults(out / "small.gguf")[0].startswith(f"{out / 'small.gguf'}: not what was written")
+    assert faults(out / "small.gguf")[0].startswith(f"{out / 'small.gguf'}: changed since the export")
 
 
 def test_a_cut_gguf_file(out: Path) -> None:
@@ -278,7 +278,7 @@ def test_a_cut_gguf_file(out: Path) -> None:
 
 
 def test_a_gguf_file_larger_than_a_piece(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_checksum, "PIECE", 4096)
+    monkeypatch.setattr(gguf_checksum, "BYTES_AT_A_TIME", 4096)
     assert faults(out / "small.gguf") == []
 
 
