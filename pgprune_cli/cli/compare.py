@@ -56,7 +56,7 @@ def compare(
 
     runs = runs_of(loaded, run, numbers, only or [])
     with resumable(lambda _: of_comparison(run, runs)):
-        table = compare(loaded, run, numbers, only or [], limit, progress_of(quiet))
+        table = compare(loaded, run, seeds=numbers, only=only or [], max_windows=limit, progress=progress_of(quiet))
     if as_json:
         print(json.dumps(table))
         return

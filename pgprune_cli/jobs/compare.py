@@ -1,7 +1,7 @@
-"""compare: the paper's tables on the user's model: other methods, and what metric, start, allocation and repair bring.
+"""compare: the paper's tables on your model: other methods, and what metric, start, widths and repair contribute.
 
-Every variant is the recipe with a few keys changed, run once for each seed in a directory of its own. A run that is
-finished and measured is not repeated, one that was stopped goes on: `compare` is the same command until it is done.
+Every variant is the recipe with a few keys changed, run once per seed in a directory of its own. Finished runs are not
+repeated and interrupted ones resume, so the same command can be given until the table is complete.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from pgprune_cli.console.progress import SILENT, Progress
-from pgprune_cli.console.suggest import nearest
 from pgprune_cli.data.corpora import text_identity
 from pgprune_cli.errors import UserError
-from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target
+from pgprune_cli.jobs.evaluate import Corpus, Target, evaluate, open_target
 from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.jobs.search import search
+from pgprune_cli.jobs.variants import Variant, select_variants, variants_of
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.layout import COMPARISON_RECORD, COMPARISON_TABLE, MEASURED_FILE, SCORES_FILE
@@ -31,240 +31,184 @@ from pgprune_cli.storage.records import read_record, write_record
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One row of the table: its name (a directory too), what it shows, and the recipe it runs."""
+class EvaluationConditions:
+    """What a model is evaluated on. Only rows with the same conditions can stand in one table.
 
-    name: str
-    shows: str
-    recipe: Recipe
-    seeded: bool
-    """Whether another seed gives another result: without a search and a random metric it does not."""
-
-    def seeds(self, asked: Sequence[int]) -> Sequence[int]:
-        """Those it is run with."""
-        return asked if self.seeded else asked[:1]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a model is measured on: rows that differ in it cannot stand in one table.
-
-    texts: of each corpus in their order [name, digest of where its text comes from, of a file its content]; dtype: of
-    the dense model.
+    texts: for every corpus in order [name, digest of the text's identity]; seqlen: window lengths; dtype: of the dense
+    model; max_windows: as `evaluate` takes it.
     """
 
     texts: list[list[str]]
     seqlen: list[int]
     dtype: str
-    limit: int | None
+    max_windows: int | None
 
     @classmethod
-    def of(cls, recipe: Recipe, limit: int | None) -> Settings:
-        """Raises UserError for a text that is not there."""
+    def of(cls, recipe: Recipe, max_windows: int | None) -> EvaluationConditions:
+        """Return the conditions of a recipe. Raises UserError if a text does not exist."""
         texts = []
         for corpus in Corpus.of(recipe.evaluation):
             identity = text_identity(corpus.text, "evaluation")
             texts.append([corpus.name, hashlib.sha256(identity.encode()).hexdigest()])
-        return cls(texts, list(recipe.evaluation.seqlen), recipe.dtype, limit)
+        return cls(texts, list(recipe.evaluation.seqlen), recipe.dtype, max_windows)
 
-    def read(self, record: Path) -> dict[str, Any]:
-        """The row that was measured, of its record. Raises UserError where other settings gave it."""
-        measured = read_record(record)
-        before = measured.pop("settings", {})  # of before they were recorded, only the limit is known
-        for key, value in asdict(self).items():
-            was = measured.get("limit") if key == "limit" else before.get(key, value)
-            if was != value:
-                raise UserError(f"{record}: measured with {_differs(key, was, value)}; give the same, or another --out")
-        return measured
+    def write(self, path: Path, measurements: dict[str, Any]) -> None:
+        """Write measurements together with these conditions."""
+        write_record(path, measurements | {"conditions": asdict(self)})
 
-    def write(self, record: Path, measured: dict[str, Any]) -> None:
-        settings = asdict(self)
-        write_record(record, measured | {"limit": settings.pop("limit"), "settings": settings})
+    def read(self, path: Path) -> dict[str, Any]:
+        """Return the measurements in a record. Raises UserError if it is damaged or has other conditions."""
+        measurements = read_record(path)
+        current, recorded = asdict(self), measurements.pop("conditions", None)
+        if not isinstance(recorded, dict) or recorded.keys() != current.keys():
+            raise UserError(f"{path}: damaged, the evaluation conditions are missing. Delete it to evaluate again.")
+        for key, value in current.items():
+            if recorded[key] != value:
+                difference = _difference(key, recorded[key], value)
+                raise UserError(f"{path}: measured {difference}. Use the same settings, or another --out.")
+        return measurements | {"max_windows": self.max_windows}
 
 
-def _differs(key: str, was: Any, now: Any) -> str:
-    if key == "limit":
-        return f"--max-windows {was}"
+def _difference(key: str, recorded: Any, current: Any) -> str:
+    """Describe how two values of a condition differ."""
+    if key == "max_windows":
+        with_recorded = "without --max-windows" if recorded is None else f"with --max-windows {recorded}"
+        return f"{with_recorded}, not {'without it' if current is None else f'with {current}'}"
     if key == "dtype":
-        return f"dtype {was}, not {now}"
+        return f"with dtype {recorded}, not {current}"
     if key == "seqlen":
-        return f"evaluation.seqlen {was}, not {now}"
-    names = [[name for name, _ in texts] for texts in (was, now)]
-    if names[0] == names[1]:
-        return f"another text of {next(before[0] for before, after in zip(was, now, strict=True) if before != after)}"
-    return "evaluation.corpora [{}], not [{}]".format(*map(", ".join, names))
-
-
-def variants_of(recipe: Recipe) -> list[Variant]:
-    """The rows for a recipe: the methods that it does not use itself, then from its metric alone to all of it."""
-    plain = replace(recipe, repair=replace(recipe.repair, method="none"))
-    units = replace(recipe.search, policy="units", masks_per_step=2, estimator="paper")
-    layers = replace(recipe.search, policy="widths")
-    nothing = replace(units, forward_passes=0)
-
-    def of(base: Recipe, settings: Any, metric: Any = recipe.scores.metric, scope: Any = None) -> Recipe:
-        budget = replace(base.budget, scope=scope or base.budget.scope)
-        return replace(base, search=settings, scores=replace(base.scores, metric=metric), budget=budget)
-
-    def method(name: str, shows: str, metric: str, base: Recipe = plain) -> list[Variant]:
-        """A method of the field that only scores, with the same width in every layer and with widths as they come."""
-        seeded = metric == "random"
-        return [
-            Variant(f"{name}-uniform", f"{shows}, all layers alike", of(base, nothing, metric, "per-layer"), seeded),
-            Variant(name, f"{shows}, widths as they come", of(base, nothing, metric), seeded),
-        ]
-
-    with_bias = replace(recipe, repair=replace(recipe.repair, method="bias"))
-    updated = replace(recipe, repair=replace(recipe.repair, method="least-squares"))
-    methods = [
-        *method("random", "a random choice", "random"),
-        *method("magnitude", "sum of squared weights", "magnitude"),
-        *method("wanda-sp", "Wanda-sp", "wanda-sp"),
-        *method("flap", "FLAP with its bias", "flap", with_bias),
-        *method("llm-pruner", "LLM-Pruner's Taylor scores, with a backward pass", "taylor"),
-        *method("sparsegpt", "SparseGPT on units, with its updates", "obs", updated),
-    ]
-    metric = recipe.scores.metric
-    ablation = [
-        Variant("metric-uniform", f"{metric} only, all layers alike", of(plain, nothing, scope="per-layer"), False),
-        Variant("metric", f"{metric} only, widths as they come", of(plain, nothing), False),
-        Variant("metric-uniform-repaired", "metric-uniform, repaired", of(recipe, nothing, scope="per-layer"), False),
-        Variant("metric-repaired", "metric, repaired", of(recipe, nothing), False),
-        Variant(
-            "error-widths-repaired",
-            "widths by repaired error alone",
-            of(recipe, replace(layers, forward_passes=0)),
-            False,
-        ),
-        Variant("random-start", "the paper's search from a random start", of(plain, units, "random"), True),
-        Variant("uniform-start", "the paper's search from a uniform start", of(plain, units, "uniform"), True),
-        Variant("metric-start", "the paper's search from the metric", of(plain, units), True),
-        Variant("metric-start-repaired", "metric-start, repaired", of(recipe, units), True),
-        Variant("widths", "search over widths, without repair", of(plain, layers), True),
-        Variant("widths-repaired", "search over widths, with repair", of(recipe, layers), True),
-    ]
-    known = [variant.recipe for variant in ablation]  # of the metrics, the recipe's own has its rows there
-    return [*(variant for variant in methods if variant.recipe not in known), *ablation]
-
-
-def _wanted(recipe: Recipe, only: Sequence[str]) -> list[Variant]:
-    variants = variants_of(recipe)
-    if unknown := sorted(set(only) - {variant.name for variant in variants}):
-        names = [variant.name for variant in variants]
-        meant = nearest(unknown[0], names, most=3) or ":"
-        raise UserError(f"--only {unknown[0]}: no such variant{meant} expected one of {', '.join(names)}")
-    return [variant for variant in variants if not only or variant.name in only]
-
-
-def runs_of(recipe: Recipe, out: Path, seeds: Sequence[int], only: Sequence[str]) -> list[tuple[Path, int]]:
-    """The run directories of a comparison, each with the steps of its search. Raises UserError as `compare` does."""
-    return [
-        (_directory(variant, seed, out), variant.recipe.search.steps)
-        for variant in _wanted(recipe, only)
-        for seed in variant.seeds(seeds)
-    ]
+        return f"with evaluation.seqlen {recorded}, not {current}"
+    before, now = ([name for name, _ in texts] for texts in (recorded, current))
+    if before == now:
+        changed = next(old[0] for old, new in zip(recorded, current, strict=True) if old != new)
+        return f"on another text of {changed}"
+    return f"on evaluation.corpora [{', '.join(before)}], not [{', '.join(now)}]"
 
 
 def compare(
-    recipe: Recipe, out: Path, seeds: Sequence[int], only: Sequence[str], limit: int | None, progress: Progress = SILENT
+    recipe: Recipe,
+    out: Path,
+    *,
+    seeds: Sequence[int] = (0,),
+    only: Sequence[str] = (),
+    max_windows: int | None = None,
+    progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Runs every variant (or those named in `only`) for every seed and writes the table into `out` after each.
+    """Run the variants for every seed, write the table into `out` after each run, and return it as `--json` prints it.
 
-    `limit`: as `evaluate` takes it. Returns the object that `--json` prints. Raises UserError for a name that is no
-    variant's, for texts that are not there or for an `out` of another comparison, and what `search` and `evaluate`
-    raise. Rows that an earlier call measured stay in the table.
+    only: names of the variants to run; the others keep the rows that earlier calls measured. max_windows: as
+    `evaluate` takes it.
+
+    Raises UserError for an unknown variant, a missing text, or an `out` that holds another comparison, and whatever
+    `search` and `evaluate` raise.
     """
-    variants, wanted = variants_of(recipe), _wanted(recipe, only)
-    settings = Settings.of(recipe, limit)  # its texts are looked for before hours of search
-    table: dict[str, Any] = {"model": recipe.model, "sparsity": recipe.budget.sparsity, "limit": limit}
+    variants, selected = variants_of(recipe), select_variants(recipe, only)
+    conditions = EvaluationConditions.of(recipe, max_windows)  # fails before hours of search if a text is missing
+    table: dict[str, Any] = {"model": recipe.model, "sparsity": recipe.budget.sparsity, "max_windows": max_windows}
     with locked(out):
-        rows = _earlier_rows(recipe, out, variants) | {"dense": _dense(recipe, out, settings, progress)}
-        for variant in wanted:
+        rows = _earlier_rows(recipe, out, variants) | {"dense": _dense_row(recipe, out, conditions, progress)}
+        for variant in selected:
             runs = []
             for seed in variant.seeds(seeds):
-                runs.append(_one(variant, replace(variant.recipe, seed=seed), out, settings, progress))
+                runs.append(_run(variant, replace(variant.recipe, seed=seed), out, conditions, progress))
                 rows[variant.name] = {"name": variant.name, "shows": variant.shows, "runs": runs, "mean": _mean(runs)}
-                table["rows"] = [rows[name] for name in ("dense", *(each.name for each in variants)) if name in rows]
+                names = ["dense", *(variant.name for variant in variants)]
+                table["rows"] = [rows[name] for name in names if name in rows]
                 write_record(out / COMPARISON_RECORD, table)
                 write_bytes(out / COMPARISON_TABLE, markdown(table).encode())
     return table
 
 
-def _earlier_rows(recipe: Recipe, out: Path, variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
-    """The rows that earlier calls put into the table in `out`, by name. Raises UserError for another comparison's."""
-    if not (out / COMPARISON_RECORD).exists():
-        return {}
-    before = read_record(out / COMPARISON_RECORD)
-    for key, value in {"model": recipe.model, "sparsity": recipe.budget.sparsity}.items():
-        if before.get(key) != value:
-            raise UserError(
-                f"{out / COMPARISON_RECORD}: its {key} is {before.get(key)}, not {value}; give another --out"
-            )
-    rows = {row["name"]: row for row in before["rows"]}
-    for variant in variants:
-        for run in rows.get(variant.name, {"runs": []})["runs"]:
-            refuse_other_recipe(_directory(variant, run["seed"], out), replace(variant.recipe, seed=run["seed"]))
-    return rows
+def runs_of(recipe: Recipe, out: Path, seeds: Sequence[int], only: Sequence[str]) -> list[tuple[Path, int]]:
+    """Return the run directories of a comparison, each with the steps of its search. Raises UserError as `compare`."""
+    return [
+        (_directory(variant, seed, out), variant.recipe.search.steps)
+        for variant in select_variants(recipe, only)
+        for seed in variant.seeds(seeds)
+    ]
 
 
 def _directory(variant: Variant, seed: int, out: Path) -> Path:
     return out / variant.name / f"seed-{seed}"
 
 
-def _dense(recipe: Recipe, out: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
-    record = out / "dense" / MEASURED_FILE
-    if not record.exists():
+def _earlier_rows(recipe: Recipe, out: Path, variants: Sequence[Variant]) -> dict[str, dict[str, Any]]:
+    """Return the rows that earlier calls wrote, by name. Raises UserError if they belong to another comparison."""
+    path = out / COMPARISON_RECORD
+    if not path.exists():
+        return {}
+    record = read_record(path)
+    for key, value in {"model": recipe.model, "sparsity": recipe.budget.sparsity}.items():
+        if record.get(key) != value:
+            raise UserError(f"{path}: its {key} is {record.get(key)}, not {value}. Use another --out.")
+    rows = {row["name"]: row for row in record["rows"]}
+    for variant in variants:
+        for run in rows.get(variant.name, {"runs": []})["runs"]:
+            refuse_other_recipe(_directory(variant, run["seed"], out), replace(variant.recipe, seed=run["seed"]))
+    return rows
+
+
+def _dense_row(recipe: Recipe, out: Path, conditions: EvaluationConditions, progress: Progress) -> dict[str, Any]:
+    """Return the row of the unpruned model, and evaluate it if no earlier call did."""
+    path = out / "dense" / MEASURED_FILE
+    if not path.exists():
         target = replace(open_target(recipe.model, recipe.dtype, recipe.device, progress), evaluation=recipe.evaluation)
-        settings.write(record, _perplexities(target, recipe, settings.limit, progress))
-    run = settings.read(record) | {"seed": None, "forward_passes": 0, "calibration_forward_passes": 0, "seconds": 0.0}
-    return {"name": "dense", "shows": "the model as it is", "runs": [run], "mean": _mean([run])}
+        conditions.write(path, _measure(target, recipe, conditions, progress))
+    run = conditions.read(path) | {"seed": None, "forward_passes": 0, "calibration_forward_passes": 0, "seconds": 0.0}
+    return {"name": "dense", "shows": "the unpruned model", "runs": [run], "mean": _mean([run])}
 
 
-def _one(variant: Variant, recipe: Recipe, out: Path, settings: Settings, progress: Progress) -> dict[str, Any]:
-    """One variant with one seed: what it measured, from its directory where it is done already."""
+def _run(
+    variant: Variant, recipe: Recipe, out: Path, conditions: EvaluationConditions, progress: Progress
+) -> dict[str, Any]:
+    """Search and evaluate one variant with one seed, or return the measurements if that is done already."""
     run = _directory(variant, recipe.seed, out)
-    record = run / MEASURED_FILE
-    if record.exists():
+    path = run / MEASURED_FILE
+    if path.exists():
         refuse_other_recipe(run, recipe)
-        return settings.read(record)
+        return conditions.read(path)
     progress.say(f"{variant.name}, seed {recipe.seed}: {variant.shows}")
     _share_scores(recipe, run, out, progress)
-    before, began = _seconds_so_far(run), time.monotonic()
+    earlier_seconds, start = _seconds_of_interrupted_search(run), time.monotonic()
     decision = search(recipe, run, progress=progress)
-    seconds = before + time.monotonic() - began
+    seconds = earlier_seconds + time.monotonic() - start
     target = open_target(str(run), None, None, progress)
-    measured = _perplexities(target, recipe, settings.limit, progress)
-    spent = {
+    measurements = _measure(target, recipe, conditions, progress) | {
         "forward_passes": decision.forward_passes,
         "calibration_forward_passes": decision.calibration_forward_passes,
+        "seconds": seconds,
+        "seed": recipe.seed,
     }
-    settings.write(record, measured | spent | {"seconds": seconds, "seed": recipe.seed})
-    return settings.read(record)
+    conditions.write(path, measurements)
+    return conditions.read(path)
 
 
 def _share_scores(recipe: Recipe, run: Path, out: Path, progress: Progress) -> None:
-    """Scores of one metric serve all variants that start from it; those of a random one belong to a seed."""
+    """Copy the scores into a run. Variants with the same metric share them; random scores differ between seeds."""
     if (run / SCORES_FILE).exists():
         return
     metric = recipe.scores.metric
-    kept = out / "scores" / (f"{metric}-{recipe.seed}" if metric == "random" else metric)
-    if not (kept / SCORES_FILE).exists():
-        init_scores(recipe, kept, progress=progress)
-    write_bytes(run / SCORES_FILE, (kept / SCORES_FILE).read_bytes())
+    shared = out / "scores" / (f"{metric}-{recipe.seed}" if metric == "random" else metric)
+    if not (shared / SCORES_FILE).exists():
+        init_scores(recipe, shared, progress=progress)
+    write_bytes(run / SCORES_FILE, (shared / SCORES_FILE).read_bytes())
 
 
-def _seconds_so_far(run: Path) -> float:
-    """Of a search that an earlier call began."""
+def _seconds_of_interrupted_search(run: Path) -> float:
+    """Return how long the search ran before it was interrupted, 0 if it never started."""
     checkpoint = latest_checkpoint(run)
     return checkpoint.seconds if checkpoint else 0.0
 
 
-def _perplexities(target: Any, recipe: Recipe, limit: int | None, progress: Progress) -> dict[str, Any]:
-    result = evaluate(target, Corpus.of(recipe.evaluation), recipe.evaluation.seqlen, limit, progress)
+def _measure(target: Target, recipe: Recipe, conditions: EvaluationConditions, progress: Progress) -> dict[str, Any]:
+    """Return the number of parameters and the perplexities of a model."""
+    corpora, seqlens = Corpus.of(recipe.evaluation), recipe.evaluation.seqlen
+    result = evaluate(target, corpora, seqlens, conditions.max_windows, progress)
     return {"parameters": result["parameters"], "perplexity": result["perplexity"]}
 
 
 def _mean(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Average the measurements over the seeds."""
     columns = zip(*(run["perplexity"] for run in runs), strict=True)
     return {
         "perplexity": [cells[0] | {"ppl": statistics.fmean(cell["ppl"] for cell in cells)} for cells in columns],
@@ -275,27 +219,23 @@ def _mean(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def cells(table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """The table as headings and rows of text: a row for each variant, the mean first, its seeds in brackets."""
-    lengths = [f"{cell['corpus']} PPL, {cell['seqlen']} tokens" for cell in table["rows"][0]["mean"]["perplexity"]]
+    """Return headings and rows of text: a row for each variant, with the mean and, in brackets, its seeds."""
+    perplexities = [f"{cell['corpus']} PPL, {cell['seqlen']} tokens" for cell in table["rows"][0]["mean"]["perplexity"]]
     rows = []
     for row in table["rows"]:
-        line = [row["name"], row["shows"]]
-        for place, cell in enumerate(row["mean"]["perplexity"]):
-            each = [f"{run['perplexity'][place]['ppl']:,.2f}" for run in row["runs"]]
-            line.append(f"{cell['ppl']:,.2f}" + (f" ({', '.join(each)})" if len(each) > 1 else ""))
+        texts = [row["name"], row["shows"]]
+        for index, cell in enumerate(row["mean"]["perplexity"]):
+            seeds = [f"{run['perplexity'][index]['ppl']:,.2f}" for run in row["runs"]]
+            texts.append(f"{cell['ppl']:,.2f}" + (f" ({', '.join(seeds)})" if len(seeds) > 1 else ""))
         mean = row["mean"]
-        rows.append(
-            [
-                *line,
-                f"{mean['forward_passes']:.0f} + {mean['calibration_forward_passes']:.0f}",
-                f"{mean['seconds']:,.0f}",
-            ]
-        )
-    return ["variant", "what it shows", *lengths, "forward passes: search + calibration", "seconds"], rows
+        texts.append(f"{mean['forward_passes']:.0f} + {mean['calibration_forward_passes']:.0f}")
+        texts.append(f"{mean['seconds']:,.0f}")
+        rows.append(texts)
+    return ["variant", "what it shows", *perplexities, "forward passes: search + calibration", "seconds"], rows
 
 
 def markdown(table: dict[str, Any]) -> str:
-    """The table as Markdown."""
+    """Return the table as Markdown."""
     headings, rows = cells(table)
     lines = [f"| {' | '.join(line)} |" for line in [headings, ["---"] * len(headings), *rows]]
     return f"{table['model']}, sparsity {table['sparsity']}\n\n" + "\n".join(lines) + "\n"

@@ -71,6 +71,7 @@ Fraction = Annotated[float, Range(0, 1)]
 Family = Literal["attention", "ffn", "attention-block", "ffn-block", "layer"]
 Measure = Literal["parameters", "flops", "kv-cache", "latency"]
 MetricName = Literal["wanda-sp", "flap", "obs", "taylor", "magnitude", "random", "uniform"]
+RepairMethod = Literal["none", "bias", "least-squares", "least-squares-bias"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +144,7 @@ class Search:
 class Repair:
     """The closed-form repair of the kept weights of o and down, by forward passes only."""
 
-    method: Literal["none", "bias", "least-squares", "least-squares-bias"] = "least-squares"
+    method: RepairMethod = "least-squares"
     windows: Count = 384  # windows of calibration.seqlen that it is fitted to
     damping: Positive = 1e-3  # of the mean second moment; more keeps closer to the weights as they are
 

@@ -60,9 +60,9 @@ def run(finished, tmp_path) -> Path:
     return tmp_path / "run"
 
 
-def said(act, *arguments, kind=UserError) -> str:
+def said(act, *arguments, kind=UserError, **options) -> str:
     with pytest.raises(kind) as error:
-        act(*arguments)
+        act(*arguments, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -138,9 +138,9 @@ def test_a_damaged_evaluation_is_refused(run, tmp_path, harm) -> None:
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_damaged_measurement_of_a_comparison_is_refused(base, tmp_path, harm) -> None:
     recipe = load(base / "recipe.yaml")
-    compare(recipe, tmp_path, [0], ["metric"], 2)
+    compare(recipe, tmp_path, only=["metric"], max_windows=2)
     harm(tmp_path / "dense" / MEASURED_FILE)
-    assert said(compare, recipe, tmp_path, [0], ["metric"], 2, True).startswith(
+    assert said(compare, recipe, tmp_path, only=["metric"], max_windows=2).startswith(
         f"{tmp_path / 'dense' / MEASURED_FILE}: "
     )
 
@@ -158,13 +158,13 @@ def test_a_decision_of_another_run_is_refused(base, run, tmp_path) -> None:
 def test_a_half_written_last_line_of_the_history_is_no_damage(base, tmp_path) -> None:
     """A comparison reads how long a stopped search took; a power cut may have cut its last line."""
     recipe = load(base / "recipe.yaml")
-    compare(recipe, tmp_path, [0], ["metric-start"], 2)
+    compare(recipe, tmp_path, only=["metric-start"], max_windows=2)
     run = tmp_path / "metric-start" / "seed-0"
     for name in (DECISION_RECORD, MEASURED_FILE):
         (run / name).unlink()
     with (run / "metrics.jsonl").open("a") as history:
         history.write('{"step": 6, "los')
-    compare(recipe, tmp_path, [0], ["metric-start"], 2)
+    compare(recipe, tmp_path, only=["metric-start"], max_windows=2)
 
 
 # --- the base model

@@ -1,0 +1,131 @@
+"""The variants that `pgprune compare` runs: the recipe with a few keys changed.
+
+First come other published methods, then an ablation of the recipe itself: metric, start, widths and repair, each with
+and without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from pgprune_cli.console.suggest import nearest
+from pgprune_cli.errors import UserError
+from pgprune_cli.recipe.schema import MetricName, Recipe, RepairMethod
+
+Searched = Literal["nothing", "repaired error", "units", "widths"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table.
+
+    name: also the name of its directory; shows: what the row is there for; seeded: whether another seed gives another
+    result, which takes a search or random scores.
+    """
+
+    name: str
+    shows: str
+    recipe: Recipe
+    seeded: bool
+
+    def seeds(self, seeds: Sequence[int]) -> Sequence[int]:
+        """Return the seeds to run it with: only the first one if the seed makes no difference."""
+        return seeds if self.seeded else seeds[:1]
+
+
+METHODS: tuple[tuple[str, str, MetricName, RepairMethod], ...] = (
+    ("random", "random scores", "random", "none"),
+    ("magnitude", "sum of squared weights", "magnitude", "none"),
+    ("wanda-sp", "Wanda-sp", "wanda-sp", "none"),
+    ("flap", "FLAP with its bias", "flap", "bias"),
+    ("llm-pruner", "LLM-Pruner's Taylor scores, with a backward pass", "taylor", "none"),
+    ("sparsegpt", "SparseGPT on units, with its weight updates", "obs", "least-squares"),
+)
+"""Name, what it is, metric and repair of the published methods that remove the units with the lowest scores."""
+
+
+def variants_of(recipe: Recipe) -> list[Variant]:
+    """Return all variants of a recipe. A method that equals a row of the ablation has no row of its own."""
+    ablation = _ablation(recipe)
+    ablated = [variant.recipe for variant in ablation]
+    return [*(variant for variant in _methods(recipe) if variant.recipe not in ablated), *ablation]
+
+
+def select_variants(recipe: Recipe, only: Sequence[str]) -> list[Variant]:
+    """Return the variants named in `only`, or all if it is empty. Raises UserError for an unknown name."""
+    variants = variants_of(recipe)
+    names = [variant.name for variant in variants]
+    if unknown := sorted(set(only) - set(names)):
+        hint = nearest(unknown[0], names, most=3) or "."
+        raise UserError(f"--only {unknown[0]}: there is no such variant{hint} Expected one of {', '.join(names)}.")
+    return [variant for variant in variants if not only or variant.name in only]
+
+
+def _methods(recipe: Recipe) -> list[Variant]:
+    """Return two rows for every published method: one width for all layers, and widths that follow from the scores."""
+    variants = []
+    for name, shows, metric, repair in METHODS:
+        seeded = metric == "random"
+        uniform = _changed(recipe, "nothing", repair, metric, uniform=True)
+        global_ = _changed(recipe, "nothing", repair, metric)
+        variants += [
+            Variant(f"{name}-uniform", f"{shows}, the same width in every layer", uniform, seeded),
+            Variant(name, f"{shows}, widths chosen by the scores", global_, seeded),
+        ]
+    return variants
+
+
+def _ablation(recipe: Recipe) -> list[Variant]:
+    """Return the rows from the recipe's metric alone to the whole recipe."""
+    metric, repair = recipe.scores.metric, recipe.repair.method
+
+    def row(name: str, shows: str, recipe: Recipe, seeded: bool = True) -> Variant:
+        return Variant(name, shows, recipe, seeded)
+
+    def scored(name: str, shows: str, repair: RepairMethod, uniform: bool = False) -> Variant:
+        return row(name, shows, _changed(recipe, "nothing", repair, uniform=uniform), seeded=False)
+
+    def searched(name: str, shows: str, over: Searched, repair: RepairMethod, start: MetricName = metric) -> Variant:
+        return row(name, shows, _changed(recipe, over, repair, start))
+
+    by_error = _changed(recipe, "repaired error", repair)
+    return [
+        scored("metric-uniform", f"{metric} only, the same width in every layer", "none", uniform=True),
+        scored("metric", f"{metric} only, widths chosen by the scores", "none"),
+        scored("metric-uniform-repaired", "metric-uniform, repaired", repair, uniform=True),
+        scored("metric-repaired", "metric, repaired", repair),
+        row("error-widths-repaired", "widths chosen by the repaired error alone", by_error, seeded=False),
+        searched("random-start", "the paper's search from a random start", "units", "none", "random"),
+        searched("uniform-start", "the paper's search from a uniform start", "units", "none", "uniform"),
+        searched("metric-start", "the paper's search from the metric", "units", "none"),
+        searched("metric-start-repaired", "metric-start, repaired", "units", repair),
+        searched("widths", "width search, without repair", "widths", "none"),
+        searched("widths-repaired", "width search, with repair", "widths", repair),
+    ]
+
+
+def _changed(
+    recipe: Recipe, searched: Searched, repair: RepairMethod, metric: MetricName | None = None, *, uniform: bool = False
+) -> Recipe:
+    """Return the recipe with another search, repair and metric; None keeps the metric.
+
+    searched: "nothing" takes the units by their scores, "repaired error" takes the widths by the repair's error;
+    neither needs a forward pass of the search. uniform: all layers get the same width.
+    """
+    units = replace(recipe.search, policy="units", masks_per_step=2, estimator="paper")
+    widths = replace(recipe.search, policy="widths")
+    searches = {
+        "nothing": replace(units, forward_passes=0),
+        "repaired error": replace(widths, forward_passes=0),
+        "units": units,
+        "widths": widths,
+    }
+    return replace(
+        recipe,
+        search=searches[searched],
+        repair=replace(recipe.repair, method=repair),
+        scores=replace(recipe.scores, metric=metric or recipe.scores.metric),
+        budget=replace(recipe.budget, scope="per-layer") if uniform else recipe.budget,
+    )
