@@ -147,7 +147,8 @@ def interleave_halves(tensor: Tensor, heads: int) -> Tensor:
 
     transformers rotates the two halves of a head, so row i and row i + head_dim / 2 become neighbours.
     """
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    pairs: Tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    return pairs
 
 
 def _make_in_pairs(make: Callable[[Tensor], Tensor], heads: int) -> Callable[[Tensor], Tensor]:

@@ -157,7 +157,7 @@ def _recorded_calls(layers: nn.ModuleList) -> Iterator[list[tuple[Tensor, LayerA
     originals = [vars(layer).get("forward") for layer in layers]
     try:
         for layer in layers:
-            layer.forward = forward  # type: ignore[method-assign]
+            layer.forward = forward
         yield calls
     finally:
         for layer, original in zip(layers, originals, strict=True):

@@ -41,7 +41,8 @@ class _Weights:
 
 def _model(recipe: Recipe) -> Iterator[Finding]:
     """Check whether the recipe's model can be loaded and pruned, and whether its weights fit into memory."""
-    from pgprune_cli.model.loading import check_prunable, devices_of
+    from pgprune_cli.model.devices import devices_of
+    from pgprune_cli.model.loading import check_prunable
 
     try:
         devices = devices_of(recipe.device)

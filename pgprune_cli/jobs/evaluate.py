@@ -155,7 +155,7 @@ def evaluate(
     for corpus in corpora:
         with progress.working(f"perplexity of {target.name} on {corpus.name}"):
             tokens = tokens_of(corpus.text, "evaluation", tokenizer)
-            check_vocabulary(tokens, corpus.name, target.model.get_input_embeddings().num_embeddings)
+            check_vocabulary(tokens, corpus.name, _embedding(target.model).num_embeddings)
             for seqlen in lengths:
                 windows = None if limit is None else max(1, limit * lengths[0] // seqlen)
                 with target.ready() as model:
@@ -164,7 +164,7 @@ def evaluate(
     return {
         "model": target.name,
         "dtype": str(target.model.dtype).removeprefix("torch."),
-        "device": str(target.model.get_input_embeddings().weight.device),
+        "device": str(_embedding(target.model).weight.device),
         "parameters": target.parameters(),
         "perplexity": rows,
     }
@@ -179,7 +179,7 @@ def perplexity(model: nn.Module, tokens: Tensor, seqlen: int, limit: int | None 
     """
     if len(tokens) < 2:
         raise UserError("a text of fewer than 2 tokens has no perplexity")
-    device = model.get_input_embeddings().weight.device
+    device = _embedding(model).weight.device
     whole = tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
     chosen = whole if limit is None else spread(whole, limit)
     batches = list(chosen.split(max(1, TOKENS_AT_A_TIME // seqlen)))
@@ -228,12 +228,20 @@ def measure_speed(targets: Sequence[Target]) -> list[dict[str, Any]]:
     return results
 
 
+def _embedding(model: nn.Module) -> nn.Embedding:
+    """Return the input embedding of a transformers model."""
+    causal: Any = model
+    embedding: nn.Embedding = causal.get_input_embeddings()
+    return embedding
+
+
 def _prompt(model: nn.Module) -> Tensor:
-    longest = getattr(model.config, "max_position_embeddings", None) or PROMPT_TOKENS
+    config: Any = model.config
+    longest = getattr(config, "max_position_embeddings", None) or PROMPT_TOKENS
     length = min(PROMPT_TOKENS, longest // 2)
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator)
-    return tokens.to(model.get_input_embeddings().weight.device)
+    tokens = torch.randint(config.vocab_size, (1, length), generator=generator)
+    return tokens.to(_embedding(model).weight.device)
 
 
 def _time_once(model: nn.Module) -> tuple[float, float, int]:
@@ -248,8 +256,9 @@ def _time_once(model: nn.Module) -> tuple[float, float, int]:
 
 
 def _seconds_to_generate(model: nn.Module, prompt: Tensor, tokens: int) -> float:
+    causal: Any = model
     began = time.perf_counter()
-    result = model.generate(
+    result = causal.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         min_new_tokens=tokens,  # no end of text before its time

@@ -187,7 +187,8 @@ def fp8_product(inputs: Tensor, values: Tensor, scale: Tensor) -> Tensor:
     product = functional.scaled_mm(
         rounded, values.view(FP8).t(), token_scale, by_row, scale.t(), by_row, output_dtype=inputs.dtype
     )
-    return product[:, :out].unflatten(0, inputs.shape[:-1])
+    outputs: Tensor = product[:, :out].unflatten(0, inputs.shape[:-1])
+    return outputs
 
 
 def check_fp8(device: torch.device, dtype: torch.dtype) -> None:

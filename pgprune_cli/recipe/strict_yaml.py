@@ -67,7 +67,7 @@ class _Loader(yaml.SafeLoader):
     """A recipe says what it says where it stands: aliases could only hide that, and no value needs a tag."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        event: Any = self.peek_event()
         if getattr(event, "anchor", None) or getattr(event, "tag", None):
             problem = "anchors, aliases and tags are not allowed in a recipe"
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)

@@ -33,7 +33,7 @@ class NormedAttention(LlamaAttention):
         q = self.q_norm(q.view(-1, self.num_heads, self.head_dim)).view(q.shape)
         k = self.k_norm(k.view(-1, self.num_kv_heads, self.head_dim)).view(k.shape)
         q, k = self.rotary_emb(positions, q, k)
-        output, _ = self.o_proj(self.attn(q, k, v))
+        output: Tensor = self.o_proj(self.attn(q, k, v))[0]
         return output
 
 
@@ -97,7 +97,8 @@ class PrunedDecoderLayer(nn.Module):
 def _normed(norm: RMSNorm, hidden_states: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
     if residual is None:
         return norm(hidden_states), hidden_states
-    return norm(hidden_states, residual)
+    normed: tuple[Tensor, Tensor] = norm(hidden_states, residual)
+    return normed
 
 
 class PrunedForCausalLM(LlamaForCausalLM):

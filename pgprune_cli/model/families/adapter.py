@@ -197,4 +197,5 @@ def gather_units(tensor: Tensor, axis: int, kept: Tensor, units: int) -> Tensor:
         picked: Tensor = tensor.movedim(axis, 0).index_select(0, kept).movedim(0, axis)
         return picked
     runs = tensor.unflatten(axis, (units, width))
-    return runs.index_select(axis, kept).flatten(axis, axis + 1)
+    gathered: Tensor = runs.index_select(axis, kept).flatten(axis, axis + 1)
+    return gathered

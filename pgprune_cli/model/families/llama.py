@@ -74,7 +74,8 @@ class LlamaFamily(ModelFamily):
         return heads.get(module) if kind in ("weight", "bias") else None
 
     def head_dim(self, config: Any) -> int:
-        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return head_dim
 
     def layer_config(self, config: Any, units: Mapping[str, int]) -> dict[str, int]:
         kv_heads, channels = units[self.attention.name], units[self.ffn.name]
