@@ -1,6 +1,9 @@
-"""What runs on the simulated device of device.cpp, part by part. `python parts.py LIBRARY` prints a JSON object a line.
+"""The checks that run on the simulated devices of tests/simulated_device/device.cpp.
 
-A program of its own: a process has one such device, from its first import on.
+    python simulated_device_parts.py LIBRARY
+
+Print one JSON object per part: its name, and its traceback if it failed. This is a program of its own because a process
+has to register the device before it imports pgprune.
 """
 
 from __future__ import annotations
@@ -21,78 +24,82 @@ import torch
 
 from pgprune_cli.model.prunable import PrunableModel
 
-CHIP = "chip"
-TWO = "chip:0,chip:1"
+SIMULATED = "simulated"
+BOTH = "simulated:0,simulated:1"
 
 
 def register(library: str) -> None:
-    """Makes the device known to PyTorch. Before anything of pgprune is imported."""
-    torch.utils.rename_privateuse1_backend(CHIP)
+    """Register the devices with PyTorch. Call this before importing pgprune."""
+    torch.utils.rename_privateuse1_backend(SIMULATED)
     torch.ops.load_library(library)
-    module = types.ModuleType(f"torch.{CHIP}")
+    module = types.ModuleType(f"torch.{SIMULATED}")
     module.is_available = lambda: True
     module.device_count = lambda: 2
     module.current_device = lambda: 0
     module.is_initialized = lambda: True
     module._is_in_bad_fork = lambda: False
     module.manual_seed_all = lambda seed: None
-    torch._register_device_module(CHIP, module)
+    torch._register_device_module(SIMULATED, module)
     torch.utils.generate_methods_for_privateuse1_backend()
-    # Tensors made in inference mode cannot stand in for parameters on a device that PyTorch does not ship.
+    # On an out-of-tree device, tensors created in inference mode cannot replace parameters.
     torch.inference_mode = torch.no_grad
 
 
 @contextmanager
 def waiting_is_an_error() -> Iterator[None]:
-    torch.ops.made_up_chip.strict(True)
+    """Make the devices refuse whatever makes the host wait for them."""
+    torch.ops.simulated_device.set_strict(True)
     try:
         yield
     finally:
-        torch.ops.made_up_chip.strict(False)
+        torch.ops.simulated_device.set_strict(False)
 
 
-def fails(run: Callable[[], object], word: str) -> None:
+def assert_fails(run: Callable[[], object], fact: str) -> None:
+    """Fail unless `run` raises a RuntimeError whose message contains `fact`."""
     try:
         run()
     except RuntimeError as error:
-        assert word in str(error), error
+        assert fact in str(error), error
         return
-    raise AssertionError(f"nothing was said of {word!r}")
+    raise AssertionError(f"no error about {fact!r}")
 
 
-def what_is_refused() -> None:
-    ours = torch.arange(6.0).view(2, 3).to(CHIP)
-    assert ours.device.type == CHIP and (ours + 1.0).cpu().tolist() == [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
-    fails(lambda: ours @ torch.ones(3, 2), "tensors on chip:0 and on cpu")
-    fails(lambda: ours[torch.tensor([0, 1])], "tensors on chip:0 and on cpu")
-    fails(lambda: ours @ ours.to("chip:1").T, "tensors on chip:0 and on chip:1")
-    assert float(ours.sum()) == 15.0
+def refusals() -> None:
+    """The simulated devices compute, and refuse what a GPU refuses."""
+    tensor = torch.arange(6.0).view(2, 3).to(SIMULATED)
+    assert tensor.device.type == SIMULATED and (tensor + 1.0).cpu().tolist() == [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+    assert_fails(lambda: tensor @ torch.ones(3, 2), "tensors on simulated:0 and on cpu")
+    assert_fails(lambda: tensor[torch.tensor([0, 1])], "tensors on simulated:0 and on cpu")
+    assert_fails(lambda: tensor @ tensor.to("simulated:1").T, "tensors on simulated:0 and on simulated:1")
+    assert float(tensor.sum()) == 15.0
     with waiting_is_an_error():
-        for read in (lambda: float(ours.sum()), ours.cpu, ours.nonzero, lambda: bool(ours.any())):
-            fails(read, "the host waits")
+        for read in (lambda: float(tensor.sum()), tensor.cpu, tensor.nonzero, lambda: bool(tensor.any())):
+            assert_fails(read, "the host waits")
 
 
 def forward_passes() -> None:
-    """Of every layout and kind of weights, repaired or not: the losses of the host, and none is waited for."""
+    """Every architecture and weight format, repaired or not, gives the host's losses without making the host wait."""
     from helpers.masks import MODEL_MASKS, some_outputs, some_tokens
     from helpers.models import ARCHITECTURES, tiny_model
     from pgprune_cli.forward.masked import Evaluator
     from pgprune_cli.model.prunable import PrunableModel
     from pgprune_cli.model.quantized import quantize_projections
 
-    keep, tokens = MODEL_MASKS["an empty layer"], some_tokens()
+    model_mask, tokens = MODEL_MASKS["an empty layer"], some_tokens()
     for architecture in ARCHITECTURES:
         for weights in ("dtype", "int8", "fp8"):
             model = tiny_model(architecture)
-            outputs = some_outputs(model, keep, bias=True)
+            outputs = some_outputs(model, model_mask, bias=True)
             if weights != "dtype":
                 quantize_projections(model, weights)
-            host, chip = Evaluator(PrunableModel.of(model)), Evaluator(copy.deepcopy(model).to(CHIP))
-            for given in ({}, outputs):
+            host = Evaluator(PrunableModel.of(model))
+            simulated = Evaluator(PrunableModel.of(copy.deepcopy(model).to(SIMULATED)))
+            for repaired_outputs in ({}, outputs):
                 with waiting_is_an_error():
-                    found = chip._summed(keep, tokens.to(CHIP), given)
-                expected = host._summed(keep, tokens, given)
-                torch.testing.assert_close(found.cpu(), expected, rtol=1e-5, atol=0)
+                    actual = simulated._summed(model_mask, tokens.to(SIMULATED), repaired_outputs)
+                expected = host._summed(model_mask, tokens, repaired_outputs)
+                torch.testing.assert_close(actual.cpu(), expected, rtol=1e-5, atol=0)
 
 
 def scores() -> None:
@@ -102,24 +109,24 @@ def scores() -> None:
 
     text = [some_tokens(seed, rows=4, length=16) for seed in (0, 1)]
     model = tiny_model("llama-gqa")
-    there = copy.deepcopy(model).to(CHIP)
+    simulated = PrunableModel.of(copy.deepcopy(model).to(SIMULATED))
     for metric in (*NEEDS, "magnitude"):
-        found, expected = score(there, metric, text, 0), score(PrunableModel.of(model), metric, text, 0)
+        actual, expected = score(simulated, metric, text, 0), score(PrunableModel.of(model), metric, text, 0)
         for key, values in expected.items():
-            torch.testing.assert_close(found[key].cpu(), values, rtol=1e-5, atol=1e-8)
+            torch.testing.assert_close(actual[key].cpu(), values, rtol=1e-5, atol=1e-8)
 
 
-def searched(*overrides: str, device: str = CHIP) -> None:
-    """A decision as good as the host's. (Its bits are others: attention is computed in another way.)"""
+def searched(*overrides: str, device: str = SIMULATED) -> None:
+    """Search on the simulated device: the decision is as good as the host's, but not bit-identical (attention differs)."""
     from helpers.recipes import SMALL
     from pgprune_cli.jobs.search import search
     from pgprune_cli.recipe.reader import find, load
 
     recipe = load(find("demo"), [*SMALL, *overrides])
     with tempfile.TemporaryDirectory() as folder:
-        here, there = (search(replace(recipe, device=where), Path(folder, where)) for where in ("cpu", device))
-    assert abs(there.heldout_loss / here.heldout_loss - 1) < 0.02, (there.heldout_loss, here.heldout_loss)
-    assert abs(there.sparsity - here.sparsity) < 0.01, (there.sparsity, here.sparsity)
+        host, simulated = (search(replace(recipe, device=place), Path(folder, place)) for place in ("cpu", device))
+    assert abs(simulated.heldout_loss / host.heldout_loss - 1) < 0.02, (simulated.heldout_loss, host.heldout_loss)
+    assert abs(simulated.sparsity - host.sparsity) < 0.01, (simulated.sparsity, host.sparsity)
 
 
 def untied_on_two() -> None:
@@ -129,24 +136,26 @@ def untied_on_two() -> None:
     from pgprune_cli.model.loading import load_model
     from pgprune_cli.model.source import resolve
 
-    keep, tokens = MODEL_MASKS["random"], some_tokens()
+    model_mask, tokens = MODEL_MASKS["random"], some_tokens()
     with tempfile.TemporaryDirectory() as folder:
         tiny_model("llama-mha").save_pretrained(folder)
-        here, there = (Evaluator(load_model(resolve(folder), "float32", device)) for device in ("cpu", TWO))
-        assert {str(parameter.device) for parameter in there.model.parameters()} == set(TWO.split(","))
-        outputs = some_outputs(here.model, keep, bias=True)
-        found, expected = (evaluator.losses([keep], tokens, [outputs]) for evaluator in (there, here))
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+        host, simulated = (
+            Evaluator(PrunableModel.of(load_model(resolve(folder), "float32", device))) for device in ("cpu", BOTH)
+        )
+        assert {str(parameter.device) for parameter in simulated.model.module.parameters()} == set(BOTH.split(","))
+        outputs = some_outputs(host.model.module, model_mask, bias=True)
+        actual, expected = (evaluator.losses([model_mask], tokens, [outputs]) for evaluator in (simulated, host))
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
 
 
-def a_stored_head_on_two() -> None:
-    """The files of a model with tied embeddings may hold its head, too."""
+def stored_head_on_two() -> None:
+    """A checkpoint with tied embeddings may store its head as well."""
     from safetensors.torch import load_file, save_file
 
     from helpers.masks import MODEL_MASKS, some_tokens
     from helpers.models import tiny_model
     from pgprune_cli.forward.masked import Evaluator
-    from pgprune_cli.model.loading import HEAD, load_model
+    from pgprune_cli.model.loading import load_model
     from pgprune_cli.model.source import resolve
 
     with tempfile.TemporaryDirectory() as folder:
@@ -154,59 +163,58 @@ def a_stored_head_on_two() -> None:
         file = Path(folder, "model.safetensors")
         tensors = load_file(file)
         for stored in (tensors["model.embed_tokens.weight"].clone(), torch.randn(96, 32)):
-            save_file(tensors | {HEAD: stored}, file, metadata={"format": "pt"})
-            here, there = (load_model(resolve(folder), "float32", device, "int8") for device in ("cpu", TWO))
-            head, embedding = there.get_output_embeddings().weight, there.get_input_embeddings().weight
+            save_file(tensors | {"lm_head.weight": stored}, file, metadata={"format": "pt"})
+            host, simulated = (load_model(resolve(folder), "float32", device, "int8") for device in ("cpu", BOTH))
+            head, embedding = simulated.get_output_embeddings().weight, simulated.get_input_embeddings().weight
             assert (head is embedding) == torch.equal(stored, tensors["model.embed_tokens.weight"])
-            found, expected = (
+            actual, expected = (
                 Evaluator(PrunableModel.of(model)).losses([MODEL_MASKS["dense"]], some_tokens())
-                for model in (there, here)
+                for model in (simulated, host)
             )
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
 
 
 def latencies() -> None:
     from helpers.models import tiny_model
-    from pgprune_cli.forward.masked import Evaluator
     from pgprune_cli.search.costs import measure_latency
 
-    costs = measure_latency(Evaluator(tiny_model("llama-gqa").to(CHIP)), 8)
-    assert min(*costs.attention, *costs.ffn) > 0
+    costs = measure_latency(PrunableModel.of(tiny_model("llama-gqa").to(SIMULATED)), 8)
+    assert min(*costs["attention"], *costs["ffn"]) > 0
 
 
-LAYERS = ("search.policy=widths", "search.masks_per_step=4", "search.forward_passes=12", "repair.windows=8")
-LAYERS += ("calibration.windows=24", "dtype=float32")
+WIDTHS = ("search.policy=widths", "search.masks_per_step=4", "search.forward_passes=12", "repair.windows=8")
+WIDTHS += ("calibration.windows=24", "dtype=float32")
 REPAIRED = "repair.method=least-squares"
 PARTS: dict[str, Callable[[], None]] = {
-    "what is refused": what_is_refused,
-    "forward_passes": forward_passes,
+    "refusals": refusals,
+    "forward passes": forward_passes,
     "scores": scores,
-    "a search over units": lambda: searched("dtype=float32"),
-    "a search over units, repaired by biases": lambda: searched("dtype=float32", "repair.method=bias"),
-    "a search over layers": lambda: searched("dtype=float32", "units.families=[layer]"),
-    "a search over widths": lambda: searched(*LAYERS, REPAIRED),
-    "a search over widths in bfloat16": lambda: searched(*LAYERS, REPAIRED, "dtype=bfloat16"),
-    "a search over widths from int8": lambda: searched(*LAYERS, REPAIRED, "weight_format=int8"),
-    "a search over widths from fp8": lambda: searched(*LAYERS, f"{REPAIRED}-bias", "weight_format=fp8"),
-    "a search over units on two": lambda: searched("dtype=float32", device=TWO),
-    "a search over widths on two": lambda: searched(*LAYERS, REPAIRED, "weight_format=int8", device=TWO),
-    "untied on two": untied_on_two,
-    "a stored head on two": a_stored_head_on_two,
+    "unit search": lambda: searched("dtype=float32"),
+    "unit search with bias repair": lambda: searched("dtype=float32", "repair.method=bias"),
+    "unit search over whole layers": lambda: searched("dtype=float32", "units.families=[layer]"),
+    "width search": lambda: searched(*WIDTHS, REPAIRED),
+    "width search in bfloat16": lambda: searched(*WIDTHS, REPAIRED, "dtype=bfloat16"),
+    "width search on int8 weights": lambda: searched(*WIDTHS, REPAIRED, "weight_format=int8"),
+    "width search on fp8 weights": lambda: searched(*WIDTHS, f"{REPAIRED}-bias", "weight_format=fp8"),
+    "unit search on two devices": lambda: searched("dtype=float32", device=BOTH),
+    "width search on two devices": lambda: searched(*WIDTHS, REPAIRED, "weight_format=int8", device=BOTH),
+    "untied head on two devices": untied_on_two,
+    "stored head on two devices": stored_head_on_two,
     "latencies": latencies,
 }
 
 
 def main() -> None:
-    warnings.simplefilter("ignore")  # of a backend that PyTorch does not ship
+    warnings.simplefilter("ignore")  # PyTorch warns about out-of-tree backends
     register(sys.argv[1])
     sys.path.insert(0, str(Path(__file__).parents[1]))
     for name, part in PARTS.items():
         try:
             part()
-            said = ""
+            fault = ""
         except Exception:
-            said = traceback.format_exc()
-        print(json.dumps({"part": name, "said": said}), flush=True)
+            fault = traceback.format_exc()
+        print(json.dumps({"part": name, "fault": fault}), flush=True)
 
 
 if __name__ == "__main__":

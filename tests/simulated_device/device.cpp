@@ -1,8 +1,10 @@
-// Two devices that are not the host's, made up: their memory is the host's, their operators are the CPU's, and yet a
-// tensor of the host, or of the other one, is none of their own. What a GPU refuses, they refuse: operators on tensors
-// of several devices. While `strict`, also whatever keeps a host waiting: reading a value, and copying from a device.
+// Two simulated devices for tests that need a GPU's rules without a GPU.
 //
-// A PyTorch backend under the key PrivateUse1, as docs.pytorch.org describes them for devices of one's own.
+// Their memory is ordinary host memory and the CPU computes their operators, but PyTorch treats their tensors as living
+// elsewhere. Like a GPU, they refuse operators on tensors of several devices. In strict mode they also refuse whatever
+// makes the host wait for the device: reading a value, and copying from the device to the host.
+//
+// This is a PyTorch backend under the key PrivateUse1, which docs.pytorch.org documents for out-of-tree devices.
 
 #include <ATen/EmptyTensor.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
@@ -26,24 +28,24 @@ namespace {
 using at::IntArrayRef;
 using at::Tensor;
 
-constexpr auto CHIP = c10::DeviceType::PrivateUse1;
+constexpr auto SIMULATED = c10::DeviceType::PrivateUse1;
 constexpr c10::DeviceIndex COUNT = 2;
 
 bool strict = false;
-int inside = 0; // an operator, which takes what is on a chip to the CPU and back
+int depth = 0; // > 0 while an operator runs: it copies its operands to the CPU and back, which is allowed
 c10::DeviceIndex current = 0;
 
-// --- there is one stream on each
+// --- Device guard. Each device has one stream.
 
 struct Guard final : c10::impl::DeviceGuardImplInterface {
-  static constexpr c10::DeviceType static_type = CHIP;
-  c10::DeviceType type() const override { return CHIP; }
+  static constexpr c10::DeviceType static_type = SIMULATED;
+  c10::DeviceType type() const override { return SIMULATED; }
   c10::Device exchangeDevice(c10::Device device) const override {
     const c10::Device before = getDevice();
     setDevice(device);
     return before;
   }
-  c10::Device getDevice() const override { return {CHIP, current}; }
+  c10::Device getDevice() const override { return {SIMULATED, current}; }
   void setDevice(c10::Device device) const override { current = device.index(); }
   void uncheckedSetDevice(c10::Device device) const noexcept override { current = device.index(); }
   c10::Stream getStream(c10::Device device) const noexcept override {
@@ -59,15 +61,15 @@ struct Memory final : c10::Allocator {
     void* data = nullptr;
     if (bytes > 0) {
       TORCH_CHECK(posix_memalign(&data, 64, bytes) == 0);
-      std::memset(data, 0xAB, bytes); // and no zeros by chance
+      std::memset(data, 0xAB, bytes); // so that code relying on zeroed memory fails
     }
-    return {data, data, &std::free, c10::Device(CHIP, current)};
+    return {data, data, &std::free, c10::Device(SIMULATED, current)};
   }
   c10::DeleterFnPtr raw_deleter() const override { return &std::free; }
   void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
 };
 Memory memory;
-REGISTER_ALLOCATOR(CHIP, &memory);
+REGISTER_ALLOCATOR(SIMULATED, &memory);
 
 struct Hooks final : at::PrivateUse1HooksInterface {
   bool isBuilt() const override { return true; }
@@ -76,25 +78,25 @@ struct Hooks final : at::PrivateUse1HooksInterface {
 };
 const bool registered = (at::RegisterPrivateUse1HooksInterface(new Hooks()), true);
 
-// --- what a backend must bring: memory, copies, views
+// --- The operators that every backend must implement: memory, copies and views.
 
 Tensor empty(IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<at::Layout>,
              std::optional<at::Device> device, std::optional<bool>, std::optional<at::MemoryFormat> format) {
-  const c10::OptionalDeviceGuard there(device);
+  const c10::OptionalDeviceGuard guard(device);
   return at::detail::empty_generic(size, &memory, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
                                    c10::dtype_or_default(dtype), format);
 }
 
 Tensor empty_strided(IntArrayRef size, IntArrayRef stride, std::optional<at::ScalarType> dtype,
                      std::optional<at::Layout>, std::optional<at::Device> device, std::optional<bool>) {
-  const c10::OptionalDeviceGuard there(device);
+  const c10::OptionalDeviceGuard guard(device);
   return at::detail::empty_strided_generic(size, stride, &memory, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1),
                                            c10::dtype_or_default(dtype));
 }
 
-// The same numbers at the same place, as a tensor of the host.
+// Return a host tensor that shares the memory of `tensor`.
 Tensor on_host(const Tensor& tensor) {
-  if (tensor.device().type() != CHIP) {
+  if (tensor.device().type() != SIMULATED) {
     return tensor;
   }
   void* data = static_cast<char*>(tensor.storage().mutable_data()) + tensor.storage_offset() * tensor.element_size();
@@ -102,8 +104,8 @@ Tensor on_host(const Tensor& tensor) {
 }
 
 Tensor copy_from(const Tensor& from, const Tensor& to, bool) {
-  const bool back = from.device().type() == CHIP && to.device().type() != CHIP;
-  TORCH_CHECK(!(strict && back && inside == 0), "the host waits for a copy from ", from.device());
+  const bool to_host = from.device().type() == SIMULATED && to.device().type() != SIMULATED;
+  TORCH_CHECK(!(strict && to_host && depth == 0), "the host waits for a copy from ", from.device());
   if (from.numel() > 0) {
     on_host(to).copy_(on_host(from));
   }
@@ -111,7 +113,7 @@ Tensor copy_from(const Tensor& from, const Tensor& to, bool) {
 }
 
 Tensor copy_from_and_resize(const Tensor& from, const Tensor& to) {
-  if (to.sizes() != from.sizes()) { // a view keeps its strides
+  if (to.sizes() != from.sizes()) { // do not resize a view, which would lose its strides
     to.resize_(from.sizes());
   }
   return copy_from(from, to, false);
@@ -119,14 +121,14 @@ Tensor copy_from_and_resize(const Tensor& from, const Tensor& to) {
 
 const Tensor& resize(const Tensor& tensor, IntArrayRef size, std::optional<at::MemoryFormat>) {
   auto* impl = tensor.unsafeGetTensorImpl();
-  const size_t wanted = (c10::multiply_integers(size) + impl->storage_offset()) * tensor.element_size();
-  if (tensor.storage().nbytes() < wanted) {
-    const c10::DeviceGuard there(tensor.device());
-    auto larger = memory.allocate(wanted);
+  const size_t bytes = (c10::multiply_integers(size) + impl->storage_offset()) * tensor.element_size();
+  if (tensor.storage().nbytes() < bytes) {
+    const c10::DeviceGuard guard(tensor.device());
+    auto larger = memory.allocate(bytes);
     std::memcpy(larger.get(), tensor.storage().data(), tensor.storage().nbytes());
     auto* storage = tensor.storage().unsafeGetStorageImpl();
     storage->set_data_ptr_noswap(std::move(larger));
-    storage->set_nbytes(wanted);
+    storage->set_nbytes(bytes);
   }
   impl->set_sizes_contiguous(size);
   return tensor;
@@ -155,39 +157,39 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, library) {
   library.impl("view", &at::native::view);
 }
 
-// --- everything else: the CPU does it, once it is sure that all tensors are of one device
+// --- All other operators run on the CPU, after a check that their tensors are on one device.
 
-const std::set<std::string> READS = {
+const std::set<std::string> WAITING_OPERATORS = {
     "aten::_local_scalar_dense", "aten::nonzero",     "aten::equal",       "aten::is_nonzero",
     "aten::masked_select",       "aten::_unique2",    "aten::unique_dim",
 };
 
 void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& name = op.schema().name();
-  TORCH_CHECK(!(strict && READS.count(name)), "the host waits for ", name);
-  std::optional<c10::Device> of;
-  const auto look = [&](const Tensor& tensor) {
-    if (!tensor.defined() || (tensor.device().type() != CHIP && tensor.dim() == 0)) {
-      return; // single numbers may come from the host
+  TORCH_CHECK(!(strict && WAITING_OPERATORS.count(name)), "the host waits for ", name);
+  std::optional<c10::Device> device;
+  const auto check = [&](const Tensor& tensor) {
+    if (!tensor.defined() || (tensor.device().type() != SIMULATED && tensor.dim() == 0)) {
+      return; // scalars may live on the host
     }
-    TORCH_CHECK(of.value_or(tensor.device()) == tensor.device(), name, ": tensors on ", *of, " and on ", tensor.device());
-    of = tensor.device();
+    TORCH_CHECK(device.value_or(tensor.device()) == tensor.device(), name, ": tensors on ", *device, " and on ", tensor.device());
+    device = tensor.device();
   };
   for (const auto& value : torch::jit::last(*stack, op.schema().arguments().size())) {
     if (value.isTensor()) {
-      look(value.toTensor());
+      check(value.toTensor());
     } else if (value.isTensorList()) {
-      for (const Tensor& tensor : value.toTensorVector()) look(tensor);
+      for (const Tensor& tensor : value.toTensorVector()) check(tensor);
     } else if (value.isOptionalTensorList()) {
       for (const std::optional<Tensor>& tensor : value.toOptionalTensorVector()) {
-        if (tensor.has_value()) look(*tensor);
+        if (tensor.has_value()) check(*tensor);
       }
     }
   }
-  struct Inside {
-    Inside() { ++inside; }
-    ~Inside() { --inside; }
-  } now;
+  struct OperatorScope {
+    OperatorScope() { ++depth; }
+    ~OperatorScope() { --depth; }
+  } scope;
   at::native::cpu_fallback(op, stack);
 }
 
@@ -195,8 +197,8 @@ TORCH_LIBRARY_IMPL(_, PrivateUse1, library) {
   library.fallback(torch::CppFunction::makeFromBoxedFunction<&compute>());
 }
 
-void be_strict(bool wanted) { strict = wanted; }
+void set_strict(bool enabled) { strict = enabled; }
 
-TORCH_LIBRARY(made_up_chip, library) { library.def("strict(bool wanted) -> ()", &be_strict); }
+TORCH_LIBRARY(simulated_device, library) { library.def("set_strict(bool enabled) -> ()", &set_strict); }
 
 } // namespace
