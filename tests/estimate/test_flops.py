@@ -74,7 +74,7 @@ def test_scoring(metric: str, model: nn.Module) -> None:
 def test_the_width_table(method: str, model: nn.Module) -> None:
     text, sizes = some_batches(), Sizes(PrunableModel.of(model), medium_recipe(f"repair.method={method}"))
     solve = method == "least-squares"
-    expected = counted(lambda: dict(solve_layers(PrunableModel.of(model), saliency_of(model), text, 1e-3, solve)))
+    expected = counted(lambda: dict(solve_layers(PrunableModel.of(model), saliency_of(model), text, 1e-3, solve=solve)))
     assert width_table(sizes, text).total() == pytest.approx(expected, rel=0.01)
 
 
@@ -82,7 +82,9 @@ def test_the_width_table(method: str, model: nn.Module) -> None:
 def test_the_repair(policy: str, model: nn.Module) -> None:
     text, sizes = some_batches(), Sizes(PrunableModel.of(model), medium_recipe(f"search.policy={policy}"))
     expected = counted(
-        lambda: run_repair(PrunableModel.of(model), half(model), text, "least-squares", 1e-3, policy == "widths")
+        lambda: run_repair(
+            PrunableModel.of(model), half(model), text, "least-squares", 1e-3, reselect=policy == "widths"
+        )
     )
     assert repair(sizes, text).total() == pytest.approx(expected, rel=0.01)
 

@@ -16,7 +16,6 @@ from pgprune_cli.estimate.memory import (
     logit_bytes,
     memory,
     solving_bytes,
-    table_bytes,
     unpacked_bytes,
 )
 from pgprune_cli.estimate.sizes import Sizes, Texts
@@ -25,7 +24,7 @@ from pgprune_cli.model.masks import LayerMask, Output
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import quantize_projections
 from pgprune_cli.repair.least_squares import repair
-from pgprune_cli.repair.width_table import solve_layers
+from pgprune_cli.repair.width_table import solve_layers, table_bytes
 from pgprune_cli.scores.metrics import score
 
 
@@ -36,7 +35,7 @@ def peak(run: Callable[[], object]) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("weights", ["dtype", "fp8"])
+@pytest.mark.parametrize("weights", ["full", "fp8"])
 @pytest.mark.parametrize(
     "shape",
     [
@@ -49,55 +48,56 @@ def peak(run: Callable[[], object]) -> int:
 )
 def test_what_a_dense_forward_allocates(shape: dict[str, int], weights: str, dtype: torch.dtype) -> None:
     model = medium_model(dtype, **shape)
-    if weights != "dtype":
+    if weights != "full":
         quantize_projections(model, weights)
     (tokens,) = some_batches(windows=4, length=64, batches=1)
-    sizes = Sizes(PrunableModel.of(model), medium_recipe(f"weights={weights}"))
+    sizes = Sizes(PrunableModel.of(model), medium_recipe(f"weight_format={weights}"))
     expected = max(layer_bytes(sizes, tokens.numel()), logit_bytes(sizes, tokens))
     assert expected == pytest.approx(peak(lambda: summed_loss(model, tokens)), rel=0.05)
 
 
 @pytest.mark.parametrize("method", ["none", "least-squares"])
-@pytest.mark.parametrize("weights", ["dtype", "int8", "fp8"])
+@pytest.mark.parametrize("weights", ["full", "int8", "fp8"])
 def test_a_pruned_forward_allocates_no_more_than_one_blocks_slices_on_top(weights: str, method: str) -> None:
     model = medium_model(intermediate_size=512)
-    if weights != "dtype":
+    if weights != "full":
         quantize_projections(model, weights)
     keep = tuple(LayerMask(torch.arange(2) < 1, torch.arange(512) < 480) for _ in model.model.layers)
     (tokens,) = some_batches(windows=1, length=16, batches=1)
     repaired = {(index, "ffn"): Output(torch.zeros(64, 480, dtype=torch.float64), None) for index in range(3)}
     sizes = Sizes(
-        PrunableModel.of(model), medium_recipe(f"weights={weights}", "search.policy=units", f"repair.method={method}")
+        PrunableModel.of(model),
+        medium_recipe(f"weight_format={weights}", "search.policy=units", f"repair.method={method}"),
     )
     expected = memory(sizes, Texts([], [], tokens, tokens))
     evaluator = Evaluator(PrunableModel.of(model))
     fp8 = 3 + 1 if method == "none" else 2 + 4
-    assert expected.slices == 512 * 64 * {"dtype": 3 * 4, "int8": 3 * 4 + 1, "fp8": fp8}[weights]
+    assert expected.slices == 512 * 64 * {"full": 3 * 4, "int8": 3 * 4 + 1, "fp8": fp8}[weights]
     outputs = [{} if method == "none" else repaired] * 3
     seen = peak(lambda: evaluator.losses([keep] * 3, tokens, outputs))
     assert 0.9 * expected.slices < seen < 1.05 * (expected.slices + expected.activations)
 
 
-@pytest.mark.parametrize("weights", ["dtype", "int8", "fp8"])
+@pytest.mark.parametrize("weights", ["full", "int8", "fp8"])
 @pytest.mark.parametrize("part", ["score", "width table", "repair"])
 @pytest.mark.parametrize("shape", [{}, {"intermediate_size": 384}, {"hidden_size": 128}], ids=str)
 def test_what_is_solved_for_calibration(part: str, shape: dict[str, int], weights: str) -> None:
     model, text = medium_model(**shape), some_batches(windows=1)
-    if weights != "dtype":
+    if weights != "full":
         quantize_projections(model, weights)
     channels = shape.get("intermediate_size", 192)
     scores: dict[tuple[int, str], Tensor] = {}
     for index in range(3):
         scores |= {(index, "attention"): torch.rand(2), (index, "ffn"): torch.rand(channels)}
     keep = tuple(LayerMask(torch.arange(2) < 1, torch.arange(channels) < channels // 2) for _ in range(3))
-    sizes = Sizes(PrunableModel.of(model), medium_recipe(f"weights={weights}"))
+    sizes = Sizes(PrunableModel.of(model), medium_recipe(f"weight_format={weights}"))
     made = unpacked_bytes(sizes)
-    stays = table_bytes(sizes) if part == "width table" else 0
+    stays = table_bytes(sizes.model) if part == "width table" else 0
     seen = peak(
         {
             "score": lambda: score(PrunableModel.of(model), "obs", text, 0),
-            "width table": lambda: dict(solve_layers(PrunableModel.of(model), scores, text, 1e-3, True)),
-            "repair": lambda: repair(PrunableModel.of(model), keep, text, "least-squares", 1e-3, True),
+            "width table": lambda: dict(solve_layers(PrunableModel.of(model), scores, text, 1e-3, solve=True)),
+            "repair": lambda: repair(PrunableModel.of(model), keep, text, "least-squares", 1e-3, reselect=True),
         }[part]
     )
     assert 0.8 * seen < solving_bytes(sizes) + made + stays < 1.6 * seen
@@ -106,9 +106,9 @@ def test_what_is_solved_for_calibration(part: str, shape: dict[str, int], weight
 def test_the_table_holds_what_it_is_said_to_hold() -> None:
     model, text = medium_model(), some_batches()
     scores = {(i, name): torch.rand(n) for i in range(3) for name, n in (("attention", 2), ("ffn", 192))}
-    layers = solve_layers(PrunableModel.of(model), scores, text, 1e-3, True)
+    layers = solve_layers(PrunableModel.of(model), scores, text, 1e-3, solve=True)
     held = sum(weight.nbytes for _, blocks in layers for block in blocks.values() for weight in block.weights.values())
-    assert table_bytes(Sizes(PrunableModel.of(model), medium_recipe())) == held
+    assert table_bytes(PrunableModel.of(model)) == held
 
 
 def test_weights_are_counted_once_where_they_are_tied() -> None:

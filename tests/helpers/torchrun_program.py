@@ -21,17 +21,17 @@ def main() -> None:
     del sys.argv[1:3]
     if start and os.environ["RANK"] == "0":
         time.sleep(3)  # the others find what the first start has left
-    original = loops._one_step
+    original = loops._take_step
 
-    def one_step(problem: loops.Problem, loop: loops.Loop) -> loops.Row:
+    def one_step(problem: loops.Problem, loop: loops.LoopState) -> loops.Row:
         row = original(problem, loop)
-        if loop.state.step == step and os.environ["RANK"] == "1" and not start:
+        if loop.step == step and os.environ["RANK"] == "1" and not start:
             if accident == "exception":
                 raise ArithmeticError("an accident")
             os.kill(os.getpid(), getattr(signal, accident))
         return row
 
-    loops._one_step = one_step
+    loops._take_step = one_step
     cli.main()
 
 

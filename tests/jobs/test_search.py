@@ -59,19 +59,19 @@ def result_of(run: Path) -> tuple[bytes, list[dict], list[float]]:
 @contextmanager
 def after_step(step: int, act: Callable[[], None]) -> Iterator[None]:
     """While inside, `act` runs when a search has just done `step` steps, in the middle of its loop."""
-    original = loops._one_step
+    original = loops._take_step
 
     def watched(problem, loop):
         row = original(problem, loop)
-        if loop.state.step == step:
+        if loop.step == step:
             act()
         return row
 
-    loops._one_step = watched
+    loops._take_step = watched
     try:
         yield
     finally:
-        loops._one_step = original
+        loops._take_step = original
 
 
 def kill_self(signum: int) -> Callable[[], None]:

@@ -59,16 +59,16 @@ def test_the_view_says_how_much_of_every_family_stays_where() -> None:
         ["ffn", "50%", "█▁"],
     ]
     assert "2/10" in lines[0]
-    assert lines[5].rstrip() == "50% of parameters go · 0.2 forward passes/s · 1,000 tok/s · 2.5 GB · nothing saved yet"
+    assert lines[5].rstrip() == "50% of parameters go · 0.2 passes/s · 1,000 tok/s · 2.5 GB · not saved yet"
 
 
 def test_the_view_goes_on_where_the_search_does() -> None:
     view = LiveView(10, UNITS, "50% of parameters go", [row(step) for step in (1, 2, 3)])
     assert "3/10" in plain(view)[0]
     view.add(row(4, losses=(None, None)))
-    view.saved = 4
+    view.saved_step = 4
     lines = plain(view)
-    assert lines[1].split() == ["loss", "bad", "▁▁▁"]
+    assert lines[1].split() == ["loss", "not", "finite", "▁▁▁"]
     assert lines[-1].rstrip().endswith("saved at step 4")
 
 

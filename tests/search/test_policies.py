@@ -44,7 +44,7 @@ def layer_policy(model: nn.Module, sparsity: float = 0.4, scope: str = "global",
     }
     space = PrunableModel.of(model).shape.space(FAMILIES)
     table = WidthTable.of(
-        PrunableModel.of(model), dict(solve_layers(PrunableModel.of(model), scores, batches(), DAMPING, solve))
+        PrunableModel.of(model), dict(solve_layers(PrunableModel.of(model), scores, batches(), DAMPING, solve=solve))
     )
     return WidthPolicy(table, table.priorities(space), space, budget_of(space, sparsity, scope))
 
@@ -121,7 +121,7 @@ def test_what_the_layers_policy_hears_of_a_sample_is_what_its_widths_lose(model:
     policy = layer_policy(model)
     state, draws, masks = policy.propose(policy.begin(2), 4)
     for draw, mask in zip(draws.tolist(), masks, strict=True):
-        keep = PrunableModel.of(model).shape.keep(policy.space, mask)
+        keep = PrunableModel.of(model).shape.model_mask(policy.space, mask)
         wanted = [policy.table.errors[i, name][int(keep[i].of(name).sum())] for name in FAMILIES for i in range(LAYERS)]
         assert draw == [float(error) for error in wanted]
     moved = policy.update(state, draws, torch.arange(4.0))
@@ -163,14 +163,14 @@ def test_the_same_seed_gives_the_same_search(build: Callable[..., UnitPolicy | W
 
 def test_every_sample_is_repaired_for_the_very_units_it_keeps(model: nn.Module) -> None:
     policy, shape = layer_policy(model), PrunableModel.of(model).shape
-    stream, moments = start_layerwise(PrunableModel.of(model), batches()), {}
+    run, moments = start_layerwise(PrunableModel.of(model), batches()), {}
     for index in range(LAYERS):
         for name in FAMILIES:
-            moments[index, name] = observe_moments(stream, index, shape, name)
-        stream.advance(index)
+            moments[index, name] = observe_moments(run, index, shape.family, shape.family.block(name))
+        run.advance(index)
     _, masks = searched(policy, 0)
     for mask in masks[::4]:
-        keep = shape.keep(policy.space, mask)
+        keep = shape.model_mask(policy.space, mask)
         outputs = policy.outputs(keep)
         partly = {(i, n) for i in range(LAYERS) for n in FAMILIES if 0 < keep[i].of(n).float().mean() < 1}
         assert outputs.keys() == partly
@@ -188,7 +188,7 @@ def test_nothing_is_repaired_where_nothing_was_solved(model: nn.Module) -> None:
     policy, units = layer_policy(model, solve=False), unit_policy(model)
     for one in (policy, units):
         state, _ = searched(one, 0)
-        assert one.outputs(PrunableModel.of(model).shape.keep(one.space, one.mask(state))) == {}
+        assert one.outputs(PrunableModel.of(model).shape.model_mask(one.space, one.mask(state))) == {}
 
 
 def test_samples_keep_to_the_multiple_that_the_budget_asks_for(model: nn.Module) -> None:
@@ -201,7 +201,8 @@ def test_samples_keep_to_the_multiple_that_the_budget_asks_for(model: nn.Module)
         for name in FAMILIES
     }
     table = WidthTable.of(
-        PrunableModel.of(model), dict(solve_layers(PrunableModel.of(model), scores, batches(), DAMPING, True, 5))
+        PrunableModel.of(model),
+        dict(solve_layers(PrunableModel.of(model), scores, batches(), DAMPING, solve=True, multiples={"ffn": 5})),
     )
     policy = WidthPolicy(table, table.priorities(space), space, budget_of(space, 0.4, "global", 0.0, {"ffn": 5}))
     state, masks = searched(policy, 0)
@@ -209,6 +210,6 @@ def test_samples_keep_to_the_multiple_that_the_budget_asks_for(model: nn.Module)
     assert widths <= {0, 5, 10, 15, 20, 24}
     assert len(widths) > 2
     for mask in masks:
-        keep = shape.keep(space, mask)
+        keep = shape.model_mask(space, mask)
         for (index, name), output in policy.outputs(keep).items():
             assert output.weight.shape[1] == int(keep[index].of(name).sum()) * (1 if name == "ffn" else 16)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from helpers.messages import refused
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.search import search
@@ -65,7 +66,7 @@ def test_a_row_is_told_by_the_names_of_the_history() -> None:
 
 def test_a_search_tells_tensorboard_what_it_writes_down(small, tmp_path) -> None:
     pytest.importorskip("tensorboardX", reason="pgprune[tensorboard] is not installed")
-    search(small(), tmp_path, log="tensorboard")
+    search(small(), tmp_path, tracker="tensorboard")
     told = scalars(tmp_path)
     rows = read_history(tmp_path)
     assert len(rows) == 6
@@ -138,8 +139,8 @@ def test_a_search_that_goes_on_is_the_same_run(finished, monkeypatch) -> None:
 @pytest.mark.parametrize("name", MODULES)
 def test_a_tracker_that_is_missing_is_named_before_the_model_is_loaded(name, small, tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, MODULES[name], None)
-    with pytest.raises(UserError, match=rf"^--tracker {name} needs the extra: pip install 'pgprune\[{name}\]'"):
-        search(small("model=nowhere"), tmp_path, log=name)
+    with refused(f"--tracker {name}", MODULES[name], f"pip install 'pgprune[{name}]'"):
+        search(small("model=nowhere"), tmp_path, tracker=name)
 
 
 def test_a_tracker_that_will_not_begin_says_why(tmp_path, monkeypatch) -> None:
