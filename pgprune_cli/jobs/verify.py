@@ -1,20 +1,20 @@
-"""verify: whether what pgprune wrote is as it was written: scores, checkpoints, decisions, runs, exported models."""
+"""verify: check that files are as pgprune wrote them: scores, checkpoints, decisions, runs and exported models."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.export import checksums as checksums
-from pgprune_cli.export import gguf_checksum as gguf_checksum
+from pgprune_cli.export import checksums, gguf_checksum
 from pgprune_cli.recipe.reader import load
 from pgprune_cli.recipe.strict_yaml import one_line
-from pgprune_cli.run import checkpoint
+from pgprune_cli.run.checkpoint import CHECKPOINT_RECORD, CHECKPOINT_TENSORS, load_checkpoint
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.history import refuse_other_history
 from pgprune_cli.run.layout import (
@@ -34,12 +34,19 @@ from pgprune_cli.run.resume import refuse_other_decision
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.storage.records import read_record
 
-Faults = Iterator[str]
+BLOCKS = ("attention", "ffn")
+
+Check = Callable[[Path], Iterable[str]]
+"""Return or yield the faults of what is at a path. May raise UserError, whose message is then the last fault."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """path: what was looked at; kind: what it is; checked: the files and folders of it; faults: a line each."""
+    """The result of `verify`.
+
+    path: what was checked; kind: what it is; checked: the files and folders that were checked in it; faults: one line
+    for each.
+    """
 
     path: str
     kind: str
@@ -47,180 +54,228 @@ class Verdict:
     faults: Sequence[str]
 
     def text(self) -> str:
-        """As the verb prints it."""
-        whole = f"{self.path}: whole, a {self.kind}"
-        return "\n".join(self.faults) or (f"{whole}: {', '.join(self.checked)}" if self.checked else whole)
+        """Return the verdict as `pgprune verify` prints it."""
+        intact = f"{self.path}: intact ({self.kind})"
+        return "\n".join(self.faults) or (f"{intact}: {', '.join(self.checked)}" if self.checked else intact)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Something that can be verified: what to call it, whether a path is one, its parts, and the check for faults."""
+
+    name: str
+    matches: Callable[[Path], bool]
+    check: Check
+    parts: Callable[[Path], list[str]] = lambda path: []
 
 
 def verify(path: Path) -> Verdict:
-    """Looks at every byte of `path`. Raises UserError for what pgprune did not write."""
+    """Check every byte of `path`. Raises UserError if pgprune did not write it."""
     path = path.expanduser()
-    path = path.parent if path.name in (checkpoint.DECISION_RECORD, checkpoint.TENSORS) else path
-    for kind, is_one, faults in KINDS:
-        if is_one(path):
-            return Verdict(str(path), kind, [], list(_lines(faults(path))))
-    if any((path / part).exists() for part in RUN):
-        return _run(path)
-    if (path / COMPARISON_RECORD).exists():
-        return _comparison(path)
+    if path.name in (CHECKPOINT_RECORD, CHECKPOINT_TENSORS):
+        path = path.parent
+    for kind in KINDS:
+        if kind.matches(path):
+            return Verdict(str(path), kind.name, kind.parts(path), list(_faults(kind.check, path)))
     raise UserError(
-        f"{path}: not of pgprune, which writes {SCORES_FILE}, {DECISION_RECORD}, checkpoints, run directories and exported models"
+        f"{path}: pgprune did not write this. Give scores, a checkpoint, a decision, a run directory, a comparison or "
+        "an exported model."
     )
 
 
-def _lines(faults: Faults) -> Faults:
-    """These, and after them the one that they stop at; a line each, whatever the names in it hold."""
+def _faults(check: Check, path: Path) -> Iterator[str]:
+    """Yield what a check finds, and then the error that stops it. Each fault is one line, whatever names it holds."""
     try:
-        yield from map(one_line, faults)
+        yield from map(one_line, check(path))
     except UserError as error:
         yield from map(one_line, str(error).splitlines())
 
 
-# --- the parts of a run, by the run directory
+# --- the parts of a run: each check gets the run directory
 
 
-def _recipe(run: Path) -> Faults:
+def _check_recipe(run: Path) -> Iterable[str]:
     load(run / RECIPE_FILE)
-    yield from ()
+    return []
 
 
-def _scores(run: Path) -> Faults:
+def _check_scores(run: Path) -> Iterator[str]:
     tensors = Scores.load(run).tensors
-    layers = len(tensors) // 2
-    wanted = {f"layers.{index}.{block}" for index in range(layers) for block in ("attention", "ffn")}
-    if wanted != set(tensors) or any(values.dim() != 1 for values in tensors.values()):
-        yield f"{run / SCORES_FILE}: not one list of scores for the attention and the ffn of every layer"
-    yield from (f"{run / SCORES_FILE}: {name} holds NaN or infinity" for name in _not_finite(tensors.items()))
+    expected_names = {f"layers.{index}.{block}" for index in range(len(tensors) // 2) for block in BLOCKS}
+    if expected_names != set(tensors) or any(scores.dim() != 1 for scores in tensors.values()):
+        yield f"{run / SCORES_FILE}: expected one vector of scores for the attention and the ffn of every layer."
+    for name in _non_finite(tensors.items()):
+        yield f"{run / SCORES_FILE}: {name} contains NaN or infinity."
 
 
-def _checkpoints(run: Path) -> Faults:
+def _check_checkpoints(run: Path) -> Iterator[str]:
     folders = sorted((run / CHECKPOINTS_FOLDER).glob("step-*"))
     for index, folder in enumerate(folders):
-        yield from _lines(_checkpoint(folder, folders[:index], run))
+        yield from _faults(partial(_check_checkpoint, older=folders[:index], run=run), folder)
 
 
-def _checkpoint(folder: Path, older: Sequence[Path] = (), run: Path | None = None) -> Faults:
-    found = checkpoint.load_checkpoint(folder, older)
-    tensors = {name: value for name, value in vars(found.state).items() if isinstance(value, Tensor)}
-    yield from (f"{folder}: {name} holds NaN or infinity" for name in _not_finite(tensors.items()))
+def _check_checkpoint(folder: Path, older: Sequence[Path] = (), run: Path | None = None) -> Iterator[str]:
+    """Check a checkpoint, and its history if the run is given. `older` are the checkpoints to fall back to."""
+    checkpoint = load_checkpoint(folder, older)
+    state = {name: value for name, value in vars(checkpoint.state).items() if isinstance(value, Tensor)}
+    for name in _non_finite(state.items()):
+        yield f"{folder}: {name} contains NaN or infinity."
     if run:
-        refuse_other_history(run, found.history)
+        refuse_other_history(run, checkpoint.history)
 
 
-def _metrics(run: Path) -> Faults:
-    lines = (run / METRICS_FILE).read_bytes().split(b"\n")[:-1]  # what a killed search wrote of a line is no damage
+def _check_metrics(run: Path) -> Iterator[str]:
+    lines = (run / METRICS_FILE).read_bytes().split(b"\n")[:-1]  # a killed search may leave an incomplete last line
     for number, line in enumerate(lines, 1):
         try:
             json.loads(line)["step"]
         except (ValueError, TypeError, KeyError):
-            yield f"{run / METRICS_FILE}:{number}: not a row of a search"
+            yield f"{run / METRICS_FILE}:{number}: expected a JSON object with the key 'step'."
 
 
-def _costs(run: Path) -> Faults:
+def _check_costs(run: Path) -> Iterator[str]:
     record = read_record(run / COSTS_FILE)
-    for family in ("attention", "ffn"):
-        values = record.get(family)
-        if not isinstance(values, list) or not values or not all(type(value) is int and value > 0 for value in values):
-            yield f"{run / COSTS_FILE}: {family} is no list of nanoseconds a unit"
+    for block in BLOCKS:
+        costs = record.get(block)
+        if not isinstance(costs, list) or not costs or not all(type(cost) is int and cost > 0 for cost in costs):
+            yield f"{run / COSTS_FILE}: {block} is not a list of positive integers (nanoseconds per unit)."
 
 
-def _decision(run: Path) -> Faults:
+def _check_decision(run: Path) -> Iterator[str]:
     decision = Decision.load(run)
-    yield from _lines(_of_this_run(run, decision))
+    if (run / RECIPE_FILE).exists() and not list(_faults(_check_recipe, run)):
+        yield from _faults(partial(_check_belongs, decision=decision), run)
+    yield from _check_repair(run, decision)
+    if (run / SCORES_FILE).exists() and not list(_faults(_check_scores, run)):
+        scores = Scores.load(run)
+        decided = {
+            f"layers.{index}.{block}": len(layer_mask.of(block))
+            for index, layer_mask in enumerate(decision.model_mask)
+            for block in BLOCKS
+        }
+        scored = {name: len(values) for name, values in scores.tensors.items()}
+        if scores.fingerprint != decision.fingerprint or scored != decided:
+            yield f"{run}: {SCORES_FILE} and {DECISION_RECORD} belong to different models."
+
+
+def _check_belongs(run: Path, decision: Decision) -> Iterable[str]:
+    refuse_other_decision(run, decision)
+    return []
+
+
+def _check_repair(run: Path, decision: Decision) -> Iterator[str]:
+    """Check that the repaired output projections fit the kept units and are finite."""
     for (index, block), output in decision.outputs.items():
+        place = f"{run / REPAIR_FILE}: layers.{index}.{block}"
         kept = int(decision.model_mask[index].of(block).sum()) if index < len(decision.model_mask) else 0
         if output.weight.dim() != 2 or not kept or output.weight.shape[1] % kept:
-            yield f"{run / REPAIR_FILE}: layers.{index}.{block} does not fit the {kept} units that stay there"
-        elif any(
-            _not_finite((part, value) for part, value in zip(("w", "b"), output, strict=True) if value is not None)
-        ):
-            yield f"{run / REPAIR_FILE}: layers.{index}.{block} holds NaN or infinity"
-    if (run / SCORES_FILE).exists() and not list(_lines(_scores(run))):
-        scores = Scores.load(run)
-        sizes = [len(values) for layer in decision.model_mask for values in (layer.attention, layer.ffn)]
-        scored = [len(scores.tensors[f"layers.{i // 2}.{('attention', 'ffn')[i % 2]}"]) for i in range(len(sizes))]
-        if scores.fingerprint != decision.fingerprint or sizes != scored:
-            yield f"{run}: {SCORES_FILE} and {DECISION_RECORD} are of two models"
+            yield f"{place} does not fit the {kept} kept units."
+        elif any(part is not None and not part.isfinite().all() for part in output):
+            yield f"{place} contains NaN or infinity."
 
 
-def _of_this_run(run: Path, decision: Decision) -> Faults:
-    if (run / RECIPE_FILE).exists() and not list(_lines(_recipe(run))):
-        refuse_other_decision(run, decision)
-    yield from ()
+def _check_record(name: str) -> Check:
+    """Return a check that a record in a directory can be read and has the right checksum."""
+
+    def check(directory: Path) -> Iterable[str]:
+        read_record(directory / name)
+        return []
+
+    return check
 
 
-def _object(name: str) -> Callable[[Path], Faults]:
-    def faults(run: Path) -> Faults:
-        read_record(run / name)
-        yield from ()
-
-    return faults
-
-
-def _not_finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
+def _non_finite(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
+    """Yield the names of the tensors that contain NaN or infinity."""
     return (name for name, values in tensors if not values.isfinite().all())
 
 
-RUN: dict[str, Callable[[Path], Faults]] = {
-    RECIPE_FILE: _recipe,
-    SCORES_FILE: _scores,
-    CHECKPOINTS_FOLDER: _checkpoints,
-    METRICS_FILE: _metrics,
-    COSTS_FILE: _costs,
-    DECISION_RECORD: _decision,
-    EVALUATION_FILE: _object(EVALUATION_FILE),
-    MEASURED_FILE: _object(MEASURED_FILE),
+RUN_PARTS: dict[str, Check] = {
+    RECIPE_FILE: _check_recipe,
+    SCORES_FILE: _check_scores,
+    CHECKPOINTS_FOLDER: _check_checkpoints,
+    METRICS_FILE: _check_metrics,
+    COSTS_FILE: _check_costs,
+    DECISION_RECORD: _check_decision,
+    EVALUATION_FILE: _check_record(EVALUATION_FILE),
+    MEASURED_FILE: _check_record(MEASURED_FILE),
 }
-"""What a run directory may hold; a run that is not finished lacks some."""
+"""What a run directory may contain. An unfinished run has only some of it."""
+
+SINGLE_PARTS = (SCORES_FILE, METRICS_FILE, COSTS_FILE, EVALUATION_FILE, MEASURED_FILE)
+"""The parts that can be verified alone, under one name."""
 
 
-def _run(run: Path) -> Verdict:
-    checked = [part for part in RUN if (run / part).exists()]
-    return Verdict(str(run), "run directory", checked, [line for part in checked for line in _lines(RUN[part](run))])
+# --- the kinds
 
 
-def _comparison(out: Path) -> Verdict:
-    """A directory of `pgprune compare`: its table, and every run below it."""
-    runs = sorted({path.parent for part in (RECIPE_FILE, SCORES_FILE, MEASURED_FILE) for path in out.rglob(part)})
-    faults = [*_lines(_object(COMPARISON_RECORD)(out)), *(line for run in runs for line in _run(run).faults)]
-    return Verdict(
-        str(out), "comparison", [COMPARISON_RECORD, *(run.relative_to(out).as_posix() for run in runs)], faults
-    )
+def _parts_of_run(run: Path) -> list[str]:
+    return [part for part in RUN_PARTS if (run / part).exists()]
 
 
-# --- what can be looked at by itself: kind, whether a path is one, its faults
+def _check_run(run: Path) -> Iterator[str]:
+    for part in _parts_of_run(run):
+        yield from _faults(RUN_PARTS[part], run)
 
-PARTS = (SCORES_FILE, METRICS_FILE, COSTS_FILE, EVALUATION_FILE, MEASURED_FILE)
+
+def _runs_in(comparison: Path) -> list[Path]:
+    files = (RECIPE_FILE, SCORES_FILE, MEASURED_FILE)
+    return sorted({path.parent for file in files for path in comparison.rglob(file)})
 
 
-def _gguf(path: Path) -> Faults:
+def _parts_of_comparison(directory: Path) -> list[str]:
+    return [COMPARISON_RECORD, *(run.relative_to(directory).as_posix() for run in _runs_in(directory))]
+
+
+def _check_comparison(directory: Path) -> Iterator[str]:
+    yield from _faults(_check_record(COMPARISON_RECORD), directory)
+    for run in _runs_in(directory):
+        yield from _check_run(run)
+
+
+def _is_gguf(path: Path) -> bool:
+    return path.is_file() and gguf_checksum.has_checksum(path)
+
+
+def _check_gguf(path: Path) -> Iterable[str]:
     fault = gguf_checksum.fault_of(path)
-    yield from [fault] if fault else []
+    return [fault] if fault else []
 
 
-def _exported(path: Path) -> bool:
-    return (path / checksums.CHECKSUMS_FILE).exists() or all(
-        (path / name).exists() for name in ("config.json", DECISION_RECORD)
-    )
+def _is_model_directory(path: Path) -> bool:
+    """Return whether this is an export. An export without SHA256SUMS is recognized by its decision and its config."""
+    has_decision = all((path / name).exists() for name in ("config.json", DECISION_RECORD))
+    return (path / checksums.CHECKSUMS_FILE).exists() or has_decision
 
 
-KINDS: tuple[tuple[str, Callable[[Path], bool], Callable[[Path], Faults]], ...] = (
-    ("model in a GGUF file", lambda path: path.is_file() and gguf_checksum.has_checksum(path), _gguf),
-    ("model directory", _exported, checksums.faults_of),
-    (
+def _is_checkpoint(path: Path) -> bool:
+    return any((path / name).exists() for name in (CHECKPOINT_RECORD, CHECKPOINT_TENSORS))
+
+
+KINDS = (
+    Kind("GGUF file", _is_gguf, _check_gguf),
+    Kind("model directory", _is_model_directory, checksums.faults_of),
+    Kind(
         "decision",
         lambda path: path.name in (DECISION_RECORD, DECISION_MASKS, REPAIR_FILE),
-        lambda path: _decision(path.parent),
+        lambda path: _check_decision(path.parent),
     ),
-    ("part of a run", lambda path: path.name in PARTS and path.is_file(), lambda path: RUN[path.name](path.parent)),
-    (
-        "comparison's table",
+    Kind(
+        "part of a run",
+        lambda path: path.name in SINGLE_PARTS and path.is_file(),
+        lambda path: RUN_PARTS[path.name](path.parent),
+    ),
+    Kind(
+        "table of a comparison",
         lambda path: path.name == COMPARISON_RECORD,
-        lambda path: _object(COMPARISON_RECORD)(path.parent),
+        lambda path: _check_record(COMPARISON_RECORD)(path.parent),
     ),
-    (
-        "checkpoint",
-        lambda path: any((path / name).exists() for name in (checkpoint.DECISION_RECORD, checkpoint.TENSORS)),
-        _checkpoint,
+    Kind("checkpoint", _is_checkpoint, _check_checkpoint),
+    Kind("run directory", lambda path: bool(_parts_of_run(path)), _check_run, _parts_of_run),
+    Kind(
+        "comparison",
+        lambda path: (path / COMPARISON_RECORD).exists(),
+        _check_comparison,
+        _parts_of_comparison,
     ),
 )
+"""What can be verified. The first kind that matches is taken."""

@@ -491,7 +491,7 @@ def test_verify_says_what_is_whole_and_what_is_not(pgprune) -> None:
 
     assert pgprune("verify", "nothing")[0] == 2
     assert pgprune("init-scores", "demo", "--out", "run", "--metric", "magnitude", "-q")[0] == 0
-    assert pgprune("verify", "run") == (0, "run: whole, a run directory: scores.safetensors\n", "")
+    assert pgprune("verify", "run") == (0, "run: intact (run directory): scores.safetensors\n", "")
     Path("run", DECISION_RECORD).write_text("{")
     code, out, err = pgprune("verify", "run")
     assert (code, len(out.splitlines()), err) == (1, 1, "")
