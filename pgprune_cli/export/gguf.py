@@ -101,7 +101,7 @@ def _import_gguf() -> Any:
     try:
         import gguf
     except ImportError:
-        raise UserError("--format gguf: the gguf library is not installed. pip install 'pgprune[gguf]'") from None
+        raise UserError("--format gguf: needs the gguf library. Install it with: pip install 'pgprune[gguf]'") from None
     return gguf
 
 

@@ -49,7 +49,9 @@ def read_header(path: Path) -> Header:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             return _HeaderReader(content).header()
     except ImportError:
-        raise UserError(f"{path.name}: the gguf library is not installed. pip install 'pgprune[gguf]'") from None
+        raise UserError(
+            f"{path.name}: reading GGUF needs the gguf library. Install it with: pip install 'pgprune[gguf]'"
+        ) from None
     except (_HeaderError, error, ValueError) as caught:  # ValueError for an empty file, which cannot be mapped
         reason = caught if isinstance(caught, _HeaderError) else TRUNCATED
         raise UserError(f"{path}: damaged or not GGUF: {reason}. Fetch the model's files again.") from None

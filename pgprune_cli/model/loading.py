@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
@@ -41,7 +41,7 @@ def read_config(source: Source) -> Any:
     try:
         return AutoConfig.from_pretrained(source.directory, trust_remote_code=False, **arguments)
     except Exception as error:  # the loaders raise dozens of kinds for files that are not what they should be
-        raise UserError(f"{source.name}: its config cannot be used: {reason_of(error)}") from error
+        raise UserError(f"{source.name}: its config cannot be used: {reason_of(error)}.") from error
 
 
 def check_prunable(source: Source) -> None:
@@ -104,7 +104,7 @@ def load_tokenizer(source: Source) -> Any:
     try:
         return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False, **arguments)
     except Exception as error:  # dozens of kinds, see above
-        raise UserError(f"{source.name}: its tokenizer cannot be loaded: {reason_of(error)}") from error
+        raise UserError(f"{source.name}: its tokenizer cannot be loaded: {reason_of(error)}.") from error
 
 
 def stored_weights(source: Source, path: Path) -> int:
@@ -123,7 +123,7 @@ def stored_weights(source: Source, path: Path) -> int:
 def reason_of(error: Exception) -> str:
     """Return why a loader failed, in words that fit this program: it has no argument `trust_remote_code`."""
     if "trust_remote_code" in str(error):
-        return "it needs code of its own (auto_map), and pgprune runs none"
+        return "it needs code of its own (auto_map), which pgprune does not run"
     return in_short(error)
 
 
@@ -155,7 +155,7 @@ def _read(source: Source, dtype: str, devices: list[torch.device]) -> nn.Module:
         with silence:
             model, info = AutoModelForCausalLM.from_pretrained(source.directory, output_loading_info=True, **arguments)
     except Exception as error:  # the loaders raise dozens of kinds for files that are not what they should be
-        raise UserError(f"{source.name}: cannot be loaded: {reason_of(error)}") from error
+        raise UserError(f"{source.name}: cannot be loaded: {reason_of(error)}.") from error
     finally:
         logging.enable_progress_bar()
         logging.set_verbosity(verbosity)
@@ -233,7 +233,9 @@ def _place(model: nn.Module, devices: list[torch.device]) -> nn.Module:
     if len(devices) == 1:
         return model.to(devices[0])
     if not find_spec("accelerate"):
-        raise UserError("a model on several devices needs accelerate: pip install 'pgprune[multi-gpu]'")
+        raise UserError(
+            "device: several devices need accelerate, which is not installed. pip install 'pgprune[multi-gpu]'"
+        )
     from accelerate import dispatch_model
 
     causal: Any = model
@@ -267,7 +269,7 @@ def _build_empty(source: Source, dtype: str) -> nn.Module:
         with torch.device("meta"):
             model: nn.Module = build(config, dtype=getattr(torch, name))
     except Exception as error:  # dozens of kinds, see above
-        raise UserError(f"{source.name}: no model can be built from its config: {reason_of(error)}") from error
+        raise UserError(f"{source.name}: no model can be built from its config: {reason_of(error)}.") from error
     return model.eval().requires_grad_(False)
 
 
@@ -296,11 +298,18 @@ def _refuse_mismatches(source: Source, missing: Iterable[str], mismatched: Itera
     if by_name := sorted(mismatched):
         name, stored, expected = by_name[0]
         raise UserError(
-            f"{source.name}: {len(by_name)} weights do not fit its config: {name} has the shape {tuple(stored)}, but "
-            f"the config asks for {tuple(expected)}"
+            f"{source.name}: {_count(by_name, 'weight')} of another shape than config.json says. The first is {name}, "
+            f"{tuple(stored)} instead of {tuple(expected)}. Fetch the model's files again."
         )
     if names := sorted(missing):
-        raise UserError(f"{source.name}: its files lack {len(names)} weights, the first is {names[0]}")
+        raise UserError(
+            f"{source.name}: {_count(names, 'weight')} missing from its files. The first is {names[0]}. "
+            "Fetch the model's files again."
+        )
+
+
+def _count(items: Sequence[object], noun: str) -> str:
+    return f"{len(items)} {noun} is" if len(items) == 1 else f"{len(items)} {noun}s are"
 
 
 def _refuse_oversized_config(source: Source, model: nn.Module) -> None:
@@ -314,7 +323,8 @@ def _refuse_oversized_config(source: Source, model: nn.Module) -> None:
     quantised = getattr(causal.config, "quantization_config", None) is not None  # several weights are stored as one
     if configured > 2 * stored and not quantised:
         raise UserError(
-            f"{source.name}: its config describes {configured:,} weights, but its files hold only {stored:,}"
+            f"{source.name}: config.json describes {configured:,} weights, but the files hold only {stored:,}. "
+            "Fetch the model's files again."
         )
 
 

@@ -87,3 +87,21 @@ def save_tokenizer(directory: Path, size: int = VOCABULARY, splitter=None, **opt
         tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<|endoftext|>", **options
     )
     fast.save_pretrained(directory)
+
+
+def save_shards(directory: Path) -> Path:
+    """Split the weights of a saved model into two files with an index that names the second one first."""
+    import json
+
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    names = sorted(tensors)
+    shards = {"two.safetensors": names[: len(names) // 2], "one.safetensors": names[len(names) // 2 :]}
+    for file, names in shards.items():
+        save_file({name: tensors[name] for name in names}, directory / file, metadata={"format": "pt"})
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    index = directory / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return directory

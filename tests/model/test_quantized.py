@@ -482,7 +482,7 @@ def test_damaged_files_are_refused_as_without_rounding(damaged: Path) -> None:
         return str(caught.value)
 
     for broken, facts in (
-        ({key: value for key, value in tensors.items() if key != name}, ("lack 1 weight", name)),
+        ({key: value for key, value in tensors.items() if key != name}, ("1 weight is missing", name)),
         (tensors | {name: tensors[name][:5].clone()}, (name, "(5, 32)", "(24, 32)")),
     ):
         says(error_with(broken), str(damaged), *facts)

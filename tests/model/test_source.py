@@ -1,0 +1,223 @@
+"""From a name to a model's files: every kind of name, every refusal, and the fingerprint."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+from helpers.messages import refused
+from helpers.models import save_shards
+
+from pgprune_cli.errors import UserError
+from pgprune_cli.model.loading import load_model
+from pgprune_cli.model.source import DEMO_MODEL, INDEX, Source, resolve
+
+
+def make(folder: Path, *names: str) -> Path:
+    """Create empty files: `resolve` only looks at names."""
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).touch()
+    return folder
+
+
+# --- names
+
+
+def test_demo_is_the_model_that_ships_with_the_package() -> None:
+    source = resolve("demo")
+    assert source == Source("demo", DEMO_MODEL, None)
+    assert source.weight_files() == [DEMO_MODEL / "model.safetensors"]
+
+
+def test_a_directory_with_safetensors_is_found(saved: Path) -> None:
+    assert resolve(str(saved)) == Source(str(saved), saved, None)
+
+
+def test_weight_files_are_listed_in_the_order_of_the_index(damaged: Path) -> None:
+    source = resolve(str(save_shards(damaged)))
+    assert source.weight_files() == [damaged / "two.safetensors", damaged / "one.safetensors"]
+
+
+def test_a_path_may_be_relative_or_start_at_home(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(saved.parent)
+    assert resolve("model") == Source("model", Path("model"), None)
+    monkeypatch.setenv("HOME", str(saved.parent))
+    assert resolve("~/model") == Source("~/model", saved, None)
+
+
+def test_a_gguf_file_is_found(tmp_path: Path) -> None:
+    file = make(tmp_path / "quantised", "x-Q8_0.gguf", "x-Q4_K.gguf") / "x-Q8_0.gguf"
+    source = resolve(str(file))
+    assert source == Source(str(file), file.parent, "x-Q8_0.gguf")
+    assert source.weight_files() == [file]
+
+
+def test_a_directory_with_one_gguf_file_is_found(tmp_path: Path) -> None:
+    folder = make(tmp_path / "quantised", "x.gguf", "README.md")
+    assert resolve(str(folder)) == Source(str(folder), folder, "x.gguf")
+
+
+def test_a_directory_with_several_gguf_files_is_refused(tmp_path: Path) -> None:
+    folder = make(tmp_path / "quantised", "b.gguf", "a.gguf")
+    with refused(f"{folder}: holds 2 GGUF files", "a.gguf, b.gguf"):
+        resolve(str(folder))
+
+
+def test_a_directory_with_pickled_weights_is_refused(tmp_path: Path) -> None:
+    folder = make(tmp_path / "old", "config.json", "pytorch_model.bin")
+    with refused(str(folder), "neither model.safetensors nor", INDEX, "scripts/convert_to_safetensors.py"):
+        resolve(str(folder))
+
+
+def test_safetensors_are_used_when_pickles_exist_too(damaged: Path) -> None:
+    (damaged / "pytorch_model.bin").touch()
+    assert resolve(str(damaged)).weight_files() == [damaged / "model.safetensors"]
+
+
+def test_directories_and_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
+    folder = make(tmp_path / "empty")
+    with refused(f"{folder}: holds neither config.json with safetensors nor a .gguf file"):
+        resolve(str(folder))
+    folder = make(tmp_path / "half", "config.json")
+    with refused(f"{folder}: has config.json", "neither model.safetensors nor"):
+        resolve(str(folder))
+    file = make(tmp_path / "half", "model.safetensors") / "model.safetensors"
+    with refused(f"{file}: not a model", "a .gguf file or a hub name"):
+        resolve(str(file))
+
+
+@pytest.mark.parametrize("name", ["nowhere", "a/b/c", "./owner/name", "models/x", "owner/na me", "demo2", "../x", ""])
+def test_a_name_that_cannot_be_on_the_hub_is_refused_without_asking_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forbidden(*_: object, **__: object) -> None:
+        raise AssertionError(f"asked the hub for {name!r}")
+
+    monkeypatch.chdir(make(tmp_path / "here"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", forbidden)
+    # an empty name is the current directory
+    with refused(f"{name}: ", "no such directory or .gguf file" if name else "holds neither"):
+        resolve(name)
+
+
+# --- the hub
+
+
+def test_a_hub_model_is_downloaded_without_pickles_and_code(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def download(name: str, **options: list[str]) -> str:
+        calls.append((name, options["allow_patterns"]))
+        return str(saved)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert resolve("owner/some.model-1") == Source("owner/some.model-1", saved, None)
+    [(name, patterns)] = calls
+    assert name == "owner/some.model-1"
+    for file in ("model.safetensors", INDEX, "config.json", "tokenizer.json", "chat_template.jinja", "tokenizer.model"):
+        assert any(fnmatch(file, pattern) for pattern in patterns), file
+    for file in ("pytorch_model.bin", "modeling_x.py", "model.gguf", "consolidated.00.pth"):
+        assert not any(fnmatch(file, pattern) for pattern in patterns), file
+
+
+def test_a_hub_that_cannot_be_reached_is_reported_with_an_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(*_: object, **__: object) -> None:
+        raise LocalEntryNotFoundError("Cannot find\nan appropriate   cached snapshot folder")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with refused("owner/name: ", "(Cannot find an appropriate cached snapshot folder)", "`model:`"):
+        resolve("owner/name")
+
+
+def test_the_cache_of_the_hub_is_where_hf_home_says(tmp_path: Path) -> None:
+    repository = tmp_path / "hub" / "models--me--tiny"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    make(snapshot, "config.json", "model.safetensors")
+    code = "from pgprune_cli.model.source import resolve; print(resolve('me/tiny').directory)"
+    environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    environment.pop("HF_HUB_CACHE", None)
+    process = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert process.stdout == f"{snapshot}\n", process.stderr
+
+
+# --- weight files
+
+
+def test_a_missing_shard_is_refused(damaged: Path) -> None:
+    source = resolve(str(save_shards(damaged)))
+    (damaged / "one.safetensors").unlink()
+    with refused(f"{damaged / 'one.safetensors'}: missing"):
+        source.weight_files()
+    with refused(f"{damaged / 'one.safetensors'}: missing"):
+        load_model(source, "auto", "cpu")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "\xff"])
+def test_a_damaged_index_is_refused(damaged: Path, content: str) -> None:
+    (damaged / INDEX).write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError) as caught:
+        resolve(str(damaged)).weight_files()
+    assert str(caught.value).startswith(f"{damaged / INDEX}: ")
+
+
+def test_an_index_without_a_weight_map_is_refused(damaged: Path) -> None:
+    (damaged / INDEX).write_text(json.dumps({"metadata": {}}))
+    with refused(f"{damaged / INDEX}: ", "weight_map"):
+        resolve(str(damaged)).weight_files()
+
+
+# --- fingerprints
+
+
+def test_fingerprint_does_not_depend_on_the_directory(saved: Path, damaged: Path) -> None:
+    assert resolve(str(damaged)).fingerprint() == resolve(str(saved)).fingerprint()
+
+
+def test_fingerprint_changes_with_any_weight_byte_of_a_small_model(damaged: Path) -> None:
+    source = resolve(str(damaged))
+    fingerprints = {source.fingerprint()}
+    content = (damaged / "model.safetensors").read_bytes()
+    positions = range(0, len(content), len(content) // 20)
+    for position in (*positions, len(content) - 1):
+        changed = bytearray(content)
+        changed[position] ^= 1
+        (damaged / "model.safetensors").write_bytes(changed)
+        fingerprints.add(source.fingerprint())
+    assert len(fingerprints) == len(positions) + 2
+
+
+def test_fingerprint_changes_with_the_config_and_with_the_size(damaged: Path) -> None:
+    source = resolve(str(damaged))
+    before = source.fingerprint()
+    config = (damaged / "config.json").read_text()
+    (damaged / "config.json").write_text(config.replace("10000.0", "20000.0"))
+    changed = source.fingerprint()
+    assert changed != before
+    with (damaged / "model.safetensors").open("ab") as file:
+        file.write(b"\0")
+    assert source.fingerprint() not in (before, changed)
+
+
+def test_fingerprint_samples_every_part_of_a_large_file(tmp_path: Path) -> None:
+    """8 MiB in 64 samples: a change of any eighth of the file is noticed."""
+    folder = make(tmp_path / "large")
+    (folder / "x.gguf").write_bytes(bytes(8 << 20))
+    source = resolve(str(folder))
+    fingerprints = {source.fingerprint()}
+    for start in range(0, 8 << 20, 1 << 20):
+        content = bytearray(8 << 20)
+        content[start : start + (1 << 20)] = b"\1" * (1 << 20)
+        (folder / "x.gguf").write_bytes(content)
+        fingerprints.add(source.fingerprint())
+    assert len(fingerprints) == 9
