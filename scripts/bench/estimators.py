@@ -1,13 +1,13 @@
-"""Which estimator gets how far with how many forward passes? Runs each with several seeds, in equal conditions.
+"""Compare estimators: how far each gets with the same number of forward passes, over several seeds.
 
-    python scripts/bench/estimators.py RECIPE --out DIR --ppl wikitext2=FILE [--seeds 0 1 2] [--max-windows 256] [--set K=V]
+    python scripts/bench/estimators.py RECIPE --out DIR --ppl wikitext2=FILE [--seeds 0 1 2] [--max-windows 256]
 
-`paper` and `rloo` sample every unit by itself, `layers` the widths of the layers. All of them get the same number of
-forward passes, the same text and in the end a repair; the units that were sampled one by one stay the ones they are in it.
-A line of the plot is the search as it sees itself, the dot at its end the decision after the repair.
-DIR holds a run for each estimator and seed; one that is finished is not repeated, and one that was stopped goes on.
-Every directory `DIR/NAME/seed-N` is then read, also those that another version of pgprune made: a table goes to stdout
-and `estimators.md`, a plot to `estimators.svg` (matplotlib, `pip install -e '.[dev]'`).
+`paper` and `rloo` sample every unit independently, `widths` samples the widths of the layers. All get the same text,
+the same number of forward passes and a repair at the end, which keeps the units that `paper` and `rloo` chose. A line of
+the plot is the perplexity seen during the search; the dot at its end is the decision after the repair.
+DIR holds one run per estimator and seed; finished runs are kept and interrupted ones resume. All directories
+`DIR/NAME/seed-N` are then read, including those from other versions of pgprune. The table goes to stdout and
+`estimators.md`, the plot to `estimators.svg` (needs matplotlib: pip install -e '.[dev]').
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ UNITS = ["search.policy=units", "search.masks_per_step=2", "search.evaluate_ever
 ESTIMATORS = {
     "paper": [*UNITS, "search.estimator=paper"],
     "rloo": [*UNITS, "search.estimator=rloo"],
-    "widths": ["search.evaluate_every=1"],  # of 16 samples, so that all are looked at after as many forward passes
+    "widths": [
+        "search.evaluate_every=1"
+    ],  # 16 masks per step, so all are evaluated after the same number of forward passes
 }
 MEASURED = "bench.json"
 
 
 def curve(run: Path) -> list[tuple[int, float]]:
-    """(forward passes so far, held-out perplexity of the hard mask) wherever a search looked at it."""
+    """Return (forward passes so far, held-out perplexity of the hard mask) for each evaluation during the search."""
     rows = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
     return [
         (row["step"] * len(row["losses"]), math.exp(row["heldout_loss"]))
@@ -46,13 +48,13 @@ def curve(run: Path) -> list[tuple[int, float]]:
 
 
 def measure(run: Path, corpus: Corpus, limit: int) -> dict[str, Any]:
-    """Perplexity of the finished run: from the file where it was measured already on the same text."""
-    record, asked = run / MEASURED, {"corpus": corpus.text, "limit": limit}
+    """Return the perplexity of a finished run, read from its file if it was measured on the same text before."""
+    record, question = run / MEASURED, {"corpus": corpus.text, "limit": limit}
     measured = read_json(record) if record.exists() else {}
-    if {key: measured.get(key) for key in asked} != asked:
+    if {key: measured.get(key) for key in question} != question:
         decision = Decision.load(run)
         cell = evaluate(open_target(str(run), None, None), [corpus], [128], limit)["perplexity"][0]
-        measured = asked | {
+        measured = question | {
             "ppl": cell["ppl"],
             "heldout": decision.heldout_loss,
             "forward_passes": decision.forward_passes,
@@ -78,11 +80,11 @@ def main() -> None:
     runs = sorted(record.parent for record in options.out.glob("*/seed-*/decision.json"))
     names = sorted({run.parent.name for run in runs})
     lines = [
-        f"| estimator | forward passes | {options.ppl.name} perplexity: mean (each seed) | held-out loss, nats per token |",
+        f"| estimator | forward passes | {options.ppl.name} perplexity: mean (each seed) | held-out loss, nats/token |",
         "|---|---|---|---|",
     ]
     for name in names:
-        values = [measure(run, options.ppl, options.limit) for run in runs if run.parent.name == name]
+        values = [measure(run, options.ppl, options.max_windows) for run in runs if run.parent.name == name]
         each = ", ".join(f"{value['ppl']:.1f}" for value in values)
         held = ", ".join(f"{value['heldout']:.3f}" for value in values)
         mean = statistics.fmean(value["ppl"] for value in values)
@@ -94,6 +96,7 @@ def main() -> None:
 
 
 def plot(runs: list[Path], names: list[str], target: Path) -> None:
+    """Draw the held-out perplexity of every run over its forward passes."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -104,13 +107,15 @@ def plot(runs: list[Path], names: list[str], target: Path) -> None:
     for run in runs:
         name = run.parent.name
         forward_passes, perplexities = zip(*curve(run), strict=True)
-        label = name if run == next(one for one in runs if one.parent.name == name) else None
+        label = name if run == next(first for first in runs if first.parent.name == name) else None
         axes.plot(forward_passes, perplexities, color=colours[name], alpha=0.8, linewidth=1.4, label=label)
         repaired = math.exp(Decision.load(run).heldout_loss or math.inf)
         axes.plot(forward_passes[-1:], [repaired], "o", color=colours[name], markersize=5)
     axes.set(xlabel="forward passes of the search", ylabel="held-out perplexity of the hard mask", yscale="log")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names), frameon=False)  # covers no line
+    axes.legend(
+        loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names), frameon=False
+    )  # above the axes, where it hides no line
     figure.savefig(target, bbox_inches="tight", metadata={"Date": None})
 
 

@@ -1,11 +1,11 @@
-"""How much memory does an export take? Checkpoints of LLaMA-7B's sizes and of half its layers, exported apart.
+"""Measure the memory of an export, for checkpoints of LLaMA-7B's sizes and of half its layers.
 
     python scripts/bench/export_memory.py [--layers 16 32] [--hidden 4096] [--dtype bfloat16] [--folder DIR]
 
-The weights are random, in shards of 1 GB. Half of the units go, and what is left of o and down is repaired (with random
-weights, from a file as a search writes it). Every export runs in a process of its own and reports the peak of its
-resident memory (VmHWM, so on Linux only), which counts the mapped pages of the open shard. Peaks that do not grow with
-the layers show that it is independent of the model's size. Needs disk for a checkpoint, its repair and its export.
+The weights are random, in shards of 1 GB. Half of the units are removed and the output projections are repaired (with
+random weights, from a file like one that a search writes). Every export runs in a process of its own and reports its
+peak resident memory (VmHWM, so on Linux only), which includes the mapped pages of the open shard. If the peak does not
+grow with the layers, it does not depend on the model's size. Needs disk space for a checkpoint, its repair and export.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def config_of(layers: int, hidden: int) -> LlamaConfig:
 
 
 def make(folder: Path, layers: int, hidden: int, dtype: torch.dtype) -> Model:
-    """Writes a random checkpoint shard by shard, a decision that keeps half of every layer, and its repair."""
+    """Write a random checkpoint shard by shard, a decision that keeps half of every layer, and its repair."""
     config = config_of(layers, hidden)
     tensors = tensors_of(config, dtype)
     draw = random_tensors(dtype)
@@ -65,41 +65,41 @@ def make(folder: Path, layers: int, hidden: int, dtype: torch.dtype) -> Model:
     config.dtype = dtype
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(checkpoint)
-    places, runs = {}, list(shards(tensors))
-    for number, names in enumerate(runs, 1):
-        file = f"model-{number:05}-of-{len(runs):05}.safetensors"
+    shard_of, shard_names = {}, list(shards(tensors))
+    for number, names in enumerate(shard_names, 1):
+        file = f"model-{number:05}-of-{len(shard_names):05}.safetensors"
         save_file({name: draw(tensors[name].shape).clone() for name in names}, checkpoint / file)
-        places |= dict.fromkeys(names, file)
-    (checkpoint / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        shard_of |= dict.fromkeys(names, file)
+    (checkpoint / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shard_of}))
     heads, channels = torch.arange(config.num_attention_heads), torch.arange(config.intermediate_size)
-    # Of the last layer a little more, so that the layers differ.
-    keep = tuple(
+    # The last layer keeps a few more channels, so that the layers differ.
+    model_mask = tuple(
         LayerMask(heads % 2 == 0, (channels % 2 == 0) | (channels < 8 * (index == layers - 1)))
         for index in range(layers)
     )
     outputs = {}
-    for index, layer in enumerate(keep):
+    for index, layer in enumerate(model_mask):
         for name, width in (("attention", int(layer.attention.sum()) * 128), ("ffn", int(layer.ffn.sum()))):
             outputs[index, name] = Output(draw((hidden, width)).clone(), None)
     fingerprint = resolve(str(checkpoint)).fingerprint()
     recipe = f"dtype: {str(dtype).removeprefix('torch.')}"
-    Decision(keep, str(checkpoint), fingerprint, 0.5, recipe, 0, 0, 0, None, outputs).save(run)
+    Decision(model_mask, str(checkpoint), fingerprint, 0.5, recipe, 0, 0, 0, None, outputs).save(run)
     return Model(checkpoint, run, sum(tensor.nbytes for tensor in tensors.values()))
 
 
 def tensors_of(config: LlamaConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """On the meta device, by name."""
+    """Return the tensors by name, on the meta device."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).state_dict()
 
 
 def random_tensors(dtype: torch.dtype) -> Callable[[Sequence[int]], torch.Tensor]:
-    """Random weights by shape. Those of one shape are the same, for drawing billions takes long."""
+    """Return a function that gives random weights by shape. Equal shapes share weights: drawing billions takes long."""
     return cache(lambda shape: torch.randn(shape, dtype=dtype) * 0.02)
 
 
 def shards(tensors: dict[str, torch.Tensor]) -> Iterator[list[str]]:
-    """The names in runs of at most 1 GB."""
+    """Yield the names in groups of at most 1 GB."""
     names: list[str] = []
     size = 0
     for name, tensor in tensors.items():
@@ -112,7 +112,7 @@ def shards(tensors: dict[str, torch.Tensor]) -> Iterator[list[str]]:
 
 
 def measured(run: Path, out: Path) -> None:
-    """In a process of its own: exports, and prints what the kernel says of it."""
+    """Export, and print the memory that the kernel reports. Runs in a process of its own."""
     before = peak_memory()
     began = time.perf_counter()
     planned = export(run, out, Options(shard_size=SHARD))
@@ -121,7 +121,7 @@ def measured(run: Path, out: Path) -> None:
 
 
 def peak_memory() -> int:
-    """Bytes. (getrusage would count what the process was forked from.)"""
+    """Return the peak resident bytes of this process. (getrusage would include the parent process.)"""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
 
@@ -131,7 +131,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--folder", type=Path, help="where the checkpoints go; by default a temporary folder")
+    parser.add_argument(
+        "--folder", type=Path, help="parent folder for the checkpoints (default: the system's temporary folder)"
+    )
     parser.add_argument("--measure", type=Path, nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -144,7 +146,9 @@ def main() -> None:
             folder = Path(name)
             needed = 2 * sum(tensor.nbytes for tensor in tensors_of(config_of(layers, options.hidden), dtype).values())
             if (free := shutil.disk_usage(folder).free) < needed:
-                sys.exit(f"{layers} layers need about {needed / 1e9:.0f} GB of disk, {free / 1e9:.0f} GB are free")
+                sys.exit(
+                    f"{layers} layers need about {needed / 1e9:.0f} GB of disk, but only {free / 1e9:.0f} GB are free."
+                )
             model = make(folder, layers, options.hidden, dtype)
             command = [sys.executable, __file__, "--measure", str(model.run), str(folder / "out")]
             result = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)

@@ -1,14 +1,14 @@
-"""Is it faster to multiply with the kept rows or columns of a weight where they lie than to copy them first?
+"""Measure whether a kernel that gathers kept rows or columns while it multiplies beats copying them first.
 
     python scripts/bench/gather_gemm.py MODEL --device cuda [--keep 0.8 0.7 0.5] [--repeats 20]
 
-MODEL is the name of a shape. Times a Triton kernel that gathers while it multiplies against what the shrunk forward
-does (index_select, then the library's product), in turn, in one run, on random weights and units of each projection;
-below 1 the kernel is faster. Its tiles are chosen on each product beforehand. Needs a CUDA device and Triton, which
-comes with PyTorch's CUDA builds.
+MODEL is the name of a shape. A Triton kernel is timed in turn against what the shrunk forward pass does (index_select,
+then the library's product), on random weights and random units of each projection. A ratio below 1 means that the
+kernel is faster. The fastest tile is chosen for each product beforehand. Needs a CUDA device and Triton, which comes
+with PyTorch's CUDA builds.
 
-The shrunk forward gathers a weight once and the kernel reads it in every tile of rows, so that the kernel has the best
-chances with few tokens. Nobody has run this on a GPU yet; until it is faster there, the package has no such kernel.
+The shrunk forward pass gathers a weight once, while the kernel reads it again for every tile of rows, so the kernel
+does best with few tokens. It has not been measured on a GPU yet, and the package does not use it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pgprune_cli.model.masks import columns_of
 
 
 class Tile(NamedTuple):
-    """Tokens, outputs and inputs that one program holds at a time, and the warps that work on them."""
+    """The tokens, outputs and inputs that one kernel program works on at a time, and its number of warps."""
 
     tokens: int
     outputs: int
@@ -62,22 +62,22 @@ def _kernel(
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     row = tl.load(kept + output, mask=output < outputs, other=0) if OF_ROWS else output.to(tl.int64)
-    # No tl.zeros: the interpreter knows it only where Triton was imported under it.
+    # tl.zeros works in the interpreter only if Triton was imported with it enabled.
     total = tl.full((TOKENS, OUTPUTS), 0.0, tl.float32)
     for start in range(0, inputs, INPUTS):
-        place = start + tl.arange(0, INPUTS)
-        column = place.to(tl.int64) if OF_ROWS else tl.load(kept + place, mask=place < inputs, other=0)
-        some_x = tl.load(
-            x + token.to(tl.int64)[:, None] * x_stride + place[None, :],
-            mask=(token[:, None] < tokens) & (place[None, :] < inputs),
+        position = start + tl.arange(0, INPUTS)
+        column = position.to(tl.int64) if OF_ROWS else tl.load(kept + position, mask=position < inputs, other=0)
+        x_tile = tl.load(
+            x + token.to(tl.int64)[:, None] * x_stride + position[None, :],
+            mask=(token[:, None] < tokens) & (position[None, :] < inputs),
             other=0.0,
         )
-        some_weight = tl.load(
+        weight_tile = tl.load(
             weight + row[None, :] * weight_stride + column[:, None],
-            mask=(output[None, :] < outputs) & (place[:, None] < inputs),
+            mask=(output[None, :] < outputs) & (position[:, None] < inputs),
             other=0.0,
         )
-        total = tl.dot(some_x, some_weight, total, input_precision="ieee")
+        total = tl.dot(x_tile, weight_tile, total, input_precision="ieee")
     tl.store(
         y + token.to(tl.int64)[:, None] * y_stride + output[None, :],
         total.to(y.dtype.element_ty),
@@ -86,7 +86,7 @@ def _kernel(
 
 
 def gather_matmul(x: Tensor, weight: Tensor, kept: Tensor, axis: int, tile: Tile = TILES[0]) -> Tensor:
-    """x `(tokens, in)` times the kept rows (axis 0) or columns (axis 1) of weight `(out, in)`: `(tokens, out)`.
+    """Multiply x `(tokens, in)` by the kept rows (axis 0) or columns (axis 1) of weight `(out, in)`: `(tokens, out)`.
 
     `kept` are indices, int64, of rows or columns; along axis 1 x has the kept inputs only. In x's dtype, summed in
     float32. x and weight must have their last dimension contiguous.
@@ -107,7 +107,7 @@ def gather_matmul(x: Tensor, weight: Tensor, kept: Tensor, axis: int, tile: Tile
 
 
 def copied_matmul(x: Tensor, weight: Tensor, kept: Tensor, axis: int, units: int) -> Tensor:
-    """The same from kept units, as the shrunk forward does it."""
+    """Compute the same as the shrunk forward pass does: copy the kept units, then multiply."""
     return functional.linear(x, gather_units(weight, axis, kept, units))
 
 
@@ -122,21 +122,21 @@ class Product(NamedTuple):
 
 
 def products(name: str) -> list[Product]:
-    """Of a layer of that shape; up and v are as gate and k."""
+    """Return the products of one layer of that shape. up and v have the shapes of gate and k."""
     shape = SHAPES[name]
-    hidden, channels, groups = shape["hidden"], shape["channels"], shape["groups"]
+    hidden, channels, kv_heads = shape["hidden"], shape["channels"], shape["kv_heads"]
     head = hidden // shape["heads"]
     return [
-        Product("q", hidden, hidden, 0, groups),
-        Product("k", groups * head, hidden, 0, groups),
-        Product("o", hidden, hidden, 1, groups),
+        Product("q", hidden, hidden, 0, kv_heads),
+        Product("k", kv_heads * head, hidden, 0, kv_heads),
+        Product("o", hidden, hidden, 1, kv_heads),
         Product("gate", channels, hidden, 0, channels),
         Product("down", hidden, channels, 1, channels),
     ]
 
 
 def compare(product: Product, keep: float, options: argparse.Namespace, device: torch.device) -> tuple[object, ...]:
-    """A row of the table."""
+    """Time one product and return its row of the table."""
     generator = torch.Generator().manual_seed(0)
     dtype = getattr(torch, options.dtype)
     units = torch.randperm(product.units, generator=generator)[: max(1, round(keep * product.units))].sort().values
@@ -146,10 +146,10 @@ def compare(product: Product, keep: float, options: argparse.Namespace, device: 
     inputs = len(kept) if product.axis else product.inputs
     x = torch.randn(options.batch * options.seqlen, inputs, generator=generator).to(device, dtype)
     weight = torch.randn(product.outputs, product.inputs, generator=generator).to(device, dtype)
-    ways = [partial(gather_matmul, x, weight, kept, product.axis, tile) for tile in TILES]
-    for way in ways:
-        way()  # compiles it
-    fused = min(ways, key=lambda way: seconds(way, device))
+    candidates = [partial(gather_matmul, x, weight, kept, product.axis, tile) for tile in TILES]
+    for candidate in candidates:
+        candidate()  # compile the kernel
+    fused = min(candidates, key=lambda candidate: seconds(candidate, device))
     copied = partial(copied_matmul, x, weight, units, product.axis, product.units)
     torch.testing.assert_close(fused(), copied(), rtol=2e-2, atol=2e-2 * inputs**0.5)
     return (product.name, keep, *in_turn(fused, copied, options.repeats, device))
@@ -160,10 +160,12 @@ def main() -> None:
     parser.add_argument("--keep", type=float, nargs="+", default=[0.8, 0.7, 0.5])
     options = parser.parse_args()
     if options.model not in SHAPES:
-        sys.exit(f"{options.model}: expected the name of a shape: {', '.join(SHAPES)}")
+        sys.exit(f"{options.model}: this is not the name of a shape. Choose one of {', '.join(SHAPES)}.")
     device = devices_of(options.device)[0]
     if device.type != "cuda" and not triton.knobs.runtime.interpret:
-        sys.exit("needs a CUDA device; TRITON_INTERPRET=1 runs the kernel without one, to check it and not to time it")
+        sys.exit(
+            "This benchmark needs a CUDA device. To check the kernel without one, untimed, set TRITON_INTERPRET=1."
+        )
     print(headline(options, device))
     rows = [compare(product, keep, options, device) for product in products(options.model) for keep in options.keep]
     table(("projection", "keep", "gathering s", "copying s", "ratio", "least", "greatest"), rows)

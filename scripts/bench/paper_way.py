@@ -1,10 +1,10 @@
-"""Ours against the paper's way of hearing the losses of two masks, in turn, in one run.
+"""Compare our way of computing the losses of two masks with the paper's way, in turn, in one run.
 
     python scripts/bench/paper_way.py MODEL [--keep 0.8 0.5] [--repeats 5]
 
-The paper's way: in every layer the outputs of attention heads and FFN channels are multiplied by the mask, all logits
-are made at once, and after each forward the device is waited for and its cache emptied. Ours: the shrunk forward,
-logits by the chunk, one wait for all masks. Below 1 ours is faster.
+The paper's code runs the dense model and multiplies the outputs of attention heads and FFN channels by the mask,
+computes all logits at once, and after each forward pass waits for the device and empties its cache. We run the shrunk
+model, compute the logits in chunks and wait once for all masks. A ratio below 1 means that our way is faster.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ from pgprune_cli.model.masks import ModelMask
 
 
 @torch.no_grad()
-def papers_losses(evaluator: Evaluator, keeps: list[ModelMask], tokens: Tensor) -> list[float]:
+def paper_losses(evaluator: Evaluator, model_masks: list[ModelMask], tokens: Tensor) -> list[float]:
+    """Return the loss of every mask, computed as the paper's code does."""
     losses = []
-    for keep in keeps:
-        with masked(evaluator, keep):
-            logits = evaluator.model(input_ids=tokens, use_cache=False).logits[:, :-1].float()
+    for model_mask in model_masks:
+        with masked(evaluator, model_mask):
+            logits = evaluator.model.module(input_ids=tokens, use_cache=False).logits[:, :-1].float()
             losses.append(functional.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten()).item())
         del logits
-        if evaluator.input_device.type == "cuda":
+        if evaluator.model.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
     return losses
 
 
-def compare(evaluator: Evaluator, keeps: list[ModelMask], tokens: Tensor, repeats: int) -> Ratio:
-    """Our losses over the paper's."""
+def compare(evaluator: Evaluator, model_masks: list[ModelMask], tokens: Tensor, repeats: int) -> Ratio:
+    """Time our losses against the paper's."""
     return in_turn(
-        lambda: evaluator.losses(keeps, tokens),
-        lambda: papers_losses(evaluator, keeps, tokens),
+        lambda: evaluator.losses(model_masks, tokens),
+        lambda: paper_losses(evaluator, model_masks, tokens),
         repeats,
-        evaluator.input_device,
+        evaluator.model.device,
     )
 
 
@@ -50,8 +51,8 @@ def main() -> None:
     evaluator, tokens = opened(options)
     rows = []
     for kept in options.keep:
-        keeps = [random_mask(evaluator, kept, seed) for seed in (0, 1)]
-        rows.append((kept, *compare(evaluator, keeps, tokens, options.repeats)))
+        model_masks = [random_mask(evaluator, kept, seed) for seed in (0, 1)]
+        rows.append((kept, *compare(evaluator, model_masks, tokens, options.repeats)))
     table(("keep", "ours s", "paper's way s", "ratio", "least", "greatest"), rows)
 
 

@@ -1,9 +1,9 @@
-"""Does a pruned forward cost less? Times the shrunk forward against the masked dense one, in turn, in one run.
+"""Measure whether a pruned forward pass is cheaper: time the shrunk model against the masked dense model, in turn.
 
     python scripts/bench/shrunk_forward.py MODEL [--keep 0.8 0.7 0.5] [--repeats 7]
 
-The masked dense forward multiplies the inputs of o and down by the mask, as most pruning code does. Both run the same
-random mask on the same tokens; below 1 the shrunk forward is faster.
+The masked dense model multiplies the inputs of the output projections by the mask, as most pruning code does. Both run
+the same random mask on the same tokens. A ratio below 1 means that the shrunk model is faster.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pgprune_cli.model.masks import ModelMask
 
 
 @contextmanager
-def masked(evaluator: Evaluator, keep: ModelMask) -> Iterator[nn.Module]:
-    """The dense model with the outputs of removed units multiplied by zero."""
+def masked(evaluator: Evaluator, model_mask: ModelMask) -> Iterator[nn.Module]:
+    """Multiply the outputs of removed units by zero inside the `with`, and give the dense model."""
     handles = []
-    for layer, kept in zip(evaluator.layers, keep, strict=True):
-        for name, block in evaluator.shape.spec.blocks():
-            output = layer.get_submodule(block.output_path)
-            units = kept.of(name)
+    for layer, layer_mask in zip(evaluator.model.layers, model_mask, strict=True):
+        for block in evaluator.model.family.blocks:
+            output = block.output_linear(layer)
+            units = layer_mask.of(block.name)
             mask = units.repeat_interleave(output.in_features // len(units)).to(output.weight)
 
             def multiply(_: nn.Module, inputs: tuple[Tensor], mask: Tensor = mask) -> tuple[Tensor]:
@@ -33,24 +33,24 @@ def masked(evaluator: Evaluator, keep: ModelMask) -> Iterator[nn.Module]:
 
             handles.append(output.register_forward_pre_hook(multiply))
     try:
-        yield evaluator.model
+        yield evaluator.model.module
     finally:
         for handle in handles:
             handle.remove()
 
 
-def compare(evaluator: Evaluator, keep: ModelMask, tokens: Tensor, repeats: int) -> Ratio:
-    """The shrunk forward over the masked one."""
+def compare(evaluator: Evaluator, model_mask: ModelMask, tokens: Tensor, repeats: int) -> Ratio:
+    """Time the shrunk forward pass against the masked one."""
 
     def shrunk() -> None:
-        with evaluator.shrunk(keep):
-            summed_loss(evaluator.model, tokens)
+        with evaluator.shrunk(model_mask):
+            summed_loss(evaluator.model.module, tokens)
 
     def dense() -> None:
-        with masked(evaluator, keep):
-            summed_loss(evaluator.model, tokens)
+        with masked(evaluator, model_mask):
+            summed_loss(evaluator.model.module, tokens)
 
-    return in_turn(shrunk, dense, repeats, evaluator.input_device)
+    return in_turn(shrunk, dense, repeats, evaluator.model.device)
 
 
 def main() -> None:

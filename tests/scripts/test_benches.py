@@ -1,4 +1,4 @@
-"""Every benchmark runs, on a tiny model, and prints ratios that are finite and positive."""
+"""Every benchmark runs on a tiny model and prints finite, positive ratios."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ SMALL = ["tiny", "--repeats", "2", "--batch", "2", "--seqlen", "16", "--dtype", 
 
 
 @pytest.fixture(autouse=True)
-def _beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the benchmarks import each other."""
     monkeypatch.syspath_prepend(str(BENCHES))
 
 
 def rows_of(text: str) -> list[dict[str, str]]:
-    """Of a Markdown table, which other lines may stand before."""
+    """Return the rows of the Markdown table in `text`."""
     lines = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|") and "---" not in line]
     headings, *rows = [[cell.strip() for cell in line] for line in lines]
     return [dict(zip(headings, row, strict=True)) for row in rows]
 
 
-def ran(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str):
+def rows_printed(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str):
     monkeypatch.setattr(sys, "argv", [name, *SMALL, *words])
     importlib.import_module(name).main()
     out = capsys.readouterr().out
@@ -35,49 +36,50 @@ def ran(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "ratio", "rows"),
+    ("name", "words", "ratio", "row_count"),
     [
         ("shrunk_forward", ["--keep", "0.8", "0.5"], "ratio", 2),
-        ("matrix_share", ["--keep", "1", "0.5"], "ratio", 2),
+        ("matmul_share", ["--keep", "1", "0.5"], "ratio", 2),
         ("paper_way", ["--keep", "0.5"], "ratio", 1),
-        ("eight_bits", ["--keep", "0.5"], "ratio", 2),
-        ("search_step", ["--samples", "4"], "outside, ratio", 1),
-        ("search_step", ["--samples", "2", "--policy", "units"], "a forward over a dense one", 1),
+        ("weight_formats", ["--keep", "0.5"], "ratio", 2),
+        ("search_step", ["--masks-per-step", "4"], "share outside", 1),
+        ("search_step", ["--masks-per-step", "2", "--policy", "units"], "forward pass over dense", 1),
     ],
 )
-def test_a_bench_prints_its_ratios(
+def test_benchmark_prints_its_ratios(
     name: str,
     words: list[str],
     ratio: str,
-    rows: int,
+    row_count: int,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    found = ran(name, monkeypatch, capsys, *words)
-    assert len(found) == rows
-    for row in found:
+    rows = rows_printed(name, monkeypatch, capsys, *words)
+    assert len(rows) == row_count
+    for row in rows:
         assert 0 < float(row[ratio]) < math.inf
         assert float(row["least"]) <= float(row["greatest"])
 
 
-def test_both_ways_hear_the_same_losses() -> None:
-    """What is timed against each other gives the same result."""
+def test_timed_alternatives_compute_the_same_losses() -> None:
     paper_way, shrunk_forward, subject = map(importlib.import_module, ("paper_way", "shrunk_forward", "subject"))
     from pgprune_cli.forward.masked import Evaluator, summed_loss
+    from pgprune_cli.model.prunable import PrunableModel
 
-    evaluator = Evaluator(subject.random_model("tiny", torch.float32, torch.device("cpu")))
+    model = PrunableModel.of(subject.random_model("tiny", torch.float32, torch.device("cpu")))
+    evaluator = Evaluator(model)
     tokens = torch.randint(1000, (2, 16), generator=torch.Generator().manual_seed(0))
-    keeps = [subject.random_mask(evaluator, 0.5, seed) for seed in (0, 1)]
-    ours = evaluator.losses(keeps, tokens).tolist()
-    assert paper_way.papers_losses(evaluator, keeps, tokens) == pytest.approx(ours, rel=1e-5)
-    with shrunk_forward.masked(evaluator, keeps[0]):
-        assert float(summed_loss(evaluator.model, tokens)) == pytest.approx(ours[0] * 30, rel=1e-5)
-    assert abs(ours[0] - float(summed_loss(evaluator.model, tokens)) / 30) > 1e-6
+    model_masks = [subject.random_mask(evaluator, 0.5, seed) for seed in (0, 1)]
+    losses = evaluator.losses(model_masks, tokens).tolist()
+    assert paper_way.paper_losses(evaluator, model_masks, tokens) == pytest.approx(losses, rel=1e-5)
+    with shrunk_forward.masked(evaluator, model_masks[0]):
+        assert float(summed_loss(model.module, tokens)) == pytest.approx(losses[0] * 30, rel=1e-5)
+    assert abs(losses[0] - float(summed_loss(model.module, tokens)) / 30) > 1e-6
 
 
-def test_pairs_are_timed_in_turn_and_the_first_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_turn_alternates_and_drops_the_first_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = importlib.import_module("subject")
-    readings = iter(x for taken in (9e9, 9e9, 2e9, 4e9, 3e9, 3e9, 8e9, 4e9) for x in (0, taken))
+    readings = iter(x for nanoseconds in (9e9, 9e9, 2e9, 4e9, 3e9, 3e9, 8e9, 4e9) for x in (0, nanoseconds))
     monkeypatch.setattr(subject, "synchronised_clock", lambda device: next(readings))
     order: list[str] = []
     ratio = subject.in_turn(lambda: order.append("a"), lambda: order.append("b"), 3, torch.device("cpu"))
@@ -85,11 +87,15 @@ def test_pairs_are_timed_in_turn_and_the_first_warms_up(monkeypatch: pytest.Monk
     assert ratio == (3.0, 4.0, 1.0, 0.5, 2.0)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of the resident memory is Linux's")
-@pytest.mark.parametrize("weights", ["dtype", "int8", "fp8"])
-def test_the_memory_bench_counts_what_is_allowed(weights: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    """Of a tiny model the noise of the process outweighs the weights: what the ratio is, a large one says."""
-    monkeypatch.setattr(sys, "argv", ["search_memory", *SMALL, "--weights", weights])
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="peak resident memory is read from /proc, which only Linux has"
+)
+@pytest.mark.parametrize("weight_format", ["full", "int8", "fp8"])
+def test_search_memory_exits_with_1_when_the_limit_is_exceeded(
+    weight_format: str, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    """The ratio itself is not asserted: in a tiny model, the noise of the process outweighs the weights."""
+    monkeypatch.setattr(sys, "argv", ["search_memory", *SMALL, "--weight-format", weight_format])
     with pytest.raises(SystemExit) as stopped:
         importlib.import_module("search_memory").main()
     (row,) = rows_of(capsys.readouterr().out)

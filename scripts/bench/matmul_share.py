@@ -1,9 +1,9 @@
-"""How much of what the machine's matrix products reach does a forward reach? Both are measured in turn, in one run.
+"""Measure which share of the machine's matrix-product speed a forward pass reaches.
 
-    python scripts/bench/matrix_share.py MODEL [--keep 1.0 0.5] [--repeats 5]
+    python scripts/bench/matmul_share.py MODEL [--keep 1.0 0.5] [--repeats 5]
 
-The forward's FLOPs are those of its matrix products (pgprune_cli/estimate/flops.py), so that norms, softmax, the
-gathering of kept weights and whatever else it does lower the share.
+Forward passes and plain matrix products are timed in turn. The FLOPs of a forward pass are those of its matrix products
+(pgprune_cli/estimate/flops.py), so norms, softmax and the gathering of kept weights lower the share.
 """
 
 from __future__ import annotations
@@ -20,29 +20,29 @@ from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.recipe.schema import Budget, Calibration, Recipe
 
-ON_CPU, ON_GPU = 1024, 8192
-"""Rows of the square matrices of the products: large enough for the full rate."""
+CPU_SIZE, GPU_SIZE = 1024, 8192
+"""Rows of the square matrices that are multiplied: large enough to reach the full rate."""
 
 
 def flops_of(evaluator: Evaluator, kept: float, tokens: Tensor) -> int:
-    """Of one forward."""
+    """Return the FLOPs of one forward pass."""
     recipe = Recipe(model="", calibration=Calibration(corpus=""), budget=Budget(sparsity=1.0 - kept))
     return forward_passes(Sizes(evaluator.model, recipe), tokens, 1).total()
 
 
 def shares(
-    evaluator: Evaluator, keep: ModelMask, flops: int, tokens: Tensor, repeats: int
+    evaluator: Evaluator, model_mask: ModelMask, flops: int, tokens: Tensor, repeats: int
 ) -> list[tuple[float, float]]:
-    """(FLOPs a second of the forward, of matrix products), pair by pair; the first pair warms up.
+    """Return pairs of FLOPs per second: (forward pass, plain matrix products). The first pair only warms up.
 
-    Products go on for as long as the forward took, so that what else the machine does falls on both alike.
+    The products run for as long as the forward pass did, so that other load on the machine slows both alike.
     """
-    device = evaluator.input_device
-    size = ON_GPU if device.type == "cuda" else ON_CPU
-    square = torch.ones(size, size, device=device, dtype=next(evaluator.model.parameters()).dtype)
+    device = evaluator.model.device
+    size = GPU_SIZE if device.type == "cuda" else CPU_SIZE
+    square = torch.ones(size, size, device=device, dtype=evaluator.model.dtype)
     pairs = []
     for _ in range(repeats + 1):
-        forward = seconds(lambda: evaluator.losses([keep], tokens), device)
+        forward = seconds(lambda: evaluator.losses([model_mask], tokens), device)
         taken, products = 0.0, 0
         while taken < forward:
             taken += seconds(lambda: square @ square, device)
@@ -61,7 +61,7 @@ def main() -> None:
         flops = flops_of(evaluator, kept, tokens)
         pairs = shares(evaluator, random_mask(evaluator, kept), flops, tokens, options.repeats)
         forward, products = (statistics.median(column) / 1e9 for column in zip(*pairs, strict=True))
-        ratios = [one / other for one, other in pairs]
+        ratios = [forward_rate / product_rate for forward_rate, product_rate in pairs]
         rows.append((kept, flops / 1e9, forward, products, statistics.median(ratios), min(ratios), max(ratios)))
     table(("keep", "GFLOP", "forward GFLOP/s", "products GFLOP/s", "ratio", "least", "greatest"), rows)
 
