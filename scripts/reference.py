@@ -1,4 +1,4 @@
-"""What the scripts that write references share: they write pages, or with --check only look whether they would."""
+"""Shared by the scripts that generate files: write them, or with --check only compare them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ from pathlib import Path
 
 
 def write_or_check(pages: Mapping[Path, str], truth: str) -> None:
-    """Writes every page. With --check on the command line it writes nothing, and exits where one is not what `truth`
-    says."""
+    """Write every page. With --check on the command line, write nothing and exit with a message if a page is out of date.
+
+    truth: what the pages are generated from, for that message.
+    """
     for file, text in pages.items():
         if "--check" not in sys.argv[1:]:
             file.write_text(text, encoding="utf-8")
         elif not file.exists() or file.read_text(encoding="utf-8") != text:
-            sys.exit(f"{file.name} is not what {truth} says; run `make references`")
+            sys.exit(f"{file}: this file does not match {truth}. Run `make references`.")

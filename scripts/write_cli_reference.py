@@ -1,8 +1,8 @@
-"""Writes docs/cli.md from the program's own help, so that it cannot lie.
+"""Generate docs/cli.md from the program's own --help.
 
     python scripts/write_cli_reference.py [--check]
 
-With --check it writes nothing, and fails where the file is not what the help says.
+With --check, write nothing and fail if the file is out of date.
 """
 
 from pathlib import Path
@@ -18,38 +18,39 @@ from pgprune_cli.run.layout import RUNS_VARIABLE
 
 TARGET = Path(__file__).parents[1] / "docs" / "cli.md"
 EXIT_CODES = {
-    ExitCode.OK: "it is done",
+    ExitCode.OK: "success",
     ExitCode.FAILED: "the run failed (no finite loss, a full disk, …)",
-    ExitCode.BAD_INPUT: "what was given is wrong: one line for every fault, on stderr",
-    ExitCode.INTERRUPTED: "Ctrl-C; what is saved is said, and the command that goes on",
-    ExitCode.TERMINATED: "SIGTERM, likewise",
+    ExitCode.BAD_INPUT: "bad input (recipe, option or file): one line per fault on stderr",
+    ExitCode.INTERRUPTED: "stopped by Ctrl-C; stderr says what is saved and how to resume",
+    ExitCode.HUNG_UP: "stopped because the terminal closed (SIGHUP), likewise",
+    ExitCode.TERMINATED: "stopped by SIGTERM, likewise",
 }
 
 VARIABLES = {
-    RUNS_VARIABLE: "where runs go and are looked for, instead of `runs`",
-    "PGPRUNE_CACHE": "where tokenised texts are kept, instead of `pgprune` in the user's cache",
-    "HF_HOME": "where the hub's downloads and its token lie; `HF_HUB_OFFLINE=1` uses what lies there and asks nobody",
-    "NO_COLOR": "set to anything: no colours, on a terminal either",
+    RUNS_VARIABLE: "the directory for runs, instead of `runs`",
+    "PGPRUNE_CACHE": "the directory for tokenised texts, instead of `pgprune` in the user's cache",
+    "HF_HOME": "the directory of the hub's downloads and token; `HF_HUB_OFFLINE=1` uses only what is already there",
+    "NO_COLOR": "set to anything: no colours, even on a terminal",
 }
 
 
 def verbs(group: Any) -> list[str]:
-    """Every command as it is typed, those of a group behind it."""
-    found = []
+    """Return every command as it is typed; the commands of a group follow it."""
+    names = []
     for name, command in group.commands.items():
-        found += [name, *(f"{name} {below}" for below in verbs(command))] if hasattr(command, "commands") else [name]
-    return found
+        names += [name, *(f"{name} {below}" for below in verbs(command))] if hasattr(command, "commands") else [name]
+    return names
 
 
 def reference() -> str:
-    """The page: exit codes, then the help of every verb."""
+    """Return the page: exit codes, environment variables, and the help of every command."""
     program = typer.main.get_command(app)
     lines = ["# Command line", "", "Written by `make references` from `pgprune --help`; do not edit.", ""]
-    lines += ["| exit code | means |", "|---|---|"]
+    lines += ["| exit code | meaning |", "|---|---|"]
     lines += [f"| {int(code)} | {meaning} |" for code, meaning in EXIT_CODES.items()]
-    lines += ["", "| environment variable | means |", "|---|---|"]
+    lines += ["", "| environment variable | meaning |", "|---|---|"]
     lines += [f"| `{name}` | {meaning} |" for name, meaning in VARIABLES.items()]
-    lines += ["", "`pgprune --install-completion` teaches the shell to complete verbs, options, recipes and runs."]
+    lines += ["", "`pgprune --install-completion` sets up completion of commands, options, recipes and runs in your shell."]
     for verb in ["", *verbs(program)]:
         arguments = [*verb.split(), "--help"]
         shown = CliRunner().invoke(program, arguments, prog_name="pgprune", terminal_width=100, max_content_width=100)
