@@ -18,5 +18,5 @@ def test_demo_table_explains_its_columns(monkeypatch, capsys) -> None:
     demo.main()
     printed = " ".join(capsys.readouterr().out.split())
     assert "50.0%" in printed and "1,000,000" in printed
-    assert "original" in printed and "pruned by search" in printed
+    assert "original" in printed and "search" in printed
     assert "Lower perplexity is better" in printed and "embeddings and norms are always kept" in printed
