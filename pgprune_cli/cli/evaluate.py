@@ -58,7 +58,10 @@ def evaluate(
     baselines: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="MODEL", help="Another model to measure the same way; repeatable.", autocompletion=model_names
+            "--baseline",
+            metavar="MODEL",
+            help="Another model to measure the same way; repeatable.",
+            autocompletion=model_names,
         ),
     ] = None,
     dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="Load in this dtype, not the stored one.")] = None,

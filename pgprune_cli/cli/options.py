@@ -64,7 +64,12 @@ Set = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
 Limit = Annotated[
     int | None,
-    typer.Option(min=1, metavar="N", help="Windows of the shortest length, at most; other lengths read as much."),
+    typer.Option(
+        "--max-windows",
+        min=1,
+        metavar="N",
+        help="Evaluate at most N windows of the shortest --seqlen; other lengths use the same number of tokens.",
+    ),
 ]
 Sparsity = Annotated[
     float,
