@@ -1,4 +1,4 @@
-"""report: one HTML file about runs of a search, finished or not."""
+"""report: write one HTML page about runs, finished or still searching."""
 
 from __future__ import annotations
 
@@ -13,31 +13,30 @@ from pgprune_cli.storage.atomic import write_bytes
 
 
 def report(directories: Sequence[Path], out: Path | None = None, watch: int | None = None) -> Iterator[list[Run]]:
-    """Writes the report, to `out` or as `target` says, and gives the runs that it is about.
+    """Write the page to `target(directories, out)`, and yield the runs that it shows.
 
-    With `watch` it does so again every so many seconds until all runs are finished. Raises UserError as `read_run`
-    does, and where what draws is not installed.
+    With `watch`, the page is written again every `watch` seconds until all runs are finished. Raises UserError as
+    `read_run` does, and if the packages that draw are not installed.
     """
     try:
         import altair  # noqa: F401
         import vl_convert  # noqa: F401
     except ImportError as error:
-        raise UserError(f"report needs the extra: pip install 'pgprune[report]' ({error})") from None
+        raise UserError(f"report: a package is missing ({error}). Install it: pip install 'pgprune[report]'") from None
     from pgprune_cli.report.page import page
 
     while True:
         runs = read_runs(directories)
-        again = watch is not None and any(run.decision is None for run in runs)
-        write_bytes(target(directories, out), page(runs, watch if again else None).encode())
+        reload_after = watch if any(run.decision is None for run in runs) else None
+        write_bytes(target(directories, out), page(runs, reload_after).encode())
         yield runs
-        if not again:
+        if reload_after is None:
             return
-        assert watch is not None, "there is an interval wherever there is a next time"
-        time.sleep(watch)
+        time.sleep(reload_after)
 
 
 def target(directories: Sequence[Path], out: Path | None) -> Path:
-    """Where the report goes: into the run, or beside where one is where it is about several."""
+    """Return the path of the page: `out`, or report.html in the run or, for several runs, in the working directory."""
     if out is not None:
         return out
     return directories[0] / REPORT_FILE if len(directories) == 1 else Path(REPORT_FILE)

@@ -1,4 +1,4 @@
-"""runs: what runs there are and how far they have come. Reads their small files only, so that it is quick."""
+"""runs: list runs and how far they have come. Only their small files are read, so that it is fast."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ State = Literal["scored", "searching", "finished", "damaged"]
 
 
 def runs_in(folder: Path) -> list[dict[str, Any]]:
-    """Every run in `folder` and below it, as the rows that `--json` prints. Raises UserError for no such folder."""
+    """Return a row for every run in `folder` and below it, as `--json` prints them.
+
+    Raises UserError if there is no such directory.
+    """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such directory; `pgprune search RECIPE` makes the first run")
+        raise UserError(f"{folder}: no such directory. Start a first run: pgprune search RECIPE")
     return [_row(run) for run in run_directories(folder)]
 
 
 def _row(run: Path) -> dict[str, Any]:
-    """One run. `target`: the recipe's sparsity, `sparsity`: the decision's; what is not known yet is None."""
+    """Return the row of one run. `target` is the recipe's sparsity, `sparsity` the decision's; None if unknown."""
     row: dict[str, Any] = {"run": str(run), "state": "scored", "fault": None}
     row |= dict.fromkeys(("model", "target", "sparsity", "step", "steps", "heldout_loss"))
     row["perplexity"] = []
@@ -44,18 +47,19 @@ def _row(run: Path) -> dict[str, Any]:
             row |= {"state": "finished", "sparsity": record["sparsity"], "heldout_loss": record["heldout_loss"]}
         row["perplexity"] = (read_measured(run) or {"perplexity": []})["perplexity"]
     except (UserError, KeyError, ValueError) as error:
-        row |= {"state": "damaged", "fault": f"{error}" if isinstance(error, UserError) else f"{run}: {error!r}"}
+        fault = str(error) if isinstance(error, UserError) else f"{run}: damaged ({error!r})."
+        row |= {"state": "damaged", "fault": fault}
     return row
 
 
 def _steps_done(history: Path) -> int:
-    """The last whole row's step; a search that is writing the next one is no reason to fail."""
+    """Return the step of the last complete row. A running search may be writing the next one."""
     lines = history.read_text(encoding="utf-8").split("\n")[:-1] if history.exists() else []
     return int(json.loads(lines[-1])["step"]) if lines else 0
 
 
 def cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """The rows as a table of text, headings first."""
+    """Return the headings and the rows of a table of text."""
     return ["run", "state", "model", "sparsity", "held-out loss", "perplexity by eval"], [
         [
             row["run"],

@@ -1,1 +1,1 @@
-"""One self-contained page about runs of a search: `gather.py` reads them, `figures.py` draws, `page.py` writes HTML."""
+"""One self-contained HTML page about runs: `gather.py` reads them, `figures.py` draws and `page.py` writes the HTML."""

@@ -1,4 +1,4 @@
-"""What a report says in words: tables of text."""
+"""The tables of a report, as text."""
 
 from __future__ import annotations
 
@@ -15,39 +15,38 @@ from pgprune_cli.run.evaluation import measurements
 
 @dataclass(frozen=True)
 class Table:
-    """Headings (none where the first column says it all), and rows as wide."""
+    """A table of text. If the first column needs no heading, it is ""."""
 
     headings: list[str]
     rows: list[list[str]]
 
 
 def summary(runs: Sequence[Run]) -> Table:
-    """A column for each run, a row for each fact that any of them has."""
+    """Return a table with a column for each run and a row for each fact that any run has."""
     return _columns([run.name for run in runs], [_facts(run) for run in runs])
 
 
 def evaluation(runs: Sequence[Run]) -> Table:
-    """What `pgprune eval RUN` or `pgprune compare` measured, likewise."""
+    """Return the measurements of `pgprune eval RUN` or `pgprune compare`, with a column for each run."""
     measured = [run for run in runs if run.measured is not None]
     return _columns([run.name for run in measured], [measurements(run.measured or {}) for run in measured])
 
 
 def commands(run: Run) -> Table:
-    """Every command that wrote into the run."""
+    """Return a table of every command that wrote into the run."""
     rows = [[note["began"], note["versions"]["pgprune"], note["command"]] for note in run.provenance]
     return Table(["began", "pgprune", "command"], rows)
 
 
-def again(run: Run) -> str:
-    """The command that does the search again, from the resolved recipe."""
+def repeat_command(run: Run) -> str:
+    """Return the command that repeats the search from the resolved recipe."""
     words = ["pgprune", "search", str(run.directory / "recipe.yaml"), "--out", f"{run.directory}-again"]
     return shlex.join(words)
 
 
 def environment(runs: Sequence[Run]) -> Table:
-    """Versions and machine of the last command of every run."""
-    noted = [run for run in runs if run.provenance]
-    return _columns([run.name for run in noted], [_environment(run.provenance[-1]) for run in noted])
+    """Return a table of the versions and the machine of the last command of every run."""
+    return _columns([run.name for run in runs], [_environment(run.provenance[-1]) for run in runs])
 
 
 def _columns(names: Sequence[str], columns: Sequence[dict[str, str]]) -> Table:
@@ -56,36 +55,36 @@ def _columns(names: Sequence[str], columns: Sequence[dict[str, str]]) -> Table:
 
 
 def _facts(run: Run) -> dict[str, str]:
+    """Return what a column of the summary says about a run."""
     recipe, decision = run.recipe, run.decision
-    budget, search = recipe["budget"], recipe["search"]
-    weights = recipe.get("weight_format", "full")  # which runs of before have not
+    quantized = "" if recipe.weight_format == "full" else f", from {recipe.weight_format} weights"
     facts = {
         "state": run.progress,
-        "model": str(recipe["model"]),
-        "budget": f"{budget['sparsity']:.0%} of {budget['measure']} go, {budget['scope']}",
-        "start": f"{recipe['scores']['metric']}, seed {recipe['seed']}",
-        "search": f"over {search['policy']}, {search['masks_per_step']} samples a step",
-        "repair": str(recipe["repair"]["method"]),
-        "computed in": str(recipe["dtype"]) + (f", from {weights} weights" if weights != "full" else ""),
+        "model": recipe.model,
+        "budget": f"removes {recipe.budget.sparsity:.0%} of {recipe.budget.measure}, {recipe.budget.scope}",
+        "start": f"{recipe.scores.metric}, seed {recipe.seed}",
+        "search": f"{recipe.search.policy}, {recipe.search.masks_per_step} masks per step",
+        "repair": recipe.repair.method,
+        "computed in": f"{recipe.dtype}{quantized}",
     }
     if decision is not None:
         facts["sparsity"] = f"{decision.sparsity:.4f} of the prunable parameters"
         facts["forward passes"] = (
-            f"{decision.forward_passes} of search, {decision.calibration_forward_passes} of scoring and repair"
+            f"{decision.forward_passes} for the search, {decision.calibration_forward_passes} for scoring and repair"
         )
         if decision.heldout_loss is not None:
             facts["held-out loss"] = _nats(decision.heldout_loss)
         if decision.dense_loss is not None:
-            facts["of the dense model"] = _nats(decision.dense_loss)
+            facts["held-out loss of the dense model"] = _nats(decision.dense_loss)
     elif run.rows:
         facts["forward passes"] = f"{run.forward_passes[-1]} so far"
-        judged = [row.heldout_loss for row in run.rows if row.heldout_loss is not None]
-        if judged:
-            facts["held-out loss"] = f"{_nats(judged[-1])}, so far"
+        losses = [row.heldout_loss for row in run.rows if row.heldout_loss is not None]
+        if losses:
+            facts["held-out loss"] = f"{_nats(losses[-1])}, so far"
     if run.rows:
-        facts["time of the search"] = _duration(run.rows[-1].seconds)
+        facts["search time"] = _duration(run.rows[-1].seconds)
         facts["speed"] = f"{median(row.tokens_per_second for row in run.rows):,.0f} tokens/s"
-        facts["memory"] = f"{max(row.memory_bytes for row in run.rows) / 1e9:.1f} GB"
+        facts["peak memory"] = f"{max(row.memory_bytes for row in run.rows) / 1e9:.1f} GB"
     return facts
 
 
@@ -105,6 +104,6 @@ def _nats(loss: float) -> str:
 
 
 def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

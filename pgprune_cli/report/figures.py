@@ -1,4 +1,4 @@
-"""The plots, as Vega-Lite specifications. Colours are the page's, light or dark; nothing here names one."""
+"""Draw the plots as Vega-Lite specifications. All colours come from the page, in its light or dark theme."""
 
 from __future__ import annotations
 
@@ -12,82 +12,90 @@ import altair as alt
 from pgprune_cli.report.gather import UNIT, Run, kept_cells, sensitivities, theta_cells
 from pgprune_cli.report.pareto import Measure
 
-Chart = Any  # altair has a class for each kind, and methods that say they may return any of them
+Chart = Any  # altair has a class for each kind of chart, and its methods are typed to return any of them
 
 HEIGHT = 260
-"""Of a plot with a scale along its side, in pixels. Every plot is as wide as the page lets it be."""
+"""Pixels. Every plot is as wide as the page allows."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A plot under its heading. `id` is unique on the page."""
+    """A plot with its heading and a caption. `id` is unique on the page."""
 
     id: str
     title: str
-    says: str
+    caption: str
     spec: dict[str, Any]
 
 
 def figures_of(run: Run, prefix: str) -> Iterator[Figure]:
-    """All that one run can show so far; `prefix` begins the ids."""
+    """Yield all figures for which a run has data so far; `prefix` starts their ids."""
     if run.rows:
         yield Figure(
             f"{prefix}-loss",
             "Loss",
-            "What the sampled masks lose on their batches (mean, and from the least to the greatest), and what the "
-            "decision of the moment loses on text that the search never sees.",
+            "The loss of the sampled masks on their batches (mean and range), and the loss of the current decision on "
+            "held-out text.",
             _spec(_losses(run)),
         )
+    kept = "kept units" if run.decision else "units kept at the last evaluation"
     for family, widths in (run.widths or {}).items():
         yield Figure(
             f"{prefix}-width-{family}",
             f"Layer widths: {_plural(family)}",
-            "Before, in pale, and after." if run.decision else "Before, in pale, and as last judged.",
+            f"Units before pruning (pale) and {kept}.",
             _spec(_widths(run.dense(family), widths, family)),
         )
     for family, cells in theta_cells(run).items():
-        says = f"The keep probability of every {UNIT.get(family, family)}, at the last checkpoint{_runs_of(cells)}."
+        caption = (
+            f"Keep probability of every {UNIT.get(family, family)} at the last checkpoint{_units_per_cell(cells)}."
+        )
         spec = _spec(_heat(cells, family, "θ"))
-        yield Figure(f"{prefix}-theta-{family}", f"θ: {_plural(family)}", says, spec)
+        yield Figure(f"{prefix}-theta-{family}", f"θ: {_plural(family)}", caption, spec)
     for family, cells in kept_cells(run).items():
-        says = f"Which {_plural(family)} stay{_runs_of(cells)}."
-        yield Figure(f"{prefix}-kept-{family}", f"Kept: {_plural(family)}", says, _spec(_heat(cells, family, "kept")))
-    if learned := sensitivities(run):
+        caption = f"Kept {_plural(family)} in every layer{_units_per_cell(cells)}."
+        spec = _spec(_heat(cells, family, "kept"))
+        yield Figure(f"{prefix}-kept-{family}", f"Kept {_plural(family)}", caption, spec)
+    if rows := sensitivities(run):
         yield Figure(
             f"{prefix}-sensitivity",
-            "What an error costs",
-            "How much loss the same error of a layer's block brings, relative to the others, as the search learned it.",
-            _spec(_sensitivity(learned)),
+            "Sensitivity of the layers",
+            "How much an error in a block raises the loss, relative to the other blocks, as the search learned it.",
+            _spec(_sensitivity(rows)),
         )
-    for family in _judged(run):
+    for family in _families_with_course(run):
         yield Figure(
             f"{prefix}-course-{family}",
             f"Widths during the search: {_plural(family)}",
-            "What every layer kept whenever the decision was judged.",
+            "Kept units of every layer at each evaluation of the decision.",
             _spec(_course(run, family)),
         )
 
 
 def comparison(runs: Sequence[Run], measures: Sequence[Measure]) -> Iterator[Figure]:
-    """Several runs in one plot each: what they lose as they search, and what they ended at."""
+    """Yield figures that compare runs: perplexity against sparsity, and the held-out loss during the search."""
     for number, measure in enumerate(measures):
-        says = "Sparsity is of the prunable parameters. The line joins the runs of a model that no other beats in both."
-        yield Figure(f"pareto-{number}", f"Sparsity and {measure.name}", says, _spec(_pareto(measure)))
+        caption = (
+            "Sparsity is the fraction of the prunable parameters that is removed. For each model, the line joins the "
+            "runs that no other run beats in both."
+        )
+        yield Figure(f"pareto-{number}", f"Sparsity and {measure.name}", caption, _spec(_pareto(measure)))
     courses = {run.name: _heldout(run) for run in runs}
     points = [point | {"run": name} for name, course in courses.items() if len(course) > 1 for point in course]
     if points:
-        yield Figure("heldout", "Held-out loss", "Each run on its own held-out text.", _spec(_together(points)))
+        caption = "The loss of each run on its own held-out text."
+        yield Figure("heldout", "Held-out loss", caption, _spec(_heldout_courses(points)))
 
 
 def _losses(run: Run) -> Chart:
-    sampled, heldout = "sampled masks", "the decision, on held-out text"
+    sampled, heldout = "sampled masks", "decision, on held-out text"
     means = []
     for row, forward_passes in zip(run.rows, run.forward_passes, strict=True):
-        good = [loss for loss in row.losses if loss is not None]
-        if good:
+        losses = [loss for loss in row.losses if loss is not None]
+        if losses:
             mean = _loss(row.mean_loss, forward_passes, row.step)
-            means.append(mean | {"low": min(good), "high": max(good), "of": sampled})
-    x = _forwards()
+            means.append(mean | {"low": min(losses), "high": max(losses), "of": sampled})
+    x = _forward_passes_axis()
     left = alt.Axis(title="nats per token")
     right = alt.Axis(title="perplexity", orient="right", grid=False, labelExpr="format(exp(datum.value), ',.3~r')")
     scale = alt.Scale(zero=False, nice=False, padding=8)
@@ -95,20 +103,20 @@ def _losses(run: Run) -> Chart:
     band = alt.Chart(data).mark_area(opacity=0.2).encode(x, alt.Y("low:Q", scale=scale, axis=left), y2="high:Q")
     line = alt.Chart(data).mark_line(point=len(means) < 2).encode(x, alt.Y("loss:Q", scale=scale, axis=right))
     points = [point | {"of": heldout} for point in _heldout(run)]
-    judged = alt.Chart(alt.Data(values=points)).mark_line(point=True)
-    judged = judged.encode(x, alt.Y("loss:Q", scale=scale, axis=None))
+    evaluated = alt.Chart(alt.Data(values=points)).mark_line(point=True)
+    evaluated = evaluated.encode(x, alt.Y("loss:Q", scale=scale, axis=None))
     colour = alt.Color("of:N", title=None, scale=alt.Scale(domain=[sampled, heldout]))
     tip = _tip(step="step:Q", forward_passes="forward_passes:Q", loss="loss:Q", perplexity="perplexity:Q")
-    layers = [band.encode(colour), line.encode(colour, tooltip=tip), judged.encode(colour, tooltip=tip)]
+    layers = [band.encode(colour), line.encode(colour, tooltip=tip), evaluated.encode(colour, tooltip=tip)]
     return alt.layer(*layers).resolve_axis(y="independent").properties(width="container", height=HEIGHT)
 
 
 def _heldout(run: Run) -> list[dict[str, Any]]:
-    """The judged losses against forward passes; at the end, that of the written decision."""
-    judged = zip(run.rows, run.forward_passes, strict=True)
+    """Return the held-out losses against forward passes. The last one is that of the written decision."""
+    rows = zip(run.rows, run.forward_passes, strict=True)
     points = [
         _loss(row.heldout_loss, forward_passes, row.step)
-        for row, forward_passes in judged
+        for row, forward_passes in rows
         if row.heldout_loss is not None
     ]
     if run.decision is not None and run.decision.heldout_loss is not None:
@@ -117,7 +125,7 @@ def _heldout(run: Run) -> list[dict[str, Any]]:
 
 
 def _loss(loss: float | None, forward_passes: int, step: int) -> dict[str, Any]:
-    assert loss is not None, "only good losses are drawn"
+    assert loss is not None, "only finite losses are drawn"
     return {
         "step": step,
         "forward_passes": forward_passes,
@@ -135,9 +143,9 @@ def _widths(before: Sequence[int], after: Sequence[int], family: str) -> Chart:
     layer = alt.X("layer:O", axis=alt.Axis(labelAngle=0, labelOverlap=True))
     bars = alt.Chart(alt.Data(values=rows)).encode(layer, tooltip=tip)
     axis = alt.Axis(title=_plural(family), tickMinStep=1)
-    pale = bars.mark_bar(opacity=0.25).encode(alt.Y("before:Q", axis=axis))
-    full = bars.mark_bar().encode(alt.Y("after:Q", axis=axis))
-    return alt.layer(pale, full).properties(width="container", height=HEIGHT * 0.6)
+    dense = bars.mark_bar(opacity=0.25).encode(alt.Y("before:Q", axis=axis))
+    kept = bars.mark_bar().encode(alt.Y("after:Q", axis=axis))
+    return alt.layer(dense, kept).properties(width="container", height=HEIGHT * 0.6)
 
 
 def _heat(cells: list[dict[str, Any]], family: str, value: str) -> Chart:
@@ -148,7 +156,7 @@ def _heat(cells: list[dict[str, Any]], family: str, value: str) -> Chart:
         alt.Y("layer:O", axis=alt.Axis(labelOverlap=True)),
         _shade(value),
         tooltip=[*_tip(layer="layer:O", units="units:N"), alt.Tooltip("value:Q", title=value)],
-    ).properties(width="container", height=_rows(layers))
+    ).properties(width="container", height=_heat_map_height(layers))
 
 
 def _course(run: Run, family: str) -> Chart:
@@ -172,20 +180,20 @@ def _course(run: Run, family: str) -> Chart:
             _shade("kept"),
             tooltip=_tip(layer="layer:O", forward_passes="forward_passes:O", kept="kept:N"),
         )
-        .properties(width="container", height=_rows(len(run.units[family])))
+        .properties(width="container", height=_heat_map_height(len(run.units[family])))
     )
 
 
-def _sensitivity(learned: list[dict[str, Any]]) -> Chart:
-    chart = alt.Chart(alt.Data(values=learned)).encode(
+def _sensitivity(rows: list[dict[str, Any]]) -> Chart:
+    chart = alt.Chart(alt.Data(values=rows)).encode(
         alt.X("layer:O", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
         alt.Color("family:N", title=None),
         xOffset="family:N",
-        tooltip=_tip(layer="layer:O", family="family:N", cost="value:Q"),
+        tooltip=_tip(layer="layer:O", family="family:N", sensitivity="value:Q"),
     )
     scale = alt.Scale(type="log")
     spread = chart.mark_rule().encode(
-        alt.Y("low:Q", scale=scale, title="loss for an error", axis=alt.Axis(tickCount=4)), y2="high:Q"
+        alt.Y("low:Q", scale=scale, title="relative sensitivity", axis=alt.Axis(tickCount=4)), y2="high:Q"
     )
     mean = chart.mark_point(filled=True, size=36, opacity=1).encode(alt.Y("value:Q", scale=scale))
     return alt.layer(spread, mean).properties(width="container", height=HEIGHT)
@@ -202,23 +210,23 @@ def _pareto(measure: Measure) -> Chart:
     best = chart.transform_filter("datum.best")
     front = best.mark_line(interpolate="step-before", strokeDash=[4, 3], opacity=0.6).encode(colour)
     dots = chart.mark_point(filled=True, size=70, opacity=1).encode(colour, tooltip=tip)
-    named = chart if len(measure.points) <= 8 else best  # of many, names would lie on top of each other
-    names = named.mark_text(dy=-12).encode(text="run:N")
+    labelled = chart if len(measure.points) <= 8 else best  # more labels would overlap
+    names = labelled.mark_text(dy=-12).encode(text="run:N")
     return alt.layer(front, dots, names).properties(width="container", height=HEIGHT * 1.3)
 
 
-def _forwards() -> Any:
-    """The axis of how far a search has come, in whole numbers."""
+def _forward_passes_axis() -> Any:
+    """Return an axis that counts the forward passes of a search."""
     return alt.X("forward_passes:Q", title="forward passes", axis=alt.Axis(format=",d", tickMinStep=1))
 
 
-def _together(points: list[dict[str, Any]]) -> Chart:
+def _heldout_courses(points: list[dict[str, Any]]) -> Chart:
     tip = _tip(run="run:N", forward_passes="forward_passes:Q", loss="loss:Q", perplexity="perplexity:Q")
     return (
         alt.Chart(alt.Data(values=points))
         .mark_line(point=True)
         .encode(
-            _forwards(),
+            _forward_passes_axis(),
             alt.Y("loss:Q", title="nats per token", scale=alt.Scale(zero=False)),
             alt.Color("run:N", title=None),
             tooltip=tip,
@@ -231,15 +239,15 @@ def _shade(title: str) -> alt.Color:
     return alt.Color("value:Q", title=title, scale=alt.Scale(domain=[0, 1]))
 
 
-def _rows(layers: int) -> int:
-    """The height of a heat map."""
+def _heat_map_height(layers: int) -> int:
+    """Return the height of a heat map in pixels."""
     return max(layers * (14 if layers <= 40 else 8), 120)
 
 
-def _judged(run: Run) -> list[str]:
-    """The families whose widths the history has more than once."""
-    judged = [row.kept for row in run.rows if row.kept is not None]
-    return list(run.units) if len(judged) > 1 else []
+def _families_with_course(run: Run) -> list[str]:
+    """Return the families whose widths were evaluated more than once."""
+    evaluated = [row.kept for row in run.rows if row.kept is not None]
+    return list(run.units) if len(evaluated) > 1 else []
 
 
 def _tip(**fields: str) -> list[alt.Tooltip]:
@@ -250,13 +258,13 @@ def _plural(family: str) -> str:
     return f"{UNIT[family]}s" if family in UNIT else f"{family}s"
 
 
-def _runs_of(cells: list[dict[str, Any]]) -> str:
-    longest = max((cell["first"] for cell in cells if cell["first"]), default=0)
-    step = min((cell["first"] for cell in cells if cell["first"]), default=1)
-    return f", {step} together in a cell" if longest and step > 1 else ""
+def _units_per_cell(cells: list[dict[str, Any]]) -> str:
+    """Return the end of a caption that says how many units a cell shows, "" for one."""
+    units = min((cell["first"] for cell in cells if cell["first"]), default=1)
+    return f" ({units} units per cell)" if units > 1 else ""
 
 
 def _spec(chart: Chart) -> dict[str, Any]:
     spec: dict[str, Any] = chart.to_dict()
-    del spec["config"]  # the page has its own
+    del spec["config"]  # the page sets its own
     return spec

@@ -1,4 +1,4 @@
-"""What a report says, read from run directories: finished ones, and ones that are still searching."""
+"""Read what a report shows from run directories, finished or still searching."""
 
 from __future__ import annotations
 
@@ -9,38 +9,39 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
 
 from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.errors import UserError
+from pgprune_cli.recipe.reader import load
+from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.evaluation import read_measured
 from pgprune_cli.run.history import Row, read_history
-from pgprune_cli.run.layout import DECISION_RECORD, RECIPE_FILE
+from pgprune_cli.run.layout import DECISION_RECORD, PROVENANCE_FILE, RECIPE_FILE
 from pgprune_cli.run.provenance import read_provenance
 from pgprune_cli.run.scores import Scores
 
-BLOCKS = 48
-"""Cells of a heat map's row, at most: a layer's FFN channels come in runs of equal length."""
+MAX_CELLS = 48
+"""Cells in a row of a heat map. A layer with more units shows runs of neighbouring units, all of the same length."""
 
 UNIT = {"attention": "KV head", "ffn": "FFN channel"}
-"""What a unit of a family is called; every other family has one unit a layer."""
+"""What a unit of a family is called. Every other family has one unit per layer."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory, read.
+    """The content of a run directory.
 
-    recipe: as it stands in the file, whichever version of pgprune wrote it; units: how many the dense model has in
-    every layer, by family of the recipe; state: of the last checkpoint; decision: without its repair.
+    units: how many units every layer of the dense model has, by family of the recipe; state: of the last checkpoint;
+    decision: without its repair.
     """
 
     name: str
     directory: Path
-    recipe: dict[str, Any]
+    recipe: Recipe
     recipe_text: str
     rows: list[Row]
     units: dict[str, list[int]]
@@ -51,11 +52,12 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Of the whole search."""
-        return int(self.recipe["search"]["forward_passes"]) // int(self.recipe["search"]["masks_per_step"])
+        """Return the steps of the whole search."""
+        return self.recipe.search.steps
 
     @property
     def progress(self) -> str:
+        """Return how far the run has come, in words."""
         if self.decision is not None:
             return "finished"
         done = self.rows[-1].step if self.rows else 0
@@ -63,34 +65,34 @@ class Run:
 
     @property
     def forward_passes(self) -> list[int]:
-        """Forward passes of the search up to every row, its own included."""
+        """Return, for every step, the forward passes of the search up to and including it."""
         return list(accumulate(len(row.losses) for row in self.rows))
 
     @property
     def widths(self) -> dict[str, list[int]] | None:
-        """Units that every layer keeps, by family: as decided, or as last judged while it searches."""
+        """Return how many units every layer keeps, by family: as decided or, during the search, as last evaluated."""
         if self.decision is not None:
             blocks = {name: [int(layer.of(name).sum()) for layer in self.decision.model_mask] for name in UNIT}
-            return {name: widths for name, widths in blocks.items() if _touched(name, self.units)}
-        judged = [row.kept for row in self.rows if row.kept is not None]
-        return judged[-1] if judged else None
+            return {name: widths for name, widths in blocks.items() if _can_remove_from(name, self.units)}
+        evaluated = [row.kept for row in self.rows if row.kept is not None]
+        return evaluated[-1] if evaluated else None
 
     def dense(self, family: str) -> list[int]:
-        """Units of every layer before pruning: of `attention` and `ffn` also where they go as a whole."""
+        """Return how many units every layer has before pruning, also for a block that is removed as a whole."""
         if family in self.units:
             return self.units[family]
-        assert self.decision is not None, "only a decision speaks of units that the search does not"
+        assert self.decision is not None, "only a decision has masks for blocks that the search removes as a whole"
         return [len(layer.of(family)) for layer in self.decision.model_mask]
 
 
 def read_runs(directories: Sequence[Path]) -> list[Run]:
-    """The runs, each under the part of its path that tells it from the others. Raises UserError as `read_run` does."""
+    """Read runs, each named by the part of its path in which they differ. Raises UserError as `read_run` does."""
     paths = list(dict.fromkeys(directory.resolve() for directory in directories))
     return [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
-    """`x/flap/seed-0` and `x/obs/seed-0` are `flap` and `obs`."""
+    """Return the part of each path that differs: `x/flap/seed-0` and `x/obs/seed-0` give `flap` and `obs`."""
     shared = Path(os.path.commonpath([path.parent for path in paths]))
     names = [path.relative_to(shared).parts for path in paths]
     while min(map(len, names)) > 1 and len({name[-1] for name in names}) == 1:
@@ -99,29 +101,36 @@ def _names(paths: Sequence[Path]) -> list[str]:
 
 
 def read_run(directory: Path, name: str) -> Run:
-    """Raises UserError for what is no run directory, for one before its scores, and for damage."""
+    """Read a run directory. Raises UserError if it is not one, has no scores yet, or is damaged."""
     path = directory / RECIPE_FILE
     if not path.is_file():
-        raise UserError(f"{directory}: no run of a search here, it has no {RECIPE_FILE}; `pgprune search` makes one")
-    text = path.read_text(encoding="utf-8")
-    recipe = yaml.safe_load(text)
+        raise UserError(f"{path}: no such file, so no search was started here. Start one: pgprune search RECIPE")
+    recipe = load(path)
     decision = Decision.load(directory, with_repair=False) if (directory / DECISION_RECORD).exists() else None
     checkpoint = latest_checkpoint(directory)
     return Run(
         name=name,
         directory=directory,
         recipe=recipe,
-        recipe_text=text,
+        recipe_text=path.read_text(encoding="utf-8"),
         rows=read_history(directory),
-        units=_units(directory, recipe["units"]["families"]),
+        units=_count_units(directory, recipe.units.families),
         state=None if checkpoint is None else checkpoint.state,
         decision=decision,
         measured=read_measured(directory),
-        provenance=read_provenance(directory),
+        provenance=_read_provenance(directory),
     )
 
 
-def _units(directory: Path, families: Sequence[str]) -> dict[str, list[int]]:
+def _read_provenance(directory: Path) -> list[dict[str, Any]]:
+    notes = read_provenance(directory)
+    if not notes:
+        raise UserError(f"{directory}: damaged, {PROVENANCE_FILE} is missing or empty.")
+    return notes
+
+
+def _count_units(directory: Path, families: Sequence[str]) -> dict[str, list[int]]:
+    """Return how many units every layer has, by family."""
     scores = Scores.load(directory).tensors
     layers = 1 + max(int(name.split(".")[1]) for name in scores)
     return {
@@ -130,13 +139,13 @@ def _units(directory: Path, families: Sequence[str]) -> dict[str, list[int]]:
     }
 
 
-def _touched(block: str, families: dict[str, list[int]]) -> bool:
-    """Whether a search over these families can take anything of a block."""
+def _can_remove_from(block: str, families: dict[str, list[int]]) -> bool:
+    """Return whether a search over these families can remove units from a block."""
     return any(family == "layer" or family.removesuffix("-block") == block for family in families)
 
 
 def theta_cells(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """Keep probabilities of the last checkpoint, by family; nothing where the search has none."""
+    """Return the keep probabilities of the last checkpoint, by family. Only a unit search has them."""
     if not isinstance(run.state, SearchState):
         return {}
     cells, start = {}, 0
@@ -148,40 +157,40 @@ def theta_cells(run: Run) -> dict[str, list[dict[str, Any]]]:
 
 
 def kept_cells(run: Run) -> dict[str, list[dict[str, Any]]]:
-    """Which units stay, by block: the fraction kept of each run of units. Nothing before there is a decision."""
+    """Return the kept fraction of each run of units, by block. Empty as long as there is no decision."""
     if run.decision is None:
         return {}
-    keep = run.decision.model_mask
     return {
-        block: list(_cells(block, [layer.of(block).double() for layer in keep]))
+        block: list(_cells(block, [layer_mask.of(block).double() for layer_mask in run.decision.model_mask]))
         for block in UNIT
-        if _touched(block, run.units)
+        if _can_remove_from(block, run.units)
     }
 
 
 def _cells(family: str, layers: Sequence[Tensor]) -> Iterator[dict[str, Any]]:
-    """One for each run of units: `first` and the mean `value` over it; `units` says which they are."""
-    length = -(-max(len(values) for values in layers) // BLOCKS)
+    """Yield a cell for each run of units: the `first` unit, the mean `value`, and a label of the `units`."""
+    length = -(-max(len(values) for values in layers) // MAX_CELLS)
     unit = UNIT.get(family, "the whole layer")
     for layer, values in enumerate(layers):
         for number, part in enumerate(values.split(length)):
             first = number * length
             last = first + len(part) - 1
-            which = unit if family not in UNIT else f"{unit} {first}" if first == last else f"{unit}s {first}–{last}"
-            yield {"layer": layer, "first": first, "units": which, "value": round(float(part.mean()), 4)}
+            label = unit if family not in UNIT else f"{unit} {first}" if first == last else f"{unit}s {first}–{last}"
+            yield {"layer": layer, "first": first, "units": label, "value": round(float(part.mean()), 4)}
 
 
 def sensitivities(run: Run) -> list[dict[str, Any]]:
-    """How much loss an error of every layer and family costs, relative to the others, as the layers policy learned it.
+    """Return how much an error in each layer and family raises the loss, relative to the others, as a width search
+    learned it.
 
-    `low` and `high` are one standard deviation of the search's next samples away.
+    `low` and `high` are one standard deviation of the next sampled masks away.
     """
     if not isinstance(run.state, WidthState):
         return []
     pairs = [(family, layer) for family, counts in run.units.items() for layer in range(len(counts))]
-    low, high = run.state.mean - run.state.spread, run.state.mean + run.state.spread
-    values = zip(run.state.mean.exp().tolist(), low.exp().tolist(), high.exp().tolist(), strict=True)
+    mean, spread = run.state.mean, run.state.spread
+    values = zip(*(logarithms.exp().tolist() for logarithms in (mean, mean - spread, mean + spread)), strict=True)
     return [
-        {"family": family, "layer": layer, "value": value, "low": least, "high": most}
-        for (family, layer), (value, least, most) in zip(pairs, values, strict=True)
+        {"family": family, "layer": layer, "value": value, "low": low, "high": high}
+        for (family, layer), (value, low, high) in zip(pairs, values, strict=True)
     ]

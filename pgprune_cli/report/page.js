@@ -1,4 +1,4 @@
-// Draws every figure that is to be seen, in the colours of page.css; again when light turns dark.
+// Draw every visible figure in the colours of page.css, and redraw when the theme changes or a run is unfolded.
 const specs = JSON.parse(document.getElementById("figures").textContent);
 
 function theme() {
@@ -22,10 +22,10 @@ function theme() {
 
 async function draw() {
   const config = theme();
-  const seen = [...document.querySelectorAll(".plot")].filter((place) => !place.closest("details:not([open])"));
-  await Promise.all(seen.map((place) =>
+  const visible = [...document.querySelectorAll(".plot")].filter((place) => !place.closest("details:not([open])"));
+  await Promise.all(visible.map((place) =>
     vegaEmbed(place, specs[place.id], { config, renderer: "svg", actions: false, tooltip: { theme: "custom" } })));
-  document.body.dataset.drawn = seen.length;
+  document.body.dataset.drawn = visible.length;
 }
 
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);

@@ -1,4 +1,4 @@
-"""The page: figures and tables in one HTML file that needs no network, and follows the reader's light or dark."""
+"""Write figures and tables into one HTML file that needs no network and follows the light or dark theme."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from importlib.resources import files
 from typing import Any
 
 from pgprune_cli import __version__
-from pgprune_cli.report.facts import again, commands, environment, evaluation, summary
+from pgprune_cli.report.facts import commands, environment, evaluation, repeat_command, summary
 from pgprune_cli.report.figures import Figure, comparison, figures_of
 from pgprune_cli.report.gather import Run
 from pgprune_cli.report.pareto import measures
 
 
 def page(runs: Sequence[Run], reload_after: int | None = None) -> str:
-    """The HTML of a report about `runs`. With `reload_after`, a browser reads it anew after so many seconds."""
+    """Return the HTML of a report about `runs`. With `reload_after`, a browser reloads it after that many seconds."""
     from jinja2 import Environment
 
     sections = [(run, list(figures_of(run, f"run-{number}")), commands(run)) for number, run in enumerate(runs)]
-    together = list(comparison(runs, measures(runs))) if len(runs) > 1 else []
-    drawn = [*together, *(figure for _, figures, _ in sections for figure in figures)]
+    comparisons = list(comparison(runs, measures(runs))) if len(runs) > 1 else []
+    all_figures = [*comparisons, *(figure for _, figures, _ in sections for figure in figures)]
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_asset("page.html"))
     return template.render(
         title=", ".join(run.name for run in runs) if len(runs) <= 3 else f"{len(runs)} runs",
@@ -35,26 +35,27 @@ def page(runs: Sequence[Run], reload_after: int | None = None) -> str:
         summary=summary(runs),
         evaluation=evaluation(runs),
         environment=environment(runs),
-        comparison=together,
+        comparison=comparisons,
         sections=sections,
-        again=again,
-        figures=_embedded(drawn),
+        repeat_command=repeat_command,
+        figures=_figures_as_json(all_figures),
     )
 
 
-def _embedded(figures: Sequence[Figure]) -> str:
-    """The specifications as JSON that can stand inside a <script>."""
+def _figures_as_json(figures: Sequence[Figure]) -> str:
+    """Return the specifications as JSON that can stand inside a <script>."""
     specs: dict[str, Any] = {figure.id: figure.spec for figure in figures}
     return json.dumps(specs, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _asset(name: str) -> str:
+    """Return a file of this package."""
     return (files("pgprune_cli.report") / name).read_text(encoding="utf-8")
 
 
 @cache
 def _library() -> str:
-    """Vega, Vega-Lite and Vega-Embed, as they come with the package: 0.9 MB."""
+    """Return Vega, Vega-Lite and Vega-Embed, 0.9 MB of JavaScript that come with vl_convert."""
     from vl_convert import javascript_bundle
 
     library: str = javascript_bundle("window.vegaEmbed = vegaEmbed;")

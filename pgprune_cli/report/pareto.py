@@ -1,4 +1,4 @@
-"""Which runs no other run beats: sparser, and losing less."""
+"""Find the runs that no other run beats in both sparsity and perplexity."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from pgprune_cli.report.gather import Run
 
 @dataclass(frozen=True)
 class Measure:
-    """One perplexity of several runs: `points` of `run`, `model`, `sparsity`, `ppl`, and whether it is `best`."""
+    """One perplexity of several runs.
+
+    points: dicts with `run`, `model`, `sparsity`, `ppl`, and `best`: whether no other run beats this one.
+    """
 
     name: str
     points: list[dict[str, Any]]
 
 
 def measures(runs: Sequence[Run]) -> list[Measure]:
-    """Every perplexity that at least two finished runs have: of the same corpus, length and number of tokens.
+    """Return every perplexity that at least two finished runs have for the same corpus, length and number of tokens.
 
-    The held-out perplexity, of each run's own text, comes last.
+    The held-out perplexity comes last. It is measured on each run's own text.
     """
     finished = [run for run in runs if run.decision is not None]
     by_name: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
@@ -31,11 +34,11 @@ def measures(runs: Sequence[Run]) -> list[Measure]:
             by_name.setdefault((row["corpus"], row["seqlen"], row["tokens"]), []).append(_point(run, row["ppl"]))
         if run.decision is not None and run.decision.heldout_loss is not None:
             heldout.append(_point(run, math.exp(run.decision.heldout_loss)))
-    found = [
+    candidates = [
         Measure(f"{corpus} perplexity, {seqlen} tokens", points) for (corpus, seqlen, _), points in by_name.items()
     ]
-    found.append(Measure("held-out perplexity", heldout))
-    return [Measure(measure.name, _marked(measure.points)) for measure in found if len(measure.points) > 1]
+    candidates.append(Measure("held-out perplexity", heldout))
+    return [Measure(measure.name, _marked(measure.points)) for measure in candidates if len(measure.points) > 1]
 
 
 def _point(run: Run, ppl: float) -> dict[str, Any]:
@@ -44,10 +47,10 @@ def _point(run: Run, ppl: float) -> dict[str, Any]:
 
 
 def _marked(points: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [point | {"best": not any(_beats(other, point) for other in points)} for point in points]
+    return [point | {"best": not any(_beats(rival, point) for rival in points)} for point in points]
 
 
-def _beats(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Of the same model, at least as sparse and losing no more, and better in one of both."""
-    a, b = (-one["sparsity"], one["ppl"]), (-other["sparsity"], other["ppl"])
-    return one["model"] == other["model"] and a[0] <= b[0] and a[1] <= b[1] and a != b
+def _beats(rival: dict[str, Any], point: dict[str, Any]) -> bool:
+    """Return whether `rival` has the same model, is as good in sparsity and perplexity, and better in one of them."""
+    a, b = (-rival["sparsity"], rival["ppl"]), (-point["sparsity"], point["ppl"])
+    return rival["model"] == point["model"] and a[0] <= b[0] and a[1] <= b[1] and a != b

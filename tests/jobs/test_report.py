@@ -1,4 +1,4 @@
-"""The report job: where the page goes, that it is written again while a search goes on, and what it refuses."""
+"""report: where the page goes, that it is written again while a search is running, and what is refused."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import shutil
 import sys
 
 import pytest
+from helpers.messages import refused
 
-from pgprune_cli.errors import UserError
 from pgprune_cli.jobs import report as job
 
 
-def test_one_run_has_its_report_in_it_and_several_here(finished, tmp_path, monkeypatch) -> None:
+def test_the_page_goes_into_the_run_or_for_several_into_the_working_directory(
+    finished, tmp_path, monkeypatch
+) -> None:
     pytest.importorskip("altair", reason="pgprune[report] is not installed")
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
@@ -24,25 +26,25 @@ def test_one_run_has_its_report_in_it_and_several_here(finished, tmp_path, monke
         assert page.read_text().startswith("<!doctype html>")
 
 
-def test_watching_ends_with_the_search(finished, searching, monkeypatch) -> None:
+def test_watching_ends_when_the_search_is_finished(finished, searching, monkeypatch) -> None:
     pytest.importorskip("altair", reason="pgprune[report] is not installed")
-    waited = []
+    waits = []
 
     def finish(seconds: int) -> None:
-        waited.append(seconds)
+        waits.append(seconds)
         assert 'http-equiv="refresh"' in (searching / "report.html").read_text()
-        if len(waited) == 2:
+        if len(waits) == 2:
             for name in ("decision.safetensors", "decision.json"):
                 shutil.copy(finished["units"] / name, searching)
 
     monkeypatch.setattr(job.time, "sleep", finish)
     states = [runs[0].progress for runs in job.report([searching], watch=7)]
     assert states == ["step 6 of 6", "step 6 of 6", "finished"]
-    assert waited == [7, 7]
+    assert waits == [7, 7]
     assert 'http-equiv="refresh"' not in (searching / "report.html").read_text()
 
 
-def test_without_the_extra_it_says_what_to_install(finished, monkeypatch) -> None:
+def test_report_refuses_to_run_without_its_extra(finished, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "vl_convert", None)
-    with pytest.raises(UserError, match=r"^report needs the extra: pip install 'pgprune\[report\]' "):
+    with refused("vl_convert", "pip install 'pgprune[report]'"):
         next(job.report([finished["units"]]))

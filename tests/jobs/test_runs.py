@@ -1,13 +1,12 @@
-"""The list of runs: states of directories made by hand."""
+"""runs: the states of run directories that are made by hand."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import pytest
+from helpers.messages import refused
 
-from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.runs import cells, runs_in
 from pgprune_cli.recipe.reader import dump, find, load
 from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, METRICS_FILE, RECIPE_FILE, SCORES_FILE
@@ -15,17 +14,18 @@ from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, METRICS_FILE
 RECIPE = dump(load(find("demo")))
 
 
-def begun(run: Path, steps: int) -> None:
+def write_unfinished_run(run: Path, steps: int) -> None:
+    """Write a recipe and a history of `steps` steps with an incomplete last line."""
     run.mkdir(parents=True)
     (run / RECIPE_FILE).write_text(RECIPE)
     (run / METRICS_FILE).write_text("".join(json.dumps({"step": step + 1}) + "\n" for step in range(steps)) + '{"st')
 
 
-def test_every_state_is_told_apart_and_models_are_no_runs(tmp_path: Path) -> None:
+def test_runs_in_tells_the_states_apart_and_skips_exported_models(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / SCORES_FILE).touch()
-    begun(tmp_path / "b" / "deep", 7)
-    begun(tmp_path / "c", 20)
+    write_unfinished_run(tmp_path / "b" / "deep", 7)
+    write_unfinished_run(tmp_path / "c", 20)
     (tmp_path / "c" / DECISION_MASKS).touch()
     (tmp_path / "c" / DECISION_RECORD).write_text('{"sparsity": 0.49, "heldout_loss": null}')
     (tmp_path / "d").mkdir()
@@ -53,7 +53,7 @@ def test_every_state_is_told_apart_and_models_are_no_runs(tmp_path: Path) -> Non
     ]
 
 
-def test_a_folder_that_is_not_there_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such directory"):
+def test_runs_in_refuses_a_missing_directory(tmp_path: Path) -> None:
+    with refused("nowhere", "no such directory"):
         runs_in(tmp_path / "nowhere")
     assert runs_in(tmp_path) == []

@@ -1,23 +1,24 @@
-"""What a report is made of, against what the run directory holds."""
+"""Reading runs for a report: everything shown matches the files of the run directory."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.messages import refused
 
-from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.search import search
 from pgprune_cli.recipe.reader import load
-from pgprune_cli.report.facts import again, commands, environment, evaluation, summary
-from pgprune_cli.report.gather import BLOCKS, _names, kept_cells, read_run, read_runs, sensitivities, theta_cells
+from pgprune_cli.report.facts import commands, environment, evaluation, repeat_command, summary
+from pgprune_cli.report.gather import MAX_CELLS, _names, kept_cells, read_run, read_runs, sensitivities, theta_cells
 from pgprune_cli.report.pareto import Measure, _marked, measures
 from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.decision import Decision
 
-LAYERS, GROUPS, CHANNELS = 6, 4, 384
+LAYERS, KV_HEADS, CHANNELS = 6, 4, 384
 
 
 def metrics_of(run: Path) -> list[dict]:
@@ -25,11 +26,11 @@ def metrics_of(run: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("policy", ["units", "widths"])
-def test_a_run_is_read_as_it_was_written(policy, finished) -> None:
+def test_read_run_returns_what_the_search_wrote(policy, finished) -> None:
     run = read_run(finished[policy], "it")
     written = metrics_of(finished[policy])
     assert (run.progress, run.steps) == ("finished", 6)
-    assert run.units == {"attention": [GROUPS] * LAYERS, "ffn": [CHANNELS] * LAYERS}
+    assert run.units == {"attention": [KV_HEADS] * LAYERS, "ffn": [CHANNELS] * LAYERS}
     assert [row.losses for row in run.rows] == [row["losses"] for row in written]
     assert run.forward_passes == [2, 4, 6, 8, 10, 12]
     assert run.forward_passes[-1] == run.decision.forward_passes
@@ -40,39 +41,39 @@ def test_a_run_is_read_as_it_was_written(policy, finished) -> None:
     }
 
 
-def test_the_history_says_what_was_kept_whenever_it_was_judged(finished) -> None:
+def test_the_history_has_the_kept_units_of_every_evaluation(finished) -> None:
     rows = read_run(finished["units"], "it").rows
     assert [row.step for row in rows if row.kept] == [row.step for row in rows if row.heldout_loss is not None]
-    assert rows[-1].kept == read_run(finished["units"], "it").widths  # the units policy decides what it judged last
+    assert rows[-1].kept == read_run(finished["units"], "it").widths  # a unit search decides what it evaluated last
 
 
-def test_every_unit_is_in_one_cell_of_theta(finished) -> None:
+def test_theta_cells_cover_every_unit_once(finished) -> None:
     cells = theta_cells(read_run(finished["units"], "it"))
     theta = latest_checkpoint(finished["units"]).state.theta
-    attention, ffn = theta.split([LAYERS * GROUPS, LAYERS * CHANNELS])
+    attention, ffn = theta.split([LAYERS * KV_HEADS, LAYERS * CHANNELS])
     assert [cell["value"] for cell in cells["attention"]] == [round(value, 4) for value in attention.tolist()]
-    length = CHANNELS // BLOCKS
+    length = CHANNELS // MAX_CELLS
     means = ffn.view(-1, length).mean(1).tolist()
     assert [cell["value"] for cell in cells["ffn"]] == pytest.approx(means, abs=1e-4)
-    assert cells["ffn"][BLOCKS + 2] == {
+    assert cells["ffn"][MAX_CELLS + 2] == {
         "layer": 1,
         "first": 2 * length,
         "units": f"FFN channels {2 * length}–{3 * length - 1}",
-        "value": pytest.approx(means[BLOCKS + 2], abs=1e-4),
+        "value": pytest.approx(means[MAX_CELLS + 2], abs=1e-4),
     }
-    assert cells["attention"][GROUPS + 3]["units"] == "KV head 3"
+    assert cells["attention"][KV_HEADS + 3]["units"] == "KV head 3"
 
 
 @pytest.mark.parametrize("policy", ["units", "widths"])
-def test_the_kept_cells_are_the_decision(policy, finished) -> None:
+def test_kept_cells_match_the_decision(policy, finished) -> None:
     cells = kept_cells(read_run(finished[policy], "it"))
-    for block, count in (("attention", GROUPS), ("ffn", CHANNELS)):
+    for block, count in (("attention", KV_HEADS), ("ffn", CHANNELS)):
         kept = torch.stack([layer.of(block) for layer in Decision.load(finished[policy]).model_mask]).double()
-        means = kept.view(-1, max(1, count // BLOCKS)).mean(1)
+        means = kept.view(-1, max(1, count // MAX_CELLS)).mean(1)
         assert [cell["value"] for cell in cells[block]] == [round(value, 4) for value in means.tolist()]
 
 
-def test_blocks_that_go_as_a_whole_have_a_cell_a_layer(finished, tmp_path) -> None:
+def test_blocks_removed_as_a_whole_have_one_cell_per_layer(finished, tmp_path) -> None:
     recipe = tmp_path / "whole.yaml"
     recipe.write_text((finished["units"] / "recipe.yaml").read_text().replace("[attention, ffn]", "[attention-block]"))
     search(load(recipe, ["search.forward_passes=2"]), tmp_path / "run")
@@ -80,19 +81,19 @@ def test_blocks_that_go_as_a_whole_have_a_cell_a_layer(finished, tmp_path) -> No
     assert run.units == {"attention-block": [1] * LAYERS}
     assert [cell["units"] for cell in theta_cells(run)["attention-block"]] == ["the whole layer"] * LAYERS
     assert list(kept_cells(run)) == list(run.widths) == ["attention"]
-    assert run.dense("attention") == [GROUPS] * LAYERS
+    assert run.dense("attention") == [KV_HEADS] * LAYERS
 
 
-def test_the_layers_policy_shows_what_it_learned(finished) -> None:
+def test_a_width_search_shows_its_sensitivities(finished) -> None:
     run = read_run(finished["widths"], "it")
     assert theta_cells(run) == {}
-    learned = sensitivities(run)
-    assert [cell["value"] for cell in learned] == pytest.approx(run.state.mean.exp().tolist())
-    assert [(cell["family"], cell["layer"]) for cell in learned[5:7]] == [("attention", 5), ("ffn", 0)]
-    assert all(cell["low"] < cell["value"] < cell["high"] for cell in learned)
+    rows = sensitivities(run)
+    assert [cell["value"] for cell in rows] == pytest.approx(run.state.mean.exp().tolist())
+    assert [(cell["family"], cell["layer"]) for cell in rows[5:7]] == [("attention", 5), ("ffn", 0)]
+    assert all(cell["low"] < cell["value"] < cell["high"] for cell in rows)
 
 
-def test_a_search_that_goes_on_is_read_up_to_its_last_whole_row(searching) -> None:
+def test_a_running_search_is_read_up_to_its_last_complete_row(searching) -> None:
     run = read_run(searching, "it")
     assert run.progress == "step 6 of 6"
     assert run.decision is None
@@ -102,7 +103,7 @@ def test_a_search_that_goes_on_is_read_up_to_its_last_whole_row(searching) -> No
     assert measures([run, run]) == []
 
 
-def test_runs_are_named_by_what_tells_them_apart(finished) -> None:
+def test_runs_are_named_by_the_part_of_the_path_that_differs(finished) -> None:
     assert [run.name for run in read_runs(list(finished.values()))] == ["units", "widths"]
     assert [run.name for run in read_runs([finished["units"], finished["units"]])] == ["units"]
     assert _names([Path("/x/flap/seed-0"), Path("/x/obs/seed-0")]) == ["flap", "obs"]
@@ -110,51 +111,62 @@ def test_runs_are_named_by_what_tells_them_apart(finished) -> None:
     assert _names([Path("/x/a/one"), Path("/x/b/two")]) == ["a/one", "b/two"]
 
 
-def test_what_is_no_run_is_refused(tmp_path) -> None:
-    with pytest.raises(UserError, match=r"no run of a search here, it has no recipe\.yaml"):
+def test_a_directory_without_a_search_is_refused(tmp_path) -> None:
+    with refused(str(tmp_path), "recipe.yaml", "pgprune search"):
         read_run(tmp_path, "it")
+
+
+def test_a_recipe_with_unknown_keys_is_refused(searching) -> None:
+    with (searching / "recipe.yaml").open("a") as recipe:
+        recipe.write("weights: int8\n")
+    with refused("recipe.yaml:", "weights"):
+        read_run(searching, "it")
+
+
+def test_a_run_without_provenance_is_refused(searching) -> None:
+    (searching / "provenance.jsonl").unlink()
+    with refused(str(searching), "provenance.jsonl"):
+        read_run(searching, "it")
 
 
 def test_a_damaged_history_is_refused(searching) -> None:
     (searching / "metrics.jsonl").write_text("{}\n")
-    with pytest.raises(UserError, match="damaged, or not a history of pgprune"):
+    with refused("metrics.jsonl"):
         read_run(searching, "it")
 
 
-def test_the_tables_say_what_was_done(finished) -> None:
+def test_the_tables_show_search_evaluation_commands_and_environment(finished) -> None:
     runs = read_runs(list(finished.values()))
     facts = {row[0]: row[1:] for row in summary(runs).rows}
     assert summary(runs).headings == ["", "units", "widths"]
-    assert facts["search"] == ["over units, 2 samples a step", "over layers, 2 samples a step"]
-    assert facts["forward passes"][0].startswith("12 of search, ")
-    for weights, said in (("int8", "float32, from int8 weights"), (None, "float32")):
-        runs[0].recipe["weights"] = weights
-        if weights is None:  # a run of before
-            del runs[0].recipe["weights"]
-        assert ["computed in", said] in [row[:2] for row in summary(runs).rows]
+    assert facts["search"] == ["units, 2 masks per step", "widths, 2 masks per step"]
+    assert facts["forward passes"][0].startswith("12 for the search, ")
+    assert facts["computed in"] == ["float32", "float32"]
+    int8 = replace(runs[0], recipe=replace(runs[0].recipe, weight_format="int8"))
+    assert ["computed in", "float32, from int8 weights"] in summary([int8]).rows
     assert evaluation(runs).rows == [["parameters", "7", "7"], ["demo PPL, 128 tokens", "4.50", "3.25"]]
     assert [row[2] for row in commands(runs[0]).rows] == ["pgprune search demo --out 'a run'"]
-    assert again(runs[0]).startswith("pgprune search ")
+    assert repeat_command(runs[0]).startswith("pgprune search ")
     versions = {row[0]: row[1] for row in environment(runs).rows}
     assert versions["torch"] == torch.__version__
     assert {"python", "pgprune", "processor", "memory"} <= versions.keys()
 
 
-def test_perplexities_of_the_same_text_are_compared(finished) -> None:
+def test_only_perplexities_of_the_same_text_are_compared(finished) -> None:
     on_text, heldout = measures(read_runs(list(finished.values())))
     assert on_text.name == "demo perplexity, 128 tokens"
     assert [(point["run"], point["ppl"]) for point in on_text.points] == [("units", 4.5), ("widths", 3.25)]
     assert heldout.name == "held-out perplexity"
     runs = read_runs(list(finished.values()))
-    runs[0].measured["perplexity"][0]["tokens"] = 98  # of another text, or a part of it
+    runs[0].measured["perplexity"][0]["tokens"] = 98  # another text, or only a part of it
     assert [measure.name for measure in measures(runs)] == ["held-out perplexity"]
 
 
-def test_the_best_are_those_that_none_beats_in_both() -> None:
+def test_the_best_runs_are_those_that_no_other_beats_in_both() -> None:
     def best(*points: tuple[str, float, float]) -> list[bool]:
         rows = [{"run": "r", "model": model, "sparsity": sparsity, "ppl": ppl} for model, sparsity, ppl in points]
         return [point["best"] for point in Measure("it", _marked(rows)).points]
 
     assert best(("a", 0.5, 9.0), ("a", 0.3, 8.0), ("a", 0.3, 8.5), ("a", 0.4, 9.5)) == [True, True, False, False]
     assert best(("a", 0.5, 9.0), ("a", 0.5, 9.0)) == [True, True]
-    assert best(("a", 0.5, 9.0), ("b", 0.4, 10.0)) == [True, True]  # perplexities of two models say nothing together
+    assert best(("a", 0.5, 9.0), ("b", 0.4, 10.0)) == [True, True]  # perplexities of different models are not compared

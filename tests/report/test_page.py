@@ -1,4 +1,4 @@
-"""The page: one file that asks for nothing; and in a real browser, light and dark, wide and narrow."""
+"""The page: one file that loads nothing else, and what a real browser draws, light and dark, wide and narrow."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pgprune_cli.report.gather import read_run, read_runs
 from pgprune_cli.report.page import page
 
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-QUIETLY = (  # it looks for updates and at Google's hosts otherwise
+OFFLINE_OPTIONS = (  # otherwise Chromium looks for updates
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
@@ -29,7 +29,7 @@ QUIETLY = (  # it looks for updates and at Google's hosts otherwise
 
 
 class Parts(HTMLParser):
-    """Of a page: what its tags refer to, its scripts, and the ids of its plots."""
+    """Collect what the tags of a page refer to, its scripts, and the ids of its plots."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -67,36 +67,36 @@ def test_the_page_refers_to_nothing_outside_itself(html) -> None:
     assert "url(" not in style
 
 
-def test_every_plot_has_its_place_and_its_data(html, finished) -> None:
+def test_every_plot_has_an_element_and_a_specification(html, finished) -> None:
     parts = Parts(html)
     specs = json.loads(next(script for script in parts.scripts if script.startswith("{")))
     assert list(specs) == parts.plots
     assert len(set(parts.plots)) == len(parts.plots)
     families = ("attention", "ffn")
-    every = [f"{kind}-{family}" for kind in ("width", "kept", "course") for family in families]
-    of_units, of_layers = [f"theta-{family}" for family in families], ["sensitivity"]
+    common = [f"{kind}-{family}" for kind in ("width", "kept", "course") for family in families]
+    of_units, of_widths = [f"theta-{family}" for family in families], ["sensitivity"]
     assert set(parts.plots) == {
         *("pareto-0", "pareto-1", "heldout", "run-0-loss", "run-1-loss"),
-        *(f"run-0-{name}" for name in [*every, *of_units]),
-        *(f"run-1-{name}" for name in [*every, *of_layers]),
+        *(f"run-0-{name}" for name in [*common, *of_units]),
+        *(f"run-1-{name}" for name in [*common, *of_widths]),
     }
 
 
-def test_what_a_run_says_is_text_and_no_html(finished, tmp_path) -> None:
+def test_text_from_a_run_is_escaped(finished, tmp_path) -> None:
     run = tmp_path / "<b>bold</b>"
     shutil.copytree(finished["units"], run)
-    made = page(read_runs([run, finished["widths"]]))
-    assert "<b>bold" not in made
-    assert "&lt;b&gt;bold" in made
+    html = page(read_runs([run, finished["widths"]]))
+    assert "<b>bold" not in html
+    assert "&lt;b&gt;bold" in html
 
 
-def test_a_page_about_a_search_that_goes_on_reads_itself_anew(searching) -> None:
+def test_a_page_about_a_running_search_reloads_itself(searching) -> None:
     runs = read_runs([searching])
     assert '<meta http-equiv="refresh" content="5">' in page(runs, reload_after=5)
     assert "http-equiv" not in page(runs)
 
 
-def test_a_run_without_a_step_has_a_page(searching) -> None:
+def test_a_run_without_any_step_has_a_page(searching) -> None:
     shutil.rmtree(searching / "checkpoints")
     (searching / "metrics.jsonl").unlink()
     run = read_run(searching, "it")
@@ -114,7 +114,7 @@ def browser() -> Iterator:
         pytest.skip("no browser: chromium and chromedriver are not both on the PATH")
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *QUIETLY):
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", *OFFLINE_OPTIONS):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
@@ -123,7 +123,7 @@ def browser() -> Iterator:
 
 
 def show(browser, file: Path, scheme: str, width: int) -> None:
-    """Opens the page and waits until all of it is drawn."""
+    """Open the page and wait until all plots are drawn."""
     from selenium.webdriver.support.wait import WebDriverWait
 
     feature = {"name": "prefers-color-scheme", "value": scheme}
@@ -141,22 +141,22 @@ return Object.fromEntries([...document.querySelectorAll(".plot")].map((plot) =>
 
 
 @pytest.mark.parametrize(("scheme", "width"), [("light", 1280), ("dark", 390)])
-def test_a_browser_draws_every_plot_and_complains_of_nothing(browser, html, tmp_path, scheme, width) -> None:
+def test_a_browser_draws_every_plot_without_messages_or_overflow(browser, html, tmp_path, scheme, width) -> None:
     file = tmp_path / "report.html"
     file.write_text(html)
     show(browser, file, scheme, width)
     marks = browser.execute_script(MARKS)
     assert set(marks) == set(Parts(html).plots)
     assert all(marks.values()), marks
-    # a heat map has a rectangle a cell, and the legend's
+    # a heat map has a rectangle per cell, and some for the legend
     assert marks["run-0-theta-ffn"] >= 6 * 48
     assert marks["run-0-kept-attention"] >= 6 * 4
     assert browser.get_log("browser") == []
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
-    assert browser.execute_script("return document.documentElement.scrollWidth") == width  # nothing sticks out
+    assert browser.execute_script("return document.documentElement.scrollWidth") == width
 
 
-def test_light_and_dark_differ_and_a_change_is_followed(browser, html, tmp_path) -> None:
+def test_the_plots_follow_a_change_of_the_theme(browser, html, tmp_path) -> None:
     file = tmp_path / "report.html"
     file.write_text(html)
     show(browser, file, "light", 1280)
@@ -171,7 +171,7 @@ def test_light_and_dark_differ_and_a_change_is_followed(browser, html, tmp_path)
     assert max(map(int, re.findall(r"\d+", paper))) < 64
 
 
-def test_a_cell_says_its_layer_units_and_value_under_the_pointer(browser, html, finished, tmp_path) -> None:
+def test_a_cell_shows_its_layer_units_and_value_in_a_tooltip(browser, html, finished, tmp_path) -> None:
     from selenium.webdriver import ActionChains
     from selenium.webdriver.common.by import By
 
