@@ -27,11 +27,11 @@ def devices_of(device: str) -> list[torch.device]:
         devices = [torch.device(name.strip()) for name in device.split(",")]
     except RuntimeError:
         raise UserError(
-            f"device {device!r}: expected auto, cpu, cuda, cuda:N or a list such as cuda:0,cuda:1"
+            f"device: {device!r} is not a device. Expected auto, cpu, cuda, cuda:N or a list such as cuda:0,cuda:1."
         ) from None
-    for named in devices:
-        if named.type == "cuda" and (named.index or 0) >= count:
-            raise UserError(f"device {named}: this machine has {count} CUDA devices")
+    for gpu in devices:
+        if gpu.type == "cuda" and (gpu.index or 0) >= count:
+            raise UserError(f"device: {gpu} does not exist, this machine has {_cuda_devices(count)}. Choose another.")
     return _share_of_process(devices) if devices[0].type == "cuda" else devices
 
 
@@ -40,9 +40,14 @@ def _share_of_process(gpus: list[torch.device]) -> list[torch.device]:
     ranks = on_this_machine()
     if ranks.world > len(gpus):
         raise UserError(
-            f"{ranks.world} processes on this machine, but only {len(gpus)} CUDA devices. Start fewer processes."
+            f"torchrun: {ranks.world} processes on this machine, but only {_cuda_devices(len(gpus))}. "
+            "Start fewer processes."
         )
     return gpus[ranks.rank * len(gpus) // ranks.world : (ranks.rank + 1) * len(gpus) // ranks.world]
+
+
+def _cuda_devices(count: int) -> str:
+    return "1 CUDA device" if count == 1 else f"{count} CUDA devices"
 
 
 def devices_needed(weight_bytes: int, free: list[int]) -> int:

@@ -306,7 +306,7 @@ def test_a_bad_recipe_is_two_lines_for_two_faults(pgprune) -> None:
             "wikitxt2: no such file, and not a corpus, did you mean wikitext2?",
         ),
         (["eval", "demo", "--dtype", "int8"], "--dtype int8: expected auto, float32, float16 or bfloat16"),
-        (["eval", "demo", "--device", "tpu"], "device 'tpu': expected auto, cpu, cuda, cuda:N"),
+        (["eval", "demo", "--device", "tpu"], "device: 'tpu' is not a device"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, said, pgprune) -> None:
