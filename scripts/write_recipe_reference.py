@@ -28,9 +28,9 @@ INTRODUCTION = """\
 *default* is what a recipe has that does not say; the recipes that ship extend `_base`, which says some of them anew.
 The [schema](schemas/recipe.json) is JSON Schema, for editors that complete YAML; pgprune's own reader says more."""
 JSON_INTRODUCTION = """\
-Every verb takes `--json` and then prints one object on stdout; progress and faults go to stderr. The
-[schema](schemas/output.json) is JSON Schema, with a definition for each verb under `$defs`; what every verb prints is
-validated against it by the tests. Numbers that are not finite are null. `pgprune recipes show --json` prints a
+With `--json`, every command prints one JSON object on stdout; progress and errors go to stderr. The
+[schema](schemas/output.json) is a JSON Schema with a definition for each command under `$defs`, and the tests validate
+what every command prints against it. Numbers that are not finite are null. `pgprune recipes show --json` prints a
 [recipe](recipe.md)."""
 PLAIN = {int: "integer", float: "number", str: "string"}
 
