@@ -293,7 +293,7 @@ def test_a_bad_recipe_is_two_lines_for_two_faults(pgprune) -> None:
             "expected wanda-sp, flap, obs, taylor, magnitude, random or uniform",
         ),
         (["export", "nowhere", "--out", "x"], "nowhere: no such run directory; `pgprune runs` lists"),
-        (["export", "nowhere", "--push", "small"], "--push small: expected OWNER/NAME, such as my-name/small"),
+        (["export", "nowhere", "--push", "small"], "--push small: not OWNER/NAME"),
         (["recipes", "copy", "demo", "demo.txt"], "demo.txt: a recipe's file should end in .yaml"),
         (["runs", "nowhere"], "nowhere: no such directory"),
         (["doctor", "--set", "seed=1"], "--set seed=1: of which recipe? expected doctor RECIPE --set seed=1"),

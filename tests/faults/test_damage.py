@@ -232,7 +232,7 @@ def test_a_missing_shard_is_named(moved) -> None:
     shards = sorted((moved / "model").glob("model-*.safetensors"))
     assert len(shards) > 2
     shards[1].unlink()
-    words = f"{moved}/model: {shards[1]} is missing; fetch the model's files again"
+    words = f"{shards[1]}: missing. Fetch the model's files again."
     assert said(init_scores, load(moved / "recipe.yaml"), moved / "run", True) == words
 
 

@@ -137,7 +137,7 @@ def test_a_push_that_fails_is_one_line_and_the_directory_stays(run, pgprune, mon
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     code, out, err = pgprune("export", str(run), "--push", "me/tiny", "--quiet")
     assert (code, out) == (1, "")
-    assert err.startswith("pgprune: --push me/tiny: did not arrive on the hub") and err.count("\n") == 1
+    assert err.startswith("pgprune: --push me/tiny: upload failed") and err.count("\n") == 1
     assert Path("models/tiny/model.safetensors").exists()
 
 
