@@ -144,7 +144,7 @@ def test_a_push_that_fails_is_one_line_and_the_directory_stays(run, pgprune, mon
 def test_a_push_to_no_name_is_refused_before_anything_is_written(run, pgprune):
     code, _, err = pgprune("export", str(run), "--push", "a/b/c", "--quiet")
     assert code == 2
-    assert "--push a/b/c: not a name on the hub" in err
+    assert "--push a/b/c: not a valid name on the hub" in err
     assert not Path("models").exists()
 
 
