@@ -472,7 +472,7 @@ def test_the_command_that_goes_on_finishes_the_search() -> None:
 )
 def test_a_stop_says_what_is_saved_and_how_to_go_on(command, job, saved, finished, pgprune, monkeypatch) -> None:
     words = [word.format(run=finished["units"]) for word in command]
-    monkeypatch.setattr(f"pgprune_cli.jobs.{job}", lambda *_: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(f"pgprune_cli.jobs.{job}", lambda *_, **__: signal.raise_signal(signal.SIGTERM))
     code, out, err = pgprune(*words)
     assert (code, out) == (143, "")
     assert err == f"pgprune: terminated\npgprune: stopped; {saved}; to go on: {shlex.join(['pgprune', *words])}\n"
@@ -499,23 +499,23 @@ def test_verify_says_what_is_whole_and_what_is_not(pgprune) -> None:
     assert code == 1 and len(json.loads(out)["faults"]) == 1
 
 
-def test_doctor_says_what_is_fine_and_what_is_not(pgprune, monkeypatch) -> None:
+def test_doctor_prints_ok_and_fails_for_a_missing_model(pgprune, monkeypatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, 10**12))
     code, out, err = pgprune("doctor", "demo")
     assert (code, err) == (0, "")
-    assert all(line.startswith("ok ") for line in out.splitlines())
+    assert all(line.startswith("OK ") for line in out.splitlines())
     code, out, _ = pgprune("doctor", "demo", "--set", "model=nowhere", "--json")
     assert code == 1
-    assert [row["name"] for row in json.loads(out)["findings"] if row["fix"]] == ["model"]
+    assert [row["name"] for row in json.loads(out)["findings"] if row["status"] == "FAIL"] == ["model"]
 
 
-def test_a_text_that_only_an_evaluation_reads_is_a_note(pgprune) -> None:
+def test_doctor_only_warns_of_a_missing_evaluation_text(pgprune) -> None:
     words = ["doctor", "demo", "--set", "evaluation.corpora=[tales=nothing.txt]"]
     code, out, err = pgprune(*words)
     assert (code, err) == (0, "")
-    assert [line.split()[:2] for line in out.splitlines() if line.startswith("note")] == [["note", "data"]]
-    noted = [row for row in json.loads(pgprune(*words, "--json")[1])["findings"] if row["fix"]]
-    assert [(row["name"], row["later"]) for row in noted] == [("data", True)]
+    assert [line.split()[:2] for line in out.splitlines() if line.startswith("WARN")] == [["WARN", "data"]]
+    rows = json.loads(pgprune(*words, "--json")[1])["findings"]
+    assert [(row["name"], row["status"]) for row in rows if row["fix"]] == [("data", "WARN")]
 
 
 def test_texts_of_a_recipe_are_named_and_looked_for_before_a_model_is_loaded(pgprune, monkeypatch) -> None:
@@ -547,4 +547,4 @@ def test_a_report_says_where_it_is_and_of_what(pgprune, finished, tmp_path) -> N
     assert (tmp_path / "both.html").read_text().startswith("<!doctype html>")
     code, out, err = pgprune("report", str(tmp_path))
     assert (code, out) == (2, "")
-    assert err == f"pgprune: {tmp_path}: no run of a search here, it has no recipe.yaml; `pgprune search` makes one\n"
+    assert f"{tmp_path}/recipe.yaml: " in err and err.count("\n") == 1
