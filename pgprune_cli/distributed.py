@@ -1,14 +1,14 @@
-"""One search on many processes: each evaluates its share of the masks, and all of them hear all losses.
+"""Run one search on many processes: each process evaluates its share of the masks, and all of them get all losses.
 
-`torchrun` starts the processes. Every one of them draws the same masks from the seed and moves the same policy; the
-forward passes are divided, and before the search the layers that are scored and solved. A loss, or a layer, is computed by
-one process alone and reaches the others as it is, so that nothing depends on how many they are. Only the writer (rank
-0) writes, but for its share of the table of widths. Without torchrun there is one process, the writer, and
-`torch.distributed` is not touched.
+`torchrun` starts the processes. Each draws the same masks from the seed and applies the same updates to the policy.
+The forward passes are divided among the processes; before the search starts, so are the layers to score and to solve.
+Exactly one process computes each loss and each layer, and the others receive its bits unchanged, so the result does
+not depend on the number of processes. Only the writer (rank 0) writes files, except that every process writes its
+share of the width table. Without torchrun there is one process, the writer, and `torch.distributed` is never used.
 
-What is exchanged are some numbers a step, and the scores once, on the CPU and by gloo, also where the models are on
-GPUs: NCCL would gain nothing on them, would take memory of the GPU, and hang where gloo says at once that a process is
-gone.
+The processes exchange a few numbers per step, and the scores once. They do it on the CPU with gloo, even if the models
+are on GPUs: NCCL would gain nothing on so few numbers, would take GPU memory, and would hang where gloo reports at
+once that a process has died.
 """
 
 from __future__ import annotations
@@ -23,159 +23,172 @@ from datetime import timedelta
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
-from pgprune_cli.errors import RunError
+from pgprune_cli.errors import RunError, in_short
 
-if TYPE_CHECKING:  # the command line asks who writes, and must be quick
+if TYPE_CHECKING:  # the command line imports this module and must start quickly
     from torch import Tensor
     from torch.distributed import Store
 
-PATIENCE = timedelta(hours=24)
-"""The others wait so long for rank 0's scores. One that dies is noticed at once: its connections close."""
+TIMEOUT = timedelta(hours=24)
+"""How long an all-reduce waits for the slowest process. A process that dies is noticed at once."""
 
-PAUSE = 0.1
-"""Seconds between two looks for the other processes at the start."""
+POLL_INTERVAL = 0.1
+"""Seconds between two checks of the store while the processes find each other."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among those of the search: `rank` of `world`."""
+    """The rank of this process and the number of processes."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     @property
-    def writer(self) -> bool:
+    def is_writer(self) -> bool:
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Which of `count` pieces of work are this process's."""
-        return range(self.rank, count, self.world)
+        """Return the indices of the work items, out of `count`, that this process does."""
+        return range(self.rank, count, self.world_size)
 
-    def gathered(self, own: Tensor, count: int) -> Tensor:
-        """From each process the results of its `share`, float64: all `(count,)`, in order, bit for bit as they were."""
-        if self.world == 1:
-            return own
+    def gather(self, local_results: Tensor, count: int) -> Tensor:
+        """Return the results of all `count` work items in order, bit for bit: `(count,)` float64.
+
+        local_results: those of this process's `share(count)`.
+        """
+        if self.world_size == 1:
+            return local_results
         import torch
 
-        everything = torch.zeros(count, dtype=torch.float64)
-        everything[list(self.share(count))] = own.double()
-        return self._summed(everything)  # of every place's terms all but one are 0
+        results = torch.zeros(count, dtype=torch.float64)
+        results[list(self.share(count))] = local_results.double()
+        return self._all_reduce(results)  # exact: for each entry, all processes but one add 0
 
-    def united(self, own: Mapping[str, Tensor], lengths: Mapping[str, int]) -> dict[str, Tensor]:
-        """Float64 vectors by name, each made by one process: all that `lengths` names, bit for bit as they were."""
+    def merge(self, local_vectors: Mapping[str, Tensor], lengths: Mapping[str, int]) -> dict[str, Tensor]:
+        """Return the float64 vectors of all processes by name, bit for bit.
+
+        local_vectors: those that this process computed, every name on one process only; lengths: of all vectors.
+        """
         import torch
 
-        everything = torch.zeros(sum(lengths.values()), dtype=torch.int64)
-        parts = dict(zip(lengths, everything.split(list(lengths.values())), strict=True))
-        for name, values in own.items():
-            parts[name].copy_(values.double().view(torch.int64))
-        if self.world > 1:
-            self._summed(everything)  # of every place's terms all but one are 0
-        return {name: part.view(torch.float64) for name, part in parts.items()}
+        bits = torch.zeros(sum(lengths.values()), dtype=torch.int64)
+        slots = dict(zip(lengths, bits.split(list(lengths.values())), strict=True))
+        for name, values in local_vectors.items():
+            slots[name].copy_(values.double().view(torch.int64))
+        if self.world_size > 1:
+            self._all_reduce(bits)  # exact: for each entry, all processes but one add 0
+        return {name: slot.view(torch.float64) for name, slot in slots.items()}
 
-    def greatest(self, value: int) -> int:
-        """Of the values that the processes give."""
-        if self.world == 1:
+    def max(self, value: int) -> int:
+        """Return the maximum of `value` over all processes."""
+        if self.world_size == 1:
             return value
         import torch
 
-        values = torch.zeros(self.world, dtype=torch.int64)
+        values = torch.zeros(self.world_size, dtype=torch.int64)
         values[self.rank] = value
-        return int(self._summed(values).max())
+        return int(self._all_reduce(values).max())
 
-    def refuse_differences(self, *tensors: Tensor) -> None:
-        """Raises RunError, on all processes, where they do not hold the same tensors (on the CPU)."""
-        if self.world == 1:
+    def barrier(self) -> None:
+        """Wait until every process has got here."""
+        self.max(0)
+
+    def check_same(self, *tensors: Tensor) -> None:
+        """Raise RunError on all processes unless they hold the same tensors (on the CPU)."""
+        if self.world_size == 1:
             return
         import torch
 
         digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).digest()
-        digests = torch.zeros(self.world, 4, dtype=torch.int64)
+        digests = torch.zeros(self.world_size, 4, dtype=torch.int64)
         digests[self.rank] = torch.frombuffer(bytearray(digest), dtype=torch.int64)
-        different = (self._summed(digests) != digests[self.rank]).any(1).nonzero()
+        different = (self._all_reduce(digests) != digests[self.rank]).any(1).nonzero()
         if len(different):
             raise RunError(
-                f"rank {self.rank} and rank {int(different[0])} are not in the same search: every process needs the "
-                "same files, the same versions and the same kind of device"
+                f"rank {self.rank} and rank {int(different[0])} are not running the same search. "
+                "Give every process the same files, the same versions and the same kind of device."
             )
 
     @contextmanager
-    def writer_first(self) -> Iterator[None]:
-        """The writer runs what is inside before the others do, so that they find what it has written."""
-        if self.writer:
+    def run_writer_first(self) -> Iterator[None]:
+        """Run the body on the writer before it runs on the others, which can then read what the writer wrote."""
+        if self.is_writer:
             yield
-        self.greatest(0)
-        if not self.writer:
+        self.barrier()
+        if not self.is_writer:
             yield
-        self.greatest(0)
+        self.barrier()
 
-    def _summed(self, values: Tensor) -> Tensor:
+    def _all_reduce(self, values: Tensor) -> Tensor:
+        """Sum `values` over all processes, in place, and return them. Raises RunError if a process has died."""
         from torch import distributed
 
         try:
             distributed.all_reduce(values)
         except RuntimeError as error:
-            raise RunError(f"another process of this search is gone ({' '.join(str(error).split())[:160]})") from error
+            raise RunError(f"another process of this search has died ({in_short(error, 160)})") from error
         return values
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
-    """This process's place, connected to the others inside the `with`. Raises RunError where they cannot be reached."""
-    ranks = of_environment()
-    if ranks.world == 1:
+def join() -> Iterator[Ranks]:
+    """Connect to the other processes inside the `with`. Raises RunError if they cannot be reached."""
+    ranks = ranks_from_environment()
+    if ranks.world_size == 1:
         yield ranks
         return
     from torch import distributed
 
     try:
-        store = _meeting_place(ranks)
-        distributed.init_process_group("gloo", store=store, rank=ranks.rank, world_size=ranks.world, timeout=PATIENCE)
+        store = _private_store(ranks)
+        distributed.init_process_group(
+            "gloo", store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT
+        )
     except RuntimeError as error:
-        raise RunError(f"cannot reach the other processes: {' '.join(str(error).split())[:160]}") from error
+        raise RunError(f"cannot reach the other processes: {in_short(error, 160)}") from error
     try:
         yield ranks
     finally:
         distributed.destroy_process_group()
 
 
-def _meeting_place(ranks: Ranks) -> Store:
-    """A store for the processes of this start alone.
+def _private_store(ranks: Ranks) -> Store:
+    """Return a store that only the processes of this start share.
 
-    torchrun's own outlives them: after a restart it still holds the addresses of those that were lost
-    (github.com/pytorch/pytorch/issues/135712). So rank 0 opens a room with a new name in it, and the others knock until
-    they are let in: a room whose rank 0 is gone does not answer.
+    torchrun's own store outlives the processes: after a restart it still holds the addresses of dead ones
+    (github.com/pytorch/pytorch/issues/135712). So rank 0 publishes a new random prefix, and each other rank asks to
+    join under that prefix until rank 0 answers. A rank 0 that has died never answers.
     """
     from torch import distributed
 
     store, _, _ = next(distributed.rendezvous("env://"))
-    own = uuid4().hex
-    if ranks.writer:
-        room = distributed.PrefixStore(own, store)
-        store.set("room", own)
-        for rank in range(1, ranks.world):
-            while not room.check([f"guest {rank}"]):
-                time.sleep(PAUSE)  # and not `get`, in which no signal would be heard
-            room.set(f"welcome {room.get(f'guest {rank}').decode()}", "")
-        return room
+    token = uuid4().hex
+    if ranks.is_writer:
+        private = distributed.PrefixStore(token, store)
+        store.set("prefix", token)
+        for rank in range(1, ranks.world_size):
+            while not private.check([f"request {rank}"]):
+                time.sleep(POLL_INTERVAL)  # not `get`, which would block signals while it waits
+            private.set(f"answer {private.get(f'request {rank}').decode()}", "")
+        return private
     while True:
-        if store.check(["room"]):
-            room = distributed.PrefixStore(store.get("room").decode(), store)
-            room.set(f"guest {ranks.rank}", own)
-            if room.check([f"welcome {own}"]):
-                return room
-        time.sleep(PAUSE)
+        if store.check(["prefix"]):
+            private = distributed.PrefixStore(store.get("prefix").decode(), store)
+            private.set(f"request {ranks.rank}", token)
+            if private.check([f"answer {token}"]):
+                return private
+        time.sleep(POLL_INTERVAL)
 
 
-def of_environment() -> Ranks:
-    """What torchrun says of this process; alone where it was not torchrun that started it."""
+def ranks_from_environment() -> Ranks:
+    """Return this process's rank from torchrun's variables, or a single process if torchrun did not start it."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Ranks()
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
 
 
-def on_this_machine() -> Ranks:
-    """Likewise, among the processes of this machine only."""
+def ranks_of_this_machine() -> Ranks:
+    """Return this process's rank among the processes of this machine only."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return Ranks()
     return Ranks(int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"]))

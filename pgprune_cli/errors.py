@@ -16,20 +16,20 @@ class ExitCode(IntEnum):
 
 
 class UserError(Exception):
-    """What the user gave is wrong. The message is one line per fault, and is all they see (exit 2)."""
+    """The user's input is wrong. The message, one line per fault, is all the user sees (exit 2)."""
 
 
 class RunError(Exception):
-    """The input was fine and the run failed all the same: its message is all they see (exit 1)."""
+    """The input is fine, but the run failed. The message is all the user sees (exit 1)."""
 
 
-def in_short(error: Exception) -> str:
-    """What a library's error says, in one line."""
-    return " ".join(str(error).split())[:300]
+def in_short(error: Exception, length: int = 300) -> str:
+    """Return a library's error message on one line, cut to `length` characters."""
+    return " ".join(str(error).split())[:length]
 
 
 def advice_on(error: OSError) -> str:
-    """What to do about a file that could not be read or written: the end of a line, "" where nothing is known."""
+    """Return advice on a file that could not be read or written, as the end of a message. "" if there is none."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return "; make room, then run the same command again"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):

@@ -14,7 +14,7 @@ import torch
 from helpers.recipes import SMALL
 
 from pgprune_cli.cli import program as cli
-from pgprune_cli.distributed import Ranks, joined, of_environment, on_this_machine
+from pgprune_cli.distributed import Ranks, join, ranks_from_environment, ranks_of_this_machine
 from pgprune_cli.jobs.search import search
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.run.checkpoint import latest_checkpoint
@@ -117,22 +117,22 @@ def test_an_exception_on_one_rank_ends_all(tmp_path) -> None:
 
 EXCHANGE = """
 import json, sys, torch
-from pgprune_cli.distributed import joined
+from pgprune_cli.distributed import join
 from pgprune_cli.errors import RunError
 found = {}
-with joined() as ranks:
+with join() as ranks:
     values = torch.tensor([0.1, float("nan"), float("-inf"), 1e300, 5e-324, -0.1, 1 / 3], dtype=torch.float64)
-    found["few"] = ranks.gathered(values[:2][list(ranks.share(2))], 2).view(torch.int64).tolist()
-    found["all"] = ranks.gathered(values[list(ranks.share(7))], 7).view(torch.int64).tolist()
+    found["few"] = ranks.gather(values[:2][list(ranks.share(2))], 2).view(torch.int64).tolist()
+    found["all"] = ranks.gather(values[list(ranks.share(7))], 7).view(torch.int64).tolist()
     found["expected"] = values.view(torch.int64).tolist()
-    found["greatest"] = ranks.greatest(15 if ranks.rank == 1 else 0)
-    with ranks.writer_first():
-        if ranks.writer:
+    found["greatest"] = ranks.max(15 if ranks.rank == 1 else 0)
+    with ranks.run_writer_first():
+        if ranks.is_writer:
             open(sys.argv[1], "w").write("whole")
         found["read"] = open(sys.argv[1]).read()
-    ranks.refuse_differences(values, torch.arange(3))
+    ranks.check_same(values, torch.arange(3))
     try:
-        ranks.refuse_differences(torch.arange(3) == (2 if ranks.rank == 2 else 1))
+        ranks.check_same(torch.arange(3) == (2 if ranks.rank == 2 else 1))
     except RunError as error:
         found["different"] = str(error)
     if ranks.rank == 2:
@@ -140,7 +140,7 @@ with joined() as ranks:
         import os
         os._exit(1)
     try:
-        ranks.greatest(0)
+        ranks.barrier()
     except RunError as error:
         found["gone"] = str(error)
 print(json.dumps(found))
@@ -185,13 +185,13 @@ def test_what_the_writer_wrote_first_the_others_find(exchanged) -> None:
 
 
 def test_ranks_of_different_searches_are_refused_by_all(exchanged) -> None:
-    said = [found["different"].partition(" are not in the same search")[0] for found in exchanged]
+    said = [found["different"].partition(" are not running the same search")[0] for found in exchanged]
     assert said == ["rank 0 and rank 2", "rank 1 and rank 2", "rank 2 and rank 0"]
 
 
 def test_a_rank_that_is_gone_is_an_error_of_the_others(exchanged) -> None:
     for found in exchanged[:2]:
-        assert found["gone"].startswith("another process of this search is gone (")
+        assert found["gone"].startswith("another process of this search has died (")
 
 
 # --- one process
@@ -210,11 +210,11 @@ def test_without_torchrun_there_is_one_process_and_no_group(monkeypatch) -> None
     for name, value in {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    assert of_environment() == on_this_machine() == Ranks(0, 1)
-    with joined() as ranks:
+    assert ranks_from_environment() == ranks_of_this_machine() == Ranks(0, 1)
+    with join() as ranks:
         assert not torch.distributed.is_initialized()
-        assert ranks.writer
-        assert ranks.greatest(3) == 3
+        assert ranks.is_writer
+        assert ranks.max(3) == 3
 
 
 @pytest.fixture

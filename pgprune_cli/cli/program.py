@@ -12,7 +12,7 @@ from pgprune_cli.cli import compare, doctor, evaluate, export, init_scores, reci
 from pgprune_cli.cli.complaints import complain, usage_fault
 from pgprune_cli.cli.options import examples
 from pgprune_cli.cli.stopping import stoppable
-from pgprune_cli.distributed import of_environment
+from pgprune_cli.distributed import ranks_from_environment
 from pgprune_cli.errors import ExitCode, RunError, UserError, advice_on
 
 app = typer.Typer(
@@ -47,7 +47,7 @@ def _program(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    if of_environment().world > 1 and context.invoked_subcommand != "search":
+    if ranks_from_environment().world_size > 1 and context.invoked_subcommand != "search":
         raise UserError(f"{context.invoked_subcommand} is the work of one process; torchrun is for search")
 
 

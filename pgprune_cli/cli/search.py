@@ -24,7 +24,7 @@ from pgprune_cli.cli.saved import of_search
 from pgprune_cli.cli.stopping import resumable
 from pgprune_cli.cli.tables import print_estimate, print_result
 from pgprune_cli.console.stderr import STDERR
-from pgprune_cli.distributed import of_environment
+from pgprune_cli.distributed import ranks_from_environment
 from pgprune_cli.errors import UserError
 from pgprune_cli.run.layout import RECIPE_FILE, runs_folder
 
@@ -90,7 +90,7 @@ def search(
         decision = search(
             loaded, run, skip_corrupt_checkpoint=skip_corrupt_checkpoint, tracker=tracker, progress=progress_of(quiet)
         )
-    if not of_environment().writer:
+    if not ranks_from_environment().is_writer:
         return
     result = {
         "run": str(run),

@@ -14,7 +14,7 @@ import typer
 from pgprune_cli.cli.complaints import complain
 from pgprune_cli.cli.saved import Saved
 from pgprune_cli.console import signals
-from pgprune_cli.distributed import of_environment
+from pgprune_cli.distributed import ranks_from_environment
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def resumable(saved: Callable[[int | None], Saved]) -> Iterator[None]:
     """
     from pgprune_cli.search.loop import Interrupted
 
-    alone = of_environment().world == 1
+    alone = ranks_from_environment().world_size == 1
     again = " ".join(["pgprune", *map(shlex.quote, sys.argv[1:])]) if alone else "the same torchrun command"
     try:
         yield

@@ -10,7 +10,7 @@ import torch
 
 from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.core.space import Budget, MaskSpace
-from pgprune_cli.distributed import Ranks, joined
+from pgprune_cli.distributed import Ranks, join
 from pgprune_cli.model.loading import load_prunable
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.source import resolve
@@ -58,10 +58,10 @@ def search(
         return finished(run, recipe)
     if tracker is not None:
         check_installed(tracker)
-    with joined() as ranks, locked(run) if ranks.writer else nullcontext():
-        context = _open(recipe, run, ranks, progress if ranks.writer else SILENT)
+    with join() as ranks, locked(run) if ranks.is_writer else nullcontext():
+        context = _open(recipe, run, ranks, progress if ranks.is_writer else SILENT)
         decision = _search(context, skip_corrupt_checkpoint, tracker)
-        if ranks.writer:
+        if ranks.is_writer:
             remove_widths(run)  # every process has computed the final loss: nobody reads them any more
             decision.save(run)
     return decision
@@ -82,7 +82,7 @@ def _search(context: SearchContext, skip_corrupt_checkpoint: bool, tracker: Trac
 
 def _open(recipe: Recipe, run: Path, ranks: Ranks, progress: Progress) -> SearchContext:
     """Read the text and load the model of a search."""
-    with ranks.writer_first():  # one process downloads and tokenises, the others find it done
+    with ranks.run_writer_first():  # one process downloads and tokenises, the others find it done
         source = resolve(recipe.model)
         text = load_text(recipe, source, progress)
     with progress.working(f"loading {recipe.model}"):
@@ -96,10 +96,10 @@ def _begin(context: SearchContext) -> tuple[MaskSpace, Budget]:
     Raises UserError if the directory was begun with another recipe, or if the model's sizes cannot meet the budget:
     then nothing is written, and the corrected recipe is accepted.
     """
-    with context.ranks.writer_first():  # one process measures latencies and writes, the others read
+    with context.ranks.run_writer_first():  # one process measures latencies and writes, the others read
         refuse_other_recipe(context.run, context.recipe)
         space, budget = budget_for(context)
-        if context.ranks.writer:
+        if context.ranks.is_writer:
             write_bytes(context.run / RECIPE_FILE, dump(context.recipe).encode())
             note(context.run)
     return space, budget

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from pgprune_cli.distributed import on_this_machine
+from pgprune_cli.distributed import ranks_of_this_machine
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.families.adapter import ModelFamily
 
@@ -37,13 +37,13 @@ def devices_of(device: str) -> list[torch.device]:
 
 def _share_of_process(gpus: list[torch.device]) -> list[torch.device]:
     """Return the consecutive GPUs that belong to this process: all of them, unless torchrun started several."""
-    ranks = on_this_machine()
-    if ranks.world > len(gpus):
+    ranks = ranks_of_this_machine()
+    if ranks.world_size > len(gpus):
         raise UserError(
-            f"torchrun: {ranks.world} processes on this machine, but only {_cuda_devices(len(gpus))}. "
+            f"torchrun: {ranks.world_size} processes on this machine, but only {_cuda_devices(len(gpus))}. "
             "Start fewer processes."
         )
-    return gpus[ranks.rank * len(gpus) // ranks.world : (ranks.rank + 1) * len(gpus) // ranks.world]
+    return gpus[ranks.rank * len(gpus) // ranks.world_size : (ranks.rank + 1) * len(gpus) // ranks.world_size]
 
 
 def _cuda_devices(count: int) -> str:

@@ -74,12 +74,12 @@ def run_steps(
     """
     context, settings = problem.context, problem.context.recipe.search
     run, ranks = context.run, context.ranks
-    with ranks.writer_first():
-        checkpoint = resumed(run, identity, skip_corrupt_checkpoint) if ranks.writer else latest_checkpoint(run)
+    with ranks.run_writer_first():
+        checkpoint = resumed(run, identity, skip_corrupt_checkpoint) if ranks.is_writer else latest_checkpoint(run)
     loop = _loop_state(problem, checkpoint)
     view = _view(problem)
-    log = tracking(tracker if ranks.writer else None, run, asdict(context.recipe), loop.step)
-    writer = History(run) if ranks.writer else nullcontext()
+    log = tracking(tracker if ranks.is_writer else None, run, asdict(context.recipe), loop.step)
+    writer = History(run) if ranks.is_writer else nullcontext()
     with log as track, view, writer as history, _stop_signals(ranks) as signals:
         if loop.step:
             view.say(f"resuming from step {loop.step} of {settings.steps}")
@@ -87,7 +87,7 @@ def run_steps(
             row = _take_step(problem, loop)
             track(row)
             view.show(row)
-            stop_signal = ranks.greatest(signals[0] if signals else 0)
+            stop_signal = ranks.max(signals[0] if signals else 0)
             if history:
                 history.append(row)
                 due = loop.step == settings.steps or loop.step % settings.checkpoint_every == 0
@@ -96,7 +96,7 @@ def run_steps(
                     view.saved(loop.step)
             if stop_signal:
                 raise Interrupted(stop_signal, loop.step)
-        if stop_signal := ranks.greatest(signals[0] if signals else 0):  # it came while the last checkpoint was written
+        if stop_signal := ranks.max(signals[0] if signals else 0):  # it came while the last checkpoint was written
             raise Interrupted(stop_signal, loop.step)
     return loop
 
@@ -155,7 +155,7 @@ def finite(value: float) -> float | None:
 def _view(problem: Problem) -> SearchProgress:
     """Return what the user sees of the search. Only the writer shows it."""
     context = problem.context
-    recipe, writer = context.recipe, context.ranks.writer
+    recipe, writer = context.recipe, context.ranks.is_writer
     units = {family.name: family.counts for family in problem.space.families}
     budget = f"removing {recipe.budget.sparsity:.0%} of {recipe.budget.measure}"
     rows = read_history(context.run) if writer else ()
@@ -202,7 +202,7 @@ def _stop_signals(ranks: Ranks) -> Iterator[list[int]]:
 
     def catch(signum: int, _: FrameType | None) -> None:
         caught.append(signum)
-        if ranks.world == 1:
+        if ranks.world_size == 1:
             restore()
 
     for signum in handlers:

@@ -35,11 +35,11 @@ class Problem:
     def losses(self, masks: Tensor, tokens: Tensor) -> Tensor:
         """Return the losses of masks `(K, n)` on one batch, repaired as the policy says: `(K,)` nats per token."""
         ranks = self.context.ranks
-        ranks.refuse_differences(masks, tokens)
+        ranks.check_same(masks, tokens)
         model_masks = [self.model_mask(masks[index]) for index in ranks.share(len(masks))]
         outputs = [self.policy.outputs(model_mask) for model_mask in model_masks]
         own_losses = self.context.evaluator.losses(model_masks, tokens, outputs)
-        return ranks.gathered(own_losses, len(masks))
+        return ranks.gather(own_losses, len(masks))
 
     def heldout_loss(self, model_mask: ModelMask, outputs: Outputs) -> float:
         """Return the loss of one mask on text that the search never reads, in nats per token."""
@@ -47,7 +47,7 @@ class Problem:
         batches = heldout.split(self.context.recipe.calibration.batch)
         share = [batches[index] for index in ranks.share(len(batches))]
         own = [float(self.context.evaluator.losses([model_mask], tokens, [outputs])[0]) for tokens in share]
-        losses: list[float] = ranks.gathered(torch.tensor(own, dtype=torch.float64), len(batches)).tolist()
+        losses: list[float] = ranks.gather(torch.tensor(own, dtype=torch.float64), len(batches)).tolist()
         return sum(loss * len(tokens) for loss, tokens in zip(losses, batches, strict=True)) / len(heldout)
 
 

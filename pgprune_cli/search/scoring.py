@@ -40,7 +40,7 @@ def compute_scores(
     }
     with progress.layers(f"scoring with {metric}", len(own_layers)) as layers:
         own_scores = score(model, metric, batches, recipe.seed, own_layers, layers)
-        tensors = ranks.united(own_scores, sizes)
+        tensors = ranks.merge(own_scores, sizes)
     for name, values in tensors.items():
         if not values.isfinite().all():
             raise RunError(f"{name}: the metric {metric} returned NaN or infinity. Try dtype float32 or bfloat16.")
@@ -50,12 +50,12 @@ def compute_scores(
 def load_or_compute_scores(context: SearchContext) -> Scores:
     """Return the scores in the run directory, or compute and save them. Raises UserError if they fit another model."""
     run, ranks = context.run, context.ranks
-    if not ranks.greatest((run / SCORES_FILE).exists()):  # every process has looked before one of them writes
+    if not ranks.max((run / SCORES_FILE).exists()):  # every process has looked before one of them writes
         batches = scoring_batches(context.recipe, context.text)
         scores = compute_scores(
             context.recipe, context.model, batches, context.fingerprint, ranks=ranks, progress=context.progress
         )
-        if ranks.writer:
+        if ranks.is_writer:
             scores.save(run)
         return scores
     scores = Scores.load(run)

@@ -41,7 +41,7 @@ def solve_table(context: SearchContext, scores: Mapping[tuple[int, str], Tensor]
             for index, blocks in solved:
                 save_layer(run, index, blocks, identity)
                 layers.layer_done()
-        ranks.greatest(0)  # by now every process has written its layers
+        ranks.barrier()  # by now every process has written its layers
         return WidthTable.of(model, {index: load_layer(run, index) for index in range(model.shape.layers)})
 
 
