@@ -178,7 +178,9 @@ def test_every_sample_is_repaired_for_the_very_units_it_keeps(model: nn.Module) 
             layer, stays = model.model.layers[index], keep[index].of(name)
             linear = layer.self_attn.o_proj if name == "attention" else layer.mlp.down_proj
             columns = stays.repeat_interleave(linear.in_features // len(stays)).nonzero().flatten()
-            wanted = repaired_output(linear.weight, linear.bias, moments[index, name], columns, DAMPING, False)
+            wanted = repaired_output(
+                linear.weight, linear.bias, moments[index, name], columns, DAMPING, with_bias=False
+            )
             assert output.weight.shape == (32, len(columns))
             torch.testing.assert_close(output.weight, wanted.weight, rtol=1e-3, atol=1e-3)
             assert torch.equal(output.bias, linear.bias)
