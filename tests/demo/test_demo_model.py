@@ -1,4 +1,4 @@
-"""The model in the package: small, whole, and far better than the frequencies of words."""
+"""The demo model: a complete, small checkpoint that predicts far better than word frequencies do."""
 
 import math
 from pathlib import Path
@@ -25,18 +25,18 @@ def model() -> LlamaForCausalLM:
     return AutoModelForCausalLM.from_pretrained(FOLDER).eval()
 
 
-def test_the_folder_holds_a_whole_checkpoint_and_stays_small() -> None:
+def test_the_demo_model_is_a_complete_and_small_checkpoint() -> None:
     names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in FOLDER.iterdir()} == names
     assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 6_000_000
 
 
-def test_the_tokenizer_gives_every_text_back(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_tokenizer_decodes_every_text_unchanged(tokenizer: PreTrainedTokenizerBase) -> None:
     for text in (generate(HELD_OUT_SEED, 2000), "naïve — 日本 \t#!"):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_held_out_text_is_far_less_surprising_than_its_word_frequencies(
+def test_the_demo_model_predicts_unseen_text_far_better_than_token_frequencies(
     tokenizer: PreTrainedTokenizerBase, model: LlamaForCausalLM
 ) -> None:
     tokens = tokenizer(generate(HELD_OUT_SEED, 20_000), return_tensors="pt", verbose=False)["input_ids"][0]
@@ -48,7 +48,7 @@ def test_held_out_text_is_far_less_surprising_than_its_word_frequencies(
 
 
 @pytest.mark.parametrize(("subject", "inner", "verb"), [("king", "geese", " was"), ("kings", "goose", " were")])
-def test_a_verb_agrees_with_its_subject_across_a_clause_of_the_other_number(
+def test_the_demo_model_makes_a_verb_agree_with_a_distant_subject(
     subject: str, inner: str, verb: str, tokenizer: PreTrainedTokenizerBase, model: LlamaForCausalLM
 ) -> None:
     facts = "It was Monday. Mira owned one red kite and lived by the mill."

@@ -1,4 +1,4 @@
-"""The text of the demo: always the same for a seed, and true to the rules a model is to learn from it."""
+"""The demo text: reproducible for a seed, and consistent with the rules that a model can learn from it."""
 
 import hashlib
 import re
@@ -17,17 +17,17 @@ def paragraphs(seed: int) -> set[str]:
 
 
 @pytest.mark.parametrize("characters", [0, 1, 999, 5000])
-def test_the_text_has_exactly_the_length_asked_for(characters: int) -> None:
+def test_generate_returns_exactly_the_requested_length(characters: int) -> None:
     assert len(generate(3, characters)) == characters
 
 
-def test_a_seed_always_gives_the_same_text_however_much_is_asked_for() -> None:
+def test_a_shorter_text_is_the_beginning_of_a_longer_one_with_the_same_seed() -> None:
     assert generate(7, 200_000) == TEXT
     assert TEXT.startswith(generate(7, 12_345))
 
 
 def test_the_text_of_a_seed_never_changes() -> None:
-    """The committed model knows this text: another one here means that the model is to be trained again."""
+    """The demo model was trained on this text. If the text changes, the model must be trained again."""
     digest = hashlib.sha256(generate(0, 100_000).encode()).hexdigest()
     assert digest == "6f8e34193cf844edd40ab1993644ffdae030ed6107ecdc7e629f35bec0f1b9e5"
 
@@ -36,7 +36,7 @@ def test_two_seeds_share_no_paragraph() -> None:
     assert not paragraphs(0) & paragraphs(1)
 
 
-def test_brackets_close_in_the_order_in_which_they_opened() -> None:
+def test_brackets_are_balanced() -> None:
     opened: list[str] = []
     for sentence in re.findall(r"\bpack(?:s|ed) a ([^.]+)\.", TEXT):
         for mark in re.findall(r"[][(){}<>]", sentence):
@@ -50,10 +50,10 @@ def test_brackets_close_in_the_order_in_which_they_opened() -> None:
 def test_a_quotation_is_repeated_word_for_word() -> None:
     quotations = re.findall(r'sa(?:ys|id) "([^"]+)" and \w+ repeat(?:s|ed) "([^"]+)"', TEXT)
     assert quotations
-    assert all(said == repeated for said, repeated in quotations)
+    assert all(quoted == repeated for quoted, repeated in quotations)
 
 
-def test_as_many_things_are_listed_as_announced() -> None:
+def test_lists_have_the_announced_length() -> None:
     drawings = re.findall(r"dr(?:aws|ew) (\w+) (\w+): ([^.]+)\.", TEXT)
     assert drawings
     for count, nouns, listed in drawings:
@@ -62,7 +62,7 @@ def test_as_many_things_are_listed_as_announced() -> None:
         assert {PLURALS.get(thing, thing + "s") for thing in things} == {nouns}
 
 
-def test_recitations_follow_the_order_of_their_words() -> None:
+def test_recitations_count_in_equal_steps() -> None:
     recitations = re.findall(r"count(?:s|ed) from (\w+) to (\w+): ([^.]+)\.", TEXT)
     assert recitations
     for first, last, listed in recitations:
@@ -72,7 +72,7 @@ def test_recitations_follow_the_order_of_their_words() -> None:
         assert len({after - before for before, after in pairwise(places)}) == 1
 
 
-def test_a_verb_agrees_with_its_subject_whatever_stands_between_them() -> None:
+def test_a_verb_agrees_with_its_subject_across_a_clause() -> None:
     sentences = re.findall(r"hears that the \w+ (\w+) .*?(\w+) and (is|are) \w+\.", TEXT)
     assert {be for _, _, be in sentences} == {"is", "are"}
     for subject, verb, be in sentences:
@@ -80,7 +80,7 @@ def test_a_verb_agrees_with_its_subject_whatever_stands_between_them() -> None:
         assert plural == (be == "are") == (not verb.endswith("s"))
 
 
-def test_what_is_recalled_stands_among_the_facts() -> None:
+def test_recalled_facts_were_stated_before() -> None:
     for paragraph in TEXT.split("\n\n")[:-1]:
         facts = re.findall(r"(\w+) own\w* \w+ (\w+) (\w+) and", paragraph)
         owners = {name: (colour, goods) for name, colour, goods in facts}

@@ -313,7 +313,7 @@ def test_a_damaged_or_missing_list_of_checksums_is_found(out: Path) -> None:
 
 
 def test_foreign_code_is_found_even_if_it_is_listed(out: Path) -> None:
-    """Whoever changes the code can change the list of checksums as well."""
+    """An attacker who changes the code can change the list of checksums as well."""
     path = out / "hf" / "modeling_pruned.py"
     path.write_text(path.read_text() + "\nimport os\n")
     (out / "hf" / "tokenization_x.py").touch()
