@@ -1,4 +1,4 @@
-"""export: the decision of a finished run, replayed on the base's weights."""
+"""The work behind `pgprune export`: replay the decision of a finished run on the weights of the base model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from pgprune_cli.storage.records import read_record
 
 @dataclass(frozen=True)
 class Format:
-    """suffix: of its name, where an export is one file."""
+    """A format of exports.
+
+    plan: makes the plan of an export; dtypes: those supported; suffix: of the file, "" if the export is a directory.
+    """
 
     plan: Callable[[Source, Decision, Options, Measured | None], Plan]
     dtypes: tuple[str, ...] = DTYPES
@@ -41,41 +44,42 @@ def options_of(
     pad_kv_heads: int,
     pad_ffn: int,
 ) -> Options:
-    """The options as the command line gives them. Raises UserError for what the format does not have."""
-    known = FORMATS[format]
-    if dtype is not None and dtype not in known.dtypes:
-        raise UserError(f"--dtype {dtype}: expected {', '.join(known.dtypes)} with --format {format}")
+    """Return the options given on the command line. Raises UserError for those that the format does not support."""
+    chosen = FORMATS[format]
+    if dtype is not None and dtype not in chosen.dtypes:
+        supported = ", ".join(chosen.dtypes)
+        raise UserError(f"--dtype {dtype}: not supported by --format {format}. Choose one of {supported}.")
     attention: Literal["any", "every"] = "every" if pad_empty_attention else "any"
     requirements = ShapeRequirements(attention, pad_kv_heads=pad_kv_heads, pad_ffn=pad_ffn)
     if shard_size is None:
         return Options(requirements, dtype)
-    if known.suffix:
-        raise UserError(f"--shard-size {shard_size}: an export with --format {format} is one file")
+    if chosen.suffix:
+        raise UserError(f"--shard-size {shard_size}: --format {format} writes a single file. Leave this option out.")
     size = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B", shard_size.upper())
     if size is None or not float(size[1]):
-        raise UserError(f"--shard-size {shard_size}: expected a size such as 500MB or 5GB")
+        raise UserError(f"--shard-size {shard_size}: not a size. Write for example 500MB or 5GB.")
     return Options(requirements, dtype, int(float(size[1]) * UNITS[size[2]]))
 
 
 def target(run: Path, out: Path | None, format: str) -> Path:
-    """Where an export goes that is to go to `out`.
+    """Return where to write the export of a run: `out`, or by default a path below `models/`.
 
-    Raises UserError for a name that its file cannot have.
+    Raises UserError if the format writes one file and `out` has another suffix.
     """
     suffix = FORMATS[format].suffix
     out = out or Path("models") / f"{run.resolve().name}{suffix}"
     if suffix and out.suffix != suffix:
-        raise UserError(f"--out {out}: --format {format} writes one file, whose name should end in {suffix}")
+        raise UserError(f"--out {out}: --format {format} writes a single file. Give a name that ends in {suffix}.")
     return out
 
 
 def plan(run: Path, options: Options | None = None, format: str = "hf") -> Plan:
-    """What an export of the run directory `run` will be.
+    """Return the plan of an export of the run directory `run`, with the results of `pgprune eval RUN` for its card.
 
-    What `pgprune eval RUN` measured goes along. Raises UserError as `Decision.load` and the format's `plan` do.
+    Raises UserError as `Decision.load` and the format's `plan` do.
     """
-    if (run / "config.json").exists():  # it holds a decision too, for the record, and no repair any more
-        raise UserError(f"{run}: an exported model; export the run directory that it was made from")
+    if (run / "config.json").exists():  # an export holds its decision too, but not the repaired outputs
+        raise UserError(f"{run}: an exported model, not a run. Give the run directory that it was exported from.")
     decision = Decision.load(run)
     evaluation = run / EVALUATION_FILE
     measured = read_record(evaluation) if evaluation.exists() else None
@@ -85,39 +89,39 @@ def plan(run: Path, options: Options | None = None, format: str = "hf") -> Plan:
 def export(
     run: Path, out: Path, options: Options | None = None, format: str = "hf", progress: Progress = SILENT
 ) -> Plan:
-    """Writes the pruned model of the run directory `run` as the new `out`.
+    """Write the pruned model of the run directory `run` to `out`, which must not exist, and return the plan.
 
     Raises UserError as `plan` and `Plan.write` do.
     """
     check_new(out.expanduser(), directory=not FORMATS[format].suffix)
-    planned = plan(run, options, format)
-    with progress.writing(f"writing {out}", planned.bytes) as on_bytes:
-        planned.write(out, on_bytes)
-    return planned
+    export_plan = plan(run, options, format)
+    with progress.writing(f"writing {out}", export_plan.bytes) as on_bytes:
+        export_plan.write(out, on_bytes)
+    return export_plan
 
 
-def summary(planned: Plan, out: Path) -> dict[str, Any]:
-    """An export in numbers. `sparsity`: of the prunable parameters, padding counts as kept."""
+def summary(export_plan: Plan, out: Path) -> dict[str, Any]:
+    """Return the numbers of an export. `sparsity` is that of the prunable parameters, with padding counted as kept."""
     return {
         "model": str(out),
-        "model_type": planned.model_type,
-        "stock": planned.stock,
-        "layers_before": len(planned.shapes.kept),
-        "layers_after": len(planned.shapes.layers),
-        "parameters_before": planned.parameters_before,
-        "parameters_after": planned.parameters_after,
-        "sparsity": planned.sparsity,
-        "padded": planned.shapes.padded,
-        "bytes": planned.bytes,
+        "model_type": export_plan.model_type,
+        "stock": export_plan.stock,
+        "layers_before": len(export_plan.shapes.kept),
+        "layers_after": len(export_plan.shapes.layers),
+        "parameters_before": export_plan.parameters_before,
+        "parameters_after": export_plan.parameters_after,
+        "sparsity": export_plan.sparsity,
+        "padded": export_plan.shapes.padded,
+        "bytes": export_plan.bytes,
     }
 
 
-def tensors(planned: Plan, out: Path) -> list[dict[str, Any]]:
-    """Every tensor of an export, in the order of its files."""
+def tensors(export_plan: Plan, out: Path) -> list[dict[str, Any]]:
+    """Return a row for every tensor of an export, in the order of its files."""
     rows = []
-    for file, edits in planned.files.items():
+    for file, edits in export_plan.files.items():
         for edit in edits:
-            dtype, size = planned.stored(edit)
+            dtype, size = export_plan.stored(edit)
             row = {
                 "name": edit.name,
                 "shape": list(edit.shape),

@@ -12,12 +12,12 @@ from typing import get_args
 
 import pytest
 import torch
+from helpers.messages import refused, says
 from helpers.runs import finished_run
 from safetensors import safe_open
 
 from pgprune_cli.cli import export as verb
 from pgprune_cli.cli.program import main
-from pgprune_cli.errors import UserError
 from pgprune_cli.export.plan import Options
 from pgprune_cli.export.shapes import ShapeRequirements
 from pgprune_cli.jobs import export as job
@@ -35,7 +35,7 @@ def run(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def pgprune(monkeypatch, capsys):
-    """Runs the program in this process: (exit code, stdout, stderr)."""
+    """Return a function that runs the program in this process and returns exit code, stdout and stderr."""
 
     def program(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["pgprune", *arguments])
@@ -47,40 +47,52 @@ def pgprune(monkeypatch, capsys):
     return program
 
 
-def test_options_are_what_the_command_line_says():
+def test_options_of_reads_the_command_line():
     options = job.options_of("hf", "bfloat16", "1.5GB", True, 2, 64)
     assert options.requirements == ShapeRequirements("every", "any", 2, 64)
     assert (options.dtype, options.shard_size) == ("bfloat16", 1_500_000_000)
     assert job.options_of("mlx", None, "500mb", False, 1, 1).requirements == ShapeRequirements()
     assert job.options_of("gguf", "q8_0", None, False, 1, 1) == Options(ShapeRequirements(), "q8_0")
-    for format in ("hf", "mlx"):
-        with pytest.raises(
-            UserError, match=f"--dtype q8_0: expected float32, float16, bfloat16 with --format {format}"
-        ):
-            job.options_of(format, "q8_0", None, False, 1, 1)
-    with pytest.raises(UserError, match="--dtype int8: expected float32, float16, bfloat16, q8_0 with --format gguf"):
-        job.options_of("gguf", "int8", None, False, 1, 1)
-    with pytest.raises(UserError, match="--shard-size 1GB: an export with --format gguf is one file"):
+
+
+@pytest.mark.parametrize(
+    ("format", "dtype", "supported"),
+    [
+        ("hf", "q8_0", "float32, float16, bfloat16"),
+        ("mlx", "q8_0", "float32, float16, bfloat16"),
+        ("gguf", "int8", "float32, float16, bfloat16, q8_0"),
+    ],
+)
+def test_a_dtype_that_the_format_does_not_support_is_refused(format, dtype, supported):
+    with refused(f"--dtype {dtype}", f"--format {format}", supported):
+        job.options_of(format, dtype, None, False, 1, 1)
+
+
+def test_a_shard_size_is_refused_for_a_single_file():
+    with refused("--shard-size 1GB", "--format gguf"):
         job.options_of("gguf", None, "1GB", False, 1, 1)
-    for size in ("5", "GB", "0GB", "-1GB", "5TB"):
-        with pytest.raises(UserError, match=f"--shard-size {size}: expected a size such as 500MB or 5GB"):
-            job.options_of("hf", None, size, False, 1, 1)
+
+
+@pytest.mark.parametrize("size", ["5", "GB", "0GB", "-1GB", "5TB"])
+def test_a_shard_size_that_is_not_a_size_is_refused(size):
+    with refused(f"--shard-size {size}", "500MB"):
+        job.options_of("hf", None, size, False, 1, 1)
 
 
 def test_the_table_has_the_formats_of_the_command_line():
     assert get_args(verb.Format) == tuple(job.FORMATS)
 
 
-def test_where_an_export_goes():
+def test_target_is_out_or_below_models():
     assert job.target(Path("runs/tiny"), None, "hf") == Path("models/tiny")
     assert job.target(Path("runs/tiny"), None, "gguf") == Path("models/tiny.gguf")
     assert job.target(Path("runs/tiny"), Path("x"), "mlx") == Path("x")
-    with pytest.raises(UserError, match=r"--out x: --format gguf writes one file, whose name should end in \.gguf"):
+    with refused("--out x", "--format gguf", ".gguf"):
         job.target(Path("runs/tiny"), Path("x"), "gguf")
 
 
 def planned_and_written(pgprune, run: Path, options: list[str]) -> tuple[dict, list[dict]]:
-    """What a dry run with `options`, `--json` among them, says, and its tensors; the export then says the same."""
+    """Return what a dry run prints, and its tensors. Fails unless the export prints the same (options have --json)."""
     code, out, err = pgprune("export", str(run), "--dry-run", *options)
     assert (code, err) == (0, "")
     assert not Path("models").exists()
@@ -92,48 +104,48 @@ def planned_and_written(pgprune, run: Path, options: list[str]) -> tuple[dict, l
     return planned, tensors
 
 
-def test_a_dry_run_writes_nothing_and_tells_what_an_export_writes(run, pgprune):
+def test_a_dry_run_writes_nothing_and_prints_what_an_export_writes(run, pgprune):
     options = ["--dtype", "bfloat16", "--shard-size", "9KB", "--pad-ffn", "8", "--json"]
     planned, tensors = planned_and_written(pgprune, run, options)
     assert planned["model"] == "models/tiny"
-    found = []
+    stored = []
     for path in sorted(Path("models/tiny").glob("model-*.safetensors")):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 tensor = file.get_tensor(name)
-                found.append([name, list(tensor.shape), "bfloat16", tensor.nbytes, path.name])
-    assert sorted(found) == sorted(list(row.values()) for row in tensors)
+                stored.append([name, list(tensor.shape), "bfloat16", tensor.nbytes, path.name])
+    assert sorted(stored) == sorted(list(row.values()) for row in tensors)
     assert planned["parameters_after"] == sum(row["bytes"] for row in tensors) // 2
     assert planned["bytes"] == sum(path.stat().st_size for path in Path("models/tiny").glob("model-*.safetensors"))
 
 
-def test_a_gguf_file_is_planned_too(run, pgprune):
+def test_a_dry_run_prints_what_a_gguf_export_writes(run, pgprune):
     gguf = pytest.importorskip("gguf", reason="no gguf: pip install 'pgprune[gguf]'")
     options = ["--format", "gguf", "--dtype", "float16", "--pad-kv-heads", "2", "--json"]
     planned, tensors = planned_and_written(pgprune, run, options)
     assert planned["bytes"] == Path("models/tiny.gguf").stat().st_size
-    found = gguf.GGUFReader("models/tiny.gguf").tensors
-    words = {"F16": "float16", "F32": "float32"}
+    stored = gguf.GGUFReader("models/tiny.gguf").tensors
+    dtypes = {"F16": "float16", "F32": "float32"}
     assert tensors == [
         {
             "name": tensor.name,
             "shape": [int(size) for size in reversed(tensor.shape)],
-            "dtype": words[tensor.tensor_type.name],
+            "dtype": dtypes[tensor.tensor_type.name],
             "bytes": int(tensor.n_bytes),
             "file": "tiny.gguf",
         }
-        for tensor in found
+        for tensor in stored
     ]
 
 
-def test_a_person_reads_a_table_of_shapes(run, pgprune):
+def test_a_dry_run_without_json_prints_a_table_of_shapes(run, pgprune):
     code, out, _ = pgprune("export", str(run), "--dry-run")
     assert code == 0
-    assert "48 × 32" in out  # layer 1's queries: 3 groups of 2 heads of 8
+    assert "48 × 32" in out  # layer 1's queries: 3 KV heads with 2 query heads of 8 each
     assert out.splitlines()[-1].startswith("would write models/tiny: ")
 
 
-def test_a_push_that_fails_is_one_line_and_the_directory_stays(run, pgprune, monkeypatch):
+def test_a_failed_push_is_reported_in_one_line_and_the_directory_is_kept(run, pgprune, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     code, out, err = pgprune("export", str(run), "--push", "me/tiny", "--quiet")
     assert (code, out) == (1, "")
@@ -141,15 +153,15 @@ def test_a_push_that_fails_is_one_line_and_the_directory_stays(run, pgprune, mon
     assert Path("models/tiny/model.safetensors").exists()
 
 
-def test_a_push_to_no_name_is_refused_before_anything_is_written(run, pgprune):
+def test_a_push_to_an_invalid_name_is_refused_before_writing(run, pgprune):
     code, _, err = pgprune("export", str(run), "--push", "a/b/c", "--quiet")
     assert code == 2
     assert "--push a/b/c: not a valid name on the hub" in err
     assert not Path("models").exists()
 
 
-def test_a_repair_is_read_as_it_is_needed(run):
-    """Every access reads anew and nothing is held: all together could fill the memory."""
+def test_a_repair_is_read_on_every_access(run):
+    """Nothing is held in memory, which all outputs together could fill."""
     decision = Decision.load(run)
     with safe_open(run / REPAIR_FILE, framework="pt") as file:
         names = {name for name in file.keys() if name.endswith("weight")}  # noqa: SIM118
@@ -162,14 +174,15 @@ def test_a_repair_is_read_as_it_is_needed(run):
         decision.outputs[9, "ffn"]
 
 
-def test_an_exported_model_is_no_run(run, pgprune):
+def test_an_exported_model_is_refused_as_a_run(run, pgprune):
     job.export(run, Path("once"))
     code, _, err = pgprune("export", "once", "--out", "twice", "-q")
-    assert (code, err) == (2, "pgprune: once: an exported model; export the run directory that it was made from\n")
+    assert code == 2
+    says(err, "once", "exported model", "run directory")
 
 
 @pytest.mark.parametrize(("format", "out"), [("hf", "there"), ("mlx", "there"), ("gguf", "there.gguf")])
-def test_what_is_there_already_is_refused_before_anything_is_planned(format, out, run, pgprune, monkeypatch):
+def test_an_existing_target_is_refused_before_planning(format, out, run, pgprune, monkeypatch):
     monkeypatch.setattr(job, "plan", lambda *_: pytest.fail("planned"))
     if format != "gguf":
         Path(out).mkdir()
@@ -180,7 +193,7 @@ def test_what_is_there_already_is_refused_before_anything_is_planned(format, out
     assert err.count("\n") == 1
 
 
-def test_a_dry_run_may_name_what_is_there_already(run, pgprune):
+def test_a_dry_run_may_name_an_existing_target(run, pgprune):
     Path("there").mkdir()
     Path("there", "file").touch()
     code, out, err = pgprune("export", str(run), "--out", "there", "--dry-run")
@@ -193,7 +206,7 @@ def test_a_dry_run_may_name_what_is_there_already(run, pgprune):
 @pytest.mark.parametrize(
     ("signum", "code", "said"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
-def test_a_signal_leaves_nothing_half_written(format, signum, code, said, run, pgprune, monkeypatch):
+def test_a_signal_leaves_no_partial_export(format, signum, code, said, run, pgprune, monkeypatch):
     before, handlers = (
         sorted(Path().iterdir()),
         [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)],
