@@ -54,12 +54,14 @@ check: $(BIN)/.dev
 	$(BIN)/mypy
 	$(BIN)/python scripts/write_cli_reference.py --check
 	$(BIN)/python scripts/write_recipe_reference.py --check
+	$(BIN)/python scripts/draw_imports.py --check
 	$(BIN)/python scripts/draw_method.py --check
 
 references: $(BIN)/.docs
 	$(BIN)/python scripts/write_cli_reference.py
 	$(BIN)/python scripts/write_recipe_reference.py
 	$(BIN)/python scripts/draw_method.py
+	$(BIN)/python scripts/draw_imports.py
 
 docs: references
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
