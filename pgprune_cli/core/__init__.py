@@ -1,1 +1,1 @@
-"""The algorithm, pure: no I/O, no logging, no device, no global randomness, no model."""
+"""The pure algorithm: no I/O, logging, devices, global randomness or models."""

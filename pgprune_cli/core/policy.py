@@ -1,4 +1,4 @@
-"""The policy: independent Bernoulli keep decisions m ~ Bernoulli(θ), and where θ starts."""
+"""The policy: every unit is kept independently with probability θ. Also the starting θ."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from pgprune_cli.core.space import Budget, MaskSpace
 
 
 def sample(theta: Tensor, masks_per_step: int, generator: torch.Generator) -> Tensor:
-    """`samples` independent masks: `(K, n)` bool, True = kept. θ = 0 and θ = 1 are certain."""
+    """Sample independent masks: `(masks_per_step, n)` bool, True = kept. θ = 0 and θ = 1 are certain."""
     uniform = torch.rand(masks_per_step, theta.numel(), generator=generator, dtype=torch.float64)
     return uniform < theta
 
 
 def log_probability(theta: Tensor, masks: Tensor) -> Tensor:
-    """log p_θ(m) of masks `(K, n)`: `(K,)` nats."""
+    """Return log p_θ(m) of masks `(K, n)`: `(K,)` nats."""
     return torch.where(masks, theta.log(), torch.log1p(-theta)).sum(-1)
 
 
 def entropy(theta: Tensor) -> Tensor:
-    """Σ H(θ_i): a scalar in nats, 0 when every decision is certain."""
+    """Return Σ H(θ_i) in nats. It is 0 if every unit is certain."""
     return -(torch.xlogy(theta, theta) + torch.xlogy(1.0 - theta, 1.0 - theta)).sum()
 
 
 def starting_theta(scores: Tensor, space: MaskSpace, budget: Budget, start: str, temperature: float) -> Tensor:
-    """θ that trusts the scores `(n,)`, per layer, and meets the budget: `(n,)` float64.
+    """Return a θ `(n,)` float64 that follows the scores `(n,)` within each layer and meets the budget.
 
     `sigmap` is the paper's: z-score within the layer, sigmoid, shifted to the keep fraction. `linear` runs from 0 at
-    the layer's least scores to 1 at its greatest, then is shifted. A `temperature` below 1 makes θ surer of the
-    scores' order. A family of one unit a layer is compared across the layers instead.
+    the layer's lowest score to 1 at its highest, then is shifted. A `temperature` below 1 moves θ closer to 0 and 1.
+    Families with one unit per layer are compared across the layers instead.
     """
     squash = {"sigmap": _sigmap, "linear": _linear}[start]
     theta = torch.empty(space.n, dtype=torch.float64)

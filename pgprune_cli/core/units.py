@@ -1,9 +1,14 @@
-"""The search, one step at a time: propose masks, hear their losses, move θ.
+"""The unit search on one screen: propose masks, evaluate them, update θ.
 
-state = begin(theta, seed)
-for _ in range(steps):
-    state, masks = propose(state, samples)
-    state = update(state, masks, losses_of(masks), space, budget, estimator, learning_rate)
+    state = begin(theta, seed)
+    for step in range(steps):
+        rate = scheduled(learning_rate, schedule, step, steps)
+        state, masks = propose(state, masks_per_step)
+        state = update(state, masks, losses_of(masks), space, budget, estimator, rate)
+    mask = hard_mask(state.theta, space, budget)
+
+`losses_of` is any function from masks `(K, n)` to losses `(K,)`. The start is `policy.starting_theta`, and
+`projection.hard_mask` turns the final θ into a mask that meets the budget.
 """
 
 from __future__ import annotations
@@ -22,10 +27,10 @@ from pgprune_cli.core.space import Budget, MaskSpace
 
 @dataclass(frozen=True)
 class SearchState:
-    """All that the next step depends on.
+    """Everything that the next step depends on.
 
     theta: `(n,)` float64 keep probabilities; baseline: nats per token, None before the first loss; step: steps done;
-    skipped: losses left out so far because they were NaN or infinite; rng: uint8 state of the mask generator.
+    skipped: NaN or infinite losses ignored so far; rng: uint8 state of the mask generator.
     """
 
     theta: Tensor
@@ -36,12 +41,12 @@ class SearchState:
 
 
 def begin(theta: Tensor, seed: int) -> SearchState:
-    """The state before the first step. θ must meet the budget already."""
+    """Return the state before the first step. θ must already meet the budget."""
     return SearchState(theta.double(), None, 0, 0, torch.Generator().manual_seed(seed).get_state())
 
 
 def propose(state: SearchState, masks_per_step: int) -> tuple[SearchState, Tensor]:
-    """`samples` masks `(K, n)` bool from the policy, and the state with the generator moved on."""
+    """Sample masks `(masks_per_step, n)` bool from the policy. Also return the state with the generator advanced."""
     generator = torch.Generator()
     generator.set_state(state.rng)
     masks = sample(state.theta, masks_per_step, generator)
@@ -57,21 +62,22 @@ def update(
     estimator: str,
     learning_rate: float,
 ) -> SearchState:
-    """θ ← project(θ − learning_rate · gradient) from masks `(K, n)` and their losses `(K,)` in nats per token.
+    """Return the state with θ ← project(θ − learning_rate · gradient).
 
-    NaN and infinite losses are left out and counted; with fewer than two good ones θ stays where it is.
+    masks: `(K, n)`; losses: `(K,)` in nats per token. NaN and infinite losses are ignored and counted. With fewer than
+    two finite losses θ does not change.
     """
-    good = losses.isfinite()
-    skipped = state.skipped + int((~good).sum())
-    if good.sum() < 2:
+    finite = losses.isfinite()
+    skipped = state.skipped + int((~finite).sum())
+    if finite.sum() < 2:
         return replace(state, step=state.step + 1, skipped=skipped)
-    gradient, baseline = ESTIMATORS[estimator](state.theta, masks[good], losses[good].double(), state.baseline)
+    gradient, baseline = ESTIMATORS[estimator](state.theta, masks[finite], losses[finite].double(), state.baseline)
     theta = project(state.theta - learning_rate * gradient, space, budget)
     return replace(state, theta=theta, baseline=baseline, step=state.step + 1, skipped=skipped)
 
 
 def scheduled(learning_rate: float, schedule: str, step: int, steps: int) -> float:
-    """The learning rate of step `step` (from 0) of `steps`: constant, or a half cosine from its full value to 0."""
+    """Return the learning rate of `step` (from 0) out of `steps`: constant, or a half cosine down to 0."""
     if schedule == "constant":
         return learning_rate
     return learning_rate * 0.5 * (1.0 + math.cos(math.pi * step / steps))
