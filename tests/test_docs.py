@@ -181,6 +181,21 @@ def test_command_line_is_refused_when_the_program_does_not_take_it(line: str, fa
     assert type(refused.value).__name__ == fault
 
 
+PATH = re.compile(r"[\w*-]+(?:/[\w*-]+)*/[\w*-]+\.(?:py|sh|sbatch)\b")
+
+
+@pytest.mark.parametrize("page", NARROW_PAGES, ids=page_name)
+def test_source_files_that_a_page_names_exist(page: Path) -> None:
+    """A path is relative to the repository or to the package. `activation.py` and `example.py` are examples."""
+    missing = [
+        path
+        for path in PATH.findall(page.read_text(encoding="utf-8"))
+        if Path(path).name not in ("activation.py", "example.py")
+        if not any([*base.glob(path)] for base in (ROOT, ROOT / "pgprune_cli"))
+    ]
+    assert missing == []
+
+
 def strings_of_the_package() -> Iterator[str]:
     """Yield every string literal of the package, with `…` for what an f-string fills in."""
     for path in (ROOT / "pgprune_cli").rglob("*.py"):
