@@ -1,0 +1,239 @@
+"""A GPU computes what the CPU computes, never makes the host wait inside a step, and resumes a search bit for bit.
+
+The two devices sum in different orders: they are compared in float32 without TF32, within a tolerance.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from helpers.masks import MODEL_MASKS, some_tokens
+from helpers.models import ARCHITECTURES, tiny_model
+from torch import Tensor
+
+from pgprune_cli.errors import RunError, UserError
+from pgprune_cli.forward import masked
+from pgprune_cli.forward.layerwise import start_layerwise
+from pgprune_cli.forward.masked import Evaluator
+from pgprune_cli.jobs.search import search
+from pgprune_cli.model.loading import load_prunable
+from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.model.quantized import Fp8Linear, check_fp8, fp8_product, quantize_projections
+from pgprune_cli.model.source import resolve
+from pgprune_cli.run.checkpoint import latest_checkpoint
+from pgprune_cli.run.layout import DECISION_MASKS, REPAIR_FILE
+from pgprune_cli.search import loop as search_loop
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+WIDTH_SEARCH = (
+    "search.policy=widths",
+    "search.masks_per_step=4",
+    "search.forward_passes=12",
+    "repair.method=least-squares",
+    "repair.windows=8",
+    "calibration.windows=24",
+)
+MASKS = [MODEL_MASKS[name] for name in ("random", "empty attention", "empty ffn")]
+
+
+@pytest.fixture(autouse=True)
+def _without_tf32() -> Iterator[None]:
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def on_both(request) -> tuple[PrunableModel, PrunableModel]:
+    """The same tiny model on the CPU and on the GPU."""
+    module = tiny_model(request.param)
+    return PrunableModel.of(module), PrunableModel.of(copy.deepcopy(module).to("cuda"))
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Raise RuntimeError if the host waits for the GPU inside the `with`."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_losses_on_the_gpu_equal_those_on_the_cpu(on_both) -> None:
+    on_cpu, on_gpu = (Evaluator(model).losses(MASKS, some_tokens()) for model in on_both)
+    torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-4, atol=0)
+    assert len(set(on_gpu.tolist())) == len(MASKS)
+
+
+def test_int8_losses_on_the_gpu_equal_those_on_the_cpu_without_waiting(on_both) -> None:
+    for model in on_both:
+        quantize_projections(model.module, "int8")
+    on_cpu, on_gpu = map(Evaluator, on_both)
+    expected = on_cpu.losses(MASKS, some_tokens())
+    torch.testing.assert_close(on_gpu.losses(MASKS, some_tokens()), expected, rtol=1e-4, atol=0)
+    tokens = some_tokens().cuda()
+    with waiting_is_an_error():
+        on_gpu._summed(MASKS[0], tokens, {})
+
+
+def test_fp8_products_on_the_gpu_equal_those_on_the_cpu_without_waiting(on_both) -> None:
+    """Each product is checked on the GPU's own inputs: one input rounded differently changes everything after it."""
+    module = on_both[1].module.bfloat16()
+    try:
+        check_fp8(torch.device("cuda"), torch.bfloat16)
+    except UserError as error:
+        pytest.skip(str(error))
+    expected = Evaluator(PrunableModel.of(module)).losses(MASKS, some_tokens())
+    quantize_projections(module, "fp8")
+    evaluator = Evaluator(PrunableModel.of(module))
+    checked = []
+
+    def check(linear: Fp8Linear, inputs: tuple[Tensor], output: Tensor) -> None:
+        values, scale = (part.cpu() for part in linear.kept or (linear.values, linear.scale))
+        product = fp8_product(inputs[0].cpu(), values, scale)
+        product = product if linear.bias is None else product + linear.bias.cpu()
+        torch.testing.assert_close(output.cpu(), product, rtol=0.02, atol=0.02)
+        checked.append(linear)
+
+    linears = [submodule for submodule in module.modules() if isinstance(submodule, Fp8Linear)]
+    handles = [linear.register_forward_hook(check) for linear in linears]
+    torch.testing.assert_close(evaluator.losses(MASKS, some_tokens()), expected, rtol=0.03, atol=0)
+    assert len(checked) > len(linears)
+    for handle in handles:
+        handle.remove()
+    tokens = some_tokens().cuda()
+    with waiting_is_an_error():
+        evaluator._summed(MASKS[0], tokens, {})
+
+
+def test_loading_int8_weights_never_holds_the_full_model_on_the_gpu() -> None:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    module = load_prunable(resolve("demo"), "bfloat16", "cuda", "int8").module
+    peak = torch.cuda.max_memory_allocated() - before
+    int8_bytes = sum(parameter.nbytes for parameter in module.parameters())
+    full = load_prunable(resolve("demo"), "bfloat16", "cpu").module
+    full_bytes = sum(parameter.nbytes for parameter in full.parameters())
+    assert all(parameter.device.type == "cuda" for parameter in module.parameters())
+    assert int8_bytes < 0.6 * full_bytes and peak < 0.9 * full_bytes
+
+
+def test_losses_are_identical_twice_and_leave_the_weights_unchanged(on_both) -> None:
+    _, model = on_both
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    evaluator = Evaluator(model)
+    assert torch.equal(evaluator.losses(MASKS, some_tokens()), evaluator.losses(MASKS, some_tokens()))
+    assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
+
+
+def test_a_layerwise_run_equals_the_models_forward_pass(on_both) -> None:
+    _, model = on_both
+    run = start_layerwise(model, [some_tokens()])
+    for index in range(model.shape.layers):
+        run.advance(index)
+    with torch.no_grad():
+        expected = model.decoder(input_ids=some_tokens().cuda(), use_cache=False).last_hidden_state
+        actual = model.final_norm(run.hidden_states[0].cuda())
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODEL_MASKS)
+def test_a_forward_pass_never_makes_the_host_wait(on_both, name) -> None:
+    """The host waits only once a step, when it reads the losses."""
+    _, model = on_both
+    evaluator, tokens = Evaluator(model), some_tokens().cuda()
+    evaluator.losses([MODEL_MASKS[name]], tokens)  # the first pass sets up libraries
+    with waiting_is_an_error():
+        evaluator._summed(MODEL_MASKS[name], tokens, {})
+
+
+def test_a_batch_is_split_when_the_gpu_really_runs_out_of_memory() -> None:
+    """The process may use only as much of the GPU's memory as half of the batch needs."""
+    model = load_prunable(resolve("demo"), "float32", "cuda")
+    evaluator = Evaluator(model)
+    space = model.shape.space(("attention", "ffn"))
+    model_mask = model.shape.model_mask(space, torch.arange(space.n) % 2 > 0)
+    tokens = torch.randint(200, (512, 128), generator=torch.Generator().manual_seed(0))
+    expected = evaluator.losses([model_mask], tokens)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    Evaluator(model).losses([model_mask], tokens[:256])
+    half, total = torch.cuda.max_memory_reserved(), torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.1 * half / total)
+    try:
+        torch.testing.assert_close(evaluator.losses([model_mask], tokens), expected, rtol=1e-5, atol=0)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert evaluator.splitter.max_windows is not None and evaluator.splitter.max_windows <= 256
+
+
+def test_a_window_that_does_not_fit_is_refused(monkeypatch) -> None:
+    def allocate_too_much(*_: object) -> Tensor:
+        return torch.empty(1 << 50, device="cuda")
+
+    monkeypatch.setattr(masked, "summed_loss", allocate_too_much)
+    evaluator = Evaluator(PrunableModel.of(tiny_model("llama-gqa").to("cuda")))
+    with pytest.raises(RunError, match="calibration.seqlen"):
+        evaluator.losses(MASKS, some_tokens())
+
+
+def test_a_search_on_the_gpu_gives_the_same_bytes_twice(small, tmp_path) -> None:
+    recipe = small(*WIDTH_SEARCH, "device=cuda")
+    first, second = (search(recipe, tmp_path / name) for name in ("first", "second"))
+    for name in (DECISION_MASKS, REPAIR_FILE):
+        assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes()
+    assert first.heldout_loss == second.heldout_loss
+
+
+def test_a_search_on_the_gpu_resumes_bit_for_bit(small, tmp_path, monkeypatch) -> None:
+    take_step = search_loop._take_step
+
+    def stop_after_two(problem: search_loop.Problem, loop: search_loop.LoopState) -> search_loop.Row:
+        row = take_step(problem, loop)
+        if loop.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return row
+
+    recipe = small(*WIDTH_SEARCH, "device=cuda")
+    uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
+    search(recipe, uninterrupted)
+    monkeypatch.setattr(search_loop, "_take_step", stop_after_two)
+    with pytest.raises(search_loop.Interrupted):
+        search(recipe, interrupted)
+    monkeypatch.setattr(search_loop, "_take_step", take_step)
+    search(recipe, interrupted)
+    first, second = (latest_checkpoint(run).state for run in (interrupted, uninterrupted))
+    assert first.losses.tolist() == second.losses.tolist()
+    assert (interrupted / DECISION_MASKS).read_bytes() == (uninterrupted / DECISION_MASKS).read_bytes()
+
+
+def test_a_search_on_the_gpu_is_as_good_as_one_on_the_cpu(small, tmp_path) -> None:
+    on_cpu, on_gpu = (
+        search(small(*WIDTH_SEARCH, f"device={device}"), tmp_path / device) for device in ("cpu", "cuda")
+    )
+    assert on_gpu.heldout_loss == pytest.approx(on_cpu.heldout_loss, rel=0.02)
+    assert on_gpu.sparsity == pytest.approx(on_cpu.sparsity, abs=1e-2)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_a_model_spread_over_two_gpus_has_the_same_loss() -> None:
+    on_one, on_two = (load_prunable(resolve("demo"), "float32", device) for device in ("cuda", "cuda:0,cuda:1"))
+    space = on_one.shape.space(("attention", "ffn"))
+    model_mask = on_one.shape.model_mask(space, torch.arange(space.n) % 3 > 0)
+    tokens = torch.arange(48).view(2, 24)
+    expected = Evaluator(on_one).losses([model_mask], tokens)
+    torch.testing.assert_close(Evaluator(on_two).losses([model_mask], tokens), expected, rtol=1e-6, atol=0)
