@@ -150,11 +150,18 @@ def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
 
 
 def _provenance(decision: Decision) -> str:
+    base = _base_name(decision)
+    if decision.steps:
+        searched = (
+            f"pgprune {__version__} searched for {decision.steps:,} steps with {decision.forward_passes:,} forward "
+            f"passes of {base}, and exported the result."
+        )
+    else:
+        searched = f"pgprune {__version__} kept the units of {base} with the highest scores, without a search."
     lines = [
         *("## Where it comes from", ""),
-        f"pgprune {__version__} searched for {decision.steps:,} steps with {decision.forward_passes:,} forward passes "
-        f"of {_base_name(decision)}, and exported the result. The base model's config and weights have the fingerprint "
-        f"`{decision.fingerprint}`. `{DECISION_RECORD}` and `{DECISION_MASKS}` record which units were kept.",
+        f"{searched} The base model's config and weights have the fingerprint `{decision.fingerprint}`. "
+        f"`{DECISION_RECORD}` and `{DECISION_MASKS}` record which units were kept.",
     ]
     if decision.heldout_loss is not None:
         dense = "" if decision.dense_loss is None else f"; the base model has {decision.dense_loss:.4f}"

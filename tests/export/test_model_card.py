@@ -1,0 +1,56 @@
+"""The model card: it says what happened to the model, and nothing that did not."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import yaml
+
+from pgprune_cli.export.model_card import ModelCard
+from pgprune_cli.model.masks import LayerMask, Output
+from pgprune_cli.run.decision import Decision
+
+MASKS = (LayerMask(torch.arange(4) < 2, torch.arange(24) < 7), LayerMask(torch.arange(4) < 0, torch.arange(24) < 0))
+DECISION = Decision(MASKS, "owner/base", "f00d", 0.25, "dtype: float32", 10, 80, 9, 2.5, dense_loss=2.25)
+CARD = ModelCard(
+    title="small",
+    units={"attention": "KV heads", "ffn": "FFN channels"},
+    layers=MASKS,
+    parameters_before=1000,
+    parameters_after=800,
+    padded_sparsity=None,
+    needs_code=False,
+    loads_in_mlx=False,
+    measured=None,
+)
+
+
+def test_card_states_sizes_losses_recipe_and_origin() -> None:
+    text = CARD.text(DECISION)
+    facts = ("800 parameters", "20.0% fewer", "25.0%", "10 steps", "80 forward passes", "`f00d`", "2.5000", "2.2500")
+    assert [fact for fact in facts if fact not in text] == []
+    assert "| 0 | 2 of 4 | 7 of 24 |\n| 1 (layer removed) | 0 of 4 | 0 of 24 |" in text
+    assert "```yaml\ndtype: float32\n```" in text
+    assert "## Perplexity" not in text and "## Tasks" not in text
+
+
+def test_front_matter_names_a_base_model_on_the_hub_and_no_local_path(tmp_path) -> None:
+    assert yaml.safe_load(CARD.text(DECISION).split("---")[1])["base_model"] == "owner/base"
+    text = CARD.text(dataclasses.replace(DECISION, model=str(tmp_path)))
+    assert "base_model" not in text.split("---")[1] and str(tmp_path) not in text and tmp_path.name in text
+
+
+def test_card_mentions_code_only_if_loading_needs_it() -> None:
+    assert "trust_remote_code" not in CARD.text(DECISION) and "mlx" not in CARD.text(DECISION)
+    assert "trust_remote_code=True)" in dataclasses.replace(CARD, needs_code=True).text(DECISION)
+    assert "modeling_mlx.py" in dataclasses.replace(CARD, loads_in_mlx=True).text(DECISION)
+
+
+def test_card_mentions_repair_padding_and_search_only_if_they_happened() -> None:
+    plain = CARD.text(DECISION)
+    assert "refitted" not in plain and "padded" not in plain and "recover" not in plain
+    repaired = dataclasses.replace(DECISION, outputs={(0, "ffn"): Output(torch.zeros(2, 7), None)})
+    assert "refitted on calibration text" in CARD.text(repaired)
+    assert "counts as kept, 12.5% were removed" in dataclasses.replace(CARD, padded_sparsity=0.125).text(DECISION)
+    assert "without a search" in CARD.text(dataclasses.replace(DECISION, steps=0, forward_passes=0))
