@@ -1,4 +1,7 @@
-"""Pruning from Python: `prune`, and what one does with what it returns. Thin over the jobs, which it imports late."""
+"""The Python API: `prune` a model, `evaluate` one, and what to do with a `Pruned` run.
+
+Each function calls the job behind the command of the same name. Jobs are imported late, because they import torch.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Pruned:
-    """A finished run: `directory` holds all of it, `decision` says which units stay."""
+    """A finished run. `directory` is the run directory, `decision` says which units are kept."""
 
     directory: Path
     decision: Decision
@@ -25,64 +28,87 @@ class Pruned:
 
     def evaluate(
         self,
+        *,
         corpora: Sequence[str] = (),
         seqlens: Sequence[int] = (),
-        limit: int | None = None,
-        progress: Progress | None = None,
+        max_windows: int | None = None,
+        tasks: Sequence[str] = (),
+        max_items: int | None = None,
+        speed: bool = False,
+        baselines: Sequence[str] = (),
+        progress: bool = False,
     ) -> dict[str, Any]:
-        """Perplexities as `pgprune eval RUN --json` gives them, by default those that the recipe asks for.
+        """Measure the pruned model, as `evaluate` does. Complete results are stored in the run directory.
 
-        `corpora`: names or NAME=FILE; `seqlens`: tokens; `limit`: as `--max-windows`. Raises UserError, RunError.
+        Raises:
+            UserError: an argument is wrong. Speed is measured on an exported model: `evaluate(path, speed=True)`.
+            RunError: the loss is not finite.
         """
-        from pgprune_cli.console.progress import SILENT
-        from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target, remember
-
-        asked = [Corpus.parse(name) for name in corpora]
-        target = open_target(str(self.directory), None, None, progress or SILENT, as_recipe=not asked)
-        chosen = asked or Corpus.of(target.evaluation)
-        result = evaluate(target, chosen, seqlens or target.evaluation.seqlen, limit, progress or SILENT)
-        if limit is None:
-            remember(target, result)
-        return result
+        return evaluate(
+            str(self.directory),
+            corpora=corpora,
+            seqlens=seqlens,
+            max_windows=max_windows,
+            tasks=tasks,
+            max_items=max_items,
+            speed=speed,
+            baselines=baselines,
+            progress=progress,
+        )
 
     def export(
         self,
         out: str | Path,
+        *,
         format: Literal["hf", "gguf", "mlx"] = "hf",
         dtype: str | None = None,
-        progress: Progress | None = None,
+        shard_size: str | None = None,
+        pad_empty_attention: bool = False,
+        pad_kv_heads: int = 1,
+        pad_ffn: int = 1,
+        progress: bool = False,
     ) -> Path:
-        """Writes the smaller model as the new `out` and returns it; as `pgprune export`, which has more options.
+        """Write the smaller model to the new path `out` and return it. The options are those of `pgprune export`.
 
-        Raises UserError, also where there is something already.
+        Raises:
+            UserError: an option is wrong, or `out` exists already.
         """
-        from pgprune_cli.console.progress import SILENT
         from pgprune_cli.jobs.export import export, options_of, target
 
-        options = options_of(format, dtype, None, False, 1, 1)
+        options = options_of(
+            format,
+            dtype=dtype,
+            shard_size=shard_size,
+            pad_empty_attention=pad_empty_attention,
+            pad_kv_heads=pad_kv_heads,
+            pad_ffn=pad_ffn,
+        )
         path = target(self.directory, Path(out), format)
-        export(self.directory, path, options, format, progress or SILENT)
+        export(self.directory, path, options, format=format, progress=_progress(progress))
         return path
 
 
 def prune(
     recipe: str | Path,
     settings: Mapping[str, Any] | None = None,
+    *,
     out: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: bool = True,
 ) -> Pruned:
-    """Scores and searches as `pgprune search` does, and goes on where an earlier call was stopped.
+    """Score the units and search for those to keep, as `pgprune search` does. Resumes an interrupted search.
 
     Args:
-        recipe: the name of one that ships, or a recipe file.
-        settings: recipe keys with their values, as `--set` takes them: `{"model": "me/mine", "budget.sparsity": 0.3}`.
-        out: the run directory; by default `runs/<recipe>`, as on the command line.
+        recipe: the name of a shipped recipe, or a recipe file.
+        settings: recipe keys and values that override the recipe: `{"model": "me/mine", "budget.sparsity": 0.3}`.
+        out: the run directory, `runs/<recipe>` by default.
+        progress: report progress on stderr.
 
     Raises:
-        UserError: what was given is wrong; RunError: it failed all the same.
-        Interrupted: stopped by a signal, as when a notebook's kernel is interrupted; the state is saved.
+        UserError: an argument is wrong.
+        RunError: the search failed.
+        Interrupted: a signal stopped the search, for example because a notebook's kernel was interrupted. Its state
+            is saved.
     """
-    from pgprune_cli.console.progress import StderrProgress
     from pgprune_cli.jobs.search import search
     from pgprune_cli.recipe.reader import find, load, name_of
     from pgprune_cli.run.layout import runs_folder
@@ -92,4 +118,55 @@ def prune(
         f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in (settings or {}).items()
     ]
     run = Path(out) if out is not None else runs_folder() / name_of(path)
-    return Pruned(run, search(load(path, overrides), run, progress=progress or StderrProgress()))
+    return Pruned(run, search(load(path, overrides), run, progress=_progress(progress)))
+
+
+def evaluate(
+    model: str | Path,
+    *,
+    corpora: Sequence[str] = (),
+    seqlens: Sequence[int] = (),
+    max_windows: int | None = None,
+    tasks: Sequence[str] = (),
+    max_items: int | None = None,
+    speed: bool = False,
+    baselines: Sequence[str] = (),
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Measure perplexity, task accuracies and speed, and return the object that `pgprune eval --json` prints.
+
+    Args:
+        model: a model as in recipes, an exported model or a run directory.
+        corpora: corpus names or NAME=FILE. Without corpora, tasks and speed, the recipe's corpora are used.
+        seqlens: window lengths in tokens; by default the recipe's, or 128 and 2048.
+        max_windows: at most this many windows of the shortest length per corpus.
+        tasks: names of lm-evaluation-harness tasks, or task files.
+        max_items: only the first items of each task.
+        speed: measure tokens per second and memory of an exported or dense model, and of its base model.
+        baselines: further models to measure the same way. Their results are under the key `baselines`.
+        progress: report progress on stderr.
+
+    Raises:
+        UserError: an argument is wrong.
+        RunError: the loss is not finite.
+    """
+    from pgprune_cli.jobs.evaluate import evaluate, with_baselines
+    from pgprune_cli.jobs.evaluation_request import EvaluationRequest
+
+    request = EvaluationRequest(
+        model=str(model),
+        corpora=corpora,
+        seqlens=seqlens,
+        max_windows=max_windows,
+        tasks=tasks,
+        max_items=max_items,
+        speed=speed,
+        baselines=baselines,
+    )
+    return with_baselines(evaluate(request, progress=_progress(progress)))
+
+
+def _progress(shown: bool) -> Progress:
+    from pgprune_cli.console.progress import SILENT, StderrProgress
+
+    return StderrProgress() if shown else SILENT

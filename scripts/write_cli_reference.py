@@ -19,10 +19,10 @@ from pgprune_cli.run.layout import RUNS_VARIABLE
 TARGET = Path(__file__).parents[1] / "docs" / "cli.md"
 EXIT_CODES = {
     ExitCode.OK: "success",
-    ExitCode.FAILED: "the run failed (no finite loss, a full disk, …)",
+    ExitCode.FAILED: "the run failed (no finite loss, a full disk, …), or `verify` or `doctor` found a fault",
     ExitCode.BAD_INPUT: "bad input (recipe, option or file): one line per fault on stderr",
-    ExitCode.INTERRUPTED: "stopped by Ctrl-C; stderr says what is saved and how to resume",
-    ExitCode.HUNG_UP: "stopped because the terminal closed (SIGHUP), likewise",
+    ExitCode.HUNG_UP: "stopped because the terminal closed (SIGHUP); stderr says what is saved and how to resume",
+    ExitCode.INTERRUPTED: "stopped by Ctrl-C, likewise",
     ExitCode.TERMINATED: "stopped by SIGTERM, likewise",
 }
 
@@ -50,7 +50,10 @@ def reference() -> str:
     lines += [f"| {int(code)} | {meaning} |" for code, meaning in EXIT_CODES.items()]
     lines += ["", "| environment variable | meaning |", "|---|---|"]
     lines += [f"| `{name}` | {meaning} |" for name, meaning in VARIABLES.items()]
-    lines += ["", "`pgprune --install-completion` sets up completion of commands, options, recipes and runs in your shell."]
+    lines += [
+        "",
+        "`pgprune --install-completion` sets up completion of commands, options, recipes and runs in your shell.",
+    ]
     for verb in ["", *verbs(program)]:
         arguments = [*verb.split(), "--help"]
         shown = CliRunner().invoke(program, arguments, prog_name="pgprune", terminal_width=100, max_content_width=100)

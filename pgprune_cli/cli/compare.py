@@ -1,4 +1,4 @@
-"""pgprune compare: the paper's tables on one's own model."""
+"""pgprune compare: other methods and the paper's ablation on your model."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from pgprune_cli.cli.options import AsJson, Limit, Quiet, RecipeName, Set, examples, opened, progress_of
-from pgprune_cli.cli.saved import of_comparison
+from pgprune_cli.cli.options import AsJson, MaxWindows, Quiet, RecipeName, Set, examples, open_recipe, progress_of
+from pgprune_cli.cli.saved import saved_by_compare
 from pgprune_cli.cli.stopping import resumable
 from pgprune_cli.cli.tables import grid
 from pgprune_cli.errors import UserError
@@ -26,37 +26,44 @@ def compare(
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="DIR", help="Where the runs go.  [default: runs/compare/<recipe>, or in $PGPRUNE_RUNS]"
+            "--out",
+            metavar="DIR",
+            help="Directory for the runs and the table.  [default: compare/<recipe> in runs or $PGPRUNE_RUNS]",
         ),
     ] = None,
     overrides: Set = None,
-    seeds: Annotated[str, typer.Option(metavar="LIST", help="Seeds of the variants that search.")] = "0",
+    seeds: Annotated[
+        str, typer.Option(metavar="LIST", help="Comma-separated seeds. Random variants run once per seed.")
+    ] = "0",
     only: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="VARIANT", help="This row only, beside those measured earlier; repeatable.  [default: all]"
+            metavar="VARIANT",
+            help="Run only this variant and keep earlier rows. Repeatable.  [default: all]",
         ),
     ] = None,
-    limit: Limit = None,
+    max_windows: MaxWindows = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run other methods and the paper's ablation on your model. The ablation has metric, start, allocation and repair,
-    each with and without.
+    """Run other pruning methods and the paper's ablation on your model.
 
-    Long, and resumable: the same command goes on where an earlier call was stopped.
+    Prints one table with the perplexity of every variant. The ablation adds one part of the method at a time: metric,
+    start, widths and repair. This takes many searches. If it is interrupted, run the same command again to resume.
     """
     try:
         numbers = list(dict.fromkeys(int(seed) for seed in seeds.split(",")))
     except ValueError:
-        raise UserError(f"--seeds {seeds}: expected whole numbers with commas, such as 0,1,2") from None
-    loaded, run = opened(recipe, out, overrides or [], runs_folder() / "compare")
+        raise UserError(f"--seeds {seeds}: expected comma-separated whole numbers, such as 0,1,2.") from None
+    loaded, run = open_recipe(recipe, out, overrides or [], runs_folder() / "compare")
     from pgprune_cli.jobs.compare import cells, compare, runs_of
     from pgprune_cli.run.layout import COMPARISON_TABLE
 
     runs = runs_of(loaded, run, numbers, only or [])
-    with resumable(lambda _: of_comparison(run, runs)):
-        table = compare(loaded, run, seeds=numbers, only=only or [], max_windows=limit, progress=progress_of(quiet))
+    with resumable(lambda _: saved_by_compare(run, runs)):
+        table = compare(
+            loaded, run, seeds=numbers, only=only or [], max_windows=max_windows, progress=progress_of(quiet)
+        )
     if as_json:
         print(json.dumps(table))
         return

@@ -1,4 +1,4 @@
-"""What goes wrong, said on stderr."""
+"""Error messages on stderr."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from pgprune_cli.distributed import ranks_from_environment
 
 
 def complain(text: str) -> None:
-    """A line for every line of it, with who says it."""
+    """Print every line of a message on stderr, after the program's name (and under torchrun its rank)."""
     from pgprune_cli.recipe.strict_yaml import one_line
 
     ranks = ranks_from_environment()
-    who = "pgprune" if ranks.world_size == 1 else f"pgprune, rank {ranks.rank}"
-    for line in text.splitlines():  # of which parts may come from files, and so what terminals take for commands
-        print(f"{who}: {one_line(line)}", file=STDERR)
+    program = "pgprune" if ranks.world_size == 1 else f"pgprune, rank {ranks.rank}"
+    for line in text.splitlines():  # parts may come from files, so terminal control characters are escaped
+        print(f"{program}: {one_line(line)}", file=STDERR)
 
 
 def usage_fault(error: Exception) -> str | None:
-    """One line that says what is wrong and where to look; "" where the parser shows all it has; None: not its error.
+    """Return one line for an error of the argument parser: what is wrong, and which help page to read.
 
-    The parser's classes have moved between versions of Typer, so that they are known by what they can do.
+    Returns "" if the parser has printed the help already, None if the error is not the parser's. The parser's classes
+    move between versions of Typer, so they are recognised by their attributes.
     """
     parser: Any = error
     if not hasattr(parser, "format_message"):
@@ -30,10 +31,12 @@ def usage_fault(error: Exception) -> str | None:
     if type(error).__name__ == "NoArgsIsHelpError":
         parser.show()
         return ""
-    where = getattr(getattr(parser, "ctx", None), "command_path", "pgprune")
-    if possible := getattr(parser, "possibilities", None):  # which the parser would list by the alphabet
-        meant = nearest(parser.option_name, possible) or ";"
-        return f"no such option: {parser.option_name}{meant} see `{where} --help`"
-    said = " ".join(parser.format_message().replace("Value error, ", "").split()).rstrip(".?")
-    said = said.replace(". Did you mean ", ", did you mean ")
-    return f"{said[:1].lower()}{said[1:]}; see `{where} --help`"
+    command = getattr(getattr(parser, "ctx", None), "command_path", "pgprune")
+    if possible := getattr(parser, "possibilities", None):  # the parser would list them in alphabetical order
+        hint = nearest(parser.option_name, possible) or "."
+        message = f"no such option: {parser.option_name}{hint}"
+    else:
+        message = " ".join(parser.format_message().replace("Value error, ", "").split()).rstrip(".?")
+        message = message.replace(". Did you mean ", ", did you mean ")
+        message = f"{message[:1].lower()}{message[1:]}{'?' if 'did you mean' in message else '.'}"
+    return f"{message} See `{command} --help`."

@@ -1,4 +1,4 @@
-"""pgprune doctor: whether this machine can do it."""
+"""pgprune doctor: check this machine."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ def doctor(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            metavar="RECIPE", help="Check the model and the data of this recipe, too.", autocompletion=recipe_names
+            metavar="RECIPE", help="Also check the model and the data of this recipe.", autocompletion=recipe_names
         ),
     ] = None,
     overrides: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check what this machine has for a run, and say what to mend. Python, packages, devices, memory, disk, the hub.
+    """Check that this machine can run a search, and say what to fix.
 
-    Exit code 1 for anything that a search would fail for.
+    Checks Python, packages, devices, memory, disk and the hub. The exit code is 1 if a search would fail.
     """
     from dataclasses import asdict
 
     from pgprune_cli.recipe.reader import find, load
 
     if overrides and recipe is None:
-        raise UserError(f"--set {overrides[0]}: of which recipe? expected doctor RECIPE --set {overrides[0]}")
+        raise UserError(f"--set {overrides[0]}: needs a recipe. Give one: pgprune doctor RECIPE --set {overrides[0]}")
     loaded = load(find(recipe), overrides or []) if recipe else None
     from pgprune_cli.jobs.doctor import doctor
 

@@ -1,4 +1,4 @@
-"""pgprune export: the smaller model, written."""
+"""pgprune export: write the smaller model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from pgprune_cli.cli.options import AsJson, Quiet, examples, progress_of, run_names
-from pgprune_cli.cli.saved import of_export
+from pgprune_cli.cli.saved import saved_by_export
 from pgprune_cli.cli.stopping import resumable
 from pgprune_cli.cli.tables import export_line, print_plan, print_result
 from pgprune_cli.run.layout import refuse_unfinished
@@ -32,59 +32,78 @@ def export(
         typer.Option(
             "--out",
             metavar="PATH",
-            help="The directory to write, new or empty, or the new .gguf file.  [default: models/<run>]",
+            help="A new or empty directory, or a new .gguf file.  [default: models/<run>]",
         ),
     ] = None,
     format: Annotated[
         Format,
         typer.Option(
             "--format",
-            help="hf: for transformers and what reads its models; gguf: one file for llama.cpp; mlx: for mlx-lm, too.",
+            help="hf for transformers and vLLM, gguf for llama.cpp, mlx for mlx-lm (transformers reads it too).",
         ),
     ] = "hf",
     dtype: Annotated[
         str | None,
-        typer.Option(metavar="DTYPE", help="float32, float16, bfloat16, or q8_0 in GGUF.  [default: the base's]"),
+        typer.Option(metavar="DTYPE", help="float32, float16, bfloat16, or q8_0 (gguf).  [default: the base model's]"),
     ] = None,
     shard_size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Tensors in one weight file, at most; not for GGUF.  [default: 5GB]"),
+        typer.Option(metavar="SIZE", help="Maximum size of one weight file. Not for gguf.  [default: 5GB]"),
     ] = None,
     pad_empty_attention: Annotated[
         bool,
-        typer.Option("--pad-empty-attention", help="A KV head that adds nothing where a layer has none, for vLLM."),
+        typer.Option(
+            "--pad-empty-attention",
+            help="Give layers without attention one zero-weight KV head. vLLM's Transformers backend needs it.",
+        ),
     ] = False,
     pad_kv_heads: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Pad KV heads to a multiple, with zeros; or all of them.")
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Pad the KV heads of each layer with zeros to a multiple of N, or to all of them."
+        ),
     ] = 1,
     pad_ffn: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Pad FFN channels to a multiple, with zeros; or all of them.")
+        int,
+        typer.Option(
+            min=1, metavar="N", help="Pad the FFN channels of each layer with zeros to a multiple of N, or to all."
+        ),
     ] = 1,
     push: Annotated[
-        str | None, typer.Option(metavar="OWNER/NAME", help="Upload it to the Hugging Face hub, too.")
+        str | None, typer.Option(metavar="OWNER/NAME", help="Also upload the model to the Hugging Face Hub.")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Write nothing; print the shapes and sizes of what would be written.")
+        bool, typer.Option("--dry-run", help="Write nothing. Print the shapes and sizes of the tensors.")
     ] = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the smaller model as a directory or one GGUF file. Its tokenizer, card and decision go along."""
+    """Write the smaller model as a directory or one GGUF file.
+
+    The tokenizer, a model card and the decision are included. Padding does not change the model's outputs.
+    """
     from pgprune_cli.export import hub
 
     if push is not None:
         hub.check_name(push)
-    refuse_unfinished(run)  # before seconds go by in imports
+    refuse_unfinished(run)  # before seconds of imports
     from pgprune_cli.jobs import export as job
 
-    options = job.options_of(format, dtype, shard_size, pad_empty_attention, pad_kv_heads, pad_ffn)
+    options = job.options_of(
+        format,
+        dtype=dtype,
+        shard_size=shard_size,
+        pad_empty_attention=pad_empty_attention,
+        pad_kv_heads=pad_kv_heads,
+        pad_ffn=pad_ffn,
+    )
     out = job.target(run, out, format)
     if dry_run:
         planned = job.plan(run, options, format)
         print_plan(job.summary(planned, out), job.tensors(planned, out), as_json)
         return
-    with resumable(lambda _: of_export(out, push)):
-        summary = job.summary(job.export(run, out, options, format, progress_of(quiet)), out)
+    with resumable(lambda _: saved_by_export(out, push)):
+        summary = job.summary(job.export(run, out, options, format=format, progress=progress_of(quiet)), out)
         line = export_line(summary)
         if push is not None:
             with progress_of(quiet).working(f"uploading {out} to {push}"):

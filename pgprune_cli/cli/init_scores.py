@@ -1,4 +1,4 @@
-"""pgprune init-scores: the scores of every unit, a search's start."""
+"""pgprune init-scores: score every unit of a model."""
 
 from __future__ import annotations
 
@@ -6,8 +6,18 @@ from typing import Annotated
 
 import typer
 
-from pgprune_cli.cli.options import AsJson, Out, Quiet, RecipeName, Set, examples, metric_names, opened, progress_of
-from pgprune_cli.cli.saved import of_scores
+from pgprune_cli.cli.options import (
+    AsJson,
+    Out,
+    Quiet,
+    RecipeName,
+    Set,
+    examples,
+    metric_names,
+    open_recipe,
+    progress_of,
+)
+from pgprune_cli.cli.saved import saved_by_init_scores
 from pgprune_cli.cli.stopping import resumable
 from pgprune_cli.cli.tables import print_result
 
@@ -20,18 +30,21 @@ def init_scores(
     overrides: Set = None,
     metric: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Metric, instead of the recipe's.", autocompletion=metric_names),
+        typer.Option(metavar="NAME", help="Use this metric instead of the recipe's.", autocompletion=metric_names),
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Score every unit of the recipe's model, the search's start. The metric is the recipe's, or --metric."""
-    given = [*(overrides or []), *([f"scores.metric={metric}"] if metric else [])]
-    loaded, run = opened(recipe, out, given)
+    """Score every unit of the recipe's model.
+
+    A search starts from these scores, and computes them itself if the run directory has none.
+    """
+    settings = [*(overrides or []), *([f"scores.metric={metric}"] if metric else [])]
+    loaded, run = open_recipe(recipe, out, settings)
     from pgprune_cli.jobs.init_scores import init_scores
     from pgprune_cli.run.layout import SCORES_FILE
 
-    with resumable(lambda _: of_scores(run)):
+    with resumable(lambda _: saved_by_init_scores(run)):
         scores = init_scores(loaded, run, progress=progress_of(quiet))
     result = {"run": str(run), "scores": str(run / SCORES_FILE), "metric": scores.metric}
     print_result(result, as_json, f"{run / SCORES_FILE}: {scores.metric} of {loaded.model}")

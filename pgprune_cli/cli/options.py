@@ -1,4 +1,4 @@
-"""What several verbs take alike: arguments and options with help and completion; examples; a recipe and its run."""
+"""Arguments and options that several commands share, their shell completion, and the opening of recipes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def examples(*lines: str) -> str:
-    """What a help page ends with: command lines, each on its own (the parser keeps a paragraph after \\b as it is)."""
+    """Return the examples that end a help page, one command per line (\\b keeps the parser from joining the lines)."""
     return "\b\nExamples:\n" + "\n".join(f"  pgprune {line}" for line in lines)
 
 
 def recipe_names(incomplete: str) -> Iterator[str]:
-    """Completes the recipes that ship, and recipe files."""
+    """Complete the names of shipped recipes, and recipe files."""
     from pgprune_cli.recipe.reader import name_of, shipped
 
     names = [name_of(path) for path in shipped()]
@@ -31,18 +31,18 @@ def recipe_names(incomplete: str) -> Iterator[str]:
 
 
 def run_names(incomplete: str) -> Iterator[str]:
-    """Completes the runs where runs go."""
+    """Complete the runs in the runs folder."""
     return (str(run) for run in run_directories(runs_folder()) if str(run).startswith(incomplete))
 
 
 def model_names(incomplete: str) -> Iterator[str]:
-    """Completes what `eval` measures: directories with a model below `models`, and runs."""
+    """Complete what `eval` measures: demo, model directories in `models`, and runs."""
     models = (str(path.parent) for path in sorted(Path("models").glob("*/config.json")))
     return (name for name in ["demo", *models, *run_names("")] if name.startswith(incomplete))
 
 
 def metric_names(incomplete: str) -> Iterator[str]:
-    """Completes the metrics."""
+    """Complete the names of the metrics."""
     from typing import get_args
 
     from pgprune_cli.recipe.schema import MetricName
@@ -52,23 +52,25 @@ def metric_names(incomplete: str) -> Iterator[str]:
 
 RecipeName = Annotated[
     str,
-    typer.Argument(metavar="RECIPE", help="A recipe file, or the name of one that ships.", autocompletion=recipe_names),
+    typer.Argument(
+        metavar="RECIPE", help="A recipe file, or the name of a shipped recipe.", autocompletion=recipe_names
+    ),
 ]
 Out = Annotated[
     Path | None,
-    typer.Option("--out", metavar="DIR", help="The run directory.  [default: runs/<recipe>, or in $PGPRUNE_RUNS]"),
+    typer.Option("--out", metavar="DIR", help="The run directory.  [default: <recipe> in runs or $PGPRUNE_RUNS]"),
 ]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a recipe's key; repeatable.")
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe. Repeatable.")
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-Limit = Annotated[
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Do not report progress on stderr.")]
+MaxWindows = Annotated[
     int | None,
     typer.Option(
         "--max-windows",
         min=1,
         metavar="N",
-        help="Evaluate at most N windows of the shortest --seqlen; other lengths use the same number of tokens.",
+        help="Evaluate at most N windows of the shortest --seqlen. Other lengths use the same number of tokens.",
     ),
 ]
 Sparsity = Annotated[
@@ -83,7 +85,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on s
 
 
 def progress_of(quiet: bool) -> Progress:
-    """Return what reports progress on stderr, or nothing under `--quiet`."""
+    """Return what reports progress on stderr, or a silent one under `--quiet`."""
     from pgprune_cli.console.progress import SILENT, StderrProgress
 
     return SILENT if quiet else StderrProgress()
@@ -107,13 +109,16 @@ def is_model(name: str) -> bool:
     return True
 
 
-def opened(name: str, out: Path | None, overrides: list[str], runs: Path | None = None) -> tuple[Recipe, Path]:
-    """The recipe, and the run directory it is for, in `runs` if it is not given."""
+def open_recipe(name: str, out: Path | None, overrides: list[str], runs: Path | None = None) -> tuple[Recipe, Path]:
+    """Load a recipe. Return it with its run directory: `out`, or one named like the recipe in the folder `runs`.
+
+    Raises UserError, also for a local model that does not exist.
+    """
     from pgprune_cli.model.source import find_local
     from pgprune_cli.recipe.reader import find, load, name_of
 
     path = find(name)
     recipe, run = load(path, overrides), out or (runs or runs_folder()) / name_of(path)
     if not (run / DECISION_RECORD).exists():
-        find_local(recipe.model, weights=False)  # before seconds go by in imports
+        find_local(recipe.model, weights=False)  # before seconds of imports
     return recipe, run

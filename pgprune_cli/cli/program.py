@@ -1,4 +1,4 @@
-"""The command line: which verbs there are, and which exit code an error becomes."""
+"""The command line: its commands, and the exit code of each error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pgprune_cli.distributed import ranks_from_environment
 from pgprune_cli.errors import ExitCode, RunError, UserError, advice_on
 
 app = typer.Typer(
-    help="Make a language model structurally smaller: learn which heads and FFN channels to keep, forward passes only.",
+    help="Prune language models structurally: search for the heads and FFN channels to keep, with forward passes only.",
     epilog=examples("search demo", "export runs/demo", "eval models/demo --ppl demo --seqlen 128"),
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -34,8 +34,8 @@ app.command(epilog=verify.EXAMPLES)(verify.verify)
 app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(f"pgprune {__version__}")
         raise typer.Exit
 
@@ -44,15 +44,17 @@ def _version(wanted: bool) -> None:
 def _program(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     if ranks_from_environment().world_size > 1 and context.invoked_subcommand != "search":
-        raise UserError(f"{context.invoked_subcommand} is the work of one process; torchrun is for search")
+        raise UserError(
+            f"{context.invoked_subcommand}: runs in one process. Start it without torchrun, which only search supports."
+        )
 
 
 def main() -> NoReturn:
-    """The `pgprune` program."""
+    """Run the `pgprune` program and exit with its exit code."""
     code: int = ExitCode.OK
     try:
         with stoppable():
@@ -68,7 +70,7 @@ def main() -> NoReturn:
         code = ExitCode.FAILED
     except Exception as error:
         fault = usage_fault(error)
-        if fault is None:  # a bug of ours, and its traceback is wanted
+        if fault is None:  # a bug: show its traceback
             raise
         complain(fault)
         code = ExitCode.BAD_INPUT

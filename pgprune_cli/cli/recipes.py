@@ -66,7 +66,10 @@ def new(
 
 @recipes_app.command(epilog=examples("recipes show llama2-7b-50", "recipes show mine.yaml --set budget.sparsity=0.4"))
 def show(recipe: RecipeName, overrides: Set = None, as_json: AsJson = False) -> None:
-    """Print a recipe as a search would read it: what it extends and every default filled in."""
+    """Print a recipe with every default filled in.
+
+    The base recipe that it extends is merged in, as a search would read it.
+    """
     from dataclasses import asdict
 
     from pgprune_cli.recipe.reader import find, load
@@ -84,7 +87,7 @@ def copy(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a recipe, every key of it, into a new file to edit."""
+    """Copy a recipe, with every key, into a new file to edit."""
     from pgprune_cli.recipe.text import copy
 
     written = copy(recipe, file)

@@ -1,4 +1,4 @@
-"""pgprune report: a page to look at."""
+"""pgprune report: write an HTML page about runs."""
 
 from __future__ import annotations
 
@@ -20,22 +20,29 @@ EXAMPLES = examples(
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN…", help="Run directories, finished or still searching.", autocompletion=run_names),
+        typer.Argument(
+            metavar="RUN…", help="Run directories. Their searches may still be running.", autocompletion=run_names
+        ),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
-            "--out", metavar="FILE", help="The page.  [default: report.html, in the run or, of several, here]"
+            "--out",
+            metavar="FILE",
+            help="The page to write.  [default: report.html in the run, or here for several runs]",
         ),
     ] = None,
     watch: Annotated[
         int | None,
-        typer.Option(min=1, metavar="SECONDS", help="Write it anew so often, until every run is finished."),
+        typer.Option(min=1, metavar="N", help="Rewrite the page every N seconds until all runs are finished."),
     ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write one HTML page about runs. It shows what was done, the losses, theta or widths, and how several compare."""
+    """Write one HTML page about one or several runs.
+
+    It shows what was done, the losses, the policy or widths, and a comparison of several runs.
+    """
     from pgprune_cli.jobs import report as job
 
     page = job.target(runs, out)

@@ -1,4 +1,4 @@
-"""pgprune runs: what lies there."""
+"""pgprune runs: list runs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ EXAMPLES = examples("runs", "runs runs/compare --json")
 def runs(
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="DIR", help="Where to look, also below.  [default: runs, or $PGPRUNE_RUNS]"),
+        typer.Argument(metavar="DIR", help="Where to look for runs, recursively.  [default: runs, or $PGPRUNE_RUNS]"),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """List runs and how far they have come. With what they removed and lost, and what `eval` measured."""
+    """List runs with their progress and results.
+
+    Shows the sparsity, the held-out loss and what `pgprune eval` measured.
+    """
     from pgprune_cli.jobs.runs import cells, runs_in
 
     rows = runs_in(folder or runs_folder())

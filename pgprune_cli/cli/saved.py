@@ -1,6 +1,6 @@
-"""What of a command's work is on disk once it was stopped, in words.
+"""What an interrupted command has saved on disk, in words.
 
-By the names of files alone: a signal may come while heavy packages are being imported.
+Only file names are looked at: a signal may arrive while heavy packages are being imported.
 """
 
 from __future__ import annotations
@@ -12,56 +12,57 @@ from typing import NamedTuple
 from pgprune_cli.run.layout import CHECKPOINTS_FOLDER, DECISION_RECORD, MEASURED_FILE, SCORES_FILE, WIDTHS_FOLDER
 
 
-class Saved(NamedTuple):
-    """text: what is saved, and where; done: whether the same command has nothing left to do."""
+class SavedWork(NamedTuple):
+    """text: what is saved, and where; complete: whether the command has nothing left to do."""
 
     text: str
-    done: bool = False
+    complete: bool = False
 
 
-NOTHING = Saved("nothing is saved yet")
+NOTHING = SavedWork("nothing is saved yet")
 
 
-def of_scores(run: Path) -> Saved:
-    """Of `init-scores`, whose one file may also be an earlier call's."""
-    return Saved(f"the scores in {run} are whole") if (run / SCORES_FILE).exists() else NOTHING
+def saved_by_init_scores(run: Path) -> SavedWork:
+    """Describe what `init-scores` has saved. Its one file may be from an earlier call."""
+    return SavedWork(f"the scores are saved in {run}") if (run / SCORES_FILE).exists() else NOTHING
 
 
-def of_search(run: Path, steps: int, step: int | None = None) -> Saved:
-    """Of a search of so many `steps`; `step`: the one that is saved, where the caller knows it better than the disk."""
+def saved_by_search(run: Path, steps: int, step: int | None = None) -> SavedWork:
+    """Describe what a search of `steps` steps has saved. step: the one just saved, if the caller knows it."""
     if (run / DECISION_RECORD).exists():
-        return Saved(f"the decision is saved in {run}")
+        return SavedWork(f"the decision is saved in {run}")
     step = step or _newest_step(run)
     if step is not None:
-        return Saved(f"step {step} of {steps} is saved in {run}")
-    widths = len(list((run / WIDTHS_FOLDER).glob("layer-*.safetensors")))
-    if widths:
-        layers = "layer" if widths == 1 else "layers"
-        return Saved(f"the scores and the widths of {widths} {layers} are saved in {run}")
-    return (
-        Saved(f"the scores are saved in {run}, of the search nothing yet") if (run / SCORES_FILE).exists() else NOTHING
-    )
+        return SavedWork(f"step {step} of {steps} is saved in {run}")
+    layers = len(list((run / WIDTHS_FOLDER).glob("layer-*.safetensors")))
+    if layers:
+        noun = "layer" if layers == 1 else "layers"
+        return SavedWork(f"the scores and the width tables of {layers} {noun} are saved in {run}")
+    if (run / SCORES_FILE).exists():
+        return SavedWork(f"the scores are saved in {run}, but no search step yet")
+    return NOTHING
 
 
-def of_comparison(out: Path, runs: Sequence[tuple[Path, int]]) -> Saved:
-    """Of a comparison in `out`: how many of its `runs`, each with the steps of its search, are measured."""
+def saved_by_compare(out: Path, runs: Sequence[tuple[Path, int]]) -> SavedWork:
+    """Describe what a comparison in `out` has saved. runs: its run directories, each with the steps of its search."""
     measured = sum((run / MEASURED_FILE).exists() for run, _ in runs)
     text = f"{measured} of {len(runs)} {'run is' if len(runs) == 1 else 'runs are'} measured in {out}"
     for run, steps in runs:
         step = None if (run / DECISION_RECORD).exists() else _newest_step(run)
         if step is not None:
             text += f", and step {step} of {steps} of {run.relative_to(out)} is saved"
-    return Saved(text)
+    return SavedWork(text)
 
 
-def of_export(out: Path, push: str | None = None) -> Saved:
-    """Of an export to `out`, which is whole or absent, and its upload to the repository `push`."""
+def saved_by_export(out: Path, repository: str | None = None) -> SavedWork:
+    """Describe what an export to `out` has written, and how to finish its upload. An export is complete or absent."""
     if not out.exists():
-        return Saved(f"nothing is written to {out}")
-    return Saved(f"{out} is written whole" + (f"; to upload it: hf upload {push} {out}" if push else ""), done=True)
+        return SavedWork(f"nothing is written to {out}")
+    upload = f". Upload it with: hf upload {repository} {out}" if repository else ""
+    return SavedWork(f"{out} is complete{upload}", complete=True)
 
 
 def _newest_step(run: Path) -> int | None:
-    """Of the checkpoints, each a folder that is whole or not there."""
+    """Return the step of the newest checkpoint. Checkpoint folders are complete or absent."""
     names = (folder.name.removeprefix("step-") for folder in (run / CHECKPOINTS_FOLDER).glob("step-*"))
     return max((int(name) for name in names if name.isdecimal()), default=None)

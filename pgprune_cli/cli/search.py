@@ -16,11 +16,11 @@ from pgprune_cli.cli.options import (
     Set,
     examples,
     is_model,
-    opened,
+    open_recipe,
     progress_of,
     recipe_names,
 )
-from pgprune_cli.cli.saved import of_search
+from pgprune_cli.cli.saved import saved_by_search
 from pgprune_cli.cli.stopping import resumable
 from pgprune_cli.cli.tables import print_estimate, print_result
 from pgprune_cli.console.stderr import STDERR
@@ -86,7 +86,7 @@ def search(
     from pgprune_cli.jobs.search import search
     from pgprune_cli.run.layout import DECISION_MASKS
 
-    with resumable(lambda step: of_search(run, loaded.search.steps, step)):
+    with resumable(lambda step: saved_by_search(run, loaded.search.steps, step)):
         decision = search(
             loaded, run, skip_corrupt_checkpoint=skip_corrupt_checkpoint, tracker=tracker, progress=progress_of(quiet)
         )
@@ -102,7 +102,7 @@ def search(
         "dense_loss": decision.dense_loss,
     }
     loss = "not finite" if decision.heldout_loss is None else f"{decision.heldout_loss:.4f} nats per token"
-    dense = "" if decision.dense_loss is None else f", of the dense model {decision.dense_loss:.4f}"
+    dense = "" if decision.dense_loss is None else f" (dense model {decision.dense_loss:.4f})"
     print_result(
         result,
         as_json,
@@ -120,7 +120,7 @@ def _open(
     options = {"budget.sparsity": sparsity, "calibration.corpus": calibration}
     given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items() if value is not None]
     if not is_model(name):
-        return opened(name, out, [*given, *overrides])
+        return open_recipe(name, out, [*given, *overrides])
     if sparsity is None:
         raise UserError(
             f"{name}: a model, not a recipe. Say how much to remove, for example: pgprune search {name} --sparsity 0.3"

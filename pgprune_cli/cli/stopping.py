@@ -1,4 +1,4 @@
-"""Signals that stop a verb: what it says then, and its exit code."""
+"""What happens when a signal stops a command: what it prints, and its exit code."""
 
 from __future__ import annotations
 
@@ -12,43 +12,53 @@ from typing import NoReturn
 import typer
 
 from pgprune_cli.cli.complaints import complain
-from pgprune_cli.cli.saved import Saved
+from pgprune_cli.cli.saved import SavedWork
 from pgprune_cli.console import signals
 from pgprune_cli.distributed import ranks_from_environment
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Signals to stop end the program with a word and its exit code, all cleaned up. A search catches its own."""
+    """Turn a signal inside the `with` into a message and an exit code, after cleaning up.
+
+    A search handles signals itself: it saves a checkpoint first.
+    """
 
     def stop(signum: int, _: object) -> NoReturn:
         complain(signals.WORDS[signal.Signals(signum)])
         raise SystemExit(signals.exit_code(signum))
 
-    before = {signum: signal.signal(signum, stop) for signum in signals.stopping()}
+    handlers = {signum: signal.signal(signum, stop) for signum in signals.stopping()}
     try:
         yield
     finally:
-        for signum, handler in before.items():
+        for signum, handler in handlers.items():
             signal.signal(signum, handler)
 
 
 @contextmanager
-def resumable(saved: Callable[[int | None], Saved]) -> Iterator[None]:
-    """After a stop says what is saved and the command that goes on, and turns a saved stop of a search into its code.
+def resumable(saved: Callable[[int | None], SavedWork]) -> Iterator[None]:
+    """When a signal stops the body, print what is saved and the command that resumes it.
 
-    `saved`: finds what is; it is told the step that a search has just saved, if it has.
+    saved: describes the saved work; it is called with the step that a search has just saved, or None. Raises
+    typer.Exit with the signal's exit code for a search that was interrupted and saved.
     """
     from pgprune_cli.search.loop import Interrupted
 
-    alone = ranks_from_environment().world_size == 1
-    again = " ".join(["pgprune", *map(shlex.quote, sys.argv[1:])]) if alone else "the same torchrun command"
     try:
         yield
-    except Interrupted as stopped:
-        complain(f"stopped; {saved(stopped.step).text}; to go on: {again}")
-        raise typer.Exit(signals.exit_code(stopped.signum)) from None
+    except Interrupted as interruption:
+        _print_stop(saved(interruption.step))
+        raise typer.Exit(signals.exit_code(interruption.signum)) from None
     except SystemExit:
-        found = saved(None)
-        complain(f"stopped; {found.text}" + ("" if found.done else f"; to go on: {again}"))
+        _print_stop(saved(None))
         raise
+
+
+def _print_stop(work: SavedWork) -> None:
+    text = f"stopped: {work.text}"
+    if not work.complete:
+        is_alone = ranks_from_environment().world_size == 1
+        command = shlex.join(["pgprune", *sys.argv[1:]]) if is_alone else "the same torchrun command"
+        text += f". Resume with: {command}"
+    complain(text)

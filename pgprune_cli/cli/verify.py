@@ -1,4 +1,4 @@
-"""pgprune verify: whether what was written is whole."""
+"""pgprune verify: check files for damage."""
 
 from __future__ import annotations
 
@@ -17,12 +17,17 @@ EXAMPLES = examples("verify runs/smollm2-135m-30")
 def verify(
     path: Annotated[
         Path,
-        typer.Argument(metavar="PATH", help="Scores, a checkpoint, a decision, a run directory or an exported model."),
+        typer.Argument(
+            metavar="PATH", help="A run directory, an exported model, or one scores, checkpoint or decision file."
+        ),
     ],
     as_json: AsJson = False,
 ) -> None:
-    """Check that what pgprune wrote is whole. Exit code 1, and a line for every damage, where it is not."""
-    if not path.expanduser().exists():  # before seconds go by in imports
+    """Check files that pgprune wrote for damage.
+
+    Prints one line for every fault. The exit code is 1 if there is any.
+    """
+    if not path.expanduser().exists():  # before seconds of imports
         raise UserError(f"{path}: no such file or directory")
     from dataclasses import asdict
 

@@ -17,9 +17,11 @@ from typing import Any
 from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.data.corpora import text_identity
 from pgprune_cli.errors import UserError
-from pgprune_cli.jobs.evaluate import Corpus, Target, evaluate, open_target
+from pgprune_cli.jobs.evaluation_request import Corpus
 from pgprune_cli.jobs.init_scores import init_scores
+from pgprune_cli.jobs.perplexity import measure_perplexity
 from pgprune_cli.jobs.search import search
+from pgprune_cli.jobs.targets import Target, open_target
 from pgprune_cli.jobs.variants import Variant, select_variants, variants_of
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.checkpoint import latest_checkpoint
@@ -152,7 +154,7 @@ def _dense_row(recipe: Recipe, out: Path, conditions: EvaluationConditions, prog
     """Return the row of the unpruned model, and evaluate it if no earlier call did."""
     path = out / "dense" / MEASURED_FILE
     if not path.exists():
-        target = replace(open_target(recipe.model, recipe.dtype, recipe.device, progress), evaluation=recipe.evaluation)
+        target = open_target(recipe.model, dtype=recipe.dtype, device=recipe.device, progress=progress)
         conditions.write(path, _measure(target, recipe, conditions, progress))
     run = conditions.read(path) | {"seed": None, "forward_passes": 0, "calibration_forward_passes": 0, "seconds": 0.0}
     return {"name": "dense", "shows": "the unpruned model", "runs": [run], "mean": _mean([run])}
@@ -172,7 +174,7 @@ def _run(
     earlier_seconds, start = _seconds_of_interrupted_search(run), time.monotonic()
     decision = search(recipe, run, progress=progress)
     seconds = earlier_seconds + time.monotonic() - start
-    target = open_target(str(run), None, None, progress)
+    target = open_target(str(run), progress=progress)
     measurements = _measure(target, recipe, conditions, progress) | {
         "forward_passes": decision.forward_passes,
         "calibration_forward_passes": decision.calibration_forward_passes,
@@ -203,8 +205,8 @@ def _seconds_of_interrupted_search(run: Path) -> float:
 def _measure(target: Target, recipe: Recipe, conditions: EvaluationConditions, progress: Progress) -> dict[str, Any]:
     """Return the number of parameters and the perplexities of a model."""
     corpora, seqlens = Corpus.of(recipe.evaluation), recipe.evaluation.seqlen
-    result = evaluate(target, corpora, seqlens, conditions.max_windows, progress)
-    return {"parameters": result["parameters"], "perplexity": result["perplexity"]}
+    rows = measure_perplexity(target, corpora, seqlens, max_windows=conditions.max_windows, progress=progress)
+    return {"parameters": target.parameters(), "perplexity": rows}
 
 
 def _mean(runs: list[dict[str, Any]]) -> dict[str, Any]:

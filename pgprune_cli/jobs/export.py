@@ -38,11 +38,12 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
 def options_of(
     format: str,
-    dtype: str | None,
-    shard_size: str | None,
-    pad_empty_attention: bool,
-    pad_kv_heads: int,
-    pad_ffn: int,
+    *,
+    dtype: str | None = None,
+    shard_size: str | None = None,
+    pad_empty_attention: bool = False,
+    pad_kv_heads: int = 1,
+    pad_ffn: int = 1,
 ) -> Options:
     """Return the options given on the command line. Raises UserError for those that the format does not support."""
     chosen = FORMATS[format]
@@ -87,7 +88,7 @@ def plan(run: Path, options: Options | None = None, format: str = "hf") -> Plan:
 
 
 def export(
-    run: Path, out: Path, options: Options | None = None, format: str = "hf", progress: Progress = SILENT
+    run: Path, out: Path, options: Options | None = None, *, format: str = "hf", progress: Progress = SILENT
 ) -> Plan:
     """Write the pruned model of the run directory `run` to `out`, which must not exist, and return the plan.
 

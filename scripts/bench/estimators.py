@@ -19,8 +19,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target
+from pgprune_cli.jobs.evaluation_request import Corpus
+from pgprune_cli.jobs.perplexity import measure_perplexity
 from pgprune_cli.jobs.search import search
+from pgprune_cli.jobs.targets import open_target
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import METRICS_FILE
@@ -53,7 +55,7 @@ def measure(run: Path, corpus: Corpus, limit: int) -> dict[str, Any]:
     measured = read_json(record) if record.exists() else {}
     if {key: measured.get(key) for key in question} != question:
         decision = Decision.load(run)
-        cell = evaluate(open_target(str(run), None, None), [corpus], [128], limit)["perplexity"][0]
+        cell = measure_perplexity(open_target(str(run)), [corpus], [128], max_windows=limit)[0]
         measured = question | {
             "ppl": cell["ppl"],
             "heldout": decision.heldout_loss,

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import typer
 from click.testing import CliRunner
-from helpers.commands import parsed, verbs
+from helpers.commands import commands_of, parsed
 from helpers.multiple_choice import items_of, task_file
 from helpers.recipes import SMALL
 from helpers.schemas import SCHEMAS, validate
@@ -69,7 +69,7 @@ def test_help_imports_nothing_heavy() -> None:
     assert done.stdout.startswith("Usage: ")
 
 
-@pytest.mark.parametrize("verb", ["", *verbs()])
+@pytest.mark.parametrize("verb", ["", *commands_of()])
 def test_every_help_page_ends_with_examples_that_parse(verb, pgprune) -> None:
     code, out, err = pgprune(*verb.split(), "--help")
     assert (code, err) == (0, "")
@@ -85,7 +85,7 @@ def test_every_command_is_described_in_a_line_of_80_columns() -> None:
     program = typer.main.get_command(cli.app)
     shown = CliRunner().invoke(program, ["--help"], prog_name="pgprune", terminal_width=80, max_content_width=80).output
     lines = shown.partition("Commands:\n")[2].partition("\n\n")[0].splitlines()
-    assert [line.split()[0] for line in lines] == [verb for verb in verbs() if " " not in verb]
+    assert [line.split()[0] for line in lines] == [verb for verb in commands_of() if " " not in verb]
     assert [line for line in lines if not line.endswith(".") or line.endswith("...") or len(line) > 80] == []
 
 
@@ -258,7 +258,7 @@ def test_a_comparison_prints_its_table(pgprune) -> None:
 
 def test_every_verb_prints_json_of_a_documented_schema() -> None:
     program = typer.main.get_command(cli.app)
-    for verb in verbs():
+    for verb in commands_of():
         command = program
         for word in verb.split():
             command = command.commands[word]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from safetensors.torch import load_file, save_file
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs import export as export_job
 from pgprune_cli.jobs.compare import compare
-from pgprune_cli.jobs.evaluate import open_target, remember
+from pgprune_cli.jobs.evaluate import remember
 from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.jobs.search import search
+from pgprune_cli.jobs.targets import open_target
 from pgprune_cli.model.loading import load_model
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import load
@@ -91,7 +93,7 @@ def test_a_damaged_decision_is_refused_by_all_who_read_it(base, run, tmp_path, n
     for act in (
         lambda: search(load(base / "recipe.yaml"), run, True),
         lambda: export_job.export(run, tmp_path / "small"),
-        lambda: open_target(str(run), None, "cpu", True),
+        lambda: open_target(str(run), device="cpu", uses_recipe=True),
     ):
         assert said(act).startswith(f"{run / name}: ")
     assert not (tmp_path / "small").exists()
@@ -129,7 +131,7 @@ def test_swapped_scores_and_those_of_a_newer_pgprune_are_refused(base, tmp_path,
 
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_damaged_evaluation_is_refused(run, tmp_path, harm) -> None:
-    target = open_target(str(run), None, "cpu")
+    target = open_target(str(run), device="cpu")
     remember(target, {"parameters": 1, "dtype": "float32", "device": "cpu", "perplexity": []})
     harm(run / EVALUATION_FILE)
     assert said(export_job.export, run, tmp_path / "small").startswith(f"{run / EVALUATION_FILE}: ")
@@ -197,7 +199,7 @@ def test_a_base_that_changed_since_the_decision_is_refused(moved, change) -> Non
         config.write_text(config.read_text().replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
     for act in (
         lambda: export_job.export(moved / "run", moved / "small"),
-        lambda: open_target(str(moved / "run"), None, "cpu", True),
+        lambda: open_target(str(moved / "run"), device="cpu", uses_recipe=True),
     ):
         assert "not the model that was searched" in said(act)
     (moved / "run" / DECISION_RECORD).unlink()
@@ -212,7 +214,7 @@ def test_weights_that_are_no_numbers_are_refused_wherever_a_model_is_read(moved,
     recipe = load(moved / "recipe.yaml", ["scores.metric=uniform"])
     assert said(init_scores, recipe, moved / "run", True) == words
     assert said(search, recipe, moved / "run", True) == words
-    assert said(open_target, f"{moved}/model", None, "cpu", True) == words
+    assert said(partial(open_target, device="cpu", uses_recipe=True), f"{moved}/model") == words
     assert not (moved / "run").exists()
 
 

@@ -103,7 +103,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             fingerprint = resolve("base").fingerprint()
             Decision(keep, "base", fingerprint, 0.5, "dtype: float32\n", 1, 2, 3, 2.5).save(Path("made"))
             for dtype in DTYPES:
-                options = job.options_of("gguf", dtype, None, False, 1, 1)
+                options = job.options_of("gguf", dtype=dtype)
                 job.export(Path("made"), Path(f"{name}-{dtype}.gguf"), format="gguf", options=options)
     put(folder / "text.txt", TEXT.encode() * 9)
     return folder

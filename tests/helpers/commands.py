@@ -1,4 +1,4 @@
-"""Command lines as the real parser reads them, for whoever checks that one would be accepted."""
+"""Command lines, read by the program's own parser."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from pgprune_cli.cli.program import app
 PROGRAM: Any = typer.main.get_command(app)
 
 
-def verbs(group: Any = PROGRAM) -> Iterator[str]:
-    """Every verb as it is typed, those of a group behind it."""
+def commands_of(group: Any = PROGRAM) -> Iterator[str]:
+    """Yield every command as it is typed. The commands of a group come after it."""
     for name, command in group.commands.items():
         yield name
-        yield from (f"{name} {below}" for below in (verbs(command) if hasattr(command, "commands") else ()))
+        if hasattr(command, "commands"):
+            yield from (f"{name} {subcommand}" for subcommand in commands_of(command))
 
 
 def parsed(words: Sequence[str]) -> str:
-    """The verb of a command line without `pgprune`; raises the parser's own error for one it would refuse."""
-    command, context, names, left = PROGRAM, None, [], list(words)
+    """Parse a command line without `pgprune`. Return its command, or raise the parser's own error."""
+    command, context, names, rest = PROGRAM, None, [], list(words)
     while True:
-        context = command.make_context(names[-1] if names else "pgprune", left, parent=context)
+        context = command.make_context(names[-1] if names else "pgprune", rest, parent=context)
         if not hasattr(command, "commands"):
             return " ".join(names)
-        left = [*context._protected_args, *context.args]
-        if not left:
+        rest = [*context._protected_args, *context.args]
+        if not rest:
             return " ".join(names)
-        name, command, left = command.resolve_command(context, left)
+        name, command, rest = command.resolve_command(context, rest)
         names.append(name)

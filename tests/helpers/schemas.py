@@ -1,4 +1,4 @@
-"""The documented schemas of what --json prints."""
+"""The documented JSON schemas of the output of `--json`."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ REGISTRY: Registry = Registry().with_resources(
 )
 
 
-def validate(verb: str, value: Any) -> None:
-    """Raises jsonschema's ValidationError where the object is not what the schema of `verb` says."""
-    assert verb in SCHEMAS["output.json"]["$defs"], f"docs/schemas/output.json has no definition of `{verb}`"
-    pointer = verb.replace(" ", "%20")
+def validate(command: str, value: Any) -> None:
+    """Raise jsonschema's ValidationError if an object does not match the schema of a command."""
+    assert command in SCHEMAS["output.json"]["$defs"], f"docs/schemas/output.json has no definition of `{command}`"
+    pointer = command.replace(" ", "%20")
     Draft202012Validator({"$ref": f"output.json#/$defs/{pointer}"}, registry=REGISTRY).validate(value)

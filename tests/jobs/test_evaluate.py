@@ -108,7 +108,7 @@ def run(finished: dict[str, Path], tmp_path: Path) -> Path:
 def test_a_run_and_its_export_measure_the_same(run: Path, text: Corpus, tmp_path: Path) -> None:
     export(run, tmp_path / "small")
     results = [
-        evaluate(open_target(str(where), None, "cpu"), [text], [32, 64], None) for where in (run, tmp_path / "small")
+        evaluate(open_target(str(where), device="cpu"), [text], [32, 64], None) for where in (run, tmp_path / "small")
     ]
     masked, exported = results
     assert exported["parameters"] == masked["parameters"]
@@ -117,13 +117,13 @@ def test_a_run_and_its_export_measure_the_same(run: Path, text: Corpus, tmp_path
             key: other[key] for key in ("corpus", "seqlen", "tokens")
         }
         assert other["ppl"] == pytest.approx(one["ppl"], rel=1e-5)
-    dense = evaluate(open_target("demo", None, "cpu"), [text], [32], None)
+    dense = evaluate(open_target("demo", device="cpu"), [text], [32], None)
     assert dense["parameters"] > 1.2 * exported["parameters"]
     assert dense["perplexity"][0]["ppl"] < exported["perplexity"][0]["ppl"]
 
 
 def test_the_result_is_the_documented_object(text: Corpus) -> None:
-    target = open_target("demo", None, "cpu")
+    target = open_target("demo", device="cpu")
     result = evaluate(target, [text], [32], None)
     assert json.loads(json.dumps(result)) == result
     assert list(result) == ["model", "dtype", "device", "parameters", "perplexity"]
@@ -134,20 +134,20 @@ def test_the_result_is_the_documented_object(text: Corpus) -> None:
 
 
 def test_windows_longer_than_the_model_reads_become_its_limit(text: Corpus) -> None:
-    target = open_target("demo", None, "cpu")
+    target = open_target("demo", device="cpu")
     longest = target.model.config.max_position_embeddings
     rows = evaluate(target, [text], [longest, 10**6, 32], None)["perplexity"]
     assert [row["seqlen"] for row in rows] == [32, longest]
 
 
 def test_a_limit_reads_as_much_text_at_every_length(text: Corpus) -> None:
-    target = open_target("demo", None, "cpu")
+    target = open_target("demo", device="cpu")
     rows = evaluate(target, [text], [16, 32, 64], 8)["perplexity"]
     assert [row["tokens"] for row in rows] == [8 * 15, 4 * 31, 2 * 63]
 
 
 def test_a_run_is_evaluated_as_its_recipe_says(run: Path, small) -> None:
-    target = open_target(str(run), None, None)
+    target = open_target(str(run))
     assert target.evaluation == small().evaluation
     assert target.base == "demo"
 
@@ -155,7 +155,7 @@ def test_a_run_is_evaluated_as_its_recipe_says(run: Path, small) -> None:
 def test_an_export_is_evaluated_as_its_recipe_says(run: Path, small, tmp_path: Path) -> None:
     export(run, tmp_path / "small")
     assert small().evaluation != Evaluation()
-    assert open_target(str(tmp_path / "small"), None, "cpu").evaluation == small().evaluation
+    assert open_target(str(tmp_path / "small"), device="cpu").evaluation == small().evaluation
 
 
 def cut(path: Path) -> None:
@@ -167,7 +167,7 @@ def test_an_export_whose_decision_is_damaged_is_refused(part: str, run: Path, tm
     export(run, tmp_path / "small")
     cut(tmp_path / "small" / part)
     with pytest.raises(UserError) as refused:
-        open_target(str(tmp_path / "small"), None, "cpu")
+        open_target(str(tmp_path / "small"), device="cpu")
     assert str(refused.value).startswith(f"{tmp_path / 'small' / part}: ")
     assert "\n" not in str(refused.value)
 
@@ -177,7 +177,7 @@ def test_an_export_by_another_version_is_evaluated_by_the_defaults(run: Path, tm
     record = tmp_path / "small" / DECISION_RECORD
     whole = read_record(record)
     write_record(record, whole | {"recipe": whole["recipe"] + "of_another_version: 3\n"})
-    target = open_target(str(tmp_path / "small"), None, "cpu")
+    target = open_target(str(tmp_path / "small"), device="cpu")
     assert (target.evaluation, target.base) == (Evaluation(), "demo")
     said = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("loading ")]
     assert said == [
@@ -185,21 +185,21 @@ def test_an_export_by_another_version_is_evaluated_by_the_defaults(run: Path, tm
     ]
     write_record(record, whole | {"recipe": whole["recipe"].replace("sparsity: 0.5", "sparsity: half")})
     with pytest.raises(UserError, match=rf"^{record}: its recipe:\d+: budget.sparsity: expected a number"):
-        open_target(str(tmp_path / "small"), None, "cpu")
+        open_target(str(tmp_path / "small"), device="cpu")
     write_record(record, {key: value for key, value in whole.items() if key != "recipe"})
     with pytest.raises(UserError, match=f"^{record}: 'recipe' is missing; the file is not a whole decision$"):
-        open_target(str(tmp_path / "small"), None, "cpu")
+        open_target(str(tmp_path / "small"), device="cpu")
 
 
 def test_an_export_from_the_hub_comes_without_its_masks(run: Path, small, tmp_path: Path) -> None:
     export(run, tmp_path / "small")
     (tmp_path / "small" / DECISION_MASKS).unlink()
-    target = open_target(str(tmp_path / "small"), None, "cpu")
+    target = open_target(str(tmp_path / "small"), device="cpu")
     assert (target.evaluation, target.base) == (small().evaluation, "demo")
 
 
 def test_what_was_measured_stands_in_the_model_card(run: Path, text: Corpus, tmp_path: Path) -> None:
-    target = open_target(str(run), None, "cpu")
+    target = open_target(str(run), device="cpu")
     result = evaluate(target, [text], [32], None)
     remember(target, result)
     assert read_record(run / EVALUATION_FILE) == result
@@ -212,19 +212,19 @@ def test_what_was_measured_stands_in_the_model_card(run: Path, text: Corpus, tmp
 def test_a_run_whose_base_changed_is_refused(run: Path) -> None:
     write_record(run / "decision.json", read_record(run / "decision.json") | {"fingerprint": "0" * 64})
     with pytest.raises(UserError) as error:
-        open_target(str(run), None, "cpu")
+        open_target(str(run), device="cpu")
     assert str(error.value) == f"{run}: demo is not the model that was searched; its files have changed"
 
 
 def test_a_run_without_a_decision_is_refused(run: Path) -> None:
     (run / "decision.json").unlink()
     with pytest.raises(UserError, match="its search is not finished"):
-        open_target(str(run), None, "cpu")
+        open_target(str(run), device="cpu")
 
 
 def test_speed_is_measured_of_models_not_of_runs(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "small")
-    small, dense = (open_target(str(name), None, "cpu") for name in (tmp_path / "small", "demo"))
+    small, dense = (open_target(str(name), device="cpu") for name in (tmp_path / "small", "demo"))
     measured = measure_speed([small, dense])
     for speed in measured:
         assert speed["prefill_tokens_per_second"] > 0
@@ -233,4 +233,4 @@ def test_speed_is_measured_of_models_not_of_runs(run: Path, tmp_path: Path) -> N
     assert measured[0]["weight_bytes"] == 4 * small.parameters()
     assert measured[1]["weight_bytes"] == 4 * dense.parameters()
     with pytest.raises(ValueError, match="speed is measured on an exported model"):
-        measure_speed([open_target(str(run), None, "cpu")])
+        measure_speed([open_target(str(run), device="cpu")])

@@ -53,7 +53,7 @@ def test_accuracies_are_those_of_a_plain_loop_for_the_run_and_its_export(
     tasks = load_tasks([str(task)])
     found = {}
     for name in (str(run), str(tmp_path / "exported"), "demo"):
-        target = open_target(name, None, "cpu")
+        target = open_target(name, device="cpu")
         before = {key: value.clone() for key, value in target.model.state_dict().items()}
         rows = measure_tasks(target, tasks, None)
         with target.ready() as model:
@@ -68,7 +68,7 @@ def test_accuracies_are_those_of_a_plain_loop_for_the_run_and_its_export(
 
 
 def test_a_limit_takes_the_first_items(harness, task: Path) -> None:
-    target = open_target("demo", None, "cpu")
+    target = open_target("demo", device="cpu")
     rows = measure_tasks(target, load_tasks([str(task)]), 5)
     assert values(rows) == pytest.approx(by_hand(target.model, load_tokenizer(target.source), items_of(5)))
     assert {row["items"] for row in rows} == {5}
@@ -85,7 +85,7 @@ def test_a_group_is_one_row_a_metric_its_own(harness, task: Path, tmp_path: Path
     }
     (tmp_path / "groups").mkdir()
     (tmp_path / "groups" / "both.yaml").write_text(json.dumps(group))
-    target = open_target("demo", None, "cpu")
+    target = open_target("demo", device="cpu")
     both: Any = TaskManager(include_path=str(tmp_path / "groups"), include_defaults=False).load(["both"])
     (row,) = measure_tasks(target, both, None)
     alone = values(measure_tasks(target, load_tasks([str(task)]), None))
@@ -102,7 +102,7 @@ def test_the_file_of_a_group_is_refused(harness, tmp_path: Path) -> None:
 def test_what_was_measured_stays_in_the_run_and_stands_in_the_model_card(
     harness, run: Path, task: Path, tmp_path: Path
 ) -> None:
-    target = open_target(str(run), None, "cpu")
+    target = open_target(str(run), device="cpu")
     empty = evaluate(target, [], [32], None)
     perplexity = [{"corpus": "tales", "seqlen": 32, "ppl": 5.0, "tokens": 100}]
     remember(target, empty | {"perplexity": perplexity})

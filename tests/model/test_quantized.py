@@ -525,7 +525,7 @@ def test_a_search_repairs_rounded_weights_and_exports_original_ones(weight_forma
     plain = search(small(*WIDTH_SEARCH, "dtype=float32", "calibration.windows=24"), tmp_path / "plain")
     assert decision.heldout_loss == pytest.approx(plain.heldout_loss, rel=0.05)
     assert decision.heldout_loss != plain.heldout_loss
-    export(run, tmp_path / "model", options_of("hf", "float32", None, False, 1, 1))
+    export(run, tmp_path / "model", options_of("hf", dtype="float32"))
     layer = next(index for index, mask in enumerate(decision.model_mask) if mask.ffn.any() and not mask.ffn.all())
     name = f"model.layers.{layer}.mlp.gate_proj.weight"
     with safe_open(DEMO_MODEL / "model.safetensors", "pt") as base:

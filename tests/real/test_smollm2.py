@@ -10,10 +10,11 @@ import torch
 from helpers.multiple_choice import by_hand, task_file
 
 from pgprune_cli.data.tokens import tokens_of
-from pgprune_cli.jobs.evaluate import open_target, perplexity
 from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.init_scores import init_scores
+from pgprune_cli.jobs.perplexity import perplexity
 from pgprune_cli.jobs.search import search
+from pgprune_cli.jobs.targets import open_target
 from pgprune_cli.jobs.tasks import load_tasks, measure_tasks
 from pgprune_cli.model.loading import load_tokenizer
 from pgprune_cli.model.source import resolve
@@ -54,9 +55,9 @@ def short_recipe(model: str, corpus: Path, forward_passes: int) -> Recipe:
 
 def test_the_dense_model_has_its_known_perplexity(model: str, shared: Path) -> None:
     """55.3 on 128 windows of 128 tokens, measured independently of this code with bfloat16 weights."""
-    target = open_target(model, "bfloat16", "cpu")
+    target = open_target(model, dtype="bfloat16", device="cpu")
     tokens = tokens_of(str(shared / "data" / "wikitext2.test.txt"), "evaluation", load_tokenizer(target.source))
-    found, predicted = perplexity(target.model, tokens, seqlen=128, limit=128)
+    found, predicted = perplexity(target.module, tokens, seqlen=128, max_windows=128)
     assert predicted == 128 * 127
     assert found == pytest.approx(55.3, rel=0.02)
 
@@ -75,17 +76,17 @@ def test_a_short_search_beats_the_metric_and_its_export_is_the_masked_model(
 
     written = export(tmp_path / "run", tmp_path / "small")
     assert written.parameters_after < 0.8 * written.parameters_before
-    masked = open_target(str(tmp_path / "run"), "bfloat16", "cpu")
-    exported = open_target(str(tmp_path / "small"), "bfloat16", "cpu")
+    masked = open_target(str(tmp_path / "run"), dtype="bfloat16", device="cpu")
+    exported = open_target(str(tmp_path / "small"), dtype="bfloat16", device="cpu")
     assert exported.parameters() == masked.parameters() == written.parameters_after
     tokenizer = load_tokenizer(resolve(str(tmp_path / "small")))
     tokens = tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt")["input_ids"]
     for target in (masked, exported):  # the weights are those that were written; only the arithmetic is exacter
-        target.model.float()
+        target.module.float()
     with masked.ready() as shrunk, torch.inference_mode():
         expected = shrunk(tokens).logits
     with torch.inference_mode():
-        torch.testing.assert_close(exported.model(tokens).logits, expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(exported.module(tokens).logits, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_accuracies_are_those_of_a_plain_loop_on_hellaswag(model: str, shared: Path, tmp_path: Path) -> None:
@@ -93,7 +94,7 @@ def test_accuracies_are_those_of_a_plain_loop_on_hellaswag(model: str, shared: P
     lines = (shared / "data" / "hellaswag.dev.jsonl").read_text().splitlines()[:20]
     (tmp_path / "hellaswag.jsonl").write_text("\n".join(lines))
     task = task_file(tmp_path, tmp_path / "hellaswag.jsonl", "hellaswag_local")
-    target = open_target(model, "float32", "cpu")
-    rows = measure_tasks(target, load_tasks([str(task)]), None)
-    expected = by_hand(target.model, load_tokenizer(target.source), [json.loads(line) for line in lines])
+    target = open_target(model, dtype="float32", device="cpu")
+    rows = measure_tasks(target, load_tasks([str(task)]))
+    expected = by_hand(target.module, load_tokenizer(target.source), [json.loads(line) for line in lines])
     assert {row["metric"]: row["value"] for row in rows} == pytest.approx(expected)

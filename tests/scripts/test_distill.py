@@ -9,8 +9,10 @@ from helpers.models import tiny_model
 from helpers.scripts import script_module
 
 from pgprune_cli.demo.grammar import generate
-from pgprune_cli.jobs.evaluate import Corpus, evaluate, open_target
+from pgprune_cli.jobs.evaluation_request import Corpus
 from pgprune_cli.jobs.export import export
+from pgprune_cli.jobs.perplexity import measure_perplexity
+from pgprune_cli.jobs.targets import open_target
 
 pytest.importorskip("accelerate", reason="needs the extra: pip install 'pgprune[recovery]'")
 
@@ -45,12 +47,11 @@ def test_distill_improves_the_model_and_keeps_its_shape_and_files(
     assert {path.name for path in tmp_path.iterdir()} == {"pruned", "text.txt", "better"}
     held = tmp_path / "held.txt"
     held.write_text(generate(seed=10, characters=10_000))
-    before, after = (
-        evaluate(open_target(str(folder), None, "cpu"), [Corpus("held", str(held))], [32], None)
-        for folder in (pruned, better)
-    )
+    targets = [open_target(str(folder), device="cpu") for folder in (pruned, better)]
+    before, after = (target.description() for target in targets)
     assert (after["parameters"], after["dtype"]) == (before["parameters"], before["dtype"])
-    assert after["perplexity"][0]["ppl"] < 0.95 * before["perplexity"][0]["ppl"]
+    rows = [measure_perplexity(target, [Corpus("held", str(held))], [32])[0] for target in targets]
+    assert rows[1]["ppl"] < 0.95 * rows[0]["ppl"]
 
 
 def test_distill_refuses_an_output_that_exists(script, tmp_path: Path, monkeypatch) -> None:

@@ -1,0 +1,113 @@
+"""What an evaluation measures, checked before anything heavy is imported or loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pgprune_cli.data.corpora import check_corpus
+from pgprune_cli.errors import UserError
+from pgprune_cli.model.source import find_local
+from pgprune_cli.recipe.schema import Evaluation, name_and_text
+from pgprune_cli.run.layout import is_run, refuse_unfinished, runs_folder
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus to measure perplexity on.
+
+    name: the name it is reported under; text: a corpus name or a file.
+    """
+
+    name: str
+    text: str
+
+    @classmethod
+    def parse(cls, option: str) -> Corpus:
+        """Parse `wikitext2` or `NAME=FILE`. Raises UserError."""
+        name, text = name_and_text(option)
+        if not (name and text):
+            raise UserError(f"--ppl {option}: expected a corpus name or NAME=FILE.")
+        return cls(name, text)
+
+    @classmethod
+    def of(cls, evaluation: Evaluation) -> list[Corpus]:
+        """Return the corpora that a recipe names. Raises UserError for one that does not exist."""
+        corpora = [cls(*name_and_text(corpus)) for corpus in evaluation.corpora]
+        for corpus in corpora:
+            check_corpus(corpus.text)
+        return corpora
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRequest:
+    """What to measure, and on which models.
+
+    Attributes:
+        model: a model as in recipes, an exported model or a run directory.
+        corpora: corpus names or NAME=FILE. If nothing else is requested either, the recipe's corpora are used.
+        seqlens: window lengths in tokens; by default the recipe's, or 128 and 2048.
+        max_windows: at most this many windows of the shortest length per corpus.
+        tasks: names of lm-evaluation-harness tasks, or task files.
+        max_items: only the first items of each task.
+        speed: measure tokens per second and memory, also of the base model.
+        baselines: further models to measure the same way.
+        dtype: load in this dtype instead of the stored one (for a run: the recipe's).
+        device: run on this device instead of a GPU if there is one (for a run: the recipe's).
+    """
+
+    model: str
+    corpora: Sequence[str] = ()
+    seqlens: Sequence[int] = ()
+    max_windows: int | None = None
+    tasks: Sequence[str] = ()
+    max_items: int | None = None
+    speed: bool = False
+    baselines: Sequence[str] = ()
+    dtype: str | None = None
+    device: str | None = None
+
+    @property
+    def uses_recipe(self) -> bool:
+        """Whether the recipe's corpora are measured, because nothing else is requested."""
+        return not (self.corpora or self.speed or self.tasks)
+
+    def parsed_corpora(self) -> list[Corpus]:
+        """Return the requested corpora. Raises UserError for one that does not exist."""
+        corpora = [Corpus.parse(option) for option in self.corpora]
+        for corpus in corpora:
+            check_corpus(corpus.text)
+        return corpora
+
+    def check(self) -> None:
+        """Raise UserError if a model, corpus or dtype does not exist, or if speed is requested of a run directory."""
+        if self.dtype not in (None, *DTYPES):
+            raise UserError(f"--dtype {self.dtype}: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
+        for name in (self.model, *self.baselines):
+            self._check_model(name)
+        self.parsed_corpora()
+
+    def _check_model(self, name: str) -> None:
+        path = Path(name)
+        if is_run(path):
+            refuse_unfinished(path)
+            if self.speed:
+                raise UserError(
+                    f"{name}: speed is measured on an exported model, not on a run directory. "
+                    f"Run `pgprune export {name}` first."
+                )
+        elif runs_folder() in path.parents and not path.exists():
+            refuse_unfinished(path)
+        else:
+            find_local(name)
+
+
+def task_names(option: str) -> list[str]:
+    """Split `hellaswag,piqa` into names, without repetitions. Raises UserError."""
+    names = [name.strip() for name in option.split(",")]
+    if not all(names):
+        raise UserError(f"--tasks {option}: expected comma-separated task names or files, such as hellaswag,piqa.")
+    return list(dict.fromkeys(names))

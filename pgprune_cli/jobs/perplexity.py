@@ -1,0 +1,83 @@
+"""Perplexity of a model on a corpus, in windows that do not overlap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgprune_cli.console.progress import SILENT, Progress
+from pgprune_cli.data.tokens import check_vocabulary, tokens_of
+from pgprune_cli.data.windows import spread
+from pgprune_cli.errors import RunError, UserError
+from pgprune_cli.forward.masked import summed_loss
+from pgprune_cli.jobs.evaluation_request import Corpus
+from pgprune_cli.jobs.targets import Target
+from pgprune_cli.model.loading import load_tokenizer
+
+TOKENS_PER_BATCH = 4096
+"""Tokens in one forward pass, for any window length."""
+
+
+def measure_perplexity(
+    target: Target,
+    corpora: Sequence[Corpus],
+    seqlens: Sequence[int],
+    *,
+    max_windows: int | None = None,
+    progress: Progress = SILENT,
+) -> list[dict[str, Any]]:
+    """Measure the perplexity of every corpus at every window length, as the rows that `--json` prints.
+
+    Lengths beyond the model's longest context are lowered to it. max_windows: at most this many windows of the
+    shortest length of each corpus, spread over it; other lengths use the same number of tokens.
+    """
+    if not corpora:
+        return []
+    tokenizer = load_tokenizer(target.source)
+    context = getattr(target.module.config, "max_position_embeddings", None) or max(seqlens)
+    lengths = sorted({min(seqlen, context) for seqlen in seqlens})
+    if max(seqlens) > context:
+        progress.say(f"{target.name}: the model reads at most {context} tokens. Longer windows are shortened.")
+    rows = []
+    for corpus in corpora:
+        with progress.working(f"perplexity of {target.name} on {corpus.name}"):
+            tokens = tokens_of(corpus.text, "evaluation", tokenizer)
+            check_vocabulary(tokens, corpus.name, target.module.get_input_embeddings().num_embeddings)
+            for seqlen in lengths:
+                windows = None if max_windows is None else max(1, max_windows * lengths[0] // seqlen)
+                with target.ready() as model:
+                    ppl, predictions = perplexity(model, tokens, seqlen, max_windows=windows)
+                rows.append({"corpus": corpus.name, "seqlen": seqlen, "ppl": ppl, "tokens": predictions})
+    return rows
+
+
+def perplexity(model: Any, tokens: Tensor, seqlen: int, *, max_windows: int | None = None) -> tuple[float, int]:
+    """Return exp of the mean loss over all predictions in windows of a token stream `(N,)`, and their number.
+
+    Windows of `seqlen` tokens do not overlap, the last one may be shorter, and every prediction counts the same. With
+    `max_windows`, that many windows are taken, spread over the text.
+
+    Raises:
+        RunError: the model's loss is not finite.
+        UserError: the stream has fewer than 2 tokens.
+    """
+    if len(tokens) < 2:
+        raise UserError("a text of fewer than 2 tokens has no perplexity. Give a longer text.")
+    device = model.get_input_embeddings().weight.device
+    windows = tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
+    chosen = windows if max_windows is None else spread(windows, max_windows)
+    batches = list(chosen.split(max(1, TOKENS_PER_BATCH // seqlen)))
+    rest = tokens[len(windows) * seqlen :]
+    if len(rest) > 1 and (max_windows is None or len(windows) < max_windows):
+        batches.append(rest.unsqueeze(0))
+    nats = [summed_loss(model, batch.to(device)).double() for batch in batches if len(batch)]
+    predictions = sum(len(batch) * (batch.shape[1] - 1) for batch in batches)
+    mean = float(torch.stack(nats).sum()) / predictions
+    ppl = float(torch.tensor(mean, dtype=torch.float64).exp())
+    if not math.isfinite(ppl):
+        raise RunError(f"the loss is not finite ({mean} nats per token). Try --dtype float32.")
+    return ppl, predictions

@@ -1,0 +1,82 @@
+"""Generation speed of models: tokens per second, prefill and decode, and memory."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgprune_cli.jobs.targets import Target
+
+PROMPT_TOKENS, NEW_TOKENS, REPEATS = 512, 64, 5
+
+
+def measure_speed(targets: Sequence[Target]) -> list[dict[str, Any]]:
+    """Measure tokens per second of models in turn, greedy with batch size 1. Return medians of REPEATS for each.
+
+    Prefill is a prompt of PROMPT_TOKENS and one new token, decode is NEW_TOKENS more with the cache. Also returns the
+    bytes of the weights, and on CUDA the peak of allocated memory.
+
+    Raises:
+        ValueError: a target is a run directory. Its model is shrunk anew in every forward pass, which says nothing
+            about the speed of the exported model.
+    """
+    if any(target.model_mask is not None for target in targets):
+        raise ValueError("speed is measured on an exported model, not on a run directory")
+    prefill: list[list[float]] = [[] for _ in targets]
+    decode: list[list[float]] = [[] for _ in targets]
+    peaks = [0] * len(targets)
+    for repeat in range(REPEATS + 1):
+        for index, target in enumerate(targets):
+            prefill_seconds, decode_seconds, peaks[index] = _time_once(target.module)
+            if repeat:  # the first is a warm-up
+                prefill[index].append(prefill_seconds)
+                decode[index].append(decode_seconds)
+    return [
+        {
+            "prefill_tokens_per_second": _prompt(target.module).shape[1] / statistics.median(prefill[index]),
+            "decode_tokens_per_second": NEW_TOKENS / statistics.median(decode[index]),
+            "weight_bytes": sum(weight.numel() * weight.element_size() for weight in target.module.parameters()),
+            "peak_memory_bytes": peaks[index] or None,
+        }
+        for index, target in enumerate(targets)
+    ]
+
+
+def _prompt(model: Any) -> Tensor:
+    """Return random tokens `(1, T)`, at most half of the model's longest context."""
+    context = getattr(model.config, "max_position_embeddings", None) or PROMPT_TOKENS
+    length = min(PROMPT_TOKENS, context // 2)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator)
+    device: torch.device = model.get_input_embeddings().weight.device
+    return tokens.to(device)
+
+
+def _time_once(model: Any) -> tuple[float, float, int]:
+    """Return the seconds of one prefill and of one decode, and the peak of CUDA memory in bytes (0 elsewhere)."""
+    prompt = _prompt(model)
+    cuda = prompt.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(prompt.device)
+    prefill = _seconds_to_generate(model, prompt, 1)
+    total = _seconds_to_generate(model, prompt, 1 + NEW_TOKENS)
+    return prefill, total - prefill, torch.cuda.max_memory_allocated(prompt.device) if cuda else 0
+
+
+def _seconds_to_generate(model: Any, prompt: Tensor, tokens: int) -> float:
+    start = time.perf_counter()
+    result = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        min_new_tokens=tokens,  # an end-of-text token must not end it early
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,  # unused, but transformers warns without it
+    )
+    result[0, -1].item()  # waits for the device
+    return time.perf_counter() - start
