@@ -60,7 +60,7 @@ class Target:
 
     def parameters(self) -> int:
         """Count the kept parameters. Tied parameters count once."""
-        total = sum(parameter.numel() for parameter in self.module.parameters())
+        total: int = sum(parameter.numel() for parameter in self.module.parameters())
         if isinstance(self.model, PrunableModel) and self.model_mask is not None:
             for block, unit_parameters in self.model.shape.parameters.items():
                 for layer_mask, count in zip(self.model_mask, unit_parameters, strict=True):

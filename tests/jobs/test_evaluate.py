@@ -1,4 +1,4 @@
-"""The eval job: perplexity against a plain reference, and the masked, the exported and the dense model alike."""
+"""The eval job: perplexity against a plain reference, and equal results for a run and its export."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.messages import refused, says
 from helpers.models import VOCABULARY, tiny_model
 from torch.nn import functional
 
+from pgprune_cli.console.progress import StderrProgress
 from pgprune_cli.data.tokens import tokens_of
 from pgprune_cli.demo.grammar import generate
-from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.jobs.evaluate import (
-    Corpus,
-    evaluate,
-    measure_speed,
-    open_target,
-    perplexity,
-    remember,
-)
+from pgprune_cli.errors import RunError
+from pgprune_cli.jobs.evaluate import evaluate
+from pgprune_cli.jobs.evaluation_request import Corpus, EvaluationRequest
 from pgprune_cli.jobs.export import export
+from pgprune_cli.jobs.perplexity import measure_perplexity, perplexity
+from pgprune_cli.jobs.speed import measure_speed
+from pgprune_cli.jobs.targets import open_target
 from pgprune_cli.model.loading import load_tokenizer
 from pgprune_cli.recipe.schema import Evaluation
 from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, EVALUATION_FILE
@@ -35,7 +34,7 @@ def stream(length: int) -> torch.Tensor:
 
 
 def reference(model, windows: list[torch.Tensor]) -> tuple[float, int]:
-    """Window by window, on all logits at once, every prediction counting the same."""
+    """Return perplexity and predictions, window by window, on all logits at once."""
     nats, predicted = 0.0, 0
     for window in windows:
         with torch.inference_mode():
@@ -47,7 +46,7 @@ def reference(model, windows: list[torch.Tensor]) -> tuple[float, int]:
 
 @pytest.mark.parametrize("length", [2, 16, 17, 18, 50, 100])
 @pytest.mark.parametrize("seqlen", [2, 16, 64])
-def test_perplexity_is_that_of_a_plain_loop(length: int, seqlen: int) -> None:
+def test_perplexity_equals_that_of_a_plain_loop(length: int, seqlen: int) -> None:
     model, tokens = tiny_model("llama-gqa"), stream(length)
     windows = [window for window in tokens.split(seqlen) if len(window) > 1]
     ppl, predicted = perplexity(model, tokens, seqlen)
@@ -56,36 +55,35 @@ def test_perplexity_is_that_of_a_plain_loop(length: int, seqlen: int) -> None:
     assert ppl == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_limit_takes_windows_spread_over_the_text() -> None:
+def test_max_windows_takes_windows_spread_over_the_text() -> None:
     model, tokens = tiny_model("llama-gqa"), stream(100)
     windows = tokens.split(10)
-    ppl, predicted = perplexity(model, tokens, seqlen=10, limit=4)
+    ppl, predicted = perplexity(model, tokens, seqlen=10, max_windows=4)
     expected, count = reference(model, [windows[0], windows[2], windows[5], windows[7]])
     assert predicted == count
     assert ppl == pytest.approx(expected, rel=1e-5)
-    assert perplexity(model, tokens, seqlen=10, limit=99) == perplexity(model, tokens, seqlen=10)
+    assert perplexity(model, tokens, seqlen=10, max_windows=99) == perplexity(model, tokens, seqlen=10)
 
 
-def test_a_text_of_one_token_is_refused() -> None:
-    with pytest.raises(UserError, match="fewer than 2 tokens"):
+def test_perplexity_of_one_token_is_refused() -> None:
+    with refused("fewer than 2 tokens"):
         perplexity(tiny_model("llama-gqa"), stream(1), seqlen=8)
 
 
-def test_a_model_that_overflows_fails_the_run() -> None:
+def test_perplexity_raises_a_run_error_when_the_loss_overflows() -> None:
     model = tiny_model("llama-gqa")
     model.model.norm.weight.fill_(float("inf"))
-    with pytest.raises(RunError, match=r"the loss is not finite \(nan nats per token\); try --dtype float32"):
+    with refused("not finite", "nan nats per token", "--dtype float32", error=RunError):
         perplexity(model, stream(20), seqlen=8)
 
 
-def test_corpora_are_names_or_named_files() -> None:
+def test_corpus_parses_names_and_named_files() -> None:
     assert Corpus.parse("c4") == Corpus("c4", "c4")
     assert Corpus.parse("wikitext2=a/b=c.txt") == Corpus("wikitext2", "a/b=c.txt")
     assert Corpus.parse("a/b=c.txt") == Corpus("a/b=c.txt", "a/b=c.txt")
     for bad in ("", "=x.txt", "wikitext2="):
-        with pytest.raises(UserError) as error:
+        with refused(f"--ppl {bad}: ", "NAME=FILE"):
             Corpus.parse(bad)
-        assert str(error.value) == f"--ppl {bad}: expected a corpus name or NAME=FILE"
 
 
 # --- a run, its export, its base
@@ -99,109 +97,99 @@ def text(tmp_path: Path) -> Corpus:
 
 @pytest.fixture
 def run(finished: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy that has not been measured."""
+    """A copy of a finished run without an evaluation."""
     shutil.copytree(finished["units"], tmp_path / "run")
     (tmp_path / "run" / EVALUATION_FILE).unlink()
     return tmp_path / "run"
 
 
-def test_a_run_and_its_export_measure_the_same(run: Path, text: Corpus, tmp_path: Path) -> None:
+def test_run_and_its_export_have_the_same_perplexity(run: Path, text: Corpus, tmp_path: Path) -> None:
     export(run, tmp_path / "small")
-    results = [
-        evaluate(open_target(str(where), device="cpu"), [text], [32, 64], None) for where in (run, tmp_path / "small")
-    ]
-    masked, exported = results
-    assert exported["parameters"] == masked["parameters"]
-    for one, other in zip(masked["perplexity"], exported["perplexity"], strict=True):
-        assert {key: one[key] for key in ("corpus", "seqlen", "tokens")} == {
-            key: other[key] for key in ("corpus", "seqlen", "tokens")
-        }
-        assert other["ppl"] == pytest.approx(one["ppl"], rel=1e-5)
-    dense = evaluate(open_target("demo", device="cpu"), [text], [32], None)
-    assert dense["parameters"] > 1.2 * exported["parameters"]
-    assert dense["perplexity"][0]["ppl"] < exported["perplexity"][0]["ppl"]
+    names = [str(run), str(tmp_path / "small"), "demo"]
+    masked, exported, dense = targets = [open_target(name, device="cpu") for name in names]
+    assert exported.parameters() == masked.parameters()
+    assert dense.parameters() > 1.2 * exported.parameters()
+    masked_rows, exported_rows, dense_rows = (measure_perplexity(target, [text], [32, 64]) for target in targets)
+    for masked_row, exported_row in zip(masked_rows, exported_rows, strict=True):
+        assert exported_row == masked_row | {"ppl": pytest.approx(masked_row["ppl"], rel=1e-5)}
+    assert dense_rows[0]["ppl"] < exported_rows[0]["ppl"]
 
 
-def test_the_result_is_the_documented_object(text: Corpus) -> None:
+def test_evaluate_returns_the_documented_object(text: Corpus) -> None:
+    request = EvaluationRequest(model="demo", corpora=[f"tales={text.text}"], seqlens=[32], device="cpu")
+    (result,) = evaluate(request)
     target = open_target("demo", device="cpu")
-    result = evaluate(target, [text], [32], None)
     assert json.loads(json.dumps(result)) == result
     assert list(result) == ["model", "dtype", "device", "parameters", "perplexity"]
     tokens = tokens_of(text.text, "evaluation", load_tokenizer(target.source))
-    ppl, predicted = perplexity(target.model, tokens, 32)
+    ppl, predicted = perplexity(target.module, tokens, 32)
     assert result["perplexity"] == [{"corpus": "tales", "seqlen": 32, "ppl": ppl, "tokens": predicted}]
     assert (result["model"], result["dtype"], result["device"]) == ("demo", "float32", "cpu")
 
 
-def test_windows_longer_than_the_model_reads_become_its_limit(text: Corpus) -> None:
+def test_window_lengths_beyond_the_context_are_lowered_to_it(text: Corpus) -> None:
     target = open_target("demo", device="cpu")
-    longest = target.model.config.max_position_embeddings
-    rows = evaluate(target, [text], [longest, 10**6, 32], None)["perplexity"]
+    longest = target.module.config.max_position_embeddings
+    rows = measure_perplexity(target, [text], [longest, 10**6, 32])
     assert [row["seqlen"] for row in rows] == [32, longest]
 
 
-def test_a_limit_reads_as_much_text_at_every_length(text: Corpus) -> None:
+def test_max_windows_reads_equally_many_tokens_at_every_length(text: Corpus) -> None:
     target = open_target("demo", device="cpu")
-    rows = evaluate(target, [text], [16, 32, 64], 8)["perplexity"]
+    rows = measure_perplexity(target, [text], [16, 32, 64], max_windows=8)
     assert [row["tokens"] for row in rows] == [8 * 15, 4 * 31, 2 * 63]
 
 
-def test_a_run_is_evaluated_as_its_recipe_says(run: Path, small) -> None:
+def test_target_of_a_run_has_its_recipes_evaluation(run: Path, small) -> None:
     target = open_target(str(run))
     assert target.evaluation == small().evaluation
     assert target.base == "demo"
 
 
-def test_an_export_is_evaluated_as_its_recipe_says(run: Path, small, tmp_path: Path) -> None:
+def test_target_of_an_export_has_its_recipes_evaluation(run: Path, small, tmp_path: Path) -> None:
     export(run, tmp_path / "small")
     assert small().evaluation != Evaluation()
     assert open_target(str(tmp_path / "small"), device="cpu").evaluation == small().evaluation
 
 
-def cut(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
 
 
 @pytest.mark.parametrize("part", [DECISION_RECORD, DECISION_MASKS])
-def test_an_export_whose_decision_is_damaged_is_refused(part: str, run: Path, tmp_path: Path) -> None:
+def test_open_target_refuses_an_export_with_a_damaged_decision(part: str, run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "small")
-    cut(tmp_path / "small" / part)
-    with pytest.raises(UserError) as refused:
+    truncate(tmp_path / "small" / part)
+    with refused(f"{tmp_path / 'small' / part}: "):
         open_target(str(tmp_path / "small"), device="cpu")
-    assert str(refused.value).startswith(f"{tmp_path / 'small' / part}: ")
-    assert "\n" not in str(refused.value)
 
 
-def test_an_export_by_another_version_is_evaluated_by_the_defaults(run: Path, tmp_path: Path, capfd) -> None:
+def test_target_of_an_export_by_another_version_has_the_default_evaluation(run: Path, tmp_path: Path, capfd) -> None:
     export(run, tmp_path / "small")
     record = tmp_path / "small" / DECISION_RECORD
     whole = read_record(record)
     write_record(record, whole | {"recipe": whole["recipe"] + "of_another_version: 3\n"})
-    target = open_target(str(tmp_path / "small"), device="cpu")
+    target = open_target(str(tmp_path / "small"), device="cpu", progress=StderrProgress())
     assert (target.evaluation, target.base) == (Evaluation(), "demo")
-    said = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("loading ")]
-    assert said == [
-        f"{record}: its recipe is of another pgprune, and what it says to evaluate is not known: the defaults are taken"
-    ]
+    (warning,) = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("loading ")]
+    says(warning, f"{record}: ", "another version")
     write_record(record, whole | {"recipe": whole["recipe"].replace("sparsity: 0.5", "sparsity: half")})
-    with pytest.raises(UserError, match=rf"^{record}: its recipe:\d+: budget.sparsity: expected a number"):
+    with refused(f"{record}: its recipe:", "budget.sparsity"):
         open_target(str(tmp_path / "small"), device="cpu")
     write_record(record, {key: value for key, value in whole.items() if key != "recipe"})
-    with pytest.raises(UserError, match=f"^{record}: 'recipe' is missing; the file is not a whole decision$"):
+    with refused(f"{record}: ", "recipe"):
         open_target(str(tmp_path / "small"), device="cpu")
 
 
-def test_an_export_from_the_hub_comes_without_its_masks(run: Path, small, tmp_path: Path) -> None:
+def test_target_of_an_export_needs_no_masks(run: Path, small, tmp_path: Path) -> None:
     export(run, tmp_path / "small")
     (tmp_path / "small" / DECISION_MASKS).unlink()
     target = open_target(str(tmp_path / "small"), device="cpu")
     assert (target.evaluation, target.base) == (small().evaluation, "demo")
 
 
-def test_what_was_measured_stands_in_the_model_card(run: Path, text: Corpus, tmp_path: Path) -> None:
-    target = open_target(str(run), device="cpu")
-    result = evaluate(target, [text], [32], None)
-    remember(target, result)
+def test_evaluation_of_a_run_is_stored_and_written_into_the_model_card(run: Path, text: Corpus, tmp_path: Path) -> None:
+    (result,) = evaluate(EvaluationRequest(model=str(run), corpora=[f"tales={text.text}"], seqlens=[32]))
     assert read_record(run / EVALUATION_FILE) == result
     export(run, tmp_path / "small")
     row = result["perplexity"][0]
@@ -209,20 +197,19 @@ def test_what_was_measured_stands_in_the_model_card(run: Path, text: Corpus, tmp
     assert f"| tales | 32 | {row['ppl']:.2f} | {row['tokens']:,} |" in card
 
 
-def test_a_run_whose_base_changed_is_refused(run: Path) -> None:
+def test_open_target_refuses_a_run_whose_base_model_changed(run: Path) -> None:
     write_record(run / "decision.json", read_record(run / "decision.json") | {"fingerprint": "0" * 64})
-    with pytest.raises(UserError) as error:
+    with refused(f"{run}: ", "demo", "changed"):
         open_target(str(run), device="cpu")
-    assert str(error.value) == f"{run}: demo is not the model that was searched; its files have changed"
 
 
-def test_a_run_without_a_decision_is_refused(run: Path) -> None:
+def test_open_target_refuses_a_run_without_a_decision(run: Path) -> None:
     (run / "decision.json").unlink()
-    with pytest.raises(UserError, match="its search is not finished"):
+    with refused(str(run), "not finished"):
         open_target(str(run), device="cpu")
 
 
-def test_speed_is_measured_of_models_not_of_runs(run: Path, tmp_path: Path) -> None:
+def test_measure_speed_measures_models_but_no_runs(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "small")
     small, dense = (open_target(str(name), device="cpu") for name in (tmp_path / "small", "demo"))
     measured = measure_speed([small, dense])

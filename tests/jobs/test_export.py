@@ -48,11 +48,13 @@ def pgprune(monkeypatch, capsys):
 
 
 def test_options_of_reads_the_command_line():
-    options = job.options_of("hf", "bfloat16", "1.5GB", True, 2, 64)
+    options = job.options_of(
+        "hf", dtype="bfloat16", shard_size="1.5GB", pad_empty_attention=True, pad_kv_heads=2, pad_ffn=64
+    )
     assert options.requirements == ShapeRequirements("every", "any", 2, 64)
     assert (options.dtype, options.shard_size) == ("bfloat16", 1_500_000_000)
-    assert job.options_of("mlx", None, "500mb", False, 1, 1).requirements == ShapeRequirements()
-    assert job.options_of("gguf", "q8_0", None, False, 1, 1) == Options(ShapeRequirements(), "q8_0")
+    assert job.options_of("mlx", shard_size="500mb").requirements == ShapeRequirements()
+    assert job.options_of("gguf", dtype="q8_0") == Options(ShapeRequirements(), "q8_0")
 
 
 @pytest.mark.parametrize(
@@ -65,18 +67,18 @@ def test_options_of_reads_the_command_line():
 )
 def test_a_dtype_that_the_format_does_not_support_is_refused(format, dtype, supported):
     with refused(f"--dtype {dtype}", f"--format {format}", supported):
-        job.options_of(format, dtype, None, False, 1, 1)
+        job.options_of(format, dtype=dtype)
 
 
 def test_a_shard_size_is_refused_for_a_single_file():
     with refused("--shard-size 1GB", "--format gguf"):
-        job.options_of("gguf", None, "1GB", False, 1, 1)
+        job.options_of("gguf", shard_size="1GB")
 
 
 @pytest.mark.parametrize("size", ["5", "GB", "0GB", "-1GB", "5TB"])
 def test_a_shard_size_that_is_not_a_size_is_refused(size):
     with refused(f"--shard-size {size}", "500MB"):
-        job.options_of("hf", None, size, False, 1, 1)
+        job.options_of("hf", shard_size=size)
 
 
 def test_the_table_has_the_formats_of_the_command_line():

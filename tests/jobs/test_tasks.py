@@ -1,4 +1,4 @@
-"""Tasks through the harness, against a plain loop over the choices; of a run, its export and its base alike."""
+"""Accuracies of the harness against a plain loop over the choices, for a run, its export and its base model."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.messages import refused
 from helpers.multiple_choice import by_hand, items_of, task_file
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.jobs.evaluate import evaluate, open_target, remember
+from pgprune_cli.jobs.evaluate import remember
+from pgprune_cli.jobs.evaluation_request import task_names
 from pgprune_cli.jobs.export import export
-from pgprune_cli.jobs.tasks import load_tasks, measure_tasks, names_of
+from pgprune_cli.jobs.targets import open_target
+from pgprune_cli.jobs.tasks import load_tasks, measure_tasks
 from pgprune_cli.model.loading import load_tokenizer
 from pgprune_cli.run.layout import EVALUATION_FILE
 from pgprune_cli.storage.records import read_record
@@ -40,41 +43,41 @@ def values(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 @pytest.fixture
 def run(finished: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy that has not been measured."""
+    """A copy of a finished run without an evaluation."""
     shutil.copytree(finished["units"], tmp_path / "run")
     (tmp_path / "run" / EVALUATION_FILE).unlink()
     return tmp_path / "run"
 
 
-def test_accuracies_are_those_of_a_plain_loop_for_the_run_and_its_export(
+def test_accuracies_equal_those_of_a_plain_loop_for_a_run_and_its_export(
     harness, run: Path, task: Path, tmp_path: Path
 ) -> None:
     export(run, tmp_path / "exported")
     tasks = load_tasks([str(task)])
-    found = {}
+    rows_by_name = {}
     for name in (str(run), str(tmp_path / "exported"), "demo"):
         target = open_target(name, device="cpu")
-        before = {key: value.clone() for key, value in target.model.state_dict().items()}
-        rows = measure_tasks(target, tasks, None)
+        before = {key: value.clone() for key, value in target.module.state_dict().items()}
+        rows = measure_tasks(target, tasks)
         with target.ready() as model:
             expected = by_hand(model, load_tokenizer(target.source), items_of(12))
         assert values(rows) == pytest.approx(expected)
         for row in rows:
             assert (row["task"], row["items"], row["shots"]) == ("tales", 12, 0)
             assert 0 < row["stderr"] < 0.2
-        assert all(torch.equal(value, before[key]) for key, value in target.model.state_dict().items())
-        found[name] = rows
-    assert found[str(run)] == found[str(tmp_path / "exported")]
+        assert all(torch.equal(value, before[key]) for key, value in target.module.state_dict().items())
+        rows_by_name[name] = rows
+    assert rows_by_name[str(run)] == rows_by_name[str(tmp_path / "exported")]
 
 
-def test_a_limit_takes_the_first_items(harness, task: Path) -> None:
+def test_max_items_takes_the_first_items(harness, task: Path) -> None:
     target = open_target("demo", device="cpu")
-    rows = measure_tasks(target, load_tasks([str(task)]), 5)
-    assert values(rows) == pytest.approx(by_hand(target.model, load_tokenizer(target.source), items_of(5)))
+    rows = measure_tasks(target, load_tasks([str(task)]), max_items=5)
+    assert values(rows) == pytest.approx(by_hand(target.module, load_tokenizer(target.source), items_of(5)))
     assert {row["items"] for row in rows} == {5}
 
 
-def test_a_group_is_one_row_a_metric_its_own(harness, task: Path, tmp_path: Path) -> None:
+def test_group_with_metrics_of_its_own_is_one_row_per_metric(harness, task: Path, tmp_path: Path) -> None:
     from lm_eval.tasks import TaskManager
 
     member = json.loads(task.read_text())
@@ -87,26 +90,26 @@ def test_a_group_is_one_row_a_metric_its_own(harness, task: Path, tmp_path: Path
     (tmp_path / "groups" / "both.yaml").write_text(json.dumps(group))
     target = open_target("demo", device="cpu")
     both: Any = TaskManager(include_path=str(tmp_path / "groups"), include_defaults=False).load(["both"])
-    (row,) = measure_tasks(target, both, None)
-    alone = values(measure_tasks(target, load_tasks([str(task)]), None))
+    (row,) = measure_tasks(target, both)
+    alone = values(measure_tasks(target, load_tasks([str(task)])))
     assert (row["task"], row["metric"], row["items"]) == ("both", "acc", 24)
     assert row["value"] == pytest.approx(alone["acc"])
 
 
-def test_the_file_of_a_group_is_refused(harness, tmp_path: Path) -> None:
+def test_load_tasks_refuses_the_file_of_a_group(harness, tmp_path: Path) -> None:
     (tmp_path / "both.yaml").write_text("group: both\ntask: [one, other]\n")
-    with pytest.raises(UserError, match=r"both\.yaml: a group, which the harness reads by name only"):
+    with refused("both.yaml: a group", "by name"):
         load_tasks([str(tmp_path / "both.yaml")])
 
 
-def test_what_was_measured_stays_in_the_run_and_stands_in_the_model_card(
+def test_results_of_several_calls_are_kept_in_the_run_and_written_into_the_model_card(
     harness, run: Path, task: Path, tmp_path: Path
 ) -> None:
     target = open_target(str(run), device="cpu")
-    empty = evaluate(target, [], [32], None)
+    empty = target.description() | {"perplexity": []}
     perplexity = [{"corpus": "tales", "seqlen": 32, "ppl": 5.0, "tokens": 100}]
     remember(target, empty | {"perplexity": perplexity})
-    rows = measure_tasks(target, load_tasks([str(task)]), None)
+    rows = measure_tasks(target, load_tasks([str(task)]))
     remember(target, empty | {"tasks": rows})
     assert read_record(run / EVALUATION_FILE) == empty | {"perplexity": perplexity, "tasks": rows}
     export(run, tmp_path / "exported")
@@ -114,7 +117,7 @@ def test_what_was_measured_stays_in_the_run_and_stands_in_the_model_card(
     assert "| tales | 32 | 5.00 | 100 |" in card
     for row in rows:
         assert f"| tales | 0 | {row['metric']} | {row['value']:.4f} | {row['stderr']:.4f} | 12 |" in card
-    remember(target, empty | {"tasks": rows, "dtype": "bfloat16"})  # other arithmetic: not to be mixed
+    remember(target, empty | {"tasks": rows, "dtype": "bfloat16"})  # another dtype: results are not mixed
     assert read_record(run / EVALUATION_FILE)["perplexity"] == []
 
 
@@ -122,29 +125,26 @@ def test_what_was_measured_stays_in_the_run_and_stands_in_the_model_card(
 
 
 @pytest.mark.parametrize("bad", ["", "piqa,", ",piqa"])
-def test_a_list_with_a_gap_is_refused(bad: str) -> None:
-    with pytest.raises(UserError) as error:
-        names_of(bad)
-    assert str(error.value) == f"--tasks {bad}: expected names or files with commas, such as hellaswag,piqa"
-    assert names_of("piqa, boolq,piqa") == ["piqa", "boolq"]
+def test_task_names_refuses_a_list_with_a_gap(bad: str) -> None:
+    with refused(f"--tasks {bad}: ", "hellaswag,piqa"):
+        task_names(bad)
+    assert task_names("piqa, boolq,piqa") == ["piqa", "boolq"]
 
 
-def test_without_the_harness_the_extra_is_named(monkeypatch) -> None:
+def test_load_tasks_names_the_extra_when_the_harness_is_missing(monkeypatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(UserError, match=r"^--tasks needs the extra: pip install 'pgprune\[eval\]'"):
+    with pytest.raises(UserError, match=r"^--tasks needs an extra\. .*pip install 'pgprune\[eval\]'"):
         load_tasks(["hellaswag"])
 
 
-def test_an_unknown_task_is_refused_with_the_one_that_may_be_meant(harness) -> None:
-    with pytest.raises(UserError) as error:
+def test_load_tasks_refuses_an_unknown_task_and_suggests_another(harness) -> None:
+    with refused("--tasks helaswag: ", "lm_eval ls tasks", "did you mean hellaswag?"):
         load_tasks(["helaswag"])
-    expected = "--tasks helaswag: no file, and no task of the harness (`lm_eval ls tasks`), did you mean hellaswag?"
-    assert str(error.value) == expected
 
 
-def test_a_task_file_that_is_wrong_is_refused_in_one_line(harness, task: Path, tmp_path: Path) -> None:
+def test_load_tasks_refuses_a_wrong_task_file_in_one_line(harness, task: Path, tmp_path: Path) -> None:
     described = json.loads(task.read_text())
     described["dataset_kwargs"]["data_files"] = {"validation": str(tmp_path / "gone.jsonl")}
     for text in ("no: task", "a: [", json.dumps(described)):
@@ -155,7 +155,7 @@ def test_a_task_file_that_is_wrong_is_refused_in_one_line(harness, task: Path, t
         assert "\n" not in str(error.value)
 
 
-def test_perplexity_does_without_the_harness(tmp_path: Path) -> None:
+def test_perplexity_does_not_import_the_harness(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("The king was glad. " * 20)
     code = (
         "import sys; from pgprune_cli.cli.program import main\n"
