@@ -38,7 +38,11 @@ PLAIN = {int: "integer", float: "number", str: "string"}
 def schema_of(kind: Any) -> dict[str, Any]:
     """The JSON schema of a key's annotation, or of a section."""
     if is_dataclass(kind):
-        properties = {entry.name: schema_of(entry.type) | _default(entry) for entry in fields(kind)}
+        known = descriptions(kind)
+        properties = {}
+        for entry in fields(kind):
+            description = {"description": known[entry.name]} if entry.name in known else {}
+            properties[entry.name] = schema_of(entry.type) | _default(entry) | description
         return {"type": "object", "additionalProperties": False, "properties": properties}
     if get_origin(kind) is Annotated:
         inner, check = get_args(kind)
@@ -91,14 +95,20 @@ def recipe_page() -> str:
 def _table(prefix: str, section: Any, base: dict[str, Any]) -> list[str]:
     """The keys of one section: their values, their default, and what is said of them in the schema and in `_base`."""
     known = comments()
-    said = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(section), re.MULTILINE))
-    lines = ["| key | values | default | what it is | what the recipes that ship say of it |", "|---|---|---|---|---|"]
+    said = descriptions(section)
+    lines = ["| key | values | default | description | note in `_base.yaml` |", "|---|---|---|---|---|"]
     for entry in fields(section):
         if not is_dataclass(entry.type):
             cells = [f"`{entry.name}`", values_of(entry.type), _defaults(entry, base)]
             cells += [said.get(entry.name, ""), known.get(prefix + entry.name, "")]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def descriptions(section: Any) -> dict[str, str]:
+    """Return the description of every key of a section: the comment lines above it."""
+    found = re.findall(r"((?:^    # .*\n)+)    (\w+): ", inspect.getsource(section), re.MULTILINE)
+    return {key: " ".join(line.strip().removeprefix("# ") for line in lines.splitlines()) for lines, key in found}
 
 
 def _defaults(entry: Field[Any], base: dict[str, Any]) -> str:

@@ -9,7 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from pgprune_cli.run.layout import CHECKPOINTS_FOLDER, DECISION_RECORD, MEASURED_FILE, SCORES_FILE, WIDTHS_FOLDER
+from pgprune_cli.run.layout import (
+    DECISION_RECORD,
+    MEASURED_FILE,
+    SCORES_FILE,
+    checkpoint_folders,
+    checkpoint_step,
+    widths_files,
+)
 
 
 class SavedWork(NamedTuple):
@@ -34,7 +41,7 @@ def saved_by_search(run: Path, steps: int, step: int | None = None) -> SavedWork
     step = step or _newest_step(run)
     if step is not None:
         return SavedWork(f"step {step} of {steps} is saved in {run}")
-    layers = len(list((run / WIDTHS_FOLDER).glob("layer-*.safetensors")))
+    layers = len(widths_files(run))
     if layers:
         noun = "layer" if layers == 1 else "layers"
         return SavedWork(f"the scores and the width tables of {layers} {noun} are saved in {run}")
@@ -64,5 +71,5 @@ def saved_by_export(out: Path, repository: str | None = None) -> SavedWork:
 
 def _newest_step(run: Path) -> int | None:
     """Return the step of the newest checkpoint. Checkpoint folders are complete or absent."""
-    names = (folder.name.removeprefix("step-") for folder in (run / CHECKPOINTS_FOLDER).glob("step-*"))
-    return max((int(name) for name in names if name.isdecimal()), default=None)
+    steps = map(checkpoint_step, checkpoint_folders(run))
+    return max((step for step in steps if step is not None), default=None)

@@ -10,17 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-BLOCKS_OF: Mapping[str, tuple[str, ...]] = {
-    "attention": ("attention",),
-    "ffn": ("ffn",),
-    "attention-block": ("attention",),
-    "ffn-block": ("ffn",),
-    "layer": ("attention", "ffn"),
-}
-"""The blocks of a layer that the units of a family cover."""
-
-WHOLE_FAMILIES = ("attention-block", "ffn-block", "layer")
-"""The families with one unit per layer: a block, or the layer, is kept or removed as a whole."""
+from pgprune_cli.core.families import BLOCKS_OF as BLOCKS_OF
+from pgprune_cli.core.families import WHOLE_FAMILIES as WHOLE_FAMILIES
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from pgprune_cli.jobs.perplexity import measure_perplexity
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.targets import Target, open_target
 from pgprune_cli.jobs.variants import Variant, select_variants, variants_of
+from pgprune_cli.recipe.contradictions import refuse_contradictions
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.layout import COMPARISON_RECORD, COMPARISON_TABLE, MEASURED_FILE, SCORES_FILE
@@ -105,6 +106,8 @@ def compare(
     `search` and `evaluate` raise.
     """
     variants, selected = variants_of(recipe), select_variants(recipe, only)
+    for variant in selected:
+        refuse_contradictions(variant.recipe, f"variant {variant.name}")
     conditions = EvaluationConditions.of(recipe, max_windows)  # fails before hours of search if a text is missing
     table: dict[str, Any] = {"model": recipe.model, "sparsity": recipe.budget.sparsity, "max_windows": max_windows}
     with locked(out):

@@ -9,7 +9,7 @@ from pathlib import Path
 from pgprune_cli.data.corpora import check_corpus
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.source import find_local
-from pgprune_cli.recipe.schema import Evaluation, name_and_text
+from pgprune_cli.recipe.schema import EvaluationSettings, name_and_text
 from pgprune_cli.run.layout import is_run, refuse_unfinished, runs_folder
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -34,7 +34,7 @@ class Corpus:
         return cls(name, text)
 
     @classmethod
-    def of(cls, evaluation: Evaluation) -> list[Corpus]:
+    def of(cls, evaluation: EvaluationSettings) -> list[Corpus]:
         """Return the corpora that a recipe names. Raises UserError for one that does not exist."""
         corpora = [cls(*name_and_text(corpus)) for corpus in evaluation.corpora]
         for corpus in corpora:

@@ -19,7 +19,7 @@ from pgprune_cli.model.masks import ModelMask, Outputs
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import Source, resolve
 from pgprune_cli.recipe.reader import UnknownKeys, load, parse
-from pgprune_cli.recipe.schema import Evaluation
+from pgprune_cli.recipe.schema import EvaluationSettings
 from pgprune_cli.run.decision import Decision, read_origin
 from pgprune_cli.run.layout import DECISION_RECORD, RECIPE_FILE, is_run
 
@@ -41,7 +41,7 @@ class Target:
     model: PrunableModel | nn.Module
     model_mask: ModelMask | None
     outputs: Outputs
-    evaluation: Evaluation
+    evaluation: EvaluationSettings
     base: str | None
 
     @property
@@ -117,11 +117,11 @@ def _open_run(name: str, dtype: str | None, device: str | None, uses_recipe: boo
     return Target(name, source, model, decision.model_mask, decision.outputs, recipe.evaluation, source.name)
 
 
-def _evaluation_of_export(source: Source, progress: Progress) -> tuple[Evaluation, str | None]:
+def _evaluation_of_export(source: Source, progress: Progress) -> tuple[EvaluationSettings, str | None]:
     """Return what the decision beside a model says to evaluate, and its base model; the defaults for a dense model."""
     origin = read_origin(source.directory)
     if origin is None:
-        return Evaluation(), None
+        return EvaluationSettings(), None
     record = source.directory / DECISION_RECORD
     try:
         return parse(origin.recipe, f"{record}: its recipe").evaluation, origin.model
@@ -130,4 +130,4 @@ def _evaluation_of_export(source: Source, progress: Progress) -> tuple[Evaluatio
             f"{record}: its recipe was written by another version of pgprune. The default corpora and window lengths "
             "are used."
         )
-        return Evaluation(), origin.model
+        return EvaluationSettings(), origin.model

@@ -14,10 +14,12 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.export import checksums, gguf_checksum
 from pgprune_cli.recipe.reader import load
 from pgprune_cli.recipe.strict_yaml import one_line
-from pgprune_cli.run.checkpoint import CHECKPOINT_RECORD, CHECKPOINT_TENSORS, load_checkpoint
+from pgprune_cli.run.checkpoint import load_checkpoint
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.history import refuse_other_history
 from pgprune_cli.run.layout import (
+    CHECKPOINT_RECORD,
+    CHECKPOINT_TENSORS,
     CHECKPOINTS_FOLDER,
     COMPARISON_RECORD,
     COSTS_FILE,
@@ -29,6 +31,7 @@ from pgprune_cli.run.layout import (
     RECIPE_FILE,
     REPAIR_FILE,
     SCORES_FILE,
+    checkpoint_folders,
 )
 from pgprune_cli.run.resume import refuse_other_decision
 from pgprune_cli.run.scores import Scores
@@ -109,7 +112,7 @@ def _check_scores(run: Path) -> Iterator[str]:
 
 
 def _check_checkpoints(run: Path) -> Iterator[str]:
-    folders = sorted((run / CHECKPOINTS_FOLDER).glob("step-*"))
+    folders = checkpoint_folders(run)
     for index, folder in enumerate(folders):
         yield from _faults(partial(_check_checkpoint, older=folders[:index], run=run), folder)
 

@@ -1,6 +1,6 @@
-"""The strict YAML reader of recipes: every fault found, a line each, with file, line and key.
+"""Read recipes strictly: collect every fault, one line each, with file, line and key.
 
-It walks the schema's dataclasses (`recipe.py`), so that adding a key there is all there is to adding a key.
+The reader walks the dataclasses of `schema.py`, so a key that is added there can be read without a change here.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +12,7 @@ import yaml
 
 from pgprune_cli.console.suggest import either, near, nearest
 from pgprune_cli.errors import UserError
+from pgprune_cli.recipe.contradictions import refuse_contradictions
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.recipe.strict_yaml import (
     Dumper,
@@ -27,7 +28,7 @@ from pgprune_cli.recipe.strict_yaml import (
 
 
 def _walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """Every key of a section, dotted: (key, type, required); a section comes as a key of its own, never required."""
+    """Yield (dotted key, type, required) for every key of a section. A nested section is a key too, never required."""
     for entry in fields(section):
         key, required = prefix + entry.name, entry.default is MISSING
         if is_dataclass(entry.type):
@@ -44,10 +45,11 @@ _REQUIRED = [key for key, _, required in _walk(Recipe) if required]
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe, what it extends, and then `overrides` ("search.forward_passes=200", YAML; the last one wins).
+    """Read a recipe, the recipes it extends, and `overrides` ("search.forward_passes=200", the last one wins).
 
     Raises:
-        UserError: with every fault found, a line each; a fault in a value that is overridden counts too.
+        UserError: with every fault, one line each. A fault in a value that is overridden counts too. A recipe that
+            cannot work with any model is refused as well.
     """
     reader = _Reader()
     reader.file(path, ())
@@ -56,66 +58,75 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if reader.complete:
         reader.missing(f"{shown(path)}")
     recipe = reader.recipe()
-    if contradictions := _contradictions(recipe):
-        raise UserError("\n".join(one_line(f"{shown(path)}: {text}") for text in contradictions))
+    refuse_contradictions(recipe, f"{shown(path)}")
     return recipe
 
 
 class UnknownKeys(UserError):  # noqa: N818  (it says what is wrong)
-    """A recipe has keys that this version does not know, and no other fault."""
+    """The only faults of a recipe are keys that this version does not know."""
 
 
 def parse(text: str, where: str) -> Recipe:
-    """A recipe from what `dump` wrote. Raises UserError with every fault found, which are said to be in `where`, and
-    UnknownKeys where it is sound but for keys of another version."""
+    """Read the text that `dump` wrote. `where` is the place that faults name.
+
+    Contradictions are not checked: the recipe was checked when it was first read.
+
+    Raises:
+        UnknownKeys: the only faults are keys that this version does not know.
+        UserError: with every other fault, one line each.
+    """
     reader = _Reader()
-    reader.text(text, where, lambda _, at: reader.fault(f"{at}: a recipe that was written whole extends nothing"))
+    reader.text(text, where, lambda _, at: reader.fault(f"{at}: a resolved recipe cannot extend another"))
     if not reader.faults:
         reader.missing(where)
     return reader.recipe()
 
 
 def find(name_or_path: str) -> Path:
-    """Path of a recipe: an existing .yaml file, else the shipped recipe of that name (with or without .yaml).
+    """Return the path of a recipe: an existing .yaml file, or the shipped recipe of that name.
 
     Raises:
-        UserError: nothing of that name; the message has the nearest shipped names.
+        UserError: there is no such recipe. The message suggests the nearest names.
     """
     path = Path(name_or_path)
     if path.suffix == ".yaml" and is_file(path):
         return path
-    by_name = {name_of(recipe): recipe for recipe in shipped()}
+    shipped_names = {name_of(recipe): recipe for recipe in shipped()}
     name = name_or_path.removesuffix(".yaml")
-    if name in by_name:
-        return by_name[name]
+    if name in shipped_names:
+        return shipped_names[name]
     files = {str(file.with_suffix("")): str(file) for file in path.parent.glob("*.yaml")}
-    names = {name: name for name in by_name} | files
-    found = near(name, names, most=3) or near(Path(name).name, names, most=3)
-    hint = f", did you mean {either([names[one] for one in found])}?" if found else ";"
-    raise UserError(one_line(f"{name_or_path}: no such recipe{hint} `pgprune recipes` lists those that ship"))
+    names = {name: name for name in shipped_names} | files
+    similar = near(name, names, most=3) or near(Path(name).name, names, most=3)
+    hint = f", did you mean {either([names[key] for key in similar])}?" if similar else "."
+    raise UserError(one_line(f"{name_or_path}: no such recipe{hint} `pgprune recipes` lists the shipped recipes."))
 
 
 def shipped() -> list[Path]:
-    """The recipes that come with pgprune, sorted; bases (`_*.yaml`), which only others extend, are not among them."""
+    """Return the recipes that ship with pgprune, sorted, without the bases (`_*.yaml`) that they extend."""
     return sorted(path for path in shipped_folder().rglob("*.yaml") if not path.name.startswith("_"))
 
 
 def name_of(path: Path) -> str:
-    """What a recipe is called: `llama2-7b-50`, or with its folder `paper/llama2-7b-50` where it ships in one."""
+    """Return the name of a recipe file, such as `llama2-7b-50`; or `paper/llama2-7b-50` if it is in a folder.
+
+    Raises:
+        UserError: the file has no name, as in `runs/..`.
+    """
     folder = shipped_folder()
-    inside = path.resolve().is_relative_to(folder.resolve())
-    if not inside and not path.stem.strip("."):  # runs/.. is not a run directory
-        raise UserError(f"{path.name}: a recipe's file needs a name, such as my-model.yaml")
-    return (path.resolve().relative_to(folder.resolve()) if inside else Path(path.name)).with_suffix("").as_posix()
+    is_shipped = path.resolve().is_relative_to(folder.resolve())
+    if not is_shipped and not path.stem.strip("."):
+        raise UserError(f"{path.name}: a recipe file needs a name, such as my-model.yaml")
+    return (path.resolve().relative_to(folder.resolve()) if is_shipped else Path(path.name)).with_suffix("").as_posix()
 
 
 def dump(recipe: Recipe) -> str:
-    """The whole recipe as YAML, nothing left to defaults; `load` reads it back to an equal one."""
+    """Return the resolved recipe as YAML with every key. `load` reads it back to an equal recipe."""
     return yaml.dump(asdict(recipe), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10**6)
 
 
 def summary(path: Path) -> str:
-    """What a recipe says of itself in its opening comment's first line; "" where it has none.
+    """Return the first line of a recipe's opening comment, or "" without one.
 
     Raises:
         UserError: the file cannot be read.
@@ -126,17 +137,22 @@ def summary(path: Path) -> str:
 
 # --- the reader
 
-_Place = Callable[[yaml.Node, str], str]  # where a key stands, as a fault's line begins
+_Place = Callable[[yaml.Node, str], str]
+"""Returns the place of a key, which begins the line of a fault."""
 
 
 @dataclass
 class _Reader:
-    """Values by dotted key, later sources over earlier ones, and every fault met on the way."""
+    """Collects values by dotted key, where later sources override earlier ones, and all faults.
 
-    values: dict[str, Any] = field(default_factory=dict)  # None where the value given was at fault
+    values: None for a key whose value is invalid; unknown: number of faults that are unknown keys; complete: False if
+    a file could not be read, which may hold the keys that are missing.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
-    unknown: int = 0  # how many of the faults are keys that are not in the schema
-    complete: bool = True  # False once a file could not be read: what is missing may have been in it
+    unknown: int = 0
+    complete: bool = True
 
     def fault(self, text: str) -> None:
         self.faults.append(one_line(text))
@@ -146,13 +162,13 @@ class _Reader:
             self.fault(f"{where}: {key}: required key is missing")
 
     def recipe(self) -> Recipe:
-        """What was read. Raises UserError with every fault."""
+        """Return the recipe that was read. Raise UserError with every fault."""
         if self.faults:
             raise (UnknownKeys if len(self.faults) == self.unknown else UserError)("\n".join(self.faults))
         return cast(Recipe, _build(Recipe, self.values))
 
     def file(self, path: Path, chain: tuple[Path, ...]) -> None:
-        """Read what a file extends, then the file itself; `chain` holds the files that led here, resolved."""
+        """Read the base of a file, then the file. `chain` holds the resolved paths of the files that extend it."""
         try:
             text = read_text(path)
         except UserError as error:
@@ -161,7 +177,7 @@ class _Reader:
         return self.text(text, f"{shown(path)}", lambda base, at: self.extend(path, (*chain, path.resolve()), base, at))
 
     def text(self, text: str, where: str, extend: Callable[[yaml.Node, str], None]) -> None:
-        """Read the text of a recipe, after `extend` has read the one that it names; `where` begins every fault."""
+        """Read the text of a recipe after `extend` has read its base. Every fault begins with `where`."""
         try:
             root = compose(text, lambda line: f"{where}:{line}")
             if not isinstance(root, yaml.MappingNode):
@@ -178,36 +194,39 @@ class _Reader:
         return self.section(root, "", place, {})
 
     def extend(self, path: Path, chain: tuple[Path, ...], node: yaml.Node, where: str) -> None:
+        """Read the base that `path` names in `node`: a file beside it, or a shipped one."""
         name = typed(str, node, lambda _, problem: self.fault(f"{where}: {problem}"))
         folders = (path.parent, shipped_folder())
-        tries = [folder / file for folder in folders for file in (f"{name}", f"{name}.yaml")]
-        base = next((file for file in tries if name and is_file(file)), None)
+        candidates = [folder / file for folder in folders for file in (f"{name}", f"{name}.yaml")]
+        base = next((file for file in candidates if name and is_file(file)), None)
         if base and base.resolve() not in chain:
             return self.file(base, chain)
         self.complete = False
         if base:
             circle = [file.name for file in (*chain[chain.index(base.resolve()) :], base)]
-            self.fault(f"{where}: a circle, {' extends '.join(circle)}")
+            self.fault(f"{where}: recipes extend each other in a circle: {' extends '.join(circle)}")
         elif name:
-            there = [file.stem for folder in folders for file in sorted(folder.glob("*.yaml"))]
-            self.fault(f"{where}: no such file, got {shown_text(name)}{nearest(name, there)}")
+            existing = [file.stem for folder in folders for file in sorted(folder.glob("*.yaml"))]
+            self.fault(f"{where}: no such file, got {shown_text(name)}{nearest(name, existing)}")
         return None
 
     def override(self, text: str) -> None:
+        """Read one KEY=VALUE of --set."""
         key, equals, value = text.partition("=")
         if not equals or key.strip() == "extends":
             return self.fault(
-                f"--set {text}: expected KEY=VALUE with a recipe's key, such as search.forward_passes=200"
+                f"--set {text}: expected KEY=VALUE with a key of the recipe, such as search.forward_passes=200"
             )
         try:
             node = compose(value, lambda _: f"--set {text}") or yaml.ScalarNode("tag:yaml.org,2002:null", "")
         except UserError as error:
             return self.fault(str(error))
-        if node.end_mark and value[node.end_mark.index :].strip():  # YAML would drop "#2" of "file #2" without a word
-            return self.fault(f"--set {text}: a comment after the value; put the value in quotes if # belongs to it")
+        if node.end_mark and value[node.end_mark.index :].strip():  # YAML would silently drop "#2" of "file #2"
+            return self.fault(f"--set {text}: # starts a comment. Put the value in quotes if # belongs to it.")
         return self.entry(key.strip(), node, node, lambda *_: f"--set {text}", {})
 
     def section(self, node: yaml.Node, prefix: str, place: _Place, first: dict[str, yaml.Node]) -> None:
+        """Read every key of a mapping; `prefix` is its dotted name with a dot, "" at the top."""
         if not isinstance(node, yaml.MappingNode):
             return self.fault(f"{place(node, prefix[:-1])}: expected keys with values, got {kind_of(node)}")
         for name, value in node.value:
@@ -218,68 +237,48 @@ class _Reader:
         return None
 
     def entry(self, key: str, name: yaml.Node, value: yaml.Node, place: _Place, first: dict[str, yaml.Node]) -> None:
-        """One key with its value; `first` holds the keys already met in this source."""
+        """Read one key with its value. `first` holds the keys already read from this source."""
         if key in first:
             self.fault(f"{place(name, key)}: given twice, first on line {first[key].start_mark.line + 1}")
         elif key in _KINDS and is_dataclass(_KINDS[key]):
             self.section(value, f"{key}.", place, first)
         elif key in _KINDS:
             self.values[key] = typed(_KINDS[key], value, lambda at, fault: self.fault(f"{place(at, key)}: {fault}"))
-        elif key != "extends":  # which was read before the rest
+        elif key != "extends":  # the base was read first
             self.unknown += 1
             self.fault(f"{place(name, key)}: {_unknown(key)}")
         first.setdefault(key, name)
 
 
 def _build(section: Any, values: dict[str, Any], prefix: str = "") -> Any:
+    """Return the dataclass `section` filled from the values by dotted key."""
     nested = {entry.name: entry.type for entry in fields(section) if is_dataclass(entry.type)}
-    given = {name: _build(kind, values, f"{prefix}{name}.") for name, kind in nested.items()}
+    sections = {name: _build(kind, values, f"{prefix}{name}.") for name, kind in nested.items()}
     plain = {entry.name: values[prefix + entry.name] for entry in fields(section) if prefix + entry.name in values}
-    return section(**given, **plain)
-
-
-def _contradictions(recipe: Recipe) -> list[str]:
-    """What no model could satisfy, though every key for itself is sound."""
-    budget, families, found = recipe.budget, recipe.units.families, []
-    if budget.measure == "kv-cache" and (ffn := [name for name in families if name in ("ffn", "ffn-block")]):
-        attention = [name for name in families if name not in ffn] or ["attention"]
-        found.append(
-            f"budget.measure: the family {ffn[0]} has no KV cache, so a budget of it cannot say how much of that goes; "
-            f"set units.families to [{', '.join(attention)}]"
-        )
-    if budget.min_keep:
-        if whole := [name for name in families if name not in ("attention", "ffn")]:
-            found.append(
-                f"budget.min_keep: {whole[0]} is one unit a layer, and a part of it would be all of it; "
-                "leave the key at 0"
-            )
-        elif budget.min_keep + budget.sparsity > 1 + 1e-9:
-            found.append(
-                f"budget.min_keep: {budget.min_keep} of every layer is more than budget.sparsity "
-                f"{budget.sparsity} leaves; lower one of them"
-            )
-    return found
+    return section(**sections, **plain)
 
 
 def shipped_folder() -> Path:
+    """Return the folder of the shipped recipes, in an installed wheel or in a checkout."""
     package = Path(__file__).resolve().parents[1]
-    folders = [package / "configs", package.parent / "configs"]  # in a wheel, in a checkout
+    folders = [package / "configs", package.parent / "configs"]
     return next((folder for folder in folders if folder.is_dir()), folders[0])
 
 
 def _unknown(key: str) -> str:
-    """The nearest key goes by its last name, wherever it lives: "forward_passes" at the top means search.forward_passes.
+    """Return the error text for an unknown key, with the keys it may mean.
 
-    One of the same section comes first, and alone where no other section has a nearer one.
+    Only the last part of a key is compared, because a key may be written in the wrong section: `forward_passes` at the
+    top means `search.forward_passes`. Keys of the same section come first.
     """
     section, _, name = key.rpartition(".")
-    lasts = {known: known.rpartition(".")[2] for known in (*_KINDS, "extends")}
-    inside = [known for known in lasts if known.rpartition(".")[0] == section]
-    here, anywhere = near(name, (lasts[known] for known in inside)), near(name, lasts.values())
-    meant = [known for known in inside if lasts[known] in here]
-    if here != anywhere:
-        meant += [known for known in lasts if lasts[known] in anywhere]
+    names = {known: known.rpartition(".")[2] for known in (*_KINDS, "extends")}
+    same_section = [known for known in names if known.rpartition(".")[0] == section]
+    near_here, near_anywhere = near(name, (names[known] for known in same_section)), near(name, names.values())
+    meant = [known for known in same_section if names[known] in near_here]
+    if near_here != near_anywhere:
+        meant += [known for known in names if names[known] in near_anywhere]
     if meant:
         return f"unknown key, did you mean {either(meant)}?"
-    known = [lasts[known] for known in inside if known != "extends"]
-    return f"unknown key, expected {either(known)}" if known else "unknown key"
+    choices = [names[known] for known in same_section if known != "extends"]
+    return f"unknown key, expected {either(choices)}" if choices else "unknown key"

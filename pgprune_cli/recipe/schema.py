@@ -1,7 +1,8 @@
-"""Recipes: what one search is, as frozen dataclasses.
+"""The recipe schema: frozen dataclasses, one per section.
 
-They are the schema. A key's type, range and choices stand in its annotation and nowhere else: an `Annotated` type
-carries checks, each from a value to what is wrong with it ("" if nothing is). `recipe_reader` fills them from YAML.
+A key's type, range and choices are its annotation, and the comment above it is its description in docs/recipe.md.
+Checks inside `Annotated` map a value to an error text, "" if the value is valid. `reader.py` fills the classes from
+YAML.
 """
 
 import math
@@ -10,15 +11,16 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Annotated, Literal
 
+from pgprune_cli.core.families import BLOCKS_OF
 from pgprune_cli.recipe.strict_yaml import shown_text
 
-MOST = 2**31
-"""No count is as large: what is counted here is multiplied with each other in 64 bits."""
+COUNT_LIMIT = 2**31
+"""Counts stay below this limit because products of counts must fit into 64 bits."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """Check of a number: low <= value < high, or low < value < high when `above`."""
+    """Check that low <= value < high, or low < value < high if `above` is set."""
 
     low: float
     high: float = math.inf
@@ -27,14 +29,15 @@ class Range:
     def __call__(self, value: float) -> str:
         if (value > self.low or (value == self.low and not self.above)) and value < self.high:
             return ""
-        if value >= MOST == self.high:
-            return f"expected value < {MOST}, got {value}"
-        if math.isinf(self.high) or self.high == MOST:
+        if value >= COUNT_LIMIT == self.high:
+            return f"expected value < {COUNT_LIMIT}, got {value}"
+        if math.isinf(self.high) or self.high == COUNT_LIMIT:
             return f"expected value {'>' if self.above else '>='} {self.low}, got {value}"
         return f"expected {self.low} {'<' if self.above else '<='} value < {self.high}, got {value}"
 
 
 def _device(value: str) -> str:
+    """Check a device name, or a list of different CUDA devices."""
     cuda = r"cuda:(0|[1-9][0-9]*)"
     names = value.split(",")
     if re.fullmatch(rf"auto|cpu|cuda|{cuda}(,{cuda})*", value) and len(set(names)) == len(names):
@@ -43,17 +46,17 @@ def _device(value: str) -> str:
 
 
 def _disjoint(families: tuple[str, ...]) -> str:
-    """No parameter may be in two families: their masks would contradict each other."""
-    for one, other in combinations(families, 2):
-        if "layer" in (one, other) or one.removesuffix("-block") == other.removesuffix("-block"):
-            return f"{one} and {other} hold the same parameters, keep one of them"
+    """Check that no two families share parameters, because their masks could contradict each other."""
+    for first, second in combinations(families, 2):
+        if set(BLOCKS_OF[first]) & set(BLOCKS_OF[second]):
+            return f"{first} and {second} contain the same parameters, keep only one of them"
     return ""
 
 
 def name_and_text(corpus: str) -> tuple[str, str]:
-    """What a corpus of an evaluation is reported as, and where its text comes from: of `wikitext2` or NAME=FILE.
+    """Split an evaluation corpus, `wikitext2` or NAME=FILE, into its reported name and the source of its text.
 
-    No name has a slash, so that `./a=b.txt` is a file.
+    A name has no slash, so `./a=b.txt` is a file.
     """
     name, equals, text = corpus.partition("=")
     return (name, text) if equals and "/" not in name else (corpus, corpus)
@@ -63,114 +66,158 @@ def _corpus(value: str) -> str:
     return "" if all(name_and_text(value)) else f"expected a corpus name or NAME=FILE, got {shown_text(value)}"
 
 
-Natural = Annotated[int, Range(0, MOST)]
-Count = Annotated[int, Range(1, MOST)]
-Length = Annotated[int, Range(2, MOST)]  # tokens; a window of one token predicts nothing
+Natural = Annotated[int, Range(0, COUNT_LIMIT)]
+Count = Annotated[int, Range(1, COUNT_LIMIT)]
+Length = Annotated[int, Range(2, COUNT_LIMIT)]
+"""Tokens. A window of one token predicts nothing."""
 Positive = Annotated[float, Range(0, above=True)]
 Fraction = Annotated[float, Range(0, 1)]
 Family = Literal["attention", "ffn", "attention-block", "ffn-block", "layer"]
 Measure = Literal["parameters", "flops", "kv-cache", "latency"]
 MetricName = Literal["wanda-sp", "flap", "obs", "taylor", "magnitude", "random", "uniform"]
 RepairMethod = Literal["none", "bias", "least-squares", "least-squares-bias"]
+GRADIENT_METRICS = ("taylor",)
+"""The metrics that need a backward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibration:
-    """The text the search measures losses on."""
+class CalibrationSettings:
+    """The text on which the search measures losses."""
 
-    corpus: str  # a corpus name, or a file
-    windows: Count = 120_000  # at most this many windows are searched over
-    seqlen: Length = 128  # tokens a window
-    batch: Count = 8  # windows a step
-    heldout: Count = 32  # windows set aside to judge the hard mask, never searched on
+    # A corpus name or a text file.
+    corpus: str
+    # Maximum number of windows that the search draws its batches from.
+    windows: Count = 120_000
+    # Tokens per window.
+    seqlen: Length = 128
+    # Windows per step.
+    batch: Count = 8
+    # Windows set aside to evaluate the current decision. The search never samples its batches from them.
+    heldout: Count = 32
 
 
 @dataclass(frozen=True, kw_only=True)
-class Units:
-    """What is kept or removed as a whole: KV heads, FFN channels, sub-layers or decoder layers."""
+class UnitsSettings:
+    """Which units are kept or removed as a whole."""
 
+    # `attention` (KV heads with their query heads) and `ffn` (FFN channels) are searched by width or by unit.
+    # `attention-block`, `ffn-block` and `layer` remove whole blocks or decoder layers and need `search.policy: units`.
     families: Annotated[tuple[Family, ...], _disjoint] = ("attention", "ffn")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Budget:
-    """How much goes: a fraction of what units cost, of all together, of each family or of each layer of a family."""
+class BudgetSettings:
+    """How much is removed."""
 
+    # The fraction of the `measure` to remove. 0.3 removes 30 % of the prunable parameters, FLOPs, KV cache or latency.
     sparsity: Fraction
-    measure: Measure = "parameters"  # what sparsity is a fraction of; latency is measured on the device
+    # What `sparsity` is a fraction of. Latency is measured on the device before the search.
+    measure: Measure = "parameters"
+    # Where the sparsity holds: over all units together, in each family, or in each layer of each family.
     scope: Literal["per-family", "global", "per-layer"] = "global"
-    context: Annotated[int, Range(1, 2**20 + 1)] = 2048  # tokens at which FLOPs, KV-cache bytes and latency are counted
-    min_keep: Fraction = 0.0  # of the units of every layer and family
-    ffn_multiple: Count = 1  # FFN widths are multiples of it, or a layer's whole width
+    # Sequence length, in tokens, at which FLOPs, KV-cache bytes and latency are counted.
+    context: Annotated[int, Range(1, 2**20 + 1)] = 2048
+    # The fraction of its units that every layer keeps at least, in each family.
+    min_keep: Fraction = 0.0
+    # Kept FFN widths are multiples of this number, or the full width of the layer.
+    ffn_multiple: Count = 1
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scores:
-    """The metric that seeds the policy, and the calibration text it reads."""
+class ScoreSettings:
+    """The scores of the units, from which the search starts."""
 
+    # The function that computes the scores.
     metric: MetricName = "obs"
+    # Calibration windows that the metric reads.
     windows: Count = 128
-    seqlen: Length = 1024  # tokens a window
+    # Tokens per window.
+    seqlen: Length = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Start:
-    """How the scores becomes the starting theta."""
+class StartSettings:
+    """How scores become the starting keep probabilities (theta) of the unit search."""
 
+    # `sigmap` (the paper's) takes the z-score within each layer and applies a sigmoid.
+    # `linear` scales each layer's scores from 0 (lowest) to 1 (highest).
+    # Both are then shifted so that the expected mask meets the budget.
     mapping: Literal["sigmap", "linear"] = "sigmap"
-    temperature: Positive = 1.0  # below 1 the start is surer of the scores' order
+    # Divides the scaled scores. Below 1, the starting probabilities are closer to 0 and 1.
+    temperature: Positive = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
-    """The loop: `forward passes` forward passes of one batch, `samples` of them a step."""
+class SearchSettings:
+    """The search. Every step samples `masks_per_step` masks and runs one forward pass of one batch for each of them."""
 
-    policy: Literal["widths", "units"] = "widths"  # what is sampled: the layers' widths, or every unit by itself
+    # What is searched: the width of each block (`widths`), or every unit on its own (`units`, as in the paper).
+    policy: Literal["widths", "units"] = "widths"
+    # Total number of forward passes.
     forward_passes: Natural = 320
-    masks_per_step: Length = 16  # masks a step; they are compared with each other, so one is not enough
-    estimator: Literal["paper", "rloo"] = "rloo"  # this and the next two: of the units policy only
-    learning_rate: Annotated[float, Range(0)] = 0.0  # 0: chosen by the number of steps
+    # Masks per step. Their losses are compared with each other, so at least two are needed.
+    masks_per_step: Length = 16
+    # Baseline of the policy gradient, for `policy: units`: leave-one-out over the step's masks (`rloo`) or the
+    # paper's moving average (`paper`).
+    estimator: Literal["paper", "rloo"] = "rloo"
+    # Learning rate, for `policy: units`. 0 chooses it from the number of steps.
+    learning_rate: Annotated[float, Range(0)] = 0.0
+    # Learning rate schedule, for `policy: units`. `cosine` decays it to 0 at the last step.
     schedule: Literal["cosine", "constant"] = "cosine"
-    checkpoint_every: Count = 100  # steps
-    evaluate_every: Count = 100  # steps
+    # Steps between checkpoints.
+    checkpoint_every: Count = 100
+    # Steps between evaluations of the current decision on the held-out windows.
+    evaluate_every: Count = 100
 
     @property
     def steps(self) -> int:
-        """Updates of the policy; forward passes that make no whole step are not spent."""
+        """Number of policy updates. Forward passes that do not fill a whole step are not used."""
         return self.forward_passes // self.masks_per_step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Repair:
-    """The closed-form repair of the kept weights of o and down, by forward passes only."""
+class RepairSettings:
+    """The closed-form repair of the kept output projections (attention o, FFN down). It needs forward passes only."""
 
+    # What is refitted: nothing, biases only, weights by least squares, or weights and biases.
     method: RepairMethod = "least-squares"
-    windows: Count = 384  # windows of calibration.seqlen that it is fitted to
-    damping: Positive = 1e-3  # of the mean second moment; more keeps closer to the weights as they are
+    # Windows of `calibration.seqlen` tokens that the repair is fitted to.
+    windows: Count = 384
+    # Regularisation, relative to the mean second moment. Higher values stay closer to the original weights.
+    damping: Positive = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
-    """The perplexities reported, one for each corpus and window length (tokens)."""
+class EvaluationSettings:
+    """The perplexities that `pgprune eval` reports: one for each corpus and window length."""
 
-    corpora: tuple[Annotated[str, _corpus], ...] = ("wikitext2",)  # names, or NAME=FILE, as of `--ppl`
+    # Corpus names or NAME=FILE, as for `--ppl`.
+    corpora: tuple[Annotated[str, _corpus], ...] = ("wikitext2",)
+    # Window lengths in tokens.
     seqlen: tuple[Length, ...] = (128, 2048)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One search. A `device` of several (`cuda:0,cuda:1`) spreads the layers over them."""
+    """A recipe describes one search: the model, the budget and the settings of every phase."""
 
-    model: str  # a hub name, a directory, a GGUF file or its directory, or "demo"
+    # A hub name, a model directory, a GGUF file or its directory, or `demo`.
+    model: str
+    # Data type of the weights and of the computation. `auto` uses the model's own.
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "bfloat16"
-    weight_format: Literal["full", "int8", "fp8"] = "full"  # what the layers' projections are kept in while it searches
+    # How the weights of the decoder layers are stored during the search. `full` stores them in `dtype`. `int8` and
+    # `fp8` round them to one byte per weight, to save memory; `fp8` also multiplies in fp8. Exports always start from
+    # the original weights.
+    weight_format: Literal["full", "int8", "fp8"] = "full"
+    # `auto`, `cpu`, `cuda`, `cuda:N`, or a list such as `cuda:0,cuda:1`, which spreads the layers over several GPUs.
     device: Annotated[str, _device] = "auto"
+    # Seed of all random choices. The same seed on the same machine gives the same search.
     seed: Annotated[int, Range(0, 2**32)] = 0
-    calibration: Calibration
-    units: Units = Units()
-    budget: Budget
-    scores: Scores = Scores()
-    start: Start = Start()
-    search: Search = Search()
-    repair: Repair = Repair()
-    evaluation: Evaluation = Evaluation()
+    calibration: CalibrationSettings
+    units: UnitsSettings = UnitsSettings()
+    budget: BudgetSettings
+    scores: ScoreSettings = ScoreSettings()
+    start: StartSettings = StartSettings()
+    search: SearchSettings = SearchSettings()
+    repair: RepairSettings = RepairSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()

@@ -20,7 +20,7 @@ from torch import Tensor, uint8
 
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.repair.width_table import BlockWidths
-from pgprune_cli.run.layout import WIDTHS_FOLDER
+from pgprune_cli.run.layout import WIDTHS_FOLDER, widths_file
 from pgprune_cli.storage.atomic import write_bytes
 from pgprune_cli.storage.records import metadata, read_tensors, with_checksum
 
@@ -35,12 +35,12 @@ def save_layer(run: Path, index: int, blocks: Mapping[str, BlockWidths], identit
         tensors |= {f"{name}.{ERRORS}": block.errors, f"{name}.{ORDER}": block.order}
         tensors |= {f"{name}.{kept}": weight for kept, weight in block.weights.items()}
     about = with_checksum({"identity": identity, "tensors_sha256": _digest(tensors)})
-    write_bytes(_path(run, index), save(tensors, metadata={ABOUT: json.dumps(about)}))
+    write_bytes(widths_file(run, index), save(tensors, metadata={ABOUT: json.dumps(about)}))
 
 
 def has_layer(run: Path, index: int, identity: str) -> bool:
     """Return whether a layer's file exists, is whole and belongs to this search. Reads all of it."""
-    path = _path(run, index)
+    path = widths_file(run, index)
     if not path.exists():
         return False
     try:
@@ -56,7 +56,7 @@ def load_layer(run: Path, index: int) -> dict[str, BlockWidths]:
     Raises UserError for a file that is missing or truncated.
     """
     blocks: dict[str, dict[str, Any]] = {}
-    for name, tensor in read_tensors(_path(run, index)).items():
+    for name, tensor in read_tensors(widths_file(run, index)).items():
         block, _, key = name.rpartition(".")
         blocks.setdefault(block, {})[key] = tensor
     return {
@@ -69,7 +69,7 @@ def load_layer(run: Path, index: int) -> dict[str, BlockWidths]:
 
 def refuse_full_disk(run: Path, layers: int, needed: int) -> None:
     """Raise RunError if `needed` bytes, the files of all `layers`, do not fit on the disk besides those that exist."""
-    missing = needed * sum(not _path(run, index).exists() for index in range(layers)) // layers
+    missing = needed * sum(not widths_file(run, index).exists() for index in range(layers)) // layers
     free = shutil.disk_usage(run).free
     if missing > free:
         raise RunError(
@@ -86,10 +86,6 @@ def remove_widths(run: Path) -> None:
             path.unlink()
         with suppress(OSError):  # on NFS, a file that is still mapped keeps a name until its process ends
             folder.rmdir()
-
-
-def _path(run: Path, index: int) -> Path:
-    return run / WIDTHS_FOLDER / f"layer-{index:05d}.safetensors"
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

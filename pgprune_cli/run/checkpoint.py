@@ -1,7 +1,8 @@
-"""The state of a search on disk: whole or absent, versioned, checksummed; damage is refused, never started over.
+"""Checkpoints: the state of a search on disk, whole or absent, with checksums. A corrupt one is refused.
 
-A checkpoint is a directory `checkpoints/step-<n>/` of two files, written under a temporary name and renamed. The last
-two are kept. `metrics.jsonl` grows beside them, and a checkpoint says how many of its bytes belong to it.
+A checkpoint is a folder with two files (tensors and a JSON record), which is written under a temporary name and then
+renamed. The last two are kept. The history grows outside of it, so a checkpoint records how many bytes of it are its
+own.
 """
 
 from __future__ import annotations
@@ -19,25 +20,24 @@ from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.errors import UserError
 from pgprune_cli.run.history import Written
-from pgprune_cli.run.layout import CHECKPOINTS_FOLDER
+from pgprune_cli.run.layout import CHECKPOINT_RECORD, CHECKPOINT_TENSORS, checkpoint_folder, checkpoint_folders
 from pgprune_cli.storage.atomic import new_directory, write_bytes
-from pgprune_cli.storage.records import checksum, read_json, read_tensors, refuse_newer, with_checksum, write_record
+from pgprune_cli.storage.records import checksum, read_record, read_tensors, write_record
 
-VERSION = 3
+VERSION = 1
 KEPT = 2
-CHECKPOINT_TENSORS = "state.safetensors"
-CHECKPOINT_RECORD = "state.json"
+"""How many checkpoints a run keeps."""
 STATES: dict[str, type[SearchState] | type[WidthState]] = {"units": SearchState, "widths": WidthState}
+"""The state of each policy."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Everything a search goes on from.
+    """Everything that a search needs to resume.
 
-    state: of the policy, its parameters, step and generator; data_position: batches drawn; schedule: [name, full rate,
-    steps] of the learning rate; bad_steps: how many steps in a row had no finite loss; forward_passes: model evaluations so
-    far; seconds: of search so far; history: what of `metrics.jsonl` goes with it; identity: digest of the recipe and
-    scores that the search belongs to.
+    state: of the policy, with its step and random generator; data_position: batches drawn so far; bad_steps: steps in a
+    row without a finite loss; forward_passes: model evaluations so far; seconds: search time so far; history: the part
+    of the history that belongs to this checkpoint; identity: digest of the recipe, model and scores.
     """
 
     state: SearchState | WidthState
@@ -49,15 +49,19 @@ class Checkpoint:
     identity: str
 
 
+class CorruptCheckpoint(UserError):  # noqa: N818  (it names the file's state)
+    """A checkpoint does not match its checksum or misses a part."""
+
+
 def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
-    """Writes `checkpoint` into the run directory and drops all but the last two. Returns its directory."""
+    """Write `checkpoint` into the run directory and remove all but the last two. Return its folder."""
     state = checkpoint.state
-    target = run / CHECKPOINTS_FOLDER / _name(state.step)
-    if target.exists():  # a search that resumes here and stops at once
-        return target
+    folder = checkpoint_folder(run, state.step)
+    if folder.exists():  # a resumed search that stops before its next step
+        return folder
     values = {entry.name: getattr(state, entry.name) for entry in fields(state)}
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
-    with new_directory(target) as temporary:
+    with new_directory(folder) as temporary:
         write_bytes(temporary / CHECKPOINT_TENSORS, save(tensors))
         record = {
             "version": VERSION,
@@ -74,21 +78,22 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
         }
         write_record(temporary / CHECKPOINT_RECORD, record)
     drop_old(run)
-    return target
+    return folder
 
 
 def drop_old(run: Path) -> None:
-    """Removes all checkpoints but the last two, and what is left of one whose removal was cut short."""
-    for old in _all(run)[:-KEPT]:
-        shutil.rmtree(old)
+    """Remove all checkpoints but the last two, including one whose removal was interrupted."""
+    for folder in checkpoint_folders(run)[:-KEPT]:
+        shutil.rmtree(folder)
 
 
 def latest_checkpoint(run: Path, skip_corrupt_checkpoint: bool = False) -> Checkpoint | None:
-    """The newest checkpoint of a run, or None where it has none. Raises UserError when that one is damaged.
+    """Return the newest checkpoint of a run, or None without one.
 
-    With `skip_corrupt_checkpoint` a damaged one goes, where the one before it is whole, which then is the newest.
+    With `skip_corrupt_checkpoint`, a corrupt newest checkpoint is removed and the one before it is returned, if that
+    one is intact. Raises CorruptCheckpoint otherwise.
     """
-    folders = _all(run)
+    folders = checkpoint_folders(run)
     if not folders:
         return None
     try:
@@ -96,55 +101,53 @@ def latest_checkpoint(run: Path, skip_corrupt_checkpoint: bool = False) -> Check
     except CorruptCheckpoint:
         if not skip_corrupt_checkpoint or len(folders) == 1:
             raise
-    before = load_checkpoint(folders[-2], folders[:-2])
+    previous = load_checkpoint(folders[-2], folders[:-2])
     shutil.rmtree(folders[-1])
-    return before
-
-
-class CorruptCheckpoint(UserError):  # noqa: N818  (it says what the file is)
-    """A checkpoint is not what was written."""
+    return previous
 
 
 def load_checkpoint(folder: Path, older: Sequence[Path] = ()) -> Checkpoint:
-    """The checkpoint in `folder`; `older` ones there are. Raises CorruptCheckpoint, or UserError for one of another version."""
-    remedy = (
-        f"go on from {older[-1].name}, or search with --skip-corrupt-checkpoint" if older else "start this search over"
-    )
+    """Return the checkpoint in `folder`. The `older` folders are named in the advice of an error.
+
+    Raises:
+        CorruptCheckpoint: the checkpoint is damaged.
+        UserError: another version of pgprune wrote it.
+    """
     try:
-        record = read_json(folder / CHECKPOINT_RECORD)
-        if record != with_checksum(record):
-            raise UserError(f"{CHECKPOINT_RECORD} is not what was written")
+        record = read_record(folder / CHECKPOINT_RECORD)
         if record["version"] == VERSION:
-            return _read(folder, record)
+            return _checkpoint_of(folder, record)
     except (UserError, KeyError, ValueError, TypeError) as error:
-        raise CorruptCheckpoint(f"{folder}: damaged checkpoint: {error}; remove that directory to {remedy}") from None
-    refuse_newer(folder, record["version"], VERSION)
+        reason = f"{error} is missing" if isinstance(error, KeyError) else f"{error}".replace(f"{folder}/", "")
+        raise CorruptCheckpoint(f"{folder}: the checkpoint is corrupt ({reason}). {_advice(older)}") from None
     raise UserError(
-        f"{folder}: of version {record['version']}, and this pgprune reads {VERSION}; start over with --out"
+        f"{folder}: the checkpoint has version {record['version']}, but this pgprune reads version {VERSION}. "
+        "Use the pgprune that wrote it, or start over in another directory with --out."
     )
 
 
-def _read(folder: Path, record: dict[str, Any]) -> Checkpoint:
-    if folder.name != _name(record["step"]):
-        raise UserError(f"{CHECKPOINT_RECORD} is of {_name(record['step'])}")
-    if not (folder / CHECKPOINT_TENSORS).exists() or checksum(folder / CHECKPOINT_TENSORS) != record["state_sha256"]:
-        raise UserError(f"{CHECKPOINT_TENSORS} is not what was written")
+def _advice(older: Sequence[Path]) -> str:
+    if older:
+        return f"To resume from {older[-1].name}, remove that directory or search with --skip-corrupt-checkpoint."
+    return "Remove that directory to start the search over."
+
+
+def _checkpoint_of(folder: Path, record: dict[str, Any]) -> Checkpoint:
+    """Return the checkpoint of a record whose own checksum is right. Raises UserError, KeyError."""
+    expected_name = checkpoint_folder(folder, record["step"]).name
+    if folder.name != expected_name:
+        raise UserError(f"{CHECKPOINT_RECORD} belongs to {expected_name}")
+    tensors_path = folder / CHECKPOINT_TENSORS
+    if not tensors_path.exists() or checksum(tensors_path) != record["state_sha256"]:
+        raise UserError(f"{CHECKPOINT_TENSORS} is missing or does not match its checksum")
     kind = STATES[record["policy"]]
-    values: dict[str, Any] = record | read_tensors(folder / CHECKPOINT_TENSORS)
+    values: dict[str, Any] = record | read_tensors(tensors_path)
     return Checkpoint(
-        kind(**{entry.name: values[entry.name] for entry in fields(kind)}),
-        record["data_position"],
-        record["bad_steps"],
-        record["forward_passes"],
-        record["seconds"],
-        Written(record["history_bytes"], record.get("history_sha256", "")),
-        record["identity"],
+        state=kind(**{entry.name: values[entry.name] for entry in fields(kind)}),
+        data_position=record["data_position"],
+        bad_steps=record["bad_steps"],
+        forward_passes=record["forward_passes"],
+        seconds=record["seconds"],
+        history=Written(record["history_bytes"], record["history_sha256"]),
+        identity=record["identity"],
     )
-
-
-def _name(step: int) -> str:
-    return f"step-{step:08d}"
-
-
-def _all(run: Path) -> list[Path]:
-    return sorted((run / CHECKPOINTS_FOLDER).glob("step-*"))

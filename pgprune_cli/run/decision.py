@@ -27,14 +27,13 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Decision:
-    """A keep decision and its origin.
+    """Which units are kept, and where the decision comes from.
 
-    model: as the recipe names it; fingerprint: of the base's config and weights; sparsity: the fraction of the
-    prunable parameters that is removed in fact; recipe: the resolved recipe as YAML; forward_passes: model evaluations of the
-    search; calibration_forward_passes: passes of scoring and repair, counted in the search's batches; heldout_loss: of the
-    pruned and repaired model on held-out calibration text, nats per token; outputs: the repaired output projections;
-    budget: what was budgeted (`of`) and the fraction of it that is `kept` in fact; dense_loss: as heldout_loss, of the
-    dense model, None in decisions of before it was measured.
+    model: as the recipe names it; fingerprint: of the base model's config and weights; sparsity: the removed fraction
+    of the prunable parameters; recipe: the resolved recipe as YAML; forward_passes: model evaluations of the search;
+    calibration_forward_passes: passes for scores and repair, counted in batches of the search; heldout_loss: of the
+    pruned and repaired model on held-out calibration text, in nats per token; dense_loss: the same of the dense model;
+    outputs: the repaired output projections; budget: the `measure` that was budgeted and the fraction of it `kept`.
     """
 
     model_mask: ModelMask
@@ -93,9 +92,7 @@ class Decision:
             )
             values = {name: record[name] for name in cls._recorded()}
             outputs = _load_outputs(run, record) if with_repair else {}
-            # decisions of before there were budgets of anything but parameters say nothing of theirs
-            later = {"dense_loss": record.get("dense_loss"), "budget": record.get("budget", {})}
-            return cls(keep, **values, outputs=outputs, **later)
+            return cls(keep, **values, outputs=outputs, dense_loss=record["dense_loss"], budget=record["budget"])
         except KeyError as missing:
             raise _not_whole(run, missing) from None
 
@@ -145,7 +142,7 @@ def _flat(outputs: Outputs) -> dict[str, torch.Tensor]:
 
 
 def _load_outputs(run: Path, record: dict[str, Any]) -> Outputs:
-    wanted = record.get("repair_sha256")  # decisions of before there was a repair have none
+    wanted = record["repair_sha256"]
     if wanted is None:
         return {}
     if not (run / REPAIR_FILE).exists() or checksum(run / REPAIR_FILE) != wanted:

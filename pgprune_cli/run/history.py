@@ -87,8 +87,7 @@ def refuse_other_history(run: Path, written: Written) -> None:
     content = path.read_bytes() if path.exists() else b""
     if len(content) < written.bytes:
         raise UserError(f"{path}: {len(content)} bytes where the checkpoint wrote {written.bytes}: it was cut")
-    # checkpoints of before there was a checksum of it have none
-    if written.sha256 and hashlib.sha256(content[: written.bytes]).hexdigest() != written.sha256:
+    if hashlib.sha256(content[: written.bytes]).hexdigest() != written.sha256:
         raise UserError(
             f"{path}: damaged: not what was written; put it back, or remove the run directory to start over"
         )

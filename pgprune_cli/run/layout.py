@@ -1,4 +1,7 @@
-"""Where runs lie and what their files are called. Light: for whoever only looks at runs, shell completion too."""
+"""The layout of a run directory: where runs are, and the name of every file in one.
+
+No other module spells these names. It imports nothing heavy, so that shell completion can use it.
+"""
 
 from __future__ import annotations
 
@@ -10,69 +13,98 @@ from pgprune_cli.errors import UserError
 
 RUNS_VARIABLE = "PGPRUNE_RUNS"
 
-RECIPE_FILE = "recipe.yaml"
+# Every run
+RECIPE_FILE = "recipe.yaml"  # the resolved recipe
+PROVENANCE_FILE = "provenance.jsonl"  # the commands that wrote here, with versions and machine
+LOCK_FILE = ".lock"  # held while a process works in the directory
+
+# Scores, and what the search measures before its first step
 SCORES_FILE = "scores.safetensors"
-CHECKPOINTS_FOLDER = "checkpoints"
-METRICS_FILE = "metrics.jsonl"
-DECISION_MASKS, DECISION_RECORD = "decision.safetensors", "decision.json"
-REPAIR_FILE = "repair.safetensors"
-WIDTHS_FOLDER = "widths"
-"""A folder: of a search over widths, while it is not finished."""
-EVALUATION_FILE = "evaluation.json"
-"""By `pgprune eval RUN`."""
-MEASURED_FILE = "measured.json"
-"""By `pgprune compare`, of each of its runs."""
+COSTS_FILE = "costs.json"  # latency per unit, for budget.measure: latency
+WIDTHS_FOLDER = "widths"  # the width table, one file per layer, until the search is finished
+_WIDTHS_FILE = "layer-{:05d}.safetensors"
+
+# The search
+METRICS_FILE = "metrics.jsonl"  # the history, one row per step
+CHECKPOINTS_FOLDER = "checkpoints"  # the last two checkpoints, one folder each
+_CHECKPOINT = "step-{:08d}"
+CHECKPOINT_TENSORS = "state.safetensors"
+CHECKPOINT_RECORD = "state.json"
+TENSORBOARD_FOLDER = "tensorboard"
+
+# The decision
+DECISION_MASKS = "decision.safetensors"
+DECISION_RECORD = "decision.json"
+REPAIR_FILE = "repair.safetensors"  # repaired output projections
+
+# After the search
+EVALUATION_FILE = "evaluation.json"  # by `pgprune eval RUN`
+REPORT_FILE = "report.html"  # by `pgprune report`
+
+# A comparison: these two in its directory, and one file in each of its runs
+COMPARISON_RECORD = "comparison.json"
+COMPARISON_TABLE = "comparison.md"
+MEASURED_FILE = "measured.json"  # the perplexities of one run
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Return the folder of the checkpoint at `step`."""
+    return run / CHECKPOINTS_FOLDER / _CHECKPOINT.format(step)
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """Return the folders of all checkpoints on disk, oldest first."""
+    prefix = _CHECKPOINT.partition("{")[0]
+    return sorted((run / CHECKPOINTS_FOLDER).glob(f"{prefix}*"))
+
+
+def checkpoint_step(folder: Path) -> int | None:
+    """Return the step of a checkpoint folder, or None if its name has no step."""
+    step = folder.name.removeprefix(_CHECKPOINT.partition("{")[0])
+    return int(step) if step.isdecimal() else None
+
+
+def widths_file(run: Path, layer: int) -> Path:
+    """Return the file of one layer of the width table."""
+    return run / WIDTHS_FOLDER / _WIDTHS_FILE.format(layer)
+
+
+def widths_files(run: Path) -> list[Path]:
+    """Return the files of all layers of the width table that are on disk."""
+    prefix, _, suffix = _WIDTHS_FILE.partition("{:05d}")
+    return sorted((run / WIDTHS_FOLDER).glob(f"{prefix}*{suffix}"))
 
 
 def runs_folder() -> Path:
-    """Where runs go that are not told where to: $PGPRUNE_RUNS, or `runs`."""
+    """Return the default parent of run directories: $PGPRUNE_RUNS, or `runs`."""
     return Path(os.environ.get(RUNS_VARIABLE) or "runs")
 
 
 def is_run(folder: Path) -> bool:
-    """Whether a directory is a run's, begun or finished. An exported model, which holds a decision too, is none."""
-    return (
-        any((folder / name).exists() for name in (RECIPE_FILE, SCORES_FILE)) and not (folder / "config.json").exists()
-    )
+    """Return whether a directory is a run, finished or not. An exported model has a decision too, but is not a run."""
+    has_run_file = any((folder / name).exists() for name in (RECIPE_FILE, SCORES_FILE))
+    return has_run_file and not (folder / "config.json").exists()
 
 
 def run_directories(folder: Path) -> Iterator[Path]:
-    """Every run in a folder and below it, in the order of their names. A folder that is a run holds no others."""
+    """Yield every run in a folder and below it, sorted by name. Runs are not nested."""
     if is_run(folder):
         yield folder
         return
-    for below in sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else ():
-        if not below.name.startswith("."):
-            yield from run_directories(below)
+    subfolders = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    for subfolder in subfolders:
+        if not subfolder.name.startswith("."):
+            yield from run_directories(subfolder)
 
 
 def refuse_unfinished(run: Path) -> None:
-    """Raises UserError for what is no run, and for a run without a decision: it says which, and what would help."""
+    """Raise UserError, with the command that helps, if `run` is not a run or has no decision yet."""
     if all((run / name).exists() for name in (DECISION_MASKS, DECISION_RECORD)):
         return
     if (run / RECIPE_FILE).exists():
-        again = f"pgprune search {run / RECIPE_FILE} --out {run}"
-        raise UserError(f"{run}: its search is not finished, there is no decision yet; to go on: {again}")
+        command = f"pgprune search {run / RECIPE_FILE} --out {run}"
+        raise UserError(f"{run}: the search is not finished, so there is no decision yet. Resume it with: {command}")
     if is_run(run):
-        raise UserError(f"{run}: only scored so far; `pgprune search RECIPE --out {run}` makes the decision")
-    what = "holds no run" if run.is_dir() else "no such run directory"
-    raise UserError(f"{run}: {what}; `pgprune runs` lists those there are")
-
-
-REPORT_FILE = "report.html"
-
-
-LOCK_FILE = ".lock"
-
-
-PROVENANCE_FILE = "provenance.jsonl"
-
-
-COSTS_FILE = "costs.json"
-
-
-TENSORBOARD_FOLDER = "tensorboard"
-"""The folder of a run that TensorBoard reads."""
-
-
-COMPARISON_RECORD, COMPARISON_TABLE = "comparison.json", "comparison.md"
+        raise UserError(f"{run}: holds scores but no decision. Run the search with: pgprune search RECIPE --out {run}")
+    problem = "is not a run directory" if run.is_dir() else "no such run directory"
+    raise UserError(f"{run}: {problem}. `pgprune runs` lists the existing runs.")

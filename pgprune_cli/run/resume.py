@@ -15,8 +15,8 @@ import yaml
 from torch import Tensor
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.recipe.reader import dump, load
-from pgprune_cli.recipe.schema import Evaluation, Recipe
+from pgprune_cli.recipe.reader import dump, parse
+from pgprune_cli.recipe.schema import EvaluationSettings, Recipe
 from pgprune_cli.run.checkpoint import Checkpoint, drop_old, latest_checkpoint
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.history import refuse_other_history
@@ -31,7 +31,7 @@ def identity_of(recipe: Recipe, fingerprint: str, origin: Tensor) -> str:
 def _comparable(recipe: Recipe) -> str:
     """The recipe without what changes no result: where it runs, how often it saves, what is evaluated later."""
     search = replace(recipe.search, checkpoint_every=1)
-    return dump(replace(recipe, device="auto", evaluation=Evaluation(), search=search))
+    return dump(replace(recipe, device="auto", evaluation=EvaluationSettings(), search=search))
 
 
 def finished(run: Path, recipe: Recipe) -> Decision:
@@ -59,7 +59,7 @@ def refuse_other_recipe(run: Path, recipe: Recipe) -> None:
     """Raises UserError where the run was begun with a recipe that gives another result."""
     if not (run / RECIPE_FILE).exists():
         return
-    before = _comparable(load(run / RECIPE_FILE)).splitlines()
+    before = _comparable(parse((run / RECIPE_FILE).read_text(encoding="utf-8"), f"{run / RECIPE_FILE}")).splitlines()
     now = _comparable(recipe).splitlines()
     changed = [f"{b.strip()} → {n.strip()}" for b, n in zip(before, now, strict=True) if b != n]
     if changed:

@@ -41,11 +41,11 @@ class Scores:
         """Raises UserError when the file is damaged or not ours."""
         path = run / SCORES_FILE
         tensors, found = read_tensors(path), metadata(path)
-        about: dict[str, Any] = dict(found)  # as they were before there were checksums
-        if ABOUT in found:
-            about = _whole(path, found[ABOUT], tensors)
+        if ABOUT not in found:
+            raise UserError(f"{path}: these are not scores of pgprune. Write them with `pgprune init-scores`.")
+        about = _whole(path, found[ABOUT], tensors)
         if about.get("metric") not in get_args(MetricName) or "fingerprint" not in about:
-            raise UserError(f"{path}: not scores of pgprune; `pgprune init-scores` writes them")
+            raise UserError(f"{path}: these are not scores of pgprune. Write them with `pgprune init-scores`.")
         return cls(tensors, cast(MetricName, about["metric"]), about["fingerprint"])
 
 

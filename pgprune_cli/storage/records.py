@@ -44,10 +44,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What `write_record` wrote, or an earlier pgprune without a checksum. Raises UserError when it is damaged."""
+    """Return the record that `write_record` wrote. Raises UserError if it is damaged or has no checksum."""
     record = read_json(path)
-    if CHECKSUM in record and record != with_checksum(record):
-        raise UserError(f"{path}: damaged: it is not what was written")
+    if record != with_checksum(record):
+        raise UserError(f"{path}: damaged: does not match its checksum")
     return {key: value for key, value in record.items() if key != CHECKSUM}
 
 

@@ -18,7 +18,7 @@ from pgprune_cli.estimate.flops import forward_passes
 from pgprune_cli.estimate.sizes import Sizes
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.masks import ModelMask
-from pgprune_cli.recipe.schema import Budget, Calibration, Recipe
+from pgprune_cli.recipe.schema import BudgetSettings, CalibrationSettings, Recipe
 
 CPU_SIZE, GPU_SIZE = 1024, 8192
 """Rows of the square matrices that are multiplied: large enough to reach the full rate."""
@@ -26,7 +26,7 @@ CPU_SIZE, GPU_SIZE = 1024, 8192
 
 def flops_of(evaluator: Evaluator, kept: float, tokens: Tensor) -> int:
     """Return the FLOPs of one forward pass."""
-    recipe = Recipe(model="", calibration=Calibration(corpus=""), budget=Budget(sparsity=1.0 - kept))
+    recipe = Recipe(model="", calibration=CalibrationSettings(corpus=""), budget=BudgetSettings(sparsity=1.0 - kept))
     return forward_passes(Sizes(evaluator.model, recipe), tokens, 1).total()
 
 

@@ -28,7 +28,7 @@ from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.loading import WeightFormat, devices_of, load_prunable
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import resolve
-from pgprune_cli.recipe.schema import Budget, Calibration, Recipe
+from pgprune_cli.recipe.schema import BudgetSettings, CalibrationSettings, Recipe
 
 SLACK = 1.10
 
@@ -36,7 +36,10 @@ SLACK = 1.10
 def needed(evaluator: Evaluator, tokens: Tensor, weight_format: WeightFormat) -> Memory:
     """Return the memory that the estimate allows for a search."""
     recipe = Recipe(
-        model="", weight_format=weight_format, calibration=Calibration(corpus=""), budget=Budget(sparsity=0.5)
+        model="",
+        weight_format=weight_format,
+        calibration=CalibrationSettings(corpus=""),
+        budget=BudgetSettings(sparsity=0.5),
     )
     return memory(Sizes(evaluator.model, recipe), Texts([], [], tokens, tokens))
 

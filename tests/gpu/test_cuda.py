@@ -222,9 +222,7 @@ def test_a_search_on_the_gpu_resumes_bit_for_bit(small, tmp_path, monkeypatch) -
 
 
 def test_a_search_on_the_gpu_is_as_good_as_one_on_the_cpu(small, tmp_path) -> None:
-    on_cpu, on_gpu = (
-        search(small(*WIDTH_SEARCH, f"device={device}"), tmp_path / device) for device in ("cpu", "cuda")
-    )
+    on_cpu, on_gpu = (search(small(*WIDTH_SEARCH, f"device={device}"), tmp_path / device) for device in ("cpu", "cuda"))
     assert on_gpu.heldout_loss == pytest.approx(on_cpu.heldout_loss, rel=0.02)
     assert on_gpu.sparsity == pytest.approx(on_cpu.sparsity, abs=1e-2)
 

@@ -24,7 +24,7 @@ from pgprune_cli.jobs.perplexity import measure_perplexity, perplexity
 from pgprune_cli.jobs.speed import measure_speed
 from pgprune_cli.jobs.targets import open_target
 from pgprune_cli.model.loading import load_tokenizer
-from pgprune_cli.recipe.schema import Evaluation
+from pgprune_cli.recipe.schema import EvaluationSettings
 from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, EVALUATION_FILE
 from pgprune_cli.storage.records import read_record, write_record
 
@@ -148,7 +148,7 @@ def test_target_of_a_run_has_its_recipes_evaluation(run: Path, small) -> None:
 
 def test_target_of_an_export_has_its_recipes_evaluation(run: Path, small, tmp_path: Path) -> None:
     export(run, tmp_path / "small")
-    assert small().evaluation != Evaluation()
+    assert small().evaluation != EvaluationSettings()
     assert open_target(str(tmp_path / "small"), device="cpu").evaluation == small().evaluation
 
 
@@ -170,7 +170,7 @@ def test_target_of_an_export_by_another_version_has_the_default_evaluation(run: 
     whole = read_record(record)
     write_record(record, whole | {"recipe": whole["recipe"] + "of_another_version: 3\n"})
     target = open_target(str(tmp_path / "small"), device="cpu", progress=StderrProgress())
-    assert (target.evaluation, target.base) == (Evaluation(), "demo")
+    assert (target.evaluation, target.base) == (EvaluationSettings(), "demo")
     (warning,) = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("loading ")]
     says(warning, f"{record}: ", "another version")
     write_record(record, whole | {"recipe": whole["recipe"].replace("sparsity: 0.5", "sparsity: half")})

@@ -11,9 +11,7 @@ from helpers.messages import refused
 from pgprune_cli.jobs import report as job
 
 
-def test_the_page_goes_into_the_run_or_for_several_into_the_working_directory(
-    finished, tmp_path, monkeypatch
-) -> None:
+def test_the_page_goes_into_the_run_or_for_several_into_the_working_directory(finished, tmp_path, monkeypatch) -> None:
     pytest.importorskip("altair", reason="pgprune[report] is not installed")
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"

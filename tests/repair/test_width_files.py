@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.model.prunable import PrunableModel
-from pgprune_cli.recipe.schema import Budget, Calibration, Recipe
+from pgprune_cli.recipe.schema import BudgetSettings, CalibrationSettings, Recipe
 from pgprune_cli.repair import width_files
 from pgprune_cli.repair.width_files import has_layer, load_layer, refuse_full_disk, remove_widths, save_layer
 from pgprune_cli.repair.width_table import WidthTable, solve_layers
@@ -110,7 +110,7 @@ def test_what_is_finished_leaves_nothing(saved: Path) -> None:
 
 # --- the table of a search
 
-RECIPE = Recipe(model="", calibration=Calibration(corpus=""), budget=Budget(sparsity=0.5))
+RECIPE = Recipe(model="", calibration=CalibrationSettings(corpus=""), budget=BudgetSettings(sparsity=0.5))
 
 
 def table(model: nn.Module, run: Path, recipe: Recipe = RECIPE, ranks: Ranks = Ranks()) -> WidthTable:  # noqa: B008

@@ -20,7 +20,8 @@ from pgprune_cli.run.layout import LOCK_FILE
 from pgprune_cli.run.lock import locked
 from pgprune_cli.storage import atomic
 
-HOLD = "import sys, pathlib; from pgprune_cli.run.lock import locked\nwith locked(pathlib.Path(sys.argv[1])): print(); input()"
+HOLD = "import sys, pathlib; from pgprune_cli.run.lock import locked\n"
+HOLD += "with locked(pathlib.Path(sys.argv[1])): print(); input()"
 
 
 @pytest.fixture

@@ -208,7 +208,7 @@ def test_a_calibrated_metric_without_text_is_refused(metric: str) -> None:
 
 
 def test_recipes_offer_exactly_the_registered_metrics() -> None:
-    assert set(get_args(recipe.Scores.__annotations__["metric"])) == set(METRICS)
+    assert set(get_args(recipe.ScoreSettings.__annotations__["metric"])) == set(METRICS)
     assert set(METRICS) >= CALIBRATED == set(NEEDS)
 
 

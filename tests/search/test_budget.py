@@ -9,7 +9,7 @@ from helpers.models import tiny_model
 
 from pgprune_cli.core.projection import hard_mask
 from pgprune_cli.model.prunable import PrunableModel
-from pgprune_cli.recipe.schema import Budget, Calibration, Recipe, Units
+from pgprune_cli.recipe.schema import BudgetSettings, CalibrationSettings, Recipe, UnitsSettings
 from pgprune_cli.search import costs
 from pgprune_cli.search.budget import budget_for
 
@@ -19,9 +19,9 @@ MODEL = PrunableModel.of(tiny_model("llama-gqa"))
 def recipe_with(families: tuple[str, ...] = ("attention", "ffn"), **budget) -> Recipe:
     return Recipe(
         model="demo",
-        calibration=Calibration(corpus="demo"),
-        units=Units(families=families),
-        budget=Budget(**{"sparsity": 0.5, "scope": "per-family"} | budget),
+        calibration=CalibrationSettings(corpus="demo"),
+        units=UnitsSettings(families=families),
+        budget=BudgetSettings(**{"sparsity": 0.5, "scope": "per-family"} | budget),
     )
 
 
