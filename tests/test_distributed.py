@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.messages import says
 from helpers.recipes import SMALL
 
 from pgprune_cli.cli import program as cli
@@ -99,7 +100,8 @@ def test_a_signal_to_one_rank_stops_all_with_their_step_saved(alone, tmp_path) -
     done = torchrun(tmp_path, "SIGTERM", 3)
     assert done.returncode != 0
     for rank in (0, 1):
-        said = f"pgprune, rank {rank}: stopped; step 3 of {STEPS} is saved in {tmp_path}; to go on: the same torchrun"
+        saved = f"step 3 of {STEPS} is saved in {tmp_path}"
+        said = f"pgprune, rank {rank}: stopped: {saved}. Resume with: the same torchrun"
         assert said in done.stderr
     assert latest_checkpoint(tmp_path).state.step == 3
     search(load(find("demo"), RECIPE), tmp_path)  # by itself, this time
@@ -229,4 +231,4 @@ def test_torchrun_is_for_search(verb, second_of_two, monkeypatch, capfd) -> None
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    assert capfd.readouterr().err == f"pgprune, rank 1: {verb} is the work of one process; torchrun is for search\n"
+    says(capfd.readouterr().err, f"pgprune, rank 1: {verb}: ", "torchrun")

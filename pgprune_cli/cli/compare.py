@@ -46,10 +46,11 @@ def compare(
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
-    """Run other pruning methods and the paper's ablation on your model.
+    """Compare pruning methods and an ablation on your model.
 
-    Prints one table with the perplexity of every variant. The ablation adds one part of the method at a time: metric,
-    start, widths and repair. This takes many searches. If it is interrupted, run the same command again to resume.
+    Prints one table with the perplexity of every variant. The ablation is the paper's: it adds one part of the method
+    at a time (metric, start, widths, repair). This takes many searches. If it is interrupted, run the same command
+    again to resume.
     """
     try:
         numbers = list(dict.fromkeys(int(seed) for seed in seeds.split(",")))

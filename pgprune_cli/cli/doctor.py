@@ -23,9 +23,10 @@ def doctor(
     overrides: Set = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check that this machine can run a search, and say what to fix.
+    """Check that this machine can run a search.
 
-    Checks Python, packages, devices, memory, disk and the hub. The exit code is 1 if a search would fail.
+    Checks Python, packages, devices, memory, disk and the hub, and says what to fix. The exit code
+    is 1 if a search would fail.
     """
     from dataclasses import asdict
 

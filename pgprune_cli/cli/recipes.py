@@ -24,7 +24,10 @@ recipes_app = typer.Typer(
 
 @recipes_app.callback()
 def recipes(context: typer.Context, as_json: AsJson = False) -> None:
-    """List the recipes that ship, show or copy one, or write a new one for a model."""
+    """List, show and copy recipes, or write a new one.
+
+    Without a command, lists the recipes that ship with pgprune.
+    """
     if context.invoked_subcommand is not None:
         return
     from pgprune_cli.recipe.reader import name_of, shipped, summary

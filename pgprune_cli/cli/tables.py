@@ -1,4 +1,4 @@
-"""What a verb prints on stdout when it is asked for text: tables, and the line an export ends with."""
+"""The text that commands print on stdout: tables, and the last line of an export."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 PIPE_WIDTH = 10_000
-"""Characters that a line may have where no terminal bounds it."""
+"""Maximum width of a line that does not go to a terminal."""
 
 
 def print_result(result: dict[str, Any], as_json: bool, text: str) -> None:
-    """The one object that `--json` promises, or the text that a person reads."""
+    """Print the one JSON object of `--json`, or a text for people."""
     print(json.dumps(result) if as_json else text)
 
 
@@ -34,20 +34,20 @@ def print_plan(summary: dict[str, Any], tensors: list[dict[str, Any]], as_json: 
 
 MEMORY = {
     "weights": "weights",
-    "activations": "activations of a forward",
-    "slices": "slices of one block",
-    "covariances": "covariances of one layer, and solving",
-    "gradients": "gradients, and activations for them",
-    "device": "at most, on {device}",
+    "activations": "activations of a forward pass",
+    "slices": "gathered weights of one block",
+    "covariances": "covariances and solver of one layer",
+    "gradients": "gradients and their activations",
+    "device": "peak on {device}",
     "hidden_states": "hidden states of the calibration text",
-    "written_widths": "repaired projections of one layer, as they are written",
-    "host": "at most, in the host's memory besides",
+    "written_widths": "repaired projections of one layer, while they are written",
+    "host": "peak in host memory, in addition",
     "width_table": "on disk: repaired projections of all widths",
 }
 
 
 def print_estimate(estimate: dict[str, Any], as_json: bool) -> None:
-    """What a search would take."""
+    """Print what a search would take."""
     if as_json:
         print(json.dumps(estimate))
         return
@@ -64,7 +64,7 @@ def print_estimate(estimate: dict[str, Any], as_json: bool) -> None:
     for name, part in estimate["flops"].items():
         rows.append([f"TFLOP: {name}", f"{sum(part.values()) / 1e12:,.3f}"])
     rows += [[f"TFLOP/s in {dtype}, measured now", f"{rate / 1e12:,.3f}"] for dtype, rate in rates.items()]
-    rows.append(["time of these products", f"{estimate['seconds']:,.0f} s"])
+    rows.append(["time of these matrix products", f"{estimate['seconds']:,.0f} s"])
     grid((f"{estimate['model']}, {estimate['parameters'] / 1e6:,.1f} M parameters, {estimate['dtype']}", ""), rows, 1)
     _console().print(estimate["basis"], highlight=False, markup=False)
 
@@ -72,12 +72,12 @@ def print_estimate(estimate: dict[str, Any], as_json: bool) -> None:
 def export_line(summary: dict[str, Any]) -> str:
     before, after = summary["parameters_before"], summary["parameters_after"]
     size = f"{after / 1e6:.1f} M of {before / 1e6:.1f} M parameters, {summary['bytes'] / 1e6:.1f} MB"
-    padded = ", the format's padding counted as kept" if summary["padded"] else ""
+    padded = ", padding counted as kept" if summary["padded"] else ""
     return f"{summary['model']}: {size}; sparsity {summary['sparsity']:.4f}{padded}"
 
 
 def grid(headings: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 2) -> None:
-    """A table whose first `texts` columns are text, and the others numbers; no row is ever folded in a pipe."""
+    """Print a table. The first `texts` columns are text, the others numbers. In a pipe, rows are never folded."""
     from rich.box import HEAVY_HEAD
     from rich.table import Table
 
@@ -92,14 +92,14 @@ def grid(headings: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 2)
 
 
 def _console() -> Console:
-    """Folds at a terminal's edge, and nowhere in a pipe."""
+    """Return a console that folds lines at the edge of a terminal, but not in a pipe."""
     from rich.console import Console
 
     return Console(width=None if Console().is_terminal else PIPE_WIDTH)
 
 
 def print_measured(results: list[dict[str, Any]]) -> None:
-    """A column for each model, a row for each measurement: there may be many of these, and few of those."""
+    """Print a table with a row for each measurement and a column for each model."""
     columns = [measurements(result) for result in results]
     names = dict.fromkeys(name for column in columns for name in column)
     rows = [[name, *(column.get(name, "") for column in columns)] for name in names]

@@ -7,6 +7,7 @@ import re
 import pytest
 
 from pgprune_cli.cli.tables import grid
+from pgprune_cli.console.progress import StderrProgress
 from pgprune_cli.run.history import Row
 from pgprune_cli.search.progress import SearchProgress
 
@@ -14,7 +15,7 @@ LONG = "layers.0.self_attn." + "q" * 300
 COLOUR = re.compile(r"\x1b\[[0-9;]*\b(3[0-8]|9[0-7])\b")
 
 
-def test_in_a_pipe_no_row_is_folded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_grid_never_folds_rows_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
     grid(("tensor", "file", "MB"), [[LONG, "model.safetensors", "1.5"], ["b", "c", "10"]])
     first, second, third = capsys.readouterr().out.splitlines()
     assert first.split() == ["tensor", "file", "MB"]
@@ -22,7 +23,7 @@ def test_in_a_pipe_no_row_is_folded(capsys: pytest.CaptureFixture[str]) -> None:
     assert third.split() == ["b", "c", "10"]
 
 
-def test_on_a_terminal_it_fits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_grid_fits_the_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "60")
     grid(("tensor", "MB"), [[LONG, "1.5"]], texts=1)
@@ -32,15 +33,15 @@ def test_on_a_terminal_it_fits(capsys: pytest.CaptureFixture[str], monkeypatch: 
 
 
 @pytest.mark.parametrize("forbidden", [False, True])
-def test_no_color_means_no_colour(forbidden, capsys, monkeypatch) -> None:
+def test_output_has_no_colours_when_no_color_is_set(forbidden, capsys, monkeypatch) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
     for variable in ("NO_COLOR", "CI"):  # CI makes the view plain lines
         monkeypatch.delenv(variable, raising=False)
     if forbidden:
         monkeypatch.setenv("NO_COLOR", "1")
-    with SearchProgress(2, {"ffn": [4, 4]}, "50% of parameters go") as progress:
-        progress.show(Row(1, [1.0], None, None, 0.5, 1.0, 0, 100.0, 10**9, 1.0))
+    with SearchProgress(2, {"ffn": [4, 4]}, "remove 50% of parameters", progress=StderrProgress()) as view:
+        view.show(Row(1, [1.0], None, None, 0.5, 1.0, 0, 100.0, 10**9, 1.0))
     grid(("tensor", "MB"), [["a", "1.5"]], texts=1)
     out, err = capsys.readouterr()
     assert bool(COLOUR.search(out + err)) is not forbidden

@@ -67,8 +67,8 @@ def test_a_signal_at_any_moment_costs_nothing(bench, job, name) -> None:
     assert ended.code == 128 + getattr(signal, name), ended.said
     assert "Traceback" not in ended.said
     command = shlex.join(["pgprune", *(word.format(base=bench.base) for word in JOBS[job][-1])])
-    assert "pgprune: stopped; " in ended.said
-    assert ended.said.endswith(f"; to go on: {command}\n") == (not (folder / "small").exists())
+    assert "pgprune: stopped: " in ended.said
+    assert ended.said.endswith(f". Resume with: {command}\n") == (not (folder / "small").exists())
     assert not list(folder.rglob("*.tmp"))
     bench.ends_as_if_undisturbed(job, folder)
 

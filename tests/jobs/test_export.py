@@ -220,8 +220,8 @@ def test_a_signal_leaves_no_partial_export(format, signum, code, said, run, pgpr
 
     monkeypatch.setattr("pgprune_cli.export.plan.Plan.tensors", tensors)
     words = ["export", str(run), "--format", format, "--out", f"out.{format}", "-q"]
-    again = f"nothing is written to out.{format}; to go on: pgprune {' '.join(words)}"
-    assert pgprune(*words) == (code, "", f"pgprune: {said}\npgprune: stopped; {again}\n")
+    again = f"nothing is written to out.{format}. Resume with: pgprune {' '.join(words)}"
+    assert pgprune(*words) == (code, "", f"pgprune: {said}\npgprune: stopped: {again}\n")
     assert sorted(Path().iterdir()) == before
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
