@@ -187,7 +187,7 @@ def test_a_window_that_does_not_fit_is_refused(monkeypatch) -> None:
 
     monkeypatch.setattr(masked, "summed_loss", allocate_too_much)
     evaluator = Evaluator(PrunableModel.of(tiny_model("llama-gqa").to("cuda")))
-    with pytest.raises(RunError, match="calibration.seqlen"):
+    with pytest.raises(RunError, match=r"calibration\.seqlen"):
         evaluator.losses(MASKS, some_tokens())
 
 
