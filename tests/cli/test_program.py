@@ -190,7 +190,7 @@ def test_search_dry_run_prints_the_estimate_and_writes_nothing(pgprune) -> None:
         "time of these matrix products",
     ):
         assert row in out
-    assert "estimates, from the shapes of model and recipe" in out
+    assert "estimates from the shapes of the model and the recipe" in out
     code, out, _ = pgprune("search", "demo", *SET, "--dry-run", "--json", "--quiet")
     estimate = json.loads(out)
     assert (code, estimate["forward_passes"]["search"]) == (0, 12)
