@@ -1,4 +1,4 @@
-"""Where memory runs out, everything that goes over text goes on in parts: with the same result, nothing seen twice."""
+"""When memory runs out, every pass over text continues in parts: same result, and no input counted twice."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pgprune_cli.forward.batch_splitting import BatchSplitter
 from pgprune_cli.forward.curvature import output_curvature
 from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.moments import MomentCollector
+from pgprune_cli.model.families.llama import LLAMA
 from pgprune_cli.model.masks import LayerMask
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair.least_squares import repair
@@ -31,7 +32,7 @@ def text() -> list[Tensor]:
 
 @contextmanager
 def memory_for(windows: int, *modules: nn.Module) -> Iterator[list[int]]:
-    """While inside, these modules fail on more windows at a time. Gives the sizes of all that they were called for."""
+    """Inside, these modules fail on more windows than this. Yields the number of windows of every call."""
     sizes: list[int] = []
 
     def fail(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -48,32 +49,32 @@ def memory_for(windows: int, *modules: nn.Module) -> Iterator[list[int]]:
 
 
 @contextmanager
-def memory_to_watch(windows: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """Likewise the products of what is seen: no forward fails, and each of its inputs must count once."""
+def memory_to_observe(windows: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Inside, the products of observed inputs fail on more windows than this. Yields the windows of every call."""
     add, sizes = MomentCollector._add, []
 
-    def watched(self: MomentCollector, name: str, residual: Tensor, inputs: Tensor) -> None:
+    def observed(self: MomentCollector, name: str, residual: Tensor, inputs: Tensor) -> None:
         sizes.append(len(inputs))
-        if name == "ffn" and len(inputs) > windows:  # the attention's are added already
+        if name == "ffn" and len(inputs) > windows:  # those of the attention have been added already
             raise torch.OutOfMemoryError("CUDA out of memory")
         add(self, name, residual, inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(MomentCollector, "_add", watched)
+        patch.setattr(MomentCollector, "_add", observed)
         yield sizes
 
 
-# --- the parts themselves
+# --- the splitter itself
 
 
 @pytest.mark.parametrize(
     ("fits", "tried"), [(9, [7]), (4, [7, 4, 3]), (2, [7, 4, 2, 2, 2, 1]), (1, [7, 4, 2, *[1] * 7])]
 )
-def test_every_window_is_taken_once_and_in_order(fits: int, tried: list[int]) -> None:
-    portions, taken, sizes = BatchSplitter(), [], []
+def test_every_window_runs_once_and_in_order(fits: int, tried: list[int]) -> None:
+    splitter, taken, sizes = BatchSplitter(), [], []
 
-    def run(some: slice) -> None:
-        windows = range(7)[some]
+    def run(part: slice) -> None:
+        windows = range(7)[part]
         sizes.append(len(windows))
         if len(windows) > fits:
             raise torch.OutOfMemoryError
@@ -84,24 +85,24 @@ def test_every_window_is_taken_once_and_in_order(fits: int, tried: list[int]) ->
     assert sizes == tried
     sizes.clear()
     splitter.run_slices(7, run)
-    assert max(sizes) <= fits  # what failed once is not tried again
+    assert max(sizes) <= fits  # a size that failed is not tried again
 
 
-def test_not_even_one_window_is_an_error() -> None:
+def test_one_window_that_does_not_fit_is_an_error() -> None:
     def fails(_: object) -> None:
         raise torch.OutOfMemoryError
 
-    for act in (lambda: BatchSplitter().each(3, fails), lambda: BatchSplitter().all(text(), fails)):
+    for act in (lambda: BatchSplitter().run_slices(3, fails), lambda: BatchSplitter().run_batches(text(), fails)):
         with pytest.raises(RunError, match="out of memory with one window at a time"):
             act()
 
 
-def test_other_errors_pass() -> None:
+def test_other_errors_are_passed_on() -> None:
     with pytest.raises(ZeroDivisionError):
-        BatchSplitter().each(3, lambda some: print(1 // 0))
+        BatchSplitter().run_slices(3, lambda part: print(1 // 0))
 
 
-# --- what goes over text
+# --- passes over text
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -111,8 +112,8 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
 def half(model: nn.Module) -> tuple[LayerMask, ...]:
     shape = PrunableModel.of(model).shape
     return tuple(
-        LayerMask(torch.arange(groups) % 2 < 1, torch.arange(channels) % 2 < 1)
-        for groups, channels in zip(shape.kv_heads, shape.channels, strict=True)
+        LayerMask(torch.arange(kv_heads) % 2 < 1, torch.arange(channels) % 2 < 1)
+        for kv_heads, channels in zip(shape.units["attention"], shape.units["ffn"], strict=True)
     )
 
 
@@ -122,11 +123,14 @@ def scores_by(metric: str) -> Callable[[nn.Module], list[Tensor]]:
 
 def table_of(model: nn.Module) -> list[Tensor]:
     shape = PrunableModel.of(model).shape
-    scores = {(index, "attention"): torch.arange(count).double() for index, count in enumerate(shape.kv_heads)}
-    scores |= {(index, "ffn"): torch.arange(count).double() for index, count in enumerate(shape.channels)}
+    scores = {
+        (index, name): torch.arange(count).double()
+        for name, counts in shape.units.items()
+        for index, count in enumerate(counts)
+    }
     solved = [
         block
-        for _, blocks in solve_layers(PrunableModel.of(model), scores, text(), 1e-2, True)
+        for _, blocks in solve_layers(PrunableModel.of(model), scores, text(), 1e-2, solve=True)
         for block in blocks.values()
     ]
     return [tensor for block in solved for tensor in (block.errors, *block.weights.values())]
@@ -141,70 +145,70 @@ PASSES = {metric: scores_by(metric) for metric in ("wanda-sp", "flap", "obs", "t
     "width table": table_of,
     "repair": repair_of,
     "curvature": lambda model: [output_curvature(PrunableModel.of(model), text())],
-    "stream": lambda model: streamed(model),
+    "layer-wise run": lambda model: layerwise(model),
 }
 
 
-def streamed(model: nn.Module) -> list[Tensor]:
-    stream = start_layerwise(PrunableModel.of(model), text())
-    for index in range(len(stream.layers)):
-        stream.advance(index)
-    return stream.hidden
+def layerwise(model: nn.Module) -> list[Tensor]:
+    run = start_layerwise(PrunableModel.of(model), text())
+    for index in range(len(run.layers)):
+        run.advance(index)
+    return run.hidden_states
 
 
 @pytest.mark.parametrize("name", PASSES)
-def test_a_pass_in_parts_gives_what_it_gives_whole(name: str) -> None:
-    """Up to the rounding of products of other sizes and of sums over other parts."""
+def test_pass_in_parts_equals_the_whole_pass(name: str) -> None:
+    """Equal up to the rounding of products of other sizes and of sums over other parts."""
     model = tiny_model("llama-gqa")
     expected = PASSES[name](model)
     with memory_for(2, *layers_of(model)) as sizes:
-        found = PASSES[name](model)
+        in_parts = PASSES[name](model)
     assert max(sizes) == WINDOWS
-    assert sizes.count(max(sizes)) < 4  # and it learns
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
+    assert sizes.count(max(sizes)) < 4  # it remembers what fits
+    for part, whole in zip(in_parts, expected, strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
 
 
 @pytest.mark.parametrize("name", ["obs", "width table", "repair"])
-def test_products_that_do_not_fit_are_made_in_parts_and_no_input_counts_twice(name: str, monkeypatch) -> None:
+def test_products_that_do_not_fit_are_computed_in_parts_and_count_every_input_once(name: str, monkeypatch) -> None:
     model = tiny_model("qwen2")
     expected = PASSES[name](model)
-    with memory_to_watch(2, monkeypatch) as sizes:
-        found = PASSES[name](model)
+    with memory_to_observe(2, monkeypatch) as sizes:
+        in_parts = PASSES[name](model)
     assert max(sizes) == WINDOWS
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * float(other.abs().max()))
+    for part, whole in zip(in_parts, expected, strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
 
 
-def test_layers_get_masks_of_the_parts_own_shape() -> None:
-    """Mistral's window of 16 needs a mask, which has the batch's size."""
+def test_layers_get_attention_masks_of_the_shape_of_each_part() -> None:
+    """Mistral's window of 16 needs a mask, and the mask has the size of the batch."""
     model = tiny_model("mistral")
     tokens = [torch.randint(VOCABULARY, (WINDOWS, 40), generator=torch.Generator().manual_seed(0))]
     whole, parts = start_layerwise(PrunableModel.of(model), tokens), start_layerwise(PrunableModel.of(model), tokens)
     whole.advance(0)
     with memory_for(2, model.model.layers[0].mlp):
         parts.advance(0)
-    torch.testing.assert_close(parts.hidden[0], whole.hidden[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(parts.hidden_states[0], whole.hidden_states[0], rtol=1e-5, atol=1e-5)
 
 
-def test_a_pass_that_memory_suffices_for_is_what_it_was_bit_for_bit() -> None:
-    """A batch's sums are made in one piece, batch after batch."""
+def test_pass_that_fits_sums_each_batch_in_one_piece() -> None:
+    """Bit for bit: the sums of a batch are computed at once, batch after batch."""
     model = tiny_model("llama-mha")
-    collector = MomentCollector(PrunableModel.of(model).shape, ["ffn"])
+    collector = MomentCollector(LLAMA, [LLAMA.ffn])
     seen: list[tuple[Tensor, Tensor]] = []
-    names = ("post_attention_layernorm", "mlp.down_proj")
+    names = (LLAMA.residual_norm, LLAMA.ffn.output_path)
     start_layerwise(PrunableModel.of(model), text()).observe(
-        0, {**collector.watch, names[::-1]: lambda x, r: seen.append((r, x))}
+        0, {**collector.observers, names[::-1]: lambda x, r: seen.append((r, x))}
     )
     second = torch.zeros(())
     for residual, x in seen:
         weight = residual.flatten(0, -2).square().mean(-1, keepdim=True).clamp_min(1e-12).reciprocal()
         second = second + ((x.flatten(0, -2) * weight).T @ x.flatten(0, -2)).double()
-    assert torch.equal(collector.checksums["ffn"].second, second)
+    assert torch.equal(collector.sums["ffn"].second, second)
 
 
 @pytest.mark.parametrize("name", PASSES)
-def test_less_than_one_window_is_an_error_and_leaves_the_model_as_it_was(name: str) -> None:
+def test_pass_is_an_error_when_one_window_does_not_fit_and_the_model_is_unchanged(name: str) -> None:
     model = tiny_model("llama-gqa")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with memory_for(0, *layers_of(model)), pytest.raises(RunError, match="out of memory with one window at a time"):

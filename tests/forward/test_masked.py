@@ -27,7 +27,7 @@ from pgprune_cli.model.prunable import PrunableModel
 
 
 @contextmanager
-def silenced(model: nn.Module, keep: ModelMask) -> Iterator[None]:
+def silenced(model: nn.Module, model_mask: ModelMask) -> Iterator[None]:
     """The slow reference: the dense model, where removed units give zeros to o_proj and down_proj, one at a time.
 
     A block without units adds nothing at all: its output bias is silenced too.
@@ -53,7 +53,7 @@ def silenced(model: nn.Module, keep: ModelMask) -> Iterator[None]:
 
         handles.append(block.register_forward_hook(hook))
 
-    for layer, kept in zip(model.model.layers, keep, strict=True):
+    for layer, kept in zip(model.model.layers, model_mask, strict=True):
         silence_inputs(layer.self_attn.o_proj, kept.attention)
         silence_inputs(layer.mlp.down_proj, kept.ffn)
         if not kept.attention.any():
@@ -96,10 +96,10 @@ def watched(model: nn.Module) -> Iterator[nn.Module]:
 
 @pytest.mark.parametrize("name", MODEL_MASKS)
 def test_the_shrunk_model_equals_the_dense_one_with_its_removed_units_silenced(watched: nn.Module, name: str) -> None:
-    keep, tokens = MODEL_MASKS[name], some_tokens()
-    with silenced(watched, keep):
+    model_mask, tokens = MODEL_MASKS[name], some_tokens()
+    with silenced(watched, model_mask):
         expected = logits_of(watched, tokens)
-    with Evaluator(watched).shrunk(keep) as shrunk:
+    with Evaluator(PrunableModel.of(watched)).shrunk(model_mask) as shrunk:
         got = logits_of(shrunk, tokens)
         again = logits_of(shrunk, tokens)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
@@ -110,7 +110,7 @@ def test_the_shrunk_model_equals_the_dense_one_with_its_removed_units_silenced(w
 
 def test_removed_units_are_not_computed(watched: nn.Module) -> None:
     """Not masked, but gone: the multiplications inside are those of the smaller matrices."""
-    keep, seen = only(1, [0, 2], [3, 4, 9]), {}
+    model_mask, seen = only(1, [0, 2], [3, 4, 9]), {}
     layer = watched.model.layers[1]
 
     def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -119,18 +119,18 @@ def test_removed_units_are_not_computed(watched: nn.Module) -> None:
     linears = [layer.self_attn.k_proj, layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.down_proj]
     handles = [linear.register_forward_pre_hook(look) for linear in linears]
     queries = layer.self_attn.o_proj.in_features // GROUPS
-    with Evaluator(watched).shrunk(keep):
+    with Evaluator(PrunableModel.of(watched)).shrunk(model_mask):
         logits_of(watched, some_tokens())
     for handle in handles:
         handle.remove()
     assert [seen[linear] for linear in linears] == [(16, 32), (32, 2 * queries), (3, 32), (32, 3)]
 
 
-def with_outputs_by_hand(model: nn.Module, keep: ModelMask, outputs: Outputs) -> nn.Module:
+def with_outputs_by_hand(model: nn.Module, model_mask: ModelMask, outputs: Outputs) -> nn.Module:
     """A copy whose output projections are replaced, with zeros for the inputs that are gone."""
     copied = copy.deepcopy(model)
     for (index, name), output in outputs.items():
-        layer, mask = copied.model.layers[index], keep[index].of(name)
+        layer, mask = copied.model.layers[index], model_mask[index].of(name)
         block, key = (layer.self_attn, "o_proj") if name == "attention" else (layer.mlp, "down_proj")
         inputs = getattr(block, key).in_features
         linear = nn.Linear(inputs, output.weight.shape[0], bias=output.bias is not None).requires_grad_(False)
@@ -145,28 +145,30 @@ def with_outputs_by_hand(model: nn.Module, keep: ModelMask, outputs: Outputs) ->
 @pytest.mark.parametrize("bias", [False, True], ids=["without a bias", "with a bias"])
 @pytest.mark.parametrize("name", ["dense", "random", "an empty layer", "one channel left"])
 def test_repaired_outputs_stand_in_for_those_of_the_model(watched: nn.Module, name: str, bias: bool) -> None:
-    keep, tokens = MODEL_MASKS[name], some_tokens()
-    outputs = some_outputs(watched, keep, bias)
-    by_hand = with_outputs_by_hand(watched, keep, outputs)
-    with silenced(by_hand, keep):
+    model_mask, tokens = MODEL_MASKS[name], some_tokens()
+    outputs = some_outputs(watched, model_mask, bias)
+    by_hand = with_outputs_by_hand(watched, model_mask, outputs)
+    with silenced(by_hand, model_mask):
         expected = logits_of(by_hand, tokens)
-    with Evaluator(watched).shrunk(keep, outputs) as shrunk:
+    with Evaluator(PrunableModel.of(watched)).shrunk(model_mask, outputs) as shrunk:
         got = logits_of(shrunk, tokens)
         again = logits_of(shrunk, tokens)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     assert torch.equal(got, again)
-    with Evaluator(watched).shrunk(keep) as unrepaired:
+    with Evaluator(PrunableModel.of(watched)).shrunk(model_mask) as unrepaired:
         assert (got - logits_of(unrepaired, tokens)).abs().max() > 1e-2
 
 
 def test_losses_take_the_outputs_of_each_decision(watched: nn.Module) -> None:
-    keeps, tokens = [MODEL_MASKS["random"], MODEL_MASKS["an empty layer"]], some_tokens()
-    outputs = [some_outputs(watched, keep, bias=True) for keep in keeps]
+    model_masks, tokens = [MODEL_MASKS["random"], MODEL_MASKS["an empty layer"]], some_tokens()
+    outputs = [some_outputs(watched, model_mask, bias=True) for model_mask in model_masks]
     alone = []
-    for keep, repaired in zip(keeps, outputs, strict=True):
-        with Evaluator(watched).shrunk(keep, repaired):
+    for model_mask, repaired in zip(model_masks, outputs, strict=True):
+        with Evaluator(PrunableModel.of(watched)).shrunk(model_mask, repaired):
             alone.append(direct_loss(watched, tokens))
-    assert Evaluator(watched).losses(keeps, tokens, outputs).tolist() == pytest.approx(alone, rel=1e-4)
+    assert Evaluator(PrunableModel.of(watched)).losses(model_masks, tokens, outputs).tolist() == pytest.approx(
+        alone, rel=1e-4
+    )
 
 
 @pytest.mark.parametrize("place", ["self_attn.o_proj", "mlp.act_fn", "mlp.down_proj"])
@@ -174,16 +176,16 @@ def test_an_exception_behind_repaired_outputs_restores_the_model(watched: nn.Mod
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    keep = random_mask(8)
-    outputs = some_outputs(watched, keep, bias=True)
+    model_mask = random_mask(8)
+    outputs = some_outputs(watched, model_mask, bias=True)
     handle = watched.model.layers[3].get_submodule(place).register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        Evaluator(watched).losses([keep], some_tokens(), [outputs])
+        Evaluator(PrunableModel.of(watched)).losses([model_mask], some_tokens(), [outputs])
     handle.remove()
 
 
 def test_an_exception_in_the_body_restores_the_model(watched: nn.Module) -> None:
-    with pytest.raises(KeyError), Evaluator(watched).shrunk(MODEL_MASKS["an empty layer"]):
+    with pytest.raises(KeyError), Evaluator(PrunableModel.of(watched)).shrunk(MODEL_MASKS["an empty layer"]):
         logits_of(watched, some_tokens())
         raise KeyError
 
@@ -198,7 +200,7 @@ def test_an_exception_in_the_middle_of_a_block_restores_the_model(watched: nn.Mo
 
     handle = module.register_forward_pre_hook(fail)
     before, pointers = snapshot(watched), {name: p.data_ptr() for name, p in watched.named_parameters()}
-    with Evaluator(watched).shrunk(random_mask(8)):
+    with Evaluator(PrunableModel.of(watched)).shrunk(random_mask(8)):
         with pytest.raises(RuntimeError, match="out of memory"):
             logits_of(watched, some_tokens())
         inside = watched.state_dict()
@@ -220,7 +222,7 @@ def test_an_exception_while_gathering_restores_the_model(watched: nn.Module, mon
 
     gather = masked.gather_units
     monkeypatch.setattr(masked, "gather_units", fails_third)
-    evaluator = Evaluator(watched)
+    evaluator = Evaluator(PrunableModel.of(watched))
     with pytest.raises(RuntimeError, match="out of memory"):
         evaluator.losses([random_mask(9)], some_tokens())
     assert len(calls) == 3
@@ -228,7 +230,7 @@ def test_an_exception_while_gathering_restores_the_model(watched: nn.Module, mon
 
 def test_losses_restore_the_model_when_a_forward_fails(watched: nn.Module) -> None:
     with pytest.raises(IndexError):
-        Evaluator(watched).losses([random_mask(0)], torch.full((1, 5), VOCABULARY))
+        Evaluator(PrunableModel.of(watched)).losses([random_mask(0)], torch.full((1, 5), VOCABULARY))
 
 
 @contextmanager
@@ -249,13 +251,13 @@ def memory_for(model: nn.Module, windows: int) -> Iterator[list[int]]:
 
 
 def test_where_memory_runs_out_a_batch_goes_through_in_parts(watched: nn.Module) -> None:
-    keeps, tokens = [MODEL_MASKS["random"], MODEL_MASKS["another random"]], some_tokens(rows=7)
-    outputs = [some_outputs(watched, keep, bias=False) for keep in keeps]
-    expected = Evaluator(watched).losses(keeps, tokens, outputs)
-    evaluator = Evaluator(watched)
+    model_masks, tokens = [MODEL_MASKS["random"], MODEL_MASKS["another random"]], some_tokens(rows=7)
+    outputs = [some_outputs(watched, model_mask, bias=False) for model_mask in model_masks]
+    expected = Evaluator(PrunableModel.of(watched)).losses(model_masks, tokens, outputs)
+    evaluator = Evaluator(PrunableModel.of(watched))
     with memory_for(watched, 2) as sizes:
-        losses = evaluator.losses(keeps, tokens, outputs)
-        evaluator.losses(keeps[:1], tokens[:1])
+        losses = evaluator.losses(model_masks, tokens, outputs)
+        evaluator.losses(model_masks[:1], tokens[:1])
     assert sizes == [7, 4, 2, 2, 2, 1, 2, 2, 2, 1, 1]  # and no more of them fails
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=0)
 
@@ -272,15 +274,17 @@ def test_memory_that_runs_out_while_gathering_is_no_different(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return gather(*arguments)
 
-    keep, tokens, gather = random_mask(9), some_tokens(), masked.gather_units
-    expected = Evaluator(watched).losses([keep], tokens)
+    model_mask, tokens, gather = random_mask(9), some_tokens(), masked.gather_units
+    expected = Evaluator(PrunableModel.of(watched)).losses([model_mask], tokens)
     monkeypatch.setattr(masked, "gather_units", fails_third)
-    torch.testing.assert_close(Evaluator(watched).losses([keep], tokens), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        Evaluator(PrunableModel.of(watched)).losses([model_mask], tokens), expected, rtol=1e-6, atol=0
+    )
 
 
 def test_memory_for_less_than_one_window_is_an_error(watched: nn.Module) -> None:
     with memory_for(watched, 0), pytest.raises(RunError, match="out of memory with one window at a time"):
-        Evaluator(watched).losses([MODEL_MASKS["random"]], some_tokens())
+        Evaluator(PrunableModel.of(watched)).losses([MODEL_MASKS["random"]], some_tokens())
 
 
 def direct_loss(model: nn.Module, tokens: Tensor) -> float:
@@ -291,12 +295,15 @@ def direct_loss(model: nn.Module, tokens: Tensor) -> float:
 
 
 def test_losses_are_the_mean_next_token_cross_entropy_under_each_keep(watched: nn.Module) -> None:
-    tokens, keeps = some_tokens(seed=1), [MODEL_MASKS["dense"], MODEL_MASKS["random"], MODEL_MASKS["an empty layer"]]
+    tokens, model_masks = (
+        some_tokens(seed=1),
+        [MODEL_MASKS["dense"], MODEL_MASKS["random"], MODEL_MASKS["an empty layer"]],
+    )
     expected = []
-    for keep in keeps:
-        with silenced(watched, keep):
+    for model_mask in model_masks:
+        with silenced(watched, model_mask):
             expected.append(direct_loss(watched, tokens))
-    losses = Evaluator(watched).losses(keeps, tokens)
+    losses = Evaluator(PrunableModel.of(watched)).losses(model_masks, tokens)
     assert losses.dtype == torch.float64
     assert losses.tolist() == pytest.approx(expected, rel=1e-4)
     assert len(set(losses.tolist())) == 3
@@ -312,9 +319,13 @@ def test_losses_do_not_depend_on_how_many_logits_exist_at_a_time(monkeypatch: py
 
 
 def test_a_batch_loses_the_mean_of_its_windows() -> None:
-    evaluator, tokens, keep = Evaluator(PrunableModel.of(tiny_model("qwen3"))), some_tokens(), MODEL_MASKS["random"]
-    alone = [float(evaluator.losses([keep], row[None])) for row in tokens]
-    assert float(evaluator.losses([keep], tokens)) == pytest.approx(sum(alone) / 3, rel=1e-4)
+    evaluator, tokens, model_mask = (
+        Evaluator(PrunableModel.of(tiny_model("qwen3"))),
+        some_tokens(),
+        MODEL_MASKS["random"],
+    )
+    alone = [float(evaluator.losses([model_mask], row[None])) for row in tokens]
+    assert float(evaluator.losses([model_mask], tokens)) == pytest.approx(sum(alone) / 3, rel=1e-4)
 
 
 def test_a_loss_that_overflows_comes_back_as_it_is() -> None:
@@ -329,7 +340,7 @@ def test_a_loss_that_overflows_comes_back_as_it_is() -> None:
 
 def test_decisions_follow_each_other_without_a_trace() -> None:
     evaluator, tokens = Evaluator(PrunableModel.of(tiny_model("qwen2"))), some_tokens()
-    keeps = list(MODEL_MASKS.values())
-    forward = evaluator.losses(keeps, tokens)
-    backward = evaluator.losses(keeps[::-1], tokens)
+    model_masks = list(MODEL_MASKS.values())
+    forward = evaluator.losses(model_masks, tokens)
+    backward = evaluator.losses(model_masks[::-1], tokens)
     assert torch.equal(forward, backward.flip(0))

@@ -29,6 +29,7 @@ from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.forward.moments import Moments, observe_moments
 from pgprune_cli.model.masks import LayerMask, ModelMask, Outputs
 from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.repair import least_squares
 from pgprune_cli.repair.least_squares import compensated_output, repair, repaired_output
 from pgprune_cli.scores.obs import removal_order
 
@@ -90,7 +91,7 @@ def test_a_repaired_output_is_the_least_squares_solution(columns: list[int], dam
     expected = torch.linalg.lstsq(left, right).solution.T
     bias = torch.arange(7, dtype=torch.float64)
     for own in (None, bias):
-        got = repaired_output(weight, own, moments, some, damping, with_bias)
+        got = repaired_output(weight, own, moments, some, damping, with_bias=with_bias)
         torch.testing.assert_close(got.weight, expected[:, : len(some)], rtol=1e-7, atol=1e-7)
         if with_bias:
             wanted = expected[:, -1] + (0.0 if own is None else own)
@@ -106,16 +107,18 @@ def test_a_repair_keeps_weights_that_nothing_excites(with_bias: bool) -> None:
     x[:, 2] = 0.0
     moments = Moments((x * share[:, None]).T @ x, share @ x, torch.ones(()))
     everything = torch.arange(12)
-    got = repaired_output(weight, None, moments, everything, 1e-3, with_bias)
+    got = repaired_output(weight, None, moments, everything, 1e-3, with_bias=with_bias)
     torch.testing.assert_close(got.weight, weight)
-    got = repaired_output(weight, None, moments, everything[:4], 1e-3, with_bias)
+    got = repaired_output(weight, None, moments, everything[:4], 1e-3, with_bias=with_bias)
     torch.testing.assert_close(got.weight[:, 2], weight[:, 2])
 
 
 def test_moments_that_are_a_little_indefinite_still_give_a_repair() -> None:
     weight, x, share, _ = problem(0, tokens=3)
     second = ((x * share[:, None]).T @ x).float().double() - 1e-6 * torch.eye(12, dtype=torch.float64)
-    got = repaired_output(weight.float(), None, Moments(second, share @ x, torch.ones(())), torch.arange(8), 0.0, False)
+    got = repaired_output(
+        weight.float(), None, Moments(second, share @ x, torch.ones(())), torch.arange(8), 0.0, with_bias=False
+    )
     assert got.weight.dtype == torch.float32
     assert got.weight.isfinite().all()
 
@@ -125,8 +128,8 @@ def test_moments_that_are_not_finite_are_refused(bad: float) -> None:
     """However great the ridge, they never become positive definite."""
     weight, _, _, moments = problem(0)
     moments.second[2, 2] = bad
-    with pytest.raises(RunError, match="not finite; try dtype float32"):
-        repaired_output(weight, None, moments, torch.arange(4), 1e-3, False)
+    with pytest.raises(RunError, match="not finite"):
+        repaired_output(weight, None, moments, torch.arange(4), 1e-3, with_bias=False)
 
 
 @pytest.mark.parametrize("columns", COLUMNS, ids=len)
@@ -176,7 +179,7 @@ def behind(model: nn.Module, keep: ModelMask, outputs: Outputs, index: int, name
 def test_no_block_is_worse_for_its_repair_on_the_text(architecture: str, method: str, reselect: bool) -> None:
     model = tiny_model(architecture)
     with left_as_it_was(model):
-        keep, outputs = repair(PrunableModel.of(model), KEEP, batches(), method, DAMPING, reselect)
+        keep, outputs = repair(PrunableModel.of(model), KEEP, batches(), method, DAMPING, reselect=reselect)
     assert reselect or same_masks(keep, KEEP)
     assert sorted(outputs) == REPAIRED  # nothing for whole and for empty blocks
     for (index, name), output in outputs.items():
@@ -194,7 +197,9 @@ def test_no_block_is_worse_for_its_repair_on_the_text(architecture: str, method:
         assert after <= before
         if method.startswith("least-squares"):
             moments = moments_by_hand(x, weights)
-            best = repaired_output(linear.weight.double(), None, moments, columns, DAMPING, method.endswith("bias"))
+            best = repaired_output(
+                linear.weight.double(), None, moments, columns, DAMPING, with_bias=method.endswith("bias")
+            )
             ideal = x[:, columns] @ best.weight.T + (own if best.bias is None else best.bias + own)
             assert after == pytest.approx(weighted_error(wanted, ideal, weights), rel=1e-3)
             assert after < 0.99 * before
@@ -204,7 +209,9 @@ def test_no_block_is_worse_for_its_repair_on_the_text(architecture: str, method:
 def test_a_model_that_loses_nothing_is_not_repaired(architecture: str, reselect: bool) -> None:
     model = tiny_model(architecture)
     with left_as_it_was(model):
-        keep, outputs = repair(PrunableModel.of(model), whole(), batches()[:1], "least-squares", DAMPING, reselect)
+        keep, outputs = repair(
+            PrunableModel.of(model), whole(), batches()[:1], "least-squares", DAMPING, reselect=reselect
+        )
     assert outputs == {}
     assert same_masks(keep, whole())
 
@@ -232,7 +239,7 @@ def test_units_that_are_chosen_again_are_those_that_obs_keeps_behind_the_pruned_
         losses = []
         for some in (mask, before):
             columns = columns_of(some, linear.in_features)
-            best = repaired_output(felt, None, moments, columns, 1e-2, False).weight
+            best = repaired_output(felt, None, moments, columns, 1e-2, with_bias=False).weight
             losses.append(weighted_error(x @ felt.T, x[:, columns] @ best.T, weights))
         assert losses[0] <= losses[1] * (1 + 1e-6)
         changed += not torch.equal(mask, before)
@@ -242,8 +249,8 @@ def test_units_that_are_chosen_again_are_those_that_obs_keeps_behind_the_pruned_
 def test_chosen_again_from_the_same_text_nothing_changes() -> None:
     model = tiny_model("qwen3")
     once = repair(PrunableModel.of(model), KEEP, batches(), "least-squares", DAMPING, reselect=True)
-    twice = repair(PrunableModel.of(model), once.keep, batches(), "least-squares", DAMPING, reselect=True)
-    assert same_masks(once.keep, twice.keep)
+    twice = repair(PrunableModel.of(model), once.model_mask, batches(), "least-squares", DAMPING, reselect=True)
+    assert same_masks(once.model_mask, twice.model_mask)
     assert all(torch.equal(once.outputs[key].weight, twice.outputs[key].weight) for key in REPAIRED)
 
 
@@ -278,6 +285,6 @@ def test_one_blocks_moments_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
         return moments
 
     observe = observe_moments
-    monkeypatch.setattr(repair, "observe_moments", observed)
+    monkeypatch.setattr(least_squares, "observe_moments", observed)
     repair(PrunableModel.of(tiny_model("qwen3")), KEEP, batches(), "least-squares", DAMPING)
     assert len(alive) == len(REPAIRED)

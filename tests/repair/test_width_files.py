@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.blocks import BLOCKS, CHANNELS, GROUPS, LAYERS, batches
+from helpers.contexts import context_of
 from helpers.models import tiny_model
 from torch import Tensor, nn
 
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.model.prunable import PrunableModel
-from pgprune_cli.recipe.schema import BudgetSettings, CalibrationSettings, Recipe
+from pgprune_cli.recipe.reader import find, load
+from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.repair import width_files
 from pgprune_cli.repair.width_files import has_layer, load_layer, refuse_full_disk, remove_widths, save_layer
 from pgprune_cli.repair.width_table import WidthTable, solve_layers
@@ -37,7 +39,7 @@ def model(request) -> nn.Module:
 
 @pytest.fixture
 def saved(model: nn.Module, tmp_path: Path) -> Path:
-    for index, blocks in solve_layers(PrunableModel.of(model), scores(), batches(), 1e-2, True, only=[1]):
+    for index, blocks in solve_layers(PrunableModel.of(model), scores(), batches(), 1e-2, solve=True, only=[1]):
         save_layer(tmp_path, index, blocks, "mine")
     return tmp_path
 
@@ -48,7 +50,7 @@ def the_file(run: Path) -> Path:
 
 
 def test_what_is_read_is_what_was_solved_bit_for_bit_and_mapped(model: nn.Module, saved: Path) -> None:
-    ((_, solved),) = solve_layers(PrunableModel.of(model), scores(), batches(), 1e-2, True, only=[1])
+    ((_, solved),) = solve_layers(PrunableModel.of(model), scores(), batches(), 1e-2, solve=True, only=[1])
     found = load_layer(saved, 1)
     assert list(found) == list(solved) == ["attention", "ffn"]
     for name, block in solved.items():
@@ -97,7 +99,7 @@ def test_a_disk_that_is_too_small_is_refused_beforehand(saved: Path, monkeypatch
     """Of 4 layers' files one is there."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**12, 0, 30 * 10**9))
     refuse_full_disk(saved, 4, 40 * 10**9)
-    with pytest.raises(RunError, match=r"need 33\.0 GB there while the search runs, and 30\.0 GB are free: make room"):
+    with pytest.raises(RunError, match=r"33\.0 GB.*30\.0 GB"):
         refuse_full_disk(saved, 4, 44 * 10**9)
 
 
@@ -110,24 +112,35 @@ def test_what_is_finished_leaves_nothing(saved: Path) -> None:
 
 # --- the table of a search
 
-RECIPE = Recipe(model="", calibration=CalibrationSettings(corpus=""), budget=BudgetSettings(sparsity=0.5))
+RECIPE = load(find("demo"), [])
 
 
-def table(model: nn.Module, run: Path, recipe: Recipe = RECIPE, ranks: Ranks = Ranks()) -> WidthTable:  # noqa: B008
+def table(
+    model: nn.Module,
+    run: Path,
+    recipe: Recipe = RECIPE,
+    ranks: Ranks = Ranks(),  # noqa: B008
+    text: list[Tensor] | None = None,
+    fingerprint: str = "fingerprint",
+) -> WidthTable:
+    """Solve the table of a search of the tiny model, on the batches of this file."""
     run.mkdir(exist_ok=True)
-    return job.searched_table(recipe, run, model, scores(), batches(), "fingerprint", ranks, True)
+    context = replace(context_of(recipe, PrunableModel.of(model), run), ranks=ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "repair_batches", lambda *_: text or batches())
+        return job.solve_table(context, scores(), fingerprint)
 
 
 @pytest.fixture
 def solved(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Which layers were solved, call after call."""
+    """The layers that were solved, call after call."""
     calls = []
 
-    def noted(*arguments):
-        calls.append(list(arguments[-2]))  # which layers; the last shows progress
-        return solve_layers(*arguments)
+    def recorded(*arguments, **options):
+        calls.append(list(options["only"]))
+        return solve_layers(*arguments, **options)
 
-    monkeypatch.setattr(job, "solve_layers", noted)
+    monkeypatch.setattr(job, "solve_layers", recorded)
     return calls
 
 
@@ -147,7 +160,8 @@ def test_a_table_is_solved_once(model: nn.Module, tmp_path: Path, solved) -> Non
     damping = RECIPE.repair.damping
     assert_same(
         WidthTable.of(
-            PrunableModel.of(model), dict(solve_layers(PrunableModel.of(model), scores(), batches(), damping, True))
+            PrunableModel.of(model),
+            dict(solve_layers(PrunableModel.of(model), scores(), batches(), damping, solve=True)),
         ),
         first,
     )
@@ -175,7 +189,7 @@ def test_of_another_search_everything_is_solved(changed: str, model: nn.Module, 
         text[0][0, 0] += 1
     else:
         fingerprint = "another"
-    job.searched_table(recipe, tmp_path, model, scores(), text, fingerprint, Ranks(), True)
+    table(model, tmp_path, recipe, text=text, fingerprint=fingerprint)
     assert solved == [list(range(LAYERS))] * 2
 
 

@@ -68,7 +68,7 @@ def test_a_table_holds_what_every_width_would_be_repaired_to(architecture: str) 
         assert sorted(table.outputs[key]) == list(range(width_step(count), count, width_step(count)))
         for kept, output in table.outputs[key].items():
             columns = columns_of(leading(order, kept), linear.in_features)
-            wanted = repaired_output(linear.weight, linear.bias, moments, columns, 1e-3, False)
+            wanted = repaired_output(linear.weight, linear.bias, moments, columns, 1e-3, with_bias=False)
             torch.testing.assert_close(output.weight, wanted.weight, rtol=1e-3, atol=1e-3)
             assert output.bias is linear.bias
 
@@ -77,7 +77,10 @@ def test_a_table_holds_what_every_width_would_be_repaired_to(architecture: str) 
 def test_errors_are_what_the_text_loses_at_every_width(architecture: str, solve: bool) -> None:
     """By how much the loss feels each direction, and relative to each token's residual stream."""
     model = tiny_model(architecture)
-    table, roots = width_table(model, scores(), batches(), 1e-9, solve), error_roots(PrunableModel.of(model), batches())
+    table, roots = (
+        width_table(model, scores(), batches(), 1e-9, solve=solve),
+        error_roots(PrunableModel.of(model), batches()),
+    )
     assert solve or table.outputs == {}
     for key in [(0, "attention"), (2, "ffn"), (3, "attention"), (3, "ffn")]:
         errors, order, linear = table.errors[key], table.orders[key], output_linear(model, *key)
@@ -93,7 +96,7 @@ def test_errors_are_what_the_text_loses_at_every_width(architecture: str, solve:
             columns = columns_of(leading(order, kept), linear.in_features)
             some = weight[:, columns]
             if solve and kept:
-                some = repaired_output(weight, None, moments, columns, 1e-9, False).weight
+                some = repaired_output(weight, None, moments, columns, 1e-9, with_bias=False).weight
             gone = (x @ weight.T - x[:, columns] @ some.T) @ roots[key[0]]
             lost = weighted_error(gone, torch.zeros_like(gone), weights / len(x))
             assert float(errors[kept]) == pytest.approx(lost, rel=1e-2, abs=1e-4 * float(errors[0]))
