@@ -51,7 +51,7 @@ def test_the_curvature_is_what_its_definition_says(architecture: str) -> None:
 
 
 def test_the_curvature_is_symmetric_and_nowhere_negative(architecture: str) -> None:
-    curvature = output_curvature(softened(architecture), batches())
+    curvature = output_curvature(PrunableModel.of(softened(architecture)), batches())
     values = torch.linalg.eigvalsh(curvature)
     torch.testing.assert_close(curvature, curvature.T, rtol=1e-5, atol=1e-5)
     assert float(values[0]) > -1e-4 * float(values[-1])
@@ -115,7 +115,7 @@ def test_without_text_there_is_no_curvature() -> None:
 def test_a_model_that_overflows_is_named_as_that() -> None:
     model = tiny_model("qwen2")
     model.model.layers[1].mlp.down_proj.weight.data[0] = 1e38
-    with pytest.raises(RunError, match="the logits on the calibration text are not finite; try dtype float32"):
+    with pytest.raises(RunError, match="the logits on the calibration text are not finite"):
         error_roots(PrunableModel.of(model), batches())
 
 
@@ -151,6 +151,6 @@ def test_models_of_few_layers_have_roots_too(layers: int, shares: list[float]) -
 def test_an_error_costs_its_length_on_average_over_directions() -> None:
     """‖R e‖² over random unit vectors e, in every layer."""
     drawn = torch.randn(32, 20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for root in error_roots(softened("mistral"), batches()):
+    for root in error_roots(PrunableModel.of(softened("mistral")), batches()):
         cost = (root @ (drawn / drawn.norm(dim=0))).square().sum(0)
         assert float(cost.mean()) == pytest.approx(1.0, rel=0.03)

@@ -1,4 +1,4 @@
-"""The shrunk model against the dense one with its removed units silenced; and that nothing outlives a call."""
+"""The shrunk model equals the dense one with removed units silenced, and the model is unchanged after every call."""
 
 import copy
 from collections.abc import Iterator
@@ -86,7 +86,7 @@ def model(request) -> nn.Module:
 
 @pytest.fixture
 def watched(model: nn.Module) -> Iterator[nn.Module]:
-    """A model that must leave the test as it came."""
+    """A model that the test must leave unchanged."""
     before, pointers = snapshot(model), {name: p.data_ptr() for name, p in model.named_parameters()}
     logits = logits_of(model, some_tokens())
     yield model
@@ -95,7 +95,7 @@ def watched(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @pytest.mark.parametrize("name", MODEL_MASKS)
-def test_the_shrunk_model_equals_the_dense_one_with_its_removed_units_silenced(watched: nn.Module, name: str) -> None:
+def test_shrunk_model_equals_the_dense_one_with_removed_units_silenced(watched: nn.Module, name: str) -> None:
     model_mask, tokens = MODEL_MASKS[name], some_tokens()
     with silenced(watched, model_mask):
         expected = logits_of(watched, tokens)
@@ -109,7 +109,7 @@ def test_the_shrunk_model_equals_the_dense_one_with_its_removed_units_silenced(w
 
 
 def test_removed_units_are_not_computed(watched: nn.Module) -> None:
-    """Not masked, but gone: the multiplications inside are those of the smaller matrices."""
+    """Removed units are not just masked: the products are those of the smaller matrices."""
     model_mask, seen = only(1, [0, 2], [3, 4, 9]), {}
     layer = watched.model.layers[1]
 
@@ -127,7 +127,7 @@ def test_removed_units_are_not_computed(watched: nn.Module) -> None:
 
 
 def with_outputs_by_hand(model: nn.Module, model_mask: ModelMask, outputs: Outputs) -> nn.Module:
-    """A copy whose output projections are replaced, with zeros for the inputs that are gone."""
+    """Return a copy with replaced output projections, with zeros for the removed inputs."""
     copied = copy.deepcopy(model)
     for (index, name), output in outputs.items():
         layer, mask = copied.model.layers[index], model_mask[index].of(name)
@@ -144,7 +144,7 @@ def with_outputs_by_hand(model: nn.Module, model_mask: ModelMask, outputs: Outpu
 
 @pytest.mark.parametrize("bias", [False, True], ids=["without a bias", "with a bias"])
 @pytest.mark.parametrize("name", ["dense", "random", "an empty layer", "one channel left"])
-def test_repaired_outputs_stand_in_for_those_of_the_model(watched: nn.Module, name: str, bias: bool) -> None:
+def test_repaired_outputs_replace_those_of_the_model(watched: nn.Module, name: str, bias: bool) -> None:
     model_mask, tokens = MODEL_MASKS[name], some_tokens()
     outputs = some_outputs(watched, model_mask, bias)
     by_hand = with_outputs_by_hand(watched, model_mask, outputs)
@@ -159,7 +159,7 @@ def test_repaired_outputs_stand_in_for_those_of_the_model(watched: nn.Module, na
         assert (got - logits_of(unrepaired, tokens)).abs().max() > 1e-2
 
 
-def test_losses_take_the_outputs_of_each_decision(watched: nn.Module) -> None:
+def test_losses_use_the_repaired_outputs_of_each_mask(watched: nn.Module) -> None:
     model_masks, tokens = [MODEL_MASKS["random"], MODEL_MASKS["an empty layer"]], some_tokens()
     outputs = [some_outputs(watched, model_mask, bias=True) for model_mask in model_masks]
     alone = []
@@ -172,7 +172,7 @@ def test_losses_take_the_outputs_of_each_decision(watched: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("place", ["self_attn.o_proj", "mlp.act_fn", "mlp.down_proj"])
-def test_an_exception_behind_repaired_outputs_restores_the_model(watched: nn.Module, place: str) -> None:
+def test_model_is_restored_when_a_forward_pass_with_repaired_outputs_fails(watched: nn.Module, place: str) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
@@ -184,15 +184,15 @@ def test_an_exception_behind_repaired_outputs_restores_the_model(watched: nn.Mod
     handle.remove()
 
 
-def test_an_exception_in_the_body_restores_the_model(watched: nn.Module) -> None:
+def test_model_is_restored_when_the_body_raises(watched: nn.Module) -> None:
     with pytest.raises(KeyError), Evaluator(PrunableModel.of(watched)).shrunk(MODEL_MASKS["an empty layer"]):
         logits_of(watched, some_tokens())
         raise KeyError
 
 
 @pytest.mark.parametrize("place", ["self_attn.o_proj", "mlp.act_fn", "mlp.down_proj", "mlp.gate_proj"])
-def test_an_exception_in_the_middle_of_a_block_restores_the_model(watched: nn.Module, place: str) -> None:
-    """The block's dense weights are swapped out at that moment, and the caller may even catch it and go on."""
+def test_model_is_restored_when_a_block_fails_halfway(watched: nn.Module, place: str) -> None:
+    """The dense weights are swapped out at that moment; the caller may catch the error and continue."""
     module = watched.model.layers[3].get_submodule(place)
 
     def fail(*_: object) -> None:
@@ -210,8 +210,8 @@ def test_an_exception_in_the_middle_of_a_block_restores_the_model(watched: nn.Mo
     assert_untouched(watched, before, pointers)
 
 
-def test_an_exception_while_gathering_restores_the_model(watched: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The third matrix of a block does not fit: two are swapped already."""
+def test_model_is_restored_when_gathering_fails(watched: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third matrix of a block does not fit after two have been swapped."""
     calls = []
 
     def fails_third(*arguments: object) -> Tensor:
@@ -228,14 +228,14 @@ def test_an_exception_while_gathering_restores_the_model(watched: nn.Module, mon
     assert len(calls) == 3
 
 
-def test_losses_restore_the_model_when_a_forward_fails(watched: nn.Module) -> None:
+def test_model_is_restored_when_losses_fail(watched: nn.Module) -> None:
     with pytest.raises(IndexError):
         Evaluator(PrunableModel.of(watched)).losses([random_mask(0)], torch.full((1, 5), VOCABULARY))
 
 
 @contextmanager
 def memory_for(model: nn.Module, windows: int) -> Iterator[list[int]]:
-    """While inside, a forward of more windows runs out of memory in the third layer. Gives the sizes of all."""
+    """Inside, a forward pass of more windows than this runs out of memory in the third layer. Yields all sizes."""
     sizes = []
 
     def fail(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -250,7 +250,7 @@ def memory_for(model: nn.Module, windows: int) -> Iterator[list[int]]:
         handle.remove()
 
 
-def test_where_memory_runs_out_a_batch_goes_through_in_parts(watched: nn.Module) -> None:
+def test_batch_runs_in_parts_when_memory_runs_out(watched: nn.Module) -> None:
     model_masks, tokens = [MODEL_MASKS["random"], MODEL_MASKS["another random"]], some_tokens(rows=7)
     outputs = [some_outputs(watched, model_mask, bias=False) for model_mask in model_masks]
     expected = Evaluator(PrunableModel.of(watched)).losses(model_masks, tokens, outputs)
@@ -258,14 +258,14 @@ def test_where_memory_runs_out_a_batch_goes_through_in_parts(watched: nn.Module)
     with memory_for(watched, 2) as sizes:
         losses = evaluator.losses(model_masks, tokens, outputs)
         evaluator.losses(model_masks[:1], tokens[:1])
-    assert sizes == [7, 4, 2, 2, 2, 1, 2, 2, 2, 1, 1]  # and no more of them fails
+    assert sizes == [7, 4, 2, 2, 2, 1, 2, 2, 2, 1, 1]  # no other part fails
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=0)
 
 
-def test_memory_that_runs_out_while_gathering_is_no_different(
+def test_batch_runs_in_parts_when_memory_runs_out_while_gathering(
     watched: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two of the block's matrices are swapped then, and must not be gathered from when it is tried again."""
+    """Two matrices of the block are swapped by then, and the retry must not gather from them."""
     calls = []
 
     def fails_third(*arguments: object) -> Tensor:
@@ -282,19 +282,19 @@ def test_memory_that_runs_out_while_gathering_is_no_different(
     )
 
 
-def test_memory_for_less_than_one_window_is_an_error(watched: nn.Module) -> None:
+def test_one_window_that_does_not_fit_is_an_error(watched: nn.Module) -> None:
     with memory_for(watched, 0), pytest.raises(RunError, match="out of memory with one window at a time"):
         Evaluator(PrunableModel.of(watched)).losses([MODEL_MASKS["random"]], some_tokens())
 
 
 def direct_loss(model: nn.Module, tokens: Tensor) -> float:
-    """Mean next-token loss from all logits at once, in float64."""
+    """Return the mean next-token loss from all logits at once, in float64."""
     logits = logits_of(model, tokens).double()[:, :-1]
     log_probabilities = logits - logits.logsumexp(-1, keepdim=True)
     return float(-log_probabilities.gather(-1, tokens[:, 1:, None]).mean())
 
 
-def test_losses_are_the_mean_next_token_cross_entropy_under_each_keep(watched: nn.Module) -> None:
+def test_losses_are_the_mean_next_token_cross_entropy_under_each_mask(watched: nn.Module) -> None:
     tokens, model_masks = (
         some_tokens(seed=1),
         [MODEL_MASKS["dense"], MODEL_MASKS["random"], MODEL_MASKS["an empty layer"]],
@@ -309,7 +309,7 @@ def test_losses_are_the_mean_next_token_cross_entropy_under_each_keep(watched: n
     assert len(set(losses.tolist())) == 3
 
 
-def test_losses_do_not_depend_on_how_many_logits_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_do_not_depend_on_how_many_logits_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = tiny_model("llama-gqa"), some_tokens()
     whole = summed_loss(model, tokens)
     for rows in (1, 7, 69, 1000):
@@ -318,7 +318,7 @@ def test_losses_do_not_depend_on_how_many_logits_exist_at_a_time(monkeypatch: py
         assert float(summed_loss(model, tokens)) == pytest.approx(float(whole), rel=1e-5)
 
 
-def test_a_batch_loses_the_mean_of_its_windows() -> None:
+def test_loss_of_a_batch_is_the_mean_over_its_windows() -> None:
     evaluator, tokens, model_mask = (
         Evaluator(PrunableModel.of(tiny_model("qwen3"))),
         some_tokens(),
@@ -328,7 +328,7 @@ def test_a_batch_loses_the_mean_of_its_windows() -> None:
     assert float(evaluator.losses([model_mask], tokens)) == pytest.approx(sum(alone) / 3, rel=1e-4)
 
 
-def test_a_loss_that_overflows_comes_back_as_it_is() -> None:
+def test_loss_that_overflows_is_returned_as_it_is() -> None:
     model = tiny_model("llama-mha")
     model.model.layers[1].mlp.down_proj.weight[0, 3] = torch.inf
     broken, sound = Evaluator(PrunableModel.of(model)).losses(
@@ -338,9 +338,23 @@ def test_a_loss_that_overflows_comes_back_as_it_is() -> None:
     assert sound.isfinite()
 
 
-def test_decisions_follow_each_other_without_a_trace() -> None:
+def test_masks_evaluated_in_turn_do_not_affect_each_other() -> None:
     evaluator, tokens = Evaluator(PrunableModel.of(tiny_model("qwen2"))), some_tokens()
     model_masks = list(MODEL_MASKS.values())
     forward = evaluator.losses(model_masks, tokens)
     backward = evaluator.losses(model_masks[::-1], tokens)
     assert torch.equal(forward, backward.flip(0))
+
+
+def test_loss_is_the_same_when_transformers_cannot_be_patched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transformers without the function needs no patch: the loss must not depend on it."""
+    from transformers import masking_utils
+
+    model, tokens = tiny_model("mistral"), some_tokens()
+    expected = summed_loss(model, tokens)
+    original = masking_utils.find_packed_sequence_indices
+    monkeypatch.delattr(masking_utils, "find_packed_sequence_indices")
+    with masked._one_sequence_per_row():
+        assert not hasattr(masking_utils, "find_packed_sequence_indices")
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", original, raising=False)
+    assert torch.equal(summed_loss(model, tokens), expected)

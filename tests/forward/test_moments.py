@@ -67,7 +67,6 @@ def test_collector_observes_only_the_named_blocks(names: list[str]) -> None:
 @pytest.mark.parametrize("factor", [10.0, 1e4])
 def test_token_with_a_huge_residual_stream_counts_as_one_token(factor: float) -> None:
     """A token a thousand times as large as the others, with equally large inputs, moves the mean as one of many."""
-    model = tiny_model("llama-gqa")
     collector = MomentCollector(LLAMA, [LLAMA.ffn])
     generator = torch.Generator().manual_seed(0)
     x, residual = torch.randn(1, 50, 6, generator=generator), torch.randn(1, 50, 32, generator=generator)
@@ -80,7 +79,6 @@ def test_token_with_a_huge_residual_stream_counts_as_one_token(factor: float) ->
 
 
 def test_token_with_a_zero_residual_stream_does_not_divide_by_zero() -> None:
-    model = tiny_model("llama-gqa")
     collector = MomentCollector(LLAMA, [LLAMA.ffn])
     collector.observers[NORM, "mlp.down_proj"](torch.zeros(1, 3, 32), torch.zeros(1, 3, 24))
     moments = collector.moments("ffn")

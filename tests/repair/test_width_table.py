@@ -214,7 +214,8 @@ def test_priorities_fall_strictly_along_every_layers_order(solve: bool, families
     """With ties a sample would keep units that the projection of its width is not made for."""
     model = tiny_model("llama-gqa")
     chosen = {key: value for key, value in scores().items() if key[1] in families}
-    table, space = width_table(model, chosen, batches(), DAMPING, solve), PrunableModel.of(model).shape.space(families)
+    table = width_table(model, chosen, batches(), DAMPING, solve=solve)
+    space = PrunableModel.of(model).shape.space(families)
     values = table.priorities(space)
     for family in space.families:
         for index, part in enumerate(space.per_layer(values, family.name)):
