@@ -17,6 +17,8 @@ from helpers.recipes import COMMAND, SMALL, WIDTH_SEARCH
 
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.run.layout import EVALUATION_FILE
+from pgprune_cli.storage.records import write_record
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -109,10 +111,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, token_cache: str) -> dict
             patch.setenv("PGPRUNE_CACHE", token_cache)
             search(load(find("demo"), [*SMALL, *overrides]), run)
         ppl = {"units": 4.5, "widths": 3.25}[policy]
-        (run / "evaluation.json").write_text(
-            f'{{"model": "{policy}", "parameters": 7, "perplexity": '
-            f'[{{"corpus": "demo", "seqlen": 128, "ppl": {ppl}, "tokens": 99}}]}}'
-        )
+        row = {"corpus": "demo", "seqlen": 128, "ppl": ppl, "tokens": 99}
+        write_record(run / EVALUATION_FILE, {"model": policy, "parameters": 7, "perplexity": [row]})
     return runs
 
 
