@@ -1,4 +1,4 @@
-"""A run beside another, a terminal that closes, a reader that leaves: refused, or saved; never lost."""
+"""A second process is refused; after a signal, a closed terminal or a closed pipe, the work so far is saved."""
 
 from __future__ import annotations
 
@@ -9,46 +9,58 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
-from helpers.faults_bench import JOBS, outcome
+from helpers.faults_bench import JOBS, contents_of
+from helpers.waiting import lines_in, wait_until
 
-LONG = ["--set", "search.forward_passes=100000", "--set", "search.checkpoint_every=50000"]
+from pgprune_cli.run.lock import locked
 
-
-def started(bench, folder: Path, **options) -> subprocess.Popen:
-    """A long search in a process of its own, which has begun to take steps."""
-    folder.mkdir(exist_ok=True)
-    command = [word.format(base=bench.base) for word in JOBS["search"][-1]]
-    program = [sys.executable, "-m", "pgprune_cli", *command, *LONG]
-    process = subprocess.Popen(program, cwd=folder, start_new_session=True, **options)
-    deadline = time.monotonic() + 200
-    while not (folder / "run/metrics.jsonl").exists() or not (folder / "run/metrics.jsonl").stat().st_size:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    return process
+HISTORY = "run/metrics.jsonl"
+ENDLESS = ["--set", "search.forward_passes=100000", "--set", "search.checkpoint_every=50000"]
 
 
-def saved(folder: Path) -> bool:
-    return len(list((folder / "run/checkpoints").glob("step-*/state.json"))) == 1
+def endless_search(bench, *options: str) -> list[str]:
+    """Return the command of a search that runs until it is stopped, and saves nothing before."""
+    return [sys.executable, "-m", "pgprune_cli", *bench.arguments(JOBS["search"][-1]), *ENDLESS, *options]
 
 
-def test_a_second_process_is_refused_and_a_third_goes_on_after_a_kill(bench, tmp_path) -> None:
-    folder = tmp_path / "folder"
-    process = started(bench, folder, stderr=subprocess.DEVNULL)
-    for job in ("search", "init-scores"):
-        ended = bench.run(folder, JOBS[job][-1])
-        assert ended.code == 2
-        assert ended.said.count("\n") == 1
-        assert ended.said.startswith(f"pgprune: run: in use by process {process.pid} on ")
-    process.kill()
-    process.wait()
-    (folder / "run/recipe.yaml").unlink()  # the long search's, which is another
+@contextmanager
+def started(command: list[str], folder: Path, **options: Any) -> Iterator[subprocess.Popen]:
+    """Yield a process in a session of its own, and kill it if the test has not ended it."""
+    with subprocess.Popen(command, cwd=folder, start_new_session=True, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "folder").mkdir()
+    return tmp_path / "folder"
+
+
+def checkpoints(folder: Path) -> int:
+    return len(list((folder / "run/checkpoints").glob("step-*/state.json")))
+
+
+def test_a_run_in_use_is_refused_and_free_again_after_a_kill(bench, folder) -> None:
+    with started(endless_search(bench), folder, stderr=subprocess.DEVNULL) as process:
+        wait_until(lambda: lines_in(folder / HISTORY) > 0, process)
+        for job in ("search", "init-scores"):
+            ended = bench.run(folder, JOBS[job][-1])
+            assert ended.code == 2
+            assert ended.stderr.count("\n") == 1
+            assert ended.stderr.startswith("pgprune: run: ") and f"process {process.pid} on " in ended.stderr
+        process.kill()
+    (folder / "run/recipe.yaml").unlink()  # that of the endless search, which is another recipe
     assert bench.run(folder, JOBS["search"][-1]).code == 0
-    assert outcome(folder) == bench.of("search").left
+    assert contents_of(folder) == bench.undisturbed("search").contents
 
 
 @pytest.mark.parametrize(
@@ -59,62 +71,54 @@ def test_a_second_process_is_refused_and_a_third_goes_on_after_a_kill(bench, tmp
         ("export", "SIGTERM"),
     ],
 )
-def test_a_signal_at_any_moment_costs_nothing(bench, job, name) -> None:
-    """What is saved is said, and how to go on where something is left to do."""
+def test_a_job_stopped_by_a_signal_says_how_to_resume_and_completes_when_repeated(bench, job, name) -> None:
+    """An export that is complete when the signal comes has nothing to resume."""
     folder = bench.folder(job)
-    at = random.Random(job + name).randint(1, len(bench.of(job).points) - 5)
+    at = random.Random(job + name).randint(1, len(bench.undisturbed(job).changes) - 5)
     ended = bench.run(folder, JOBS[job][-1], fault={"at": at, "kind": name})
-    assert ended.code == 128 + getattr(signal, name), ended.said
-    assert "Traceback" not in ended.said
-    command = shlex.join(["pgprune", *(word.format(base=bench.base) for word in JOBS[job][-1])])
-    assert "pgprune: stopped: " in ended.said
-    assert ended.said.endswith(f". Resume with: {command}\n") == (not (folder / "small").exists())
+    assert ended.code == 128 + getattr(signal, name), ended.stderr
+    assert "Traceback" not in ended.stderr
+    command = shlex.join(["pgprune", *bench.arguments(JOBS[job][-1])])
+    assert (command in ended.stderr.splitlines()[-1]) == (not (folder / "small").exists())
     assert not list(folder.rglob("*.tmp"))
-    bench.ends_as_if_undisturbed(job, folder)
+    bench.assert_repeating_completes(job, folder)
 
 
-def test_a_comparison_has_its_directory_to_itself(bench, tmp_path) -> None:
-    from pgprune_cli.run.lock import locked
-
-    folder = tmp_path / "folder"
+def test_a_comparison_in_use_is_refused(bench, folder) -> None:
     with locked(folder / "table"):
         ended = bench.run(folder, JOBS["compare"][-1])
     assert ended.code == 2
-    assert ended.said.startswith(f"pgprune: table: in use by process {os.getpid()} on ")
+    assert ended.stderr.startswith("pgprune: table: ") and f"process {os.getpid()} on " in ended.stderr
 
 
-@pytest.mark.parametrize("quiet", [False, True])
-def test_a_terminal_that_closes_saves_the_search(bench, tmp_path, quiet, request) -> None:
+@pytest.mark.parametrize("options", [[], ["--quiet"]], ids=["", "quiet"])
+def test_a_search_whose_terminal_closes_is_saved(bench, folder, options) -> None:
     """The kernel sends SIGHUP, and every write to the terminal fails from then on."""
-    ours, theirs = pty.openpty()
-    name = os.ttyname(theirs)
-    shell = ["sh", "-c", 'exec "$@" <>"$0" >&0 2>&1', name]  # a new session's first terminal becomes its own
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    command = [word.format(base=bench.base) for word in JOBS["search"][-1]] + LONG + (["--quiet"] if quiet else [])
-    program = [*shell, sys.executable, "-m", "pgprune_cli", *command]
-    process = subprocess.Popen(program, cwd=folder, start_new_session=True)
-    request.addfinalizer(process.kill)
-    os.close(theirs)
-    history, deadline = folder / "run/metrics.jsonl", time.monotonic() + 200
-    os.set_blocking(ours, False)
-    while not history.exists() or not history.stat().st_size:
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-        with suppress(BlockingIOError):
-            os.read(ours, 1 << 16)
-    os.close(ours)
-    assert process.wait(timeout=120) == 128 + signal.SIGHUP
-    assert saved(folder)
+    controller, terminal = pty.openpty()
+    # In a new session, the first terminal that a process opens becomes its controlling terminal.
+    shell = ["sh", "-c", 'exec "$@" <>"$0" >&0 2>&1', os.ttyname(terminal)]
+    with started([*shell, *endless_search(bench, *options)], folder) as process:
+        os.set_blocking(controller, False)
+
+        def has_taken_a_step() -> bool:
+            with suppress(BlockingIOError):
+                os.read(controller, 1 << 16)  # else the terminal's buffer fills up and the search waits
+            return lines_in(folder / HISTORY) > 0
+
+        wait_until(has_taken_a_step, process)
+        os.close(terminal)
+        os.close(controller)
+        assert process.wait(timeout=120) == 128 + signal.SIGHUP
+    assert checkpoints(folder) == 1
 
 
-def test_a_reader_that_leaves_stops_nothing(bench, tmp_path) -> None:
-    """As of `pgprune search … 2>&1 | head -1`."""
-    folder = tmp_path / "folder"
-    process = started(bench, folder, stderr=subprocess.PIPE)
-    process.stderr.close()
-    time.sleep(2)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 143
-    assert saved(folder)
+def test_a_search_continues_when_the_reader_of_its_output_leaves(bench, folder) -> None:
+    """As in `pgprune search … 2>&1 | head -1`."""
+    with started(endless_search(bench), folder, stderr=subprocess.PIPE) as process:
+        process.stderr.readline()
+        process.stderr.close()
+        steps = lines_in(folder / HISTORY)
+        wait_until(lambda: lines_in(folder / HISTORY) >= steps + 5, process)
+        process.send_signal(signal.SIGTERM)  # the message about it goes to the closed pipe, too
+        assert process.wait(timeout=120) == 128 + signal.SIGTERM
+    assert checkpoints(folder) == 1

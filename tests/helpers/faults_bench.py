@@ -1,4 +1,4 @@
-"""A tiny model, its text and recipe; commands on it in processes of their own; and what must come out of them."""
+"""Runs pgprune on a tiny model in processes of their own, with faults, and compares what they leave on disk."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ device: cpu
 calibration: {{corpus: {base}/text.txt, windows: 16, seqlen: 16, batch: 2, heldout: 2}}
 budget: {{sparsity: 0.4}}
 scores: {{metric: wanda-sp, windows: 2, seqlen: 16}}
-search: {{policy: units, forward_passes: 10, masks_per_step: 2, checkpoint_every: 1, evaluate_every: 5, learning_rate: 0.05}}
+search:
+  {{policy: units, forward_passes: 10, masks_per_step: 2, checkpoint_every: 1, evaluate_every: 5, learning_rate: 0.05}}
 repair: {{method: least-squares, windows: 4}}
 evaluation: {{corpora: [{base}/text.txt], seqlen: [16]}}
 """
-CLOCKS = ("seconds", "tokens_per_second", "memory_bytes", "history_bytes", "history_sha256", "sha256")
-"""Keys of records that a clock or the machine decides, or their length; all else must come out the same."""
+VARYING_KEYS = ("seconds", "tokens_per_second", "memory_bytes", "history_bytes", "history_sha256", "sha256")
+"""Keys of records that differ between equal runs: times, memory, and the sizes and checksums that depend on them."""
 
 JOBS = {
     "init-scores": [["init-scores", "{base}/recipe.yaml", "--out", "run"]],
@@ -34,43 +35,58 @@ JOBS = {
     "export": [["search", "{base}/recipe.yaml", "--out", "run"], ["export", "run", "--out", "small"]],
     "compare": [["compare", "{base}/recipe.yaml", "--out", "table", "--only", "metric-start", "--max-windows", "2"]],
 }
-"""The last command of each is put to the test, the others lead there."""
+"""The commands of each job. The last one is tested, the others prepare its folder."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Ended:
-    """A command that ended: its exit code (−9: killed), its seconds, what it said on stderr."""
+    """A command that has ended. code: its exit code, negative if a signal killed it; stderr: what it printed there."""
 
     code: int
-    seconds: float
-    said: str
+    stderr: str
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A job without faults.
+
+    changes: what it does to the file system in order, each [event, path] or [event, path, new path]; contents: of the
+    files that it leaves, see `contents_of`.
+    """
+
+    changes: list[list[str]]
+    contents: dict[str, Any] = field(repr=False)
 
 
 class Bench:
-    """Commands in processes of their own, in folders of their own."""
+    """Runs commands in processes of their own, in folders of their own."""
 
     def __init__(self, base: Path, folders: Path) -> None:
         self.base, self.folders, self.number = base, folders, 0
         program = [sys.executable, str(Path(__file__).parent / "zygote.py")]
         self.zygote = subprocess.Popen(program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.undisturbed: dict[str, Undisturbed] = {}
+        self.undisturbed_jobs: dict[str, Undisturbed] = {}
         self.prepared: dict[str, Path] = {}
 
     def run(self, folder: Path, command: list[str], **request: Any) -> Ended:
-        """Runs it in `folder`, with what `zygote.py` understands."""
-        arguments = [word.format(base=self.base) for word in command]
-        request |= {"folder": str(folder), "arguments": arguments}
+        """Run a command in `folder`. request: what `zygote.py` understands."""
+        request |= {"folder": str(folder), "arguments": self.arguments(command)}
         print(json.dumps(request), file=self.zygote.stdin, flush=True)
-        answer = json.loads(self.zygote.stdout.readline())
-        return Ended(answer["code"], answer["seconds"], Path(f"{folder}.stderr").read_text())
+        code = json.loads(self.zygote.stdout.readline())["code"]
+        return Ended(code, Path(f"{folder}.stderr").read_text())
+
+    def arguments(self, command: list[str]) -> list[str]:
+        """Return a command of JOBS with the paths of this bench."""
+        return [word.format(base=self.base) for word in command]
 
     def close(self) -> None:
+        """End the process that runs the commands."""
         self.zygote.stdin.close()
         self.zygote.wait(timeout=60)
         self.zygote.stdout.close()
 
     def folder(self, job: str) -> Path:
-        """A new one, where all commands before the last have been run."""
+        """Return a new folder in which all commands of the job but the last have been run."""
         self.number += 1
         folder = self.folders / f"{job}-{self.number}"
         if job not in self.prepared:
@@ -78,63 +94,56 @@ class Bench:
             self.prepared[job].mkdir()
             for command in JOBS[job][:-1]:
                 ended = self.run(self.prepared[job], command)
-                assert ended.code == 0, ended.said
+                assert ended.code == 0, ended.stderr
         shutil.copytree(self.prepared[job], folder)
         return folder
 
-    def of(self, job: str) -> Undisturbed:
-        """What the job does and leaves when nothing goes wrong."""
-        if job not in self.undisturbed:
-            folder, points = self.folder(job), self.folders / f"{job}.points"
-            ended = self.run(folder, JOBS[job][-1], points=str(points))
-            assert ended.code == 0, ended.said
-            self.undisturbed[job] = Undisturbed(json.loads(points.read_text()), ended.seconds, outcome(folder))
+    def undisturbed(self, job: str) -> Undisturbed:
+        """Return what the job does and leaves without faults. It runs once."""
+        if job not in self.undisturbed_jobs:
+            folder, changes = self.folder(job), self.folders / f"{job}.changes"
+            ended = self.run(folder, JOBS[job][-1], changes=str(changes))
+            assert ended.code == 0, ended.stderr
+            self.undisturbed_jobs[job] = Undisturbed(json.loads(changes.read_text()), contents_of(folder))
             shutil.rmtree(folder)
-        return self.undisturbed[job]
+        return self.undisturbed_jobs[job]
 
-    def ends_as_if_undisturbed(self, job: str, folder: Path) -> None:
-        """Runs the job again, as its user would, and holds what it leaves against an undisturbed one's."""
-        if job == "export" and (folder / "small").exists():  # whole, or this would not be its name
-            assert outcome(folder) == self.of(job).left
+    def assert_repeating_completes(self, job: str, folder: Path) -> None:
+        """Run the job again as its user would. Fails unless it leaves what an undisturbed one leaves."""
+        if job == "export" and (folder / "small").exists():  # an export is complete or absent
+            assert contents_of(folder) == self.undisturbed(job).contents
             return
         ended = self.run(folder, JOBS[job][-1])
-        assert ended.code == 0, ended.said
-        assert outcome(folder) == self.of(job).left
+        assert ended.code == 0, ended.stderr
+        assert contents_of(folder) == self.undisturbed(job).contents
         shutil.rmtree(folder)
 
 
-@dataclass
-class Undisturbed:
-    """points: changes to the file system in order, [event, path] or [event, path, new path]; left: see `outcome`."""
-
-    points: list[list[str]]
-    seconds: float
-    left: dict[str, Any] = field(repr=False)
-
-
-def outcome(folder: Path) -> dict[str, Any]:
-    """Every file below `folder`: its digest, or what its records say without the clocks."""
-    found: dict[str, Any] = {}
+def contents_of(folder: Path) -> dict[str, Any]:
+    """Return the contents of every file below `folder` by path: its digest, or its records without VARYING_KEYS."""
+    contents: dict[str, Any] = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_dir() or path.name == ".lock":  # of one killed in its last moment, which holds nothing
+        if path.is_dir() or path.name == ".lock":  # a killed process leaves its lock file, which locks nothing
             continue
         if path.suffix == ".md" and path.parent.name == "table":
-            found[name] = "with seconds"
+            contents[name] = "names seconds, which vary"
         elif path.name == PROVENANCE_FILE:
-            found[name] = "tells of every process that was there"
+            contents[name] = "lists every process that ran, so it varies"
         elif path.suffix in (".json", ".jsonl"):
-            found[name] = [without_clocks(json.loads(text)) for text in texts(path)]
+            contents[name] = [without_varying_keys(json.loads(record)) for record in records_in(path)]
         else:
-            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
-    return found
+            contents[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return contents
 
 
-def texts(path: Path) -> list[str]:
+def records_in(path: Path) -> list[str]:
+    """Return the JSON records of a file as text: its lines, or all of it."""
     return path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
 
 
-def without_clocks(value: Any) -> Any:
+def without_varying_keys(value: Any) -> Any:
+    """Return a JSON value without VARYING_KEYS at any depth."""
     if isinstance(value, dict):
-        return {key: without_clocks(inner) for key, inner in value.items() if key not in CLOCKS}
-    return [without_clocks(inner) for inner in value] if isinstance(value, list) else value
+        return {key: without_varying_keys(inner) for key, inner in value.items() if key not in VARYING_KEYS}
+    return [without_varying_keys(inner) for inner in value] if isinstance(value, list) else value

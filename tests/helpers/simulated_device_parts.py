@@ -117,7 +117,7 @@ def scores() -> None:
 
 
 def searched(*overrides: str, device: str = SIMULATED) -> None:
-    """Search on the simulated device: the decision is as good as the host's, but not bit-identical (attention differs)."""
+    """The decision of a search there is as good as the host's. Attention differs, so it is not bit-identical."""
     from helpers.recipes import SMALL
     from pgprune_cli.jobs.search import search
     from pgprune_cli.recipe.reader import find, load
