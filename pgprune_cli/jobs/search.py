@@ -11,6 +11,7 @@ import torch
 from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.core.space import Budget, MaskSpace
 from pgprune_cli.distributed import Ranks, join
+from pgprune_cli.errors import UserError
 from pgprune_cli.model.loading import load_prunable
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.source import resolve
@@ -19,7 +20,7 @@ from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.repair.least_squares import Repaired, repair
 from pgprune_cli.repair.width_files import remove_widths
 from pgprune_cli.run.decision import Decision
-from pgprune_cli.run.layout import DECISION_RECORD, RECIPE_FILE
+from pgprune_cli.run.layout import COSTS_FILE, DECISION_RECORD, RECIPE_FILE
 from pgprune_cli.run.lock import locked
 from pgprune_cli.run.provenance import note
 from pgprune_cli.run.resume import finished, identity_of, refuse_other_recipe
@@ -98,7 +99,12 @@ def _begin(context: SearchContext) -> tuple[MaskSpace, Budget]:
     """
     with context.ranks.run_writer_first():  # one process measures latencies and writes, the others read
         refuse_other_recipe(context.run, context.recipe)
-        space, budget = budget_for(context)
+        try:
+            space, budget = budget_for(context)
+        except UserError:
+            if not (context.run / RECIPE_FILE).exists():  # a latency measured for the refused recipe
+                (context.run / COSTS_FILE).unlink(missing_ok=True)
+            raise
         if context.ranks.is_writer:
             write_bytes(context.run / RECIPE_FILE, dump(context.recipe).encode())
             note(context.run)

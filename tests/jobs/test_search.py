@@ -479,3 +479,17 @@ def test_a_search_over_widths_leaves_the_choice_of_units_to_the_repair(small, tm
         channels = {f"layers.{index}.ffn": layer.ffn for index, layer in enumerate(decision.model_mask)}
         kept[method] = all(mask[scores[name].topk(int(mask.sum())).indices].all() for name, mask in channels.items())
     assert kept == {"none": True, "least-squares": False}
+
+
+@pytest.mark.parametrize("measure", ["parameters", "latency"])
+def test_search_accepts_the_corrected_recipe_after_a_budget_that_the_model_cannot_meet(
+    measure, small, tmp_path
+) -> None:
+    """Nothing but the scores, which do not depend on the budget, is written before the budget is checked."""
+    impossible = small(
+        f"budget.measure={measure}", "budget.context=32", "budget.sparsity=0.8", "budget.ffn_multiple=512"
+    )
+    refuse(impossible, tmp_path, "budget.ffn_multiple")
+    assert {path.name for path in tmp_path.iterdir()} == {SCORES_FILE}
+    corrected = small(f"budget.measure={measure}", "budget.context=16", "budget.sparsity=0.8")
+    assert search(corrected, tmp_path).budget["measure"] == measure
