@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def write_or_check(pages: Mapping[Path, str], truth: str) -> None:
-    """Write every page. With --check on the command line, write nothing and exit with a message if a page is out of date.
+    """Write every page. With --check on the command line, only exit with a message if a page is out of date.
 
     truth: what the pages are generated from, for that message.
     """

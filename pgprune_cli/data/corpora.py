@@ -69,7 +69,8 @@ def hub_corpus(corpus: str) -> HubCorpus:
         hint = nearest(corpus, [*NAMED, "demo"]) or "."
         raise UserError(
             f"{corpus}: there is no such file, and no corpus has this name{hint} Expected "
-            f"{', '.join([*NAMED, 'demo'])}, a data set on the hub (owner/name or owner/name:config), or a {EXPECTED_FILE} file."
+            f"{', '.join([*NAMED, 'demo'])}, a data set on the hub (owner/name or owner/name:config), or a "
+            f"{EXPECTED_FILE} file."
         )
     return HubCorpus(path, config or None, "train", "test")
 

@@ -3,8 +3,8 @@
     python scripts/bench/estimators.py RECIPE --out DIR --ppl wikitext2=FILE [--seeds 0 1 2] [--max-windows 256]
 
 `paper` and `rloo` sample every unit independently, `widths` samples the widths of the layers. All get the same text,
-the same number of forward passes and a repair at the end, which keeps the units that `paper` and `rloo` chose. A line of
-the plot is the perplexity seen during the search; the dot at its end is the decision after the repair.
+the same number of forward passes and a repair at the end, which keeps the units that `paper` and `rloo` chose. A line
+of the plot is the perplexity seen during the search; the dot at its end is the decision after the repair.
 DIR holds one run per estimator and seed; finished runs are kept and interrupted ones resume. All directories
 `DIR/NAME/seed-N` are then read, including those from other versions of pgprune. The table goes to stdout and
 `estimators.md`, the plot to `estimators.svg` (needs matplotlib: pip install -e '.[dev]').

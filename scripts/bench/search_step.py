@@ -37,7 +37,7 @@ from pgprune_cli.search.progress import SearchProgress
 
 
 class Watch:
-    """Records each step: its seconds, those of its forward passes and of a dense forward pass, and the number of passes."""
+    """Records the seconds of each step, of its forward passes and of a dense one, and the number of forward passes."""
 
     def __init__(self, evaluator: Evaluator, tokens: Tensor) -> None:
         self.evaluator, self.tokens = evaluator, tokens
@@ -80,8 +80,8 @@ def placeholder_table(context: SearchContext, scores: Mapping[tuple[int, str], T
 
 
 def watched_steps(evaluator: Evaluator, overrides: list[str], tokens: Tensor) -> list[tuple[float, float, float, int]]:
-    """Run the search. Return for every step but the first: its seconds, those of its forward passes and of a dense forward
-    pass, and the number of forward passes.
+    """Run the search. Return for every step but the first: its seconds, those of its forward passes and of a dense
+    forward pass, and the number of forward passes.
     """
     watch = Watch(evaluator, tokens)
 

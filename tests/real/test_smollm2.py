@@ -1,4 +1,4 @@
-"""The whole job on a real model: SmolLM2-135M, C4 calibration, WikiText-2 evaluation. Minutes, so few forward passes."""
+"""A real model from search to evaluation: SmolLM2-135M, C4 calibration, WikiText-2. Few forward passes, yet minutes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Triton kernel of scripts/bench/gather_gemm.py computes the right products (in Triton's interpreter, on the CPU)."""
+"""The Triton kernel of scripts/bench/gather_gemm.py computes the right products: on the CPU, interpreted."""
 
 from __future__ import annotations
 
