@@ -46,7 +46,7 @@ def verdict(answer: dict) -> tuple[list[str], bool]:
     for package in looked_at:
         for found in package["vulns"]:
             versions = ", ".join(found["fix_versions"]) or "no version yet"
-            lines.append(f"{package['name']} {package['version']}: {found['id']}, mended in {versions}")
+            lines.append(f"{package['name']} {package['version']}: {found['id']}, fixed in {versions}")
     skipped = len(answer["dependencies"]) - len(looked_at)
     lines.append(f"{len(looked_at)} packages looked at, {skipped} skipped, {len(lines)} vulnerabilities")
     return lines, bool(looked_at) and len(lines) == 1

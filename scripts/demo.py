@@ -67,7 +67,7 @@ def main() -> None:
     console = Console()
     console.print(table)
     console.print(
-        'Lower perplexity is better. "units removed" is the fraction removed of the parameters in heads and FFN channels; '
+        'Lower perplexity is better. "units removed" is the fraction removed of the parameters of heads and channels; '
         "embeddings and norms are always kept, so the total shrinks by less."
     )
     console.print(

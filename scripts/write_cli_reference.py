@@ -22,8 +22,8 @@ EXIT_CODES = {
     ExitCode.FAILED: "the run failed (no finite loss, a full disk, …), or `verify` or `doctor` found a fault",
     ExitCode.BAD_INPUT: "bad input (recipe, option or file): one line per fault on stderr",
     ExitCode.HUNG_UP: "stopped because the terminal closed (SIGHUP); stderr says what is saved and how to resume",
-    ExitCode.INTERRUPTED: "stopped by Ctrl-C, likewise",
-    ExitCode.TERMINATED: "stopped by SIGTERM, likewise",
+    ExitCode.INTERRUPTED: "stopped by Ctrl-C; stderr says what is saved and how to resume",
+    ExitCode.TERMINATED: "stopped by SIGTERM; stderr says what is saved and how to resume",
 }
 
 VARIABLES = {

@@ -43,7 +43,7 @@ def test_every_dependency_has_a_lower_bound_and_comes_from_pypi(group: str, requ
 
 
 def test_what_users_get_has_no_upper_bound() -> None:
-    """Or what is mended upstream would not arrive."""
+    """An upper bound would keep upstream fixes from users."""
     of_users = [requirement for group, requirement in DIRECT if group in FOR_USERS]
     assert [str(one) for one in of_users if any(bound.operator != ">=" for bound in one.specifier)] == []
 
@@ -101,7 +101,7 @@ def package(name: str, *vulnerabilities: dict, **more: str) -> dict:
         ([package("a"), package("b")], ["2 packages looked at, 0 skipped, 0 vulnerabilities"], True),
         (
             [package("a", {"id": "CVE-1", "fix_versions": ["1.1", "2.0"]}), {"name": "b", "skip_reason": "unknown"}],
-            ["a 1.0: CVE-1, mended in 1.1, 2.0", "1 packages looked at, 1 skipped, 1 vulnerabilities"],
+            ["a 1.0: CVE-1, fixed in 1.1, 2.0", "1 packages looked at, 1 skipped, 1 vulnerabilities"],
             False,
         ),
         ([{"name": "b", "skip_reason": "unknown"}], ["0 packages looked at, 1 skipped, 0 vulnerabilities"], False),

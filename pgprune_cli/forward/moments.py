@@ -67,7 +67,7 @@ class MomentCollector:
 def observe_moments(run: LayerwiseRun, index: int, family: ModelFamily, block: Block) -> Moments:
     """Return the moments of one block of layer `index` over all batches of a layer-wise run.
 
-    The layer runs as it is now, and the run stays where it was.
+    The layer runs as it is now, and the run does not advance.
     """
     collector = MomentCollector(family, [block])
     run.observe(index, collector.observers)

@@ -52,7 +52,7 @@ def search(
 
     Raises:
         UserError: the run directory belongs to another recipe, is damaged or in use; the recipe does not fit the model.
-        RunError: the losses are never finite, or another process of the search is gone.
+        RunError: the losses are never finite, or another process of the search has died.
         Interrupted: a signal stopped the search; its state is saved.
     """
     if (run / DECISION_RECORD).exists():

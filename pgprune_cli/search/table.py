@@ -1,6 +1,6 @@
 """The width table of a width search: solved once, divided among the processes, and kept in the run directory.
 
-It stays there until the search is finished, so that a resumed search does not solve it again.
+It is kept there until the search is finished, so that a resumed search does not solve it again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def solve_table(context: SearchContext, scores: Mapping[tuple[int, str], Tensor]
     """Solve the width table of a search, or what is missing of it in the run directory, and load it.
 
     scores: by (layer, block). Each process solves its share of the layers and reads all of them, so the number of
-    processes changes nothing. Raises RunError if the disk is too small or another process is gone, OSError if it fails.
+    processes changes nothing. Raises RunError if the disk is too small or another process has died, OSError if it fails.
     """
     recipe, run, model, ranks = context.recipe, context.run, context.model, context.ranks
     batches = repair_batches(recipe, context.text)
