@@ -1,8 +1,8 @@
-"""Recipes made by atheris, which sees what lines of the reader an input reaches and goes on from those that reach more.
+"""Recipes made by atheris, which sees which lines of the reader an input reaches and builds on those that reach more.
 
     python tests/fuzz/guided_recipes.py -max_total_time=60
 
-Any option is libFuzzer's. `make fuzz` runs it where atheris is installed, which has no wheels for every platform.
+The options are those of libFuzzer. `make fuzz` runs this if atheris is installed, which not every platform has.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ import atheris
 with atheris.instrument_imports(include=["pgprune_cli.recipe.reader", "pgprune_cli.recipe.strict_yaml", "yaml"]):
     from pgprune_cli.recipe.reader import find, load
 
-from helpers.inputs import put, told
+from helpers.inputs import accepted_or_refused, write
 
 
 def main() -> None:
+    """Start from shipped recipes and run until libFuzzer stops."""
     with TemporaryDirectory() as folder:
         corpus = Path(folder) / "corpus"
         for name in ("demo", "llama2-7b-50", "paper/llama2-7b-50"):
-            put(corpus / name.replace("/", "-"), find(name).read_bytes())
+            write(corpus / name.replace("/", "-"), find(name).read_bytes())
 
         def one_input(content: bytes) -> None:
-            with told("recipes, guided"):
-                load(put(Path(folder) / "x.yaml", content))
+            with accepted_or_refused("recipes, guided"):
+                load(write(Path(folder) / "x.yaml", content))
 
         atheris.Setup([*sys.argv, str(corpus)], one_input)
         atheris.Fuzz()

@@ -1,4 +1,4 @@
-"""Our own files with damage: the loaders refuse them with a line, and verify names them."""
+"""Damaged files of a run or an export: the readers refuse them with one line, and verify lists them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-from helpers.inputs import changed, damaged, examples, put, rewritten, told
+from helpers.inputs import accepted_or_refused, altered_json, damaged, examples, with_altered_header, write
 from helpers.recipes import SMALL
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pgprune_cli.export.checksums import CHECKSUMS_FILE
-from pgprune_cli.jobs import export as job
+from pgprune_cli.jobs import export as export_job
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.verify import verify
 from pgprune_cli.recipe.reader import find, load
@@ -34,13 +34,13 @@ from pgprune_cli.run.scores import Scores
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Every file of a run of the demo, and of its export, by its path."""
-    folder = tmp_path_factory.mktemp("whole")
+def intact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """Return the bytes of every file of a run of the demo and of its export, by path."""
+    folder = tmp_path_factory.mktemp("intact")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PGPRUNE_CACHE", str(folder / "cache"))
         search(load(find("demo"), [*SMALL, "repair.method=bias"]), folder / "run")
-        job.export(folder / "run", folder / "out")
+        export_job.export(folder / "run", folder / "out")
     (folder / "run" / COSTS_FILE).write_text(json.dumps({"attention": [3, 4], "ffn": [1, 1]}))
     (folder / "run" / EVALUATION_FILE).write_text('{"perplexity": []}')
     shutil.rmtree(folder / "cache")
@@ -48,10 +48,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def folder(whole: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(intact: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a copy of the run and the export, to damage."""
     folder = tmp_path_factory.mktemp("damaged")
-    for name, content in whole.items():
-        put(folder / name, content)
+    for name, content in intact.items():
+        write(folder / name, content)
     return folder
 
 
@@ -66,50 +67,50 @@ OTHERS = [f"run/{name}" for name in (METRICS_FILE, RECIPE_FILE)] + [
 ]
 
 
-def read_all(folder: Path, whole: dict[str, bytes], pattern: str, draw, strategy, kind: str) -> None:
-    """Every reader on a run and an export of which one file is damaged. verify only ever lists faults."""
+def read_everything(folder: Path, intact: dict[str, bytes], pattern: str, draw, strategy, kind: str) -> None:
+    """Damage one file and give the run and the export to every reader. `verify` lists faults and refuses nothing."""
     path = next(folder.glob(pattern))
-    original = whole[str(path.relative_to(folder))]
+    original = intact[str(path.relative_to(folder))]
     content = draw(strategy(original))
-    put(path, content)
+    write(path, content)
     try:
-        with told(f"{kind}, verify"):
+        with accepted_or_refused(f"{kind}, verify"):
             verdicts = [verify(folder / "run"), verify(folder / "out")]
             assert all(line.strip() and "\n" not in line for verdict in verdicts for line in verdict.faults)
-        for read in (Scores.load, Decision.load, job.plan):
-            with told(kind):
+        for read in (Scores.load, Decision.load, export_job.plan):
+            with accepted_or_refused(kind):
                 read(folder / "run")
-        with told(kind):
+        with accepted_or_refused(kind):
             load_checkpoint(next((folder / "run" / CHECKPOINTS_FOLDER).iterdir()))
     finally:
-        put(path, original)
+        write(path, original)
 
 
 @pytest.mark.parametrize("pattern", [*SAFETENSORS, *OBJECTS, *OTHERS])
 @examples(8)
 @given(data=st.data())
-def test_any_damage(pattern: str, folder: Path, whole, data) -> None:
-    read_all(folder, whole, pattern, data.draw, damaged, "artefacts, damaged")
+def test_a_damaged_file_is_accepted_or_refused(pattern: str, folder: Path, intact, data) -> None:
+    read_everything(folder, intact, pattern, data.draw, damaged, "artefacts, damaged")
 
 
 @pytest.mark.parametrize("pattern", SAFETENSORS)
 @examples(15)
 @given(data=st.data())
-def test_another_header(pattern: str, folder: Path, whole, data) -> None:
-    read_all(folder, whole, pattern, data.draw, rewritten, "artefacts, headers")
+def test_tensors_with_an_altered_header_are_accepted_or_refused(pattern: str, folder: Path, intact, data) -> None:
+    read_everything(folder, intact, pattern, data.draw, with_altered_header, "artefacts, headers")
 
 
 @pytest.mark.parametrize("pattern", [*OBJECTS, "out/config.json"])
 @examples(15)
 @given(data=st.data())
-def test_another_value(pattern: str, folder: Path, whole, data) -> None:
+def test_json_with_another_value_is_accepted_or_refused(pattern: str, folder: Path, intact, data) -> None:
     def other(content: bytes) -> st.SearchStrategy[bytes]:
-        return changed(json.loads(content)).map(lambda value: json.dumps(value).encode())
+        return altered_json(json.loads(content)).map(lambda value: json.dumps(value).encode())
 
-    read_all(folder, whole, pattern, data.draw, other, "artefacts, values")
+    read_everything(folder, intact, pattern, data.draw, other, "artefacts, values")
 
 
 @pytest.mark.parametrize("pattern", [*SAFETENSORS, *OBJECTS])
 @pytest.mark.parametrize("content", [b"", b"\0" * 8, b"[" * 10**5, b"\xff" * 99, b"{}", b"null", b"[]"])
-def test_no_such_thing(content: bytes, pattern: str, folder: Path, whole) -> None:
-    read_all(folder, whole, pattern, lambda strategy: strategy, lambda _: content, "artefacts, nonsense")
+def test_a_file_of_nonsense_is_accepted_or_refused(content: bytes, pattern: str, folder: Path, intact) -> None:
+    read_everything(folder, intact, pattern, lambda strategy: strategy, lambda _: content, "artefacts, nonsense")

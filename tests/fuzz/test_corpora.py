@@ -1,4 +1,4 @@
-"""Corpora: any bytes under every suffix, and files of the right format with the wrong things in them."""
+"""Corpora: any bytes under every suffix, and files of the right format with odd contents."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from helpers.inputs import VALUES, damaged, examples, put, told
+from helpers.inputs import JSON_VALUES, accepted_or_refused, damaged, examples, write
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -30,40 +30,40 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def read(path: Path, tokenizer, kind: str) -> None:
-    with told(kind):
+    with accepted_or_refused(kind):
         tokens = tokens_of(str(path), "evaluation", tokenizer)
         assert tokens.dim() == 1 and len(tokens)
-        with told(f"{kind}, windows"):
+        with accepted_or_refused(f"{kind}, windows"):
             calibration_text(str(path), tokenizer, 4, 2, 8)
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @examples(40)
 @given(content=st.binary(max_size=300))
-def test_bytes(suffix: str, content: bytes, folder: Path, tokenizer) -> None:
-    read(put(folder / f"x{suffix}", content), tokenizer, "corpora, bytes")
+def test_any_bytes_are_accepted_or_refused(suffix: str, content: bytes, folder: Path, tokenizer) -> None:
+    read(write(folder / f"x{suffix}", content), tokenizer, "corpora, bytes")
 
 
 @examples(60)
 @given(text=st.text(max_size=300), encoding=st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-32"]))
-def test_encodings(text: str, encoding: str, folder: Path, tokenizer) -> None:
+def test_text_in_any_encoding_is_accepted_or_refused(text: str, encoding: str, folder: Path, tokenizer) -> None:
     content = text.encode(encoding, errors="replace")
     for suffix in FORMATS:
-        read(put(folder / f"x{suffix}", content), tokenizer, "corpora, encodings")
+        read(write(folder / f"x{suffix}", content), tokenizer, "corpora, encodings")
 
 
 ROWS = st.one_of(
-    VALUES,
-    st.dictionaries(st.sampled_from(["text", "Text", "content"]), VALUES),
+    JSON_VALUES,
+    st.dictionaries(st.sampled_from(["text", "Text", "content"]), JSON_VALUES),
     st.fixed_dictionaries({"text": st.text()}),
 )
 
 
 @examples(80)
 @given(rows=st.lists(ROWS, max_size=4))
-def test_rows(rows: list, folder: Path, tokenizer) -> None:
+def test_json_lines_of_any_rows_are_accepted_or_refused(rows: list, folder: Path, tokenizer) -> None:
     content = "\n".join(json.dumps(row) for row in rows).encode()
-    read(put(folder / "x.jsonl", content), tokenizer, "corpora, rows")
+    read(write(folder / "x.jsonl", content), tokenizer, "corpora, rows")
 
 
 TEXTS = st.lists(st.none() | st.text(min_size=1, max_size=40), min_size=2, max_size=2)
@@ -79,30 +79,30 @@ TABLES = st.dictionaries(st.sampled_from(["text", "Text", "x"]), COLUMNS, max_si
 
 @examples(60)
 @given(columns=st.one_of(TABLES, st.fixed_dictionaries({"text": TEXTS})))
-def test_columns(columns: dict, folder: Path, tokenizer) -> None:
+def test_parquet_with_any_columns_is_accepted_or_refused(columns: dict, folder: Path, tokenizer) -> None:
     parquet.write_table(pyarrow.table(columns), folder / "x.parquet")
     read(folder / "x.parquet", tokenizer, "corpora, columns")
 
 
 @examples(80)
 @given(data=st.data())
-def test_parquet_with_damage(data, folder: Path, tokenizer) -> None:
-    parquet.write_table(pyarrow.table({"text": ["a b c", "the end"] * 20}), folder / "whole.parquet")
-    content = data.draw(damaged((folder / "whole.parquet").read_bytes()))
-    read(put(folder / "x.parquet", content), tokenizer, "corpora, parquet")
+def test_damaged_parquet_is_accepted_or_refused(data, folder: Path, tokenizer) -> None:
+    parquet.write_table(pyarrow.table({"text": ["a b c", "the end"] * 20}), folder / "intact.parquet")
+    content = data.draw(damaged((folder / "intact.parquet").read_bytes()))
+    read(write(folder / "x.parquet", content), tokenizer, "corpora, parquet")
 
 
 @examples(40)
 @given(data=st.data())
-def test_a_damaged_cache(data, folder: Path, tokenizer, token_cache: str) -> None:
-    path = put(folder / "cached.txt", b"the end " * 99)
-    whole = tokens_of(str(path), "evaluation", tokenizer)
+def test_a_damaged_token_cache_is_replaced_or_refused(data, folder: Path, tokenizer, token_cache: str) -> None:
+    path = write(folder / "cached.txt", b"the end " * 99)
+    tokens = tokens_of(str(path), "evaluation", tokenizer)
     before = {file: file.read_bytes() for file in Path(token_cache).rglob("*.safetensors")}
     file = max(before, key=lambda file: file.stat().st_mtime_ns)
-    put(file, data.draw(damaged(before[file])))
-    with told("corpora, cache"):
-        assert tokens_of(str(path), "evaluation", tokenizer).dim() == whole.dim()
-    put(file, before[file])
+    write(file, data.draw(damaged(before[file])))
+    with accepted_or_refused("corpora, cache"):
+        assert tokens_of(str(path), "evaluation", tokenizer).dim() == tokens.dim()
+    write(file, before[file])
 
 
 @pytest.mark.parametrize(
@@ -121,5 +121,5 @@ def test_a_damaged_cache(data, folder: Path, tokenizer, token_cache: str) -> Non
         ("surrogate.jsonl", b'{"text": "\\ud800 alone"}'),
     ],
 )
-def test_odd_files(name: str, content: bytes, folder: Path, tokenizer) -> None:
-    read(put(folder / name, content), tokenizer, "corpora, odd")
+def test_an_odd_file_is_accepted_or_refused(name: str, content: bytes, folder: Path, tokenizer) -> None:
+    read(write(folder / name, content), tokenizer, "corpora, odd")

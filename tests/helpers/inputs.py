@@ -1,4 +1,4 @@
-"""What damages inputs, and what may come of it: one clear line, in time and without much memory."""
+"""Makes damaged inputs, and checks what comes of them: each is accepted, or refused clearly, in time and memory."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from hypothesis import strategies as st
 from pgprune_cli.errors import RunError, UserError
 
 SHARE = float(os.environ.get("FUZZ", "1"))
-"""How many times as many inputs as in the suite; `make fuzz` asks for more, and for others each time."""
+"""Multiplies the number of inputs. `make fuzz` asks for more than the suite, and for different ones each time."""
 
-SECONDS = 200
-"""Longer than this for one input is a hang."""
+SECONDS_PER_INPUT = 200
+"""An input that takes longer is a hang."""
 
-MEMORY = 2 << 30
-"""Bytes that one input may add to the most that the process ever held."""
+MEMORY_PER_INPUT = 2 << 30
+"""Bytes by which one input may raise the peak memory of the process."""
 
 tried: Counter[str] = Counter()
-"""Inputs by test, and of them those that were refused; which conftest.py reports at the end."""
+"""Inputs by kind, and how many of each were refused. conftest.py reports them at the end."""
 
 
 def examples(count: int, shrink: bool = True) -> settings:
-    """The settings of a test that tries `count` inputs in the suite; slow ones do not look for a smaller one."""
+    """Return the settings of a test that tries `count` inputs in the suite. Slow tests should not shrink failures."""
     return settings(
         max_examples=max(1, round(count * SHARE)),
         deadline=None,
@@ -44,97 +44,104 @@ def examples(count: int, shrink: bool = True) -> settings:
 
 
 class Hang(BaseException):
-    """Of no kind that a reader could take for an error of its own."""
+    """Not an Exception, so that no reader handles it as an error of the input."""
 
 
 @contextmanager
-def told(kind: str) -> Iterator[None]:
-    """Whatever the input is: it is read, or refused with clear lines. Anything else fails, a hang and a flood too."""
+def accepted_or_refused(kind: str) -> Iterator[None]:
+    """Fail unless the body accepts its input, or refuses it with a UserError or RunError of clear lines.
 
-    def late(*_: object) -> None:
-        raise Hang(f"{kind}: an input took longer than {SECONDS} s")
+    Any other exception, a hang, or too much memory is a failure. Only recipes may have several lines, one per fault.
+    """
+
+    def hang(*_: object) -> None:
+        raise Hang(f"{kind}: an input took longer than {SECONDS_PER_INPUT} s")
 
     tried[kind] += 1
-    most = peak()
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
+    peak_before = peak_memory()
+    handler_before = signal.signal(signal.SIGALRM, hang)
+    signal.alarm(SECONDS_PER_INPUT)
     try:
         yield
     except (UserError, RunError) as error:
         tried[f"{kind}, refused"] += 1
         lines = str(error).splitlines()
         assert lines and all(line.strip() for line in lines), repr(str(error))
-        assert len(lines) == 1 or kind.startswith("recipes"), repr(str(error))  # whose faults are all told at once
+        assert len(lines) == 1 or kind.startswith("recipes"), repr(str(error))
     finally:
         signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
-        assert peak() - most < MEMORY, f"{kind}: an input took {(peak() - most) / 2**30:.1f} GB"
+        signal.signal(signal.SIGALRM, handler_before)
+        growth = peak_memory() - peak_before
+        assert growth < MEMORY_PER_INPUT, f"{kind}: an input took {growth / 2**30:.1f} GB"
 
 
-def peak() -> int:
-    """Bytes of main memory that the process held at most so far."""
+def peak_memory() -> int:
+    """Return the most bytes of main memory that the process has held so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-WORDS = st.sampled_from(
+ODD_TEXTS = st.sampled_from(
     ["", "x", "../x", "/etc/passwd", "a\0b", "\ud800", "é" * 300, "layers.0.ffn", "F32", "llama", "nan"]
 )
-NUMBERS = st.one_of(
+ODD_NUMBERS = st.one_of(
     st.integers(-3, 300),
     st.sampled_from([2**31, 2**63, -(2**63), 10**30, 0.5, -0.0, 1e308, float("inf"), float("nan")]),
 )
-SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS, WORDS)
-VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=3))
-"""Values of JSON, odd ones before all."""
+SCALARS = st.one_of(st.none(), st.booleans(), ODD_NUMBERS, ODD_TEXTS)
+JSON_VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(ODD_TEXTS, inner, max_size=3)
+)
+"""JSON values, mostly odd ones."""
 
 
 @st.composite
 def damaged(draw: st.DrawFn, content: bytes) -> bytes:
-    """Bytes that were `content` once: flipped, cut, doubled, with others in between."""
-    result = bytearray(content)
+    """Draw damaged copies of `content`: bits flipped, bytes cut off, removed, repeated or inserted."""
+    copy = bytearray(content)
     for _ in range(draw(st.integers(1, 3))):
-        place = draw(st.integers(0, len(result)))
-        match draw(st.sampled_from(["flip", "cut", "insert", "remove", "double"])):
-            case "flip" if place < len(result):
-                result[place] ^= 1 << draw(st.integers(0, 7))
+        position = draw(st.integers(0, len(copy)))
+        match draw(st.sampled_from(["flip", "cut", "insert", "remove", "repeat"])):
+            case "flip" if position < len(copy):
+                copy[position] ^= 1 << draw(st.integers(0, 7))
             case "cut":
-                del result[place:]
+                del copy[position:]
             case "insert":
-                result[place:place] = draw(st.binary(min_size=1, max_size=9))
+                copy[position:position] = draw(st.binary(min_size=1, max_size=9))
             case "remove":
-                del result[place : place + draw(st.integers(1, 40))]
-            case "double":
-                result[place:place] = result[max(0, place - 40) : place]
-    return bytes(result)
+                del copy[position : position + draw(st.integers(1, 40))]
+            case "repeat":
+                copy[position:position] = copy[max(0, position - 40) : position]
+    return bytes(copy)
 
 
 @st.composite
-def changed(draw: st.DrawFn, value: Any) -> Any:
-    """A value of JSON in which one place, however deep, holds something else, or is gone."""
+def altered_json(draw: st.DrawFn, value: Any) -> Any:
+    """Draw copies of a JSON value in which one value, at any depth, is replaced, renamed or removed."""
     if isinstance(value, dict) and value and draw(st.integers(0, 4)):
         key = draw(st.sampled_from(sorted(value)))
         rest = {name: inner for name, inner in value.items() if name != key}
-        match draw(st.sampled_from(["inside", "gone", "renamed"])):
-            case "inside":
-                return value | {key: draw(changed(value[key]))}
-            case "gone":
+        match draw(st.sampled_from(["alter", "remove", "rename"])):
+            case "alter":
+                return value | {key: draw(altered_json(value[key]))}
+            case "remove":
                 return rest
-        return rest | {draw(WORDS): value[key]}
+        return rest | {draw(ODD_TEXTS): value[key]}
     if isinstance(value, list) and value and draw(st.integers(0, 4)):
-        place = draw(st.integers(0, len(value) - 1))
-        return [*value[:place], draw(changed(value[place])), *value[place + 1 :]]
-    return draw(VALUES)
+        position = draw(st.integers(0, len(value) - 1))
+        return [*value[:position], draw(altered_json(value[position])), *value[position + 1 :]]
+    return draw(JSON_VALUES)
 
 
 @st.composite
-def rewritten(draw: st.DrawFn, content: bytes) -> bytes:
-    """A safetensors file whose header says something else."""
+def with_altered_header(draw: st.DrawFn, content: bytes) -> bytes:
+    """Draw copies of a safetensors file with an altered header."""
     end = 8 + int.from_bytes(content[:8], "little")
-    header = json.dumps(draw(changed(json.loads(content[8:end])))).encode()
+    header = json.dumps(draw(altered_json(json.loads(content[8:end])))).encode()
     return len(header).to_bytes(8, "little") + header + content[end:]
 
 
-def put(path: Path, content: bytes) -> Path:
+def write(path: Path, content: bytes) -> Path:
+    """Write a file and the folders above it, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return path

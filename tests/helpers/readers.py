@@ -1,4 +1,4 @@
-"""All that reads a model, and files of one that are others for a while."""
+"""Gives a model, damaged or not, to everything that reads models."""
 
 from __future__ import annotations
 
@@ -7,60 +7,58 @@ from pathlib import Path
 
 import torch
 
-from helpers.inputs import put, told
+from helpers.inputs import accepted_or_refused, write
 from pgprune_cli.data.tokens import check_vocabulary, tokens_of
 from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.jobs import export as job
+from pgprune_cli.jobs import export as export_job
 from pgprune_cli.jobs.doctor import doctor
-from pgprune_cli.model.loading import check_prunable, load_model, load_tokenizer
+from pgprune_cli.model.loading import check_prunable, load_prunable, load_tokenizer
 from pgprune_cli.model.masks import LayerMask, ModelMask
-from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.run.decision import Decision
 
-KEEP = tuple(LayerMask(torch.arange(4) < 4 - layer, torch.arange(24) < 9 + layer) for layer in range(4))
+MODEL_MASK = tuple(LayerMask(torch.arange(4) < 4 - layer, torch.arange(24) < 9 + layer) for layer in range(4))
 
 
-def read_all(model: Path, kind: str, keep: ModelMask = KEEP) -> None:
-    """Everything that reads a model. What is read must work: an evaluation and the plan of an export follow."""
-    text = str(model.parent / "text.txt")
-    with told(f"{kind}, doctor"):
-        doctor(load(find("demo"), [f"model={model}", f"calibration.corpus={text}", "evaluation.corpora=[demo]"]))
-    with warnings.catch_warnings():  # which transformers gives of what it then refuses, or takes
+def read_everything(path: Path, kind: str, model_mask: ModelMask = MODEL_MASK) -> None:
+    """Give the model to doctor, to an evaluation and to the plan of an export: each accepts it or refuses it clearly.
+
+    A `text.txt` must lie beside the model.
+    """
+    text = str(path.parent / "text.txt")
+    with accepted_or_refused(f"{kind}, doctor"):
+        doctor(load(find("demo"), [f"model={path}", f"calibration.corpus={text}", "evaluation.corpora=[demo]"]))
+    with warnings.catch_warnings():  # transformers warns about models that it refuses or accepts later
         warnings.simplefilter("ignore")
-        with told(kind):
-            source = resolve(str(model))
+        with accepted_or_refused(kind):
+            source = resolve(str(path))
             source.fingerprint()
             check_prunable(source)
-            loaded = load_model(source, "auto", "cpu")
-            evaluator = Evaluator(PrunableModel.of(loaded))
+            model = load_prunable(source, "auto", "cpu")
             tokens = tokens_of(text, "evaluation", load_tokenizer(source))[:16].unsqueeze(0)
-            check_vocabulary(tokens, text, loaded.get_input_embeddings().num_embeddings)
-            space = evaluator.shape.space(("attention", "ffn"))
-            whole = evaluator.shape.keep(space, torch.ones(space.n).bool())
-            evaluator.losses([whole], tokens)
-        with told(f"{kind}, export"):
-            source = resolve(str(model))
-            Decision(keep, str(model), source.fingerprint(), 0.5, "dtype: float32\n", 1, 2, 3, 2.5).save(
-                model.parent / "run"
-            )
-            job.plan(model.parent / "run")
+            check_vocabulary(tokens, text, model.embedding.num_embeddings)
+            space = model.shape.space(("attention", "ffn"))
+            Evaluator(model).losses([model.shape.model_mask(space, torch.ones(space.n).bool())], tokens)
+        with accepted_or_refused(f"{kind}, export"):
+            source, run = resolve(str(path)), path.parent / "run"
+            Decision(model_mask, str(path), source.fingerprint(), 0.5, "dtype: float32\n", 1, 2, 3, 2.5).save(run)
+            export_job.plan(run)
 
 
 class Changed:
-    """A file of a model with other content inside the `with`; None for no file."""
+    """Inside the `with`, a file has other content; None removes it."""
 
     def __init__(self, path: Path, content: bytes | None) -> None:
-        self.path, self.content, self.before = path, content, path.read_bytes() if path.exists() else None
+        self.path, self.content, self.original = path, content, path.read_bytes() if path.exists() else None
 
     def __enter__(self) -> None:
-        self._put(self.content)
+        self._replace(self.content)
 
     def __exit__(self, *_: object) -> None:
-        self._put(self.before)
+        self._replace(self.original)
 
-    def _put(self, content: bytes | None) -> None:
+    def _replace(self, content: bytes | None) -> None:
         self.path.unlink(missing_ok=True)
         if content is not None:
-            put(self.path, content)
+            write(self.path, content)

@@ -1,8 +1,9 @@
-"""What torchrun runs in test_distributed.py: the program, with an accident to rank 1 of the first start.
+"""The program that torchrun runs in test_distributed.py: pgprune, with an accident to rank 1 in the first start.
 
-    torchrun … ranks.py ACCIDENT STEP search RECIPE …
+    torchrun … torchrun_program.py ACCIDENT STEP search RECIPE --out RUN …
 
-STEP steps are done then, on all ranks, and what follows them is not: their losses are heard, no checkpoint is written.
+The accident comes after step STEP on all ranks, before its losses and its checkpoint are written. ACCIDENT is
+`exception` or the name of a signal.
 """
 
 from __future__ import annotations
@@ -11,28 +12,52 @@ import os
 import signal
 import sys
 import time
+import types
+from pathlib import Path
 
-from pgprune_cli.cli import program as cli
-from pgprune_cli.search import loop as loops
+from pgprune_cli import distributed
+from pgprune_cli.cli import program
+from pgprune_cli.search import loop as search_loop
+
+POLL_INTERVAL = 0.02
+
+
+def order_the_restart(run: Path, rank: str) -> None:
+    """Let rank 0 of a restart begin only once rank 1 has met what the first start left in torchrun's store."""
+    marker = run / "rank-1-has-polled"
+    if rank == "0":
+        while not marker.exists():
+            time.sleep(POLL_INTERVAL)
+        marker.unlink()
+        return
+
+    def sleep(seconds: float) -> None:  # between two looks at the store
+        distributed.time = time
+        marker.touch()
+        time.sleep(seconds)
+
+    distributed.time = types.SimpleNamespace(sleep=sleep)
 
 
 def main() -> None:
-    accident, step, start = sys.argv[1], int(sys.argv[2]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    """Run pgprune with the arguments after ACCIDENT and STEP."""
+    accident, step = sys.argv[1], int(sys.argv[2])
     del sys.argv[1:3]
-    if start and os.environ["RANK"] == "0":
-        time.sleep(3)  # the others find what the first start has left
-    original = loops._take_step
+    rank, is_restart = os.environ["RANK"], int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
+    if is_restart:
+        order_the_restart(Path(sys.argv[sys.argv.index("--out") + 1]), rank)
+    original = search_loop._take_step
 
-    def one_step(problem: loops.Problem, loop: loops.LoopState) -> loops.Row:
+    def take_step(problem: search_loop.Problem, loop: search_loop.LoopState) -> search_loop.Row:
         row = original(problem, loop)
-        if loop.step == step and os.environ["RANK"] == "1" and not start:
+        if loop.step == step and rank == "1" and not is_restart:
             if accident == "exception":
                 raise ArithmeticError("an accident")
             os.kill(os.getpid(), getattr(signal, accident))
         return row
 
-    loops._take_step = one_step
-    cli.main()
+    search_loop._take_step = take_step
+    program.main()
 
 
 if __name__ == "__main__":
