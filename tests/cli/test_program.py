@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ from helpers.messages import says
 from helpers.multiple_choice import items_of, task_file
 from helpers.recipes import SMALL
 from helpers.schemas import SCHEMAS, validate
+from helpers.waiting import lines_in, wait_until
 
 from pgprune_cli.cli import program as cli
 from pgprune_cli.errors import RunError
@@ -415,10 +415,7 @@ def test_interrupted_search_prints_the_command_that_resumes_it(signum, code) -> 
     program = [sys.executable, "-m", "pgprune_cli", "search", "demo", "--out", "a run", *many]
     started = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     history = Path("a run/metrics.jsonl")
-    deadline = time.monotonic() + 120
-    while not (history.exists() and history.stat().st_size) and started.poll() is None:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: lines_in(history) > 0, started)
     started.send_signal(signum)
     out, err = started.communicate(timeout=120)
     assert started.returncode == code, err
@@ -435,30 +432,32 @@ def test_interrupted_search_prints_the_command_that_resumes_it(signum, code) -> 
     assert resuming == ["pgprune", *program[3:]]
 
 
+INTERRUPTED_AT_STEP_3 = """
+import os, signal
+from pgprune_cli.cli import program
+from pgprune_cli.search import loop
+original = loop._take_step
+def take_step(problem, state):
+    row = original(problem, state)
+    if state.step == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+    return row
+loop._take_step = take_step
+program.main()
+"""
+
+
 def test_repeated_command_resumes_and_finishes_the_search() -> None:
     """Run the same command twice: interrupt it the first time."""
-    program = [
-        sys.executable,
-        "-m",
-        "pgprune_cli",
-        "search",
-        "demo",
-        *SET,
-        "--set",
-        "search.forward_passes=120",
-        "--json",
-    ]
-    started = subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    history = Path("runs/demo/metrics.jsonl")
-    while not (history.exists() and history.stat().st_size) and started.poll() is None:
-        time.sleep(0.02)
-    started.send_signal(signal.SIGINT)
-    _, err = started.communicate(timeout=120)
-    assert started.returncode == 130, err
-    done = subprocess.run(program, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "resuming from step " in done.stderr
-    assert json.loads(done.stdout)["forward_passes"] == 120
+    arguments = ["search", "demo", *SET, "--set", "search.forward_passes=20", "--json"]
+    interrupted = [sys.executable, "-c", INTERRUPTED_AT_STEP_3, *arguments]
+    first = subprocess.run(interrupted, capture_output=True, text=True, check=False)
+    assert first.returncode == 130, first.stderr
+    repeated = [sys.executable, "-m", "pgprune_cli", *arguments]
+    second = subprocess.run(repeated, capture_output=True, text=True, check=False)
+    assert second.returncode == 0, second.stderr
+    assert "from step 3 of 10" in second.stderr
+    assert json.loads(second.stdout)["forward_passes"] == 20
 
 
 @pytest.mark.parametrize(
