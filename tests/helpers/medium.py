@@ -1,4 +1,4 @@
-"""A random model of which the matrices outweigh all else, so that what is large can be counted."""
+"""A random model whose matrices outweigh everything else, for tests that count bytes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ VOCABULARY = 200
 
 
 def medium_model(dtype: torch.dtype = torch.float32, **sizes: int) -> nn.Module:
-    """A Llama: 3 layers of 2 KV heads with 4 query heads each and 192 channels; hidden 64, embeddings tied."""
+    """Return a Llama of 3 layers with 2 KV heads of 4 query heads each and 192 channels; hidden 64, tied embeddings.
+
+    sizes: replaces entries of its config.
+    """
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(
@@ -32,10 +35,11 @@ def medium_model(dtype: torch.dtype = torch.float32, **sizes: int) -> nn.Module:
 
 
 def medium_recipe(*overrides: str) -> Recipe:
-    """The demo's, for the medium model: half of all units go."""
+    """Return the demo's recipe with sparsity 0.5. Its budget suits the medium model."""
     return load(find("demo"), ["budget.sparsity=0.5", *overrides])
 
 
 def some_batches(windows: int = 4, length: int = 16, batches: int = 2) -> list[Tensor]:
+    """Return random batches of tokens `(windows, length)`, always the same ones."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(VOCABULARY, (windows, length), generator=generator) for _ in range(batches)]

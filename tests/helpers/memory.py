@@ -1,4 +1,4 @@
-"""What a computation allocates, tensor by tensor: seen by a dispatch mode, whatever the allocator makes of it."""
+"""Counts the bytes that a computation allocates, tensor by tensor, independently of the allocator."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class Allocations(TorchDispatchMode):
-    """While inside, counts the bytes of new tensors that are alive: `peak` at most, `largest` of a single one.
+    """Inside the `with`, counts the bytes of new tensors that are alive.
 
-    Tensors from before and those on the meta device are not counted, views are no tensors of their own, and memory
-    inside an operator is not seen.
+    peak: the most at any time; largest: those of the largest tensor. Older tensors, tensors on the meta device, views
+    and the memory that an operator uses internally are not counted.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Allocations(TorchDispatchMode):
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, torch.Tensor):
                 self._note(tensor.untyped_storage(), 0)
-        with self:  # an operator that is made of others: inference mode hands it over whole
+        with self:  # in inference mode, an operator made of others arrives as one
             result = func.decompose(*args, **(kwargs or {}))
         if result is NotImplemented:
             result = func(*args, **(kwargs or {}))
@@ -40,11 +40,11 @@ class Allocations(TorchDispatchMode):
         if key in self.known:
             return
 
-        def gone(_: object) -> None:
+        def free(_: object) -> None:
             del self.known[key]
             self.alive -= size
 
-        self.known[key] = weakref.ref(storage, gone)
+        self.known[key] = weakref.ref(storage, free)
         self.alive += size
         self.peak = max(self.peak, self.alive)
         self.largest = max(self.largest, size)

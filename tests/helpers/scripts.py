@@ -1,4 +1,4 @@
-"""The programs of `scripts/`, imported as modules."""
+"""Imports the programs of `scripts/`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import ModuleType
 
 
 def script_module(name: str) -> ModuleType:
-    """`scripts/<name>.py`, which is no module of the package."""
+    """Return `scripts/<name>.py` as a module."""
     path = Path(__file__).parents[2] / "scripts" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)

@@ -1,6 +1,7 @@
-"""Run by test_vllm.py: greedy tokens of several models in one process with vLLM. JSON in on stdin, out to a file.
+"""The program that test_vllm.py runs: greedy tokens of several models, in one process with vLLM.
 
-In: a list of [directory, prompts, count]. Out: for each, for every prompt, the tokens and their log probabilities.
+Reads from stdin a JSON list of [directory, prompts, count]. Writes to the file in its argument, for every model and
+every prompt, the tokens and their log-probabilities.
 """
 
 import gc
@@ -12,6 +13,7 @@ from vllm import LLM, SamplingParams
 
 
 def greedy(directory: str, prompts: list[list[int]], count: int) -> list[tuple[list[int], list[float]]]:
+    """Return the `count` tokens that vLLM appends to every prompt, and their log-probabilities."""
     llm = LLM(
         directory,
         skip_tokenizer_init=True,
@@ -21,12 +23,13 @@ def greedy(directory: str, prompts: list[list[int]], count: int) -> list[tuple[l
         enforce_eager=True,
         kv_cache_memory_bytes=2**24,
     )
-    wanted = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=1, detokenize=False)
-    made = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], wanted, use_tqdm=False)
+    sampling = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, logprobs=1, detokenize=False)
+    requests = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
     results = []
-    for answer in (request.outputs[0] for request in made):
-        tokens = list(answer.token_ids)
-        results.append((tokens, [place[token].logprob for token, place in zip(tokens, answer.logprobs, strict=True)]))
+    for output in (request.outputs[0] for request in requests):
+        tokens = list(output.token_ids)
+        logprobs = [choices[token].logprob for token, choices in zip(tokens, output.logprobs, strict=True)]
+        results.append((tokens, logprobs))
     del llm
     gc.collect()
     return results

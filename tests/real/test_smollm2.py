@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from pgprune_cli.model.loading import load_tokenizer
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.run.layout import SCORES_FILE
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(1800)]
 
@@ -29,7 +31,7 @@ MODEL = Path(__file__).parents[2] / "models" / "smollm2-135m"
 @pytest.fixture(scope="module")
 def model() -> str:
     if not list(MODEL.glob("*.gguf")):
-        pytest.skip(f"no real model: scripts/fetch_smollm2.sh puts it into {MODEL.name}")
+        pytest.skip("no real model here: scripts/fetch_smollm2.sh fetches it into models/smollm2-135m")
     return str(MODEL)
 
 
@@ -54,34 +56,34 @@ def short_recipe(model: str, corpus: Path, forward_passes: int) -> Recipe:
 
 
 def test_the_dense_model_has_its_known_perplexity(model: str, shared: Path) -> None:
-    """55.3 on 128 windows of 128 tokens, measured independently of this code with bfloat16 weights."""
+    """It is 55.3 on 128 windows of 128 tokens with bfloat16 weights, measured independently of this code."""
     target = open_target(model, dtype="bfloat16", device="cpu")
     tokens = tokens_of(str(shared / "data" / "wikitext2.test.txt"), "evaluation", load_tokenizer(target.source))
-    found, predicted = perplexity(target.module, tokens, seqlen=128, max_windows=128)
+    ppl, predicted = perplexity(target.module, tokens, seqlen=128, max_windows=128)
     assert predicted == 128 * 127
-    assert found == pytest.approx(55.3, rel=0.02)
+    assert ppl == pytest.approx(55.3, rel=0.02)
 
 
-def test_a_short_search_beats_the_metric_and_its_export_is_the_masked_model(
+def test_a_short_search_beats_the_metric_and_its_export_equals_the_masked_model(
     model: str, shared: Path, tmp_path: Path
 ) -> None:
     corpus = shared / "data" / "c4.sample.txt"
     init_scores(short_recipe(model, corpus, 0), tmp_path / "metric")
     metric_only = search(short_recipe(model, corpus, 0), tmp_path / "metric")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "scores.safetensors").write_bytes((tmp_path / "metric" / "scores.safetensors").read_bytes())
+    shutil.copy(tmp_path / "metric" / SCORES_FILE, tmp_path / "run")
     searched = search(short_recipe(model, corpus, 24), tmp_path / "run")
     assert searched.sparsity == pytest.approx(0.3, abs=1e-3)
     assert searched.heldout_loss < metric_only.heldout_loss - 0.5
 
-    written = export(tmp_path / "run", tmp_path / "small")
-    assert written.parameters_after < 0.8 * written.parameters_before
+    plan = export(tmp_path / "run", tmp_path / "small")
+    assert plan.parameters_after < 0.8 * plan.parameters_before
     masked = open_target(str(tmp_path / "run"), dtype="bfloat16", device="cpu")
     exported = open_target(str(tmp_path / "small"), dtype="bfloat16", device="cpu")
-    assert exported.parameters() == masked.parameters() == written.parameters_after
+    assert exported.parameters() == masked.parameters() == plan.parameters_after
     tokenizer = load_tokenizer(resolve(str(tmp_path / "small")))
     tokens = tokenizer("The quick brown fox jumps over the lazy dog.", return_tensors="pt")["input_ids"]
-    for target in (masked, exported):  # the weights are those that were written; only the arithmetic is exacter
+    for target in (masked, exported):  # computes on the stored bfloat16 weights in float32
         target.module.float()
     with masked.ready() as shrunk, torch.inference_mode():
         expected = shrunk(tokens).logits
@@ -89,7 +91,7 @@ def test_a_short_search_beats_the_metric_and_its_export_is_the_masked_model(
         torch.testing.assert_close(exported.module(tokens).logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_accuracies_are_those_of_a_plain_loop_on_hellaswag(model: str, shared: Path, tmp_path: Path) -> None:
+def test_accuracies_on_hellaswag_equal_those_of_a_plain_loop(model: str, shared: Path, tmp_path: Path) -> None:
     pytest.importorskip("lm_eval", reason="needs the extra: pip install 'pgprune[eval]'")
     lines = (shared / "data" / "hellaswag.dev.jsonl").read_text().splitlines()[:20]
     (tmp_path / "hellaswag.jsonl").write_text("\n".join(lines))

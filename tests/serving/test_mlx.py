@@ -1,4 +1,4 @@
-"""Pruned models in the real mlx-lm against transformers."""
+"""Pruned models in the real mlx-lm generate what transformers generates."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers.models import tiny_model
 from helpers.runtimes import SIZES, greedy, prompts, write_pruned
+from transformers import AutoModelForCausalLM
 
 from pgprune_cli.export import mlx
 from pgprune_cli.export.plan import Options
@@ -27,12 +28,12 @@ COUNT = 20
 
 @pytest.fixture(autouse=True)
 def on_the_cpu():
-    """For float32 all through."""
+    """MLX computes in float32 throughout only on the CPU."""
     mx.set_default_device(mx.cpu)
 
 
-def check(model, directory: Path) -> None:
-    """Greedy tokens and their log probabilities, through mlx-lm's cache, are those of transformers."""
+def assert_mlx_agrees(model, directory: Path) -> None:
+    """Fail unless mlx-lm, with its cache, gives the greedy tokens and log-probabilities of transformers."""
     from mlx_lm.generate import generate_step
     from mlx_lm.utils import load_model
 
@@ -46,25 +47,23 @@ def check(model, directory: Path) -> None:
 
 @pytest.mark.parametrize("biases", [(), ("attention", "mlp")], ids=["", "output biases"])
 @pytest.mark.parametrize("name", SIZES)
-def test_layers_of_all_sizes(architecture, name, biases, tmp_path):
+def test_mlx_agrees_with_transformers_on_layers_of_any_size(architecture, name, biases, tmp_path):
     model = write_pruned(architecture, SIZES[name], tmp_path, biases)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"model_file": mlx.MODEL_FILE.name}))
     shutil.copy(mlx.MODEL_FILE, tmp_path)
-    check(model, tmp_path)
+    assert_mlx_agrees(model, tmp_path)
 
 
-@pytest.mark.parametrize("alike", [True, False])
-def test_an_export_with_its_rope(architecture, alike, tmp_path):
-    """Of layers all alike too, which transformers loads as a stock model."""
-    from transformers import AutoModelForCausalLM
-
+@pytest.mark.parametrize("uniform", [True, False])
+def test_mlx_agrees_with_transformers_on_an_export_with_its_own_rope(architecture, uniform, tmp_path):
+    """If all layers are alike, transformers loads the export as a stock model."""
     dense = tiny_model(architecture)
     dense.config.rope_parameters = {"rope_type": "default", "rope_theta": 500.0}
     dense.save_pretrained(tmp_path / "base")
     source = resolve(str(tmp_path / "base"))
-    groups = dense.config.num_key_value_heads
-    keep = [LayerMask(torch.arange(groups) < (2 if alike else index), torch.arange(24) % 3 > 0) for index in range(4)]
-    decision = Decision(tuple(keep), source.name, source.fingerprint(), 0.5, "dtype: float32", 10, 80, 9, 2.5)
+    kv_heads = torch.arange(dense.config.num_key_value_heads)
+    layers = [LayerMask(kv_heads < (2 if uniform else index), torch.arange(24) % 3 > 0) for index in range(4)]
+    decision = Decision(tuple(layers), source.name, source.fingerprint(), 0.5, "dtype: float32", 10, 80, 9, 2.5)
     mlx.plan(source, decision, Options()).write(tmp_path / "out", lambda _: None)
-    check(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), tmp_path / "out")
+    assert_mlx_agrees(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), tmp_path / "out")

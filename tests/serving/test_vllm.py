@@ -1,4 +1,4 @@
-"""Pruned models in the real vLLM, without trust_remote_code, against transformers."""
+"""Pruned models in the real vLLM, without trust_remote_code, generate what transformers generates."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = [
     ),
 ]
 COUNT = 20
-KEPT = [(0, 9), (3, 24), (0, 0), (2, 0)]
+KEPT = [(0, 9), (3, 24), (0, 0), (2, 0)]  # KV heads and FFN channels of every layer
 CASES = {f"{name}, {architecture}": (architecture, name, ()) for architecture in ARCHITECTURES for name in SIZES} | {
     f"output biases, {architecture}": (architecture, "no heads, no channels", ("attention", "mlp"))
     for architecture in ("llama-gqa", "mistral", "qwen2", "qwen3")
@@ -48,13 +48,13 @@ ENVIRONMENT = os.environ | {
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """By case: what transformers and what vLLM put after every prompt. One vLLM process serves all."""
-    wanted, tasks = {}, []
+def generated(tmp_path_factory):
+    """What transformers and what vLLM append to every prompt, by case. One vLLM process runs all cases."""
+    expected, tasks = {}, []
     for case, (architecture, name, biases) in CASES.items():
         directory = tmp_path_factory.mktemp("model")
         model = write_pruned(architecture, SIZES[name], directory, biases)
-        wanted[case] = [greedy(model, prompt, COUNT) for prompt in prompts()]
+        expected[case] = [greedy(model, prompt, COUNT) for prompt in prompts()]
         tasks.append((str(directory), prompts(), COUNT))
     out = tmp_path_factory.mktemp("vllm") / "tokens.json"
     script = Path(__file__).parents[1] / "helpers" / "vllm_greedy.py"
@@ -62,20 +62,20 @@ def made(tmp_path_factory):
         [sys.executable, script, out], input=json.dumps(tasks), text=True, capture_output=True, env=ENVIRONMENT
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return wanted, dict(zip(CASES, json.loads(out.read_text()), strict=True))
+    return expected, dict(zip(CASES, json.loads(out.read_text()), strict=True))
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_greedy_tokens_and_their_probabilities_are_those_of_transformers(made, case):
-    wanted, got = made
-    for (tokens, logprobs), (vllm_tokens, vllm_logprobs) in zip(wanted[case], got[case], strict=True):
+def test_vllm_gives_the_greedy_tokens_and_probabilities_of_transformers(generated, case):
+    expected, actual = generated
+    for (tokens, logprobs), (vllm_tokens, vllm_logprobs) in zip(expected[case], actual[case], strict=True):
         assert vllm_tokens == tokens
         assert vllm_logprobs == pytest.approx(logprobs, abs=1e-3)
 
 
 @pytest.fixture
 def base(tmp_path):
-    """A random Llama with the demo's tokenizer. (The demo's own heads are too small for vLLM's attention on a CPU.)"""
+    """A random Llama with the demo's tokenizer. The demo's own heads are too small for vLLM's attention on a CPU."""
     demo = resolve("demo").directory
     sizes = tiny_config("llama-gqa").to_dict() | {"head_dim": 32}
     config = LlamaConfig(**sizes | {"vocab_size": AutoConfig.from_pretrained(demo).vocab_size})
@@ -91,33 +91,33 @@ def base(tmp_path):
 
 
 def test_the_openai_server_serves_an_export(base, tmp_path):
-    keep = [LayerMask(torch.arange(4) < groups, torch.arange(24) < channels) for groups, channels in KEPT]
-    decision = Decision(tuple(keep), base.name, base.fingerprint(), 0.5, "dtype: float32", 10, 80, 9, 2.5)
+    layers = [LayerMask(torch.arange(4) < kv_heads, torch.arange(24) < channels) for kv_heads, channels in KEPT]
+    decision = Decision(tuple(layers), base.name, base.fingerprint(), 0.5, "dtype: float32", 10, 80, 9, 2.5)
     hf.plan(base, decision, Options()).write(tmp_path / "out", lambda _: None)
     ids = AutoTokenizer.from_pretrained(tmp_path / "out")("the")["input_ids"]
-    wanted, _ = greedy(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), ids, COUNT)
+    expected, _ = greedy(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), ids, COUNT)
 
     command = ["-m", "vllm.entrypoints.openai.api_server", "--model", str(tmp_path / "out"), "--port", "8765"]
     command += ["--dtype", "float32", "--max-model-len", "64", "--enforce-eager", "--served-model-name", "pruned"]
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log, env=ENVIRONMENT)
     try:
-        asked = {"model": "pruned", "prompt": ids, "max_tokens": COUNT, "temperature": 0}
-        answer = _ask(server, "http://127.0.0.1:8765/v1/completions", asked | {"ignore_eos": True}, tmp_path / "log")
+        request = {"model": "pruned", "prompt": ids, "max_tokens": COUNT, "temperature": 0}
+        answer = _ask(server, "http://127.0.0.1:8765/v1/completions", request | {"ignore_eos": True}, tmp_path / "log")
     finally:
         server.terminate()
         server.wait(60)
-    assert answer["choices"][0]["token_ids"] == wanted
+    assert answer["choices"][0]["token_ids"] == expected
 
 
-def _ask(server: subprocess.Popen, url: str, asked: dict, log: Path) -> dict:
-    """The answer, once the server is up."""
-    body = json.dumps(asked | {"return_token_ids": True}).encode()
-    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+def _ask(server: subprocess.Popen, url: str, request: dict, log: Path) -> dict:
+    """Post a request as soon as the server is up, and return its answer."""
+    body = json.dumps(request | {"return_token_ids": True}).encode()
+    post = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     while True:
         assert server.poll() is None, log.read_text()[-3000:]
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(post, timeout=60) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError:
             raise

@@ -1,4 +1,4 @@
-"""What the plugin does without vLLM."""
+"""The parts of the vLLM plugin that need no vLLM."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from pgprune_cli.serving.vllm_plugin import check_parallel
 
 
 def config(*overrides: dict):
-    """A pruned Llama of 8 query heads in 4 KV heads and 24 channels, in these layers as they say."""
-    given = {key: value for key, value in tiny_config("llama-gqa").to_dict().items() if key != "model_type"}
+    """Return the config of a pruned Llama whose first layers differ from its 4 KV heads and 24 channels."""
+    dense = {key: value for key, value in tiny_config("llama-gqa").to_dict().items() if key != "model_type"}
     per_layer = {str(index): layer for index, layer in enumerate(overrides)}
-    return FAMILIES["llama"].config_class(**given | {"per_layer_config": per_layer})
+    return FAMILIES["llama"].config_class(**dense | {"per_layer_config": per_layer})
 
 
-def heads(groups: int) -> dict[str, int]:
-    return {"num_attention_heads": 2 * groups, "num_key_value_heads": groups}
+def heads(kv_heads: int) -> dict[str, int]:
+    return {"num_attention_heads": 2 * kv_heads, "num_key_value_heads": kv_heads}
 
 
 @pytest.mark.parametrize("degree", [1, 2, 4])
-def test_layers_that_can_be_split_pass(degree):
+def test_layers_that_can_be_split_are_accepted(degree):
     check_parallel(config(heads(4), heads(2) | {"intermediate_size": 8}, {"skip": ["attention"]}), degree)
 
 
 @pytest.mark.parametrize(
-    ("layer", "degree", "named"),
+    ("layer", "degree", "description"),
     [
         (heads(3), 2, "3 KV heads with 6 query heads"),
         (heads(1), 4, "1 KV heads with 2 query heads"),
@@ -38,18 +38,18 @@ def test_layers_that_can_be_split_pass(degree):
         (heads(3) | {"intermediate_size": 9}, 2, "3 KV heads with 6 query heads and 9 FFN channels"),
     ],
 )
-def test_a_layer_that_cannot_be_split_is_named(layer, degree, named):
+def test_a_layer_that_cannot_be_split_is_named_with_the_option_to_use(layer, degree, description):
     with pytest.raises(
-        ValueError, match=rf"of {degree}: cannot split layer 1, which has {named}\. .*--pad-kv-heads {degree}"
+        ValueError, match=rf"of {degree}: cannot split layer 1, which has {description}\. .*--pad-kv-heads {degree}"
     ):
         check_parallel(config(heads(4), layer), degree)
 
 
-def test_what_a_layer_skips_need_not_be_split():
+def test_a_skipped_block_need_not_be_split():
     check_parallel(config({"skip": ["mlp"], "intermediate_size": 9}, {"skip": ["attention"], **heads(3)}), 2)
 
 
-def test_the_entry_point_leads_to_the_plugin():
+def test_the_entry_point_in_pyproject_is_the_plugin():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     module, _, function = project["entry-points"]["vllm.general_plugins"]["pgprune"].partition(":")
     assert callable(getattr(import_module(module), function))
