@@ -20,7 +20,7 @@ def solve_table(context: SearchContext, scores: Mapping[tuple[int, str], Tensor]
     """Solve the width table of a search, or what is missing of it in the run directory, and load it.
 
     scores: by (layer, block). Each process solves its share of the layers and reads all of them, so the number of
-    processes changes nothing. Raises RunError if the disk is too small or another process has died, OSError if it fails.
+    processes changes nothing. Raises RunError if the disk is too small or another process died, OSError if it fails.
     """
     recipe, run, model, ranks = context.recipe, context.run, context.model, context.ranks
     batches = repair_batches(recipe, context.text)
