@@ -40,13 +40,13 @@ def audit(venv: Path, installed: str) -> tuple[list[str], bool]:
 
 
 def verdict(answer: dict) -> tuple[list[str], bool]:
-    """Of what pip-audit prints as JSON: a line for every vulnerability, and one for all."""
+    """Return a line for each vulnerability in pip-audit's JSON and one with the counts; and whether it found none."""
     looked_at = [package for package in answer["dependencies"] if "skip_reason" not in package]
     lines = []
     for package in looked_at:
-        for found in package["vulns"]:
-            versions = ", ".join(found["fix_versions"]) or "no version yet"
-            lines.append(f"{package['name']} {package['version']}: {found['id']}, fixed in {versions}")
+        for vulnerability in package["vulns"]:
+            versions = ", ".join(vulnerability["fix_versions"]) or "no version yet"
+            lines.append(f"{package['name']} {package['version']}: {vulnerability['id']}, fixed in {versions}")
     skipped = len(answer["dependencies"]) - len(looked_at)
     lines.append(f"{len(looked_at)} packages looked at, {skipped} skipped, {len(lines)} vulnerabilities")
     return lines, bool(looked_at) and len(lines) == 1

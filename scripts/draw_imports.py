@@ -69,7 +69,7 @@ def drawing() -> str:
         reached[name] = imported[name].union(*(reached[below] for below in imported[name]))
     lines = []
     for name in order:
-        direct = {below for below in imported[name] if not any(below in reached[other] for other in imported[name])}
+        direct = {below for below in imported[name] if not any(below in reached[folder] for folder in imported[name])}
         lines.append(f"{name:<12} → {', '.join(sorted(direct, key=order.index))}" if direct else name)
     return "\n".join(lines)
 

@@ -107,8 +107,8 @@ def _table(prefix: str, section: Any, base: dict[str, Any]) -> list[str]:
 
 def descriptions(section: Any) -> dict[str, str]:
     """Return the description of every key of a section: the comment lines above it."""
-    found = re.findall(r"((?:^    # .*\n)+)    (\w+): ", inspect.getsource(section), re.MULTILINE)
-    return {key: " ".join(line.strip().removeprefix("# ") for line in lines.splitlines()) for lines, key in found}
+    matches = re.findall(r"((?:^    # .*\n)+)    (\w+): ", inspect.getsource(section), re.MULTILINE)
+    return {key: " ".join(line.strip().removeprefix("# ") for line in lines.splitlines()) for lines, key in matches}
 
 
 def _defaults(entry: Field[Any], base: dict[str, Any]) -> str:

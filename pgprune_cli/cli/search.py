@@ -117,10 +117,10 @@ def _open(
     name: str, out: Path | None, overrides: list[str], sparsity: float | None, calibration: str | None
 ) -> tuple[Recipe, Path]:
     """Return the recipe of a name and its run directory; for a model, its run's recipe or a new one."""
-    options = {"budget.sparsity": sparsity, "calibration.corpus": calibration}
-    given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items() if value is not None]
+    values = {"budget.sparsity": sparsity, "calibration.corpus": calibration}
+    options = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items() if value is not None]
     if not is_model(name):
-        return open_recipe(name, out, [*given, *overrides])
+        return open_recipe(name, out, [*options, *overrides])
     if sparsity is None:
         raise UserError(
             f"{name}: a model, not a recipe. Say how much to remove, for example: pgprune search {name} --sparsity 0.3"

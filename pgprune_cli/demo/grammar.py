@@ -88,8 +88,8 @@ class Document:
         """A walk in which pronouns stand for a person and for what that person owns."""
         he, his = ("she", "her") if p.name in WOMEN else ("he", "his")
         out = f"{p.name} {self.verb('take', 'took')} {his} {p.colour} {p.goods} to the {self.rng.choice(PLACES)}"
-        there = f"where {'they' if p.many else 'it'} {self.be(p.many)} {self.rng.choice(('lost', 'safe'))}"
-        return f"{out}, {there}, and then {he} {self.verb('walk', 'walked')} home to the {p.home}."
+        state = f"where {'they' if p.many else 'it'} {self.be(p.many)} {self.rng.choice(('lost', 'safe'))}"
+        return f"{out}, {state}, and then {he} {self.verb('walk', 'walked')} home to the {p.home}."
 
     def tally(self, p: Person) -> str:
         """Creatures or things named one by one, exactly as many as announced."""
@@ -125,12 +125,12 @@ class Document:
     def agree(self, p: Person) -> str:
         """A subject, a clause with nouns of other numbers, and two verbs that agree with the subject alone."""
         numbers = many, others_many = self.rng.choices((False, True), k=2)
-        subject, other = (f"the {self.rng.choice(MOODS)} {inflect(self.rng.choice(CREATURES), n)}" for n in numbers)
+        subject, animal = (f"the {self.rng.choice(MOODS)} {inflect(self.rng.choice(CREATURES), n)}" for n in numbers)
         contact, place = self.rng.choice(CONTACTS), self.rng.choice(PLACES)
         clauses = (
             f"near the {inflect(place, others_many)}",
-            f"that {self.verb(*contact, many)} {other}",
-            f"that {other} near the {inflect(place, many)} {self.verb(*contact, others_many)}",
+            f"that {self.verb(*contact, many)} {animal}",
+            f"that {animal} near the {inflect(place, many)} {self.verb(*contact, others_many)}",
         )
         does = f"{self.verb(*self.rng.choice(ACTIONS), many)} and {self.be(many)} {self.rng.choice(MOODS)}"
         return f"{p.name} {self.verb('hear', 'heard')} that {subject} {self.rng.choice(clauses)} {does}."

@@ -68,9 +68,9 @@ def _memory(recipe: Recipe, weights: _Weights, devices: Iterable[device]) -> Fin
     else:
         format, needed = recipe.weight_format, weights.parameters
     free = sum(free_memory(str(device)) for device in devices)
-    found = f"the weights take {gigabytes(needed)} in {format}, of {gigabytes(free)} free on {recipe.device}"
+    state = f"the weights take {gigabytes(needed)} in {format}, of {gigabytes(free)} free on {recipe.device}"
     ways = "Use a smaller model, dtype: bfloat16, weight_format: int8, or several devices (device: cuda:0,cuda:1)."
-    return finding("memory", found, ways if needed > free else "")
+    return finding("memory", state, ways if needed > free else "")
 
 
 def _fp8(recipe: Recipe, devices: Iterable[device]) -> Finding:

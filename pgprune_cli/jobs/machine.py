@@ -27,13 +27,13 @@ DEVELOPER_EXTRAS = ("dev", "serving-tests")
 class Finding:
     """The result of one check.
 
-    name: what was checked; status: FAIL if a search would fail, WARN if only another command would; found: what the
+    name: what was checked; status: FAIL if a search would fail, WARN if only another command would; state: what the
     machine has; fix: what to do, "" if the status is OK.
     """
 
     name: str
     status: Status
-    found: str
+    state: str
     fix: str = ""
 
     @property
@@ -43,13 +43,13 @@ class Finding:
 
     def text(self) -> str:
         """Return the finding as `pgprune doctor` prints it."""
-        line = f"{self.status:<5}{self.name:<10}{self.found}"
+        line = f"{self.status:<5}{self.name:<10}{self.state}"
         return f"{line}\n{'':<15}→ {self.fix}" if self.fix else line
 
 
-def finding(name: str, found: str, fix: str = "") -> Finding:
+def finding(name: str, state: str, fix: str = "") -> Finding:
     """Return a finding that is OK if there is nothing to fix and FAIL otherwise."""
-    return Finding(name, "FAIL" if fix else "OK", found, fix)
+    return Finding(name, "FAIL" if fix else "OK", state, fix)
 
 
 def machine_findings() -> list[Finding]:
@@ -58,8 +58,8 @@ def machine_findings() -> list[Finding]:
 
 
 def _python() -> Finding:
-    found = f"{platform.python_version()}, {sys.executable}"
-    return finding("python", found, "" if sys.version_info >= (3, 11) else "Install Python 3.11 or later.")
+    state = f"{platform.python_version()}, {sys.executable}"
+    return finding("python", state, "" if sys.version_info >= (3, 11) else "Install Python 3.11 or later.")
 
 
 def _packages() -> Iterator[Finding]:
@@ -69,8 +69,8 @@ def _packages() -> Iterator[Finding]:
         yield finding("packages", "; ".join(unmet) or "all installed", "Run: pip install pgprune" if unmet else "")
         yield _extras()
     except metadata.PackageNotFoundError:
-        found = "pgprune is not installed (it runs from a source tree), so its requirements cannot be checked"
-        yield finding("packages", found, "Run: pip install -e .")
+        state = "pgprune is not installed (it runs from a source tree), so its requirements cannot be checked"
+        yield finding("packages", state, "Run: pip install -e .")
 
 
 def _extras() -> Finding:
@@ -122,8 +122,8 @@ def _torch() -> Iterator[Finding]:
             if version
             else "is built without CUDA"
         )
-        found = f"an NVIDIA driver is installed, but torch {torch.__version__} {reason}"
-        yield finding("cuda", found, "Install a matching build: https://pytorch.org/get-started")
+        state = f"an NVIDIA driver is installed, but torch {torch.__version__} {reason}"
+        yield finding("cuda", state, "Install a matching build: https://pytorch.org/get-started")
     yield finding("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
     yield finding("memory", f"{gigabytes(free_memory('cpu'))} free")
 

@@ -87,10 +87,10 @@ def main() -> None:
     ]
     for name in names:
         values = [measure(run, options.ppl, options.max_windows) for run in runs if run.parent.name == name]
-        each = ", ".join(f"{value['ppl']:.1f}" for value in values)
+        per_seed = ", ".join(f"{value['ppl']:.1f}" for value in values)
         held = ", ".join(f"{value['heldout']:.3f}" for value in values)
         mean = statistics.fmean(value["ppl"] for value in values)
-        lines.append(f"| `{name}` | {values[0]['forward_passes']:.0f} | {mean:.1f} ({each}) | {held} |")
+        lines.append(f"| `{name}` | {values[0]['forward_passes']:.0f} | {mean:.1f} ({per_seed}) | {held} |")
     table = "\n".join(lines) + "\n"
     print(table)
     (options.out / "estimators.md").write_text(table)

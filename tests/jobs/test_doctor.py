@@ -72,7 +72,7 @@ def test_a_source_tree_without_installation_is_a_failure(monkeypatch) -> None:
 def test_missing_extras_are_listed_but_no_failure(monkeypatch) -> None:
     monkeypatch.setattr(metadata, "requires", lambda _: ["surely-nothing>=2; extra == 'vllm'", "typer>=0.1"])
     finding = machine._extras()
-    installed, _, missing = finding.found.partition("; not installed: ")
+    installed, _, missing = finding.state.partition("; not installed: ")
     assert finding.status == "OK"
     assert "gguf" in installed and "dev" not in installed
     assert missing == "vllm (pip install 'pgprune[vllm]')"
@@ -90,7 +90,7 @@ def test_a_driver_without_a_cuda_build_is_a_failure(monkeypatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/nvidia-smi")
     (finding,) = problems(list(machine._torch()))
-    assert "built without CUDA" in finding.found
+    assert "built without CUDA" in finding.state
 
 
 def test_too_little_memory_is_a_failure(small, monkeypatch) -> None:
