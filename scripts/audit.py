@@ -1,9 +1,10 @@
-"""Known vulnerabilities of everything that is installed, by pip-audit, which asks pypi.org about every package.
+"""Report known vulnerabilities of all installed packages. pip-audit asks pypi.org about each of them.
 
     python scripts/audit.py --venv .venv-audit [--report]
 
-pip-audit gets an environment of its own: its packages are not what it is to look at. Exit 1 for a vulnerability, and
-where nothing could be looked at; with --report both are only said. What pypi.org does not know counts as skipped.
+pip-audit gets a virtual environment of its own, so that its own packages are not audited. Exits with 1 if there is a
+vulnerability, or if nothing could be audited. With --report it always exits with 0. Packages that pypi.org does not
+know count as skipped.
 """
 
 from __future__ import annotations
@@ -16,54 +17,59 @@ import sysconfig
 from pathlib import Path
 from urllib.request import urlopen
 
-ASKED = "https://pypi.org/pypi/pip-audit/json"
-SECONDS = 600
+PYPI = "https://pypi.org/pypi/pip-audit/json"
+TIMEOUT = 600
+"""Seconds for installing pip-audit, and for running it."""
 
 
-def audit(venv: Path, installed: str) -> tuple[list[str], bool]:
-    """Lines that say what is known of the packages in `installed`, and whether that is nothing bad.
+def audit(venv: Path, packages: str) -> tuple[list[str], bool]:
+    """Audit the packages in a directory. Returns the lines to print, and whether all is well.
 
-    Raises OSError where pypi.org does not answer, SubprocessError where pip-audit cannot be had.
+    Raises OSError if pypi.org does not answer, SubprocessError if pip-audit cannot be installed or run.
     """
-    with urlopen(ASKED, timeout=5):
+    with urlopen(PYPI, timeout=5):
         pass
     program = venv / "bin" / "pip-audit"
     if not program.exists():
-        subprocess.run([sys.executable, "-m", "venv", venv], check=True, timeout=SECONDS)
+        subprocess.run([sys.executable, "-m", "venv", venv], check=True, timeout=TIMEOUT)
         install = [venv / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*install, "pip-audit"], check=True, timeout=SECONDS)
-    options = ["--skip-editable", "--path", installed, "--format", "json", "--progress-spinner", "off"]
-    ended = subprocess.run([program, *options], stdout=subprocess.PIPE, text=True, check=False, timeout=SECONDS)
+        subprocess.run([*install, "pip-audit"], check=True, timeout=TIMEOUT)
+    options = ["--skip-editable", "--path", packages, "--format", "json", "--progress-spinner", "off"]
+    ended = subprocess.run([program, *options], stdout=subprocess.PIPE, text=True, check=False, timeout=TIMEOUT)
     if not ended.stdout:
-        raise subprocess.SubprocessError(f"pip-audit ended with {ended.returncode} and no answer")
+        raise subprocess.SubprocessError(f"pip-audit exited with {ended.returncode} and printed nothing")
     return verdict(json.loads(ended.stdout))
 
 
-def verdict(answer: dict) -> tuple[list[str], bool]:
-    """Return a line for each vulnerability in pip-audit's JSON and one with the counts; and whether it found none."""
-    looked_at = [package for package in answer["dependencies"] if "skip_reason" not in package]
+def verdict(report: dict) -> tuple[list[str], bool]:
+    """Return the lines to print for pip-audit's JSON report, and whether all is well.
+
+    There is one line for every vulnerability, and a last line that counts.
+    """
+    audited = [package for package in report["dependencies"] if "skip_reason" not in package]
     lines = []
-    for package in looked_at:
+    for package in audited:
         for vulnerability in package["vulns"]:
             versions = ", ".join(vulnerability["fix_versions"]) or "no version yet"
             lines.append(f"{package['name']} {package['version']}: {vulnerability['id']}, fixed in {versions}")
-    skipped = len(answer["dependencies"]) - len(looked_at)
-    lines.append(f"{len(looked_at)} packages looked at, {skipped} skipped, {len(lines)} vulnerabilities")
-    return lines, bool(looked_at) and len(lines) == 1
+    skipped = len(report["dependencies"]) - len(audited)
+    counts = f"packages audited: {len(audited)}, skipped: {skipped}, vulnerabilities: {len(lines)}"
+    return [*lines, counts], bool(audited) and not lines
 
 
 def main() -> int:
+    """Run the audit and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--venv", type=Path, required=True, help="where pip-audit is, or will be")
-    parser.add_argument("--report", action="store_true", help="exit 0 whatever there is to say")
+    parser.add_argument("--venv", type=Path, required=True, help="where pip-audit is, or will be, installed")
+    parser.add_argument("--report", action="store_true", help="always exit with 0")
     options = parser.parse_args()
     try:
-        lines, fine = audit(options.venv, sysconfig.get_path("purelib"))
+        lines, is_well = audit(options.venv, sysconfig.get_path("purelib"))
     except (OSError, subprocess.SubprocessError) as error:
-        lines, fine = [f"left out, nothing was looked at: {error}"], False
+        lines, is_well = [f"nothing was audited: {error}"], False
     for line in lines:
         print(f"pip-audit: {line}")
-    return 0 if fine or options.report else 1
+    return 0 if is_well or options.report else 1
 
 
 if __name__ == "__main__":

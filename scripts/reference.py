@@ -1,4 +1,4 @@
-"""Shared by the scripts that generate files: write them, or with --check only compare them."""
+"""Write generated files, or with --check only compare them. The scripts that generate files share this."""
 
 from __future__ import annotations
 

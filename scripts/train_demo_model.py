@@ -1,9 +1,9 @@
-"""Train the demo model: a small Llama with grouped heads, on text of the demo grammar.
+"""Train the demo model: a small Llama with grouped query heads, on text of the demo grammar.
 
     python scripts/train_demo_model.py
 
-The same seed on the same machine gives the same weights. What it prints at the end says whether the model is worth
-pruning: it must know far more than the frequencies of words, and must lose it when heads and channels go at random.
+The same seed on the same machine gives the same weights. The perplexities printed at the end show whether the model is
+worth pruning: it must be far better than word frequencies, and much worse once random units are removed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ PEAK_RATE, WARMUP, WEIGHT_DECAY = 3e-3, 100, 0.1
 
 
 def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of the text, with one special token for both ends."""
+    """Train a byte-level BPE on the text, with one special token for the beginning and the end."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -40,7 +40,7 @@ def train_tokenizer(text: str) -> PreTrainedTokenizerFast:
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """The untrained model: eight query heads in four groups, six layers."""
+    """Build the untrained model: six layers of four KV heads with two query heads each."""
     end = tokenizer.eos_token_id
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -60,12 +60,12 @@ def new_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def tokens_of(text: str, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """All tokens of a text, however long, in one row."""
+    """Return all tokens of a text `(N,)`, however long it is."""
     return torch.tensor(tokenizer.backend_tokenizer.encode(text).ids)
 
 
 def train(model: LlamaForCausalLM, tokens: torch.Tensor, steps: int) -> None:
-    """AdamW on windows at random places, with a warm-up and a cosine to zero."""
+    """Train with AdamW on windows at random positions. The learning rate warms up, then falls to zero as a cosine."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, (step + 1) / WARMUP) * (1 + math.cos(math.pi * step / steps)) / 2
@@ -74,7 +74,7 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, steps: int) -> None:
     for step in range(steps):
         offsets = torch.randint(len(tokens) - WINDOW, (BATCH, 1))
         windows = tokens[offsets + torch.arange(WINDOW)]
-        # Half of the windows start with the special token, so that the model reads as well with it as without.
+        # Half of the windows start with the special token, so that the model works with and without it.
         windows[::2, 0] = model.config.bos_token_id
         loss = model(input_ids=windows, labels=windows).loss
         loss.backward()
@@ -88,42 +88,42 @@ def train(model: LlamaForCausalLM, tokens: torch.Tensor, steps: int) -> None:
 
 @torch.inference_mode()
 def perplexity(model: LlamaForCausalLM, tokens: torch.Tensor) -> float:
-    """The perplexity over consecutive windows of the tokens."""
+    """Return the perplexity over consecutive windows of the tokens."""
     windows = tokens[: len(tokens) // WINDOW * WINDOW].view(-1, WINDOW)
     return math.exp(model(input_ids=windows, labels=windows).loss.item())
 
 
 def unigram_perplexity(tokens: torch.Tensor) -> float:
-    """The least perplexity of any model that ignores context: the exponential of the entropy of the tokens."""
+    """Return the lowest perplexity without context: the exponential of the entropy of the token frequencies."""
     frequencies = tokens.bincount() / len(tokens)
     return math.exp(torch.special.entr(frequencies).sum().item())
 
 
 def pruned_at_random(model: LlamaForCausalLM, fraction: float, seed: int) -> LlamaForCausalLM:
-    """A copy without that fraction of all groups and of all channels, of whichever layers."""
+    """Return a copy in which a fraction of all KV heads and of all channels, chosen at random, adds nothing."""
     generator = torch.Generator().manual_seed(seed)
-    copied = copy.deepcopy(model)
-    layers = copied.model.layers
-    groups = torch.rand(len(layers), model.config.num_key_value_heads, generator=generator)
+    pruned = copy.deepcopy(model)
+    layers = pruned.model.layers
+    kv_heads = torch.rand(len(layers), model.config.num_key_value_heads, generator=generator)
     channels = torch.rand(len(layers), model.config.intermediate_size, generator=generator)
-    kept_groups, kept_channels = groups > groups.quantile(fraction), channels > channels.quantile(fraction)
+    kept_kv_heads, kept_channels = kv_heads > kv_heads.quantile(fraction), channels > channels.quantile(fraction)
     width = model.config.hidden_size // model.config.num_key_value_heads
     for index, layer in enumerate(layers):
-        layer.self_attn.o_proj.weight.data *= kept_groups[index].repeat_interleave(width)
+        layer.self_attn.o_proj.weight.data *= kept_kv_heads[index].repeat_interleave(width)
         layer.mlp.down_proj.weight.data *= kept_channels[index]
-    return copied
+    return pruned
 
 
 def main() -> None:
-    """Train, save, and print what pruning at random costs."""
+    """Train and save the model, and print its perplexities before and after random pruning."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("pgprune_cli/demo/model"))
     parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--seed", type=int, default=0, help="of the first weights and of the order of the windows")
+    parser.add_argument("--seed", type=int, default=0, help="for the initial weights and the order of the windows")
     args = parser.parse_args()
 
     torch.manual_seed(args.seed)
-    torch.set_num_threads(2)  # the order of sums, and so the weights, depends on it
+    torch.set_num_threads(2)  # the order of sums depends on it, and with it the weights
     text = generate(TRAINING_TEXT, 16_000_000)
     tokenizer = train_tokenizer(text[:1_000_000])
     model = new_model(tokenizer)

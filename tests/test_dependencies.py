@@ -1,4 +1,4 @@
-"""The dependency policy of SECURITY.md, and what is said of an audit."""
+"""The dependency policy of SECURITY.md, and the report of an audit."""
 
 from __future__ import annotations
 
@@ -96,29 +96,31 @@ def package(name: str, *vulnerabilities: dict, **more: str) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("packages", "lines", "fine"),
+    ("packages", "lines", "is_well"),
     [
-        ([package("a"), package("b")], ["2 packages looked at, 0 skipped, 0 vulnerabilities"], True),
+        ([package("a"), package("b")], ["packages audited: 2, skipped: 0, vulnerabilities: 0"], True),
         (
             [package("a", {"id": "CVE-1", "fix_versions": ["1.1", "2.0"]}), {"name": "b", "skip_reason": "unknown"}],
-            ["a 1.0: CVE-1, fixed in 1.1, 2.0", "1 packages looked at, 1 skipped, 1 vulnerabilities"],
+            ["a 1.0: CVE-1, fixed in 1.1, 2.0", "packages audited: 1, skipped: 1, vulnerabilities: 1"],
             False,
         ),
-        ([{"name": "b", "skip_reason": "unknown"}], ["0 packages looked at, 1 skipped, 0 vulnerabilities"], False),
+        ([{"name": "b", "skip_reason": "unknown"}], ["packages audited: 0, skipped: 1, vulnerabilities: 0"], False),
     ],
 )
-def test_what_an_audit_says(packages: list[dict], lines: list[str], fine: bool) -> None:
-    assert script_module("audit").verdict({"dependencies": packages}) == (lines, fine)
+def test_audit_lists_vulnerabilities_and_fails_if_there_are_any_or_nothing_was_audited(
+    packages: list[dict], lines: list[str], is_well: bool
+) -> None:
+    assert script_module("audit").verdict({"dependencies": packages}) == (lines, is_well)
 
 
 @pytest.mark.parametrize(("options", "code"), [([], 1), (["--report"], 0)])
-def test_where_pypi_does_not_answer_it_says_that_nothing_was_looked_at(options, code, monkeypatch, capsys) -> None:
+def test_audit_says_that_nothing_was_audited_when_pypi_does_not_answer(options, code, monkeypatch, capsys) -> None:
     script = script_module("audit")
 
-    def silent(*_: object, **__: object) -> None:
+    def time_out(*_: object, **__: object) -> None:
         raise TimeoutError("timed out")
 
-    monkeypatch.setattr(script, "urlopen", silent)
+    monkeypatch.setattr(script, "urlopen", time_out)
     monkeypatch.setattr("sys.argv", ["audit.py", "--venv", "nowhere", *options])
     assert script.main() == code
-    assert capsys.readouterr().out == "pip-audit: left out, nothing was looked at: timed out\n"
+    assert "nothing was audited: timed out" in capsys.readouterr().out

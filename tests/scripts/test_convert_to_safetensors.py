@@ -1,7 +1,8 @@
-"""Pickled checkpoints become safetensors ones, without running what is in them."""
+"""Converting pickled checkpoints to safetensors keeps the weights and runs no code in the pickles."""
 
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,10 @@ def convert():
 
 
 @pytest.mark.parametrize("files", [1, 3])
-def test_the_weights_are_the_same(convert, files: int, tmp_path: Path) -> None:
+def test_a_converted_checkpoint_has_the_same_weights(convert, files: int, tmp_path: Path) -> None:
     model, old = tiny_model("llama-gqa"), tmp_path / "old"
     model.config.save_pretrained(old)
-    state = list(model.state_dict().items())  # tied: the head and the embedding share their memory
+    state = list(model.state_dict().items())  # the tied head and embedding share memory
     names = ["pytorch_model.bin"] if files == 1 else [f"pytorch_model-{i}-of-{files}.bin" for i in range(files)]
     for index, name in enumerate(names):
         torch.save(dict(state[index::files]), old / name)
@@ -37,7 +38,7 @@ def test_the_weights_are_the_same(convert, files: int, tmp_path: Path) -> None:
         assert set(index["weight_map"]) == {name for name, _ in state}
 
 
-def test_code_in_a_pickle_does_not_run_and_nothing_is_left(convert, tmp_path: Path) -> None:
+def test_code_in_a_pickle_does_not_run_and_leaves_nothing(convert, tmp_path: Path) -> None:
     class Touch:
         def __reduce__(self) -> tuple:
             return Path.touch, (tmp_path / "ran",)
@@ -50,6 +51,8 @@ def test_code_in_a_pickle_does_not_run_and_nothing_is_left(convert, tmp_path: Pa
     assert {path.name for path in tmp_path.iterdir()} == {"old"}
 
 
-def test_what_exists_is_not_overwritten(convert, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="exists already"):
+def test_an_existing_directory_is_not_overwritten(convert, tmp_path: Path) -> None:
+    (tmp_path / "precious").touch()
+    with pytest.raises(SystemExit, match=re.escape(str(tmp_path))):
         convert("any", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
