@@ -10,13 +10,13 @@ from helpers.models import VOCABULARY, tiny_model
 from torch import Tensor, nn
 
 from pgprune_cli.forward.curvature import error_roots
-from pgprune_cli.model.prunable import PrunableModel, Shape
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe import schema as recipe
 from pgprune_cli.scores.metrics import CALIBRATED, METRICS, NEEDS, flat_scores, score
 from pgprune_cli.scores.obs import removal_order
 from pgprune_cli.scores.statistics import BlockStatistics
 
-HEAD, CHANNELS, GROUPS, LAYERS = 8, 24, 4, 4
+HEAD, CHANNELS, KV_HEADS, LAYERS = 8, 24, 4, 4
 
 
 def calibration(seed: int = 0, batches: int = 3) -> list[Tensor]:
@@ -24,22 +24,22 @@ def calibration(seed: int = 0, batches: int = 3) -> list[Tensor]:
     return [torch.randint(VOCABULARY, (2, 20), generator=generator) for _ in range(batches)]
 
 
-def queries_a_group(layer: nn.Module) -> int:
+def query_heads_per_kv_head(layer: nn.Module) -> int:
     return layer.self_attn.q_proj.out_features // layer.self_attn.k_proj.out_features
 
 
-def columns_of_group(layer: nn.Module, group: int) -> list[int]:
-    """The columns of o_proj (and rows of q_proj) that belong to one KV head."""
-    width = queries_a_group(layer) * HEAD
-    return list(range(group * width, (group + 1) * width))
+def query_columns(layer: nn.Module, kv_head: int) -> list[int]:
+    """Return the columns of o_proj, which are the rows of q_proj, that belong to one KV head."""
+    width = query_heads_per_kv_head(layer) * HEAD
+    return list(range(kv_head * width, (kv_head + 1) * width))
 
 
-def piles_by_hooks(model: nn.Module, batches: list[Tensor]) -> dict[nn.Module, Tensor]:
-    """All inputs of every o_proj and down_proj in whole forward passes, in one pile: `(tokens, in)` float64."""
-    piles: dict[nn.Module, list[Tensor]] = {}
+def inputs_by_hooks(model: nn.Module, batches: list[Tensor]) -> dict[nn.Module, Tensor]:
+    """Return all inputs of every o_proj and down_proj in whole forward passes: `(tokens, in)` float64."""
+    inputs_of: dict[nn.Module, list[Tensor]] = {}
     handles = [
         linear.register_forward_pre_hook(
-            lambda module, inputs: piles.setdefault(module, []).append(inputs[0].reshape(-1, inputs[0].shape[-1]))
+            lambda module, inputs: inputs_of.setdefault(module, []).append(inputs[0].reshape(-1, inputs[0].shape[-1]))
         )
         for layer in model.model.layers
         for linear in (layer.self_attn.o_proj, layer.mlp.down_proj)
@@ -49,120 +49,118 @@ def piles_by_hooks(model: nn.Module, batches: list[Tensor]) -> dict[nn.Module, T
             model(input_ids=tokens)
     for handle in handles:
         handle.remove()
-    return {module: torch.cat(pile).double() for module, pile in piles.items()}
+    return {module: torch.cat(inputs).double() for module, inputs in inputs_of.items()}
 
 
-def test_wanda_sp_is_weight_times_input_norm_summed_over_the_unit(architecture: str) -> None:
+def test_wanda_sp_sums_weight_times_input_norm_over_the_unit(architecture: str) -> None:
     model, batches = tiny_model(architecture), calibration()
-    norms = {module: pile.norm(dim=0) for module, pile in piles_by_hooks(model, batches).items()}
+    norms = {module: inputs.norm(dim=0) for module, inputs in inputs_by_hooks(model, batches).items()}
     scores = score(PrunableModel.of(model), "wanda-sp", batches, seed=0)
     for index, layer in enumerate(model.model.layers):
         output, down = layer.self_attn.o_proj, layer.mlp.down_proj
-        for group in range(GROUPS):
-            wanted = sum(
+        for kv_head in range(KV_HEADS):
+            expected = sum(
                 float(output.weight[:, column].abs().sum()) * float(norms[output][column])
-                for column in columns_of_group(layer, group)
+                for column in query_columns(layer, kv_head)
             )
-            assert float(scores[f"layers.{index}.attention"][group]) == pytest.approx(wanted, rel=1e-5)
+            assert float(scores[f"layers.{index}.attention"][kv_head]) == pytest.approx(expected, rel=1e-5)
         for channel in range(CHANNELS):
-            wanted = float(down.weight[:, channel].abs().sum()) * float(norms[down][channel])
-            assert float(scores[f"layers.{index}.ffn"][channel]) == pytest.approx(wanted, rel=1e-5)
+            expected = float(down.weight[:, channel].abs().sum()) * float(norms[down][channel])
+            assert float(scores[f"layers.{index}.ffn"][channel]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_flap_is_variance_times_squared_weight_summed_over_the_unit(architecture: str) -> None:
+def test_flap_sums_variance_times_squared_weight_over_the_unit(architecture: str) -> None:
     model, batches = tiny_model(architecture), calibration()
-    piles = piles_by_hooks(model, batches)
+    inputs_of = inputs_by_hooks(model, batches)
     scores = score(PrunableModel.of(model), "flap", batches, seed=0)
     for index, layer in enumerate(model.model.layers):
         for name, output, columns_of in (
-            ("attention", layer.self_attn.o_proj, lambda unit, layer=layer: columns_of_group(layer, unit)),
+            ("attention", layer.self_attn.o_proj, lambda unit, layer=layer: query_columns(layer, unit)),
             ("ffn", layer.mlp.down_proj, lambda unit: [unit]),
         ):
-            for unit, got in enumerate(scores[f"layers.{index}.{name}"].tolist()):
-                wanted = 0.0
+            for unit, unit_score in enumerate(scores[f"layers.{index}.{name}"].tolist()):
+                expected = 0.0
                 for column in columns_of(unit):
-                    seen = piles[output][:, column].tolist()
-                    mean = sum(seen) / len(seen)
-                    variance = sum((value - mean) ** 2 for value in seen) / (len(seen) - 1)
-                    wanted += variance * sum(float(weight) ** 2 for weight in output.weight[:, column])
-                assert got == pytest.approx(wanted, rel=1e-4)
+                    inputs = inputs_of[output][:, column].tolist()
+                    mean = sum(inputs) / len(inputs)
+                    variance = sum((value - mean) ** 2 for value in inputs) / (len(inputs) - 1)
+                    expected += variance * sum(float(weight) ** 2 for weight in output.weight[:, column])
+                assert unit_score == pytest.approx(expected, rel=1e-4)
 
 
-def test_obs_removes_greedily_what_the_inputs_say(architecture: str) -> None:
-    """The metric end to end; the order itself is tested in test_obs.py."""
+def test_obs_scores_units_by_their_greedy_removal_order(architecture: str) -> None:
+    """Tests the metric from end to end. test_obs.py tests the order itself."""
     model, batches = tiny_model(architecture), calibration()
-    scores, roots = (
-        score(PrunableModel.of(model), "obs", batches, seed=0),
-        error_roots(PrunableModel.of(model), batches),
-    )
+    scores = score(PrunableModel.of(model), "obs", batches, seed=0)
+    roots = error_roots(PrunableModel.of(model), batches)
     for index, layer in enumerate(model.model.layers):
         for name, output, units in (
-            ("attention", layer.self_attn.o_proj, GROUPS),
+            ("attention", layer.self_attn.o_proj, KV_HEADS),
             ("ffn", layer.mlp.down_proj, CHANNELS),
         ):
             inputs, weights = seen(model, index, name, batches)
             covariance = (inputs * weights[:, None]).T @ inputs / len(inputs)
             order, errors = removal_order(roots[index] @ output.weight.double(), covariance, units)
-            got = scores[f"layers.{index}.{name}"]
-            assert got.argsort().tolist() == order.tolist()
-            torch.testing.assert_close(got[order], errors, rtol=1e-4, atol=0.0)
+            block_scores = scores[f"layers.{index}.{name}"]
+            assert block_scores.argsort().tolist() == order.tolist()
+            torch.testing.assert_close(block_scores[order], errors, rtol=1e-4, atol=0.0)
 
 
-def test_magnitude_is_the_squared_weights_of_the_unit_in_every_projection(architecture: str) -> None:
+def test_magnitude_sums_the_squared_weights_of_the_unit_in_every_projection(architecture: str) -> None:
     model = tiny_model(architecture)
     scores = score(PrunableModel.of(model), "magnitude", [], seed=0)
     for index, layer in enumerate(model.model.layers):
         attention, mlp = layer.self_attn, layer.mlp
-        for group in range(GROUPS):
-            rows = columns_of_group(layer, group)
-            wanted = sum(float(attention.q_proj.weight[row].square().sum()) for row in rows)
-            wanted += sum(float(attention.o_proj.weight[:, row].square().sum()) for row in rows)
-            for row in range(group * HEAD, (group + 1) * HEAD):
-                wanted += float(
+        for kv_head in range(KV_HEADS):
+            rows = query_columns(layer, kv_head)
+            expected = sum(float(attention.q_proj.weight[row].square().sum()) for row in rows)
+            expected += sum(float(attention.o_proj.weight[:, row].square().sum()) for row in rows)
+            for row in range(kv_head * HEAD, (kv_head + 1) * HEAD):
+                expected += float(
                     attention.k_proj.weight[row].square().sum() + attention.v_proj.weight[row].square().sum()
                 )
-            assert float(scores[f"layers.{index}.attention"][group]) == pytest.approx(wanted, rel=1e-5)
+            assert float(scores[f"layers.{index}.attention"][kv_head]) == pytest.approx(expected, rel=1e-5)
         for channel in range(CHANNELS):
-            wanted = sum(float(linear.weight[channel].square().sum()) for linear in (mlp.gate_proj, mlp.up_proj))
-            wanted += float(mlp.down_proj.weight[:, channel].square().sum())
-            assert float(scores[f"layers.{index}.ffn"][channel]) == pytest.approx(wanted, rel=1e-5)
+            expected = sum(float(linear.weight[channel].square().sum()) for linear in (mlp.gate_proj, mlp.up_proj))
+            expected += float(mlp.down_proj.weight[:, channel].square().sum())
+            assert float(scores[f"layers.{index}.ffn"][channel]) == pytest.approx(expected, rel=1e-5)
 
 
-def test_random_draws_every_block_anew_and_depends_on_the_seed_alone() -> None:
+def test_random_scores_differ_in_every_block_and_depend_only_on_the_seed() -> None:
     model = tiny_model("llama-gqa")
-    one, same, other = (score(PrunableModel.of(model), "random", [], seed) for seed in (5, 5, 6))
-    assert all(torch.equal(one[name], same[name]) for name in one)
-    assert not any(torch.equal(one[name], other[name]) for name in one)
-    drawn = torch.cat(list(one.values()))
-    assert len(drawn.unique()) == LAYERS * (GROUPS + CHANNELS)
-    again = score(PrunableModel.of(tiny_model("llama-gqa", seed=1)), "random", [], 5)
-    assert all(torch.equal(one[name], again[name]) for name in one)
+    first, repeated, other_seed = (score(PrunableModel.of(model), "random", [], seed) for seed in (5, 5, 6))
+    assert all(torch.equal(first[name], repeated[name]) for name in first)
+    assert not any(torch.equal(first[name], other_seed[name]) for name in first)
+    values = torch.cat(list(first.values()))
+    assert len(values.unique()) == LAYERS * (KV_HEADS + CHANNELS)
+    other_weights = score(PrunableModel.of(tiny_model("llama-gqa", seed=1)), "random", [], 5)
+    assert all(torch.equal(first[name], other_weights[name]) for name in first)
 
 
-def test_uniform_knows_nothing() -> None:
+def test_uniform_scores_all_units_1() -> None:
     scores = score(PrunableModel.of(tiny_model("mistral")), "uniform", [], seed=0)
     assert all((values == 1.0).all() for values in scores.values())
 
 
 @pytest.mark.parametrize("metric", sorted(METRICS))
-def test_scores_are_one_float64_for_every_unit_and_the_same_again(metric: str) -> None:
+def test_score_returns_one_reproducible_float64_per_unit(metric: str) -> None:
     model = tiny_model("qwen2")
-    one, same = (score(PrunableModel.of(model), metric, calibration(), seed=3) for _ in range(2))
-    wanted = {f"layers.{i}.{block}": size for i in range(LAYERS) for block, size in (("attention", 4), ("ffn", 24))}
-    assert {name: len(values) for name, values in one.items()} == wanted
-    assert all(values.dtype == torch.float64 and (values >= 0).all() for values in one.values())
-    assert not any(values.requires_grad for values in one.values())
-    assert all(torch.equal(one[name], same[name]) for name in one)
+    first, repeated = (score(PrunableModel.of(model), metric, calibration(), seed=3) for _ in range(2))
+    expected = {f"layers.{i}.{block}": size for i in range(LAYERS) for block, size in (("attention", 4), ("ffn", 24))}
+    assert {name: len(values) for name, values in first.items()} == expected
+    assert all(values.dtype == torch.float64 and (values >= 0).all() for values in first.values())
+    assert not any(values.requires_grad for values in first.values())
+    assert all(torch.equal(first[name], repeated[name]) for name in first)
 
 
 @pytest.mark.parametrize("metric", ["wanda-sp", "flap", "obs", "taylor", "magnitude"])
-def test_a_unit_without_weights_matters_least(architecture: str, metric: str) -> None:
-    """Higher = matters more: what writes nothing to the residual stream can go first."""
+def test_unit_without_weights_scores_lowest(architecture: str, metric: str) -> None:
+    """A higher score means that the unit matters more."""
     model = tiny_model(architecture)
     layer = model.model.layers[2]
     for projection in (layer.self_attn.q_proj, layer.self_attn.o_proj):
         weight = projection.weight if projection is layer.self_attn.q_proj else projection.weight.T
-        weight[columns_of_group(layer, 1)] = 0.0
+        weight[query_columns(layer, 1)] = 0.0
     for projection in (layer.self_attn.k_proj, layer.self_attn.v_proj):
         projection.weight[HEAD : 2 * HEAD] = 0.0
     layer.mlp.gate_proj.weight[7] = layer.mlp.up_proj.weight[7] = layer.mlp.down_proj.weight[:, 7] = 0.0
@@ -173,25 +171,25 @@ def test_a_unit_without_weights_matters_least(architecture: str, metric: str) ->
     assert scores["layers.1.ffn"].min() > 0.0
 
 
-def test_only_calibrated_metrics_read_the_text() -> None:
-    class Refuse(Sequence[Tensor]):
+def test_score_reads_the_text_only_for_calibrated_metrics() -> None:
+    class UnreadableBatches(Sequence[Tensor]):
         def __len__(self) -> int:
             return 3
 
         def __getitem__(self, _):
-            raise AssertionError("read")
+            raise AssertionError("the text was read")
 
     model = tiny_model("llama-mha")
     for metric in METRICS:
         if metric in CALIBRATED:
-            with pytest.raises(AssertionError, match="read"):
-                score(PrunableModel.of(model), metric, Refuse(), seed=0)
+            with pytest.raises(AssertionError, match="the text was read"):
+                score(PrunableModel.of(model), metric, UnreadableBatches(), seed=0)
         else:
-            score(PrunableModel.of(model), metric, Refuse(), seed=0)
+            score(PrunableModel.of(model), metric, UnreadableBatches(), seed=0)
 
 
 @pytest.mark.parametrize("metric", sorted(CALIBRATED))
-def test_collecting_leaves_no_hooks_behind_even_when_it_fails(metric: str) -> None:
+def test_score_leaves_no_hooks_behind_even_when_it_fails(metric: str) -> None:
     model = tiny_model("llama-gqa")
     with pytest.raises(IndexError):
         score(PrunableModel.of(model), metric, [torch.full((1, 4), VOCABULARY)], seed=0)
@@ -200,14 +198,14 @@ def test_collecting_leaves_no_hooks_behind_even_when_it_fails(metric: str) -> No
 
 
 @pytest.mark.parametrize("metric", sorted(CALIBRATED))
-def test_a_calibrated_metric_without_text_is_refused(metric: str) -> None:
+def test_calibrated_metric_is_refused_without_text(metric: str) -> None:
     with pytest.raises(ValueError, match=f"{metric} needs calibration text"):
         METRICS[metric](BlockStatistics(2, {"o": torch.ones(3, 4)}, seed=0))
     with pytest.raises(ValueError, match="no calibration text"):
         score(PrunableModel.of(tiny_model("llama-mha")), metric, [], seed=0)
 
 
-def test_recipes_offer_exactly_the_registered_metrics() -> None:
+def test_recipes_accept_exactly_the_registered_metrics() -> None:
     assert set(get_args(recipe.ScoreSettings.__annotations__["metric"])) == set(METRICS)
     assert set(METRICS) >= CALIBRATED == set(NEEDS)
 
@@ -222,11 +220,11 @@ def test_recipes_offer_exactly_the_registered_metrics() -> None:
         ("layer",),
     ],
 )
-def test_scores_lie_along_the_axis_of_the_space(families: tuple[str, ...]) -> None:
-    shape = Shape.of(tiny_model("llama-gqa"))
+def test_flat_scores_follow_the_axis_of_the_space(families: tuple[str, ...]) -> None:
+    space = PrunableModel.of(tiny_model("llama-gqa")).shape.space(families)
     scores = {}
     for layer in range(LAYERS):
-        scores[f"layers.{layer}.attention"] = 1000.0 * layer + torch.arange(GROUPS, dtype=torch.float64)
+        scores[f"layers.{layer}.attention"] = 1000.0 * layer + torch.arange(KV_HEADS, dtype=torch.float64)
         scores[f"layers.{layer}.ffn"] = 1e6 * (layer + 1) + torch.arange(CHANNELS, dtype=torch.float64)
     expected: list[float] = []
     for family in families:
@@ -239,22 +237,21 @@ def test_scores_lie_along_the_axis_of_the_space(families: tuple[str, ...]) -> No
                 "ffn-block": [sum(ffn)],
                 "layer": [sum(attention) + sum(ffn)],
             }[family]
-    space = shape.space(families)
-    flat = flat_scores(scores, shape, space)
+    flat = flat_scores(scores, space)
     assert flat.tolist() == expected
     assert len(flat) == space.n
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_layers_are_scored_apart_as_they_are_together(metric: str) -> None:
-    """Bit for bit: processes divide them."""
+def test_score_gives_the_same_bits_when_layers_are_divided(metric: str) -> None:
+    """Processes divide the layers among them."""
     model = tiny_model("llama-gqa")
     text = [torch.randint(VOCABULARY, (2, 20), generator=torch.Generator().manual_seed(0))]
-    whole = score(PrunableModel.of(model), metric, text, 0)
+    all_scores = score(PrunableModel.of(model), metric, text, 0)
     parts = [score(PrunableModel.of(model), metric, text, 0, range(rank, 4, 3)) for rank in range(3)] + [
         score(PrunableModel.of(model), metric, text, 0, [])
     ]
-    assert sum(map(len, parts)) == len(whole) == 8
+    assert sum(map(len, parts)) == len(all_scores) == 8
     for part in parts:
         for name, values in part.items():
-            assert torch.equal(values, whole[name])
+            assert torch.equal(values, all_scores[name])

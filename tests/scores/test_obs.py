@@ -1,4 +1,6 @@
-"""Greedy removal with downdates against a greedy that solves every least-squares problem from scratch."""
+"""The greedy removal order, compared with a greedy that solves every least-squares problem from scratch."""
+
+from collections.abc import Iterable
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from pgprune_cli.scores.statistics import BlockStatistics
 
 
 def problem(units: int, width: int, tokens: int = 60, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """A weight `(5, in)` and correlated inputs `(tokens, in)`, float64."""
+    """Return a weight `(5, in)` and correlated inputs `(tokens, in)`, float64."""
     generator = torch.Generator().manual_seed(seed)
     size = units * width
     mixing = torch.randn(size, size, generator=generator, dtype=torch.float64)
@@ -22,84 +24,85 @@ def covariance_of(inputs: Tensor) -> Tensor:
 
 
 def block_of(weight: Tensor, covariance: Tensor, units: int, root: Tensor | None = None) -> BlockStatistics:
-    """Whose output errors count by their length, where no root is given."""
+    """Return the statistics of a block. Without a root, an output error costs its squared length."""
     root = torch.eye(len(weight), dtype=torch.float64) if root is None else root
     return BlockStatistics(units, {"o": weight}, seed=0, covariance=covariance, error_root=root)
 
 
 def least_error(weight: Tensor, inputs: Tensor, kept: list[int], damping: float = DAMPING) -> float:
-    """Squared residual per token when only the kept columns may answer; the ridge as extra rows of data."""
+    """Return the squared error per token of the best fit with the kept columns. The ridge is extra rows of data."""
     ridge = (damping * covariance_of(inputs).diagonal().mean()).sqrt() * torch.eye(inputs.shape[1]).double()
     data = torch.cat([inputs / len(inputs) ** 0.5, ridge])
-    wanted = data @ weight.T
+    target = data @ weight.T
     if not kept:
-        return float(wanted.square().sum())
-    answer = data[:, kept] @ torch.linalg.lstsq(data[:, kept], wanted).solution
-    return float((wanted - answer).square().sum())
+        return float(target.square().sum())
+    fitted = data[:, kept] @ torch.linalg.lstsq(data[:, kept], target).solution
+    return float((target - fitted).square().sum())
 
 
-def columns(units: list[int], width: int) -> list[int]:
+def columns(units: Iterable[int], width: int) -> list[int]:
+    """Return the input columns of some units, each `width` wide."""
     return [unit * width + place for unit in units for place in range(width)]
 
 
 def greedy_from_scratch(weight: Tensor, inputs: Tensor, units: int, width: int) -> tuple[list[int], list[float]]:
-    left, order, errors = list(range(units)), [], []
-    while left:
-        trials = [
-            (least_error(weight, inputs, columns([other for other in left if other != unit], width)), unit)
-            for unit in left
-        ]
-        error, unit = min(trials)
-        left.remove(unit)
+    """Return the removal order and the error after each removal, with every fit solved anew."""
+    remaining, order, errors = list(range(units)), [], []
+    while remaining:
+        error, unit = min(
+            (least_error(weight, inputs, columns([kept for kept in remaining if kept != unit], width)), unit)
+            for unit in remaining
+        )
+        remaining.remove(unit)
         order.append(unit)
         errors.append(error)
     return order, errors
 
 
 @pytest.mark.parametrize(("units", "width", "seed"), [(9, 1, 0), (9, 1, 1), (6, 3, 0), (5, 4, 2), (1, 3, 0)])
-def test_order_and_errors_are_those_of_the_greedy_from_scratch(units: int, width: int, seed: int) -> None:
+def test_removal_order_equals_the_greedy_from_scratch(units: int, width: int, seed: int) -> None:
     weight, inputs = problem(units, width, seed=seed)
     order, errors = removal_order(weight, covariance_of(inputs), units)
-    wanted_order, wanted_errors = greedy_from_scratch(weight, inputs, units, width)
-    assert order.tolist() == wanted_order
-    assert errors.tolist() == pytest.approx(wanted_errors, rel=1e-8)
+    expected_order, expected_errors = greedy_from_scratch(weight, inputs, units, width)
+    assert order.tolist() == expected_order
+    assert errors.tolist() == pytest.approx(expected_errors, rel=1e-8)
 
 
-@pytest.mark.parametrize(("units", "width", "block"), [(10, 1, 3), (7, 2, 2), (6, 1, 100)])
-def test_a_block_a_round_takes_the_cheapest_and_still_tells_the_exact_errors(units, width, block) -> None:
+@pytest.mark.parametrize(("units", "width", "per_round"), [(10, 1, 3), (7, 2, 2), (6, 1, 100)])
+def test_removal_order_removes_the_cheapest_units_of_a_round_and_returns_exact_errors(units, width, per_round) -> None:
     weight, inputs = problem(units, width)
-    order, errors = removal_order(weight, covariance_of(inputs), units, block)
-    left = list(range(units))
-    for start in range(0, units, block):
-        gone = order[start : start + block].tolist()
+    order, errors = removal_order(weight, covariance_of(inputs), units, per_round)
+    remaining = list(range(units))
+    for start in range(0, units, per_round):
+        removed = order[start : start + per_round].tolist()
         alone = {
-            unit: least_error(weight, inputs, columns([other for other in left if other != unit], width))
-            for unit in left
+            unit: least_error(weight, inputs, columns([kept for kept in remaining if kept != unit], width))
+            for unit in remaining
         }
-        assert gone == sorted(left, key=alone.__getitem__)[:block]
-        for unit, error in zip(gone, errors[start : start + block].tolist(), strict=True):
-            left.remove(unit)
-            assert error == pytest.approx(least_error(weight, inputs, columns(left, width)), rel=1e-8)
+        assert removed == sorted(remaining, key=alone.__getitem__)[:per_round]
+        for unit, error in zip(removed, errors[start : start + per_round].tolist(), strict=True):
+            remaining.remove(unit)
+            assert error == pytest.approx(least_error(weight, inputs, columns(remaining, width)), rel=1e-8)
 
 
-def test_fewer_tokens_than_inputs_and_inputs_that_are_never_active() -> None:
+def test_removal_order_is_exact_with_few_tokens_and_inactive_inputs() -> None:
     weight, inputs = problem(12, 1, tokens=5)
     inputs[:, [3, 8]] = 0.0
     order, errors = removal_order(weight, covariance_of(inputs), 12)
-    wanted_order, wanted_errors = greedy_from_scratch(weight, inputs, 12, 1)
-    assert order.tolist() == wanted_order
-    assert errors.tolist() == pytest.approx(wanted_errors, rel=1e-8)
+    expected_order, expected_errors = greedy_from_scratch(weight, inputs, 12, 1)
+    assert order.tolist() == expected_order
+    assert errors.tolist() == pytest.approx(expected_errors, rel=1e-8)
     assert (errors.diff() >= 0).all()
 
 
-def test_nothing_is_lost_with_inputs_that_are_all_zero() -> None:
+def test_removal_costs_nothing_when_all_inputs_are_zero() -> None:
     order, errors = removal_order(torch.ones(3, 4), torch.zeros(4, 4), 4)
     assert sorted(order.tolist()) == [0, 1, 2, 3]
     assert float(errors.max()) < 1e-20
 
 
-def test_a_copy_of_another_input_is_free_and_then_the_original_is_not() -> None:
-    """What the lone formulas (wanda-sp, flap) cannot see."""
+def test_removing_one_of_two_equal_inputs_is_free_and_removing_the_second_is_not() -> None:
+    """Metrics that judge every unit alone, wanda-sp and flap, cannot see this."""
     weight, inputs = problem(6, 1)
     inputs[:, 4] = inputs[:, 1]
     order, errors = removal_order(weight, covariance_of(inputs), 6, damping=1e-9)
@@ -107,17 +110,17 @@ def test_a_copy_of_another_input_is_free_and_then_the_original_is_not() -> None:
     assert float(errors[0]) < 1e-6 * float(errors[1])
 
 
-def test_the_weight_is_not_changed_and_may_be_of_any_precision() -> None:
+def test_removal_order_accepts_any_precision_and_changes_no_argument() -> None:
     weight, inputs = problem(8, 2)
     weight, covariance = weight.bfloat16(), covariance_of(inputs).float()
-    before = weight.clone(), covariance.clone()
+    weight_before, covariance_before = weight.clone(), covariance.clone()
     order, errors = removal_order(weight, covariance, 8)
-    assert torch.equal(weight, before[0])
-    assert torch.equal(covariance, before[1])
+    assert torch.equal(weight, weight_before)
+    assert torch.equal(covariance, covariance_before)
     assert (order.dtype, errors.dtype) == (torch.int64, torch.float64)
 
 
-def test_the_score_of_a_unit_is_the_error_when_it_is_gone() -> None:
+def test_obs_scores_a_unit_by_the_error_after_its_removal() -> None:
     weight, inputs = problem(8, 2)
     covariance = covariance_of(inputs)
     order, errors = removal_order(weight, covariance, 8)
@@ -128,8 +131,8 @@ def test_the_score_of_a_unit_is_the_error_when_it_is_gone() -> None:
     assert obs(block_of(weight, covariance, 8)).isnan().all()
 
 
-def test_errors_count_by_the_root_that_they_go_through() -> None:
-    """‖R (W − W') x‖² per token, with what is kept refitted to make it least: against least squares on R W."""
+def test_obs_weights_errors_by_the_root() -> None:
+    """An error costs ‖R (W − W') x‖² per token after refitting the kept weights, as in least squares on R W."""
     weight, inputs = problem(7, 2)
     root = torch.randn(5, 5, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     scores = obs(block_of(weight, covariance_of(inputs), 7, root))
@@ -139,32 +142,32 @@ def test_errors_count_by_the_root_that_they_go_through() -> None:
     assert order != greedy_from_scratch(weight, inputs, 7, 2)[0]
 
 
-def test_a_direction_that_the_loss_does_not_feel_is_free() -> None:
-    """Units that write to it alone go first, whatever their size."""
+def test_obs_removes_units_first_that_write_only_to_a_direction_without_weight() -> None:
+    """Their size does not matter."""
     weight, inputs = problem(6, 1)
     weight[0, [2, 5]], weight[1:, [2, 5]] = 1000.0, 0.0
-    deaf = torch.eye(5, dtype=torch.float64)
-    deaf[0, 0] = 0.0
-    scores = obs(block_of(weight, covariance_of(inputs), 6, deaf))
+    root = torch.eye(5, dtype=torch.float64)
+    root[0, 0] = 0.0
+    scores = obs(block_of(weight, covariance_of(inputs), 6, root))
     assert sorted(scores.argsort()[:2].tolist()) == [2, 5]
     assert float(scores[[2, 5]].max()) < 1e-9 * float(scores.max())
     assert sorted(obs(block_of(weight, covariance_of(inputs), 6)).argsort()[-2:].tolist()) == [2, 5]
 
 
-def test_obs_needs_the_covariance_and_the_root() -> None:
+def test_obs_is_refused_without_covariance_or_root() -> None:
     weight, inputs = problem(6, 1)
     covariance, identity = covariance_of(inputs), torch.eye(5, dtype=torch.float64)
-    for given in ({}, {"covariance": covariance}, {"error_root": identity}):
+    for incomplete in ({}, {"covariance": covariance}, {"error_root": identity}):
         with pytest.raises(ValueError, match="obs needs calibration text"):
-            obs(BlockStatistics(6, {"o": weight}, seed=0, **given))
+            obs(BlockStatistics(6, {"o": weight}, seed=0, **incomplete))
 
 
-def test_many_channels_go_a_hundredth_at_a_time() -> None:
+def test_obs_removes_a_hundredth_of_the_units_per_round() -> None:
     weight, inputs = problem(300, 1, tokens=400)
     covariance = covariance_of(inputs)
-    order, errors = removal_order(weight, covariance, 300, block=3)
+    order, errors = removal_order(weight, covariance, 300, per_round=3)
     scores = obs(block_of(weight, covariance, 300))
     assert scores[order].tolist() == errors.tolist()
     exact = removal_order(weight, covariance, 300)[1]
-    assert errors[149] == pytest.approx(float(exact[149]), rel=0.05)  # either may win: greedy is not optimal
+    assert errors[149] == pytest.approx(float(exact[149]), rel=0.05)  # greedy is not optimal, so either may be lower
     assert float(errors[-1]) == pytest.approx(least_error(weight, inputs, []), rel=1e-6)

@@ -1,4 +1,4 @@
-"""First-order Taylor scores against mask variables and finite differences on a tiny model."""
+"""First-order Taylor scores, compared with gradients of mask variables and with finite differences."""
 
 import pytest
 import torch
@@ -9,17 +9,17 @@ from torch.func import functional_call
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.scores.metrics import score
 
-HEAD, CHANNELS, GROUPS = 8, 24, 4
+HEAD, CHANNELS, KV_HEADS = 8, 24, 4
 
 
 def calibration() -> list[Tensor]:
-    """Of different lengths: every prediction must count the same."""
+    """Return windows of different lengths, of which every prediction must count the same."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(VOCABULARY, shape, generator=generator) for shape in ((2, 20), (1, 9))]
 
 
 def mean_loss(model: nn.Module, batches: list[Tensor], weights: dict[str, Tensor]) -> Tensor:
-    """Over all predictions of all batches, with some weights replaced."""
+    """Return the mean loss over all predictions of all batches, with some weights replaced."""
     losses = []
     for tokens in batches:
         logits = functional_call(model, weights, (), {"input_ids": tokens}).logits
@@ -29,50 +29,55 @@ def mean_loss(model: nn.Module, batches: list[Tensor], weights: dict[str, Tensor
 
 
 def rows_of_unit(layer: nn.Module, block: str, unit: int) -> dict[str, tuple[int, list[int]]]:
-    """By projection, the axis and the indices that belong to a unit."""
+    """Return, by projection, the axis and the indices that belong to a unit."""
     if block == "ffn":
         return {f"mlp.{name}_proj": (int(name == "down"), [unit]) for name in ("gate", "up", "down")}
-    width = layer.self_attn.q_proj.out_features // GROUPS
-    wide, narrow = list(range(unit * width, (unit + 1) * width)), list(range(unit * HEAD, (unit + 1) * HEAD))
+    width = layer.self_attn.q_proj.out_features // KV_HEADS
+    query_rows = list(range(unit * width, (unit + 1) * width))
+    kv_rows = list(range(unit * HEAD, (unit + 1) * HEAD))
     return {
-        "self_attn.q_proj": (0, wide),
-        "self_attn.k_proj": (0, narrow),
-        "self_attn.v_proj": (0, narrow),
-        "self_attn.o_proj": (1, wide),
+        "self_attn.q_proj": (0, query_rows),
+        "self_attn.k_proj": (0, kv_rows),
+        "self_attn.v_proj": (0, kv_rows),
+        "self_attn.o_proj": (1, query_rows),
     }
 
 
-def test_taylor_is_the_change_of_the_loss_by_a_mask_on_every_weight(architecture: str) -> None:
-    """With L(W ∘ m), ∂L/∂m at m = 1 is W · ∂L/∂W, the first-order change when a weight goes."""
+def test_taylor_equals_the_gradient_of_a_mask_on_every_weight(architecture: str) -> None:
+    """With L(W ∘ m), ∂L/∂m at m = 1 is W · ∂L/∂W, the first-order change when a weight is removed."""
     model, batches = tiny_model(architecture).double(), calibration()
     scores = score(PrunableModel.of(model), "taylor", batches, seed=0)
     names = [name for name, p in model.named_parameters() if "_proj.weight" in name]
     masks = {name: torch.ones_like(model.get_parameter(name), requires_grad=True) for name in names}
     mean_loss(model, batches, {name: model.get_parameter(name) * mask for name, mask in masks.items()}).backward()
     for index, layer in enumerate(model.model.layers):
-        for block, units in (("attention", GROUPS), ("ffn", CHANNELS)):
+        for block, units in (("attention", KV_HEADS), ("ffn", CHANNELS)):
             for unit in range(units):
-                wanted = 0.0
+                expected = 0.0
                 for name, (axis, indices) in rows_of_unit(layer, block, unit).items():
                     change = masks[f"model.layers.{index}.{name}.weight"].grad
                     for place in indices:
-                        wanted += float(change.select(axis, place).abs().sum())
-                assert float(scores[f"layers.{index}.{block}"][unit]) == pytest.approx(wanted, rel=1e-6)
+                        expected += float(change.select(axis, place).abs().sum())
+                assert float(scores[f"layers.{index}.{block}"][unit]) == pytest.approx(expected, rel=1e-6)
 
 
-def test_taylor_is_what_finite_differences_say() -> None:
+def test_taylor_equals_finite_differences() -> None:
     model, batches = tiny_model("llama-gqa").double(), calibration()[1:]
-    got = float(score(PrunableModel.of(model), "taylor", batches, seed=0)["layers.2.ffn"][5])
-    layer, step, wanted = model.model.layers[2], 1e-2, 0.0  # the norms compute in float32: a small step drowns
+    unit_score = float(score(PrunableModel.of(model), "taylor", batches, seed=0)["layers.2.ffn"][5])
+    layer, step, expected = (
+        model.model.layers[2],
+        1e-2,
+        0.0,
+    )  # the norms compute in float32
     with torch.no_grad():
         for name, (axis, [place]) in rows_of_unit(layer, "ffn", 5).items():
             weight = layer.get_submodule(name).weight
-            for each in weight.select(axis, place):  # a view of one element
-                whole = each.clone()
-                ends = []
+            for element in weight.select(axis, place):  # a view of one element
+                original = element.clone()
+                losses = []
                 for sign in (1, -1):
-                    each.copy_(whole * (1 + sign * step))
-                    ends.append(float(mean_loss(model, batches, {})))
-                each.copy_(whole)
-                wanted += abs(ends[0] - ends[1]) / (2 * step)
-    assert got == pytest.approx(wanted, rel=1e-4)
+                    element.copy_(original * (1 + sign * step))
+                    losses.append(float(mean_loss(model, batches, {})))
+                element.copy_(original)
+                expected += abs(losses[0] - losses[1]) / (2 * step)
+    assert unit_score == pytest.approx(expected, rel=1e-4)
