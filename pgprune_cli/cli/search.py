@@ -131,6 +131,6 @@ def _open(
     if (run / RECIPE_FILE).exists():  # resumed with the values chosen then, whatever this machine has free now
         from pgprune_cli.recipe.reader import load
 
-        return load(run / RECIPE_FILE, [*given, *overrides]), run
+        return load(run / RECIPE_FILE, [*options, *overrides]), run
     loaded, _ = new_recipe(name, sparsity=sparsity, calibration=calibration, overrides=overrides)
     return loaded, run

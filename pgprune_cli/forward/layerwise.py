@@ -5,7 +5,7 @@ memory for one layer only, or a repair that changes weights.
 
     run = start_layerwise(model, batches)
     for index in range(layers):
-        run.advance(index, {("mlp.down_proj",): observe})  # observe(x) gets every batch's inputs `(B, T, in)`
+        run.advance(index, {(block.output_path,): observe})  # observe(x) gets every batch's inputs `(B, T, in)`
 
 Once memory has run out, a batch goes through, and is observed, in parts. Sums over it are the same up to rounding.
 """

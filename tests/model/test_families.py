@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ from helpers.messages import refused
 from helpers.models import ARCHITECTURES, tiny_config, tiny_model
 from torch import nn
 
+import pgprune_cli
 from pgprune_cli.model.families import FAMILIES, family_of, family_of_export
 
 
@@ -74,3 +77,12 @@ def test_stock_config_avoids_head_counts_that_a_llama_config_refuses(
     else:
         assert changes is not None and changes | expected == changes and changes["intermediate_size"] == 7
         assert ("model_type" in changes) == ("model_type" in expected)
+
+
+def test_only_adapters_and_modelling_code_know_the_names_of_modules() -> None:
+    names = re.compile(r"\b([qkvo]|gate|up|down)_proj\b|\bself_attn\b|\"attention\" ==|== \"attention\"")
+    package = Path(pgprune_cli.__file__).parent
+    allowed = (package / "model" / "families", package / "serving", package / "core" / "space.py")
+    sources = [path for path in package.rglob("*.py") if not any(path.is_relative_to(place) for place in allowed)]
+    assert len(sources) > 100
+    assert [path for path in sources if names.search(path.read_text(encoding="utf-8"))] == []
