@@ -38,7 +38,9 @@ def test_two_seeds_share_no_paragraph() -> None:
 
 def test_brackets_are_balanced() -> None:
     opened: list[str] = []
-    for sentence in re.findall(r"\bpack(?:s|ed) a ([^.]+)\.", TEXT):
+    sentences = re.findall(r"\bpack(?:s|ed) a ([^.]+)\.", TEXT)
+    assert any(mark in sentence for sentence in sentences for mark in PAIRS)
+    for sentence in sentences:
         for mark in re.findall(r"[][(){}<>]", sentence):
             if mark in PAIRS:
                 assert opened.pop() == PAIRS[mark]
@@ -81,11 +83,15 @@ def test_a_verb_agrees_with_its_subject_across_a_clause() -> None:
 
 
 def test_recalled_facts_were_stated_before() -> None:
+    recalled = 0
     for paragraph in TEXT.split("\n\n")[:-1]:
         facts = re.findall(r"(\w+) own\w* \w+ (\w+) (\w+) and", paragraph)
         owners = {name: (colour, goods) for name, colour, goods in facts}
         assert len(owners) == 3
         for name, goods, colour in re.findall(r"(\w+)'s (\w+) (?:is|are|was|were) (\w+)\.", paragraph):
             assert owners[name] == (colour, goods)
+            recalled += 1
         for home, name in re.findall(r"Who live\w* by the (\w+)\? (\w+)\.", paragraph):
             assert re.search(rf"{name} own[^.]* live\w* by the {home}\.", paragraph)
+            recalled += 1
+    assert recalled

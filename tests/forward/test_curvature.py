@@ -151,6 +151,8 @@ def test_models_of_few_layers_have_roots_too(layers: int, shares: list[float]) -
 def test_an_error_costs_its_length_on_average_over_directions() -> None:
     """‖R e‖² over random unit vectors e, in every layer."""
     drawn = torch.randn(32, 20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for root in error_roots(PrunableModel.of(softened("mistral")), batches()):
+    roots = error_roots(PrunableModel.of(softened("mistral")), batches())
+    assert len(roots) == 4
+    for root in roots:
         cost = (root @ (drawn / drawn.norm(dim=0))).square().sum(0)
         assert float(cost.mean()) == pytest.approx(1.0, rel=0.03)
