@@ -88,11 +88,11 @@ def forward_passes() -> None:
 
     model_mask, tokens = MODEL_MASKS["an empty layer"], some_tokens()
     for architecture in ARCHITECTURES:
-        for weights in ("dtype", "int8", "fp8"):
+        for weight_format in ("full", "int8", "fp8"):
             model = tiny_model(architecture)
             outputs = some_outputs(model, model_mask, bias=True)
-            if weights != "dtype":
-                quantize_projections(model, weights)
+            if weight_format != "full":
+                quantize_projections(model, weight_format)
             host = Evaluator(PrunableModel.of(model))
             simulated = Evaluator(PrunableModel.of(copy.deepcopy(model).to(SIMULATED)))
             for repaired_outputs in ({}, outputs):
@@ -103,6 +103,7 @@ def forward_passes() -> None:
 
 
 def scores() -> None:
+    """Every metric gives the host's scores."""
     from helpers.masks import some_tokens
     from helpers.models import tiny_model
     from pgprune_cli.scores.metrics import NEEDS, score
@@ -116,8 +117,8 @@ def scores() -> None:
             torch.testing.assert_close(actual[key].cpu(), values, rtol=1e-5, atol=1e-8)
 
 
-def searched(*overrides: str, device: str = SIMULATED) -> None:
-    """The decision of a search there is as good as the host's. Attention differs, so it is not bit-identical."""
+def compare_searches(*overrides: str, device: str = SIMULATED) -> None:
+    """A search on the device is as good as one on the host. Attention differs, so it is not bit-identical."""
     from helpers.recipes import SMALL
     from pgprune_cli.jobs.search import search
     from pgprune_cli.recipe.reader import find, load
@@ -130,6 +131,7 @@ def searched(*overrides: str, device: str = SIMULATED) -> None:
 
 
 def untied_on_two() -> None:
+    """A model with an untied head has the host's losses when it is spread over two devices."""
     from helpers.masks import MODEL_MASKS, some_outputs, some_tokens
     from helpers.models import tiny_model
     from pgprune_cli.forward.masked import Evaluator
@@ -149,7 +151,7 @@ def untied_on_two() -> None:
 
 
 def stored_head_on_two() -> None:
-    """A checkpoint with tied embeddings may store its head as well."""
+    """A head that is stored beside tied embeddings is tied only if it equals them, also on two devices."""
     from safetensors.torch import load_file, save_file
 
     from helpers.masks import MODEL_MASKS, some_tokens
@@ -175,6 +177,7 @@ def stored_head_on_two() -> None:
 
 
 def latencies() -> None:
+    """The latency of a unit can be measured on the device, and is positive."""
     from helpers.models import tiny_model
     from pgprune_cli.search.costs import measure_latency
 
@@ -189,15 +192,15 @@ PARTS: dict[str, Callable[[], None]] = {
     "refusals": refusals,
     "forward passes": forward_passes,
     "scores": scores,
-    "unit search": lambda: searched("dtype=float32"),
-    "unit search with bias repair": lambda: searched("dtype=float32", "repair.method=bias"),
-    "unit search over whole layers": lambda: searched("dtype=float32", "units.families=[layer]"),
-    "width search": lambda: searched(*WIDTHS, REPAIRED),
-    "width search in bfloat16": lambda: searched(*WIDTHS, REPAIRED, "dtype=bfloat16"),
-    "width search on int8 weights": lambda: searched(*WIDTHS, REPAIRED, "weight_format=int8"),
-    "width search on fp8 weights": lambda: searched(*WIDTHS, f"{REPAIRED}-bias", "weight_format=fp8"),
-    "unit search on two devices": lambda: searched("dtype=float32", device=BOTH),
-    "width search on two devices": lambda: searched(*WIDTHS, REPAIRED, "weight_format=int8", device=BOTH),
+    "unit search": lambda: compare_searches("dtype=float32"),
+    "unit search with bias repair": lambda: compare_searches("dtype=float32", "repair.method=bias"),
+    "unit search over whole layers": lambda: compare_searches("dtype=float32", "units.families=[layer]"),
+    "width search": lambda: compare_searches(*WIDTHS, REPAIRED),
+    "width search in bfloat16": lambda: compare_searches(*WIDTHS, REPAIRED, "dtype=bfloat16"),
+    "width search on int8 weights": lambda: compare_searches(*WIDTHS, REPAIRED, "weight_format=int8"),
+    "width search on fp8 weights": lambda: compare_searches(*WIDTHS, f"{REPAIRED}-bias", "weight_format=fp8"),
+    "unit search on two devices": lambda: compare_searches("dtype=float32", device=BOTH),
+    "width search on two devices": lambda: compare_searches(*WIDTHS, REPAIRED, "weight_format=int8", device=BOTH),
     "untied head on two devices": untied_on_two,
     "stored head on two devices": stored_head_on_two,
     "latencies": latencies,

@@ -33,6 +33,8 @@ pytestmark = [
     ),
 ]
 COUNT = 20
+POLL_INTERVAL = 1.0
+"""Seconds between two attempts to reach the server while it starts."""
 KEPT = [(0, 9), (3, 24), (0, 0), (2, 0)]  # KV heads and FFN channels of every layer
 CASES = {f"{name}, {architecture}": (architecture, name, ()) for architecture in ARCHITECTURES for name in SIZES} | {
     f"output biases, {architecture}": (architecture, "no heads, no channels", ("attention", "mlp"))
@@ -111,7 +113,7 @@ def test_the_openai_server_serves_an_export(base, tmp_path):
 
 
 def _ask(server: subprocess.Popen, url: str, request: dict, log: Path) -> dict:
-    """Post a request as soon as the server is up, and return its answer."""
+    """Post a request as soon as the server is up, and return its answer. The test's time limit ends the waiting."""
     body = json.dumps(request | {"return_token_ids": True}).encode()
     post = urllib.request.Request(url, body, {"Content-Type": "application/json"})
     while True:
@@ -122,4 +124,4 @@ def _ask(server: subprocess.Popen, url: str, request: dict, log: Path) -> dict:
         except urllib.error.HTTPError:
             raise
         except urllib.error.URLError:
-            time.sleep(1)
+            time.sleep(POLL_INTERVAL)
