@@ -13,7 +13,7 @@ from pgprune_cli.jobs.speed import measure_speed
 from pgprune_cli.jobs.targets import Target, open_target
 from pgprune_cli.jobs.tasks import load_tasks, measure_tasks
 from pgprune_cli.run.layout import EVALUATION_FILE
-from pgprune_cli.run.provenance import note
+from pgprune_cli.run.provenance import record_command
 from pgprune_cli.storage.records import read_record, write_record
 
 
@@ -82,4 +82,4 @@ def remember(target: Target, result: dict[str, Any]) -> None:
             key: before[key] for key in ("perplexity", "tasks") if before.get(key) and not result.get(key)
         }
     write_record(path, result)
-    note(path.parent)
+    record_command(path.parent)

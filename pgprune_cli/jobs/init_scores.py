@@ -10,7 +10,7 @@ from pgprune_cli.model.loading import load_prunable
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.lock import locked
-from pgprune_cli.run.provenance import note
+from pgprune_cli.run.provenance import record_command
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.scores.metrics import CALIBRATED
 from pgprune_cli.search.scoring import compute_scores
@@ -27,6 +27,6 @@ def init_scores(recipe: Recipe, run: Path, *, progress: Progress = SILENT) -> Sc
         with progress.working(f"loading {recipe.model}"):
             model = load_prunable(source, recipe.dtype, recipe.device, recipe.weight_format)
         scores = compute_scores(recipe, model, batches, source.fingerprint(), ranks=Ranks(), progress=progress)
-        note(run)  # before the scores: once they exist, this command has nothing left to do
+        record_command(run)  # before the scores: once they exist, this command has nothing left to do
         scores.save(run)
         return scores

@@ -22,8 +22,8 @@ from pgprune_cli.repair.width_files import remove_widths
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import COSTS_FILE, DECISION_RECORD, RECIPE_FILE
 from pgprune_cli.run.lock import locked
-from pgprune_cli.run.provenance import note
-from pgprune_cli.run.resume import finished, identity_of, refuse_other_recipe
+from pgprune_cli.run.provenance import record_command
+from pgprune_cli.run.resume import identity_of, load_finished, refuse_other_recipe
 from pgprune_cli.search.budget import budget_for
 from pgprune_cli.search.context import SearchContext
 from pgprune_cli.search.loop import LoopState, finite, run_steps
@@ -56,7 +56,7 @@ def search(
         Interrupted: a signal stopped the search; its state is saved.
     """
     if (run / DECISION_RECORD).exists():
-        return finished(run, recipe)
+        return load_finished(run, recipe)
     if tracker is not None:
         check_installed(tracker)
     with join() as ranks, locked(run) if ranks.is_writer else nullcontext():
@@ -107,7 +107,7 @@ def _begin(context: SearchContext) -> tuple[MaskSpace, Budget]:
             raise
         if context.ranks.is_writer:
             write_bytes(context.run / RECIPE_FILE, dump(context.recipe).encode())
-            note(context.run)
+            record_command(context.run)
     return space, budget
 
 

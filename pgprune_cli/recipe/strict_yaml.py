@@ -1,4 +1,4 @@
-"""Strict YAML: nodes that keep their places, typed values with one clear line for every fault, and the way back."""
+"""Read strict YAML into typed values with one error line per fault, and write it."""
 
 import math
 import re
@@ -13,7 +13,7 @@ from pgprune_cli.errors import UserError
 
 
 def typed(kind: Any, node: yaml.Node, report: Callable[[yaml.Node, str], None]) -> Any:
-    """The node as a value of the annotated type `kind`; None, once reported, where it is not one."""
+    """Return the value of a node as the annotated type `kind`, or report the fault and return None."""
     origin, args, scalar = get_origin(kind), get_args(kind), _scalar(node)
     if origin is Annotated:
         value = typed(args[0], node, report)
@@ -37,10 +37,10 @@ def typed(kind: Any, node: yaml.Node, report: Callable[[yaml.Node, str], None]) 
         hint = nearest(scalar, args) if isinstance(scalar, str) else ""
     elif kind is str:
         expected, value = "text", scalar if isinstance(scalar, str) and scalar.strip() else None
-        hint = "; put it in quotes" if isinstance(scalar, int | float) else ""
+        hint = ". Put it in quotes." if isinstance(scalar, int | float) else ""
     elif kind is int:
         expected, value = "an integer", scalar if type(scalar) is int else None
-    else:  # float: an integer will do, a boolean (which Python takes for an integer) will not
+    else:  # float; an integer is accepted, a boolean is not, though it is an int in Python
         number = isinstance(scalar, int | float) and not isinstance(scalar, bool)
         expected, value = "a number", float(cast(float, scalar)) if number else None
     if value is None:
@@ -49,7 +49,7 @@ def typed(kind: Any, node: yaml.Node, report: Callable[[yaml.Node, str], None]) 
 
 
 def _scalar(node: yaml.Node | None) -> str | int | float | bool | None:
-    """A plain value as people read it: 2e-3 is a number (YAML 1.1 has it as text), 1:30 and .nan and 0x1F are not."""
+    """Return a scalar as people read it: 2e-3 is a number (text in YAML 1.1); 1:30, .nan and 0x1F are text."""
     if not isinstance(node, yaml.ScalarNode) or (not node.style and node.tag == "tag:yaml.org,2002:null"):
         return None
     if node.style:  # quoted
@@ -64,7 +64,7 @@ def _scalar(node: yaml.Node | None) -> str | int | float | bool | None:
 
 
 class _Loader(yaml.SafeLoader):
-    """A recipe says what it says where it stands: aliases could only hide that, and no value needs a tag."""
+    """Refuses anchors, aliases and tags: a recipe states every value where it applies."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()
@@ -75,7 +75,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Lists in one line, no aliases, and quotes round every text the reader would take for something else."""
+    """Writes lists on one line, no aliases, and quotes around text that would be read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -93,13 +93,13 @@ Dumper.add_representer(tuple, Dumper.represent_tuple)
 
 
 def to_yaml(value: Any) -> str:
-    """Return a plain value or a list as YAML on one line, quoted where the reader would take it for something else."""
+    """Return a plain value or a list as YAML on one line, quoted if it would be read as another type."""
     text: str = yaml.dump(value, Dumper=Dumper, default_flow_style=True, allow_unicode=True, width=10**6)
     return text.removesuffix("...\n").strip()
 
 
 def compose(text: str, place: Callable[[int], str]) -> yaml.Node | None:
-    """The nodes of a YAML text, None of an empty one; raises UserError at `place(line)`."""
+    """Return the root node of a YAML text, None if it is empty. Raises UserError that starts with `place(line)`."""
     try:
         return yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -108,45 +108,50 @@ def compose(text: str, place: Callable[[int], str]) -> yaml.Node | None:
         line = text.count("\n", 0, error.position) + 1
         problem = f"the character U+{error.character:04X} is not allowed"
     except RecursionError:
-        line, problem = 1, "brackets in brackets without end"
-    except (ValueError, OverflowError) as error:  # PyYAML's own slips, such as "\\UFFFFFFFF"
+        line, problem = 1, "it is nested too deeply"
+    except (ValueError, OverflowError) as error:  # faults inside PyYAML, for example with "\\UFFFFFFFF"
         line, problem = 1, str(error)
     raise UserError(f"{place(line)}: cannot be read as YAML, {problem}")
 
 
 def read_text(path: Path) -> str:
+    """Return the text of a UTF-8 file. Raises UserError if it cannot be read."""
     try:
         data = path.read_bytes()
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise UserError(one_line(f"{shown(path)}:{line}: not UTF-8 text")) from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = "no such file" if isinstance(error, FileNotFoundError) else getattr(error, "strerror", error)
         raise UserError(one_line(f"{shown(path)}: cannot be read, {reason}")) from None
 
 
 def is_file(path: Path) -> bool:
+    """Return whether the path is a file that can be reached."""
     try:
         return path.is_file()
-    except OSError:  # a name too long, a folder closed to us
+    except OSError:  # the name is too long, or a folder is not accessible
         return False
 
 
 def shown(path: Path) -> Path:
+    """Return the path as error messages show it: relative to the working directory if it is inside."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def one_line(text: str) -> str:
-    """One fault, one line: whatever could break or hide it is escaped."""
+    """Escape everything that is not printable, so that a fault stays on one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown_text(value: str) -> str:
+    """Return a text value for an error message, cut after 60 characters."""
     return f"text {value!r}" if len(value) <= 60 else f"text {value[:60]!r}..."
 
 
 def kind_of(node: yaml.Node | None) -> str:
+    """Return what a node is, for an error message."""
     if not isinstance(node, yaml.ScalarNode):
         return "a mapping" if isinstance(node, yaml.MappingNode) else "a list" if node else "an empty file"
     scalar = _scalar(node)

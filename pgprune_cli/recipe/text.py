@@ -1,4 +1,4 @@
-"""A resolved recipe as text that a person reads and edits: every key, with what the shipped base says of it."""
+"""Print a resolved recipe for people: every key, with the comment of the shipped base `_base.yaml`."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _LINE = re.compile(r"(?P<indent> *)(?P<name>\w+):.*?(  # (?P<comment>.*))?")
 
 
 def comments() -> dict[str, str]:
-    """What `_base.yaml` says of each key, by its dotted name: what it does, what it costs."""
-    found = _keys(read_text(shipped_folder() / "_base.yaml"))
-    return {key: match["comment"] for key, match in found if match["comment"]}
+    """Return the comments of `_base.yaml` by dotted key."""
+    keys = _keys(read_text(shipped_folder() / "_base.yaml"))
+    return {key: match["comment"] for key, match in keys if match["comment"]}
 
 
 def annotated(recipe: Recipe) -> str:
-    """The whole recipe as YAML, nothing left to defaults, with comments; it reads back to an equal one."""
+    """Return the recipe as YAML with every key and comments. It reads back to an equal recipe."""
     known = comments()
     lines = [f"{match.string}  # {known[key]}" if key in known else match.string for key, match in _keys(dump(recipe))]
     return "\n".join(lines) + "\n"
 
 
 def _keys(text: str) -> Iterator[tuple[str, re.Match[str]]]:
-    """The lines of a recipe that hold a key, with its dotted name: sections at the margin, their keys below them."""
+    """Yield the dotted key and the match of every line with a key. Keys of a section are indented below it."""
     section = ""
     for match in filter(None, map(_LINE.fullmatch, text.splitlines())):
         name = match["name"]
@@ -38,16 +38,17 @@ def _keys(text: str) -> Iterator[tuple[str, re.Match[str]]]:
 
 
 def copy(name: str, to: Path | None) -> Path:
-    """Writes the recipe `name`, resolved, into the new file `to` (or `<name>.yaml` here). Returns the file.
+    """Write the resolved recipe `name` into the new file `to`, or `<name>.yaml` by default. Return the file.
 
-    Raises UserError for an unknown recipe, a file that exists and a name that no recipe file can have.
+    Raises:
+        UserError: the recipe is unknown, the file exists, or its name does not end in .yaml.
     """
     source = find(name)
     path = to or Path(f"{Path(name_of(source)).name}.yaml")
     if path.suffix != ".yaml":
-        raise UserError(f"{path}: a recipe's file should end in .yaml")
+        raise UserError(f"{path}: the name of a recipe file must end in .yaml.")
     if path.exists():
-        raise UserError(f"{path}: exists already; give another file")
+        raise UserError(f"{path}: exists already. Choose another file name.")
     head = f"# {summary(source)}\n" if summary(source) else ""
     write_bytes(path, f"{head}{annotated(load(source))}".encode())
     return path

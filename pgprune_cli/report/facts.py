@@ -11,6 +11,7 @@ from typing import Any
 
 from pgprune_cli.report.gather import Run
 from pgprune_cli.run.evaluation import measurements
+from pgprune_cli.run.layout import RECIPE_FILE
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ def commands(run: Run) -> Table:
 
 def repeat_command(run: Run) -> str:
     """Return the command that repeats the search from the resolved recipe."""
-    words = ["pgprune", "search", str(run.directory / "recipe.yaml"), "--out", f"{run.directory}-again"]
+    words = ["pgprune", "search", str(run.directory / RECIPE_FILE), "--out", f"{run.directory}-again"]
     return shlex.join(words)
 
 

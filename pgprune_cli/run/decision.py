@@ -1,9 +1,9 @@
-"""The decision: which units stay, in which model, under which budget, from which recipe. Small and replayable.
+"""The decision on disk: which units are kept, in which model, under which budget, from which recipe.
 
-`decision.safetensors` holds a bool tensor `layers.<l>.attention` (over KV heads) and `layers.<l>.ffn` (over channels)
-for every layer; `decision.json` says where it comes from, and carries the checksum of the masks. Where the kept weights
-were repaired, `repair.safetensors` holds the output projections, `layers.<l>.attention.weight` (hidden, kept inputs)
-and so on, and the record its checksum.
+`decision.safetensors` holds two bool tensors per layer, `layers.<l>.attention` (KV heads) and `layers.<l>.ffn`
+(channels). `decision.json` records where the decision comes from and the checksum of the masks. If the kept weights
+were repaired, `repair.safetensors` holds the output projections, such as `layers.<l>.attention.weight` (hidden, kept
+inputs), and `decision.json` records its checksum.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ VERSION = 1
 class Decision:
     """Which units are kept, and where the decision comes from.
 
-    model: as the recipe names it; fingerprint: of the base model's config and weights; sparsity: the removed fraction
-    of the prunable parameters; recipe: the resolved recipe as YAML; forward_passes: model evaluations of the search;
-    calibration_forward_passes: passes for scores and repair, counted in batches of the search; heldout_loss: of the
-    pruned and repaired model on held-out calibration text, in nats per token; dense_loss: the same of the dense model;
-    outputs: the repaired output projections; budget: the `measure` that was budgeted and the fraction of it `kept`.
+    model: the name in the recipe; fingerprint: identifies the base model's config and weights; sparsity: the removed
+    fraction of the prunable parameters; recipe: the resolved recipe as YAML; forward_passes: run by the search;
+    calibration_forward_passes: run for scores and repair, counted in batches of the search; heldout_loss: loss of the
+    pruned and repaired model on held-out calibration text, in nats per token; dense_loss: the same for the dense model;
+    outputs: the repaired output projections; budget: the budgeted `measure` and the fraction of it that is `kept`.
     """
 
     model_mask: ModelMask
@@ -50,7 +50,7 @@ class Decision:
     dense_loss: float | None = None
 
     def save(self, run: Path) -> None:
-        """Writes both files into `run`, each whole or not at all; the record, which names the masks, last."""
+        """Write the decision into `run`. Every file is written atomically, and the record last. Raises OSError."""
         from safetensors.torch import save
 
         tensors = {}
@@ -78,61 +78,68 @@ class Decision:
 
     @classmethod
     def load(cls, run: Path, with_repair: bool = True) -> Decision:
-        """Reads a decision. Raises UserError when it is missing, damaged or does not belong together.
+        """Read the decision of a run.
 
-        The checksum of a repair takes a while on a large model; without it, `outputs` is empty.
+        The checksum of a repair takes a while on a large model. Without `with_repair`, `outputs` is empty.
+
+        Raises:
+            UserError: the decision is missing or damaged, or its files do not belong together.
         """
         refuse_unfinished(run)
-        record = _read_record(run, "remove both and search again")
+        record = _read_record(run, "Remove both files and search again.")
         tensors = read_tensors(run / DECISION_MASKS)
         try:
-            keep = tuple(
+            model_mask = tuple(
                 LayerMask(tensors[f"layers.{i}.attention"].to(torch.bool), tensors[f"layers.{i}.ffn"].to(torch.bool))
                 for i in range(len(record["kept"]))
             )
             values = {name: record[name] for name in cls._recorded()}
             outputs = _load_outputs(run, record) if with_repair else {}
-            return cls(keep, **values, outputs=outputs, dense_loss=record["dense_loss"], budget=record["budget"])
+            return cls(model_mask, **values, outputs=outputs, dense_loss=record["dense_loss"], budget=record["budget"])
         except KeyError as missing:
-            raise _not_whole(run, missing) from None
+            raise _incomplete(run, missing) from None
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an exported model comes from: the base `model` by its name, and the resolved `recipe` as YAML."""
+    """Where an exported model comes from: the name of the base `model` and the resolved `recipe` as YAML."""
 
     model: str
     recipe: str
 
 
 def read_origin(model: Path) -> Origin | None:
-    """What the decision beside an exported model says; None where there is none, as beside a dense model.
+    """Return the origin of an exported model, or None if its directory has no decision.
 
-    The masks may be absent: what is fetched from the hub comes without them. Raises UserError for a damaged decision.
+    The masks may be absent, because a model fetched from the hub comes without them.
+
+    Raises:
+        UserError: the decision is damaged.
     """
     if not (model / DECISION_RECORD).exists():
         return None
-    record = _read_record(model, "export it again")
+    record = _read_record(model, "Export the model again.")
     try:
         return Origin(record["model"], record["recipe"])
     except KeyError as missing:
-        raise _not_whole(model, missing) from None
+        raise _incomplete(model, missing) from None
 
 
-def _read_record(run: Path, remedy: str) -> dict[str, Any]:
-    """The record, held against its own checksum and against the masks where they are there. Raises UserError."""
+def _read_record(run: Path, fix: str) -> dict[str, Any]:
+    """Return the record. Raise UserError with the sentence `fix` if it does not match its checksum or the masks."""
     record = read_record(run / DECISION_RECORD)
     refuse_newer(run / DECISION_RECORD, record.get("version"), VERSION)
     if (run / DECISION_MASKS).exists() and checksum(run / DECISION_MASKS) != record.get("masks_sha256"):
-        raise UserError(f"{run / DECISION_MASKS}: damaged, or not the masks that {DECISION_RECORD} describes; {remedy}")
+        raise UserError(f"{run / DECISION_MASKS}: damaged, or not the masks that {DECISION_RECORD} describes. {fix}")
     return record
 
 
-def _not_whole(run: Path, missing: KeyError) -> UserError:
-    return UserError(f"{run / DECISION_RECORD}: {missing} is missing; the file is not a whole decision")
+def _incomplete(run: Path, missing: KeyError) -> UserError:
+    return UserError(f"{run / DECISION_RECORD}: damaged: {missing} is missing.")
 
 
 def _flat(outputs: Outputs) -> dict[str, torch.Tensor]:
+    """Return the repaired weights and biases by their names in the repair file."""
     flat = {}
     for (index, name), output in outputs.items():
         for key, value in zip(("weight", "bias"), output, strict=True):
@@ -142,18 +149,18 @@ def _flat(outputs: Outputs) -> dict[str, torch.Tensor]:
 
 
 def _load_outputs(run: Path, record: dict[str, Any]) -> Outputs:
-    wanted = record["repair_sha256"]
-    if wanted is None:
+    expected_checksum = record["repair_sha256"]
+    if expected_checksum is None:
         return {}
-    if not (run / REPAIR_FILE).exists() or checksum(run / REPAIR_FILE) != wanted:
+    if not (run / REPAIR_FILE).exists() or checksum(run / REPAIR_FILE) != expected_checksum:
         raise UserError(
-            f"{run / REPAIR_FILE}: missing, damaged, or not the repair that {DECISION_RECORD} describes; search again"
+            f"{run / REPAIR_FILE}: missing, damaged, or not the repair that {DECISION_RECORD} describes. Search again."
         )
     return RepairFile(run / REPAIR_FILE)
 
 
 class RepairFile(Mapping[tuple[int, str], Output]):
-    """Repaired outputs in a file, read one by one as they are asked for: all together can be as large as a model."""
+    """The repaired outputs in a file. Each one is read when it is needed, because together they can be very large."""
 
     def __init__(self, path: Path) -> None:
         from safetensors import safe_open

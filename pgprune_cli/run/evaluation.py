@@ -1,4 +1,4 @@
-"""What was measured of the decision of a run: the names of the files, and which of them counts."""
+"""Read the measurements of a run, and name them for a table."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from pgprune_cli.storage.records import read_record
 
 
 def read_measured(run: Path) -> dict[str, Any] | None:
-    """The object that `pgprune eval --json` printed, or of a comparison's run its perplexities; None without either.
+    """Return what `pgprune eval` measured, else what `pgprune compare` measured, else None.
 
-    Raises UserError for a damaged file.
+    Raises:
+        UserError: the file is damaged.
     """
-    found = [run / name for name in (EVALUATION_FILE, MEASURED_FILE) if (run / name).exists()]
-    return read_record(found[0]) if found else None
+    paths = [run / name for name in (EVALUATION_FILE, MEASURED_FILE) if (run / name).exists()]
+    return read_record(paths[0]) if paths else None
 
 
 def measurements(result: dict[str, Any]) -> dict[str, str]:
-    """What was measured of a model, by the name of the row it stands in."""
+    """Return the measurements of a model as text, by the name of their table row."""
     cells = {"parameters": f"{result['parameters']:,}"}
     for row in result["perplexity"]:
         cells[f"{row['corpus']} PPL, {row['seqlen']} tokens"] = f"{row['ppl']:,.2f}"

@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: what a search says of itself, a row a step."""
+"""`metrics.jsonl`: the history of a search, one row per step."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from pgprune_cli.storage.atomic import sync_directory
 
 @dataclass(frozen=True)
 class Row:
-    """One row of `metrics.jsonl`: a step of the search. Losses are nats per token; a bad loss is None.
+    """One row of `metrics.jsonl`: a step of the search. Losses are in nats per token; a non-finite loss is None.
 
-    kept: where the decision of the moment was judged on held-out text, how many units of every layer it keeps, by
-    family; rows of before this was recorded have none.
+    kept: how many units of every layer the current decision keeps, by family; None at steps without an evaluation on
+    held-out text.
     """
 
     step: int
@@ -34,23 +34,24 @@ class Row:
     tokens_per_second: float
     memory_bytes: int
     seconds: float
-    kept: dict[str, list[int]] | None = None
+    kept: dict[str, list[int]] | None
 
     @property
     def mean_loss(self) -> float | None:
-        good = [loss for loss in self.losses if loss is not None]
-        return sum(good) / len(good) if good else None
+        """The mean of the finite losses, or None without one."""
+        finite = [loss for loss in self.losses if loss is not None]
+        return sum(finite) / len(finite) if finite else None
 
 
 class Written(NamedTuple):
-    """What of `metrics.jsonl` a checkpoint goes with: its first `bytes`, and their sha256."""
+    """The part of `metrics.jsonl` that was written before a checkpoint: its length in bytes and its sha256."""
 
     bytes: int
     sha256: str
 
 
 class History:
-    """`metrics.jsonl`, open to grow by one row a step."""
+    """`metrics.jsonl`, open for appending one row per step."""
 
     def __init__(self, run: Path) -> None:
         path = run / METRICS_FILE
@@ -66,7 +67,7 @@ class History:
             self.file.close()
 
     def append(self, row: Row) -> None:
-        """Raises OSError."""
+        """Write one row. Raises OSError."""
         line = json.dumps(asdict(row), allow_nan=False) + "\n"
         with _naming(self.file.name):
             self.file.write(line)
@@ -74,7 +75,7 @@ class History:
         self.digest.update(line.encode())
 
     def flush(self) -> Written:
-        """Makes all rows durable."""
+        """Sync all rows to disk and return what has been written. Raises OSError."""
         with _naming(self.file.name):
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -82,20 +83,23 @@ class History:
 
 
 def refuse_other_history(run: Path, written: Written) -> None:
-    """Raises UserError where the history of a run is not what was written before its checkpoint."""
+    """Raise UserError if the history of a run does not start with what was written before its checkpoint."""
     path = run / METRICS_FILE
     content = path.read_bytes() if path.exists() else b""
     if len(content) < written.bytes:
-        raise UserError(f"{path}: {len(content)} bytes where the checkpoint wrote {written.bytes}: it was cut")
+        raise UserError(
+            f"{path}: damaged: it has {len(content)} bytes, but had {written.bytes} when the checkpoint was written. "
+            "Restore it, or remove the run directory to start over."
+        )
     if hashlib.sha256(content[: written.bytes]).hexdigest() != written.sha256:
         raise UserError(
-            f"{path}: damaged: not what was written; put it back, or remove the run directory to start over"
+            f"{path}: damaged: it does not match its checksum. Restore it, or remove the run directory to start over."
         )
 
 
 @contextmanager
 def _naming(path: str) -> Iterator[None]:
-    """The system names no file when a write to an open one fails."""
+    """Add the path to an OSError: the system does not name the file if a write to an open one fails."""
     try:
         yield
     except OSError as error:
@@ -103,15 +107,19 @@ def _naming(path: str) -> Iterator[None]:
 
 
 def read_history(run: Path) -> list[Row]:
-    """The rows written so far; a last line that is still being written is left out.
+    """Return the rows written so far, without a last line that is still being written.
 
-    Raises UserError for a line that is no row.
+    Raises:
+        UserError: a line is not a row.
     """
     path = run / METRICS_FILE
     if not path.exists():
         return []
     *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    try:
-        return [Row(**json.loads(line)) for line in lines]
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: damaged, or not a history of pgprune ({error})") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(Row(**json.loads(line)))
+        except (ValueError, TypeError):  # not JSON, or other keys than those of a row
+            raise UserError(f"{path}:{number}: damaged: not a row of the history.") from None
+    return rows

@@ -1,8 +1,9 @@
-"""One process at a time in a run directory: a lock of the operating system, and beside it who holds it.
+"""Let only one process at a time work in a run directory.
 
-The lock is the kernel's (`flock`), which goes with its process however that ends, and which no process of the same
-number can seem to hold. What `.lock` says of the owner is only told to people. On NFS a lock holds between hosts where
-its lock service runs (v4: always). Where a file system has none, `locked` says so and goes on.
+The lock is the kernel's (`flock`): it ends with its process, however the process ends, and a later process with the
+same id does not hold it. The content of `.lock` names the owner for error messages only. On NFS the lock holds between
+hosts if the lock service runs (with NFSv4 always). On a file system without locks, `locked` prints a warning and
+continues.
 """
 
 from __future__ import annotations
@@ -19,16 +20,17 @@ from pathlib import Path
 from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.errors import UserError
 from pgprune_cli.run.layout import LOCK_FILE
-from pgprune_cli.storage.atomic import make_directory, take
+from pgprune_cli.storage.atomic import make_directory, try_lock
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Makes `run` and keeps other processes out of it inside the `with`; a directory still empty then goes again.
+    """Create `run` and lock it inside the `with`. A new directory that is still empty afterwards is removed.
 
-    Raises UserError where another process is in it.
+    Raises:
+        UserError: another process holds the lock.
     """
     new = not run.exists()
     make_directory(run)
@@ -44,42 +46,47 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def _open(run: Path) -> int:
-    """The locked file, as an open handle."""
+    """Lock the lock file and return its open handle. Raise UserError if another process holds it."""
     while True:
         handle = os.open(run / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            if not _taken(handle, run):
+            if not _lock(handle, run):
                 raise UserError(
-                    f"{run}: in use by {_owner(run)}; wait for it or stop it, or choose another run directory"
+                    f"{run}: in use by {_owner(run)}. Wait for it, stop it, or choose another run directory."
                 )
             if os.fstat(handle).st_nlink:
-                _sign(handle)
+                _write_owner(handle)
                 return handle
         except BaseException:
             os.close(handle)
             raise
-        os.close(handle)  # its owner was just leaving, and took the file along
+        os.close(handle)  # its owner has just ended and removed the file
 
 
-def _taken(handle: int, run: Path) -> bool:
+def _lock(handle: int, run: Path) -> bool:
+    """Lock the file and return whether that worked. Without locks, print a warning and return True."""
     try:
-        return take(handle)
+        return try_lock(handle)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        print(f"pgprune: {run}: no locks on this file system; let no second process in", file=STDERR)
+        print(
+            f"pgprune: {run}: no locks on this file system. Do not start a second process in this directory.",
+            file=STDERR,
+        )
         return True
 
 
-def _sign(handle: int) -> None:
+def _write_owner(handle: int) -> None:
     owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat(" ", "seconds")}
     os.truncate(handle, 0)
     os.write(handle, json.dumps(owner).encode())
 
 
 def _owner(run: Path) -> str:
+    """Return the process that holds the lock, for an error message."""
     try:
         owner = json.loads((run / LOCK_FILE).read_text())
         return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it has the lock, and has not signed yet
+    except (OSError, ValueError, KeyError, TypeError):  # it holds the lock, but has not written its name yet
         return "another process"

@@ -1,4 +1,4 @@
-"""`provenance.jsonl` of a run: the commands that wrote there, with which versions, on which machine."""
+"""`provenance.jsonl`: the commands that wrote into a run, with their versions and machines."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from pgprune_cli import __version__
 from pgprune_cli.run.layout import PROVENANCE_FILE
 
 PACKAGES = ("torch", "transformers", "safetensors", "datasets", "accelerate", "lm_eval")
-"""Those whose version can change a result."""
+"""The packages whose version can change a result."""
 
 
-def note(run: Path) -> None:
-    """Adds this process to the run's provenance: its command as it was given, versions, machine; `began` is UTC."""
+def record_command(run: Path) -> None:
+    """Append this process to the provenance: its command line, versions, machine, and when it `began` (UTC)."""
     with (run / PROVENANCE_FILE).open("a", encoding="utf-8") as file:
         file.write(json.dumps(_this_process(), ensure_ascii=False) + "\n")
 
 
 def read_provenance(run: Path) -> list[dict[str, Any]]:
-    """What was noted, oldest first; runs of before there was a provenance have none. A cut line is left out."""
+    """Return the recorded commands, oldest first, without truncated lines. A missing file gives an empty list."""
     path = run / PROVENANCE_FILE
-    notes = []
+    commands = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            notes.append(json.loads(line))
-        except ValueError:  # cut by a full disk or a lost machine: the search went on without it, and so does this
+            commands.append(json.loads(line))
+        except ValueError:  # truncated by a full disk or a crash; the search does not need it
             continue
-    return notes
+    return commands
 
 
 def _this_process() -> dict[str, Any]:
@@ -63,18 +63,18 @@ def _command() -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
+    versions = {}
     for name in PACKAGES:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def _processor() -> str:
-    """Its name, which Linux says in a file of its own only."""
+    """Return the name of the processor. On Linux only /proc/cpuinfo has it."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,6 +1,6 @@
-"""What belongs to one run of a search: the recipe it was begun with and its checkpoints.
+"""Resume a search: check that a run directory belongs to this search, and find its last checkpoint.
 
-A directory is refused where it is another run's or damaged; nothing in it is ever started over.
+A directory that is damaged or belongs to another search is refused. Nothing in it is ever overwritten.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from pgprune_cli.run.layout import DECISION_RECORD, METRICS_FILE, RECIPE_FILE
 
 
 def identity_of(recipe: Recipe, fingerprint: str, origin: Tensor) -> str:
-    """Digest of all that a checkpoint may not be mixed up with: the recipe, the model and where the policy starts."""
+    """Return a digest of what a checkpoint depends on: the recipe, the model and the start of the policy."""
     return hashlib.sha256(_comparable(recipe).encode() + fingerprint.encode() + origin.numpy().tobytes()).hexdigest()
 
 
 def _comparable(recipe: Recipe) -> str:
-    """The recipe without what changes no result: where it runs, how often it saves, what is evaluated later."""
+    """Return the recipe as YAML, without the settings that change no result: device, checkpoints and evaluation."""
     search = replace(recipe.search, checkpoint_every=1)
     return dump(replace(recipe, device="auto", evaluation=EvaluationSettings(), search=search))
 
 
-def finished(run: Path, recipe: Recipe) -> Decision:
-    """The decision of a run that is done. Raises UserError where it is damaged or of another recipe."""
+def load_finished(run: Path, recipe: Recipe) -> Decision:
+    """Return the decision of a finished run. Raise UserError if it is damaged or belongs to another recipe."""
     decision = Decision.load(run)
     refuse_other_recipe(run, recipe)
     refuse_other_decision(run, decision)
@@ -43,43 +43,51 @@ def finished(run: Path, recipe: Recipe) -> Decision:
 
 
 def refuse_other_decision(run: Path, decision: Decision) -> None:
-    """Raises UserError where the recipe of the run is not the one that the decision was made by."""
-    if (run / RECIPE_FILE).exists() and _decides((run / RECIPE_FILE).read_text()) != _decides(decision.recipe):
+    """Raise UserError if the decision was made with another recipe than the one in the run directory."""
+    if (run / RECIPE_FILE).exists() and _search_settings((run / RECIPE_FILE).read_text()) != _search_settings(
+        decision.recipe
+    ):
         raise UserError(
-            f"{run / DECISION_RECORD}: of another run than {RECIPE_FILE} beside it; put this run's own back"
+            f"{run / DECISION_RECORD}: does not belong to the {RECIPE_FILE} in this directory. "
+            f"Restore the matching {DECISION_RECORD}."
         )
 
 
-def _decides(recipe: str) -> dict[str, Any]:
-    """What a resolved recipe says of the search itself."""
+def _search_settings(recipe: str) -> dict[str, Any]:
+    """Return the settings of a resolved recipe that the decision depends on."""
     return {key: value for key, value in yaml.safe_load(recipe).items() if key not in ("device", "evaluation")}
 
 
 def refuse_other_recipe(run: Path, recipe: Recipe) -> None:
-    """Raises UserError where the run was begun with a recipe that gives another result."""
+    """Raise UserError if the run was started with a recipe that gives another result."""
     if not (run / RECIPE_FILE).exists():
         return
     before = _comparable(parse((run / RECIPE_FILE).read_text(encoding="utf-8"), f"{run / RECIPE_FILE}")).splitlines()
     now = _comparable(recipe).splitlines()
-    changed = [f"{b.strip()} → {n.strip()}" for b, n in zip(before, now, strict=True) if b != n]
+    changed = [f"{old.strip()} → {new.strip()}" for old, new in zip(before, now, strict=True) if old != new]
     if changed:
         raise UserError(
-            f"{run}: belongs to another recipe ({'; '.join(changed)}); give another directory with --out, "
-            "or remove this one to start over"
+            f"{run}: belongs to another recipe ({', '.join(changed)}). Choose another directory with --out, "
+            "or remove this one to start over."
         )
 
 
-def resumed(run: Path, identity: str, skip_corrupt_checkpoint: bool = False) -> Checkpoint | None:
-    """What a search goes on from, its history cut back to that moment; None, and no history, at the beginning.
+def resume(run: Path, identity: str, skip_corrupt_checkpoint: bool = False) -> Checkpoint | None:
+    """Return the checkpoint that a search resumes from, and cut the history back to its step.
 
-    Raises UserError for a checkpoint of another search or with damage, and for a history that is not the one it has.
+    Without a checkpoint, remove the history and return None: the search starts at the beginning.
+
+    Raises:
+        UserError: the checkpoint is damaged or belongs to another search, or the history does not match it.
     """
     checkpoint = latest_checkpoint(run, skip_corrupt_checkpoint)
     if checkpoint is None:
         (run / METRICS_FILE).unlink(missing_ok=True)
         return None
     if checkpoint.identity != identity:
-        raise UserError(f"{run}: its checkpoint belongs to other scores or another model; remove it to start over")
+        raise UserError(
+            f"{run}: the checkpoint belongs to other scores or another model. Remove the directory to start over."
+        )
     refuse_other_history(run, checkpoint.history)
     os.truncate(run / METRICS_FILE, checkpoint.history.bytes)
     drop_old(run)

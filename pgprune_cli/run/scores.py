@@ -1,4 +1,4 @@
-"""`scores.safetensors`: the scores of every unit, by which metric and of which model."""
+"""`scores.safetensors`: the score of every unit, the metric that computed it, and the model."""
 
 from __future__ import annotations
 
@@ -23,40 +23,41 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Scores:
-    """Saliencies of a model: `layers.<l>.attention` `(kv groups,)`, `layers.<l>.ffn` `(channels,)`, float64."""
+    """The scores of a model, float64: `layers.<l>.attention` `(KV heads,)` and `layers.<l>.ffn` `(channels,)`."""
 
     tensors: dict[str, Tensor]
     metric: MetricName
     fingerprint: str
 
     def save(self, run: Path) -> Path:
+        """Write the scores into `run` and return the file. Raises OSError."""
         about = {"metric": self.metric, "fingerprint": self.fingerprint, "version": VERSION}
         about["tensors_sha256"] = _digest(self.tensors)
-        # of several entries, the library writes them now in this order, now in that
+        # a single entry, because the library writes several in varying order
         write_bytes(run / SCORES_FILE, save(self.tensors, metadata={ABOUT: json.dumps(with_checksum(about))}))
         return run / SCORES_FILE
 
     @classmethod
     def load(cls, run: Path) -> Scores:
-        """Raises UserError when the file is damaged or not ours."""
+        """Read the scores of a run. Raises UserError if the file is damaged or was not written by pgprune."""
         path = run / SCORES_FILE
-        tensors, found = read_tensors(path), metadata(path)
-        if ABOUT not in found:
-            raise UserError(f"{path}: these are not scores of pgprune. Write them with `pgprune init-scores`.")
-        about = _whole(path, found[ABOUT], tensors)
+        tensors, entries = read_tensors(path), metadata(path)
+        if ABOUT not in entries:
+            raise UserError(f"{path}: not a score file of pgprune. Write one with `pgprune init-scores`.")
+        about = _checked(path, entries[ABOUT], tensors)
         if about.get("metric") not in get_args(MetricName) or "fingerprint" not in about:
-            raise UserError(f"{path}: these are not scores of pgprune. Write them with `pgprune init-scores`.")
+            raise UserError(f"{path}: not a score file of pgprune. Write one with `pgprune init-scores`.")
         return cls(tensors, cast(MetricName, about["metric"]), about["fingerprint"])
 
 
-def _whole(path: Path, text: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """What scores say of themselves. Raises UserError where they are not what was written."""
+def _checked(path: Path, text: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Return the metadata of the scores. Raise UserError if it or the tensors do not match their checksums."""
     try:
         about = json.loads(text)
         if about != with_checksum(about) or about["tensors_sha256"] != _digest(tensors):
             raise ValueError
     except (ValueError, AttributeError, KeyError):
-        raise UserError(f"{path}: damaged: not what was written; run `pgprune init-scores` again") from None
+        raise UserError(f"{path}: damaged: it does not match its checksum. Run `pgprune init-scores` again.") from None
     refuse_newer(path, about.get("version"), VERSION)
     return cast(dict[str, Any], about)
 

@@ -18,7 +18,7 @@ from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import RunError
 from pgprune_cli.run.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
 from pgprune_cli.run.history import History, Row, Written, read_history
-from pgprune_cli.run.resume import resumed
+from pgprune_cli.run.resume import resume
 from pgprune_cli.search.problem import Problem
 from pgprune_cli.search.progress import SearchProgress, memory_in_use
 from pgprune_cli.search.trackers import TrackerName, tracking
@@ -75,7 +75,7 @@ def run_steps(
     context, settings = problem.context, problem.context.recipe.search
     run, ranks = context.run, context.ranks
     with ranks.run_writer_first():
-        checkpoint = resumed(run, identity, skip_corrupt_checkpoint) if ranks.is_writer else latest_checkpoint(run)
+        checkpoint = resume(run, identity, skip_corrupt_checkpoint) if ranks.is_writer else latest_checkpoint(run)
     loop = _loop_state(problem, checkpoint)
     view = _view(problem)
     log = tracking(tracker if ranks.is_writer else None, run, asdict(context.recipe), loop.step)

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under a temporary name, synced, renamed; refused on reading when damaged."""
+"""Write files and directories atomically: under a temporary name, then synced, then renamed."""
 
 from __future__ import annotations
 
@@ -9,46 +9,42 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Puts `content` at `path` in one step: a reader, or a crash, sees the old file or the new one."""
+    """Write `content` to `path` atomically: a reader or a crash sees the old file or the new one. Raises OSError."""
     with new_file(path) as temporary:
         temporary.write_bytes(content)
 
 
 @contextmanager
 def new_file(out: Path) -> Iterator[Path]:
-    """A name beside `out` whose file replaces `out`, synced, when the `with` ends well, and else vanishes."""
-    temporary = _beside(out)
+    """Yield a temporary path. Its file replaces `out` if the `with` succeeds, and is removed if it fails."""
+    temporary = _temporary(out)
     make_directory(out.parent)
-    _sweep(out)
+    _remove_leftovers(out)
     try:
-        with _held(temporary, os.O_RDWR | os.O_CREAT):
+        with _locked(temporary, os.O_RDWR | os.O_CREAT):
             yield temporary
-            sync_directory(temporary)  # which does for files too
+            sync_directory(temporary)  # works for files too
             temporary.replace(out)
         sync_directory(out.parent)
     except OSError as error:
-        raise _of(out, temporary, error) from error
+        raise _naming(out, temporary, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """Likewise a directory; `out` is absent or an empty one."""
-    temporary = _beside(out)
+    """Yield a temporary directory. It becomes `out`, which must be absent or empty, if the `with` succeeds."""
+    temporary = _temporary(out)
     make_directory(out.parent)
-    _sweep(out)
+    _remove_leftovers(out)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir()
-        with _held(temporary, os.O_RDONLY):
+        with _locked(temporary, os.O_RDONLY):
             yield temporary
             for path in (*temporary.rglob("*"), temporary):
                 sync_directory(path)
@@ -57,13 +53,13 @@ def new_directory(out: Path) -> Iterator[Path]:
             temporary.rename(out)
         sync_directory(out.parent)
     except OSError as error:
-        raise _of(out, temporary, error) from error
+        raise _naming(out, temporary, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def make_directory(directory: Path) -> None:
-    """Makes it, and what is above it, so that a power cut does not take what will be in it."""
+    """Create a directory and its parents, and sync each, so that they survive a power cut."""
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     for path in reversed(missing):
         path.mkdir(exist_ok=True)
@@ -71,19 +67,23 @@ def make_directory(directory: Path) -> None:
 
 
 @contextmanager
-def _held(temporary: Path, flags: int) -> Iterator[None]:
-    """Locks a temporary file or directory, by which others know that its writer lives."""
+def _locked(temporary: Path, flags: int) -> Iterator[None]:
+    """Lock a temporary file or directory inside the `with`. The lock shows other writers that it is in use."""
     handle = os.open(temporary, flags, 0o666)
     try:
         with suppress(OSError):  # not every file system has locks
-            take(handle)
+            try_lock(handle)
         yield
     finally:
         os.close(handle)
 
 
-def take(handle: int) -> bool:
-    """Locks an open file for as long as it is open; False where another process has. Raises OSError without locks."""
+def try_lock(handle: int) -> bool:
+    """Lock an open file until it is closed. Return False if another process holds the lock.
+
+    Raises:
+        OSError: the file system has no locks.
+    """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -91,30 +91,30 @@ def take(handle: int) -> bool:
     return True
 
 
-def _sweep(out: Path) -> None:
-    """Removes what writers of `out` left that were killed; it may be as large as a model."""
+def _remove_leftovers(out: Path) -> None:
+    """Remove the temporary files of killed writers of `out`, which can be as large as a model."""
     for path in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
-        with suppress(OSError):  # gone already, or nobody can tell
+        with suppress(OSError):  # removed in the meantime, or there are no locks
             handle = os.open(path, os.O_RDONLY)
             try:
-                if take(handle):
+                if try_lock(handle):
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             finally:
                 os.close(handle)
 
 
-def _of(out: Path, temporary: Path, error: OSError) -> OSError:
-    """The system's error as one of `out`, where it names no file or one that nobody asked for."""
-    own = error.filename is None or str(error.filename).startswith(str(temporary))
-    return OSError(error.errno, error.strerror, str(out)) if own and error.errno is not None else error
+def _naming(out: Path, temporary: Path, error: OSError) -> OSError:
+    """Return the error with the path of `out`, if it names no file or the temporary one."""
+    unnamed = error.filename is None or str(error.filename).startswith(str(temporary))
+    return OSError(error.errno, error.strerror, str(out)) if unnamed and error.errno is not None else error
 
 
-def _beside(path: Path) -> Path:
+def _temporary(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def sync_directory(directory: Path) -> None:
-    """Makes renames inside `directory` survive a power cut."""
+    """Sync a directory, so that renames inside it survive a power cut."""
     handle = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(handle)

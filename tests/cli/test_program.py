@@ -293,7 +293,7 @@ def test_bad_recipe_prints_one_line_per_fault(pgprune) -> None:
             ["scores.metric", "wanda-sp, flap, obs, taylor, magnitude, random or uniform"],
         ),
         (["export", "nowhere", "--out", "x"], ["nowhere: ", "pgprune runs"]),
-        (["export", "nowhere", "--push", "small"], "--push small: not OWNER/NAME"),
+        (["export", "nowhere", "--push", "small"], ["--push small: ", "OWNER/NAME"]),
         (["recipes", "copy", "demo", "demo.txt"], ["demo.txt: ", ".yaml"]),
         (["runs", "nowhere"], ["nowhere: "]),
         (["doctor", "--set", "seed=1"], ["--set seed=1: ", "pgprune doctor RECIPE --set seed=1"]),
@@ -306,7 +306,7 @@ def test_bad_recipe_prints_one_line_per_fault(pgprune) -> None:
             ["wikitxt2: ", "did you mean wikitext2?"],
         ),
         (["eval", "demo", "--dtype", "int8"], ["--dtype int8: ", "auto, float32, float16 or bfloat16"]),
-        (["eval", "demo", "--device", "tpu"], "device: 'tpu' is not a device"),
+        (["eval", "demo", "--device", "tpu"], ["device: ", "'tpu'"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, facts, pgprune) -> None:

@@ -41,7 +41,7 @@ def test_output_has_no_colours_when_no_color_is_set(forbidden, capsys, monkeypat
     if forbidden:
         monkeypatch.setenv("NO_COLOR", "1")
     with SearchProgress(2, {"ffn": [4, 4]}, "remove 50% of parameters", progress=StderrProgress()) as view:
-        view.show(Row(1, [1.0], None, None, 0.5, 1.0, 0, 100.0, 10**9, 1.0))
+        view.show(Row(1, [1.0], None, None, 0.5, 1.0, 0, 100.0, 10**9, 1.0, None))
     grid(("tensor", "MB"), [["a", "1.5"]], texts=1)
     out, err = capsys.readouterr()
     assert bool(COLOUR.search(out + err)) is not forbidden

@@ -19,7 +19,7 @@ from pgprune_cli.search.progress import PLAIN_LINES, SearchProgress
 
 
 def row(step: int, losses: list[float | None], heldout: float | None = None, skipped: int = 0) -> Row:
-    return Row(step, losses, 3.0, 0.01, 9.0, heldout, skipped, 1234.5, 2_500_000_000, 60.0 + step)
+    return Row(step, losses, 3.0, 0.01, 9.0, heldout, skipped, 1234.5, 2_500_000_000, 60.0 + step, None)
 
 
 LAYER = "a layer"

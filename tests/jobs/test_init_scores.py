@@ -110,7 +110,7 @@ def test_damaged_and_foreign_scores_are_refused(small, tmp_path) -> None:
     with pytest.raises(UserError, match=r"scores\.safetensors: "):
         Scores.load(tmp_path)
     save_file({"layers.0.ffn": torch.ones(3)}, tmp_path / SCORES_FILE)
-    with pytest.raises(UserError, match="not scores of pgprune; `pgprune init-scores` writes them"):
+    with pytest.raises(UserError, match="not a score file of pgprune"):
         Scores.load(tmp_path)
 
 
@@ -133,7 +133,7 @@ def test_scores_of_a_newer_pgprune_are_refused(small, tmp_path, monkeypatch) -> 
     with monkeypatch.context() as patch:
         patch.setattr(scores, "VERSION", 2)
         init_scores(small("scores.metric=uniform"), tmp_path)
-    with pytest.raises(UserError, match=r"of a newer pgprune \(version 2, this one reads 1\); upgrade pgprune"):
+    with pytest.raises(UserError, match=r"newer pgprune \(file version 2, this one reads 1\)"):
         Scores.load(tmp_path)
 
 

@@ -214,17 +214,20 @@ DAMAGE = {
     "not json": (lambda folder: (folder / CHECKPOINT_RECORD).write_text("{"), f"{CHECKPOINT_RECORD}: cannot be read"),
     "not an object": (
         lambda folder: (folder / CHECKPOINT_RECORD).write_text("[]"),
-        f"{CHECKPOINT_RECORD}: holds a list, not an object",
+        f"{CHECKPOINT_RECORD}: expected a JSON object, got a list",
     ),
-    "version": (lambda folder: edited(folder, version=4), f"{CHECKPOINT_RECORD}: damaged: does not match its checksum"),
+    "version": (
+        lambda folder: edited(folder, version=4),
+        f"{CHECKPOINT_RECORD}: damaged: it does not match its checksum",
+    ),
     "no version": (lambda folder: resealed(folder, version=None), "'version' is missing"),
     "edited": (
         lambda folder: edited(folder, data_position=11),
-        f"{CHECKPOINT_RECORD}: damaged: does not match its checksum",
+        f"{CHECKPOINT_RECORD}: damaged: it does not match its checksum",
     ),
     "missing key": (
         lambda folder: edited(folder, data_position=None),
-        f"{CHECKPOINT_RECORD}: damaged: does not match its checksum",
+        f"{CHECKPOINT_RECORD}: damaged: it does not match its checksum",
     ),
     "empty": (lambda folder: [file.unlink() for file in folder.iterdir()], f"{CHECKPOINT_RECORD}: cannot be read"),
 }

@@ -1,4 +1,4 @@
-"""A decision comes back as it was, or is refused."""
+"""A saved decision is read back unchanged. A damaged one is refused."""
 
 import json
 from dataclasses import replace
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.messages import says
+from helpers.messages import refused, says
 from safetensors.torch import save
 
 from pgprune_cli.errors import UserError
@@ -17,30 +17,25 @@ from pgprune_cli.storage.records import checksum, read_record, write_record
 
 
 def a_decision() -> Decision:
-    """Of 3 layers: one whole, one thinned, one without attention."""
+    """Return a decision for 3 layers: one unpruned, one pruned, one without attention."""
     ffn = torch.arange(10) % 3 == 0
-    keep = (
+    model_mask = (
         LayerMask(torch.ones(4, dtype=torch.bool), torch.ones(10, dtype=torch.bool)),
         LayerMask(torch.tensor([True, False, False, True]), ffn),
         LayerMask(torch.zeros(4, dtype=torch.bool), ~ffn),
     )
     recipe = "model: owner/name\nseed: 0\n"
     budget: dict[str, str | float] = {"measure": "flops", "kept": 2 / 3}
-    return Decision(keep, "owner/name", "f" * 64, 1 / 3, recipe, 300, 600, 90, 0.1 + 0.2, budget=budget, dense_loss=0.1)
+    return Decision(
+        model_mask, "owner/name", "f" * 64, 1 / 3, recipe, 300, 600, 90, 0.1 + 0.2, budget=budget, dense_loss=0.1
+    )
 
 
-def assert_same(one: Decision, other: Decision) -> None:
-    assert replace(one, model_mask=()) == replace(other, model_mask=())
-    assert len(one.model_mask) == len(other.model_mask)
-    for mine, its in zip(one.model_mask, other.model_mask, strict=True):
-        assert mine.attention.dtype == mine.ffn.dtype == torch.bool
-        assert mine.attention.equal(its.attention) and mine.ffn.equal(its.ffn)
-
-
-def refused(run: Path) -> str:
-    with pytest.raises(UserError) as caught:
-        Decision.load(run)
-    return str(caught.value)
+def assert_equal(actual: Decision, expected: Decision) -> None:
+    assert replace(actual, model_mask=()) == replace(expected, model_mask=())
+    for layer, expected_layer in zip(actual.model_mask, expected.model_mask, strict=True):
+        assert layer.attention.dtype == layer.ffn.dtype == torch.bool
+        assert layer.attention.equal(expected_layer.attention) and layer.ffn.equal(expected_layer.ffn)
 
 
 @pytest.fixture
@@ -50,14 +45,14 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("loss", [None, 2.5])
-def test_round_trip(tmp_path, loss):
+def test_decision_is_read_back_equal(tmp_path, loss):
     decision = replace(a_decision(), heldout_loss=loss)
     decision.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [DECISION_RECORD, DECISION_MASKS]
-    assert_same(Decision.load(tmp_path), decision)
+    assert_equal(Decision.load(tmp_path), decision)
 
 
-def test_the_record_can_be_read_by_people(run):
+def test_decision_record_shows_the_kept_counts_and_the_origin(run):
     from pgprune_cli import __version__
 
     record = json.loads((run / DECISION_RECORD).read_text())
@@ -67,7 +62,7 @@ def test_the_record_can_be_read_by_people(run):
     assert record["sparsity"] == 1 / 3 and record["recipe"].startswith("model: owner/name\n")
 
 
-def test_the_same_decision_gives_the_same_bytes(run, tmp_path_factory):
+def test_saving_a_decision_twice_writes_the_same_bytes(run, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     a_decision().save(other)
     assert (other / DECISION_MASKS).read_bytes() == (run / DECISION_MASKS).read_bytes()
@@ -75,25 +70,30 @@ def test_the_same_decision_gives_the_same_bytes(run, tmp_path_factory):
 
 
 @pytest.mark.parametrize("missing", [DECISION_MASKS, DECISION_RECORD])
-def test_a_missing_file_is_refused(run, missing):
+def test_decision_is_refused_when_a_file_is_missing(run, missing):
     (run / missing).unlink()
-    says(refused(run), f"{run}: ", "pgprune runs")
+    with refused(f"{run}: ", "pgprune runs"):
+        Decision.load(run)
     (run / RECIPE_FILE).touch()
-    says(refused(run), f"{run}: ", "not finished", f"pgprune search {run}/recipe.yaml --out {run}")
+    with refused(f"{run}: ", "not finished", f"pgprune search {run}/recipe.yaml --out {run}"):
+        Decision.load(run)
 
 
-def test_no_run_at_all_is_refused(tmp_path):
-    assert refused(tmp_path / "nowhere").startswith(f"{tmp_path / 'nowhere'}: no such run directory")
+def test_decision_is_refused_when_the_run_does_not_exist(tmp_path):
+    with refused(f"{tmp_path / 'nowhere'}: no such run directory"):
+        Decision.load(tmp_path / "nowhere")
 
 
-def test_every_damage_to_the_masks_is_refused(run):
+def test_decision_is_refused_when_the_masks_are_damaged(run):
     whole = (run / DECISION_MASKS).read_bytes()
-    words = (
-        f"{run / DECISION_MASKS}: damaged, or not the masks that decision.json describes; remove both and search again"
-    )
+    messages = set()
     for damaged in (whole[:-1], b"", whole + b"\0", *(_flipped(whole, place) for place in range(0, len(whole), 7))):
         (run / DECISION_MASKS).write_bytes(damaged)
-        assert refused(run) == words
+        with pytest.raises(UserError) as caught:
+            Decision.load(run)
+        messages.add(str(caught.value))
+    (message,) = messages
+    says(message, f"{run / DECISION_MASKS}: ", DECISION_RECORD)
 
 
 def _flipped(content: bytes, place: int) -> bytes:
@@ -102,11 +102,12 @@ def _flipped(content: bytes, place: int) -> bytes:
     return bytes(damaged)
 
 
-def test_masks_of_another_decision_are_refused(run, tmp_path_factory):
+def test_decision_is_refused_with_the_masks_of_another_decision(run, tmp_path_factory):
     other = tmp_path_factory.mktemp("other")
     replace(a_decision(), model_mask=tuple(reversed(a_decision().model_mask))).save(other)
     (run / DECISION_MASKS).write_bytes((other / DECISION_MASKS).read_bytes())
-    assert "not the masks that decision.json describes" in refused(run)
+    with refused(f"{run / DECISION_MASKS}: ", DECISION_RECORD):
+        Decision.load(run)
 
 
 @pytest.mark.parametrize(
@@ -124,28 +125,31 @@ def test_masks_of_another_decision_are_refused(run, tmp_path_factory):
         "repair_sha256",
     ],
 )
-def test_a_missing_key_is_refused(run, key):
+def test_decision_is_refused_when_a_key_is_missing(run, key):
     record = read_record(run / DECISION_RECORD)
     del record[key]
     write_record(run / DECISION_RECORD, record)
-    assert refused(run) == f"{run / DECISION_RECORD}: '{key}' is missing; the file is not a whole decision"
+    with refused(f"{run / DECISION_RECORD}: ", f"'{key}' is missing"):
+        Decision.load(run)
 
 
-def test_a_layer_without_masks_is_refused(run):
+def test_decision_is_refused_when_a_layer_has_no_mask(run):
     masks = save({"layers.0.attention": torch.ones(4, dtype=torch.bool)})
     (run / DECISION_MASKS).write_bytes(masks)
     record = read_record(run / DECISION_RECORD) | {"masks_sha256": checksum(run / DECISION_MASKS)}
     write_record(run / DECISION_RECORD, record)
-    assert refused(run) == f"{run / DECISION_RECORD}: 'layers.0.ffn' is missing; the file is not a whole decision"
+    with refused(f"{run / DECISION_RECORD}: ", "'layers.0.ffn' is missing"):
+        Decision.load(run)
 
 
-@pytest.mark.parametrize(("content", "words"), [("{", "cannot be read"), ("[]", "holds a list, not an object")])
-def test_a_damaged_record_is_refused(run, content, words):
+@pytest.mark.parametrize(("content", "fact"), [("{", "cannot be read"), ("[]", "got a list")])
+def test_decision_is_refused_when_the_record_is_damaged(run, content, fact):
     (run / DECISION_RECORD).write_text(content)
-    assert refused(run).startswith(f"{run / DECISION_RECORD}: {words}")
+    with refused(f"{run / DECISION_RECORD}: ", fact):
+        Decision.load(run)
 
 
-def test_a_search_killed_between_the_two_files_leaves_no_decision(tmp_path, monkeypatch):
+def test_decision_is_absent_when_the_search_is_killed_between_its_two_files(tmp_path, monkeypatch):
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -153,24 +157,28 @@ def test_a_search_killed_between_the_two_files_leaves_no_decision(tmp_path, monk
         patch.setattr("pgprune_cli.run.decision.write_record", killed)
         with pytest.raises(KeyboardInterrupt):
             a_decision().save(tmp_path)
-    assert "not a run directory" in refused(tmp_path)
+    with refused(str(tmp_path), "not a run directory"):
+        Decision.load(tmp_path)
     a_decision().save(tmp_path)
-    assert_same(Decision.load(tmp_path), a_decision())
+    assert_equal(Decision.load(tmp_path), a_decision())
 
 
-def test_a_changed_digit_of_the_record_is_refused(run):
+def test_decision_is_refused_when_a_digit_of_the_record_changes(run):
     text = (run / DECISION_RECORD).read_text()
     (run / DECISION_RECORD).write_text(text.replace("0.333", "0.433", 1))
     assert text != (run / DECISION_RECORD).read_text()
-    says(refused(run), f"{run / DECISION_RECORD}: ", "checksum")
+    with refused(f"{run / DECISION_RECORD}: ", "checksum"):
+        Decision.load(run)
 
 
-def test_a_decision_without_a_checksum_is_refused(run):
+def test_decision_is_refused_without_a_checksum(run):
     record = read_record(run / DECISION_RECORD)
     (run / DECISION_RECORD).write_text(json.dumps(record))
-    says(refused(run), f"{run / DECISION_RECORD}: ", "checksum")
+    with refused(f"{run / DECISION_RECORD}: ", "checksum"):
+        Decision.load(run)
 
 
-def test_a_decision_of_a_newer_pgprune_is_refused(run):
+def test_decision_is_refused_when_a_newer_pgprune_wrote_it(run):
     write_record(run / DECISION_RECORD, read_record(run / DECISION_RECORD) | {"version": 2})
-    assert refused(run) == f"{run / DECISION_RECORD}: of a newer pgprune (version 2, this one reads 1); upgrade pgprune"
+    with refused(f"{run / DECISION_RECORD}: ", "newer pgprune", "version 2", "reads 1"):
+        Decision.load(run)

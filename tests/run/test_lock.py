@@ -1,4 +1,4 @@
-"""One process at a time in a run directory, and nobody is fooled by what a dead one left."""
+"""Only one process at a time works in a run directory, and leftovers of killed processes do no harm."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.messages import says
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.run import lock
@@ -26,7 +27,7 @@ HOLD += "with locked(pathlib.Path(sys.argv[1])): print(); input()"
 
 @pytest.fixture
 def owner(tmp_path: Path) -> Iterator[subprocess.Popen]:
-    """Another process, which is in `tmp_path / "run"`."""
+    """Yield another process, which holds the lock of `tmp_path / "run"`."""
     program = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
     pipe = subprocess.PIPE
     with subprocess.Popen(program, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as process:
@@ -42,16 +43,15 @@ def refusal(run: Path) -> str:
     return str(error.value)
 
 
-def test_a_second_process_is_refused_and_told_who_is_in(owner, tmp_path) -> None:
-    said = refusal(tmp_path / "run")
-    assert said.startswith(f"{tmp_path / 'run'}: in use by process {owner.pid} on {socket.gethostname()} since 20")
-    assert said.endswith("; wait for it or stop it, or choose another run directory")
+def test_lock_refuses_a_second_process_and_names_the_owner(owner, tmp_path) -> None:
+    message = refusal(tmp_path / "run")
+    assert message.startswith(f"{tmp_path / 'run'}: in use by process {owner.pid} on {socket.gethostname()} since 20")
     owner.communicate("\n")
     with locked(tmp_path / "run"):
         pass
 
 
-def test_what_a_killed_owner_left_is_no_lock(owner, tmp_path) -> None:
+def test_lock_is_free_when_its_owner_was_killed(owner, tmp_path) -> None:
     owner.send_signal(signal.SIGKILL)
     owner.wait()
     assert json.loads((tmp_path / "run" / LOCK_FILE).read_text())["pid"] == owner.pid
@@ -59,8 +59,8 @@ def test_what_a_killed_owner_left_is_no_lock(owner, tmp_path) -> None:
         assert json.loads((tmp_path / "run" / LOCK_FILE).read_text())["pid"] == os.getpid()
 
 
-def test_a_process_of_the_dead_owners_number_is_not_the_owner(tmp_path) -> None:
-    """This very process lives, and so does the first one of the machine; neither has the lock."""
+def test_lock_is_free_when_another_process_has_the_id_of_a_dead_owner(tmp_path) -> None:
+    """These processes are alive, but none of them holds the lock."""
     for number in (os.getpid(), os.getppid(), 1):
         (tmp_path / LOCK_FILE).write_text(json.dumps({"pid": number, "host": socket.gethostname(), "since": "now"}))
         with locked(tmp_path):
@@ -68,12 +68,12 @@ def test_a_process_of_the_dead_owners_number_is_not_the_owner(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": 1}'])
-def test_an_owner_that_has_not_signed_is_another_process(owner, tmp_path, text) -> None:
+def test_lock_names_no_owner_when_its_file_is_unreadable(owner, tmp_path, text) -> None:
     (tmp_path / "run" / LOCK_FILE).write_text(text)
-    assert "in use by another process;" in refusal(tmp_path / "run")
+    says(refusal(tmp_path / "run"), f"{tmp_path / 'run'}: ", "another process")
 
 
-def test_it_leaves_nothing_behind(tmp_path) -> None:
+def test_lock_leaves_nothing_behind(tmp_path) -> None:
     with locked(tmp_path / "new" / "run"):
         assert (tmp_path / "new" / "run" / LOCK_FILE).exists()
     assert not (tmp_path / "new" / "run").exists()
@@ -86,24 +86,24 @@ def test_it_leaves_nothing_behind(tmp_path) -> None:
     assert (tmp_path / "mine").exists()
 
 
-def test_a_lock_whose_owner_takes_it_along_is_asked_for_again(tmp_path, monkeypatch) -> None:
-    """Between opening the file and locking it, the owner may end and remove it."""
-    take, calls = atomic.take, []
+def test_lock_is_taken_again_when_its_owner_removes_the_file(tmp_path, monkeypatch) -> None:
+    """The owner may end and remove the file between opening and locking it."""
+    try_lock, calls = atomic.try_lock, []
 
     def late(handle: int) -> bool:
         if not calls:
             (tmp_path / LOCK_FILE).unlink()
         calls.append(handle)
-        return take(handle)
+        return try_lock(handle)
 
-    monkeypatch.setattr(lock, "take", late)
+    monkeypatch.setattr(lock, "try_lock", late)
     with locked(tmp_path):
         assert len(calls) == 2
         assert (tmp_path / LOCK_FILE).exists()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
-def test_where_there_are_no_locks_it_says_so_and_goes_on(tmp_path, monkeypatch, capsys, number) -> None:
+def test_lock_warns_and_continues_on_a_file_system_without_locks(tmp_path, monkeypatch, capsys, number) -> None:
     def no_locks(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -112,20 +112,20 @@ def test_where_there_are_no_locks_it_says_so_and_goes_on(tmp_path, monkeypatch, 
         pass
     atomic.write_bytes(tmp_path / "x", b"content")
     assert (tmp_path / "x").read_bytes() == b"content"
-    assert capsys.readouterr().err == (f"pgprune: {tmp_path}: no locks on this file system; let no second process in\n")
+    says(capsys.readouterr().err, f"pgprune: {tmp_path}: ", "no locks")
 
 
 @pytest.mark.parametrize("new", [atomic.new_file, atomic.new_directory])
-def test_what_killed_writers_left_goes_and_what_living_ones_write_stays(new, tmp_path) -> None:
+def test_new_file_removes_the_leftovers_of_killed_writers_only(new, tmp_path) -> None:
     out = tmp_path / "out[1]"
     (tmp_path / f".{out.name}.1.tmp").mkdir()
     (tmp_path / f".{out.name}.1.tmp" / "half").write_bytes(b"of a model")
     (tmp_path / f".{out.name}.2.tmp").write_bytes(b"half")
-    (tmp_path / ".other.2.tmp").write_bytes(b"not ours")
+    (tmp_path / ".other.2.tmp").write_bytes(b"another file")
     living = tmp_path / f".{out.name}.3.tmp"
     living.write_bytes(b"half")
     handle = os.open(living, os.O_RDWR)
-    assert atomic.take(handle)
+    assert atomic.try_lock(handle)
     with new(out) as temporary:
         (temporary / "x" if new is atomic.new_directory else temporary).write_bytes(b"whole")
     os.close(handle)

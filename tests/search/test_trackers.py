@@ -20,7 +20,7 @@ from pgprune_cli.search.trackers import MODULES, metrics_of, tracking
 KEPT = {"attention": [4, 2], "ffn": [24, 6]}
 ROWS = [
     Row(1, [3.0, 4.0], 3.5, 0.02, 9.0, 2.75, 0, 1000.0, 2_500_000_000, 10.0, KEPT),
-    Row(2, [None, None], 3.5, None, 9.0, None, 2, 1000.0, 2_500_000_000, 20.0),
+    Row(2, [None, None], 3.5, None, 9.0, None, 2, 1000.0, 2_500_000_000, 20.0, None),
 ]
 
 
@@ -79,9 +79,9 @@ def test_steps_that_come_again_replace_those_of_before(tmp_path) -> None:
     pytest.importorskip("tensorboardX", reason="pgprune[tensorboard] is not installed")
     with tracking("tensorboard", tmp_path, {}, 0) as track:
         for step in (1, 2, 3):
-            track(Row(step, [3.0], None, None, 9.0, None, 0, 1.0, 1, 1.0))
+            track(Row(step, [3.0], None, None, 9.0, None, 0, 1.0, 1, 1.0, None))
     with tracking("tensorboard", tmp_path, {}, 1) as track:
-        track(Row(2, [5.0], None, None, 9.0, None, 0, 1.0, 1, 1.0))
+        track(Row(2, [5.0], None, None, 9.0, None, 0, 1.0, 1, 1.0, None))
     assert scalars(tmp_path)["loss"] == {1: 3.0, 2: 5.0}
 
 
