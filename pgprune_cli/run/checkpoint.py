@@ -118,7 +118,11 @@ def load_checkpoint(folder: Path, older: Sequence[Path] = ()) -> Checkpoint:
         if record["version"] == VERSION:
             return _checkpoint_of(folder, record)
     except (UserError, KeyError, ValueError, TypeError) as error:
-        reason = f"{error} is missing" if isinstance(error, KeyError) else f"{error}".replace(f"{folder}/", "").removesuffix(".")
+        reason = (
+            f"{error} is missing"
+            if isinstance(error, KeyError)
+            else f"{error}".replace(f"{folder}/", "").removesuffix(".")
+        )
         raise CorruptCheckpoint(f"{folder}: the checkpoint is corrupt ({reason}). {_advice(older)}") from None
     raise UserError(
         f"{folder}: the checkpoint has version {record['version']}, but this pgprune reads version {VERSION}. "
