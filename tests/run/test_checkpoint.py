@@ -1,4 +1,4 @@
-"""A checkpoint comes back bit for bit, or is refused with the way out; there is never half of one."""
+"""A checkpoint is read back exactly, or refused with advice. It is never written partially."""
 
 import json
 import os
@@ -24,7 +24,7 @@ HISTORY = Written(77, "of these bytes")
 
 
 def a_checkpoint(step: int = 3) -> Checkpoint:
-    """With floats that no decimal rounding survives, and a generator in mid-stream."""
+    """Return a checkpoint with floats that need full precision and a generator in use."""
     generator = torch.Generator().manual_seed(step)
     theta = torch.rand(50, generator=generator, dtype=torch.float64)
     theta[:3] = torch.tensor([0.0, 1.0, 5e-324], dtype=torch.float64)
@@ -59,7 +59,7 @@ def refused(run: Path) -> str:
 
 
 @pytest.mark.parametrize("baseline", [None, 0.1 + 0.2])
-def test_round_trip_is_exact(tmp_path, baseline):
+def test_checkpoint_is_read_back_exactly(tmp_path, baseline):
     checkpoint = a_checkpoint()
     checkpoint = replace(checkpoint, state=replace(checkpoint.state, baseline=baseline))
     target = save_checkpoint(tmp_path, checkpoint)
@@ -72,7 +72,7 @@ SPACE = MaskSpace((Family("attention", (3, 3), (8, 8)), Family("ffn", (7, 5), (3
 
 
 def a_step(state: WidthState) -> WidthState:
-    """Of a search over widths, with one loss of four that is no number."""
+    """Return a checkpoint of a width search in which one of four losses is not finite."""
     state, offsets = propose(state, 4, SPACE)
     losses = offsets.exp().sum(1) + state.step / 3
     losses[state.step % 4] = float("nan")
@@ -80,7 +80,7 @@ def a_step(state: WidthState) -> WidthState:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
-def test_a_search_over_widths_comes_back_whole_and_goes_on_bit_for_bit(tmp_path, steps):
+def test_checkpoint_of_a_width_search_resumes_bit_for_bit(tmp_path, steps):
     state = begin(SPACE, 7)
     for _ in range(steps):
         state = a_step(state)
@@ -99,7 +99,7 @@ def test_a_search_over_widths_comes_back_whole_and_goes_on_bit_for_bit(tmp_path,
                 assert got == wanted
 
 
-def test_the_generator_goes_on_where_it_was(tmp_path):
+def test_checkpoint_restores_the_state_of_the_generator(tmp_path):
     generator = torch.Generator().manual_seed(1)
     torch.rand(7, generator=generator)
     checkpoint = a_checkpoint()
@@ -109,20 +109,20 @@ def test_the_generator_goes_on_where_it_was(tmp_path):
     assert torch.rand(100, generator=again).equal(torch.rand(100, generator=generator))
 
 
-def test_a_run_without_checkpoints_has_none(tmp_path):
+def test_latest_checkpoint_is_none_without_checkpoints(tmp_path):
     assert latest_checkpoint(tmp_path) is None
     (tmp_path / CHECKPOINTS_FOLDER).mkdir()
     assert latest_checkpoint(tmp_path) is None
 
 
-def test_the_last_two_are_kept(tmp_path):
+def test_save_keeps_the_last_two_checkpoints(tmp_path):
     for step, kept in ((9, [9]), (10, [9, 10]), (11, [10, 11]), (100, [11, 100])):
         save_checkpoint(tmp_path, a_checkpoint(step))
         assert folders(tmp_path) == [f"step-{step:08d}" for step in kept]
         assert latest_checkpoint(tmp_path).state.step == step
 
 
-def test_a_step_that_is_saved_already_stays_as_it_is(tmp_path):
+def test_save_does_not_change_a_step_that_is_already_saved(tmp_path):
     first = a_checkpoint()
     save_checkpoint(tmp_path, first)
     assert save_checkpoint(tmp_path, replace(first, seconds=99.0)) == tmp_path / CHECKPOINTS_FOLDER / "step-00000003"
@@ -130,7 +130,7 @@ def test_a_step_that_is_saved_already_stays_as_it_is(tmp_path):
     assert folders(tmp_path) == ["step-00000003"]
 
 
-def test_no_pickle(tmp_path, monkeypatch):
+def test_checkpoint_contains_no_pickle(tmp_path, monkeypatch):
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError("a checkpoint must not be able to run code")
 
@@ -160,7 +160,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def edited(folder: Path, **changes: object) -> None:
-    """Changes keys of the record; a key that is given None goes."""
+    """Change keys of the record. A key with the value None is removed."""
     record = json.loads((folder / CHECKPOINT_RECORD).read_text()) | changes
     (folder / CHECKPOINT_RECORD).write_text(
         json.dumps({key: value for key, value in record.items() if value is not None})
@@ -168,7 +168,7 @@ def edited(folder: Path, **changes: object) -> None:
 
 
 def resealed(folder: Path, **changes: object) -> None:
-    """Likewise, as something that was written so."""
+    """Change keys of the record and write it with a matching checksum."""
     edited(folder, **changes)
     write_record(folder / CHECKPOINT_RECORD, read_json(folder / CHECKPOINT_RECORD))
 
@@ -184,12 +184,12 @@ def flip(folder: Path) -> None:
 
 
 def swap(folder: Path) -> None:
-    """Sound tensors, of another step."""
+    """Replace the tensors by the intact ones of another step."""
     (folder / CHECKPOINT_TENSORS).write_bytes((folder.parent / "step-00000003" / CHECKPOINT_TENSORS).read_bytes())
 
 
 def swap_whole(folder: Path) -> None:
-    """All of another step, sound."""
+    """Replace all files by the intact ones of another step."""
     for name in (CHECKPOINT_TENSORS, CHECKPOINT_RECORD):
         (folder / name).write_bytes((folder.parent / "step-00000003" / name).read_bytes())
 
@@ -234,7 +234,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_refused_with_the_way_out(run, damage):
+def test_damaged_checkpoint_is_refused_with_advice(run, damage):
     harm, words = DAMAGE[damage]
     harm(run / CHECKPOINTS_FOLDER / "step-00000006")
     message = refused(run)
@@ -245,7 +245,7 @@ def test_damage_is_refused_with_the_way_out(run, damage):
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_the_way_out_leads_out(run, damage):
+def test_search_resumes_when_the_advice_is_followed(run, damage):
     import shutil
 
     DAMAGE[damage][0](run / CHECKPOINTS_FOLDER / "step-00000006")
@@ -254,7 +254,7 @@ def test_the_way_out_leads_out(run, damage):
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_one_is_skipped_when_told_so(run, damage):
+def test_damaged_checkpoint_is_skipped_when_requested(run, damage):
     DAMAGE[damage][0](run / CHECKPOINTS_FOLDER / "step-00000006")
     for _ in range(2):  # the second time it finds nothing to skip
         assert_same(latest_checkpoint(run, skip_corrupt_checkpoint=True), a_checkpoint(3))
@@ -263,12 +263,12 @@ def test_a_damaged_one_is_skipped_when_told_so(run, damage):
     assert_same(latest_checkpoint(run), a_checkpoint(6))
 
 
-def test_a_sound_one_is_never_skipped(run):
+def test_intact_checkpoint_is_never_skipped(run):
     assert_same(latest_checkpoint(run, skip_corrupt_checkpoint=True), a_checkpoint(6))
     assert folders(run) == ["step-00000003", "step-00000006"]
 
 
-def test_where_both_are_damaged_nothing_is_skipped_and_nothing_goes(run):
+def test_no_checkpoint_is_removed_when_both_are_damaged(run):
     for name in ("step-00000003", "step-00000006"):
         truncate(run / CHECKPOINTS_FOLDER / name)
     with pytest.raises(UserError, match=r"step-00000003: .*start the search over"):
@@ -278,7 +278,7 @@ def test_where_both_are_damaged_nothing_is_skipped_and_nothing_goes(run):
 
 @pytest.mark.parametrize("version", [0, 2])
 @pytest.mark.parametrize("skip", [False, True])
-def test_a_checkpoint_of_another_version_is_refused_and_never_skipped(run, version, skip):
+def test_checkpoint_of_another_version_is_refused_and_never_skipped(run, version, skip):
     newest = run / CHECKPOINTS_FOLDER / "step-00000006"
     resealed(newest, version=version)
     with pytest.raises(UserError) as caught:
@@ -287,7 +287,7 @@ def test_a_checkpoint_of_another_version_is_refused_and_never_skipped(run, versi
     assert len(folders(run)) == 2
 
 
-def test_the_advice_is_to_start_over_when_no_older_checkpoint_exists(tmp_path):
+def test_advice_is_to_start_over_when_there_is_no_older_checkpoint(tmp_path):
     save_checkpoint(tmp_path, a_checkpoint(6))
     truncate(tmp_path / CHECKPOINTS_FOLDER / "step-00000006")
     says(
@@ -298,15 +298,15 @@ def test_the_advice_is_to_start_over_when_no_older_checkpoint_exists(tmp_path):
     )
 
 
-def test_missing_tensors_in_a_file_that_checks_out_are_refused(run):
+def test_checkpoint_is_refused_when_a_tensor_is_missing(run):
     folder = run / CHECKPOINTS_FOLDER / "step-00000006"
     without_theta(folder)
     resealed(folder)
     says(refused(run), f"{folder}: ", "'theta'", "step-00000003")
 
 
-def test_every_flipped_bit_of_the_record_is_noticed(run):
-    """A digit that became another one is as bad as a brace that went missing."""
+def test_checkpoint_is_refused_when_any_bit_of_the_record_flips(run):
+    """This includes flips that leave valid JSON, such as a changed digit."""
     path = run / CHECKPOINTS_FOLDER / "step-00000006" / CHECKPOINT_RECORD
     whole = path.read_bytes()
     noticed = 0
@@ -327,7 +327,7 @@ def test_every_flipped_bit_of_the_record_is_noticed(run):
 # --- writes that fail
 
 
-def test_a_full_disk_at_any_moment_leaves_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+def test_full_disk_leaves_the_old_or_the_new_checkpoint(tmp_path, monkeypatch):
     old, new = a_checkpoint(3), a_checkpoint(6)
     fsync = os.fsync
     outcomes = []
@@ -360,7 +360,7 @@ def test_a_full_disk_at_any_moment_leaves_the_old_one_or_the_new_one(tmp_path, m
 
 
 @pytest.mark.parametrize("name", ["save", "write_record", "checksum"])
-def test_any_failure_leaves_nothing_half_written(tmp_path, monkeypatch, name):
+def test_failed_save_leaves_no_partial_checkpoint(tmp_path, monkeypatch, name):
     def failing(*_: object) -> None:
         raise OSError(5, "Input/output error")
 
@@ -372,15 +372,15 @@ def test_any_failure_leaves_nothing_half_written(tmp_path, monkeypatch, name):
     assert latest_checkpoint(tmp_path) is None
 
 
-def test_a_state_that_is_not_finite_is_not_written(tmp_path):
+def test_save_refuses_a_state_that_is_not_finite(tmp_path):
     checkpoint = a_checkpoint()
     with pytest.raises(ValueError, match="JSON compliant"):
         save_checkpoint(tmp_path, replace(checkpoint, state=replace(checkpoint.state, baseline=float("nan"))))
     assert folders(tmp_path) == []
 
 
-def test_what_a_killed_process_left_is_no_checkpoint_and_no_hindrance(tmp_path):
-    """Containers give the same process number again and again."""
+def test_leftover_of_a_killed_process_is_ignored(tmp_path):
+    """In containers, a later process often has the same id."""
     left = tmp_path / CHECKPOINTS_FOLDER / f".step-00000003.{os.getpid()}.tmp"
     left.mkdir(parents=True)
     (left / CHECKPOINT_TENSORS).write_bytes(b"half")
@@ -391,7 +391,7 @@ def test_what_a_killed_process_left_is_no_checkpoint_and_no_hindrance(tmp_path):
 
 
 @pytest.mark.parametrize("key", ["history_sha256", "sha256"])
-def test_a_checkpoint_without_a_checksum_is_refused(run, key):
+def test_checkpoint_is_refused_without_a_checksum(run, key):
     folder = run / CHECKPOINTS_FOLDER / "step-00000006"
     (resealed if key == "history_sha256" else edited)(folder, **{key: None})
     says(refused(run), f"{folder}: ", "step-00000003")
