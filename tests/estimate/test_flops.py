@@ -100,12 +100,13 @@ def test_forwards(model: nn.Module) -> None:
     assert forward_passes(dense, text, 1).total() > 1.2 * expected / 3
 
 
-def test_a_family_that_is_not_searched_stays_whole(model: nn.Module) -> None:
+def test_flops_count_a_family_that_is_not_searched_as_dense(model: nn.Module) -> None:
     (text,) = some_batches(batches=1)
     keep = tuple(replace(layer, attention=torch.ones(2, dtype=torch.bool)) for layer in half(model))
     expected = counted(lambda: Evaluator(PrunableModel.of(model)).losses([keep], text))
     for family in ("ffn", "ffn-block"):
-        sizes = Sizes(PrunableModel.of(model), medium_recipe(f"units.families=[{family}]"))
+        recipe = medium_recipe(f"units.families=[{family}]", "search.policy=units")
+        sizes = Sizes(PrunableModel.of(model), recipe)
         assert forward_passes(sizes, text, 1).total() == pytest.approx(expected, rel=0.01)
 
 

@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_is_refused(stopped, small) -> None:
     content = bytearray(state.read_bytes())
     content[-1] ^= 1
     state.write_bytes(content)
-    refuse(small(), stopped, "state.safetensors", "checkpoint is corrupt")
+    refuse(small(), stopped, "state.safetensors", "the checkpoint is corrupt")
 
 
 def test_search_refuses_a_truncated_history(stopped, small) -> None:

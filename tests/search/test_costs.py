@@ -1,7 +1,6 @@
-"""What units cost: against counters and caches of others, and latency against a clock that is made up."""
+"""Unit costs: FLOPs as torch counts them, bytes as transformers caches them, and latency by a simulated clock."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.run.layout import COSTS_FILE
 from pgprune_cli.search.costs import WARM_UPS, flops, kv_cache, latency_of_run, measure_latency
-from pgprune_cli.storage.records import read_record
+from pgprune_cli.storage.records import read_record, write_record
 
 CONTEXT = 12
 MEASURED = {"attention": (7, 8, 9, 10), "ffn": (1, 2, 3, 4)}
@@ -205,17 +204,17 @@ def test_a_run_measures_once_and_reads_ever_after(tmp_path, monkeypatch) -> None
         {"measure": "flops"},
     ],
 )
-def test_costs_that_are_damaged_or_of_something_else_are_refused(damage, tmp_path, monkeypatch) -> None:
+def test_latency_costs_of_another_model_or_of_wrong_form_are_refused(damage, tmp_path, monkeypatch) -> None:
     model = PrunableModel.of(tiny_model("llama-gqa"))
     monkeypatch.setattr("pgprune_cli.search.costs.measure_latency", lambda *_: MEASURED)
     latency_of_run(tmp_path, model, CONTEXT, "abc")
     record = read_record(tmp_path / COSTS_FILE)
-    (tmp_path / COSTS_FILE).write_text(json.dumps(record | damage))
+    write_record(tmp_path / COSTS_FILE, record | damage)
     with refused(COSTS_FILE, "another model or context"):
         latency_of_run(tmp_path, model, CONTEXT, "abc")
 
 
-def test_half_a_file_is_refused(tmp_path) -> None:
+def test_truncated_latency_costs_are_refused(tmp_path) -> None:
     (tmp_path / COSTS_FILE).write_text('{"of": "lat')
     with pytest.raises(UserError, match=r"costs\.json: cannot be read"):
         latency_of_run(tmp_path, PrunableModel.of(tiny_model("llama-gqa")), CONTEXT, "abc")
