@@ -1,4 +1,4 @@
-"""Tiny models of every supported layout, built here: no network, no downloads."""
+"""Fixtures that all tests share: tiny models, the demo's recipe and finished runs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from pgprune_cli.storage.records import write_record
 
 
 @pytest.fixture(scope="session", autouse=True)
-def hangups_are_heard():
-    """Whatever runs the tests may ignore SIGHUP (nohup, some CIs), and the programs they start would do so, too."""
+def default_sighup_handler():
+    """Restore SIGHUP's default handler: under nohup and in some CIs it is ignored, and child processes inherit that."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
@@ -31,6 +31,7 @@ def hangups_are_heard():
 
 @pytest.fixture(params=ARCHITECTURES)
 def architecture(request) -> str:
+    """Each of the architectures of the tiny models in turn."""
     return request.param
 
 
@@ -44,13 +45,13 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def damaged(saved: Path, tmp_path: Path) -> Path:
-    """A copy of it, to damage."""
+    """A copy of the saved tiny model that the test may damage."""
     return Path(shutil.copytree(saved, tmp_path / "model"))
 
 
 @pytest.fixture
 def shared() -> Path:
-    """The folder of real texts beside the project; a test that asks for it skips where it is absent."""
+    """The folder of real texts beside the project. A test that uses it is skipped if the folder is absent."""
     folder = Path(__file__).parents[2] / "shared"
     if not (folder / "data" / "wikitext2.test.txt").exists():
         pytest.skip(f"no real texts: {folder / 'data'} is absent")
@@ -59,14 +60,15 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def token_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A cache of tokenised text that all tests share."""
     return str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")
 def bench(tmp_path_factory: pytest.TempPathFactory):
-    """Of tests/faults: pgprune on a tiny model, in processes that may be killed and on disks that fail."""
+    """The bench of tests/faults: pgprune on a tiny model, in processes that get killed and on disks that fail."""
     if not Path("/proc/self/fd").is_dir():
-        pytest.skip("no /proc to tell which file a handle is of")
+        pytest.skip("there is no /proc, which names the file behind a handle")
     from helpers.faults_bench import RECIPE, Bench
 
     base = tmp_path_factory.mktemp("base")
@@ -76,20 +78,20 @@ def bench(tmp_path_factory: pytest.TempPathFactory):
     (base / "recipe.yaml").write_text(RECIPE.format(base=base))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PGPRUNE_CACHE", str(base / "cache"))
-        made = Bench(base, tmp_path_factory.mktemp("jobs"))
-    yield made
-    made.close()
+        bench = Bench(base, tmp_path_factory.mktemp("jobs"))
+    yield bench
+    bench.close()
 
 
 @pytest.fixture(autouse=True)
-def _one_cache(token_cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Text is tokenised once for all tests, and never into the user's own cache."""
+def _shared_token_cache(token_cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenise each text once for all tests, and keep out of the user's own cache."""
     monkeypatch.setenv("PGPRUNE_CACHE", token_cache)
 
 
 @pytest.fixture
 def small():
-    """The demo's recipe, small; overrides as of `--set`."""
+    """A function that returns the demo's recipe, made small, with further overrides as for `--set`."""
 
     def recipe(*overrides: str) -> Recipe:
         return load(find("demo"), [*SMALL, *overrides])
@@ -99,7 +101,7 @@ def small():
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, token_cache: str) -> dict[str, Path]:
-    """Run directories by the policy that searched, a few steps each, of the demo; measured, too."""
+    """Finished and evaluated runs of the demo, a few steps long, by search policy."""
     from pgprune_cli.jobs.search import search
 
     folder = tmp_path_factory.mktemp("runs")
@@ -118,7 +120,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, token_cache: str) -> dict
 
 @pytest.fixture
 def searching(finished: dict[str, Path], tmp_path: Path) -> Path:
-    """The search over units while it goes on: no decision yet, and a row that is half written."""
+    """A run of the unit search that is still running: it has no decision yet, and its last row is half written."""
     run = tmp_path / "searching"
     shutil.copytree(finished["units"], run)
     for name in ("decision.safetensors", "decision.json", "repair.safetensors", "evaluation.json"):
@@ -128,7 +130,7 @@ def searching(finished: dict[str, Path], tmp_path: Path) -> Path:
     return run
 
 
-# --- how many inputs the tests of fuzz/ tried, here or in the processes of pytest -n
+# --- count the inputs that the fuzz tests tried, in this process or in those of pytest -n
 
 TRIED = pytest.StashKey[Counter[str]]()
 

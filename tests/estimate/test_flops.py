@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.medium import medium_model, medium_recipe, some_batches
+from helpers.medium import medium_model, medium_recipe, random_batches
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -63,7 +63,7 @@ def saliency_of(model: nn.Module) -> dict[tuple[int, str], Tensor]:
 
 @pytest.mark.parametrize("metric", ["obs", "flap", "wanda-sp", "taylor", "magnitude", "uniform"])
 def test_scoring(metric: str, model: nn.Module) -> None:
-    text = some_batches()
+    text = random_batches()
     sizes = Sizes(PrunableModel.of(model), medium_recipe(f"scores.metric={metric}"))
     expected = counted(lambda: score(PrunableModel.of(model), metric, text, 0))
     # The first layer's inputs need no gradient, and weights that are not pruned need none.
@@ -72,7 +72,7 @@ def test_scoring(metric: str, model: nn.Module) -> None:
 
 @pytest.mark.parametrize("method", ["least-squares", "none"])
 def test_the_width_table(method: str, model: nn.Module) -> None:
-    text, sizes = some_batches(), Sizes(PrunableModel.of(model), medium_recipe(f"repair.method={method}"))
+    text, sizes = random_batches(), Sizes(PrunableModel.of(model), medium_recipe(f"repair.method={method}"))
     solve = method == "least-squares"
     expected = counted(lambda: dict(solve_layers(PrunableModel.of(model), saliency_of(model), text, 1e-3, solve=solve)))
     assert width_table(sizes, text).total() == pytest.approx(expected, rel=0.01)
@@ -80,7 +80,7 @@ def test_the_width_table(method: str, model: nn.Module) -> None:
 
 @pytest.mark.parametrize("policy", ["widths", "units"])
 def test_the_repair(policy: str, model: nn.Module) -> None:
-    text, sizes = some_batches(), Sizes(PrunableModel.of(model), medium_recipe(f"search.policy={policy}"))
+    text, sizes = random_batches(), Sizes(PrunableModel.of(model), medium_recipe(f"search.policy={policy}"))
     expected = counted(
         lambda: run_repair(
             PrunableModel.of(model), half(model), text, "least-squares", 1e-3, reselect=policy == "widths"
@@ -90,7 +90,7 @@ def test_the_repair(policy: str, model: nn.Module) -> None:
 
 
 def test_forwards(model: nn.Module) -> None:
-    (text,) = some_batches(batches=1)
+    (text,) = random_batches(batches=1)
     keeps = [half(model)] * 3
     expected = counted(lambda: Evaluator(PrunableModel.of(model)).losses(keeps, text))
     assert forward_passes(Sizes(PrunableModel.of(model), medium_recipe()), text, 3).total() == pytest.approx(
@@ -101,7 +101,7 @@ def test_forwards(model: nn.Module) -> None:
 
 
 def test_flops_count_a_family_that_is_not_searched_as_dense(model: nn.Module) -> None:
-    (text,) = some_batches(batches=1)
+    (text,) = random_batches(batches=1)
     keep = tuple(replace(layer, attention=torch.ones(2, dtype=torch.bool)) for layer in half(model))
     expected = counted(lambda: Evaluator(PrunableModel.of(model)).losses([keep], text))
     for family in ("ffn", "ffn-block"):
@@ -111,7 +111,7 @@ def test_flops_count_a_family_that_is_not_searched_as_dense(model: nn.Module) ->
 
 
 def test_the_parts_of_a_search_and_how_often_it_looks_at_the_text_held_out(model: nn.Module) -> None:
-    text = some_batches()
+    text = random_batches()
     texts = Texts(text, text, text[0], text[1])
 
     def parts(*overrides: str) -> dict[str, Flops]:
@@ -128,7 +128,7 @@ def test_the_parts_of_a_search_and_how_often_it_looks_at_the_text_held_out(model
 
 
 def test_dtypes_are_counted_apart_and_take_their_own_time() -> None:
-    text = some_batches()
+    text = random_batches()
     texts = Texts(text, text, text[0], text[1])
     low, full = (
         flops(Sizes(PrunableModel.of(medium_model(dtype)), medium_recipe()), texts)

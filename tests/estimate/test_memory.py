@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers.medium import medium_model, medium_recipe, some_batches
+from helpers.medium import medium_model, medium_recipe, random_batches
 from helpers.memory import Allocations
 from torch import Tensor
 
@@ -50,7 +50,7 @@ def test_what_a_dense_forward_allocates(shape: dict[str, int], weights: str, dty
     model = medium_model(dtype, **shape)
     if weights != "full":
         quantize_projections(model, weights)
-    (tokens,) = some_batches(windows=4, length=64, batches=1)
+    (tokens,) = random_batches(windows=4, length=64, batches=1)
     sizes = Sizes(PrunableModel.of(model), medium_recipe(f"weight_format={weights}"))
     expected = max(layer_bytes(sizes, tokens.numel()), logit_bytes(sizes, tokens))
     assert expected == pytest.approx(peak(lambda: summed_loss(model, tokens)), rel=0.05)
@@ -63,7 +63,7 @@ def test_a_pruned_forward_allocates_no_more_than_one_blocks_slices_on_top(weight
     if weights != "full":
         quantize_projections(model, weights)
     keep = tuple(LayerMask(torch.arange(2) < 1, torch.arange(512) < 480) for _ in model.model.layers)
-    (tokens,) = some_batches(windows=1, length=16, batches=1)
+    (tokens,) = random_batches(windows=1, length=16, batches=1)
     repaired = {(index, "ffn"): Output(torch.zeros(64, 480, dtype=torch.float64), None) for index in range(3)}
     sizes = Sizes(
         PrunableModel.of(model),
@@ -82,7 +82,7 @@ def test_a_pruned_forward_allocates_no_more_than_one_blocks_slices_on_top(weight
 @pytest.mark.parametrize("part", ["score", "width table", "repair"])
 @pytest.mark.parametrize("shape", [{}, {"intermediate_size": 384}, {"hidden_size": 128}], ids=str)
 def test_what_is_solved_for_calibration(part: str, shape: dict[str, int], weights: str) -> None:
-    model, text = medium_model(**shape), some_batches(windows=1)
+    model, text = medium_model(**shape), random_batches(windows=1)
     if weights != "full":
         quantize_projections(model, weights)
     channels = shape.get("intermediate_size", 192)
@@ -104,7 +104,7 @@ def test_what_is_solved_for_calibration(part: str, shape: dict[str, int], weight
 
 
 def test_the_table_holds_what_it_is_said_to_hold() -> None:
-    model, text = medium_model(), some_batches()
+    model, text = medium_model(), random_batches()
     scores = {(i, name): torch.rand(n) for i in range(3) for name, n in (("attention", 2), ("ffn", 192))}
     layers = solve_layers(PrunableModel.of(model), scores, text, 1e-3, solve=True)
     held = sum(weight.nbytes for _, blocks in layers for block in blocks.values() for weight in block.weights.values())
@@ -114,7 +114,7 @@ def test_the_table_holds_what_it_is_said_to_hold() -> None:
 def test_weights_are_counted_once_where_they_are_tied() -> None:
     for tied in (True, False):
         model = medium_model(torch.bfloat16, tie_word_embeddings=tied)
-        (text,) = some_batches(batches=1)
+        (text,) = random_batches(batches=1)
         storages = {parameter.untyped_storage().data_ptr(): parameter.nbytes for parameter in model.parameters()}
         assert memory(Sizes(PrunableModel.of(model), medium_recipe()), Texts([], [], text, text)).weights == sum(
             storages.values()
@@ -122,7 +122,7 @@ def test_weights_are_counted_once_where_they_are_tied() -> None:
 
 
 def test_what_a_recipe_does_not_do_takes_no_memory() -> None:
-    text = some_batches()
+    text = random_batches()
     texts = Texts(text, text, text[0], text[1])
 
     def needed(*overrides: str) -> Memory:
@@ -144,7 +144,7 @@ def test_what_a_recipe_does_not_do_takes_no_memory() -> None:
 
 def test_a_backward_pass_takes_what_is_said() -> None:
     model = medium_model(num_hidden_layers=6)
-    (text,) = some_batches(windows=4, length=32, batches=1)
+    (text,) = random_batches(windows=4, length=32, batches=1)
     sizes = Sizes(PrunableModel.of(model), medium_recipe("scores.metric=taylor"))
     expected = memory(sizes, Texts([text], [], text, text)).gradients
     assert 0.6 * expected < peak(lambda: score(PrunableModel.of(model), "taylor", [text], 0)) < 1.2 * expected

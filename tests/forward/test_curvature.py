@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.blocks import batches, left_as_it_was
+from helpers.blocks import batches, model_unchanged
 from helpers.models import VOCABULARY, tiny_config, tiny_model
 from torch import Tensor, nn
 
@@ -44,7 +44,7 @@ def softened(architecture: str) -> nn.Module:
 
 def test_the_curvature_is_what_its_definition_says(architecture: str) -> None:
     model = softened(architecture)
-    with left_as_it_was(model):
+    with model_unchanged(model):
         curvature = output_curvature(PrunableModel.of(model), batches())
     assert (curvature.shape, curvature.dtype) == ((32, 32), torch.float64)
     torch.testing.assert_close(curvature, scaled(curvature_by_loops(model, batches())), rtol=1e-4, atol=1e-4)

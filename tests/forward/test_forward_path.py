@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.masks import MODEL_MASKS, some_outputs, some_tokens
+from helpers.masks import MODEL_MASKS, random_outputs, random_tokens
 from helpers.memory import Allocations
 from helpers.models import tiny_model
 from torch import Tensor, nn
@@ -57,10 +57,10 @@ def test_what_reads_a_value_is_seen(read: Callable[[Tensor], object]) -> None:
 @pytest.mark.parametrize("name", ["dense", "random", "an empty layer"])
 @pytest.mark.parametrize("repaired", [False, True], ids=["as it is", "repaired"])
 def test_a_forward_reads_no_value_back(name: str, repaired: bool, weights: str, architecture: str) -> None:
-    model, keep, tokens = tiny_model(architecture), MODEL_MASKS[name], some_tokens()
+    model, keep, tokens = tiny_model(architecture), MODEL_MASKS[name], random_tokens()
     if weights != "dtype":
         quantize_projections(model, weights)
-    outputs = some_outputs(model, keep, bias=True) if repaired else {}
+    outputs = random_outputs(model, keep, bias=True) if repaired else {}
     with Evaluator(PrunableModel.of(model)).shrunk(keep, outputs):
         expected = summed_loss(model, tokens)
         with Reads():
@@ -91,8 +91,8 @@ def test_of_a_large_vocabulary_only_some_logits_exist_at_a_time() -> None:
 def test_nothing_the_size_of_the_weights_is_copied() -> None:
     """A step allocates one block's slices at a time, with repaired projections too, and no copy of dense weights."""
     model = tiny_model("llama-mha")
-    keep, tokens = MODEL_MASKS["random"], some_tokens()[:1, :4]
-    outputs = some_outputs(model, keep, bias=False)
+    keep, tokens = MODEL_MASKS["random"], random_tokens()[:1, :4]
+    outputs = random_outputs(model, keep, bias=False)
     evaluator = Evaluator(PrunableModel.of(model))
     block = max(sum(parameter.nbytes for parameter in part.parameters()) for part in model.model.layers[0].children())
     with Allocations() as seen:

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 from helpers.masks import (
-    GROUPS,
+    KV_HEADS,
     MODEL_MASKS,
-    dense,
+    dense_except,
+    dense_mask,
     logits_of,
-    only,
     random_mask,
-    some_outputs,
-    some_tokens,
+    random_outputs,
+    random_tokens,
 )
 from helpers.models import ARCHITECTURES, VOCABULARY, tiny_model
 from torch import Tensor, nn
@@ -88,15 +88,15 @@ def model(request) -> nn.Module:
 def watched(model: nn.Module) -> Iterator[nn.Module]:
     """A model that the test must leave unchanged."""
     before, pointers = snapshot(model), {name: p.data_ptr() for name, p in model.named_parameters()}
-    logits = logits_of(model, some_tokens())
+    logits = logits_of(model, random_tokens())
     yield model
     assert_untouched(model, before, pointers)
-    assert torch.equal(logits_of(model, some_tokens()), logits)
+    assert torch.equal(logits_of(model, random_tokens()), logits)
 
 
 @pytest.mark.parametrize("name", MODEL_MASKS)
 def test_shrunk_model_equals_the_dense_one_with_removed_units_silenced(watched: nn.Module, name: str) -> None:
-    model_mask, tokens = MODEL_MASKS[name], some_tokens()
+    model_mask, tokens = MODEL_MASKS[name], random_tokens()
     with silenced(watched, model_mask):
         expected = logits_of(watched, tokens)
     with Evaluator(PrunableModel.of(watched)).shrunk(model_mask) as shrunk:
@@ -110,7 +110,7 @@ def test_shrunk_model_equals_the_dense_one_with_removed_units_silenced(watched: 
 
 def test_removed_units_are_not_computed(watched: nn.Module) -> None:
     """Removed units are not just masked: the products are those of the smaller matrices."""
-    model_mask, seen = only(1, [0, 2], [3, 4, 9]), {}
+    model_mask, seen = dense_except(1, [0, 2], [3, 4, 9]), {}
     layer = watched.model.layers[1]
 
     def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -118,9 +118,9 @@ def test_removed_units_are_not_computed(watched: nn.Module) -> None:
 
     linears = [layer.self_attn.k_proj, layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.down_proj]
     handles = [linear.register_forward_pre_hook(look) for linear in linears]
-    queries = layer.self_attn.o_proj.in_features // GROUPS
+    queries = layer.self_attn.o_proj.in_features // KV_HEADS
     with Evaluator(PrunableModel.of(watched)).shrunk(model_mask):
-        logits_of(watched, some_tokens())
+        logits_of(watched, random_tokens())
     for handle in handles:
         handle.remove()
     assert [seen[linear] for linear in linears] == [(16, 32), (32, 2 * queries), (3, 32), (32, 3)]
@@ -145,8 +145,8 @@ def with_outputs_by_hand(model: nn.Module, model_mask: ModelMask, outputs: Outpu
 @pytest.mark.parametrize("bias", [False, True], ids=["without a bias", "with a bias"])
 @pytest.mark.parametrize("name", ["dense", "random", "an empty layer", "one channel left"])
 def test_repaired_outputs_replace_those_of_the_model(watched: nn.Module, name: str, bias: bool) -> None:
-    model_mask, tokens = MODEL_MASKS[name], some_tokens()
-    outputs = some_outputs(watched, model_mask, bias)
+    model_mask, tokens = MODEL_MASKS[name], random_tokens()
+    outputs = random_outputs(watched, model_mask, bias)
     by_hand = with_outputs_by_hand(watched, model_mask, outputs)
     with silenced(by_hand, model_mask):
         expected = logits_of(by_hand, tokens)
@@ -160,8 +160,8 @@ def test_repaired_outputs_replace_those_of_the_model(watched: nn.Module, name: s
 
 
 def test_losses_use_the_repaired_outputs_of_each_mask(watched: nn.Module) -> None:
-    model_masks, tokens = [MODEL_MASKS["random"], MODEL_MASKS["an empty layer"]], some_tokens()
-    outputs = [some_outputs(watched, model_mask, bias=True) for model_mask in model_masks]
+    model_masks, tokens = [MODEL_MASKS["random"], MODEL_MASKS["an empty layer"]], random_tokens()
+    outputs = [random_outputs(watched, model_mask, bias=True) for model_mask in model_masks]
     alone = []
     for model_mask, repaired in zip(model_masks, outputs, strict=True):
         with Evaluator(PrunableModel.of(watched)).shrunk(model_mask, repaired):
@@ -177,16 +177,16 @@ def test_model_is_restored_when_a_forward_pass_with_repaired_outputs_fails(watch
         raise RuntimeError("out of memory")
 
     model_mask = random_mask(8)
-    outputs = some_outputs(watched, model_mask, bias=True)
+    outputs = random_outputs(watched, model_mask, bias=True)
     handle = watched.model.layers[3].get_submodule(place).register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        Evaluator(PrunableModel.of(watched)).losses([model_mask], some_tokens(), [outputs])
+        Evaluator(PrunableModel.of(watched)).losses([model_mask], random_tokens(), [outputs])
     handle.remove()
 
 
 def test_model_is_restored_when_the_body_raises(watched: nn.Module) -> None:
     with pytest.raises(KeyError), Evaluator(PrunableModel.of(watched)).shrunk(MODEL_MASKS["an empty layer"]):
-        logits_of(watched, some_tokens())
+        logits_of(watched, random_tokens())
         raise KeyError
 
 
@@ -202,11 +202,11 @@ def test_model_is_restored_when_a_block_fails_halfway(watched: nn.Module, place:
     before, pointers = snapshot(watched), {name: p.data_ptr() for name, p in watched.named_parameters()}
     with Evaluator(PrunableModel.of(watched)).shrunk(random_mask(8)):
         with pytest.raises(RuntimeError, match="out of memory"):
-            logits_of(watched, some_tokens())
+            logits_of(watched, random_tokens())
         inside = watched.state_dict()
         assert all(torch.equal(inside[name], value) for name, value in before.items())
         handle.remove()
-        logits_of(watched, some_tokens())
+        logits_of(watched, random_tokens())
     assert_untouched(watched, before, pointers)
 
 
@@ -224,7 +224,7 @@ def test_model_is_restored_when_gathering_fails(watched: nn.Module, monkeypatch:
     monkeypatch.setattr(masked, "gather_units", fails_third)
     evaluator = Evaluator(PrunableModel.of(watched))
     with pytest.raises(RuntimeError, match="out of memory"):
-        evaluator.losses([random_mask(9)], some_tokens())
+        evaluator.losses([random_mask(9)], random_tokens())
     assert len(calls) == 3
 
 
@@ -251,8 +251,8 @@ def memory_for(model: nn.Module, windows: int) -> Iterator[list[int]]:
 
 
 def test_batch_runs_in_parts_when_memory_runs_out(watched: nn.Module) -> None:
-    model_masks, tokens = [MODEL_MASKS["random"], MODEL_MASKS["another random"]], some_tokens(rows=7)
-    outputs = [some_outputs(watched, model_mask, bias=False) for model_mask in model_masks]
+    model_masks, tokens = [MODEL_MASKS["random"], MODEL_MASKS["another random"]], random_tokens(rows=7)
+    outputs = [random_outputs(watched, model_mask, bias=False) for model_mask in model_masks]
     expected = Evaluator(PrunableModel.of(watched)).losses(model_masks, tokens, outputs)
     evaluator = Evaluator(PrunableModel.of(watched))
     with memory_for(watched, 2) as sizes:
@@ -274,7 +274,7 @@ def test_batch_runs_in_parts_when_memory_runs_out_while_gathering(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return gather(*arguments)
 
-    model_mask, tokens, gather = random_mask(9), some_tokens(), masked.gather_units
+    model_mask, tokens, gather = random_mask(9), random_tokens(), masked.gather_units
     expected = Evaluator(PrunableModel.of(watched)).losses([model_mask], tokens)
     monkeypatch.setattr(masked, "gather_units", fails_third)
     torch.testing.assert_close(
@@ -284,7 +284,7 @@ def test_batch_runs_in_parts_when_memory_runs_out_while_gathering(
 
 def test_one_window_that_does_not_fit_is_an_error(watched: nn.Module) -> None:
     with memory_for(watched, 0), pytest.raises(RunError, match="out of memory with one window at a time"):
-        Evaluator(PrunableModel.of(watched)).losses([MODEL_MASKS["random"]], some_tokens())
+        Evaluator(PrunableModel.of(watched)).losses([MODEL_MASKS["random"]], random_tokens())
 
 
 def direct_loss(model: nn.Module, tokens: Tensor) -> float:
@@ -296,7 +296,7 @@ def direct_loss(model: nn.Module, tokens: Tensor) -> float:
 
 def test_losses_are_the_mean_next_token_cross_entropy_under_each_mask(watched: nn.Module) -> None:
     tokens, model_masks = (
-        some_tokens(seed=1),
+        random_tokens(seed=1),
         [MODEL_MASKS["dense"], MODEL_MASKS["random"], MODEL_MASKS["an empty layer"]],
     )
     expected = []
@@ -310,7 +310,7 @@ def test_losses_are_the_mean_next_token_cross_entropy_under_each_mask(watched: n
 
 
 def test_losses_do_not_depend_on_how_many_logits_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, tokens = tiny_model("llama-gqa"), some_tokens()
+    model, tokens = tiny_model("llama-gqa"), random_tokens()
     whole = summed_loss(model, tokens)
     for rows in (1, 7, 69, 1000):
         for name, value in (("LOGIT_ROWS", rows), ("SOFTMAX_ROWS", 5)):
@@ -321,7 +321,7 @@ def test_losses_do_not_depend_on_how_many_logits_exist_at_once(monkeypatch: pyte
 def test_loss_of_a_batch_is_the_mean_over_its_windows() -> None:
     evaluator, tokens, model_mask = (
         Evaluator(PrunableModel.of(tiny_model("qwen3"))),
-        some_tokens(),
+        random_tokens(),
         MODEL_MASKS["random"],
     )
     alone = [float(evaluator.losses([model_mask], row[None])) for row in tokens]
@@ -332,14 +332,14 @@ def test_loss_that_overflows_is_returned_as_it_is() -> None:
     model = tiny_model("llama-mha")
     model.model.layers[1].mlp.down_proj.weight[0, 3] = torch.inf
     broken, sound = Evaluator(PrunableModel.of(model)).losses(
-        [dense(), only(1, [0, 1, 2, 3], [0, 1, 2])], some_tokens()
+        [dense_mask(), dense_except(1, [0, 1, 2, 3], [0, 1, 2])], random_tokens()
     )
     assert not broken.isfinite()
     assert sound.isfinite()
 
 
 def test_masks_evaluated_in_turn_do_not_affect_each_other() -> None:
-    evaluator, tokens = Evaluator(PrunableModel.of(tiny_model("qwen2"))), some_tokens()
+    evaluator, tokens = Evaluator(PrunableModel.of(tiny_model("qwen2"))), random_tokens()
     model_masks = list(MODEL_MASKS.values())
     forward = evaluator.losses(model_masks, tokens)
     backward = evaluator.losses(model_masks[::-1], tokens)
@@ -350,7 +350,7 @@ def test_loss_is_the_same_when_transformers_cannot_be_patched(monkeypatch: pytes
     """A transformers without the function needs no patch: the loss must not depend on it."""
     from transformers import masking_utils
 
-    model, tokens = tiny_model("mistral"), some_tokens()
+    model, tokens = tiny_model("mistral"), random_tokens()
     expected = summed_loss(model, tokens)
     original = masking_utils.find_packed_sequence_indices
     monkeypatch.delattr(masking_utils, "find_packed_sequence_indices")

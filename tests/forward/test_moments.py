@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.blocks import BLOCKS, LAYERS, batches, left_as_it_was, moments_by_hand, seen
+from helpers.blocks import BLOCKS, LAYERS, batches, model_unchanged, moments_by_hand, observed_inputs
 from helpers.models import VOCABULARY, tiny_model
 from torch import Tensor
 
@@ -29,7 +29,7 @@ def test_one_pass_collects_the_moments_of_every_block(architecture: str) -> None
     """Batches of several shapes, and both blocks of a layer at once."""
     model = tiny_model(architecture)
     collected: dict[tuple[int, str], Moments] = {}
-    with left_as_it_was(model):
+    with model_unchanged(model):
         run = start_layerwise(PrunableModel.of(model), batches())
         for index in range(LAYERS):
             collector = MomentCollector(LLAMA, LLAMA.blocks)
@@ -37,20 +37,20 @@ def test_one_pass_collects_the_moments_of_every_block(architecture: str) -> None
             for name in ("attention", "ffn"):
                 collected[index, name] = collector.moments(name)
     for key in BLOCKS:
-        assert_moments(collected[key], moments_by_hand(*seen(model, *key)))
+        assert_moments(collected[key], moments_by_hand(*observed_inputs(model, *key)))
 
 
 @pytest.mark.parametrize("name", ["attention", "ffn"])
 def test_observing_runs_one_layer_and_does_not_advance_the_run(architecture: str, name: str) -> None:
     model = tiny_model(architecture)
-    with left_as_it_was(model):
+    with model_unchanged(model):
         run = start_layerwise(PrunableModel.of(model), batches())
         run.advance(0)
         before = [hidden.clone() for hidden in run.hidden_states]
         moments = observe_moments(run, 1, LLAMA, LLAMA.block(name))
         assert run.position == 1
         assert all(torch.equal(after, states) for after, states in zip(run.hidden_states, before, strict=True))
-    assert_moments(moments, moments_by_hand(*seen(model, 1, name)))
+    assert_moments(moments, moments_by_hand(*observed_inputs(model, 1, name)))
 
 
 @pytest.mark.parametrize("names", [["attention"], ["ffn"], []])
@@ -60,7 +60,7 @@ def test_collector_observes_only_the_named_blocks(names: list[str]) -> None:
     start_layerwise(PrunableModel.of(model), batches()).observe(0, collector.observers)
     assert list(collector.sums) == names
     for name in names:
-        assert_moments(collector.moments(name), moments_by_hand(*seen(model, 0, name)))
+        assert_moments(collector.moments(name), moments_by_hand(*observed_inputs(model, 0, name)))
     assert collector.sums == {}  # they were dropped
 
 

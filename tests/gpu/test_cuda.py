@@ -13,7 +13,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from helpers.masks import MODEL_MASKS, some_tokens
+from helpers.masks import MODEL_MASKS, random_tokens
 from helpers.models import ARCHITECTURES, tiny_model
 from torch import Tensor
 
@@ -73,7 +73,7 @@ def waiting_is_an_error() -> Iterator[None]:
 
 
 def test_losses_on_the_gpu_equal_those_on_the_cpu(on_both) -> None:
-    on_cpu, on_gpu = (Evaluator(model).losses(MASKS, some_tokens()) for model in on_both)
+    on_cpu, on_gpu = (Evaluator(model).losses(MASKS, random_tokens()) for model in on_both)
     torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-4, atol=0)
     assert len(set(on_gpu.tolist())) == len(MASKS)
 
@@ -82,9 +82,9 @@ def test_int8_losses_on_the_gpu_equal_those_on_the_cpu_without_waiting(on_both) 
     for model in on_both:
         quantize_projections(model.module, "int8")
     on_cpu, on_gpu = map(Evaluator, on_both)
-    expected = on_cpu.losses(MASKS, some_tokens())
-    torch.testing.assert_close(on_gpu.losses(MASKS, some_tokens()), expected, rtol=1e-4, atol=0)
-    tokens = some_tokens().cuda()
+    expected = on_cpu.losses(MASKS, random_tokens())
+    torch.testing.assert_close(on_gpu.losses(MASKS, random_tokens()), expected, rtol=1e-4, atol=0)
+    tokens = random_tokens().cuda()
     with waiting_is_an_error():
         on_gpu._summed(MASKS[0], tokens, {})
 
@@ -96,7 +96,7 @@ def test_fp8_products_on_the_gpu_equal_those_on_the_cpu_without_waiting(on_both)
         check_fp8(torch.device("cuda"), torch.bfloat16)
     except UserError as error:
         pytest.skip(str(error))
-    expected = Evaluator(PrunableModel.of(module)).losses(MASKS, some_tokens())
+    expected = Evaluator(PrunableModel.of(module)).losses(MASKS, random_tokens())
     quantize_projections(module, "fp8")
     evaluator = Evaluator(PrunableModel.of(module))
     checked = []
@@ -110,11 +110,11 @@ def test_fp8_products_on_the_gpu_equal_those_on_the_cpu_without_waiting(on_both)
 
     linears = [submodule for submodule in module.modules() if isinstance(submodule, Fp8Linear)]
     handles = [linear.register_forward_hook(check) for linear in linears]
-    torch.testing.assert_close(evaluator.losses(MASKS, some_tokens()), expected, rtol=0.03, atol=0)
+    torch.testing.assert_close(evaluator.losses(MASKS, random_tokens()), expected, rtol=0.03, atol=0)
     assert len(checked) > len(linears)
     for handle in handles:
         handle.remove()
-    tokens = some_tokens().cuda()
+    tokens = random_tokens().cuda()
     with waiting_is_an_error():
         evaluator._summed(MASKS[0], tokens, {})
 
@@ -135,17 +135,17 @@ def test_losses_are_identical_twice_and_leave_the_weights_unchanged(on_both) -> 
     _, model = on_both
     before = {name: value.clone() for name, value in model.module.state_dict().items()}
     evaluator = Evaluator(model)
-    assert torch.equal(evaluator.losses(MASKS, some_tokens()), evaluator.losses(MASKS, some_tokens()))
+    assert torch.equal(evaluator.losses(MASKS, random_tokens()), evaluator.losses(MASKS, random_tokens()))
     assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
 
 
 def test_a_layerwise_run_equals_the_models_forward_pass(on_both) -> None:
     _, model = on_both
-    run = start_layerwise(model, [some_tokens()])
+    run = start_layerwise(model, [random_tokens()])
     for index in range(model.shape.layers):
         run.advance(index)
     with torch.no_grad():
-        expected = model.decoder(input_ids=some_tokens().cuda(), use_cache=False).last_hidden_state
+        expected = model.decoder(input_ids=random_tokens().cuda(), use_cache=False).last_hidden_state
         actual = model.final_norm(run.hidden_states[0].cuda())
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
@@ -154,7 +154,7 @@ def test_a_layerwise_run_equals_the_models_forward_pass(on_both) -> None:
 def test_a_forward_pass_never_makes_the_host_wait(on_both, name) -> None:
     """The host waits only once a step, when it reads the losses."""
     _, model = on_both
-    evaluator, tokens = Evaluator(model), some_tokens().cuda()
+    evaluator, tokens = Evaluator(model), random_tokens().cuda()
     evaluator.losses([MODEL_MASKS[name]], tokens)  # the first pass sets up libraries
     with waiting_is_an_error():
         evaluator._summed(MODEL_MASKS[name], tokens, {})
@@ -188,7 +188,7 @@ def test_a_window_that_does_not_fit_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(masked, "summed_loss", allocate_too_much)
     evaluator = Evaluator(PrunableModel.of(tiny_model("llama-gqa").to("cuda")))
     with pytest.raises(RunError, match=r"calibration\.seqlen"):
-        evaluator.losses(MASKS, some_tokens())
+        evaluator.losses(MASKS, random_tokens())
 
 
 def test_a_search_on_the_gpu_gives_the_same_bytes_twice(small, tmp_path) -> None:

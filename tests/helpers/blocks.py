@@ -1,4 +1,4 @@
-"""What single blocks of a tiny model see and put out: by hooks, over whole forward passes."""
+"""Inputs and outputs of single blocks of a tiny model, observed by hooks on whole forward passes."""
 
 from __future__ import annotations
 
@@ -11,45 +11,48 @@ from torch import Tensor, nn
 from helpers.models import VOCABULARY
 from pgprune_cli.forward.moments import Moments
 
-GROUPS, CHANNELS, LAYERS = 4, 24, 4
+KV_HEADS, CHANNELS, LAYERS = 4, 24, 4
 BLOCKS = [(index, name) for index in range(LAYERS) for name in ("attention", "ffn")]
 
 
 def batches() -> list[Tensor]:
-    """Of several shapes, most of them longer than the tiny Mistral's window of 16."""
+    """Return batches of several shapes, most of them longer than the tiny Mistral's window of 16."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(VOCABULARY, shape, generator=generator) for shape in ((2, 20), (1, 40), (2, 20), (3, 7))]
 
 
 def output_linear(model: nn.Module, index: int, name: str) -> nn.Linear:
+    """Return the output projection of a block."""
     layer = model.model.layers[index]
     return layer.self_attn.o_proj if name == "attention" else layer.mlp.down_proj
 
 
 def columns_of(mask: Tensor, inputs: int) -> Tensor:
-    """The columns of an output projection that belong to the units of a mask."""
+    """Return the columns, of `inputs` in all, of an output projection that belong to the kept units."""
     return mask.repeat_interleave(inputs // len(mask)).nonzero().flatten()
 
 
-def leading(order: Tensor, kept: int) -> Tensor:
-    """The mask of the first units of an order."""
+def mask_of_first(order: Tensor, kept: int) -> Tensor:
+    """Return the mask that keeps the first `kept` units of an order."""
     mask = torch.zeros(len(order), dtype=torch.bool)
     mask[order[:kept]] = True
     return mask
 
 
-def seen(model: nn.Module, index: int, name: str, text: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """The inputs `(N, in)` of an output projection on all batches, float64, and the tokens' weights `(N,)`:
-    1 / mean square of the residual stream behind the attention."""
+def observed_inputs(model: nn.Module, index: int, name: str, text: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Return the inputs `(N, in)` of an output projection on all batches, float64, and the tokens' weights `(N,)`.
+
+    A weight is 1 / mean square of the residual stream after the attention.
+    """
     inputs: list[Tensor] = []
     residuals: list[Tensor] = []
-    watched = [
+    recorded = [
         (output_linear(model, index, name), inputs),
         (model.model.layers[index].post_attention_layernorm, residuals),
     ]
     handles = [
         module.register_forward_pre_hook(lambda _, args, into=into: into.append(args[0].flatten(0, -2).double()))
-        for module, into in watched
+        for module, into in recorded
     ]
     with torch.no_grad():
         for tokens in text or batches():
@@ -60,17 +63,19 @@ def seen(model: nn.Module, index: int, name: str, text: list[Tensor] | None = No
 
 
 def moments_by_hand(x: Tensor, weights: Tensor) -> Moments:
+    """Return the weighted moments of inputs `(N, in)` by their formula."""
     share = weights / weights.sum()
     return Moments((x * share[:, None]).T @ x, share @ x, weights.mean())
 
 
-def weighted_error(wanted: Tensor, got: Tensor, weights: Tensor) -> float:
-    return float((weights[:, None] * (wanted - got).square()).sum())
+def weighted_error(expected: Tensor, outputs: Tensor, weights: Tensor) -> float:
+    """Return the squared error summed over tokens, each with its weight."""
+    return float((weights[:, None] * (expected - outputs).square()).sum())
 
 
 @contextmanager
-def left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Fails where the model inside the `with` does not come out bit for bit, in place, and without hooks."""
+def model_unchanged(model: nn.Module) -> Iterator[None]:
+    """Fail unless the body leaves the model's tensors unchanged, bit for bit and in place, and adds no hooks."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     pointers = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     yield

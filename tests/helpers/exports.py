@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from helpers.masks import CHANNELS, GROUPS
+from helpers.masks import CHANNELS, KV_HEADS
 from pgprune_cli.export import hf
 from pgprune_cli.export.plan import Options
 from pgprune_cli.model.masks import LayerMask, ModelMask
@@ -36,7 +36,7 @@ def draw(counts: list[tuple[int, int]]) -> ModelMask:
         drawn[torch.randperm(units, generator=generator)[:kept]] = True
         return drawn
 
-    return tuple(LayerMask(mask(kv_heads, GROUPS), mask(channels, CHANNELS)) for kv_heads, channels in counts)
+    return tuple(LayerMask(mask(kv_heads, KV_HEADS), mask(channels, CHANNELS)) for kv_heads, channels in counts)
 
 
 def decide(base: Path, model_mask: ModelMask) -> Decision:

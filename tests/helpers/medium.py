@@ -39,7 +39,7 @@ def medium_recipe(*overrides: str) -> Recipe:
     return load(find("demo"), ["budget.sparsity=0.5", *overrides])
 
 
-def some_batches(windows: int = 4, length: int = 16, batches: int = 2) -> list[Tensor]:
+def random_batches(windows: int = 4, length: int = 16, batches: int = 2) -> list[Tensor]:
     """Return random batches of tokens `(windows, length)`, always the same ones."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(VOCABULARY, (windows, length), generator=generator) for _ in range(batches)]

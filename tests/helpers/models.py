@@ -1,4 +1,4 @@
-"""Tiny models of every supported family, built here: no network, no downloads."""
+"""Tiny models of every supported family, built without network."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ VOCABULARY = 96
 
 
 def tiny_config(architecture: str):
-    """A transformers config of 4 layers: GQA with 4 KV heads of 2 query heads except `llama-mha`; 24 channels.
+    """Return a transformers config of 4 layers with 24 channels and 4 KV heads of 2 query heads (1 in `llama-mha`).
 
     `llama-gqa` and `qwen3` tie their embeddings; `llama-biased` has biases everywhere, `qwen2` on q, k and v.
     """
@@ -51,7 +51,7 @@ def tiny_config(architecture: str):
 
 
 def tiny_model(architecture: str, seed: int = 0) -> nn.Module:
-    """A random float32 model of `tiny_config`, in eval mode, with weights large enough that every unit matters."""
+    """Return a random float32 model in eval mode, with weights so large that every unit matters."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -68,14 +68,14 @@ TEXT = "Don't stop: 12345 foxes' dens, they'RE 3 mÃ©tres   deep!\n\n\tThe  endâ€
 
 
 def save_tokenizer(directory: Path, size: int = VOCABULARY, splitter=None, **options) -> None:
-    """A BPE over bytes of `size` tokens, three of them special; one of few tokens lacks most bytes."""
+    """Save a byte-level BPE tokenizer of `size` tokens, three of them special. A small one lacks most bytes."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    special = ["<|endoftext|>", "<s>", "</s>"]  # the first one transformers gives every Qwen2
-    few = [*special, *letters[: size - 4], "ab"]
-    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(few)}, [("a", "b")]))
+    special = ["<|endoftext|>", "<s>", "</s>"]  # transformers adds the first one to every Qwen2
+    vocabulary = [*special, *letters[: size - 4], "ab"]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(vocabulary)}, [("a", "b")]))
     tokenizer.pre_tokenizer = splitter or pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     if size > len(special + letters):

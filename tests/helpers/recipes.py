@@ -1,4 +1,4 @@
-"""Overrides that cut recipes down to a second."""
+"""Overrides that make a recipe run within a second."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SMALL = (
     "search.checkpoint_every=100",
     "search.evaluate_every=3",
 )
-"""Overrides that cut the demo's recipe down to a second: six steps of the units policy, no repair."""
+"""Six steps of the unit search on the demo's recipe, without repair."""
 
 
 WIDTH_SEARCH = ("search.policy=widths", "repair.method=least-squares", "repair.windows=8")

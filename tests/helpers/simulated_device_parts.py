@@ -80,17 +80,17 @@ def refusals() -> None:
 
 def forward_passes() -> None:
     """Every architecture and weight format, repaired or not, gives the host's losses without making the host wait."""
-    from helpers.masks import MODEL_MASKS, some_outputs, some_tokens
+    from helpers.masks import MODEL_MASKS, random_outputs, random_tokens
     from helpers.models import ARCHITECTURES, tiny_model
     from pgprune_cli.forward.masked import Evaluator
     from pgprune_cli.model.prunable import PrunableModel
     from pgprune_cli.model.quantized import quantize_projections
 
-    model_mask, tokens = MODEL_MASKS["an empty layer"], some_tokens()
+    model_mask, tokens = MODEL_MASKS["an empty layer"], random_tokens()
     for architecture in ARCHITECTURES:
         for weight_format in ("full", "int8", "fp8"):
             model = tiny_model(architecture)
-            outputs = some_outputs(model, model_mask, bias=True)
+            outputs = random_outputs(model, model_mask, bias=True)
             if weight_format != "full":
                 quantize_projections(model, weight_format)
             host = Evaluator(PrunableModel.of(model))
@@ -104,11 +104,11 @@ def forward_passes() -> None:
 
 def scores() -> None:
     """Every metric gives the host's scores."""
-    from helpers.masks import some_tokens
+    from helpers.masks import random_tokens
     from helpers.models import tiny_model
     from pgprune_cli.scores.metrics import NEEDS, score
 
-    text = [some_tokens(seed, rows=4, length=16) for seed in (0, 1)]
+    text = [random_tokens(seed, rows=4, length=16) for seed in (0, 1)]
     model = tiny_model("llama-gqa")
     simulated = PrunableModel.of(copy.deepcopy(model).to(SIMULATED))
     for metric in (*NEEDS, "magnitude"):
@@ -132,20 +132,20 @@ def compare_searches(*overrides: str, device: str = SIMULATED) -> None:
 
 def untied_on_two() -> None:
     """A model with an untied head has the host's losses when it is spread over two devices."""
-    from helpers.masks import MODEL_MASKS, some_outputs, some_tokens
+    from helpers.masks import MODEL_MASKS, random_outputs, random_tokens
     from helpers.models import tiny_model
     from pgprune_cli.forward.masked import Evaluator
     from pgprune_cli.model.loading import load_model
     from pgprune_cli.model.source import resolve
 
-    model_mask, tokens = MODEL_MASKS["random"], some_tokens()
+    model_mask, tokens = MODEL_MASKS["random"], random_tokens()
     with tempfile.TemporaryDirectory() as folder:
         tiny_model("llama-mha").save_pretrained(folder)
         host, simulated = (
             Evaluator(PrunableModel.of(load_model(resolve(folder), "float32", device))) for device in ("cpu", BOTH)
         )
         assert {str(parameter.device) for parameter in simulated.model.module.parameters()} == set(BOTH.split(","))
-        outputs = some_outputs(host.model.module, model_mask, bias=True)
+        outputs = random_outputs(host.model.module, model_mask, bias=True)
         actual, expected = (evaluator.losses([model_mask], tokens, [outputs]) for evaluator in (simulated, host))
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
 
@@ -154,7 +154,7 @@ def stored_head_on_two() -> None:
     """A head that is stored beside tied embeddings is tied only if it equals them, also on two devices."""
     from safetensors.torch import load_file, save_file
 
-    from helpers.masks import MODEL_MASKS, some_tokens
+    from helpers.masks import MODEL_MASKS, random_tokens
     from helpers.models import tiny_model
     from pgprune_cli.forward.masked import Evaluator
     from pgprune_cli.model.loading import load_model
@@ -170,7 +170,7 @@ def stored_head_on_two() -> None:
             head, embedding = simulated.get_output_embeddings().weight, simulated.get_input_embeddings().weight
             assert (head is embedding) == torch.equal(stored, tensors["model.embed_tokens.weight"])
             actual, expected = (
-                Evaluator(PrunableModel.of(model)).losses([MODEL_MASKS["dense"]], some_tokens())
+                Evaluator(PrunableModel.of(model)).losses([MODEL_MASKS["dense"]], random_tokens())
                 for model in (simulated, host)
             )
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)

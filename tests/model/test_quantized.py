@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.masks import MODEL_MASKS, logits_of, some_outputs, some_tokens
+from helpers.masks import MODEL_MASKS, logits_of, random_outputs, random_tokens
 from helpers.memory import Allocations
 from helpers.messages import refused, says
 from helpers.models import save_tokenizer, tiny_model
@@ -50,7 +50,7 @@ from pgprune_cli.run.decision import Decision
 from pgprune_cli.scores.metrics import score
 from pgprune_cli.search.costs import measure_latency
 
-TEXT = [some_tokens(seed, rows=4, length=16) for seed in (0, 1)]
+TEXT = [random_tokens(seed, rows=4, length=16) for seed in (0, 1)]
 
 
 def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
@@ -231,8 +231,8 @@ def test_gathered_units_equal_those_of_the_rounded_weight(
 @pytest.mark.parametrize("name", MODEL_MASKS)
 def test_shrunk_model_uses_the_rounded_weights(pair, name: str, repaired: bool) -> None:
     model, twin = pair
-    model_mask, tokens = MODEL_MASKS[name], some_tokens()
-    outputs = some_outputs(twin.module, model_mask, bias=True) if repaired else {}
+    model_mask, tokens = MODEL_MASKS[name], random_tokens()
+    outputs = random_outputs(twin.module, model_mask, bias=True) if repaired else {}
     before = {key: value.clone() for key, value in model.module.state_dict().items()}
     dense = logits_of(model.module, tokens)
     with (
@@ -248,16 +248,16 @@ def test_shrunk_model_uses_the_rounded_weights(pair, name: str, repaired: bool) 
 
 def test_a_failed_forward_pass_leaves_the_model_unchanged(pair) -> None:
     model, _ = pair
-    dense = logits_of(model.module, some_tokens())
+    dense = logits_of(model.module, random_tokens())
 
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
     handle = model.layers[3].mlp.down_proj.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        Evaluator(model).losses([MODEL_MASKS["random"]], some_tokens())
+        Evaluator(model).losses([MODEL_MASKS["random"]], random_tokens())
     handle.remove()
-    assert torch.equal(logits_of(model.module, some_tokens()), dense)
+    assert torch.equal(logits_of(model.module, random_tokens()), dense)
     assert all(linear.kept is None for linear in linears_of(model))
 
 
@@ -312,7 +312,7 @@ def test_an_evaluation_converts_the_weights_of_one_block_at_a_time() -> None:
     block = max(sum(p.nbytes for p in part.parameters()) for part in module.model.layers[0].children())
     layers = sum(p.nbytes for p in module.model.layers.parameters())
     quantize_projections(module, "int8")
-    evaluator, tokens = Evaluator(PrunableModel.of(module)), some_tokens()[:1, :4]
+    evaluator, tokens = Evaluator(PrunableModel.of(module)), random_tokens()[:1, :4]
     with Allocations() as allocations:
         evaluator.losses([MODEL_MASKS["dense"], MODEL_MASKS["random"]], tokens)
     assert allocations.peak < 1.25 * block + 8_000 < layers / 2
@@ -326,8 +326,8 @@ def test_an_evaluation_converts_the_weights_of_one_block_at_a_time() -> None:
 def test_every_product_of_a_shrunk_fp8_model_uses_rounded_inputs_and_weights(
     architecture: str, name: str, repaired: bool, scaled_mm: StrictScaledMM
 ) -> None:
-    module, model_mask, tokens = tiny_model(architecture), MODEL_MASKS[name], some_tokens()
-    outputs = some_outputs(module, model_mask, bias=True) if repaired else {}
+    module, model_mask, tokens = tiny_model(architecture), MODEL_MASKS[name], random_tokens()
+    outputs = random_outputs(module, model_mask, bias=True) if repaired else {}
     expected = Evaluator(PrunableModel.of(module)).losses([model_mask], tokens, [outputs])
     quantize_projections(module, "fp8")
     model = PrunableModel.of(module)
@@ -379,7 +379,7 @@ def test_fp8_scores_are_close_to_those_of_the_original_weights(metric: str) -> N
 
 def test_fp8_repair_is_nearly_as_good_as_one_on_the_original_weights() -> None:
     plain, fp8 = fp8_pair()
-    model_mask, heldout = MODEL_MASKS["random"], some_tokens(9, rows=8)
+    model_mask, heldout = MODEL_MASKS["random"], random_tokens(9, rows=8)
     losses = []
     for model in (plain, fp8):
         outputs = repair(model, model_mask, TEXT, "least-squares", 1e-2).outputs
@@ -394,7 +394,7 @@ def assert_same(model: nn.Module, expected: nn.Module) -> None:
     parameters = dict(expected.named_parameters())
     assert dict(model.named_parameters()).keys() == parameters.keys()
     assert all(torch.equal(value, parameters[name]) for name, value in model.named_parameters())
-    assert torch.equal(logits_of(model, some_tokens()), logits_of(expected, some_tokens()))
+    assert torch.equal(logits_of(model, random_tokens()), logits_of(expected, random_tokens()))
 
 
 @pytest.mark.parametrize("weight_format", ["int8", "fp8"])

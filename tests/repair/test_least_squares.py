@@ -9,15 +9,15 @@ import torch
 from helpers.blocks import (
     BLOCKS,
     CHANNELS,
-    GROUPS,
+    KV_HEADS,
     LAYERS,
     batches,
     columns_of,
-    leading,
-    left_as_it_was,
+    mask_of_first,
+    model_unchanged,
     moments_by_hand,
+    observed_inputs,
     output_linear,
-    seen,
     weighted_error,
 )
 from helpers.models import tiny_model
@@ -41,12 +41,15 @@ def some_keep() -> ModelMask:
     generator = torch.Generator().manual_seed(1)
     layers = []
     for index in range(LAYERS):
-        attention, ffn = torch.rand(GROUPS, generator=generator) < 0.5, torch.rand(CHANNELS, generator=generator) < 0.5
+        attention, ffn = (
+            torch.rand(KV_HEADS, generator=generator) < 0.5,
+            torch.rand(CHANNELS, generator=generator) < 0.5,
+        )
         attention[index] = ffn[index] = True
-        attention[(index + 1) % GROUPS] = ffn[index + 5] = False
+        attention[(index + 1) % KV_HEADS] = ffn[index + 5] = False
         layers.append(LayerMask(attention, ffn))
-    layers[1] = LayerMask(torch.ones(GROUPS).bool(), layers[1].ffn)
-    layers[2] = LayerMask(torch.zeros(GROUPS).bool(), layers[2].ffn)
+    layers[1] = LayerMask(torch.ones(KV_HEADS).bool(), layers[1].ffn)
+    layers[2] = LayerMask(torch.zeros(KV_HEADS).bool(), layers[2].ffn)
     layers[3] = LayerMask(layers[3].attention, torch.zeros(CHANNELS).bool())
     return tuple(layers)
 
@@ -56,7 +59,7 @@ REPAIRED = [(0, "attention"), (0, "ffn"), (1, "ffn"), (2, "ffn"), (3, "attention
 
 
 def whole() -> ModelMask:
-    return tuple(LayerMask(torch.ones(GROUPS).bool(), torch.ones(CHANNELS).bool()) for _ in range(LAYERS))
+    return tuple(LayerMask(torch.ones(KV_HEADS).bool(), torch.ones(CHANNELS).bool()) for _ in range(LAYERS))
 
 
 # --- one projection
@@ -171,14 +174,14 @@ def behind(model: nn.Module, keep: ModelMask, outputs: Outputs, index: int, name
     with Evaluator(PrunableModel.of(model)).shrunk(
         front, {key: output for key, output in outputs.items() if key in before}
     ):
-        return seen(model, index, name)
+        return observed_inputs(model, index, name)
 
 
 @pytest.mark.parametrize("reselect", [False, True])
 @pytest.mark.parametrize("method", ["least-squares", "least-squares-bias", "bias"])
 def test_no_block_is_worse_for_its_repair_on_the_text(architecture: str, method: str, reselect: bool) -> None:
     model = tiny_model(architecture)
-    with left_as_it_was(model):
+    with model_unchanged(model):
         keep, outputs = repair(PrunableModel.of(model), KEEP, batches(), method, DAMPING, reselect=reselect)
     assert reselect or same_masks(keep, KEEP)
     assert sorted(outputs) == REPAIRED  # nothing for whole and for empty blocks
@@ -208,7 +211,7 @@ def test_no_block_is_worse_for_its_repair_on_the_text(architecture: str, method:
 @pytest.mark.parametrize("reselect", [False, True])
 def test_a_model_that_loses_nothing_is_not_repaired(architecture: str, reselect: bool) -> None:
     model = tiny_model(architecture)
-    with left_as_it_was(model):
+    with model_unchanged(model):
         keep, outputs = repair(
             PrunableModel.of(model), whole(), batches()[:1], "least-squares", DAMPING, reselect=reselect
         )
@@ -235,7 +238,7 @@ def test_units_that_are_chosen_again_are_those_that_obs_keeps_behind_the_pruned_
         x, weights = behind(model, keep, outputs, index, name)
         moments, felt = moments_by_hand(x, weights), roots[index] @ linear.weight.double()
         order, _ = removal_order(felt, moments.second, len(mask))
-        assert torch.equal(mask, leading(order.flip(0), int(mask.sum())))
+        assert torch.equal(mask, mask_of_first(order.flip(0), int(mask.sum())))
         losses = []
         for some in (mask, before):
             columns = columns_of(some, linear.in_features)
@@ -267,7 +270,7 @@ def test_a_forward_that_fails_leaves_the_model_as_it_was(place: str, call: int) 
 
     module = model.model.layers.get_submodule(place)
     handle = module.register_forward_pre_hook(fail)
-    with left_as_it_was(model):
+    with model_unchanged(model):
         if place == "3.self_attn" and call == 5:
             call = 4  # observed four times and then run pruned, once a batch
         with pytest.raises(RuntimeError, match="out of memory"):

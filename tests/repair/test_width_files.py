@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.blocks import BLOCKS, CHANNELS, GROUPS, LAYERS, batches
+from helpers.blocks import BLOCKS, CHANNELS, KV_HEADS, LAYERS, batches
 from helpers.contexts import context_of
 from helpers.models import tiny_model
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from pgprune_cli.search import table as job
 
 def scores() -> dict[tuple[int, str], Tensor]:
     generator = torch.Generator().manual_seed(0)
-    counts = {"attention": GROUPS, "ffn": CHANNELS}
+    counts = {"attention": KV_HEADS, "ffn": CHANNELS}
     return {key: torch.rand(counts[key[1]], generator=generator, dtype=torch.float64) for key in BLOCKS}
 
 

@@ -10,15 +10,15 @@ import torch
 from helpers.blocks import (
     BLOCKS,
     CHANNELS,
-    GROUPS,
+    KV_HEADS,
     LAYERS,
     batches,
     columns_of,
-    leading,
-    left_as_it_was,
+    mask_of_first,
+    model_unchanged,
     moments_by_hand,
+    observed_inputs,
     output_linear,
-    seen,
     weighted_error,
 )
 from helpers.models import tiny_model
@@ -38,7 +38,7 @@ DAMPING = 1e-6
 
 def scores(seed: int = 0) -> dict[tuple[int, str], Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {key: torch.rand(GROUPS if key[1] == "attention" else CHANNELS, generator=generator) for key in BLOCKS}
+    return {key: torch.rand(KV_HEADS if key[1] == "attention" else CHANNELS, generator=generator) for key in BLOCKS}
 
 
 def width_table(model: nn.Module, *arguments: Any, **more: Any) -> WidthTable:
@@ -52,22 +52,22 @@ def test_a_step_between_levels_is_a_sixteenth_of_the_units_rounded_up() -> None:
     for count in (1, 4, 15, 16, 17, 24, 32, 33, 1536, 11008):
         level = width_step(count)
         assert level * WIDTH_STEPS >= count > (level - 1) * WIDTH_STEPS
-    assert (width_step(GROUPS), width_step(CHANNELS)) == (1, 2)
+    assert (width_step(KV_HEADS), width_step(CHANNELS)) == (1, 2)
 
 
 def test_a_table_holds_what_every_width_would_be_repaired_to(architecture: str) -> None:
     """Every block at every level, as if it alone were cut."""
     model = tiny_model(architecture)
-    with left_as_it_was(model):
+    with model_unchanged(model):
         table = width_table(model, scores(), batches(), 1e-3, solve=True)
     assert sorted(table.outputs) == sorted(table.orders) == sorted(table.errors) == sorted(BLOCKS)
     for key in BLOCKS:
         order, count, linear = table.orders[key], len(table.orders[key]), output_linear(model, *key)
         assert torch.equal(order, scores()[key].argsort(descending=True))
-        moments = moments_by_hand(*seen(model, *key))
+        moments = moments_by_hand(*observed_inputs(model, *key))
         assert sorted(table.outputs[key]) == list(range(width_step(count), count, width_step(count)))
         for kept, output in table.outputs[key].items():
-            columns = columns_of(leading(order, kept), linear.in_features)
+            columns = columns_of(mask_of_first(order, kept), linear.in_features)
             wanted = repaired_output(linear.weight, linear.bias, moments, columns, 1e-3, with_bias=False)
             torch.testing.assert_close(output.weight, wanted.weight, rtol=1e-3, atol=1e-3)
             assert output.bias is linear.bias
@@ -89,11 +89,11 @@ def test_errors_are_what_the_text_loses_at_every_width(architecture: str, solve:
         assert abs(float(errors[-1])) < 1e-5 * float(errors[0])
         if solve:
             assert (errors.diff() <= 1e-9 * errors[0]).all()
-        x, weights = seen(model, *key)
+        x, weights = observed_inputs(model, *key)
         moments, weight = moments_by_hand(x, weights), linear.weight.double()
         level = width_step(len(order))
         for kept in range(0, len(order), level):
-            columns = columns_of(leading(order, kept), linear.in_features)
+            columns = columns_of(mask_of_first(order, kept), linear.in_features)
             some = weight[:, columns]
             if solve and kept:
                 some = repaired_output(weight, None, moments, columns, 1e-9, with_bias=False).weight
@@ -117,11 +117,11 @@ def test_only_blocks_with_a_saliency_are_solved(families: tuple[str, ...]) -> No
 
 def test_whole_and_empty_blocks_have_no_outputs() -> None:
     table = width_table(tiny_model("qwen2"), scores(), batches(), DAMPING, solve=True)
-    every = tuple(LayerMask(torch.ones(GROUPS).bool(), torch.ones(CHANNELS).bool()) for _ in range(LAYERS))
-    nothing = tuple(LayerMask(torch.zeros(GROUPS).bool(), torch.zeros(CHANNELS).bool()) for _ in range(LAYERS))
+    every = tuple(LayerMask(torch.ones(KV_HEADS).bool(), torch.ones(CHANNELS).bool()) for _ in range(LAYERS))
+    nothing = tuple(LayerMask(torch.zeros(KV_HEADS).bool(), torch.zeros(CHANNELS).bool()) for _ in range(LAYERS))
     assert table.outputs_for(every) == {}
     assert table.outputs_for(nothing) == {}
-    some = LayerMask(leading(table.orders[3, "attention"], 3), leading(table.orders[3, "ffn"], 10))
+    some = LayerMask(mask_of_first(table.orders[3, "attention"], 3), mask_of_first(table.orders[3, "ffn"], 10))
     found = table.outputs_for((*every[:2], nothing[2], some))
     assert found.keys() == {(3, "attention"), (3, "ffn")}
     assert found[3, "attention"] is table.outputs[3, "attention"][3]

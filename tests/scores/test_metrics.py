@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
-from helpers.blocks import seen
+from helpers.blocks import observed_inputs
 from helpers.models import VOCABULARY, tiny_model
 from torch import Tensor, nn
 
@@ -98,7 +98,7 @@ def test_obs_scores_units_by_their_greedy_removal_order(architecture: str) -> No
             ("attention", layer.self_attn.o_proj, KV_HEADS),
             ("ffn", layer.mlp.down_proj, CHANNELS),
         ):
-            inputs, weights = seen(model, index, name, batches)
+            inputs, weights = observed_inputs(model, index, name, batches)
             covariance = (inputs * weights[:, None]).T @ inputs / len(inputs)
             order, errors = removal_order(roots[index] @ output.weight.double(), covariance, units)
             block_scores = scores[f"layers.{index}.{name}"]

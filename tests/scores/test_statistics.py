@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
-from helpers.blocks import seen
+from helpers.blocks import observed_inputs
 from helpers.models import VOCABULARY, tiny_model
 from torch import Tensor
 
@@ -83,7 +83,7 @@ def test_covariances_are_relative_to_each_tokens_residual_stream(architecture: s
     model = tiny_model(architecture)
     roots, block_count = error_roots(PrunableModel.of(model), calibration()), 0
     for name, layer, block in statistics(PrunableModel.of(model), "covariance", calibration(), seed=0):
-        x, weights = seen(model, layer, name, calibration())
+        x, weights = observed_inputs(model, layer, name, calibration())
         expected = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64)
         for token, weight in zip(x, weights, strict=True):
             expected += weight * torch.outer(token, token) / len(x)
