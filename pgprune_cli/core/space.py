@@ -1,4 +1,4 @@
-"""What can be removed, what it costs, and how much may stay."""
+"""The units that can be removed, their costs, and the budget for the kept ones."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from pgprune_cli.core.families import WHOLE_FAMILIES as WHOLE_FAMILIES
 
 @dataclass(frozen=True)
 class Family:
-    """Units of one kind, layer after layer.
+    """Units of one kind in all layers.
 
-    `counts[l]` units in layer l, each of which costs `costs[l]` (an integer, in whatever the budget counts).
+    counts: the number of units in each layer; costs: what one unit of each layer costs, an integer in the measure of
+    the budget.
     """
 
     name: str
@@ -38,9 +39,9 @@ class Family:
 
 @dataclass(frozen=True)
 class MaskSpace:
-    """All units as one flat axis of length n: family after family, within a family layer after layer.
+    """All units on one flat axis of length n: family after family, within a family layer after layer.
 
-    What is said of a layer's units as a whole lies on the axis of the J (family, layer) *pairs*, in the same order.
+    Properties of a layer's units as a whole lie on the axis of the J (family, layer) *pairs*, in the same order.
     """
 
     families: tuple[Family, ...]
@@ -51,36 +52,36 @@ class MaskSpace:
 
     @cached_property
     def costs(self) -> Tensor:
-        """`(n,)` int64, the cost of every unit."""
+        """The cost of every unit, `(n,)` int64."""
         return torch.cat([torch.tensor(f.costs).repeat_interleave(torch.tensor(f.counts)) for f in self.families])
 
     @cached_property
     def pair_counts(self) -> Tensor:
-        """`(J,)` int64, the units of every (family, layer)."""
+        """The number of units of every pair, `(J,)` int64."""
         return torch.tensor([count for family in self.families for count in family.counts], dtype=torch.int64)
 
     @cached_property
     def pair_costs(self) -> Tensor:
-        """`(J,)` int64, the cost of one unit of every (family, layer)."""
+        """The cost of one unit of every pair, `(J,)` int64."""
         return torch.tensor([cost for family in self.families for cost in family.costs], dtype=torch.int64)
 
     @cached_property
     def pair_starts(self) -> Tensor:
-        """`(J,)` int64, where the units of every (family, layer) begin on the flat axis."""
+        """Where the units of every pair begin on the flat axis, `(J,)` int64."""
         return self.pair_counts.cumsum(0) - self.pair_counts
 
     @cached_property
     def pair_of(self) -> Tensor:
-        """`(n,)` int64, the (family, layer) that every unit belongs to."""
+        """The pair of every unit, `(n,)` int64."""
         return torch.arange(len(self.pair_counts)).repeat_interleave(self.pair_counts)
 
     @cached_property
     def family_of_pair(self) -> Tensor:
-        """`(J,)` int64, the family of every (family, layer)."""
+        """The family of every pair, `(J,)` int64."""
         return torch.arange(len(self.families)).repeat_interleave(torch.tensor([len(f.counts) for f in self.families]))
 
     def slice_of(self, name: str) -> slice:
-        """Where the family `name` lies on the flat axis. Raises KeyError."""
+        """Return the place of the family `name` on the flat axis. Raises KeyError."""
         start = 0
         for family in self.families:
             if family.name == name:
@@ -89,24 +90,24 @@ class MaskSpace:
         raise KeyError(name)
 
     def per_layer(self, flat: Tensor, name: str) -> tuple[Tensor, ...]:
-        """Views `(counts[l],)` of a flat `(n,)` tensor, one a layer of the family `name`."""
+        """Return the parts of a flat `(n,)` tensor that belong to the layers of the family `name`, as views."""
         family = next(f for f in self.families if f.name == name)
         return torch.split(flat[self.slice_of(name)], list(family.counts))
 
     def widths(self, mask: Tensor) -> dict[str, list[int]]:
-        """How many units of a mask `(n,)` bool every layer keeps, by family."""
+        """Return the number of units that a mask `(n,)` bool keeps in each layer, by family."""
         return {f.name: [int(part.sum()) for part in self.per_layer(mask, f.name)] for f in self.families}
 
     @cached_property
     def evenness(self) -> Tensor:
-        """`(n,)` in (0, 1): a unit's place within its layer. Sorting by it spreads ties evenly over the layers."""
+        """Every unit's place within its layer, `(n,)` in (0, 1). Sorting by it spreads ties evenly over the layers."""
         places = [(torch.arange(count) + 0.5) / max(count, 1) for f in self.families for count in f.counts]
         return torch.cat(places).double()
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """The units `start:stop` of the flat axis may keep a cost of `kept` of their `total`."""
+    """Of the units `start:stop` of the flat axis, which cost `total`, units that cost at most `kept` are kept."""
 
     name: str
     start: int
@@ -121,31 +122,31 @@ class Constraint:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much may stay: constraints that cover the flat axis in order, without overlap and without parting a layer.
+    """Constraints on the kept cost that cover the flat axis in order, without overlap and without splitting a layer.
 
-    And the limits of every (family, layer): at least `least[j]` of its units stay, and their number is a multiple of
+    Every (family, layer) also has limits: it keeps at least `min_widths[j]` units, and their number is a multiple of
     `multiples[j]`, or all of them. Without limits both are empty.
     """
 
     constraints: tuple[Constraint, ...]
-    least: tuple[int, ...] = ()
+    min_widths: tuple[int, ...] = ()
     multiples: tuple[int, ...] = ()
 
     def __iter__(self) -> Iterator[Constraint]:
         return iter(self.constraints)
 
     def limits(self, space: MaskSpace) -> tuple[Tensor, Tensor]:
-        """The least width and the multiple of every (family, layer), `(J,)` int64 each.
+        """Return the minimum width and the multiple of every pair, `(J,)` int64 each.
 
-        A least width is one that the multiples allow: the next one up from `least`.
+        A minimum width is rounded up from `min_widths` to a width that the multiples allow.
         """
         counts = space.pair_counts
-        least = torch.tensor(self.least, dtype=torch.int64) if self.least else torch.zeros_like(counts)
+        least = torch.tensor(self.min_widths, dtype=torch.int64) if self.min_widths else torch.zeros_like(counts)
         multiples = torch.tensor(self.multiples, dtype=torch.int64) if self.multiples else torch.ones_like(counts)
         return (-(-least // multiples) * multiples).minimum(counts), multiples
 
     def needed(self, space: MaskSpace) -> tuple[int, ...]:
-        """What the least widths cost, constraint by constraint. One that needs more than is kept cannot be met."""
+        """Return the cost of the minimum widths, by constraint. A constraint that keeps less cannot be met."""
         bound = (self.limits(space)[0] * space.pair_costs)[space.pair_counts > 0]
         starts = space.pair_starts[space.pair_counts > 0]
         return tuple(int(bound[(starts >= c.start) & (starts < c.stop)].sum()) for c in self.constraints)
@@ -161,12 +162,16 @@ def budget_of(
     min_keep: float = 0.0,
     multiples: Mapping[str, int] = _NO_MULTIPLES,
 ) -> Budget:
-    """The budget that removes the fraction `sparsity` of the cost: of every family (`per-family`), of every layer
-    of every family (`per-layer`), or of all (`global`).
+    """Return the budget that removes the fraction `sparsity` of the cost.
 
-    Costs are whole numbers, so the kept cost is the nearest whole number to (1 − sparsity) · total. Of every family and
-    layer the fraction `min_keep` of the units stays, rounded up; `multiples` says by the names of families what
-    their widths are multiples of. Whether these limits fit the budget, `Budget.needed` says.
+    Costs are whole numbers, so the kept cost is (1 − sparsity) · total, rounded. Call `Budget.needed` to see whether
+    the limits fit. Raises ValueError for an unknown scope.
+
+    Args:
+        scope: the fraction applies to every family (`per-family`), to every layer of every family (`per-layer`), or to
+            all units together (`global`).
+        min_keep: the least fraction of units that every layer of every family keeps, rounded up.
+        multiples: by family name, what its widths are multiples of.
     """
     if scope == "per-family":
         spans = [(f.name, space.slice_of(f.name)) for f in space.families]
@@ -175,13 +180,13 @@ def budget_of(
     elif scope == "per-layer":
         spans = list(_spans_of_layers(space))
     else:
-        raise ValueError(f"scope {scope!r} is neither per-family nor global nor per-layer")
+        raise ValueError(f"scope {scope!r}: expected per-family, global or per-layer")
     totals = [int(space.costs[span].sum()) for _, span in spans]
     constraints = tuple(
         Constraint(name, span.start, span.stop, round((1.0 - sparsity) * total), total)
         for (name, span), total in zip(spans, totals, strict=True)
     )
-    # 0.07 · 100 is a little more than 7, and means 7.
+    # In float64, 0.07 · 100 is a little more than 7. It means 7.
     least = [math.ceil(min_keep * count - 1e-9) for family in space.families for count in family.counts]
     widths = [multiples.get(family.name, 1) for family in space.families for _ in family.counts]
     return Budget(constraints, tuple(least), tuple(widths))

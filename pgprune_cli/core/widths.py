@@ -1,15 +1,19 @@
-"""The policy over layers: how many units each layer keeps, as explicit random variables above the units themselves.
+"""The policy over widths: a random variable per layer says how many units the layer keeps.
 
-Independent Bernoulli units leave a layer's width almost constant: of 1,536 channels ±20. Here a sample moves whole
-layers. Every (family, layer) *pair* has a curve: the error that its block's output has at every width. A unit's
-priority is the logarithm of what its removal adds to that error per parameter; a sample adds a Gaussian offset to all
-units of a pair, and the units of highest priority that fit the budget stay. So every sample meets the budget exactly.
+Independent Bernoulli units leave a layer's width almost constant: of 1,536 channels, it varies by about 20. Here a
+sample changes the widths of whole layers. Every (family, layer) *pair* has a curve: the error of its block's output at
+each width. A unit's priority is the logarithm of the error that removing it adds, per parameter. A sample adds one
+Gaussian offset to all units of a pair, and the units of highest priority that fit the budget are kept. So every sample
+meets the budget exactly.
 
-What the search learns is how much loss an error of each pair costs:  loss ≈ a constant a batch + Σ sensitivity·error,
-over all samples heard so far. Ridge regression, its strength from the evidence (MacKay 1992), finds the sensitivities;
-their logarithms are the next mean, and what is not known of them yet is the next spread. It is a natural policy
-gradient with compatible features (Peters & Schaal 2008) that forgets no sample: the curves explain nine tenths of
-the losses' variance, which estimators that only rank or weigh the samples of one step have to average away.
+The search learns how much loss an error of each pair costs, from all samples so far:
+
+    loss ≈ a constant for the batch + Σ sensitivity · error
+
+Ridge regression finds the sensitivities; the evidence sets its strength (MacKay 1992). Their logarithms are the mean of
+the next step, and their remaining uncertainty is its spread. This is a natural policy gradient with compatible features
+(Peters & Schaal 2008) that uses every sample of the search. The curves explain nine tenths of the variance of the
+losses; an estimator that only ranks or weighs the samples of one step has to average that variance away.
 """
 
 from __future__ import annotations
@@ -22,40 +26,40 @@ from torch import Tensor
 from pgprune_cli.core.space import MaskSpace
 
 SPREAD, LEAST_SPREAD = 0.3, 0.2
-"""Standard deviation of a pair's offset, in nats of priority: before anything is known, and at least."""
+"""Standard deviation of a pair's offset, in nats of priority: of the first step, and the least of any step."""
 
 FAMILY_SPREAD = 0.3
-"""Of the offset that all pairs of a family share."""
+"""Standard deviation of the offset that all pairs of a family share."""
 
 RANGE = 5.0
-"""A pair's sensitivity is at most so many times its family's, and at least as much less."""
+"""A pair's sensitivity is at most RANGE times its family's, and at least 1 / RANGE times."""
 
 ROUNDS, REFINEMENTS = 3, 30
-"""Fits, each with less weight on what the last left unexplained, and steps of the evidence's fixed point in each."""
+"""Number of fits, each with less weight on the last one's outliers, and of the evidence's fixed-point steps in each."""
 
 
 @dataclass(frozen=True)
 class WidthState:
-    """All that the next step depends on.
+    """Everything that the next step depends on.
 
-    mean: `(J,)` float64, the offsets that decide, the log sensitivity of every pair; spread: `(J,)` float64 of the
-    samples around it; errors: `(N, J)` float64 of the samples heard so far; losses: `(N,)` float64, nats per token;
-    heard: `(N,)` int64, in which step each was; step: steps done; skipped: losses left out because they were NaN or
-    infinite; rng: uint8 generator state.
+    mean: `(J,)` float64, the log sensitivity of every pair, which is also the offset of the decision; spread: `(J,)`
+    float64, the standard deviation of the samples around the mean; errors: `(N, J)` float64, of the N samples so far;
+    losses: `(N,)` float64, nats per token; sample_steps: `(N,)` int64, the step of each sample; step: steps done;
+    skipped: losses left out because they were NaN or infinite; rng: uint8 generator state.
     """
 
     mean: Tensor
     spread: Tensor
     errors: Tensor
     losses: Tensor
-    heard: Tensor
+    sample_steps: Tensor
     step: int
     skipped: int
     rng: Tensor
 
 
 def begin(space: MaskSpace, seed: int) -> WidthState:
-    """The state before the first step: no offset, the starting spread."""
+    """Return the state before the first step: no offset, the starting spread."""
     pairs = len(space.pair_counts)
     return WidthState(
         torch.zeros(pairs, dtype=torch.float64),
@@ -70,9 +74,9 @@ def begin(space: MaskSpace, seed: int) -> WidthState:
 
 
 def propose(state: WidthState, masks_per_step: int, space: MaskSpace) -> tuple[WidthState, Tensor]:
-    """`samples` offsets `(K, J)` in mirrored pairs around the mean, the last without its mirror where K is odd.
+    """Return offsets `(K, J)` for K = `masks_per_step` samples, and the state with its generator advanced.
 
-    Returns the state with the generator moved on.
+    Samples come in mirrored pairs around the mean; if K is odd, the last one has no mirror image.
     """
     generator = torch.Generator()
     generator.set_state(state.rng)
@@ -85,49 +89,54 @@ def propose(state: WidthState, masks_per_step: int, space: MaskSpace) -> tuple[W
 
 
 def update(state: WidthState, errors: Tensor, losses: Tensor, space: MaskSpace) -> WidthState:
-    """Mean and spread after K more samples: their `errors` `(K, J)` and `losses` `(K,)`, nats per token, on one batch.
+    """Return the state after K more samples on one batch.
 
-    NaN and infinite losses are left out and counted.
+    errors: `(K, J)`; losses: `(K,)`, nats per token. NaN and infinite losses are left out and counted.
     """
     good = losses.isfinite()
     state = replace(
         state,
         errors=torch.cat([state.errors, errors[good].double()]),
         losses=torch.cat([state.losses, losses[good].double()]),
-        heard=torch.cat([state.heard, torch.full((int(good.sum()),), state.step)]),
+        sample_steps=torch.cat([state.sample_steps, torch.full((int(good.sum()),), state.step)]),
         step=state.step + 1,
         skipped=state.skipped + int((~good).sum()),
     )
-    sensitivity, doubt = sensitivities(state.errors, state.losses, state.heard, space.family_of_pair)
+    sensitivity, doubt = sensitivities(state.errors, state.losses, state.sample_steps, space.family_of_pair)
     return replace(state, mean=sensitivity.log(), spread=(SPREAD * doubt).clamp_min(LEAST_SPREAD))
 
 
-def sensitivities(errors: Tensor, losses: Tensor, heard: Tensor, family: Tensor) -> tuple[Tensor, Tensor]:
-    """What one unit of error of every pair adds to the loss, and how much of what one did not know is left.
+def sensitivities(errors: Tensor, losses: Tensor, sample_steps: Tensor, family: Tensor) -> tuple[Tensor, Tensor]:
+    """Return how much loss an error of each pair costs, and how uncertain that is.
+
+    The prior of a pair's relative deviation from its family is N(0, τ²); the evidence sets τ and the noise. Samples far
+    from the fit count less (Cauchy weights).
 
     Args:
-        errors, losses, heard: of N samples, as in `WidthState`; only differences within a step count.
-        family: `(J,)` int64.
+        errors, losses, sample_steps: of N samples, as in `WidthState`; only differences within a step count.
+        family: `(J,)` int64, the family of each pair.
 
     Returns:
-        sensitivity `(J,)` float64 > 0, the greatest family's own 1; doubt `(J,)` float64, posterior over prior standard
-        deviation. A pair's relative deviation from its family is N(0, τ²) beforehand, τ and the noise from the
-        evidence. Samples far from all that fits count less (Cauchy weights). All 1 where the losses tell nothing.
+        sensitivity `(J,)` float64 > 0, relative to the most sensitive family; doubt `(J,)` float64, the posterior
+        standard deviation divided by the prior one. Both are 1 everywhere if the losses carry no information.
     """
-    nothing = torch.ones(errors.shape[1], dtype=torch.float64)
+    uninformed = torch.ones(errors.shape[1], dtype=torch.float64)
     members = (family[:, None] == torch.arange(int(family.max()) + 1)).double()
-    unexplained = _within_steps(losses[:, None], heard, torch.ones_like(losses))[:, 0]
+    unexplained = _within_steps(losses[:, None], sample_steps, torch.ones_like(losses))[:, 0]
     # Equal losses differ from their mean by a rounding error.
     if len(losses) < 2 or not unexplained.abs().max() > 1e-12 * losses.abs().max():
-        return nothing, nothing
+        return uninformed, uninformed
     for _ in range(ROUNDS):
         weight = 1.0 / (1.0 + (unexplained / (2.0 * unexplained.abs().median().clamp_min(1e-12))).square())
-        x, y = _within_steps(errors, heard, weight), _within_steps(losses[:, None], heard, weight)[:, 0]
+        x, y = (
+            _within_steps(errors, sample_steps, weight),
+            _within_steps(losses[:, None], sample_steps, weight)[:, 0],
+        )
         root = weight.sqrt()
         by_family = x @ members * root[:, None]
         base = torch.linalg.lstsq(by_family, (y * root)[:, None], driver="gelsd").solution[:, 0]
         if not base.max() > 0:
-            return nothing, nothing
+            return uninformed, uninformed
         base = base.clamp_min(base.max() / RANGE)[family]
         relative, doubt = _ridge(x * base * root[:, None], (y - x @ base) * root)
         unexplained = y - x @ (base * (1.0 + relative))
@@ -135,9 +144,9 @@ def sensitivities(errors: Tensor, losses: Tensor, heard: Tensor, family: Tensor)
     return sensitivity / base.max(), doubt
 
 
-def _within_steps(values: Tensor, heard: Tensor, weight: Tensor) -> Tensor:
-    """`(N, m)` less the weighted mean of the same step: a batch that is hard for all samples says nothing."""
-    steps, index = heard.unique(return_inverse=True)
+def _within_steps(values: Tensor, sample_steps: Tensor, weight: Tensor) -> Tensor:
+    """Subtract from values `(N, m)` the weighted mean of their step: a batch may be hard for all samples."""
+    steps, index = sample_steps.unique(return_inverse=True)
     total = torch.zeros(len(steps), 1 + values.shape[1], dtype=values.dtype)
     total.index_add_(0, index, torch.cat([weight[:, None], weight[:, None] * values], dim=1))
     mean: Tensor = total[:, 1:] / total[:, :1]
@@ -145,12 +154,15 @@ def _within_steps(values: Tensor, heard: Tensor, weight: Tensor) -> Tensor:
 
 
 def _ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Posterior mean `(J,)` of w in y = x w + noise, w ~ N(0, τ²), and its deviation over τ; both by evidence."""
+    """Return the posterior mean `(J,)` of w in y = x w + noise, w ~ N(0, τ²), and its standard deviation divided by τ.
+
+    The evidence sets τ and the noise.
+    """
     gram, right = x.T @ x, x.T @ y
-    # In the eigenvectors of the Gram matrix every covariance that follows is diagonal.
+    # In the basis of the Gram matrix's eigenvectors, every covariance below is diagonal.
     values, vectors = torch.linalg.eigh(gram)
     values, right = values.clamp_min(0.0), vectors.T @ right
-    # Samples that the families alone explain leave a y of nothing: never less noise than can be inverted.
+    # If the families alone explain the samples, y is zero. The noise must stay large enough to divide by.
     floor = (1e-12 * (y.square().mean() + gram.trace() / len(y))).clamp_min(1e-30)
     prior, noise = 0.25, y.square().mean().clamp_min(floor)
     for _ in range(REFINEMENTS):
@@ -164,5 +176,5 @@ def _ridge(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def priorities(base: Tensor, offsets: Tensor, space: MaskSpace) -> Tensor:
-    """The units' priorities `(n,)` under the pairs' offsets `(J,)`."""
+    """Return the priorities `(n,)` of the units under the offsets `(J,)` of their pairs."""
     return base + offsets[space.pair_of]

@@ -286,13 +286,13 @@ def limited(draw: st.DrawFn, layers: int = 4, units: int = 9) -> tuple[MaskSpace
     scope = draw(st.sampled_from(["per-family", "global", "per-layer"]))
     budget = budget_of(space, draw(FRACTIONS), scope, draw(FRACTIONS), multiples)
     if any(need > c.kept for need, c in zip(budget.needed(space), budget, strict=True)):
-        budget = replace(budget, least=())
+        budget = replace(budget, min_widths=())
     return space, theta, budget
 
 
 def allowed_widths(space: MaskSpace, budget: Budget) -> list[list[int]]:
     """Every width that each (family, layer) may have."""
-    least = budget.least or (0,) * len(space.pair_counts)
+    least = budget.min_widths or (0,) * len(space.pair_counts)
     return [
         [width for width in range(count + 1) if width >= low and (width % multiple == 0 or width == count)]
         for count, low, multiple in zip(space.pair_counts.tolist(), least, budget.multiples, strict=True)
@@ -313,8 +313,8 @@ def kept_bundle_by_bundle(theta: Tensor, space: MaskSpace, budget: Budget) -> Te
     """The rule with limits, as a loop over the layers' next bundles, the best that fits first."""
     mask = torch.zeros(space.n, dtype=torch.bool)
     waiting: dict[int, list[list[int]]] = {}
-    for pair, widths in enumerate(allowed_widths(space, replace(budget, least=()))):
-        start, least = int(space.pair_starts[pair]), budget.least[pair] if budget.least else 0
+    for pair, widths in enumerate(allowed_widths(space, replace(budget, min_widths=()))):
+        start, least = int(space.pair_starts[pair]), budget.min_widths[pair] if budget.min_widths else 0
         ranked = sorted(range(start, start + int(space.pair_counts[pair])), key=lambda i: (-float(theta[i]), i))
         pieces = [ranked[a:b] for a, b in pairwise(widths)]
         ends = list(accumulate(len(piece) for piece in pieces))
@@ -424,5 +424,5 @@ def test_on_a_coarser_grid_least_widths_are_rounded_down_to_it() -> None:
 def test_limits_above_the_budget_are_refused() -> None:
     space = MaskSpace((Family("ffn", (4, 4), (3, 3)),))
     budget = budget_of(space, 0.5, "per-family", min_keep=0.6)
-    with pytest.raises(ValueError, match="ffn: the least widths cost 6 more than the 12 kept"):
+    with pytest.raises(ValueError, match="ffn: the minimum widths cost 6 more than the 12 kept"):
         hard_mask(torch.zeros(8, dtype=torch.float64), space, budget)

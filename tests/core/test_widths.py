@@ -40,16 +40,16 @@ def same(one: WidthState, other: WidthState) -> bool:
     return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
 
-def heard_samples(
+def observed_samples(
     steps: int, masks_per_step: int, true: Tensor = TRUE, noise: float = 0.0, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Errors `(N, J)`, losses that are linear in them but for each step's own constant, and the steps `(N,)`."""
     generator = torch.Generator().manual_seed(seed)
     errors = torch.rand(steps * masks_per_step, len(true), generator=generator, dtype=torch.float64)
-    heard = torch.arange(steps).repeat_interleave(masks_per_step)
+    sample_steps = torch.arange(steps).repeat_interleave(masks_per_step)
     constants = 10 * torch.randn(steps, generator=generator, dtype=torch.float64)
     deviates = torch.randn(len(errors), generator=generator, dtype=torch.float64)
-    return errors, errors @ true + constants[heard] + noise * deviates, heard
+    return errors, errors @ true + constants[sample_steps] + noise * deviates, sample_steps
 
 
 def normed(sensitivity: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def test_a_search_begins_without_offsets_at_the_starting_spread() -> None:
     state = begin(SPACE, 0)
     assert state.mean.tolist() == [0.0] * J
     assert state.spread.tolist() == [SPREAD] * J
-    assert (state.errors.shape, state.losses.shape, state.heard.shape) == ((0, J), (0,), (0,))
+    assert (state.errors.shape, state.losses.shape, state.sample_steps.shape) == ((0, J), (0,), (0,))
     assert (state.step, state.skipped) == (0, 0)
 
 
@@ -115,7 +115,7 @@ def test_a_units_priority_gets_the_offset_of_its_pair() -> None:
 @pytest.mark.parametrize(("steps", "masks_per_step"), [(1, 40), (10, 4), (30, 8), (40, 2)])
 def test_sensitivities_of_linear_losses_are_recovered(steps: int, masks_per_step: int) -> None:
     """Whatever each batch adds to all of its samples."""
-    sensitivity, doubt = sensitivities(*heard_samples(steps, masks_per_step), FAMILY)
+    sensitivity, doubt = sensitivities(*observed_samples(steps, masks_per_step), FAMILY)
     torch.testing.assert_close(normed(sensitivity), normed(TRUE), rtol=1e-4, atol=0.0)
     assert (doubt < 1e-3).all()
 
@@ -123,7 +123,7 @@ def test_sensitivities_of_linear_losses_are_recovered(steps: int, masks_per_step
 def test_with_noise_more_samples_come_closer() -> None:
     misses = []
     for steps in (5, 50, 500):
-        found = [sensitivities(*heard_samples(steps, 6, noise=0.5, seed=seed), FAMILY)[0] for seed in range(10)]
+        found = [sensitivities(*observed_samples(steps, 6, noise=0.5, seed=seed), FAMILY)[0] for seed in range(10)]
         misses.append(float(torch.stack([(normed(one) / normed(TRUE)).log().square().mean() for one in found]).mean()))
     assert misses[0] > 3 * misses[1] > 9 * misses[2]
 
@@ -132,7 +132,7 @@ def test_the_greatest_family_is_one_and_the_ratio_between_families_is_learned() 
     """All pairs of a family equal: what is left to learn are the families, far apart or near."""
     for ratio in (1.5, 3.0, 4.5):
         true = torch.where(FAMILY == 0, 0.2, 0.2 * ratio).double()
-        sensitivity, _ = sensitivities(*heard_samples(20, 6, true), FAMILY)
+        sensitivity, _ = sensitivities(*observed_samples(20, 6, true), FAMILY)
         torch.testing.assert_close(sensitivity, torch.where(FAMILY == 0, 1 / ratio, 1.0).double(), rtol=1e-4, atol=0.0)
 
 
@@ -140,7 +140,7 @@ def test_no_family_falls_further_behind_than_the_range() -> None:
     """Whole families that do not matter, or that more error seems to help, still count a little."""
     for small in (0.0, -1.0):
         true = torch.where(FAMILY == 0, small, 1.0).double()
-        sensitivity, _ = sensitivities(*heard_samples(20, 6, true), FAMILY)
+        sensitivity, _ = sensitivities(*observed_samples(20, 6, true), FAMILY)
         assert (sensitivity > 0).all()
         assert (sensitivity[:2] <= 1 / RANGE + 1e-9).all()
         assert (sensitivity[2:] > 0.9).all()
@@ -153,7 +153,7 @@ def test_every_sensitivity_is_positive_and_within_the_range(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     true = 3 * torch.randn(J, generator=generator, dtype=torch.float64)
-    sensitivity, doubt = sensitivities(*heard_samples(steps, masks_per_step, true, noise, seed), FAMILY)
+    sensitivity, doubt = sensitivities(*observed_samples(steps, masks_per_step, true, noise, seed), FAMILY)
     assert sensitivity.isfinite().all()
     assert (sensitivity >= 1 / RANGE**2 - 1e-12).all()
     assert (sensitivity <= RANGE + 1e-12).all()
@@ -162,21 +162,24 @@ def test_every_sensitivity_is_positive_and_within_the_range(
 
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 def test_what_a_batch_adds_to_all_its_samples_says_nothing(noise: float) -> None:
-    errors, losses, heard = heard_samples(12, 5, noise=noise)
+    errors, losses, sample_steps = observed_samples(12, 5, noise=noise)
     constants = 100 * torch.randn(12, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
-    before, doubt_before = sensitivities(errors, losses, heard, FAMILY)
-    after, doubt_after = sensitivities(errors, losses + constants[heard], heard, FAMILY)
+    before, doubt_before = sensitivities(errors, losses, sample_steps, FAMILY)
+    after, doubt_after = sensitivities(errors, losses + constants[sample_steps], sample_steps, FAMILY)
     torch.testing.assert_close(normed(after), normed(before), rtol=1e-6, atol=0.0)
     torch.testing.assert_close(doubt_after, doubt_before, rtol=1e-6, atol=1e-5)
 
 
 def test_the_unit_of_losses_and_the_order_of_samples_do_not_matter() -> None:
-    errors, losses, heard = heard_samples(12, 5, noise=0.3)
-    before = sensitivities(errors, losses, heard, FAMILY)
+    errors, losses, sample_steps = observed_samples(12, 5, noise=0.3)
+    before = sensitivities(errors, losses, sample_steps, FAMILY)
     shuffled = torch.randperm(60, generator=torch.Generator().manual_seed(0))
-    for changed in ((errors, 1000 * losses, heard), (errors[shuffled], losses[shuffled], heard[shuffled])):
-        for one, other in zip(before, sensitivities(*changed, FAMILY), strict=True):
-            torch.testing.assert_close(other, one, rtol=1e-5, atol=1e-7)
+    for changed in (
+        (errors, 1000 * losses, sample_steps),
+        (errors[shuffled], losses[shuffled], sample_steps[shuffled]),
+    ):
+        for expected, actual in zip(before, sensitivities(*changed, FAMILY), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("size", [10.0, 1e3, 1e6, -1e3])
@@ -184,11 +187,11 @@ def test_the_unit_of_losses_and_the_order_of_samples_do_not_matter() -> None:
 @pytest.mark.parametrize("noise", [0.0, 0.1])
 def test_a_gross_outlier_hardly_matters(size: float, place: int, noise: float) -> None:
     """One loss of sixty that nothing explains: what is found is about what the others say."""
-    errors, losses, heard = heard_samples(12, 5, noise=noise)
+    errors, losses, sample_steps = observed_samples(12, 5, noise=noise)
     others = torch.arange(60) != place
-    wanted, _ = sensitivities(errors[others], losses[others], heard[others], FAMILY)
+    wanted, _ = sensitivities(errors[others], losses[others], sample_steps[others], FAMILY)
     losses[place] += size
-    found, _ = sensitivities(errors, losses, heard, FAMILY)
+    found, _ = sensitivities(errors, losses, sample_steps, FAMILY)
     assert float((normed(found) / normed(wanted)).log().abs().max()) < (1e-4 if noise == 0.0 else 0.1)
 
 
@@ -197,26 +200,26 @@ def test_a_gross_outlier_hardly_matters(size: float, place: int, noise: float) -
 def test_losses_that_tell_nothing_give_all_one(losses: list[float], seed: int) -> None:
     """Equal within each step, or one alone; whatever the last bit of their mean."""
     errors = torch.rand(len(losses), J, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    heard = torch.arange(len(losses)) // 3
-    sensitivity, doubt = sensitivities(errors, torch.tensor(losses, dtype=torch.float64), heard, FAMILY)
+    sample_steps = torch.arange(len(losses)) // 3
+    sensitivity, doubt = sensitivities(errors, torch.tensor(losses, dtype=torch.float64), sample_steps, FAMILY)
     assert sensitivity.tolist() == doubt.tolist() == [1.0] * J
 
 
 def test_errors_that_seem_to_help_all_over_are_not_believed() -> None:
-    sensitivity, doubt = sensitivities(*heard_samples(10, 6, -TRUE), FAMILY)
+    sensitivity, doubt = sensitivities(*observed_samples(10, 6, -TRUE), FAMILY)
     assert sensitivity.tolist() == doubt.tolist() == [1.0] * J
 
 
 def test_doubt_falls_with_samples_and_is_of_what_was_not_tried() -> None:
     doubts = [
-        torch.stack([sensitivities(*heard_samples(steps, 6, noise=2.0, seed=seed), FAMILY)[1] for seed in range(5)])
+        torch.stack([sensitivities(*observed_samples(steps, 6, noise=2.0, seed=seed), FAMILY)[1] for seed in range(5)])
         for steps in (2, 10, 100)
     ]
     assert float(doubts[0].mean()) > float(doubts[1].mean()) > float(doubts[2].mean())
-    errors, losses, heard = heard_samples(50, 6, noise=0.5)
+    errors, losses, sample_steps = observed_samples(50, 6, noise=0.5)
     errors, losses = errors.clone(), losses - errors[:, 3] * TRUE[3]
     errors[:, 3] = 0.4  # never moved
-    _, doubt = sensitivities(errors, losses, heard, FAMILY)
+    _, doubt = sensitivities(errors, losses, sample_steps, FAMILY)
     assert float(doubt[3]) > 0.99
     assert (doubt[[0, 1, 2, 4]] < 0.5).all()
 
@@ -259,7 +262,7 @@ def test_the_ridges_strength_is_that_of_the_greatest_evidence(seed: int) -> None
 @pytest.mark.parametrize("seed", range(5))
 def test_fewer_samples_than_can_tell_the_pairs_apart_still_give_numbers(masks_per_step: int, seed: int) -> None:
     """Two differences are explained by two families alone: nothing is left for the pairs."""
-    sensitivity, doubt = sensitivities(*heard_samples(1, masks_per_step, noise=0.1, seed=seed), FAMILY)
+    sensitivity, doubt = sensitivities(*observed_samples(1, masks_per_step, noise=0.1, seed=seed), FAMILY)
     assert sensitivity.isfinite().all()
     assert (sensitivity > 0).all()
     assert doubt.isfinite().all()
@@ -282,8 +285,12 @@ def test_a_step_remembers_what_it_heard() -> None:
     for masks_per_step in (4, 3, 5):
         state = hear(state, masks_per_step, TRUE)
     assert (state.errors.shape, state.losses.shape) == ((12, J), (12,))
-    assert (state.errors.dtype, state.losses.dtype, state.heard.dtype) == (torch.float64, torch.float64, torch.int64)
-    assert state.heard.tolist() == [0] * 4 + [1] * 3 + [2] * 5
+    assert (state.errors.dtype, state.losses.dtype, state.sample_steps.dtype) == (
+        torch.float64,
+        torch.float64,
+        torch.int64,
+    )
+    assert state.sample_steps.tolist() == [0] * 4 + [1] * 3 + [2] * 5
     assert (state.step, state.skipped) == (3, 0)
 
 
@@ -291,7 +298,7 @@ def test_mean_and_spread_are_the_log_sensitivity_and_what_is_not_known_of_it() -
     state = begin(SPACE, 0)
     for _ in range(6):
         state = hear(state, 6, TRUE, noise=1.0)
-    sensitivity, doubt = sensitivities(state.errors, state.losses, state.heard, FAMILY)
+    sensitivity, doubt = sensitivities(state.errors, state.losses, state.sample_steps, FAMILY)
     torch.testing.assert_close(state.mean.exp(), sensitivity)
     torch.testing.assert_close(state.spread, (SPREAD * doubt).clamp_min(LEAST_SPREAD))
     assert LEAST_SPREAD < float(state.spread.mean()) < SPREAD
@@ -308,7 +315,7 @@ def test_the_spread_stays_between_its_least_and_its_first(noise: float) -> None:
 
 
 def test_broken_losses_are_left_out_and_counted() -> None:
-    errors, losses, _ = heard_samples(1, 5)
+    errors, losses, _ = observed_samples(1, 5)
     losses[[1, 3, 4]] = torch.tensor([math.nan, math.inf, -math.inf], dtype=torch.float64)
     state = begin(SPACE, 0)
     moved, alone = update(state, errors, losses, SPACE), update(state, errors[[0, 2]], losses[[0, 2]], SPACE)
@@ -316,7 +323,7 @@ def test_broken_losses_are_left_out_and_counted() -> None:
     assert not torch.equal(moved.mean, state.mean)
     assert (moved.step, moved.skipped, alone.skipped) == (1, 3, 0)
     again = update(moved, errors, losses, SPACE)
-    assert (again.step, again.skipped, again.heard.tolist()) == (2, 6, [0, 0, 1, 1])
+    assert (again.step, again.skipped, again.sample_steps.tolist()) == (2, 6, [0, 0, 1, 1])
 
 
 @pytest.mark.parametrize(
@@ -324,7 +331,7 @@ def test_broken_losses_are_left_out_and_counted() -> None:
 )
 def test_losses_that_say_nothing_move_nothing(losses: list[float]) -> None:
     state = begin(SPACE, 0)
-    errors, _, _ = heard_samples(1, 4)
+    errors, _, _ = observed_samples(1, 4)
     moved = update(state, errors, torch.tensor(losses), SPACE)
     assert torch.equal(moved.mean, state.mean)
     assert torch.equal(moved.spread, state.spread)
