@@ -24,9 +24,10 @@ from pgprune_cli.recipe.text import comments
 DOCS = Path(__file__).parents[1] / "docs"
 WRITTEN = "Written by `make references`; do not edit."
 INTRODUCTION = """\
-`pgprune recipes show NAME` prints one with every key filled in, `pgprune recipes copy NAME` hands one out to edit. A
-*default* is what a recipe has that does not say; the recipes that ship extend `_base`, which says some of them anew.
-The [schema](schemas/recipe.json) is JSON Schema, for editors that complete YAML; pgprune's own reader says more."""
+`pgprune recipes show NAME` prints a recipe with every key filled in, and `pgprune recipes copy NAME` copies one into a
+file to edit. The *default* applies if a recipe does not set the key. The shipped recipes extend `_base`, which sets
+some keys to other values. The [JSON Schema](schemas/recipe.json) lets editors complete and check a recipe; pgprune's
+own reader checks more."""
 JSON_INTRODUCTION = """\
 With `--json`, every command prints one JSON object on stdout; progress and errors go to stderr. The
 [schema](schemas/output.json) is a JSON Schema with a definition for each command under `$defs`, and the tests validate

@@ -23,7 +23,7 @@ def evaluate(
         str,
         typer.Argument(
             metavar="MODEL",
-            help="A run directory, an exported model, or any model as in recipes.",
+            help="A run directory, an exported model, or any model that a recipe can name.",
             autocompletion=model_names,
         ),
     ],

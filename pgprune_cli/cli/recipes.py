@@ -71,7 +71,7 @@ def new(
 def show(recipe: RecipeName, overrides: Set = None, as_json: AsJson = False) -> None:
     """Print a recipe with every default filled in.
 
-    The base recipe that it extends is merged in, as a search would read it.
+    Merges in the base recipe that it extends, as a search does.
     """
     from dataclasses import asdict
 

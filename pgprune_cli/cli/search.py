@@ -74,8 +74,8 @@ def search(
 ) -> None:
     """Search for the units to keep. Resumes automatically if a previous run was interrupted.
 
-    A MODEL (a hub name, a directory or a GGUF file) needs no recipe: `recipes new` chooses the values, and the resolved
-    recipe is in the run directory.
+    A MODEL (a hub name, a directory or a GGUF file) needs no recipe: the settings are chosen as `recipes new` chooses
+    them, and the run directory gets a copy of the resolved recipe.
     """
     loaded, run = _open(recipe, out, overrides or [], sparsity, calibration)
     if dry_run:
