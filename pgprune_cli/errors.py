@@ -35,5 +35,5 @@ def advice_on(error: OSError) -> str:
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return "; make it writable for you, or choose another place"
     if error.errno in (errno.EIO, errno.ESTALE):
-        return "; look after the disk, then run the same command again"
+        return "; check the disk, then run the same command again"
     return ""

@@ -1,9 +1,11 @@
-"""Writes the references that are no help page: of recipes, from the schema's dataclasses, their comments and those of
-`configs/_base.yaml` (docs/recipe.md, docs/schemas/recipe.json); of what --json prints, from its schema (docs/json.md).
+"""Write the recipe reference and the reference of `--json`.
+
+docs/recipe.md and docs/schemas/recipe.json come from the schema's dataclasses, their comments and the comments of
+`configs/_base.yaml`. docs/json.md comes from docs/schemas/output.json.
 
     python scripts/write_recipe_reference.py [--check]
 
-With --check it writes nothing, and fails where a file is not what the code says.
+With --check, write nothing, and fail if a file differs from what the code gives.
 """
 
 import inspect
