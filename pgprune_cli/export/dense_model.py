@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from pgprune_cli.errors import UserError
 from pgprune_cli.export.safetensors_file import DTYPES
 from pgprune_cli.model.families.adapter import ModelFamily
-from pgprune_cli.model.loading import load_model, load_tokenizer, read_config, reason_of
+from pgprune_cli.model.loading import load_model, load_tokenizer, read_config
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import PrunableModel, Shape
 from pgprune_cli.model.source import Source
+from pgprune_cli.model.weights import reason_of
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import DECISION_RECORD
 from pgprune_cli.storage.records import read_json, write_json

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from pgprune_cli.errors import UserError
 from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.model import loading
+from pgprune_cli.model import loading, weights
 from pgprune_cli.model.devices import device_map
 from pgprune_cli.model.loading import check_prunable, empty_model, load_model, load_prunable, load_tokenizer
 from pgprune_cli.model.source import resolve
@@ -92,7 +92,7 @@ def test_weights_go_straight_to_a_gpu_if_accelerate_is_installed(
         return MagicMock(), {"missing_keys": set(), "mismatched_keys": set()}
 
     monkeypatch.setattr("pgprune_cli.model.loading.devices_of", lambda device: [torch.device(device)])
-    monkeypatch.setattr("pgprune_cli.model.loading.find_spec", lambda name: installed)
+    monkeypatch.setattr("pgprune_cli.model.weights.find_spec", lambda name: installed)
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", loads)
     load_model(resolve(str(saved)), "float32", "cuda")
     load_model(resolve(str(saved)), "float32", "cpu")
@@ -133,7 +133,7 @@ def test_auto_uses_as_many_devices_as_the_weights_need(free, count, monkeypatch)
     devices, used = [torch.device("cpu"), torch.device("cpu", 0)], [torch.device("cpu")]
     monkeypatch.setattr(loading, "devices_of", lambda _: devices)
     monkeypatch.setattr(
-        loading, "device_map", lambda *args: used.append(args[-1][1]) or device_map(*args[:-1], used[:1])
+        weights, "device_map", lambda *args: used.append(args[-1][1]) or device_map(*args[:-1], used[:1])
     )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
     load_model(resolve("demo"), "bfloat16", "auto")

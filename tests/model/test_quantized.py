@@ -28,7 +28,7 @@ from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs.estimate import estimate
 from pgprune_cli.jobs.export import export, options_of
 from pgprune_cli.jobs.search import search
-from pgprune_cli.model import loading, quantized
+from pgprune_cli.model import loading, quantized, weights
 from pgprune_cli.model.families.adapter import Projection, gather_units
 from pgprune_cli.model.families.llama import LLAMA
 from pgprune_cli.model.loading import WeightFormat, empty_model, load_model, load_prunable
@@ -509,7 +509,7 @@ def test_several_devices_give_the_same_losses_as_one(monkeypatch: pytest.MonkeyP
     model_mask = single.shape.model_mask(space, torch.arange(space.n) % 3 > 0)
     tokens = torch.arange(48).view(2, 24)
     assert torch.equal(Evaluator(hooked).losses([model_mask], tokens), Evaluator(single).losses([model_mask], tokens))
-    monkeypatch.setattr(loading, "find_spec", lambda name: None)
+    monkeypatch.setattr(weights, "find_spec", lambda name: None)
     with refused("several devices", "accelerate", "pip install 'pgprune[multi-gpu]'"):
         load_model(resolve("demo"), "float32", "cpu,cpu", "int8")
 
