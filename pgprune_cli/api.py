@@ -71,7 +71,7 @@ class Pruned:
         """Write the smaller model to the new path `out` and return it. The options are those of `pgprune export`.
 
         Raises:
-            UserError: an option is wrong, or `out` exists already.
+            UserError: an option is wrong, or `out` already exists.
         """
         from pgprune_cli.jobs.export import export, options_of, target
 

@@ -29,7 +29,7 @@ def convert(source: str, target: Path) -> list[Path]:
     If the conversion fails, nothing is left. Exits with a message if `target` exists or if there are no pickles.
     """
     if target.exists():
-        sys.exit(f"{target}: exists already. Remove it or choose another directory.")
+        sys.exit(f"{target}: already exists. Remove it or choose another directory.")
     folder = Path(source)
     if not folder.is_dir():
         folder = Path(snapshot_download(source, allow_patterns=[*COPIED, PICKLES]))

@@ -43,7 +43,7 @@ def test_prune_evaluate_and_export() -> None:
     assert read_record(Path("runs/demo/evaluation.json")) == measured
     assert (model / "config.json").exists()
     assert prune("demo", SETTINGS | {"evaluation.seqlen": [64]}).decision.recipe == small.decision.recipe
-    with refused("models/small", "exists already"):
+    with refused("models/small", "already exists"):
         small.export("models/small")
     compared = small.evaluate(corpora=["demo"], seqlens=[64], max_windows=2, baselines=["demo"])
     validate("eval", compared)

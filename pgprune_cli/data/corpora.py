@@ -68,7 +68,7 @@ def hub_corpus(corpus: str) -> HubCorpus:
     if looks_local or path.count("/") != 1:
         hint = nearest(corpus, [*NAMED, "demo"]) or "."
         raise UserError(
-            f"{corpus}: there is no such file, and no corpus has this name{hint} Expected "
+            f"{corpus}: no such file or corpus{hint} Expected "
             f"{', '.join([*NAMED, 'demo'])}, a data set on the hub (owner/name or owner/name:config), or a "
             f"{EXPECTED_FILE} file."
         )

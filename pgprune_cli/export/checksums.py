@@ -44,7 +44,7 @@ def faults_of(directory: Path) -> Iterator[str]:
         if not path.is_file():
             yield f"{path}: missing. Export again."
         elif checksum(path) != expected:
-            yield f"{path}: changed since the export (its sha256 is not the one in {CHECKSUMS_FILE}). Export again."
+            yield f"{path}: changed since the export (its sha256 differs from {CHECKSUMS_FILE}). Export again."
     yield from _foreign_code(directory)
 
 
@@ -66,7 +66,7 @@ def _foreign_code(directory: Path) -> Iterator[str]:
         if expected is None:
             yield f"{path}: code that pgprune did not write. Remove it."
         elif checksum(path) != expected:
-            yield f"{path}: not the code that pgprune ships under this name. Export again."
+            yield f"{path}: differs from the code that pgprune ships under this name. Export again."
     for name in ("config.json", "tokenizer_config.json"):
         for file in _code_named_in(directory / name):
             if file not in CODE:

@@ -149,7 +149,7 @@ def _open_shard(path: Path, family: ModelFamily) -> Shard:
                 if not name.endswith(computed)
             }
     except SafetensorError as error:
-        raise UserError(f"{path}: damaged or not safetensors ({error}). Fetch the model again.") from None
+        raise UserError(f"{path}: damaged or not safetensors ({error}). Fetch the model's files again.") from None
     return Shard(tensors, reader)
 
 
@@ -203,7 +203,7 @@ def _check_sizes(name: str, base: DenseModel, model_mask: ModelMask) -> None:
     if decided != base.shape.units:
         units = " or ".join(block.unit_name for block in base.shape.family.blocks)
         raise UserError(
-            f"{name}: has other numbers of layers, {units} than {DECISION_RECORD}. "
+            f"{name}: its number of layers, {units} differs from {DECISION_RECORD}. "
             "Export the run that searched this model."
         )
 
@@ -217,5 +217,5 @@ def _check_tensors(name: str, base: DenseModel, model: nn.Module) -> None:
         if key not in stored or stored[key].shape != tensor.shape:
             fault = "is missing" if key not in stored else f"has the shape {tuple(stored[key].shape)}"
             raise UserError(
-                f"{name}: the tensor {key} {fault}. By config.json it should have the shape {tuple(tensor.shape)}."
+                f"{name}: the tensor {key} {fault}. According to config.json, its shape is {tuple(tensor.shape)}."
             )

@@ -35,7 +35,7 @@ def fault_of(path: Path) -> str:
         file.seek(position)
         if file.read(len(EMPTY)) == digest.encode():
             return ""
-    return f"{path}: changed since the export (its sha256 is not the one under {KEY}). Export again."
+    return f"{path}: changed since the export (its sha256 differs from {KEY}). Export again."
 
 
 def _digest(path: Path) -> tuple[int, str]:

@@ -121,7 +121,7 @@ class Layout:
         gguf_name: str | None = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
             raise UserError(
-                f"--format gguf: the {self.architecture} architecture has no place for the tensor {name}. "
+                f"--format gguf: the {self.architecture} architecture cannot store the tensor {name}. "
                 "Export the model with --format hf."
             )
         return gguf_name
@@ -134,7 +134,7 @@ def _architecture(model_type: str, surgery: Surgery) -> str:
     if uniform and (architectures.equal in LIKE_LLAMA or not surgery.new_biases):
         return architectures.equal
     if architectures.unequal is None:
-        reason = "with output biases, which the repair fitted" if uniform else "whose layers have different sizes"
+        reason = "with the output biases that the repair fitted" if uniform else "whose layers have different sizes"
         raise UserError(
             f"--format gguf: llama.cpp has no architecture for a {model_type} model {reason}. "
             "Export it with --format hf."
@@ -174,7 +174,7 @@ def _rope(config: Any, head_dim: int, architecture: str) -> Rope:
         return Rope()
     if kind not in STATIC_ROPE or architecture not in LIKE_LLAMA or partial:
         raise UserError(
-            f"--format gguf: the {architecture} architecture has no place for rope_parameters of type {kind}"
+            f"--format gguf: the {architecture} architecture cannot store rope_parameters of type {kind}"
             f"{' with a partial_rotary_factor' if partial else ''}. Export it with --format hf."
         )
     frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))

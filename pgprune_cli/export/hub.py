@@ -13,7 +13,7 @@ def check_name(name: str) -> None:
     from huggingface_hub.utils import validate_repo_id
 
     if "/" not in name:
-        raise UserError(f"--push {name}: not OWNER/NAME. Write for example my-name/{name or 'my-model'}.")
+        raise UserError(f"--push {name}: expected OWNER/NAME, such as my-name/{name or 'my-model'}.")
     try:
         validate_repo_id(name)
     except HFValidationError as error:

@@ -138,7 +138,7 @@ def prepare(
 def check_new(out: Path, directory: bool) -> None:
     """Raise UserError if an export to `out` would replace something. An empty directory may become the export."""
     if out.exists() and not (directory and out.is_dir() and not any(out.iterdir())):
-        fault = "exists already and is not an empty directory" if directory else "exists already"
+        fault = "already exists and is not an empty directory" if directory else "already exists"
         raise UserError(f"{out}: {fault}. Choose another name or remove it.")
 
 

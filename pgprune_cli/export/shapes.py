@@ -93,7 +93,9 @@ def runtime_shapes(model_mask: ModelMask, requirements: ShapeRequirements) -> Ru
     """
     layers = tuple(i for i, layer in enumerate(model_mask) if layer.attention.any() or layer.ffn.any())
     if not layers:
-        raise UserError(f"{DECISION_RECORD}: keeps nothing, so there is no model to write. Search at a lower sparsity.")
+        raise UserError(
+            f"{DECISION_RECORD}: keeps no units, so there is no model to write. Search at a lower sparsity."
+        )
     written = list(model_mask)
     for index in layers:
         needs_head = requirements.attention == "every" or (requirements.attention == "first" and index == layers[0])

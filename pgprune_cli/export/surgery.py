@@ -38,13 +38,14 @@ class TensorEdit:
         result = exact.to(self.dtype).contiguous()
         if not exact.isfinite().all():
             raise UserError(
-                f"{self.source}: holds NaN or infinity, in the model's files or in its repair. Fetch the model again."
+                f"{self.source}: holds NaN or infinity, in the model's files or in its repair. "
+                "Fetch the model's files again."
             )
         if exact.dtype != self.dtype and not result.isfinite().all():
             dtype, largest = str(self.dtype).removeprefix("torch."), torch.finfo(self.dtype).max
             raise UserError(
-                f"{self.name}: has weights of up to {float(exact.abs().max()):.4g}, but {dtype} ends at {largest:.4g}. "
-                "Export with --dtype bfloat16 or float32."
+                f"{self.name}: has weights of up to {float(exact.abs().max()):.4g}, but {dtype} only goes up to "
+                f"{largest:.4g}. Export with --dtype bfloat16 or float32."
             )
         return result
 

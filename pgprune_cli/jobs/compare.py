@@ -75,8 +75,8 @@ class EvaluationConditions:
 def _difference(key: str, recorded: Any, current: Any) -> str:
     """Describe how two values of a condition differ."""
     if key == "max_windows":
-        with_recorded = "without --max-windows" if recorded is None else f"with --max-windows {recorded}"
-        return f"{with_recorded}, not {'without it' if current is None else f'with {current}'}"
+        before, now = ("without --max-windows" if n is None else f"with --max-windows {n}" for n in (recorded, current))
+        return f"{before}, not {now}"
     if key == "dtype":
         return f"with dtype {recorded}, not {current}"
     if key == "seqlen":
@@ -84,7 +84,7 @@ def _difference(key: str, recorded: Any, current: Any) -> str:
     before, now = ([name for name, _ in texts] for texts in (recorded, current))
     if before == now:
         changed = next(old[0] for old, new in zip(recorded, current, strict=True) if old != new)
-        return f"on another text of {changed}"
+        return f"on another version of the text {changed}"
     return f"on evaluation.corpora [{', '.join(before)}], not [{', '.join(now)}]"
 
 

@@ -68,7 +68,7 @@ def _memory(recipe: Recipe, weights: _Weights, devices: Iterable[device]) -> Fin
     else:
         format, needed = recipe.weight_format, weights.parameters
     free = sum(free_memory(str(device)) for device in devices)
-    state = f"the weights take {gigabytes(needed)} in {format}, of {gigabytes(free)} free on {recipe.device}"
+    state = f"the weights take {gigabytes(needed)} in {format}, {recipe.device} has {gigabytes(free)} free"
     ways = "Use a smaller model, dtype: bfloat16, weight_format: int8, or several devices (device: cuda:0,cuda:1)."
     return finding("memory", state, ways if needed > free else "")
 

@@ -58,7 +58,7 @@ def options_of(
         raise UserError(f"--shard-size {shard_size}: --format {format} writes a single file. Leave this option out.")
     size = re.fullmatch(r"(\d+(?:\.\d+)?)([KMG]?)B", shard_size.upper())
     if size is None or not float(size[1]):
-        raise UserError(f"--shard-size {shard_size}: not a size. Write for example 500MB or 5GB.")
+        raise UserError(f"--shard-size {shard_size}: expected a size such as 500MB or 5GB.")
     return Options(requirements, dtype, int(float(size[1]) * UNITS[size[2]]))
 
 

@@ -153,7 +153,7 @@ def _hub() -> Finding:
         return finding("hub", "offline (HF_HUB_OFFLINE is set): only cached and local files can be used")
     if get_token():
         return finding("hub", "logged in")
-    return finding("hub", "not logged in, which gated models need (hf auth login)")
+    return finding("hub", "not logged in (gated models need it: hf auth login)")
 
 
 def free_memory(device: str) -> int:

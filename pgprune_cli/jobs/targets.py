@@ -109,7 +109,10 @@ def _open_run(name: str, dtype: str | None, device: str | None, uses_recipe: boo
     recipe = load(run / RECIPE_FILE)
     source = resolve(recipe.model)
     if source.fingerprint() != decision.fingerprint:
-        raise UserError(f"{name}: {recipe.model} is not the model that was searched. Its files have changed.")
+        raise UserError(
+            f"{name}: {recipe.model} is not the model that was searched, because its files have changed. "
+            "Restore them or search again."
+        )
     if uses_recipe:
         Corpus.of(recipe.evaluation)
     with progress.working(f"loading {name}"):

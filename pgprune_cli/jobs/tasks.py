@@ -57,10 +57,11 @@ def _load_task(name: str, manager: Any) -> Any:
     is_file = Path(name).is_file()
     if not is_file and name not in manager.all_tasks:
         hint = nearest(name, manager.all_tasks) or "."
-        raise UserError(f"--tasks {name}: not a file, and not a task that `lm_eval ls tasks` lists{hint}")
+        raise UserError(f"--tasks {name}: no such file or task{hint} `lm_eval ls tasks` lists the tasks.")
     if is_file and re.search(r"^group:", Path(name).read_text(errors="replace"), re.MULTILINE):
         raise UserError(
-            f"--tasks {name}: a group, which the harness only reads by name. Give the files of its tasks instead."
+            f"--tasks {name}: this is a group, but lm_eval loads groups only by name. "
+            "Give the files of its tasks instead."
         )
     try:
         return manager.load([name])

@@ -59,7 +59,7 @@ def select_variants(recipe: Recipe, only: Sequence[str]) -> list[Variant]:
     names = [variant.name for variant in variants]
     if unknown := sorted(set(only) - set(names)):
         hint = nearest(unknown[0], names, most=3) or "."
-        raise UserError(f"--only {unknown[0]}: there is no such variant{hint} Expected one of {', '.join(names)}.")
+        raise UserError(f"--only {unknown[0]}: no such variant{hint} Expected one of {', '.join(names)}.")
     return [variant for variant in variants if not only or variant.name in only]
 
 

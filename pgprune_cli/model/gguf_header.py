@@ -99,7 +99,7 @@ class _HeaderReader:
             return
         kind, count = self._number(U32), self._number(U64)
         if count > MAX_ENTRIES:
-            raise _HeaderError(f"{name!r} is a list of {count:,} entries, but at most {MAX_ENTRIES:,} are read")
+            raise _HeaderError(f"{name!r} is a list of {count:,} entries, but at most {MAX_ENTRIES:,} are supported")
         self._skip_values(name, kind, count)
 
     def _skip_values(self, name: str, kind: int, count: int) -> None:

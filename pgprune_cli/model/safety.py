@@ -28,7 +28,7 @@ def refuse_links_out(name: str, directory: Path) -> None:
         target = Path(os.path.realpath(path))
         if path.is_symlink() and not any(target.is_relative_to(folder) for folder in allowed):
             raise UserError(
-                f"{name}: {path} is a symbolic link out of the model's directory, to {target}. "
+                f"{name}: {path} is a symbolic link to {target}, outside the model's directory. "
                 "Replace it with a copy of the file."
             )
 
@@ -71,4 +71,4 @@ def check_gguf(name: str, path: Path) -> None:
         )
     family_of(header.architecture)
     if header.layers > MAX_LAYERS:
-        raise UserError(f"{path}: has {header.layers:,} layers. At most {MAX_LAYERS} are read.")
+        raise UserError(f"{path}: has {header.layers:,} layers, but at most {MAX_LAYERS} are supported.")

@@ -89,7 +89,7 @@ def read_quantized(
 def reason_of(error: Exception) -> str:
     """Return why a loader failed, in words that fit this program: it has no argument `trust_remote_code`."""
     if "trust_remote_code" in str(error):
-        return "it needs code of its own (auto_map), which pgprune does not run"
+        return "it needs custom code (auto_map), which pgprune does not run"
     return in_short(error)
 
 
@@ -131,9 +131,7 @@ def _place(model: nn.Module, devices: list[torch.device]) -> nn.Module:
     if len(devices) == 1:
         return model.to(devices[0])
     if not find_spec("accelerate"):
-        raise UserError(
-            "device: several devices need accelerate, which is not installed. pip install 'pgprune[multi-gpu]'"
-        )
+        raise UserError("device: several devices need accelerate. Install it with: pip install 'pgprune[multi-gpu]'")
     from accelerate import dispatch_model
 
     placed: nn.Module = dispatch_model(model, _device_map(model, devices))
@@ -161,7 +159,7 @@ def _refuse_mismatches(source: Source, missing: Iterable[str], mismatched: Itera
     if by_name := sorted(mismatched):
         name, stored, expected = by_name[0]
         raise UserError(
-            f"{source.name}: {_count(by_name, 'weight')} of another shape than config.json says. The first is {name}, "
+            f"{source.name}: {_count(by_name, 'weight')} not of the shape that config.json gives. The first is {name}: "
             f"{tuple(stored)} instead of {tuple(expected)}. Fetch the model's files again."
         )
     if names := sorted(missing):

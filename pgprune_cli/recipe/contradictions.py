@@ -73,6 +73,6 @@ def _of_weight_format(recipe: Recipe) -> Iterator[str]:
         )
     if weight_format == "fp8" and recipe.budget.measure == "latency":
         yield (
-            "budget.measure: with weight_format fp8 the latency of fp8 products would be measured, but exports do not "
+            "budget.measure: with weight_format fp8, latency would be measured on fp8 products, but exports do not "
             "use fp8. Set weight_format to full or int8."
         )

@@ -83,7 +83,7 @@ def distill(settings: DistillationSettings) -> None:
         UserError: `out` exists, the teacher has another vocabulary, or the text is shorter than one batch.
     """
     if settings.out.exists():
-        raise UserError(f"{settings.out}: this path exists already. Choose another output directory.")
+        raise UserError(f"{settings.out}: already exists. Choose another output directory.")
     source = resolve(settings.model)
     tokenizer = load_tokenizer(source)
     student = load_model(source, "auto", "cpu")
@@ -118,8 +118,8 @@ def _require_same_vocabulary(settings: DistillationSettings, student: Any, teach
     student_size, teacher_size = student.config.vocab_size, teacher.config.vocab_size
     if student_size != teacher_size:
         raise UserError(
-            f"{settings.teacher}: this is not the dense model of {settings.model}: their vocabularies hold "
-            f"{teacher_size:,} and {student_size:,} tokens. Give the model it was pruned from as the teacher."
+            f"{settings.teacher}: has {teacher_size:,} tokens in its vocabulary, but {settings.model} has "
+            f"{student_size:,}. Give the model that {settings.model} was pruned from as the teacher."
         )
 
 

@@ -46,7 +46,7 @@ def _refuse_impossible(recipe: Recipe, space: MaskSpace, budget: Budget) -> None
     for constraint, needed in zip(budget, budget.needed(space), strict=True):
         if needed > constraint.kept:
             raise UserError(
-                f"budget.min_keep: {settings.min_keep} of every layer, in whole units{multiple}, takes "
+                f"budget.min_keep: {settings.min_keep} of every layer, rounded up to whole units{multiple}, takes "
                 f"{needed / constraint.total:.1%} of the {settings.measure} ({constraint.name}), but budget.sparsity "
                 f"{settings.sparsity} leaves {constraint.kept / constraint.total:.1%}. Lower one of them."
             )
@@ -63,8 +63,8 @@ def _refuse_impossible(recipe: Recipe, space: MaskSpace, budget: Budget) -> None
             for count, cost, kept in zip(family.counts, family.costs, _kept_by_layer(space, budget, "ffn"), strict=True)
         ):
             raise UserError(
-                f"budget.ffn_multiple: not even {settings.ffn_multiple} channels of one layer fit into what "
-                f"budget.sparsity {settings.sparsity} leaves. Lower one of them."
+                f"budget.ffn_multiple: budget.sparsity {settings.sparsity} leaves no room for even "
+                f"{settings.ffn_multiple} channels of one layer. Lower one of them."
             )
 
 

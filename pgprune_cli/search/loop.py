@@ -142,7 +142,7 @@ def _refuse_overflow(problem: Problem, loop: LoopState) -> None:
     recipe = problem.context.recipe
     if loop.bad_steps >= min(BAD_STEPS, recipe.search.steps):
         raise RunError(
-            f"step {loop.step}: no finite loss in {loop.bad_steps} steps: the model overflows in {recipe.dtype}. "
+            f"step {loop.step}: no finite loss in {loop.bad_steps} steps, so the model overflows in {recipe.dtype}. "
             "Try dtype float32 or bfloat16, or a lower sparsity."
         )
 

@@ -61,7 +61,7 @@ def load_or_compute_scores(context: SearchContext) -> Scores:
     scores = Scores.load(run)
     if scores.fingerprint != context.fingerprint:
         raise UserError(
-            f"{run / SCORES_FILE}: these are scores of another model than {context.recipe.model}. "
+            f"{run / SCORES_FILE}: the scores belong to another model, not to {context.recipe.model}. "
             "Run `pgprune init-scores` again."
         )
     return scores

@@ -39,7 +39,7 @@ class Tracker(Protocol):
 def check_installed(name: TrackerName) -> None:
     """Raise UserError for a tracker whose package is not installed."""
     if find_spec(MODULES[name]) is None:
-        raise UserError(f"--tracker {name} needs {MODULES[name]}: pip install 'pgprune[{name}]'")
+        raise UserError(f"--tracker {name}: needs {MODULES[name]}. Install it with: pip install 'pgprune[{name}]'")
 
 
 @contextmanager

@@ -370,7 +370,7 @@ def test_export_never_overwrites(pgprune) -> None:
     Path("there/file").touch()
     code, _, err = pgprune("export", "runs/demo", "--out", "there", "--quiet")
     assert code == 2
-    says(err, "there: exists already")
+    says(err, "there: already exists")
     assert [path.name for path in Path("there").iterdir()] == ["file"]
 
 

@@ -236,7 +236,7 @@ def test_values_beyond_float16_are_refused_and_leave_nothing_behind(tmp_path):
     model = saved("llama-gqa", tmp_path / "base")
     model.model.layers[3].mlp.up_proj.weight[:] = 1e5
     model.save_pretrained(tmp_path / "base")
-    with refused("blk.3.ffn_up.weight: ", "1e+05", "float16 ends at 6.55e+04"):
+    with refused("blk.3.ffn_up.weight: ", "1e+05", "float16", "6.55e+04"):
         export(tmp_path / "base", tmp_path / "out.gguf", draw(ALIKE), "float16")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
@@ -319,7 +319,7 @@ UNEQUAL = DECISIONS["mixed sizes"]
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
             ("qwen2", "rope_parameters of type linear"),
         ),
-        ("llama-gqa", [(0, 0)] * LAYERS, {}, ("keeps nothing",)),
+        ("llama-gqa", [(0, 0)] * LAYERS, {}, ("keeps no units",)),
     ],
     ids=["qwen3-unequal", "gelu", "dynamic-rope", "qwen2-linear-rope", "nothing-kept"],
 )
@@ -372,7 +372,7 @@ def test_existing_files_other_models_and_full_disks_are_refused(tmp_path, monkey
     saved("llama-gqa", tmp_path / "base")
     model_mask = draw(ALIKE)
     (tmp_path / "there.gguf").touch()
-    with refused(f"{tmp_path / 'there.gguf'}: exists already"):
+    with refused(f"{tmp_path / 'there.gguf'}: already exists"):
         export(tmp_path / "base", tmp_path / "there.gguf", model_mask)
     decision = decide(tmp_path / "base", model_mask)
     tiny_model("llama-gqa", seed=1).save_pretrained(tmp_path / "base")

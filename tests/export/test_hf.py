@@ -283,10 +283,10 @@ def test_an_existing_target_is_refused(llama, tmp_path):
     model_mask = draw(DECISIONS["mixed sizes"])
     (tmp_path / "out").mkdir()
     export(base, tmp_path / "out", model_mask)
-    with refused(f"{tmp_path / 'out'}: exists already"):
+    with refused(f"{tmp_path / 'out'}: already exists"):
         export(base, tmp_path / "out", model_mask)
     (tmp_path / "file").touch()
-    with refused(f"{tmp_path / 'file'}: exists already"):
+    with refused(f"{tmp_path / 'file'}: already exists"):
         export(base, tmp_path / "file", model_mask)
 
 
@@ -325,9 +325,9 @@ def test_another_model_than_the_searched_one_is_refused(llama, tmp_path):
 
 def test_a_decision_of_other_sizes_or_without_units_is_refused(llama, tmp_path):
     _, base = llama
-    with refused(str(base), "other numbers of layers", "decision.json"):
+    with refused(str(base), "number of layers", "decision.json"):
         export(base, tmp_path / "out", draw(DECISIONS["mixed sizes"])[:3])
-    with refused("decision.json: keeps nothing"):
+    with refused("decision.json: keeps no units"):
         export(base, tmp_path / "out", draw([(0, 0)] * LAYERS))
 
 
@@ -471,7 +471,7 @@ def test_weights_that_the_dtype_cannot_hold_are_refused(llama, tmp_path):
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = 1e6
     model.save_pretrained(base)
     model_mask = draw([(4, 24)] * LAYERS)
-    with refused("model.layers.1.mlp.up_proj.weight: ", "1e+06", "float16 ends at 6.55e+04", "--dtype"):
+    with refused("model.layers.1.mlp.up_proj.weight: ", "1e+06", "float16", "6.55e+04", "--dtype"):
         export(base, tmp_path / "out", model_mask, dtype="float16")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
     export(base, tmp_path / "out", model_mask, dtype="bfloat16")

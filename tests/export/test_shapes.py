@@ -45,7 +45,7 @@ def test_padding_is_the_least_that_meets_the_requirements(
     model_mask: ModelMask, requirements: ShapeRequirements
 ) -> None:
     if is_empty(model_mask):
-        with pytest.raises(UserError, match="keeps nothing"):
+        with pytest.raises(UserError, match="keeps no units"):
             runtime_shapes(model_mask, requirements)
         return
     shapes = runtime_shapes(model_mask, requirements)
@@ -95,7 +95,7 @@ def test_combined_requirements_meet_both(
 
 
 def test_a_decision_that_keeps_nothing_is_refused() -> None:
-    with refused("decision.json", "keeps nothing"):
+    with refused("decision.json", "keeps no units"):
         runtime_shapes(keep((0, 0), (0, 0)), ShapeRequirements())
 
 

@@ -86,7 +86,7 @@ def test_measurements_with_other_conditions_are_refused(compared, tmp_path) -> N
     tales, other = tmp_path / "tales.txt", tmp_path / "other.txt"
     with refused(dense, "evaluation.seqlen [32], not [64]"):
         compared("evaluation.seqlen=[64]")
-    with refused(dense, "another text of tales"):
+    with refused(dense, "another version of the text tales"):
         compared(f"evaluation.corpora=[tales={other}]")
     with refused(dense, "[tales], not [demo]"):
         compared("evaluation.corpora=[demo]")
@@ -94,7 +94,7 @@ def test_measurements_with_other_conditions_are_refused(compared, tmp_path) -> N
         compared(f"evaluation.corpora=[tales={tales},demo]")
     compared("device=cpu")
     tales.write_text("Another tale. " * 50)
-    with refused(dense, "another text of tales"):
+    with refused(dense, "another version of the text tales"):
         compared()
 
 
@@ -129,7 +129,7 @@ def test_conditions_are_read_back_and_the_order_of_texts_matters(tmp_path) -> No
     conditions = EvaluationConditions([["tales", "1"], ["tales", "2"]], [32], "float32", None)
     conditions.write(tmp_path / MEASURED_FILE, {"parameters": 7})
     assert conditions.read(tmp_path / MEASURED_FILE) == {"parameters": 7, "max_windows": None}
-    with refused("another text of tales"):
+    with refused("another version of the text tales"):
         replace(conditions, texts=conditions.texts[::-1]).read(tmp_path / MEASURED_FILE)
     with refused("without --max-windows"):
         replace(conditions, max_windows=3).read(tmp_path / MEASURED_FILE)

@@ -191,7 +191,7 @@ def test_an_existing_target_is_refused_before_planning(format, out, run, pgprune
     Path(out, "file" if format != "gguf" else "").touch()
     code, _, err = pgprune("export", str(run), "--format", format, "--out", out)
     assert code == 2
-    assert err.startswith(f"pgprune: {out}: exists already")
+    assert err.startswith(f"pgprune: {out}: already exists")
     assert err.count("\n") == 1
 
 

@@ -26,7 +26,7 @@ def test_an_unsupported_model_type_is_refused() -> None:
 
 
 def test_a_model_that_is_pruned_already_is_refused() -> None:
-    with refused("pruned already"):
+    with refused("already pruned"):
         family_of("pruned_llama")
     assert family_of_export("pruned_llama") is family_of("llama")
 

@@ -56,7 +56,7 @@ def test_distill_improves_the_model_and_keeps_its_shape_and_files(
 
 def test_distill_refuses_an_output_that_exists(script, tmp_path: Path, monkeypatch) -> None:
     words = ["demo", "--teacher", "demo", "--text", "demo", "--out", str(tmp_path)]
-    says(refusal_of(script, words, monkeypatch), "distill:", str(tmp_path), "exists already")
+    says(refusal_of(script, words, monkeypatch), "distill:", str(tmp_path), "already exists")
 
 
 def test_distill_refuses_a_teacher_with_another_vocabulary(script, tmp_path: Path, monkeypatch) -> None:

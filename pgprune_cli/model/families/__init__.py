@@ -16,7 +16,7 @@ def family_of(model_type: str) -> ModelFamily:
         if model_type in family.model_types:
             return family
     if model_type.startswith("pruned_"):
-        raise UserError("the model is pruned already. Prune the model it was made from, with another sparsity.")
+        raise UserError("the model is already pruned. Prune the original model with another sparsity.")
     supported = ", ".join(name for family in FAMILIES for name in family.model_types)
     raise UserError(f"model type {model_type!r} is not supported. pgprune prunes {supported}.")
 
