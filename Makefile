@@ -23,8 +23,9 @@ test: check
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 	$(BIN)/python scripts/audit.py --venv $(AUDIT) --report
 
-# Rewrite the snapshot of error messages in tests/messages. One process, because all tests write the same files.
+# Write the snapshot of error messages anew. One process, because all tests write the same file.
 messages: $(BIN)/.dev
+	rm -f tests/messages.json
 	UPDATE_MESSAGES=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
 
 soak: $(BIN)/.dev

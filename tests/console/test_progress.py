@@ -1,17 +1,17 @@
-"""What a person sees of a search."""
+"""What the user sees of a search."""
 
 from __future__ import annotations
 
 import io
 import re
-from contextlib import suppress
-from itertools import pairwise
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import pytest
 from helpers.recipes import WIDTH_SEARCH
 from rich.console import Console
 
-from pgprune_cli.console.progress import SILENT, Bar, Progress, StderrProgress
+from pgprune_cli.console.progress import SILENT, LayerProgress, Progress, StderrProgress
 from pgprune_cli.errors import RunError
 from pgprune_cli.jobs.search import search
 from pgprune_cli.run.history import Row
@@ -22,18 +22,18 @@ def row(step: int, losses: list[float | None], heldout: float | None = None, ski
     return Row(step, losses, 3.0, 0.01, 9.0, heldout, skipped, 1234.5, 2_500_000_000, 60.0 + step, None)
 
 
-LAYER = "a layer"
+BUDGET = "removing 50% of parameters"
 UNITS = {"attention": [4, 4], "ffn": [24, 24]}
 
 
-def run_of(steps: int, progress: Progress = StderrProgress()) -> None:
-    with SearchProgress(steps, UNITS, "50% of parameters go", progress=progress) as view:
+def show_steps(steps: int, progress: Progress) -> None:
+    with SearchProgress(steps, UNITS, BUDGET, progress=progress) as view:
         for step in range(1, steps + 1):
             view.show(row(step, [3.0, 3.5], heldout=2.75 if step == 1 else None))
 
 
-def test_elsewhere_than_on_a_terminal_a_search_is_a_few_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    run_of(1000)
+def test_in_a_pipe_a_search_prints_a_few_plain_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    show_steps(1000, StderrProgress())
     out, err = capsys.readouterr()
     lines = err.split("\n")
     assert out == ""
@@ -45,13 +45,13 @@ def test_elsewhere_than_on_a_terminal_a_search_is_a_few_plain_lines(capsys: pyte
     assert "" not in lines[:-1]
 
 
-def test_a_short_search_says_every_step(capsys: pytest.CaptureFixture[str]) -> None:
-    run_of(4)
+def test_a_short_search_prints_every_step(capsys: pytest.CaptureFixture[str]) -> None:
+    show_steps(4, StderrProgress())
     assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["1/4", "2/4", "3/4", "4/4"]
 
 
 def test_silent_progress_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    run_of(20, SILENT)
+    show_steps(20, SILENT)
     with SILENT.working("loading"), SILENT.layers("scoring", 2) as layers, SILENT.writing("writing", 3) as advance:
         layers.batches_done(1, 1)
         layers.layer_done()
@@ -60,40 +60,41 @@ def test_silent_progress_prints_nothing(capsys: pytest.CaptureFixture[str]) -> N
     assert capsys.readouterr() == ("", "")
 
 
-def test_bad_losses_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
-    with SearchProgress(2, UNITS, "50% of parameters go", progress=StderrProgress()) as progress:
+def test_losses_that_are_not_finite_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    with SearchProgress(2, UNITS, BUDGET, progress=StderrProgress()) as progress:
         progress.show(row(1, [None, 4.0], heldout=3.0, skipped=1))
         progress.show(row(2, [None, None], skipped=3))
     first, second = capsys.readouterr().err.splitlines()
     assert first.startswith("step 1/2 loss 4.000 held-out 3.000 ")
     assert " skipped 1 " in first
-    assert second.startswith("step 2/2 loss bad held-out 3.000 ")
+    assert second.startswith("step 2/2 loss not finite held-out 3.000 ")
     assert " skipped 3 " in second
 
 
 @pytest.fixture
 def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
-    """What a terminal of 80 columns without colours is sent."""
+    """What a terminal of 80 columns without colours receives."""
     written = io.StringIO()
     terminal = Console(file=written, force_terminal=True, force_interactive=True, width=80, no_color=True)
-    monkeypatch.setattr("pgprune_cli.console.progress.Console", lambda **_: terminal)
+    for module in ("console", "search"):
+        monkeypatch.setattr(f"pgprune_cli.{module}.progress.Console", lambda **_: terminal)
     monkeypatch.delenv("CI", raising=False)
     return written
 
 
-def test_on_a_terminal_a_picture_lives(screen: io.StringIO) -> None:
-    run_of(3)
+def test_on_a_terminal_a_live_view_is_drawn(screen: io.StringIO) -> None:
+    show_steps(3, StderrProgress())
     last = screen.getvalue().split("3/3")[-1]
-    for part in ("3.250", "2.750", "50% of parameters go", "1,234 tok/s", "2.5 GB", "nothing saved yet"):
+    for part in ("3.250", "2.750", BUDGET, "1,234 tok/s", "2.5 GB", "not saved yet"):
         assert part in last
 
 
 @pytest.mark.parametrize("variable", ["CI", "TERM"])
-def test_in_a_log_or_on_a_dumb_terminal_lines_stay_plain(variable, monkeypatch, capsys) -> None:
+def test_in_a_log_or_on_a_dumb_terminal_lines_are_plain(variable, monkeypatch, capsys) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # as a CI that shows colours sets it
     monkeypatch.delenv("CI", raising=False)
     monkeypatch.setenv(variable, {"CI": "true", "TERM": "dumb"}[variable])
-    run_of(3)
+    show_steps(3, StderrProgress())
     lines = capsys.readouterr().err.splitlines()
     assert [line.split()[1] for line in lines] == ["1/3", "2/3", "3/3"]
     assert not any("\x1b" in line for line in lines)
@@ -137,14 +138,42 @@ def test_what_goes_through_all_layers_before_the_first_is_counted_too(screen: io
     assert "3/30 layers" in screen.getvalue().split(text)[-1]
 
 
-def test_scoring_tabulating_and_repairing_move_before_their_first_layer(small, tmp_path, monkeypatch) -> None:
-    told: list[object] = []
-    monkeypatch.setattr(Bar, "batches_done", lambda _, done, of: told.append((done, of)))
-    monkeypatch.setattr(Bar, "layer_done", lambda *_: told.append(LAYER))
-    search(small(*WIDTH_SEARCH), tmp_path / "run", StderrProgress())
-    firsts = [before for before, now in pairwise(told) if now == LAYER != before]
-    assert len(firsts) == 3
-    assert all(done == of for done, of in firsts)
+class CountedLayers(LayerProgress):
+    """Records the kinds of reports in order: "layer", or "batches", or "all batches"."""
+
+    def __init__(self, reports: list[str]) -> None:
+        self.reports = reports
+
+    def layer_done(self) -> None:
+        self.reports.append("layer")
+
+    def batches_done(self, done: int, total: int) -> None:
+        self.reports.append("all batches" if done == total else "batches")
+
+
+class CountedProgress(Progress):
+    """Records the reports of all work that goes through the layers, by its text."""
+
+    def __init__(self) -> None:
+        self.reports: dict[str, list[str]] = {}
+
+    @contextmanager
+    def layers(self, text: str, total: int, done: int = 0) -> Iterator[LayerProgress]:
+        yield CountedLayers(self.reports.setdefault(text, []))
+
+
+def test_scores_width_table_and_repair_report_all_batches_before_their_first_layer(small, tmp_path) -> None:
+    progress = CountedProgress()
+    search(small(*WIDTH_SEARCH), tmp_path / "run", progress=progress)
+    assert len(progress.reports) == 3
+    for reports in progress.reports.values():
+        assert reports[reports.index("layer") - 1] == "all batches"
+        assert "layer" not in reports[: reports.index("all batches")]
+
+
+def test_search_is_silent_by_default(small, tmp_path, capfd) -> None:
+    search(small(*WIDTH_SEARCH), tmp_path / "run")
+    assert capfd.readouterr() == ("", "")
 
 
 def test_layers_are_one_line_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:

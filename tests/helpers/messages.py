@@ -1,7 +1,7 @@
-"""Error messages: tests assert the key facts, and `tests/messages/` holds the full wording.
+"""Error messages: tests assert the key facts, and `tests/messages.json` holds the full wording.
 
 So that a sentence can be improved in one place, no test quotes it. `refused` and `says` check the facts (file, key,
-value) and compare the whole message with the snapshot. `UPDATE_MESSAGES=1 make test` writes the snapshot anew.
+value) and compare the whole message with the snapshot. `make messages` writes the snapshot anew.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pytest
 from pgprune_cli.errors import UserError
 
 TESTS = Path(__file__).parents[1]
-SNAPSHOTS = TESTS / "messages"
+SNAPSHOT = TESTS / "messages.json"
 UPDATING = bool(os.environ.get("UPDATE_MESSAGES"))
 
 _counts: Counter[str] = Counter()
@@ -40,15 +40,13 @@ def says(message: str, *facts: str) -> None:
     test = os.environ["PYTEST_CURRENT_TEST"].rpartition(" (")[0].removeprefix("tests/")
     _counts[test] += 1
     key = test if _counts[test] == 1 else f"{test} #{_counts[test]}"
-    path = SNAPSHOTS / f"{test.split('::')[0].split('/')[0].removesuffix('.py')}.json"
-    snapshot = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    snapshot = json.loads(SNAPSHOT.read_text(encoding="utf-8")) if SNAPSHOT.exists() else {}
     lines = without_places(message).splitlines()
     if UPDATING:
-        path.parent.mkdir(exist_ok=True)
         snapshot = dict(sorted((snapshot | {key: lines}).items()))
-        path.write_text(json.dumps(snapshot, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        SNAPSHOT.write_text(json.dumps(snapshot, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return
-    assert snapshot.get(key) == lines, f"not the message in {path.name}; UPDATE_MESSAGES=1 rewrites it: {message}"
+    assert snapshot.get(key) == lines, f"not the message in {SNAPSHOT.name}, which `make messages` rewrites: {message}"
 
 
 def without_places(message: str) -> str:

@@ -98,7 +98,7 @@ def test_group_with_metrics_of_its_own_is_one_row_per_metric(harness, task: Path
 
 def test_load_tasks_refuses_the_file_of_a_group(harness, tmp_path: Path) -> None:
     (tmp_path / "both.yaml").write_text("group: both\ntask: [one, other]\n")
-    with refused("both.yaml: a group", "by name"):
+    with refused("both.yaml", "a group", "by name"):
         load_tasks([str(tmp_path / "both.yaml")])
 
 
