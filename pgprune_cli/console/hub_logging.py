@@ -1,4 +1,4 @@
-"""The hub's client tells of every retry; what failed in the end is said once, by whoever asked."""
+"""The hub's client logs every retry. pgprune reports a failure once, where it asked for the file."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_hub() -> Iterator[None]:
+    """Let the hub's client log only errors for as long as the `with` lasts."""
     from huggingface_hub.utils import logging
 
     before = logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""Standard error as a run needs it: that nobody reads it any more, behind a closed terminal or pipe, stops nothing."""
+"""Standard error for long runs: if the terminal or pipe behind it is closed, the run goes on."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TextIO, cast
 
 
 class Stderr(io.TextIOBase):
-    """Writes to whatever `sys.stderr` is; once that fails, to nowhere."""
+    """Writes to the current `sys.stderr`. Once that fails, writes go nowhere."""
 
     def write(self, text: str) -> int:
         stream = _stream()
@@ -18,7 +18,7 @@ class Stderr(io.TextIOBase):
             stream.flush()
         except OSError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())  # what is left in its buffer goes there too
+            os.dup2(nowhere, stream.fileno())  # what is left in the buffer goes there too
             os.close(nowhere)
         return len(text)
 
@@ -34,7 +34,7 @@ class Stderr(io.TextIOBase):
 
 
 def _stream() -> TextIO:
-    """Not the one that rich puts in its place while a bar is drawn: that draws by writing here."""
+    """Return the real stream. While rich draws a bar, it replaces `sys.stderr` with one that writes here."""
     return cast(TextIO, getattr(sys.stderr, "rich_proxied_file", sys.stderr))
 
 

@@ -1,4 +1,4 @@
-"""What somebody may have meant: the names nearest to one that does not exist, the nearest first."""
+"""Suggestions for a name that does not exist: the most similar names."""
 
 from __future__ import annotations
 
@@ -8,32 +8,33 @@ from itertools import takewhile
 
 
 def near(name: str, names: Iterable[str], most: int = 1) -> list[str]:
-    """At most so many of `names`, the nearest first; of two as near, the one whose ends are the same, then the first.
+    """Return at most `most` of the names, the most similar first.
 
-    Of a long name the beginning is compared: all of it would be slow, and is near to nothing.
+    Of two equally similar names, the one with the same beginning and end comes first, then the earlier one. Only the
+    first 80 characters of `name` are compared: comparing a long text would be slow.
     """
-    name, others = name[:80], list(dict.fromkeys(names))
-    found = set(get_close_matches(name, others, n=len(others) or 1))
-    return sorted((other for other in others if other in found), key=lambda other: _distance(name, other))[:most]
+    name, candidates = name[:80], list(dict.fromkeys(names))
+    similar = set(get_close_matches(name, candidates, n=len(candidates) or 1))
+    return sorted((word for word in candidates if word in similar), key=lambda word: _distance(name, word))[:most]
 
 
-def _distance(name: str, other: str) -> tuple[float, int]:
-    """By what both have in common in the same order, then by their common ends: the 30 of small-30 is in model-30."""
-    ends = _alike(name, other) + _alike(reversed(name), reversed(other))
-    return -SequenceMatcher(None, other, name).ratio(), -ends
+def _distance(name: str, candidate: str) -> tuple[float, int]:
+    """Compare two names by their common letters in order, then by their ends: small-30 and model-30 share the 30."""
+    ends = _common_start(name, candidate) + _common_start(reversed(name), reversed(candidate))
+    return -SequenceMatcher(None, candidate, name).ratio(), -ends
 
 
-def _alike(one: Iterable[str], other: Iterable[str]) -> int:
-    """With how many of the same letters both begin."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+def _common_start(left: Iterable[str], right: Iterable[str]) -> int:
+    """Return the number of letters with which both begin."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(left, right, strict=False)))
 
 
 def nearest(name: str, names: Iterable[str], most: int = 1) -> str:
-    """The same as the end of a fault's line; "" where nothing is near."""
-    found = near(name, names, most)
-    return f", did you mean {either(found)}?" if found else ""
+    """Return a question to append to an error message, or "" if no name is similar."""
+    similar = near(name, names, most)
+    return f", did you mean {either(similar)}?" if similar else ""
 
 
 def either(names: Sequence[str]) -> str:
-    """`a, b or c`."""
+    """Return the names as `a, b or c`."""
     return " or ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
