@@ -81,11 +81,11 @@ def _difference(key: str, recorded: Any, current: Any) -> str:
         return f"with dtype {recorded}, not {current}"
     if key == "seqlen":
         return f"with evaluation.seqlen {recorded}, not {current}"
-    before, now = ([name for name, _ in texts] for texts in (recorded, current))
-    if before == now:
+    old_names, new_names = ([name for name, _ in texts] for texts in (recorded, current))
+    if old_names == new_names:
         changed = next(old[0] for old, new in zip(recorded, current, strict=True) if old != new)
         return f"on another version of the text {changed}"
-    return f"on evaluation.corpora [{', '.join(before)}], not [{', '.join(now)}]"
+    return f"on evaluation.corpora [{', '.join(old_names)}], not [{', '.join(new_names)}]"
 
 
 def compare(
