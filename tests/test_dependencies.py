@@ -45,7 +45,7 @@ def test_every_dependency_has_a_lower_bound_and_comes_from_pypi(group: str, requ
 def test_what_users_get_has_no_upper_bound() -> None:
     """An upper bound would keep upstream fixes from users."""
     of_users = [requirement for group, requirement in DIRECT if group in FOR_USERS]
-    assert [str(one) for one in of_users if any(bound.operator != ">=" for bound in one.specifier)] == []
+    assert [str(package) for package in of_users if any(bound.operator != ">=" for bound in package.specifier)] == []
 
 
 def test_every_dependency_is_in_the_policy_and_no_other() -> None:
@@ -78,13 +78,13 @@ def installed(name: str, extras: set[str], found: dict[str, str]) -> dict[str, s
 
 
 def test_everything_that_users_get_may_be_used_changed_and_passed_on() -> None:
-    found: dict[str, str] = {}
+    actual: dict[str, str] = {}
     for group, requirement in DIRECT:
         if group in FOR_USERS:
-            installed(requirement.name, requirement.extras, found)
-    assert len(found) > 30
-    assert {name: text for name, text in found.items() if not FREE.search(text)} == {
-        name: text for name, text in found.items() if name in LIBRARIES and LIBRARIES[name] in text
+            installed(requirement.name, requirement.extras, actual)
+    assert len(actual) > 30
+    assert {name: text for name, text in actual.items() if not FREE.search(text)} == {
+        name: text for name, text in actual.items() if name in LIBRARIES and LIBRARIES[name] in text
     }
 
 

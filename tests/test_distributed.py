@@ -42,9 +42,9 @@ def result_of(run: Path) -> tuple:
     rows = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
     history = [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
     decision = json.loads((run / DECISION_RECORD).read_text())
-    found = latest_checkpoint(run)
+    actual = latest_checkpoint(run)
     scores = {name: values.tolist() for name, values in Scores.load(run).tensors.items()}
-    state = {name: value.tolist() if torch.is_tensor(value) else value for name, value in vars(found.state).items()}
+    state = {name: value.tolist() if torch.is_tensor(value) else value for name, value in vars(actual.state).items()}
     return (run / DECISION_MASKS).read_bytes(), (run / REPAIR_FILE).read_bytes(), history, decision, scores, state
 
 
@@ -173,27 +173,27 @@ def exchanged(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
 
 
 def test_losses_reach_every_rank_bit_for_bit_in_order(exchanged) -> None:
-    for found in exchanged:
-        assert found["all"] == found["expected"]
-        assert found["few"] == found["expected"][:2]  # of three ranks one had none
+    for actual in exchanged:
+        assert actual["all"] == actual["expected"]
+        assert actual["few"] == actual["expected"][:2]  # of three ranks one had none
 
 
 def test_a_signal_of_one_rank_is_every_ranks(exchanged) -> None:
-    assert [found["greatest"] for found in exchanged] == [15, 15, 15]
+    assert [actual["greatest"] for actual in exchanged] == [15, 15, 15]
 
 
 def test_what_the_writer_wrote_first_the_others_find(exchanged) -> None:
-    assert [found["read"] for found in exchanged] == ["whole"] * 3
+    assert [actual["read"] for actual in exchanged] == ["whole"] * 3
 
 
 def test_ranks_of_different_searches_are_refused_by_all(exchanged) -> None:
-    said = [found["different"].partition(" are not running the same search")[0] for found in exchanged]
+    said = [actual["different"].partition(" are not running the same search")[0] for actual in exchanged]
     assert said == ["rank 0 and rank 2", "rank 1 and rank 2", "rank 2 and rank 0"]
 
 
 def test_a_rank_that_is_gone_is_an_error_of_the_others(exchanged) -> None:
-    for found in exchanged[:2]:
-        assert found["gone"].startswith("another process of this search has died (")
+    for actual in exchanged[:2]:
+        assert actual["gone"].startswith("another process of this search has died (")
 
 
 # --- one process

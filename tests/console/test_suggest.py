@@ -22,10 +22,10 @@ RUNS = [f"{model}-{sparsity}" for model in ("llama2-7b", "small-135m") for spars
 )
 @pytest.mark.parametrize("names", [RUNS, RUNS[::-1]])
 def test_the_nearest_comes_first(name: str, meant: list[str], names: list[str]) -> None:
-    found = near(name, names, most=3)
-    assert sorted(found) == sorted(meant)
-    assert found[:1] == (meant[:1] if name != "small-135m" else [next(one for one in names if one in meant)])
-    assert near(name, names) == found[:1]
+    actual = near(name, names, most=3)
+    assert sorted(actual) == sorted(meant)
+    assert actual[:1] == (meant[:1] if name != "small-135m" else [next(word for word in names if word in meant)])
+    assert near(name, names) == actual[:1]
 
 
 def test_it_ends_a_line_or_is_nothing() -> None:

@@ -77,9 +77,9 @@ def test_without_a_baseline_yet_the_papers_estimator_is_unbiased(n: int, masks_p
     torch.testing.assert_close(
         expectation(paper, theta, masks, losses, masks_per_step, None), preconditioned_gradient(theta, masks, losses)
     )
-    some = masks[:masks_per_step]
+    chosen = masks[:masks_per_step]
     torch.testing.assert_close(
-        paper(theta, some, losses[:masks_per_step], None)[0], rloo(theta, some, losses[:masks_per_step], None)[0]
+        paper(theta, chosen, losses[:masks_per_step], None)[0], rloo(theta, chosen, losses[:masks_per_step], None)[0]
     )
 
 

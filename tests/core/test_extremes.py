@@ -67,9 +67,9 @@ def test_a_hundred_thousand_steps_keep_the_budget_and_the_bounds(estimator) -> N
 @pytest.mark.parametrize("scope", ["global", "per-family"])
 def test_losses_next_to_overflow_break_no_budget(huge, estimator, scope) -> None:
     def losses(masks: torch.Tensor) -> torch.Tensor:
-        found = usual(masks)
-        found[masks[:, 3]] *= huge
-        return found
+        actual = usual(masks)
+        actual[masks[:, 3]] *= huge
+        return actual
 
     searched(SPACE, budget_of(SPACE, 0.5, scope), 60, losses, estimator)
 
@@ -143,9 +143,9 @@ def test_scores_of_any_size_and_any_temperature_give_a_start(scale, start, tempe
 
 @pytest.mark.parametrize("huge", [1e8, 1e30, 1e300])
 def test_the_projection_is_exact_however_far_away(huge) -> None:
-    wanted = torch.linspace(-1.0, 1.0, SPACE.n, dtype=torch.float64)
+    expected = torch.linspace(-1.0, 1.0, SPACE.n, dtype=torch.float64)
     budget = budget_of(SPACE, 0.4, "global")
-    for far in (wanted * huge, wanted.where(wanted < 0.9, huge), wanted.where(wanted > -0.9, -huge)):
+    for far in (expected * huge, expected.where(expected < 0.9, huge), expected.where(expected > -0.9, -huge)):
         assert_within(project(far, SPACE, budget), SPACE, budget)
 
 
@@ -177,6 +177,6 @@ def test_blocks_without_error_teach_the_widths_policy_nothing_wrong(blocks) -> N
 
 def test_the_same_seed_gives_the_same_search_twice() -> None:
     budget = budget_of(SPACE, 0.5, "global")
-    one, two, other = (searched(SPACE, budget, 50, usual, seed=seed).theta for seed in (3, 3, 4))
-    assert one.numpy().tobytes() == two.numpy().tobytes() != other.numpy().tobytes()
-    assert sample(one, 5, torch.Generator().manual_seed(1)).equal(sample(two, 5, torch.Generator().manual_seed(1)))
+    left, two, right = (searched(SPACE, budget, 50, usual, seed=seed).theta for seed in (3, 3, 4))
+    assert left.numpy().tobytes() == two.numpy().tobytes() != right.numpy().tobytes()
+    assert sample(left, 5, torch.Generator().manual_seed(1)).equal(sample(two, 5, torch.Generator().manual_seed(1)))

@@ -159,14 +159,14 @@ def test_a_theta_thrown_far_away_by_a_huge_gradient_still_meets_the_budget(scale
 def test_a_projection_above_lower_bounds_satisfies_its_optimality_conditions(
     problem: tuple[list[float], list[int], int], eighths: list[int]
 ) -> None:
-    wanted, weight = torch.tensor(problem[0], dtype=torch.float64), torch.tensor(problem[1], dtype=torch.float64)
-    low = torch.tensor(eighths[: len(wanted)], dtype=torch.float64) / 8
-    x = project_onto(wanted, weight, problem[2], low)
+    expected, weight = torch.tensor(problem[0], dtype=torch.float64), torch.tensor(problem[1], dtype=torch.float64)
+    low = torch.tensor(eighths[: len(expected)], dtype=torch.float64) / 8
+    x = project_onto(expected, weight, problem[2], low)
     assert ((x >= low) & (x <= 1)).all()
     reachable = max(problem[2], float((weight * low).sum()))
     assert float((weight * x).sum()) == pytest.approx(reachable, abs=1e-9 * float(weight.sum()))
     # ν is at most wanted − 1 where x = 1, at least wanted − low where x = low, and wanted − x in between.
-    triples = list(zip(wanted.tolist(), x.tolist(), low.tolist(), strict=True))
+    triples = list(zip(expected.tolist(), x.tolist(), low.tolist(), strict=True))
     upper = [t - v for t, v, bound in triples if v > bound]
     lower = [t - v for t, v, bound in triples if v < 1]
     assert max(lower, default=-9e9) <= min(upper, default=9e9) + 1e-9
@@ -338,10 +338,10 @@ def kept_bundle_by_bundle(theta: Tensor, space: MaskSpace, budget: Budget) -> Te
 
 def mean(values: Tensor, units: list[int]) -> float:
     """Exact where all are equal."""
-    some = values[units]
+    values_of_pair = values[units]
     return float(
         (sum((values[i] for i in units), start=torch.zeros((), dtype=torch.float64)) / len(units)).clamp(
-            some.min(), some.max()
+            values_of_pair.min(), values_of_pair.max()
         )
     )
 

@@ -32,12 +32,12 @@ def test_the_core_imports_only_torch_and_pure_modules(name: str) -> None:
 
 def impurities(tree: ast.AST) -> list[str]:
     """What a source does that the core must not: modules, devices, files, printing, and randomness that is global."""
-    found = []
+    actual = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
             dotted = ast.unparse(node)
             if dotted in ("torch.nn", "nn.Module") or node.attr in ("device", "cuda", "cpu", "to_device"):
-                found.append(dotted)
+                actual.append(dotted)
             if dotted in (
                 "torch.manual_seed",
                 "torch.seed",
@@ -45,15 +45,15 @@ def impurities(tree: ast.AST) -> list[str]:
                 "torch.set_rng_state",
                 "torch.default_generator",
             ):
-                found.append(dotted)
+                actual.append(dotted)
         elif isinstance(node, ast.alias) and node.name in ("nn", "Module", "manual_seed", "random", "device"):
-            found.append(f"import {node.name}")
+            actual.append(f"import {node.name}")
         elif isinstance(node, ast.keyword) and node.arg == "device":
-            found.append("device=")
+            actual.append("device=")
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             if called in ("open", "print", "input", "exec", "eval", "__import__"):
-                found.append(f"{called}()")
+                actual.append(f"{called}()")
             draws = called.split(".")[-1] in (
                 "rand",
                 "randn",
@@ -65,8 +65,8 @@ def impurities(tree: ast.AST) -> list[str]:
             )
             in_place = called.split(".")[-1] in ("bernoulli_", "uniform_", "normal_", "random_", "exponential_")
             if (draws or in_place) and not any(keyword.arg == "generator" for keyword in node.keywords):
-                found.append(f"{called}() without a generator")
-    return found
+                actual.append(f"{called}() without a generator")
+    return actual
 
 
 @pytest.mark.parametrize("name", CORE)

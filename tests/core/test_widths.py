@@ -34,9 +34,9 @@ FAMILY = torch.tensor([0, 0, 1, 1, 1])
 TRUE = torch.tensor([0.7, 1.3, 3.0, 2.0, 4.0], dtype=torch.float64)
 
 
-def same(one: WidthState, other: WidthState) -> bool:
+def same(left: WidthState, right: WidthState) -> bool:
     """Bit for bit, in every field."""
-    pairs = [(getattr(one, entry.name), getattr(other, entry.name)) for entry in fields(WidthState)]
+    pairs = [(getattr(left, entry.name), getattr(right, entry.name)) for entry in fields(WidthState)]
     return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)
 
 
@@ -95,11 +95,11 @@ def test_the_spread_of_samples_is_the_pairs_own_and_the_families() -> None:
     _, offsets = propose(replace(begin(SPACE, 0), spread=spread), 20_000, SPACE)
     half = offsets[::2]
     assert half.mean(0).abs().max() < 5 * 0.5 / math.sqrt(len(half))
-    wanted = torch.zeros(J, J, dtype=torch.float64)
-    for one, other in product(range(J), repeat=2):
-        wanted[one, other] += FAMILY_SPREAD**2 if FAMILY[one] == FAMILY[other] else 0.0
-        wanted[one, other] += float(spread[one]) ** 2 if one == other else 0.0
-    torch.testing.assert_close(half.T.cov(), wanted, atol=0.01, rtol=0.0)
+    expected = torch.zeros(J, J, dtype=torch.float64)
+    for left, right in product(range(J), repeat=2):
+        expected[left, right] += FAMILY_SPREAD**2 if FAMILY[left] == FAMILY[right] else 0.0
+        expected[left, right] += float(spread[left]) ** 2 if left == right else 0.0
+    torch.testing.assert_close(half.T.cov(), expected, atol=0.01, rtol=0.0)
 
 
 def test_a_units_priority_gets_the_offset_of_its_pair() -> None:
@@ -123,8 +123,8 @@ def test_sensitivities_of_linear_losses_are_recovered(steps: int, masks_per_step
 def test_with_noise_more_samples_come_closer() -> None:
     misses = []
     for steps in (5, 50, 500):
-        found = [sensitivities(*observed_samples(steps, 6, noise=0.5, seed=seed), FAMILY)[0] for seed in range(10)]
-        misses.append(float(torch.stack([(normed(one) / normed(TRUE)).log().square().mean() for one in found]).mean()))
+        actual = [sensitivities(*observed_samples(steps, 6, noise=0.5, seed=seed), FAMILY)[0] for seed in range(10)]
+        misses.append(float(torch.stack([(normed(fit) / normed(TRUE)).log().square().mean() for fit in actual]).mean()))
     assert misses[0] > 3 * misses[1] > 9 * misses[2]
 
 
@@ -189,10 +189,10 @@ def test_a_gross_outlier_hardly_matters(size: float, place: int, noise: float) -
     """One loss of sixty that nothing explains: what is found is about what the others say."""
     errors, losses, sample_steps = observed_samples(12, 5, noise=noise)
     others = torch.arange(60) != place
-    wanted, _ = sensitivities(errors[others], losses[others], sample_steps[others], FAMILY)
+    expected, _ = sensitivities(errors[others], losses[others], sample_steps[others], FAMILY)
     losses[place] += size
-    found, _ = sensitivities(errors, losses, sample_steps, FAMILY)
-    assert float((normed(found) / normed(wanted)).log().abs().max()) < (1e-4 if noise == 0.0 else 0.1)
+    actual, _ = sensitivities(errors, losses, sample_steps, FAMILY)
+    assert float((normed(actual) / normed(expected)).log().abs().max()) < (1e-4 if noise == 0.0 else 0.1)
 
 
 @pytest.mark.parametrize("losses", [[2.1] * 6, [0.1] * 3 + [0.3] * 3, [5.0], []])
@@ -251,7 +251,7 @@ def test_the_ridges_strength_is_that_of_the_greatest_evidence(seed: int) -> None
     true = 0.5 * torch.randn(8, generator=generator, dtype=torch.float64)
     y = x @ true + 0.7 * torch.randn(60, generator=generator, dtype=torch.float64)
     grid = [(p, n) for p in torch.logspace(math.log10(0.02), 0, 40) for n in torch.logspace(-1.5, 0.5, 40)]
-    prior, noise = max(((float(p), float(n)) for p, n in grid), key=lambda one: log_evidence(x, y, *one))
+    prior, noise = max(((float(p), float(n)) for p, n in grid), key=lambda point: log_evidence(x, y, *point))
     mean, doubt = widths._ridge(x, y)
     covariance = torch.linalg.inv(x.T @ x / noise + torch.eye(8, dtype=torch.float64) / prior)
     torch.testing.assert_close(mean, covariance @ x.T @ y / noise, rtol=0.01, atol=0.005)
@@ -362,11 +362,11 @@ BUDGET = budget_of(SMALL, 0.45, "global")
 def curves(seed: int) -> list[Tensor]:
     """By pair the error of keeping 0, 1, … units: convex, down to 0."""
     generator = torch.Generator().manual_seed(seed)
-    found = []
+    actual = []
     for count in SMALL.pair_counts.tolist():
         gains = torch.rand(count, generator=generator, dtype=torch.float64).add(0.1).sort(descending=True).values
-        found.append(gains.sum() - torch.cat([torch.zeros(1, dtype=torch.float64), gains.cumsum(0)]))
-    return found
+        actual.append(gains.sum() - torch.cat([torch.zeros(1, dtype=torch.float64), gains.cumsum(0)]))
+    return actual
 
 
 def errors_of(mask: Tensor, by_pair: list[Tensor]) -> Tensor:
@@ -389,16 +389,16 @@ def test_a_search_ends_at_the_widths_that_are_best_for_the_loss(seed: int) -> No
     """Additive losses, with noise and with batches of different height, against all combinations of widths."""
     by_pair = curves(seed)
     base = torch.cat([curve.diff().neg().log() for curve in by_pair])
-    wanted = best_loss(by_pair, TRUE)
+    expected = best_loss(by_pair, TRUE)
     losses, state = [], begin(SMALL, seed)
     for step in range(41):
         decided = hard_mask(priorities(base, state.mean, SMALL), SMALL, BUDGET)
         losses.append(float(errors_of(decided, by_pair) @ TRUE))
         state, offsets = propose(state, 6, SMALL)
-        masks = [hard_mask(priorities(base, some, SMALL), SMALL, BUDGET) for some in offsets]
+        masks = [hard_mask(priorities(base, offset, SMALL), SMALL, BUDGET) for offset in offsets]
         errors = torch.stack([errors_of(mask, by_pair) for mask in masks])
         noise = 0.05 * torch.randn(6, generator=torch.Generator().manual_seed(1000 * seed + step), dtype=torch.float64)
         state = update(state, errors, errors @ TRUE + 10 * math.sin(step) + noise, SMALL)
-    assert min(losses) >= wanted - 1e-9
-    assert losses[0] > 1.05 * wanted  # where every pair counts the same
-    assert losses[-1] - wanted < 0.1 * (losses[0] - wanted)
+    assert min(losses) >= expected - 1e-9
+    assert losses[0] > 1.05 * expected  # where every pair counts the same
+    assert losses[-1] - expected < 0.1 * (losses[0] - expected)

@@ -122,9 +122,9 @@ def test_the_parts_of_a_search_and_how_often_it_looks_at_the_text_held_out(model
     assert list(few) == ["search", "held-out text"]
     once = forward_passes(Sizes(PrunableModel.of(model), medium_recipe()), text[1], 1).total()
     for steps, every, looks in ((0, 5, 1), (1, 5, 2), (20, 5, 6), (21, 5, 7), (3, 100, 3)):
-        found = parts(f"search.forward_passes={16 * steps}", f"search.evaluate_every={every}")
-        assert found["held-out text"].total() == looks * once
-        assert found.get("search", Flops()).total() == 16 * steps * once
+        actual = parts(f"search.forward_passes={16 * steps}", f"search.evaluate_every={every}")
+        assert actual["held-out text"].total() == looks * once
+        assert actual.get("search", Flops()).total() == 16 * steps * once
 
 
 def test_dtypes_are_counted_apart_and_take_their_own_time() -> None:

@@ -96,13 +96,13 @@ def test_some_windows_of_each_batch_are_run() -> None:
         lambda _, args, kwargs: runs.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     generator = torch.Generator().manual_seed(0)
-    for batch_count, wanted in ((1, 16), (3, 6), (5, 4), (20, 1)):
+    for batch_count, expected in ((1, 16), (3, 6), (5, 4), (20, 1)):
         runs.clear()
         output_curvature(
             PrunableModel.of(model),
             [torch.randint(VOCABULARY, (20, 3), generator=generator) for _ in range(batch_count)],
         )
-        assert runs == [wanted] * batch_count
+        assert runs == [expected] * batch_count
         assert sum(runs) >= WINDOWS
     handle.remove()
 
@@ -144,8 +144,8 @@ def test_models_of_few_layers_have_roots_too(layers: int, shares: list[float]) -
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval().requires_grad_(False)
     curvature, identity = output_curvature(PrunableModel.of(model), batches()), torch.eye(32, dtype=torch.float64)
     for root, share in zip(error_roots(PrunableModel.of(model), batches()), shares, strict=True):
-        wanted = (1 - SHARE * share) * identity + SHARE * share * curvature
-        torch.testing.assert_close(root @ root, wanted, rtol=1e-6, atol=1e-6)
+        expected = (1 - SHARE * share) * identity + SHARE * share * curvature
+        torch.testing.assert_close(root @ root, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_an_error_costs_its_length_on_average_over_directions() -> None:

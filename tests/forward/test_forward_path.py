@@ -108,6 +108,6 @@ def test_a_table_goes_to_a_gpu_with_room(free: int, goes: bool, monkeypatch: pyt
 
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 100))
     weight = OnHost()
-    found = width_table._close_to(torch.device("cuda:1"), weight)
-    assert found == "on cuda:1" if goes else found is weight
+    actual = width_table._close_to(torch.device("cuda:1"), weight)
+    assert actual == "on cuda:1" if goes else actual is weight
     assert width_table._close_to(torch.device("cpu"), weight) is weight

@@ -68,9 +68,9 @@ def test_only_a_calibrated_metric_reads_text(small, tmp_path, monkeypatch) -> No
 def test_the_text_matters_to_a_calibrated_metric(small, tmp_path) -> None:
     other = tmp_path / "numbers.txt"
     other.write_text("1 2 3 4 5 6 7 8 9 10 11 12 " * 200)
-    one = init_scores(small(), tmp_path)
+    left = init_scores(small(), tmp_path)
     two = init_scores(small(f"calibration.corpus={other}"), tmp_path)
-    assert not torch.equal(one.tensors["layers.0.ffn"], two.tensors["layers.0.ffn"])
+    assert not torch.equal(left.tensors["layers.0.ffn"], two.tensors["layers.0.ffn"])
 
 
 def test_scores_that_are_no_numbers_fail_the_run_and_leave_the_old_ones(small, tmp_path, monkeypatch) -> None:

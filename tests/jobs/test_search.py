@@ -163,9 +163,9 @@ def test_a_finished_run_answers_without_a_model(small, tmp_path, monkeypatch) ->
     monkeypatch.setattr("pgprune_cli.jobs.search.load_prunable", None)
     again = search(small(), tmp_path)
     assert again.heldout_loss == first.heldout_loss
-    for one, other in zip(again.model_mask, first.model_mask, strict=True):
-        assert torch.equal(one.attention, other.attention)
-        assert torch.equal(one.ffn, other.ffn)
+    for left, right in zip(again.model_mask, first.model_mask, strict=True):
+        assert torch.equal(left.attention, right.attention)
+        assert torch.equal(left.ffn, right.ffn)
 
 
 def test_the_seed_decides(small, whole) -> None:
@@ -254,13 +254,13 @@ def broken_losses(monkeypatch):
         original, calls = Evaluator.losses, []
 
         def losses(self, keeps, tokens, outputs=None):
-            found = original(self, keeps, tokens, outputs)
+            actual = original(self, keeps, tokens, outputs)
             if len(keeps) > 1:
                 for index, value in enumerate(how(len(calls))):
                     if value is not None:
-                        found[index] = value
+                        actual[index] = value
                 calls.append(1)
-            return found
+            return actual
 
         monkeypatch.setattr(Evaluator, "losses", losses)
 
@@ -317,9 +317,9 @@ def test_without_steps_the_metric_decides(small, tmp_path) -> None:
     decision = search(recipe, tmp_path)
     evaluator, space, budget, theta = policy_of(recipe, tmp_path)
     expected = evaluator.model.shape.model_mask(space, hard_mask(theta, space, budget))
-    for one, other in zip(decision.model_mask, expected, strict=True):
-        assert torch.equal(one.attention, other.attention)
-        assert torch.equal(one.ffn, other.ffn)
+    for left, right in zip(decision.model_mask, expected, strict=True):
+        assert torch.equal(left.attention, right.attention)
+        assert torch.equal(left.ffn, right.ffn)
     assert (decision.steps, decision.forward_passes) == (0, 0)
 
 
@@ -455,8 +455,8 @@ def test_the_repair_lowers_the_loss_and_is_what_the_decision_carries(small, tmp_
     repaired = search(recipe, tmp_path / "repaired")
     assert repaired.heldout_loss < plain.heldout_loss
     assert (repaired.sparsity, repaired.budget) == (plain.sparsity, plain.budget)
-    for one, other in zip(repaired.model_mask, plain.model_mask, strict=True):  # the units that were searched
-        assert torch.equal(one.attention, other.attention) and torch.equal(one.ffn, other.ffn)
+    for left, right in zip(repaired.model_mask, plain.model_mask, strict=True):  # the units that were searched
+        assert torch.equal(left.attention, right.attention) and torch.equal(left.ffn, right.ffn)
     again = Decision.load(tmp_path / "repaired").outputs
     assert again.keys() == repaired.outputs.keys() != set()
     assert all(torch.equal(again[key].weight, repaired.outputs[key].weight) for key in again)

@@ -84,21 +84,21 @@ COLUMNS = [[0, 3, 4, 9], [11], list(range(12)), [1, 2, 5, 6, 7, 8, 10]]
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_a_repaired_output_is_the_least_squares_solution(columns: list[int], damping: float, with_bias: bool) -> None:
     weight, x, share, moments = problem(len(columns))
-    some, rows = torch.tensor(columns), share.sqrt()[:, None]
+    kept, rows = torch.tensor(columns), share.sqrt()[:, None]
     mean = share @ x if with_bias else torch.zeros(12, dtype=torch.float64)
     ridge = damping * float((share[:, None] * (x - mean).square()).sum(0).mean())
-    left = torch.cat([rows * x[:, some], ridge**0.5 * torch.eye(len(some), dtype=torch.float64)])
-    right = torch.cat([rows * (x @ weight.T), ridge**0.5 * weight[:, some].T])
+    left = torch.cat([rows * x[:, kept], ridge**0.5 * torch.eye(len(kept), dtype=torch.float64)])
+    right = torch.cat([rows * (x @ weight.T), ridge**0.5 * weight[:, kept].T])
     if with_bias:
-        left = torch.cat([left, torch.cat([rows, rows.new_zeros(len(some), 1)])], dim=1)
+        left = torch.cat([left, torch.cat([rows, rows.new_zeros(len(kept), 1)])], dim=1)
     expected = torch.linalg.lstsq(left, right).solution.T
     bias = torch.arange(7, dtype=torch.float64)
     for own in (None, bias):
-        got = repaired_output(weight, own, moments, some, damping, with_bias=with_bias)
-        torch.testing.assert_close(got.weight, expected[:, : len(some)], rtol=1e-7, atol=1e-7)
+        got = repaired_output(weight, own, moments, kept, damping, with_bias=with_bias)
+        torch.testing.assert_close(got.weight, expected[:, : len(kept)], rtol=1e-7, atol=1e-7)
         if with_bias:
-            wanted = expected[:, -1] + (0.0 if own is None else own)
-            torch.testing.assert_close(got.bias, wanted, rtol=1e-7, atol=1e-7)
+            target = expected[:, -1] + (0.0 if own is None else own)
+            torch.testing.assert_close(got.bias, target, rtol=1e-7, atol=1e-7)
         else:
             assert got.bias is own
 
@@ -148,16 +148,16 @@ def test_a_compensated_output_adds_the_mean_of_what_is_gone(columns: list[int]) 
     for own in (None, bias):
         got = compensated_output(weight, own, moments, torch.tensor(columns))
         assert torch.equal(got.weight, weight[:, columns])
-        wanted = torch.tensor(constant, dtype=torch.float64) + (0.0 if own is None else own)
-        torch.testing.assert_close(got.bias, wanted)
+        expected = torch.tensor(constant, dtype=torch.float64) + (0.0 if own is None else own)
+        torch.testing.assert_close(got.bias, expected)
 
 
 # --- a model
 
 
-def same_masks(one: ModelMask, other: ModelMask) -> bool:
+def same_masks(left: ModelMask, right: ModelMask) -> bool:
     return all(
-        torch.equal(a.attention, b.attention) and torch.equal(a.ffn, b.ffn) for a, b in zip(one, other, strict=True)
+        torch.equal(a.attention, b.attention) and torch.equal(a.ffn, b.ffn) for a, b in zip(left, right, strict=True)
     )
 
 
@@ -192,11 +192,11 @@ def test_no_block_is_worse_for_its_repair_on_the_text(architecture: str, method:
         assert output.weight.dtype == torch.float32
         x, weights = behind(model, keep, outputs, index, name)
         own = 0.0 if linear.bias is None else linear.bias.double()
-        wanted = x @ linear.weight.double().T + own
+        expected = x @ linear.weight.double().T + own
         unrepaired = x[:, columns] @ linear.weight[:, columns].double().T + own
         bias = 0.0 if output.bias is None else output.bias.double()
         repaired = x[:, columns] @ output.weight.double().T + bias
-        before, after = weighted_error(wanted, unrepaired, weights), weighted_error(wanted, repaired, weights)
+        before, after = weighted_error(expected, unrepaired, weights), weighted_error(expected, repaired, weights)
         assert after <= before
         if method.startswith("least-squares"):
             moments = moments_by_hand(x, weights)
@@ -204,7 +204,7 @@ def test_no_block_is_worse_for_its_repair_on_the_text(architecture: str, method:
                 linear.weight.double(), None, moments, columns, DAMPING, with_bias=method.endswith("bias")
             )
             ideal = x[:, columns] @ best.weight.T + (own if best.bias is None else best.bias + own)
-            assert after == pytest.approx(weighted_error(wanted, ideal, weights), rel=1e-3)
+            assert after == pytest.approx(weighted_error(expected, ideal, weights), rel=1e-3)
             assert after < 0.99 * before
 
 
@@ -240,8 +240,8 @@ def test_units_that_are_chosen_again_are_those_that_obs_keeps_behind_the_pruned_
         order, _ = removal_order(felt, moments.second, len(mask))
         assert torch.equal(mask, mask_of_first(order.flip(0), int(mask.sum())))
         losses = []
-        for some in (mask, before):
-            columns = columns_of(some, linear.in_features)
+        for decision in (mask, before):
+            columns = columns_of(decision, linear.in_features)
             best = repaired_output(felt, None, moments, columns, 1e-2, with_bias=False).weight
             losses.append(weighted_error(x @ felt.T, x[:, columns] @ best.T, weights))
         assert losses[0] <= losses[1] * (1 + 1e-6)

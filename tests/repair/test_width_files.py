@@ -51,15 +51,15 @@ def the_file(run: Path) -> Path:
 
 def test_what_is_read_is_what_was_solved_bit_for_bit_and_mapped(model: nn.Module, saved: Path) -> None:
     ((_, solved),) = solve_layers(PrunableModel.of(model), scores(), batches(), 1e-2, solve=True, only=[1])
-    found = load_layer(saved, 1)
-    assert list(found) == list(solved) == ["attention", "ffn"]
+    actual = load_layer(saved, 1)
+    assert list(actual) == list(solved) == ["attention", "ffn"]
     for name, block in solved.items():
-        assert torch.equal(found[name].errors, block.errors)
-        assert torch.equal(found[name].order, block.order)
-        assert list(found[name].weights) == list(block.weights) != []
+        assert torch.equal(actual[name].errors, block.errors)
+        assert torch.equal(actual[name].order, block.order)
+        assert list(actual[name].weights) == list(block.weights) != []
         for kept, weight in block.weights.items():
-            assert found[name].weights[kept].dtype == weight.dtype == next(model.parameters()).dtype
-            assert torch.equal(found[name].weights[kept], weight)
+            assert actual[name].weights[kept].dtype == weight.dtype == next(model.parameters()).dtype
+            assert torch.equal(actual[name].weights[kept], weight)
     if sys.platform == "linux":
         assert str(the_file(saved)) in Path("/proc/self/maps").read_text()
 
@@ -144,14 +144,14 @@ def solved(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return calls
 
 
-def assert_same(one: WidthTable, other: WidthTable) -> None:
+def assert_same(left: WidthTable, right: WidthTable) -> None:
     for key in BLOCKS:
-        assert torch.equal(one.errors[key], other.errors[key])
-        assert torch.equal(one.orders[key], other.orders[key])
-        assert list(one.outputs[key]) == list(other.outputs[key])
-        for kept, output in one.outputs[key].items():
-            assert torch.equal(output.weight, other.outputs[key][kept].weight)
-            assert output.bias is other.outputs[key][kept].bias
+        assert torch.equal(left.errors[key], right.errors[key])
+        assert torch.equal(left.orders[key], right.orders[key])
+        assert list(left.outputs[key]) == list(right.outputs[key])
+        for kept, output in left.outputs[key].items():
+            assert torch.equal(output.weight, right.outputs[key][kept].weight)
+            assert output.bias is right.outputs[key][kept].bias
 
 
 def test_a_table_is_solved_once(model: nn.Module, tmp_path: Path, solved) -> None:

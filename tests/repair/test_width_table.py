@@ -68,8 +68,8 @@ def test_a_table_holds_what_every_width_would_be_repaired_to(architecture: str) 
         assert sorted(table.outputs[key]) == list(range(width_step(count), count, width_step(count)))
         for kept, output in table.outputs[key].items():
             columns = columns_of(mask_of_first(order, kept), linear.in_features)
-            wanted = repaired_output(linear.weight, linear.bias, moments, columns, 1e-3, with_bias=False)
-            torch.testing.assert_close(output.weight, wanted.weight, rtol=1e-3, atol=1e-3)
+            expected = repaired_output(linear.weight, linear.bias, moments, columns, 1e-3, with_bias=False)
+            torch.testing.assert_close(output.weight, expected.weight, rtol=1e-3, atol=1e-3)
             assert output.bias is linear.bias
 
 
@@ -94,10 +94,10 @@ def test_errors_are_what_the_text_loses_at_every_width(architecture: str, solve:
         level = width_step(len(order))
         for kept in range(0, len(order), level):
             columns = columns_of(mask_of_first(order, kept), linear.in_features)
-            some = weight[:, columns]
+            kept_weight = weight[:, columns]
             if solve and kept:
-                some = repaired_output(weight, None, moments, columns, 1e-9, with_bias=False).weight
-            gone = (x @ weight.T - x[:, columns] @ some.T) @ roots[key[0]]
+                kept_weight = repaired_output(weight, None, moments, columns, 1e-9, with_bias=False).weight
+            gone = (x @ weight.T - x[:, columns] @ kept_weight.T) @ roots[key[0]]
             lost = weighted_error(gone, torch.zeros_like(gone), weights / len(x))
             assert float(errors[kept]) == pytest.approx(lost, rel=1e-2, abs=1e-4 * float(errors[0]))
         if level == 2:  # in between, a straight line
@@ -121,11 +121,11 @@ def test_whole_and_empty_blocks_have_no_outputs() -> None:
     nothing = tuple(LayerMask(torch.zeros(KV_HEADS).bool(), torch.zeros(CHANNELS).bool()) for _ in range(LAYERS))
     assert table.outputs_for(every) == {}
     assert table.outputs_for(nothing) == {}
-    some = LayerMask(mask_of_first(table.orders[3, "attention"], 3), mask_of_first(table.orders[3, "ffn"], 10))
-    found = table.outputs_for((*every[:2], nothing[2], some))
-    assert found.keys() == {(3, "attention"), (3, "ffn")}
-    assert found[3, "attention"] is table.outputs[3, "attention"][3]
-    assert found[3, "ffn"] is table.outputs[3, "ffn"][10]
+    first_units = LayerMask(mask_of_first(table.orders[3, "attention"], 3), mask_of_first(table.orders[3, "ffn"], 10))
+    actual = table.outputs_for((*every[:2], nothing[2], first_units))
+    assert actual.keys() == {(3, "attention"), (3, "ffn")}
+    assert actual[3, "attention"] is table.outputs[3, "attention"][3]
+    assert actual[3, "ffn"] is table.outputs[3, "ffn"][10]
 
 
 # --- priorities and errors of masks
@@ -154,22 +154,22 @@ def test_errors_of_masks_are_those_of_their_widths(seed: int) -> None:
     got = table.errors_of(masks, SPACE)
     assert (got.shape, got.dtype) == ((7, 5), torch.float64)
     for row, mask in zip(got.tolist(), masks, strict=True):
-        wanted = []
+        expected = []
         for family in SPACE.families:
             for index, part in enumerate(SPACE.per_layer(mask, family.name)):
-                wanted.append(float(table.errors[index, family.name][sum(part.tolist())]))
-        assert row == wanted
+                expected.append(float(table.errors[index, family.name][sum(part.tolist())]))
+        assert row == expected
 
 
 def lower_hull(points: list[float]) -> list[float]:
     """The greatest convex function below the points 0, 1, …: at each place the least of all chords over it."""
-    found = []
+    actual = []
     for at in range(len(points)):
         chords = [points[at]]
         for left, right in product(range(at), range(at + 1, len(points))):
             chords.append(points[left] + (points[right] - points[left]) * (at - left) / (right - left))
-        found.append(min(chords))
-    return found
+        actual.append(min(chords))
+    return actual
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -188,13 +188,13 @@ def test_priorities_are_the_slopes_of_the_lower_hull_per_cost(seed: int) -> None
 
 def best_of(table: WidthTable, threshold: float) -> list[set[int]]:
     """By pair every width that is best where a unit of cost is worth `threshold`."""
-    found = []
+    actual = []
     for family in SPACE.families:
         for index, cost in enumerate(family.costs):
             curve = table.errors[index, family.name]
             totals = curve + threshold * cost * torch.arange(len(curve))
-            found.append(set((totals <= totals.min() + 1e-9).nonzero().flatten().tolist()))
-    return found
+            actual.append(set((totals <= totals.min() + 1e-9).nonzero().flatten().tolist()))
+    return actual
 
 
 @given(st.integers(0, 1000), st.floats(0.001, 0.3))
@@ -247,14 +247,14 @@ def doubles(values: list[float]) -> Tensor:
 @settings(deadline=None)
 def test_falling_is_the_isotonic_regression(gains: list[float]) -> None:
     """By the min-max formula: over all runs that hold a place, the least over where they begin of the greatest mean."""
-    wanted = [
+    expected = [
         min(
             max(sum(gains[first : last + 1]) / (last + 1 - first) for last in range(place, len(gains)))
             for first in range(place + 1)
         )
         for place in range(len(gains))
     ]
-    torch.testing.assert_close(_falling(doubles(gains)), doubles(wanted), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(_falling(doubles(gains)), doubles(expected), rtol=1e-9, atol=1e-9)
 
 
 @given(GAINS)

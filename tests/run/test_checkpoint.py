@@ -32,12 +32,12 @@ def a_checkpoint(step: int = 3) -> Checkpoint:
     return Checkpoint(state, step + 4, 1, 2 * step, 1.1, HISTORY, "an identity")
 
 
-def assert_same(one: Checkpoint, other: Checkpoint) -> None:
-    assert one.state.theta.dtype == other.state.theta.dtype == torch.float64
-    assert one.state.theta.numpy().tobytes() == other.state.theta.numpy().tobytes()
-    assert one.state.rng.dtype == torch.uint8 and one.state.rng.equal(other.state.rng)
+def assert_same(left: Checkpoint, right: Checkpoint) -> None:
+    assert left.state.theta.dtype == right.state.theta.dtype == torch.float64
+    assert left.state.theta.numpy().tobytes() == right.state.theta.numpy().tobytes()
+    assert left.state.rng.dtype == torch.uint8 and left.state.rng.equal(right.state.rng)
     nothing = torch.empty(0)
-    plain_one, plain_other = (replace(x, state=replace(x.state, theta=nothing, rng=nothing)) for x in (one, other))
+    plain_one, plain_other = (replace(x, state=replace(x.state, theta=nothing, rng=nothing)) for x in (left, right))
     assert repr(plain_one) == repr(plain_other)  # repr: 1 and 1.0 differ, and every bit of a float shows
 
 
@@ -88,15 +88,15 @@ def test_checkpoint_of_a_width_search_resumes_bit_for_bit(tmp_path, steps):
     save_checkpoint(tmp_path, checkpoint)
     loaded = latest_checkpoint(tmp_path)
     assert replace(loaded, state=None) == replace(checkpoint, state=None)
-    for one, other in ((loaded.state, state), (a_step(loaded.state), a_step(state))):
-        assert isinstance(one, WidthState)
+    for left, right in ((loaded.state, state), (a_step(loaded.state), a_step(state))):
+        assert isinstance(left, WidthState)
         for entry in fields(WidthState):
-            got, wanted = getattr(one, entry.name), getattr(other, entry.name)
-            if isinstance(wanted, torch.Tensor):
-                assert (got.dtype, got.shape) == (wanted.dtype, wanted.shape)
-                assert got.numpy().tobytes() == wanted.numpy().tobytes()
+            got, expected = getattr(left, entry.name), getattr(right, entry.name)
+            if isinstance(expected, torch.Tensor):
+                assert (got.dtype, got.shape) == (expected.dtype, expected.shape)
+                assert got.numpy().tobytes() == expected.numpy().tobytes()
             else:
-                assert got == wanted
+                assert got == expected
 
 
 def test_checkpoint_restores_the_state_of_the_generator(tmp_path):

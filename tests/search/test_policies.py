@@ -73,12 +73,12 @@ def searched(policy: Policy, seed: int, steps: int = 5):
 
 def rooms(mask: Tensor, space: MaskSpace, budget: Budget) -> list[tuple[int, int]]:
     """Of every constraint the cost that is left, and that of the cheapest unit that is not kept."""
-    found = []
+    actual = []
     for constraint in budget:
         kept, costs = mask[constraint.units], space.costs[constraint.units]
         cheapest = int(costs[~kept].min()) if not kept.all() else 1 << 60
-        found.append((constraint.kept - int(costs[kept].sum()), cheapest))
-    return found
+        actual.append((constraint.kept - int(costs[kept].sum()), cheapest))
+    return actual
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -122,8 +122,10 @@ def test_what_the_layers_policy_hears_of_a_sample_is_what_its_widths_lose(model:
     state, draws, masks = policy.propose(policy.begin(2), 4)
     for draw, mask in zip(draws.tolist(), masks, strict=True):
         keep = PrunableModel.of(model).shape.model_mask(policy.space, mask)
-        wanted = [policy.table.errors[i, name][int(keep[i].of(name).sum())] for name in FAMILIES for i in range(LAYERS)]
-        assert draw == [float(error) for error in wanted]
+        expected = [
+            policy.table.errors[i, name][int(keep[i].of(name).sum())] for name in FAMILIES for i in range(LAYERS)
+        ]
+        assert draw == [float(error) for error in expected]
     moved = policy.update(state, draws, torch.arange(4.0))
     assert torch.equal(moved.errors, draws)
     assert moved.losses.tolist() == [0.0, 1.0, 2.0, 3.0]
@@ -151,14 +153,14 @@ def test_the_layers_policy_gives_more_to_a_layer_that_the_loss_feels(model: nn.M
 
 @pytest.mark.parametrize("build", POLICIES.values(), ids=POLICIES)
 def test_the_same_seed_gives_the_same_search(build: Callable[..., UnitPolicy | WidthPolicy], model: nn.Module) -> None:
-    one, masks = searched(build(model), 3)
-    other, again = searched(build(model), 3)
+    left, masks = searched(build(model), 3)
+    right, again = searched(build(model), 3)
     assert torch.equal(masks, again)
-    assert torch.equal(build(model).final_mask(one), build(model).final_mask(other))
+    assert torch.equal(build(model).final_mask(left), build(model).final_mask(right))
     assert not torch.equal(searched(build(model), 4)[1], masks)
     policy = build(model)
-    assert policy.entropy(one) == policy.entropy(other)
-    assert (policy.rate(one) is None) == isinstance(policy, WidthPolicy)
+    assert policy.entropy(left) == policy.entropy(right)
+    assert (policy.rate(left) is None) == isinstance(policy, WidthPolicy)
 
 
 def test_every_sample_is_repaired_for_the_very_units_it_keeps(model: nn.Module) -> None:
@@ -178,19 +180,19 @@ def test_every_sample_is_repaired_for_the_very_units_it_keeps(model: nn.Module) 
             layer, stays = model.model.layers[index], keep[index].of(name)
             linear = layer.self_attn.o_proj if name == "attention" else layer.mlp.down_proj
             columns = stays.repeat_interleave(linear.in_features // len(stays)).nonzero().flatten()
-            wanted = repaired_output(
+            expected = repaired_output(
                 linear.weight, linear.bias, moments[index, name], columns, DAMPING, with_bias=False
             )
             assert output.weight.shape == (32, len(columns))
-            torch.testing.assert_close(output.weight, wanted.weight, rtol=1e-3, atol=1e-3)
+            torch.testing.assert_close(output.weight, expected.weight, rtol=1e-3, atol=1e-3)
             assert torch.equal(output.bias, linear.bias)
 
 
 def test_nothing_is_repaired_where_nothing_was_solved(model: nn.Module) -> None:
-    policy, units = layer_policy(model, solve=False), unit_policy(model)
-    for one in (policy, units):
-        state, _ = searched(one, 0)
-        assert one.outputs(PrunableModel.of(model).shape.model_mask(one.space, one.mask(state))) == {}
+    width_policy, units = layer_policy(model, solve=False), unit_policy(model)
+    for policy in (width_policy, units):
+        state, _ = searched(policy, 0)
+        assert policy.outputs(PrunableModel.of(model).shape.model_mask(policy.space, policy.mask(state))) == {}
 
 
 def test_samples_keep_to_the_multiple_that_the_budget_asks_for(model: nn.Module) -> None:

@@ -28,7 +28,7 @@ def scalars(run: Path) -> dict[str, dict[int, float]]:
     """Of all event files of a run, in order: by name and step; what was purged is gone."""
     from tensorboardX.proto.event_pb2 import Event
 
-    found: dict[str, dict[int, float]] = defaultdict(dict)
+    actual: dict[str, dict[int, float]] = defaultdict(dict)
     for file in sorted((run / "tensorboard").iterdir()):
         data, at = file.read_bytes(), 0
         while at < len(data):
@@ -36,13 +36,13 @@ def scalars(run: Path) -> dict[str, dict[int, float]]:
             event = Event.FromString(data[at + 12 : at + 12 + length])
             at += length + 16  # the length and its checksum before, a checksum after
             if event.session_log.status == event.session_log.START:
-                for values in found.values():
+                for values in actual.values():
                     for step in [step for step in values if step >= event.step]:
                         del values[step]
             for value in event.summary.value:
                 if value.WhichOneof("value") == "simple_value":
-                    found[value.tag][event.step] = value.simple_value
-    return found
+                    actual[value.tag][event.step] = value.simple_value
+    return actual
 
 
 def test_a_row_is_told_by_the_names_of_the_history() -> None:
