@@ -315,7 +315,7 @@ def test_the_smallest_models_are_searched_at_both_ends_of_the_budget(own_base, s
     if sparsity == 0.0:
         assert decision.sparsity == 0.0
     if decision.sparsity == 1.0:
-        with refused_with(f"{DECISION_RECORD}: ", "nothing"):
+        with refused_with(f"{DECISION_RECORD}: ", "keeps no units"):
             export(own_base / "run", own_base / "small")
     else:
         export(own_base / "run", own_base / "small")

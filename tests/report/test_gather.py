@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,7 @@ def test_the_tables_show_search_evaluation_commands_and_environment(finished) ->
     assert [row[2] for row in commands(runs[0]).rows] == ["pgprune search demo --out 'a run'"]
     assert repeat_command(runs[0]).startswith("pgprune search ")
     versions = {row[0]: row[1] for row in environment(runs).rows}
-    assert versions["torch"] == torch.__version__
+    assert versions["torch"] == metadata.version("torch")
     assert {"python", "pgprune", "processor", "memory"} <= versions.keys()
 
 
