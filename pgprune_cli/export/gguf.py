@@ -34,7 +34,7 @@ DTYPES = tuple(gguf_types.TYPES)
 """The dtypes that matrices can be stored in."""
 
 ALIGNMENT = 32
-"""Tensors begin at multiples of so many bytes: the format's default."""
+"""Every tensor begins at a multiple of this number of bytes: the format's default."""
 
 
 @dataclass(frozen=True)

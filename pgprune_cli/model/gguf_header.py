@@ -17,7 +17,7 @@ from pgprune_cli.errors import UserError
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32
-"""Tensors begin at multiples of so many bytes, unless the header has `general.alignment`."""
+"""Every tensor begins at a multiple of this number of bytes, unless the header has `general.alignment`."""
 MAX_AXES = 4
 MAX_ENTRIES = 1 << 22
 """Entries of one list. The libraries make an object of each; vocabularies have a sixteenth of this."""

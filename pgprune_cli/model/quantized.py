@@ -33,7 +33,7 @@ ROWS_AT_A_TIME = 256
 FP8 = torch.float8_e4m3fn
 
 ROW_MULTIPLE = 16
-"""Tensor cores multiply fp8 matrices whose rows are a multiple of so many bytes."""
+"""Tensor cores need fp8 matrices whose rows are a multiple of this number of bytes long."""
 
 
 class Rows(NamedTuple):

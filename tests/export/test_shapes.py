@@ -31,7 +31,7 @@ all_requirements = st.builds(
 
 
 def keep(*counts: tuple[int, int]) -> ModelMask:
-    """Return a mask that keeps the first units of every layer: so many KV heads and channels."""
+    """Return a mask that keeps the first KV heads and channels of every layer, by the numbers given."""
     return tuple(LayerMask(torch.arange(KV_HEADS) < a, torch.arange(CHANNELS) < f) for a, f in counts)
 
 

@@ -28,7 +28,7 @@ DECISIONS = {
 
 
 def draw(counts: list[tuple[int, int]]) -> ModelMask:
-    """Return a random mask that keeps so many KV heads and channels of each layer."""
+    """Return a random mask that keeps the given numbers of KV heads and channels in each layer."""
     generator = torch.Generator().manual_seed(3)
 
     def mask(kept: int, units: int) -> torch.Tensor:
