@@ -26,15 +26,13 @@ from pgprune_cli.export.gguf_layout import REQUIREMENTS, Layout
 from pgprune_cli.export.gguf_tokenizer import add_tokenizer
 from pgprune_cli.export.plan import DISK_RESERVE, Measured, Options, Plan, check_new, check_space, prepare
 from pgprune_cli.export.surgery import TensorEdit
+from pgprune_cli.model.gguf_header import ALIGNMENT
 from pgprune_cli.model.source import Source
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.storage.atomic import new_file
 
 DTYPES = tuple(gguf_types.TYPES)
 """The dtypes that matrices can be stored in."""
-
-ALIGNMENT = 32
-"""Every tensor begins at a multiple of this number of bytes: the format's default."""
 
 
 @dataclass(frozen=True)

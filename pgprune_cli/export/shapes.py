@@ -28,7 +28,7 @@ class ShapeRequirements:
     """What a runtime, a format or the user requires of the shapes beyond what the decision keeps.
 
     attention: which of the written layers must have at least one KV head; ffn: which must have at least one channel.
-    pad_kv_heads, pad_ffn: a block has a multiple of this many KV heads or channels, or all of the base model's, or none.
+    pad_kv_heads, pad_ffn: each block has a multiple of that many KV heads or channels, or all of the base's, or none.
     """
 
     attention: Literal["any", "first", "every"] = "any"
