@@ -8,7 +8,23 @@ import torch
 from torch import nn
 
 ARCHITECTURES = ("llama-mha", "llama-gqa", "llama-biased", "mistral", "qwen2", "qwen3")
+"""The families that pgprune prunes. Every test of the families runs over them."""
 
+NEW_ARCHITECTURES = (
+    "smollm3",
+    "granite",
+    "ministral3",
+    "phi3",
+    "gemma2",
+    "gemma3_text",
+    "olmo2",
+    "olmo3",
+    "mixtral",
+    "qwen3_moe",
+    "gpt_oss",
+    "qwen3_5_text",
+)
+"""Families that modeling_pruned.py can load and that have no adapter yet. Their names move to ARCHITECTURES."""
 
 VOCABULARY = 96
 
@@ -16,7 +32,8 @@ VOCABULARY = 96
 def tiny_config(architecture: str):
     """Return a transformers config of 4 layers with 24 channels and 4 KV heads of 2 query heads (1 in `llama-mha`).
 
-    `llama-gqa` and `qwen3` tie their embeddings; `llama-biased` has biases everywhere, `qwen2` on q, k and v.
+    `llama-gqa`, `qwen3` and the Gemmas tie their embeddings; `llama-biased` has biases everywhere, `qwen2` on q, k
+    and v. Mixtures of experts have 8 experts of 12 channels, of which every token uses 2.
     """
     from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
@@ -47,6 +64,61 @@ def tiny_config(architecture: str):
             return Qwen2Config(**sizes)
         case "qwen3":
             return Qwen3Config(**sizes | {"tie_word_embeddings": True})
+    return _new_config(architecture, sizes)
+
+
+SLIDING = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]
+
+
+def _new_config(architecture: str, sizes: dict):
+    """Return the config of one of NEW_ARCHITECTURES. sizes: what the families have in common."""
+    import transformers as tf
+
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 16}
+    tied = sizes | {"tie_word_embeddings": True}
+    experts = sizes | {"num_experts_per_tok": 2}
+    match architecture:
+        case "smollm3":  # its last layer has no rotary embeddings
+            return tf.SmolLM3Config(**tied)
+        case "granite":
+            multipliers = {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.5}
+            return tf.GraniteConfig(**sizes, **multipliers, attention_multiplier=0.3)
+        case "ministral3":
+            scaling = {
+                "max_position_embeddings": 128,
+                "llama_4_scaling_beta": 0.1,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+            }
+            return tf.Ministral3Config(**sizes, rope_parameters=yarn | scaling)
+        case "phi3":
+            rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+            return tf.Phi3Config(**sizes, rope_parameters=rope, sliding_window=16)
+        case "gemma2":  # its layers alternate between sliding and full attention
+            return tf.Gemma2Config(**tied, query_pre_attn_scalar=8, sliding_window=16)
+        case "gemma3_text":
+            full = {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0}
+            rope = {"full_attention": full, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
+            options = {"query_pre_attn_scalar": 8, "sliding_window": 16, "layer_types": SLIDING}
+            return tf.Gemma3TextConfig(**tied, **options, rope_parameters=rope)
+        case "olmo2":
+            return tf.Olmo2Config(**sizes)
+        case "olmo3":
+            return tf.Olmo3Config(**sizes, sliding_window=16, layer_types=SLIDING)
+        case "mixtral":
+            return tf.MixtralConfig(**experts | {"intermediate_size": 12}, num_local_experts=8)
+        case "qwen3_moe":
+            return tf.Qwen3MoeConfig(**experts, num_experts=8, moe_intermediate_size=12, norm_topk_prob=True)
+        case "gpt_oss":  # its layers alternate between sliding and full attention
+            options = {"num_local_experts": 8, "sliding_window": 16, "rope_parameters": yarn | {"truncate": False}}
+            return tf.GptOssConfig(**experts | {"intermediate_size": 12}, **options)
+        case "qwen3_5_text":  # every key head has two value heads
+            heads = {"linear_num_key_heads": 4, "linear_num_value_heads": 8}
+            layers = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
+            rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+            rope |= {"mrope_section": [1, 1, 0], "mrope_interleaved": True}
+            options = {"linear_key_head_dim": 8, "linear_value_head_dim": 8, "layer_types": layers}
+            return tf.Qwen3_5TextConfig(**sizes, **heads, **options, rope_parameters=rope)
     raise ValueError(architecture)
 
 
@@ -57,7 +129,7 @@ def tiny_model(architecture: str, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(architecture), dtype=torch.float32)
     for parameter in model.parameters():
-        if parameter.dim() == 2:
+        if parameter.dim() >= 2:
             nn.init.normal_(parameter, std=0.3)
         elif parameter.dim() == 1:
             nn.init.normal_(parameter, mean=1.0 if parameter.mean() > 0.5 else 0.0, std=0.2)
