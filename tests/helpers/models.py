@@ -90,7 +90,7 @@ def _new_config(architecture: str, sizes: dict):
                 "mscale": 1.0,
                 "mscale_all_dim": 1.0,
             }
-            return tf.Ministral3Config(**sizes, rope_parameters=yarn | scaling)
+            return tf.Ministral3Config(**sizes, rope_parameters=yarn | scaling | {"mscale": 1.0, "mscale_all_dim": 1.0})
         case "phi3":
             rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
             return tf.Phi3Config(**sizes, rope_parameters=rope, sliding_window=16)
