@@ -55,12 +55,14 @@ check: $(BIN)/.dev
 	$(BIN)/mypy
 	$(BIN)/python scripts/write_cli_reference.py --check
 	$(BIN)/python scripts/write_recipe_reference.py --check
+	$(BIN)/python scripts/make_recipes.py --check
 	$(BIN)/python scripts/draw_imports.py --check
 	$(BIN)/python scripts/draw_method.py --check
 
 references: $(BIN)/.docs
 	$(BIN)/python scripts/write_cli_reference.py
 	$(BIN)/python scripts/write_recipe_reference.py
+	$(BIN)/python scripts/make_recipes.py
 	$(BIN)/python scripts/draw_method.py
 	$(BIN)/python scripts/draw_imports.py
 

@@ -30,11 +30,10 @@ def recipes(context: typer.Context, as_json: AsJson = False) -> None:
     """
     if context.invoked_subcommand is not None:
         return
+    from pgprune_cli.recipe.listing import listing
     from pgprune_cli.recipe.reader import name_of, shipped, summary
 
-    listed = {name_of(path): summary(path) for path in shipped()}
-    width = max(map(len, listed))
-    print_result({"recipes": listed}, as_json, "\n".join(f"{name:<{width}}  {text}" for name, text in listed.items()))
+    print_result({"recipes": {name_of(path): summary(path) for path in shipped()}}, as_json, listing())
 
 
 @recipes_app.command(

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,25 +19,13 @@ from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import load, shipped_folder
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.recipe.strict_yaml import to_yaml
+from pgprune_cli.recipe.settings import Setting, size_settings, yaml_lines
 from pgprune_cli.search.texts import empty_text, repair_batches, scoring_batches
 
 _SECTIONS = ("", "calibration", "budget", "scores", "search", "repair", "evaluation")
 
 BASE = "_base"
 """The shipped recipe that a new one extends."""
-
-SMALL_MODEL = 500_000_000
-"""Parameters up to which a search affords more text, and windows as short as its own."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """A recipe key with its value, and a comment that says why ("" for none)."""
-
-    key: str
-    value: Any
-    comment: str = ""
 
 
 def new_recipe(
@@ -58,7 +44,7 @@ def new_recipe(
         dtype,
         *_text_settings(model, calibration),
         Setting("budget.sparsity", sparsity, "fraction of the prunable parameters to remove"),
-        *_size_settings(empty),
+        *size_settings(_parameters(empty), getattr(empty.config, "max_position_embeddings", None) or 2048),
     ]
     settings.sort(key=lambda setting: _SECTIONS.index(setting.key.rpartition(".")[0]))
     recipe = _load(settings, overrides)
@@ -91,27 +77,6 @@ def _text_settings(model: str, calibration: str | None) -> list[Setting]:
         return [Setting("calibration.corpus", "c4", "or a .txt, .jsonl or .parquet file with text like yours")]
     corpus = str(Path(calibration).expanduser().resolve()) if Path(calibration).expanduser().exists() else calibration
     return [Setting("calibration.corpus", corpus, "keep it apart from the text that you evaluate on")]
-
-
-def _size_settings(model: PrunableModel) -> list[Setting]:
-    """Choose window lengths that the model can read, and more text for small models."""
-    longest = getattr(model.config, "max_position_embeddings", None) or 2048
-    settings = []
-    if longest < 128:
-        settings.append(Setting("calibration.seqlen", longest, "the model reads no more tokens at once"))
-    if _parameters(model) <= SMALL_MODEL:
-        settings += [
-            Setting("scores.windows", 384),
-            Setting("scores.seqlen", min(128, longest), "as the windows of the search"),
-            Setting("search.forward_passes", 256),
-            Setting("repair.windows", 1024, "a small model affords more text"),
-        ]
-    elif longest < 1024:
-        settings.append(Setting("scores.seqlen", longest, "the model reads no more tokens at once"))
-    if longest < 2048:
-        lengths = sorted({min(128, longest), longest})
-        settings.append(Setting("evaluation.seqlen", lengths, "the model reads no more tokens at once"))
-    return settings
 
 
 def _weight_format(recipe: Recipe, model: PrunableModel) -> Setting | None:
@@ -161,12 +126,4 @@ def _text(settings: Sequence[Setting], model: PrunableModel, sparsity: float) ->
         "#     pgprune search THIS_FILE",
         f"extends: {BASE}  # every key that is not here keeps its value there: pgprune recipes show THIS_FILE",
     ]
-    section = ""
-    for setting in settings:
-        name, _, key = setting.key.rpartition(".")
-        if name != section and name:
-            lines.append(f"{name}:")
-        section = name
-        comment = f"  # {setting.comment}" if setting.comment else ""
-        lines.append(f"{'  ' if name else ''}{key}: {to_yaml(setting.value)}{comment}")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *yaml_lines(settings)]) + "\n"

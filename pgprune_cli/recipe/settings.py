@@ -1,0 +1,60 @@
+"""Settings of recipes that are written for a model: their text, and those that follow from the model's size.
+
+`recipes new` and the generator of the shipped recipes (`scripts/make_recipes.py`) share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pgprune_cli.recipe.strict_yaml import to_yaml
+
+SMALL_MODEL = 500_000_000
+"""Parameters up to which a search affords more text, and windows as short as its own."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A recipe key with its value, and a comment that says why ("" for none)."""
+
+    key: str
+    value: Any
+    comment: str = ""
+
+
+def size_settings(parameters: int, longest: int) -> list[Setting]:
+    """Return window lengths that a model can read, and more text for small models.
+
+    parameters: of the whole model; longest: the most tokens that it reads at once. Empty if the values of `_base` fit.
+    """
+    settings = []
+    if longest < 128:
+        settings.append(Setting("calibration.seqlen", longest, "the model reads no more tokens at once"))
+    if parameters <= SMALL_MODEL:
+        settings += [
+            Setting("scores.windows", 384),
+            Setting("scores.seqlen", min(128, longest), "the same length as the windows of the search"),
+            Setting("search.forward_passes", 256),
+            Setting("repair.windows", 1024, "a small model affords more text"),
+        ]
+    elif longest < 1024:
+        settings.append(Setting("scores.seqlen", longest, "the model reads no more tokens at once"))
+    if longest < 2048:
+        lengths = sorted({min(128, longest), longest})
+        settings.append(Setting("evaluation.seqlen", lengths, "the model reads no more tokens at once"))
+    return settings
+
+
+def yaml_lines(settings: Iterable[Setting]) -> list[str]:
+    """Return the settings as lines of YAML. Keys of one section must be next to each other."""
+    lines, section = [], ""
+    for setting in settings:
+        name, _, key = setting.key.rpartition(".")
+        if name != section and name:
+            lines.append(f"{name}:")
+        section = name
+        comment = f"  # {setting.comment}" if setting.comment else ""
+        lines.append(f"{'  ' if name else ''}{key}: {to_yaml(setting.value)}{comment}")
+    return lines
