@@ -159,7 +159,8 @@ def bundled(theta: Tensor, space: MaskSpace, budget: Budget) -> Bundles:
     evenness = _summed(space.evenness[units], at, len(size)) / size
     of = torch.empty_like(at)
     of[units] = at
-    return Bundles(of, pair, number, begin, size * space.pair_costs[pair], mean, evenness)
+    cost = torch.zeros_like(size).index_add_(0, at, space.costs[units])
+    return Bundles(of, pair, number, begin, cost, mean, evenness)
 
 
 def _order(bundles: Bundles, value: Tensor) -> Tensor:

@@ -18,19 +18,27 @@ from pgprune_cli.core.families import WHOLE_FAMILIES as WHOLE_FAMILIES
 class Family:
     """Units of one kind in all layers.
 
-    counts: the number of units in each layer; costs: what one unit of each layer costs, an integer in the measure of
-    the budget.
+    counts: the number of units in each layer; costs: what the units of each layer cost, integers in the measure of the
+    budget: one for all units of the layer, or one for each of them.
     """
 
     name: str
     counts: tuple[int, ...]
-    costs: tuple[int, ...]
+    costs: tuple[int | tuple[int, ...], ...]
 
     def __post_init__(self) -> None:
         if len(self.counts) != len(self.costs):
             raise ValueError(f"family {self.name}: {len(self.counts)} layers of units, {len(self.costs)} of costs")
-        if min(self.counts, default=0) < 0 or any(c <= 0 for c, k in zip(self.costs, self.counts, strict=True) if k):
-            raise ValueError(f"family {self.name}: counts must not be negative, and costs must be positive")
+        for count, cost in zip(self.counts, self.costs, strict=True):
+            if isinstance(cost, tuple) and len(cost) != count:
+                raise ValueError(f"family {self.name}: {count} units in a layer, {len(cost)} costs")
+            if count < 0 or (count and min(cost if isinstance(cost, tuple) else (cost,)) <= 0):
+                raise ValueError(f"family {self.name}: counts must not be negative, and costs must be positive")
+
+    def layer_costs(self, layer: int) -> Tensor:
+        """Return the costs of the units of a layer, `(units,)` int64."""
+        cost = self.costs[layer]
+        return torch.tensor(cost) if isinstance(cost, tuple) else torch.full((self.counts[layer],), cost)
 
     @property
     def size(self) -> int:
@@ -53,17 +61,13 @@ class MaskSpace:
     @cached_property
     def costs(self) -> Tensor:
         """The cost of every unit, `(n,)` int64."""
-        return torch.cat([torch.tensor(f.costs).repeat_interleave(torch.tensor(f.counts)) for f in self.families])
+        costs = [family.layer_costs(layer) for family in self.families for layer in range(len(family.counts))]
+        return torch.cat(costs).long() if costs else torch.zeros(0, dtype=torch.int64)
 
     @cached_property
     def pair_counts(self) -> Tensor:
         """The number of units of every pair, `(J,)` int64."""
         return torch.tensor([count for family in self.families for count in family.counts], dtype=torch.int64)
-
-    @cached_property
-    def pair_costs(self) -> Tensor:
-        """The cost of one unit of every pair, `(J,)` int64."""
-        return torch.tensor([cost for family in self.families for cost in family.costs], dtype=torch.int64)
 
     @cached_property
     def pair_starts(self) -> Tensor:
@@ -146,10 +150,13 @@ class Budget:
         return (-(-least // multiples) * multiples).minimum(counts), multiples
 
     def needed(self, space: MaskSpace) -> tuple[int, ...]:
-        """Return the cost of the minimum widths, by constraint. A constraint that keeps less cannot be met."""
-        bound = (self.limits(space)[0] * space.pair_costs)[space.pair_counts > 0]
-        starts = space.pair_starts[space.pair_counts > 0]
-        return tuple(int(bound[(starts >= c.start) & (starts < c.stop)].sum()) for c in self.constraints)
+        """Return the cost of the minimum widths, by constraint. A constraint that keeps less cannot be met.
+
+        The units that a minimum width keeps are the first of their layer: where their costs differ, widths are nested.
+        """
+        place = torch.arange(space.n) - space.pair_starts[space.pair_of]
+        bound = space.costs * (place < self.limits(space)[0][space.pair_of])
+        return tuple(int(bound[constraint.units].sum()) for constraint in self.constraints)
 
 
 _NO_MULTIPLES: Mapping[str, int] = {}

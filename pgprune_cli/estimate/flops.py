@@ -132,10 +132,13 @@ def error_roots(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
 
 def removal(block: BlockSizes) -> int:
     """Return the FLOPs of `obs` for a block: R W, an inverse, and one update of the remaining inputs per round."""
-    width, remaining = block.inputs // block.units, block.inputs
+    width, remaining = block.inputs // block.elements, block.inputs
     total = 2 * block.outputs**2 * block.inputs + block.inputs**3
+    per_round = (
+        units_per_round(block.elements) * width if block.units == block.elements else block.inputs // block.units
+    )
     while remaining:
-        removed = min(units_per_round(block.units) * width, remaining)
+        removed = min(per_round, remaining)
         if width > 1:  # the cost of each unit alone
             total += 2 * remaining * width * (block.outputs + width)
         remaining -= removed

@@ -51,7 +51,7 @@ def memory(sizes: Sizes, texts: Texts) -> Memory:
     fits = sizes.has_table or sizes.repairs
     layerwise = texts.scoring if sizes.scores_on_text and sizes.statistic != "gradients" else []
     fitted = texts.fitting if fits else []
-    table = table_bytes(sizes.model, sizes.multiples) if sizes.has_table and sizes.solves else 0
+    table = table_bytes(sizes.model, sizes.partitions, sizes.multiples) if sizes.has_table and sizes.solves else 0
     largest = max((batch.numel() for batch in [*layerwise, *fitted]), default=0)
     solved = fits or sizes.statistic == "covariance"
     return Memory(

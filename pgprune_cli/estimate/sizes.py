@@ -11,11 +11,12 @@ from torch import Tensor
 
 from pgprune_cli.core.space import BLOCKS_OF
 from pgprune_cli.model.families.adapter import Block
-from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.model.prunable import Partitions, PrunableModel
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.repair.width_table import width_step
 from pgprune_cli.scores.metrics import CALIBRATED, NEEDS
 from pgprune_cli.scores.statistics import Statistic
+from pgprune_cli.search.budget import estimated_units
 from pgprune_cli.search.costs import flops
 
 
@@ -37,12 +38,13 @@ class Texts:
 class BlockSizes:
     """One block of one layer.
 
-    block: where its projections are; units: how many it has; inputs, outputs: widths of its output projection; inner:
-    output widths of its other projections; nbytes: of its weights, in the model's dtype; keep_fraction: what the recipe
-    keeps of it; width_step: distance between the widths in the table.
+    block: where its projections are; elements: how many it has; units: of the search; inputs, outputs: widths of its
+    output projection; inner: output widths of its other projections; nbytes: of its weights, in the model's dtype;
+    keep_fraction: what the recipe keeps of it; width_step: distance between the widths in the table.
     """
 
     block: Block
+    elements: int
     units: int
     inputs: int
     outputs: int
@@ -73,6 +75,11 @@ class Sizes:
         return sum(parameter.numel() for name, parameter in named if not name.endswith(".scale"))
 
     @cached_property
+    def partitions(self) -> Partitions:
+        """The units of the blocks that the recipe searches."""
+        return estimated_units(self.recipe, self.model.shape)
+
+    @cached_property
     def multiples(self) -> dict[str, int]:
         """By block name, what its widths are multiples of."""
         return {"ffn": self.recipe.budget.ffn_multiple}
@@ -85,11 +92,13 @@ class Sizes:
         blocks = []
         for index, layer in enumerate(self.model.layers):
             for block in self.model.family.blocks:
-                units = self.model.shape.units[block.name][index]
+                partition = self.partitions.get((index, block.name))
+                units = 1 if partition is None else int(partition.max()) + 1
                 *inner, output = linears = block.linears(layer)
                 blocks.append(
                     BlockSizes(
                         block,
+                        self.model.shape.elements[block.name][index],
                         units,
                         output.in_features,
                         output.out_features,
@@ -103,9 +112,12 @@ class Sizes:
 
     def flops_per_token(self, context: int) -> list[int]:
         """Return the FLOPs of every dense block for one token of a window of `context`."""
-        costs = flops(self.model, context)
-        in_order = (cost for layer_costs in zip(*costs.values(), strict=True) for cost in layer_costs)
-        return [block.units * cost for block, cost in zip(self.blocks, in_order, strict=True)]
+        costs, grids = flops(self.model, context), self.model.shape.grids
+        return [
+            costs[block.name][index].of_whole(grids[block.name][index])
+            for index in range(self.layers)
+            for block in self.model.family.blocks
+        ]
 
     @property
     def statistic(self) -> Statistic | None:

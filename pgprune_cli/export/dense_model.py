@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.export.safetensors_file import DTYPES
-from pgprune_cli.model.families.adapter import ModelFamily
+from pgprune_cli.model.families.adapter import ModelFamily, UnitTensor
 from pgprune_cli.model.loading import load_model, load_tokenizer, read_config
 from pgprune_cli.model.masks import ModelMask
-from pgprune_cli.model.prunable import PrunableModel, Shape
+from pgprune_cli.model.prunable import PrunableModel, Shape, unit_tensors
 from pgprune_cli.model.source import Source
 from pgprune_cli.model.weights import reason_of
 from pgprune_cli.run.decision import Decision
@@ -52,13 +52,14 @@ class Shard:
 class DenseModel:
     """A dense model as files.
 
-    json: its config.json; config: the transformers config read from it; write_auxiliary_files: puts tokenizer, chat
-    template and licence into a directory.
+    json: its config.json; config: the transformers config read from it; unit_tensors: by name, the tensors whose rows
+    belong to elements; write_auxiliary_files: puts tokenizer, chat template and licence into a directory.
     """
 
     json: dict[str, Any]
     config: Any
     shape: Shape
+    unit_tensors: Mapping[str, UnitTensor]
     shards: tuple[Shard, ...]
     write_auxiliary_files: Callable[[Path], None]
 
@@ -101,7 +102,8 @@ def _from_directory(source: Source) -> tuple[DenseModel, nn.Module]:
             model = build(config)
     except Exception as error:  # transformers raises dozens of kinds for configs that are wrong
         raise UserError(f"{source.name}: no model can be built from its config.json: {reason_of(error)}.") from error
-    shape = PrunableModel.of(model).shape
+    prunable = PrunableModel.of(model)
+    shape = prunable.shape
     shards = [_open_shard(path, shape.family) for path in source.weight_files()]
     if config.tie_word_embeddings and _head_equals_embedding(shards, shape.family):
         shards = [_without(shard, shape.family.head_weight) for shard in shards]
@@ -113,7 +115,7 @@ def _from_directory(source: Source) -> tuple[DenseModel, nn.Module]:
             shutil.copyfile(path, target)
         remove_code_references(directory / "tokenizer_config.json")
 
-    return DenseModel(config_json, config, shape, tuple(shards), write_auxiliary_files), model
+    return DenseModel(config_json, config, shape, unit_tensors(prunable), tuple(shards), write_auxiliary_files), model
 
 
 def auxiliary_files(directory: Path) -> list[Path]:
@@ -183,7 +185,8 @@ def _from_gguf(source: Source, decision: Decision) -> tuple[DenseModel, nn.Modul
     model: Any = load_model(source, dtype, "cpu")
     config_json = json.loads(model.config.to_json_string())
     config_json |= {"architectures": [type(model).__name__], "dtype": str(model.dtype).removeprefix("torch.")}
-    shape = PrunableModel.of(model).shape
+    prunable = PrunableModel.of(model)
+    shape = prunable.shape
     tensors = dict(model.state_dict())
     if model.config.tie_word_embeddings:
         tensors.pop(shape.family.head_weight, None)
@@ -194,14 +197,14 @@ def _from_gguf(source: Source, decision: Decision) -> tuple[DenseModel, nn.Modul
 
     meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
     shard = Shard(meta, lambda: nullcontext(tensors.__getitem__))
-    return DenseModel(config_json, model.config, shape, (shard,), write_auxiliary_files), model
+    return DenseModel(config_json, model.config, shape, unit_tensors(prunable), (shard,), write_auxiliary_files), model
 
 
 def _check_sizes(name: str, base: DenseModel, model_mask: ModelMask) -> None:
     """Raise UserError unless the decision has the layers and units of the base model."""
-    decided = {block: tuple(len(layer.of(block)) for layer in model_mask) for block in base.shape.units}
-    if decided != base.shape.units:
-        units = " or ".join(block.unit_name for block in base.shape.family.blocks)
+    decided = {block: tuple(len(layer.of(block)) for layer in model_mask) for block in base.shape.elements}
+    if decided != base.shape.elements:
+        units = " or ".join(block.element_name for block in base.shape.family.blocks)
         raise UserError(
             f"{name}: its number of layers, {units} differs from {DECISION_RECORD}. "
             "Export the run that searched this model."

@@ -130,7 +130,7 @@ def _add_general(writer: Any, decision: Decision, layout: Layout, dtype: str, me
     writer.add_string("pgprune.version", __version__)
     writer.add_string("pgprune.recipe", decision.recipe)
     for block in layout.family.blocks:
-        key = block.unit_name.lower().replace(" ", "_")  # kv_heads, ffn_channels
+        key = block.element_name.lower().replace(" ", "_")  # query_heads, ffn_channels
         writer.add_array(f"pgprune.kept.{key}", [int(layer.of(block.name).sum()) for layer in decision.model_mask])
     if measured:
         writer.add_string("pgprune.evaluation", json.dumps(measured))
@@ -140,7 +140,7 @@ def _add_sizes(writer: Any, layout: Layout, config: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(layout.context)
     writer.add_embedding_length(layout.hidden)
-    writer.add_block_count(len(layout.units))
+    writer.add_block_count(len(layout.kept))
     heads, kv_heads, channels = layout.heads, layout.kv_heads, layout.channels
     per_layer = layout.architecture == layout.family.gguf[config.model_type].unequal
     writer.add_head_count(heads if per_layer else heads[0])

@@ -8,6 +8,7 @@ heads, KV heads and channels, and which otherwise is a Llama.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,16 +47,15 @@ class Rope:
 class Layout:
     """Everything about the file except the values.
 
-    family: of the base model; units: how many units every written layer has, by block name; hidden: size of the
+    family: of the base model; kept: how many (groups, members) every written layer has, by block name; hidden: size of the
     residual stream; context: longest text in tokens; names: the gguf library's map of tensor names.
     """
 
     architecture: str
     family: ModelFamily
-    units: tuple[dict[str, int], ...]
+    kept: tuple[dict[str, tuple[int, int]], ...]
     hidden: int
     head_dim: int
-    queries_per_kv_head: int
     context: int
     rope: Rope
     names: Any
@@ -74,40 +74,39 @@ class Layout:
             )
         # llama.cpp has no sliding window for these architectures. Up to its length there is no difference.
         window = getattr(config, "sliding_window", None) or config.max_position_embeddings
-        units = tuple(surgery.shapes.sizes())
+        kept = tuple(surgery.shapes.sizes())
         return cls(
             architecture=architecture,
             family=surgery.family,
-            units=units,
+            kept=kept,
             hidden=config.hidden_size,
             head_dim=surgery.family.head_dim(config),
-            queries_per_kv_head=config.num_attention_heads // config.num_key_value_heads,
             context=min(config.max_position_embeddings, window),
             rope=_rope(config, surgery.family.head_dim(config), architecture),
-            names=_tensor_names(architecture, len(units)),
+            names=_tensor_names(architecture, len(kept)),
         )
 
     @property
     def kv_heads(self) -> list[int]:
         """KV heads of every written layer."""
-        return [layer[self.family.attention.name] for layer in self.units]
+        return [layer[self.family.attention.name][0] for layer in self.kept]
 
     @property
     def heads(self) -> list[int]:
         """Query heads of every written layer."""
-        return [kv_heads * self.queries_per_kv_head for kv_heads in self.kv_heads]
+        return [math.prod(layer[self.family.attention.name]) for layer in self.kept]
 
     @property
     def channels(self) -> list[int]:
         """FFN channels of every written layer."""
-        return [layer[self.family.ffn.name] for layer in self.units]
+        return [math.prod(layer[self.family.ffn.name]) for layer in self.kept]
 
     def place(self, edit: TensorEdit) -> list[TensorEdit]:
         """Return the edit with its name and row order in the file, and the tensor that only GGUF has, if it is next."""
         match = re.fullmatch(re.escape(self.family.layers) + r"\.(\d+)\.(.+)", edit.name)
         make = edit.make
         if match is not None and self.architecture in LIKE_LLAMA:
-            heads = self.family.rotated_heads(match[2], self.units[int(match[1])], self.queries_per_kv_head)
+            heads = self.family.rotated_heads(match[2], self.kept[int(match[1])])
             make = edit.make if heads is None else _make_in_pairs(edit.make, heads)
         placed = dataclasses.replace(edit, name=self._name(edit.name), make=make)
         factors = self.rope.factors
@@ -131,7 +130,7 @@ def _architecture(model_type: str, surgery: Surgery) -> str:
     """Return llama.cpp's architecture. Raises UserError if it has none for these sizes and biases."""
     architectures = surgery.family.gguf[model_type]
     uniform = surgery.shapes.uniform
-    if uniform and (architectures.equal in LIKE_LLAMA or not surgery.new_biases):
+    if uniform and architectures.equal and (architectures.equal in LIKE_LLAMA or not surgery.new_biases):
         return architectures.equal
     if architectures.unequal is None:
         reason = "with the output biases that the repair fitted" if uniform else "whose layers have different sizes"

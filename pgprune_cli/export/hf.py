@@ -77,7 +77,7 @@ class DirectoryPlan(Plan):
     def _model_card(self, title: str) -> ModelCard:
         return ModelCard(
             title=title,
-            units={block.name: block.unit_name for block in self.base.shape.family.blocks},
+            dense=self.base.shape,
             layers=self.shapes.kept,
             parameters_before=self.parameters_before,
             parameters_after=self.parameters_after,

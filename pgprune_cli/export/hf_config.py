@@ -34,8 +34,11 @@ def _pruned_config(base: DenseModel, surgery: Surgery) -> dict[str, Any]:
     family = base.shape.family
     causal: Any = modeling_pruned.FAMILIES[base.config.model_type]
     classes = {"AutoConfig": causal.config_class, "AutoModel": causal.decoder_class, "AutoModelForCausalLM": causal}
-    dense = _layer_config(family, base.config, {block: counts[0] for block, counts in base.shape.units.items()})
-    layers = [_layer_config(family, base.config, units) for units in surgery.shapes.sizes()]
+    grids = base.shape.grids.items()
+    dense = _layer_config(
+        family, base.config, {block: (by_layer[0].groups, by_layer[0].members) for block, by_layer in grids}
+    )
+    layers = [_layer_config(family, base.config, kept) for kept in surgery.shapes.sizes()]
     differences = [{key: value for key, value in layer.items() if dense.get(key) != value} for layer in layers]
     biases = [block.config_name for block in family.blocks if block.name in surgery.new_biases]
     return {
@@ -47,7 +50,7 @@ def _pruned_config(base: DenseModel, surgery: Surgery) -> dict[str, Any]:
     }
 
 
-def _layer_config(family: ModelFamily, config: Any, units: Mapping[str, int]) -> dict[str, Any]:
+def _layer_config(family: ModelFamily, config: Any, kept: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
     """Return the sizes of one layer, and `skip` with its missing blocks, as `per_layer_config` has them."""
-    skip = [block.config_name for block in family.blocks if not units[block.name]]
-    return family.layer_config(config, units) | ({"skip": skip} if skip else {})
+    skip = [block.config_name for block in family.blocks if not kept[block.name][0]]
+    return family.layer_config(config, kept) | ({"skip": skip} if skip else {})

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from pgprune_cli import __version__
+from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.masks import ModelMask
+from pgprune_cli.model.prunable import Shape
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD
 
@@ -18,14 +20,13 @@ from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD
 class ModelCard:
     """What the card says beyond the decision.
 
-    title: name of the directory; units: what the units of each block are called, by block name; layers: the masks of
-    every layer of the base model; padded_sparsity: the sparsity if padding counts as kept, None without padding;
+    title: name of the directory; dense: the shape of the base model; layers: the masks of every layer of the base model; padded_sparsity: the sparsity if padding counts as kept, None without padding;
     needs_code: True if loading runs modeling_pruned.py; loads_in_mlx: True if modeling_mlx.py is in the directory;
     measured: the results of `pgprune eval`.
     """
 
     title: str
-    units: Mapping[str, str]
+    dense: Shape
     layers: ModelMask
     parameters_before: int
     parameters_after: int
@@ -48,7 +49,7 @@ class ModelCard:
 
     def _summary(self, decision: Decision) -> str:
         fewer = 1 - self.parameters_after / self.parameters_before
-        units = " and ".join(self.units.values())
+        units = " and ".join(name for block in self.dense.family.blocks for name in _counted(block))
         sentences = [
             f"This is {_base_name(decision)} after structured pruning with pgprune, which removed some of its {units}.",
             f"It has {self.parameters_after:,} parameters, {fewer:.1%} fewer than the {self.parameters_before:,} of "
@@ -119,11 +120,23 @@ class ModelCard:
 
     def _kept_units(self) -> str:
         rows = []
-        for index, layer in enumerate(self.layers):
-            masks = [layer.of(block) for block in self.units]
-            removed = "" if any(mask.any() for mask in masks) else " (layer removed)"
-            rows.append((f"{index}{removed}", *(f"{int(mask.sum())} of {len(mask)}" for mask in masks)))
-        return "## What was kept\n\n" + _table(("layer of the base model", *self.units.values()), rows)
+        blocks, grids = self.dense.family.blocks, self.dense.grids
+        for index, kept in enumerate(self.dense.kept(self.layers)):
+            cells: list[str] = []
+            for block in blocks:
+                (groups, members), grid = kept[block.name], grids[block.name][index]
+                if block.group_name:
+                    cells.append(f"{groups} of {grid.groups}")
+                cells.append(f"{groups * members} of {grid.elements}")
+            removed = "" if any(groups for groups, _ in kept.values()) else " (layer removed)"
+            rows.append((f"{index}{removed}", *cells))
+        names = [name for block in blocks for name in _counted(block)]
+        return "## What was kept\n\n" + _table(("layer of the base model", *names), rows)
+
+
+def _counted(block: Block) -> list[str]:
+    """Return what is counted in a block: its groups, if they have a name, and its elements."""
+    return [name for name in (block.group_name, block.element_name) if name]
 
 
 def _front_matter(decision: Decision) -> str:

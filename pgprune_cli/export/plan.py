@@ -104,7 +104,7 @@ class Plan(ABC):
     @property
     def sparsity(self) -> float:
         """The fraction of the prunable parameters that is not written. Padding counts as kept."""
-        return self.shapes.sparsity(self.base.shape.parameters)
+        return self.shapes.sparsity
 
     def tensors(self, edits: list[TensorEdit], on_bytes: Callable[[int], None]) -> Iterator[Tensor]:
         """Yield the tensors of these edits, reading and making one at a time.
@@ -131,8 +131,8 @@ def prepare(
             f"{decision.fingerprint}). Restore the model's files or search again."
         )
     base = open_dense_model(source, decision)
-    shapes = runtime_shapes(decision.model_mask, requirements)
-    return base, Surgery(base.shape.family, shapes, decision.outputs, base.tensors, dtype)
+    shapes = runtime_shapes(base.shape, decision.model_mask, requirements)
+    return base, Surgery(base.shape, base.unit_tensors, shapes, decision.outputs, base.tensors, dtype)
 
 
 def check_new(out: Path, directory: bool) -> None:

@@ -16,10 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pgprune_cli.core.grid import Grid
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.families.adapter import gather_units
+from pgprune_cli.model.families.adapter import KeptElements, UnitTensor, gather, kept_shape
 from pgprune_cli.model.masks import LayerMask, ModelMask, columns_of
-from pgprune_cli.model.prunable import UnitCosts
+from pgprune_cli.model.prunable import Shape
 from pgprune_cli.run.layout import DECISION_RECORD
 
 
@@ -50,11 +51,12 @@ class ShapeRequirements:
 class RuntimeShapes:
     """The shapes of an export.
 
-    layers: indices of the base model's layers that are written, in order. kept: what the decision keeps in *every*
-    layer of the base model. written: what is written of every layer, which is the kept units and the padding (nothing
-    for a layer that is not in `layers`).
+    dense: the shape of the base model; layers: indices of its layers that are written, in order. kept: what the decision
+    keeps in *every* layer of the base model. written: what is written of every layer, which is the kept elements and the
+    padding (nothing for a layer that is not in `layers`).
     """
 
+    dense: Shape
     layers: tuple[int, ...]
     kept: ModelMask
     written: ModelMask
@@ -62,34 +64,31 @@ class RuntimeShapes:
     @property
     def padded(self) -> bool:
         """True if any block has padding."""
-        return _counts(self.kept) != _counts(self.written)
+        return self.dense.kept(self.kept) != self.dense.kept(self.written)
 
-    def sizes(self) -> list[dict[str, int]]:
-        """Return how many units each block of the written layers has, by block name, layer after layer."""
-        counts = _counts(self.written)
-        return [counts[layer] for layer in self.layers]
+    def sizes(self) -> list[dict[str, tuple[int, int]]]:
+        """Return how many (groups, members) each block of the written layers has, by block name, layer after layer."""
+        sizes = self.dense.kept(self.written)
+        return [sizes[layer] for layer in self.layers]
 
     @property
     def uniform(self) -> bool:
         """True if all written layers have the same sizes, and no block is missing."""
         sizes = self.sizes()
-        return all(size == sizes[0] for size in sizes) and all(sizes[0].values())
+        return all(size == sizes[0] for size in sizes) and all(groups for groups, _ in sizes[0].values())
 
-    def sparsity(self, costs: UnitCosts) -> float:
-        """Return the fraction of the cost of the base model's units that is not written. Padding counts as kept."""
-        kept = total = 0
-        for block, block_costs in costs.items():
-            for layer, cost in zip(self.written, block_costs, strict=True):
-                kept += int(layer.of(block).sum()) * cost
-                total += len(layer.of(block)) * cost
-        return 1 - kept / total
+    @property
+    def sparsity(self) -> float:
+        """The fraction of the prunable parameters that is not written. Padding counts as kept."""
+        parameters = self.dense.parameters
+        return 1 - self.dense.cost(parameters, self.written) / self.dense.cost(parameters)
 
 
-def runtime_shapes(model_mask: ModelMask, requirements: ShapeRequirements) -> RuntimeShapes:
+def runtime_shapes(dense: Shape, model_mask: ModelMask, requirements: ShapeRequirements) -> RuntimeShapes:
     """Return the shapes with the least padding that meets the requirements.
 
-    The padding of a block is its first removed units; which ones they are does not change the logits. Raises UserError
-    if the decision keeps nothing.
+    The padding of a block is its first removed elements; which ones they are does not change the logits. Raises
+    UserError if the decision keeps nothing.
     """
     layers = tuple(i for i, layer in enumerate(model_mask) if layer.attention.any() or layer.ffn.any())
     if not layers:
@@ -99,39 +98,56 @@ def runtime_shapes(model_mask: ModelMask, requirements: ShapeRequirements) -> Ru
     written = list(model_mask)
     for index in layers:
         needs_head = requirements.attention == "every" or (requirements.attention == "first" and index == layers[0])
+        attention, ffn = (dense.grids[name][index] for name in ("attention", "ffn"))
         written[index] = LayerMask(
-            _padded(model_mask[index].attention, int(needs_head), requirements.pad_kv_heads),
-            _padded(model_mask[index].ffn, int(requirements.ffn == "every"), requirements.pad_ffn),
+            _padded(model_mask[index].attention, attention, int(needs_head), requirements.pad_kv_heads, 1),
+            _padded(model_mask[index].ffn, ffn, int(requirements.ffn == "every"), 1, requirements.pad_ffn),
         )
-    return RuntimeShapes(layers, model_mask, tuple(written))
+    return RuntimeShapes(dense, layers, model_mask, tuple(written))
 
 
-def _counts(model_mask: ModelMask) -> list[dict[str, int]]:
-    """Return how many units a mask keeps in each layer, by block name."""
-    return [{block: int(mask.sum()) for block, mask in vars(layer).items()} for layer in model_mask]
+def _padded(mask: Tensor, grid: Grid, minimum: int, group_multiple: int, member_multiple: int) -> Tensor:
+    """Return a regular mask `(elements,)` with elements added, to at least `minimum` groups.
 
-
-def _padded(mask: Tensor, minimum: int, multiple: int) -> Tensor:
-    """Return the mask `(units,)` with units added: to at least `minimum`, then to a multiple, at most all of them."""
-    kept = int(mask.sum())
-    size = min(-(-max(kept, minimum) // multiple) * multiple, len(mask))
-    padded = mask.clone()
-    padded[(~mask).nonzero().squeeze(1)[: size - kept]] = True
-    return padded
-
-
-def output_columns(dense: Tensor, kept: Tensor, written: Tensor, repaired: Tensor | None) -> Tensor:
-    """Return the output projection `(hidden, written inputs)` of a block, with zeros in the columns of the padding.
-
-    dense: the base model's `(hidden, inputs)`; kept, written: masks `(units,)`, the first within the second; repaired:
-    `(hidden, kept inputs)`, used in place of the dense columns.
+    Then the numbers of groups and of members per group are multiples, or all of the grid's. A block without elements
+    gets the fewest members.
     """
-    units = len(kept)
+    groups, members = grid.kept(mask)
+    if not max(groups, minimum):
+        return mask
+    if not groups:
+        groups, members = max(minimum, grid.min_groups), 1
+    by_group = mask.view(grid.groups, grid.members).clone()
+    target = min(-(-groups // group_multiple) * group_multiple, grid.groups)
+    kept = by_group.any(1)
+    kept[(~kept).nonzero().squeeze(1)[: target - int(kept.sum())]] = True
+    width = min(-(-members // member_multiple) * member_multiple, grid.members)
+    for group in kept.nonzero().squeeze(1).tolist():
+        row = by_group[group]
+        row[(~row).nonzero().squeeze(1)[: width - int(row.sum())]] = True
+    return by_group.flatten()
+
+
+def output_columns(dense: Tensor, tensor: UnitTensor, kept: Tensor, written: Tensor, repaired: Tensor | None) -> Tensor:
+    """Return the output projection of a block on its written elements, with zeros in the columns of the padding.
+
+    dense: the base model's, as `tensor` describes it; kept, written: masks `(elements,)`, the first within the second;
+    repaired: used in place of the dense columns of the kept elements.
+    """
     if repaired is None:
-        repaired = gather_units(dense, 1, kept.nonzero().squeeze(1), units)
+        repaired = gather(dense, tensor, KeptElements(kept))
     if torch.equal(kept, written):
         return repaired
-    width = dense.shape[1] // units
-    columns = repaired.new_zeros(dense.shape[0], int(written.sum()) * width)
-    columns[:, columns_of(kept[written].nonzero().squeeze(1), width)] = repaired
-    return columns
+    shape = kept_shape(tensor, dense.shape, written)
+    columns = repaired.new_zeros(shape)
+    (part,) = tensor.parts
+    if tensor.stacked:
+        for row, group in enumerate(written.view(dense.shape[0], -1).any(1).nonzero().squeeze(1).tolist()):
+            ours = kept.view(dense.shape[0], -1)[group]
+            if ours.any():
+                place = columns_of(ours[written.view(dense.shape[0], -1)[group]].nonzero().squeeze(1), part.width)
+                source = int(kept.view(dense.shape[0], -1)[:group].any(1).sum())
+                columns[row].index_copy_(tensor.axis - 1, place, repaired[source])
+        return columns
+    place = columns_of(kept[written].nonzero().squeeze(1), part.width)
+    return columns.index_copy_(tensor.axis, place, repaired)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.export.shapes import RuntimeShapes, output_columns
-from pgprune_cli.model.families.adapter import Block, ModelFamily, gather_units
+from pgprune_cli.model.families.adapter import Block, KeptElements, UnitTensor, gather, kept_shape
 from pgprune_cli.model.masks import Outputs
+from pgprune_cli.model.prunable import Shape
 
 
 @dataclass(frozen=True)
@@ -53,19 +54,22 @@ class TensorEdit:
 class Surgery:
     """Turns the tensors of the base model into those of the export.
 
-    shapes: of the export; outputs: repaired output projections; tensors: the base model's, on the meta device; dtype:
-    of the exported tensors, None to keep the base model's.
+    shape: of the base model; unit_tensors: its tensors whose rows belong to elements, by name; shapes: of the export;
+    outputs: repaired output projections; tensors: the base model's, on the meta device; dtype: of the exported tensors,
+    None to keep the base model's.
     """
 
     def __init__(
         self,
-        family: ModelFamily,
+        shape: Shape,
+        unit_tensors: Mapping[str, UnitTensor],
         shapes: RuntimeShapes,
         outputs: Outputs,
         tensors: Mapping[str, Tensor],
         dtype: torch.dtype | None = None,
     ) -> None:
-        self.family = family
+        self.family = family = shape.family
+        self.unit_tensors = unit_tensors
         self.shapes = shapes
         self.outputs = outputs
         self.tensors = tensors
@@ -74,7 +78,7 @@ class Surgery:
             block
             for (layer, block), output in outputs.items()
             if output.bias is not None
-            and f"{family.layers}.{layer}.{family.block(block).output_path}.bias" not in tensors
+            and f"{family.layers}.{layer}.{output_bias_path(family.block(block))}" not in tensors
         }
         """Names of the blocks that get an output bias which the base model lacks. Every layer gets one, zero where the
         repair fitted none."""
@@ -100,30 +104,30 @@ class Surgery:
         shape = self.tensors[name].shape
         written = self.shapes.written[layer].of(block.name)
         target = f"{self.family.layers}.{self.shapes.layers.index(layer)}.{path}"
-        module, _, kind = path.rpartition(".")
-        if module == block.output_path and kind == "bias":  # added to the residual stream, so it belongs to no unit
+        bias_path, unit_tensor = output_bias_path(block), self.unit_tensors.get(name)
+        if path == bias_path and unit_tensor is None:  # added to the residual stream, so it belongs to no element
             yield self._edit(target, name, shape, self._bias(layer, block.name))
-        elif module == block.output_path:
-            columns = torch.Size((shape[0], _written_size(shape[1], written)))
-            yield self._edit(target, name, columns, self._columns(layer, block.name))
-            if block.name in self.new_biases:
-                yield self._edit(target.removesuffix(kind) + "bias", name, shape[:1], self._bias(layer, block.name))
-        elif module in (f"{block.module}.{projection.name}" for projection in block.projections):
-            rows = torch.Size((_written_size(shape[0], written), *shape[1:]))
-            yield self._edit(target, name, rows, _rows(written))
-        else:  # a norm, which all units share
+        elif unit_tensor is None:  # a norm, which all elements share
             yield self._edit(target, name, shape, _unchanged)
+        elif path.removesuffix(".weight") == block.output_path:
+            columns = kept_shape(unit_tensor, shape, written)
+            yield self._edit(target, name, columns, self._columns(layer, block.name, unit_tensor))
+            if block.name in self.new_biases:
+                bias = target.removesuffix(path) + bias_path
+                yield self._edit(bias, name, shape[:1], self._bias(layer, block.name))
+        else:
+            yield self._edit(target, name, kept_shape(unit_tensor, shape, written), _rows(unit_tensor, written))
 
     def _edit(self, name: str, source: str, shape: torch.Size, make: Callable[[Tensor], Tensor]) -> TensorEdit:
         return TensorEdit(name, shape, self.dtype or self.tensors[source].dtype, source, make)
 
-    def _columns(self, layer: int, block: str) -> Callable[[Tensor], Tensor]:
+    def _columns(self, layer: int, block: str, tensor: UnitTensor) -> Callable[[Tensor], Tensor]:
         """Return what makes the output projection of a block. A repaired one is read only when it is called."""
 
         def make(dense: Tensor) -> Tensor:
             output = self.outputs.get((layer, block))
             kept, written = (masks[layer].of(block) for masks in (self.shapes.kept, self.shapes.written))
-            return output_columns(dense, kept, written, output.weight if output else None)
+            return output_columns(dense, tensor, kept, written, output.weight if output else None)
 
         return make
 
@@ -141,14 +145,14 @@ class Surgery:
         return make
 
 
-def _written_size(size: int, written: Tensor) -> int:
-    """Return the length of an axis with only the written units; it has length `size` with all of them."""
-    return size // len(written) * int(written.sum())
+def output_bias_path(block: Block) -> str:
+    """Return the path, inside a layer, of the bias of a block's output."""
+    return f"{block.module}.{block.output_bias}"
 
 
 def _unchanged(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _rows(written: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: gather_units(tensor, 0, written.nonzero().squeeze(1), len(written))
+def _rows(unit_tensor: UnitTensor, written: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: gather(tensor, unit_tensor, KeptElements(written))

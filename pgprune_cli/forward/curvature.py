@@ -73,7 +73,7 @@ def output_curvature(model: PrunableModel, batches: Sequence[Tensor], progress: 
     if not batches:
         raise ValueError("there is no calibration text to run")
     unembedding = model.head.weight
-    norm = model.final_norm.get_parameter("weight").double()
+    norm = model.family.norm_weight(model.final_norm).double()
     token_mass = torch.zeros(len(unembedding), device=unembedding.device)
     expected = torch.zeros(unembedding.shape[1], unembedding.shape[1], device=unembedding.device)
     tokens = 0
@@ -81,7 +81,7 @@ def output_curvature(model: PrunableModel, batches: Sequence[Tensor], progress: 
     for done, windows in enumerate(curvature_windows(batches)):
         progress.batches_done(done, len(batches))
         for rows in _hidden_states(model, windows, splitter).to(unembedding.device).split(LOGIT_ROWS):
-            probability = (rows @ unembedding.T).float().softmax(-1)
+            probability = model.family.finish_logits(model.config, rows @ unembedding.T).float().softmax(-1)
             token_mass += probability.sum(0)
             mean = (probability.to(unembedding.dtype) @ unembedding).float()
             expected += mean.T @ mean

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pgprune_cli.forward.batch_splitting import BatchSplitter
-from pgprune_cli.model.families.adapter import Block, ModelFamily, Projection, gather_units
+from pgprune_cli.model.families import find_family
+from pgprune_cli.model.families.adapter import Block, KeptElements, ModelFamily, UnitTensor, gather
 from pgprune_cli.model.masks import ModelMask, Output, Outputs
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import Int8Linear, QuantizedLinear, Rows
@@ -37,6 +38,10 @@ def summed_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     A float32 scalar, in nats. Logits exist for a few hundred positions at a time, and nothing waits for the device.
     """
     causal: Any = model
+    family = find_family(causal.config.model_type)
+    if family is None:  # `eval` measures any model, but only a family's adapter knows what follows the head
+        logits = causal(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
+        return _cross_entropy(logits, tokens[:, 1:].flatten().to(logits.device))
     with _one_sequence_per_row():
         hidden_states = causal.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
     head = causal.get_output_embeddings()
@@ -44,7 +49,7 @@ def summed_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     targets = tokens[:, 1:].reshape(-1).to(rows.device)
     total = torch.zeros((), device=rows.device, dtype=torch.float32)
     for part, part_targets in zip(rows.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
-        total += _cross_entropy(head(part), part_targets)
+        total += _cross_entropy(family.finish_logits(causal.config, head(part)), part_targets)
     return total
 
 
@@ -133,16 +138,17 @@ class Evaluator:
 def shrunk_block(
     family: ModelFamily, layer: nn.Module, block: Block, mask: Tensor, output: Output | None
 ) -> AbstractContextManager[None]:
-    """Run one block of a layer on its kept units inside the `with`, with a repaired output projection if one is given.
+    """Run one block of a layer on its kept elements inside the `with`, with a repaired output projection if one is given.
 
-    mask: `(units,)` bool. A block that keeps nothing is replaced by a placeholder.
+    mask: `(elements,)` bool, regular. A block that keeps nothing is replaced by a placeholder.
     """
     if mask.any():
+        module = layer.get_submodule(block.module)
         is_dense = mask.all() and output is None
         # int8 weights are unpacked when they are gathered, outside of what a latency measurement times.
-        if is_dense and not isinstance(block.output_linear(layer), Int8Linear):
+        if is_dense and not any(isinstance(part, Int8Linear) for part in module.modules()):
             return nullcontext()
-        return _gathered(layer, block, mask, output)
+        return _gathered(family, layer, block, mask, output)
     return _replaced(layer, block.module, family.placeholder(block))
 
 
@@ -157,45 +163,52 @@ def _replaced(layer: nn.Module, name: str, placeholder: nn.Module) -> Iterator[N
 
 
 @contextmanager
-def _gathered(layer: nn.Module, block: Block, mask: Tensor, output: Output | None) -> Iterator[None]:
-    """Inside the `with`, every forward pass of the block runs on the kept units of its projections."""
+def _gathered(
+    family: ModelFamily, layer: nn.Module, block: Block, mask: Tensor, output: Output | None
+) -> Iterator[None]:
+    """Inside the `with`, every forward pass of the block runs on the rows of its kept elements."""
     module = layer.get_submodule(block.module)
-    linears = list(zip(block.linears(layer), block.projections, strict=True))
-    kept = _send_index(mask.nonzero().squeeze(1), next(module.parameters()).device)
+    tensors = family.unit_tensors(layer, block)
+    settings = family.settings(layer, block, *family.grid(layer, block).kept(mask))
+    kept = KeptElements(mask)
     undo: list[Callable[[], None]] = []
 
-    def put(linear: nn.Linear, key: str, value: Tensor | Rows) -> None:
-        if key == "weight" and isinstance(linear, QuantizedLinear):
-            undo.append(partial(setattr, linear, "kept", None))
-            linear.kept = value
+    def put(name: str, value: Tensor | Rows) -> None:
+        path, _, key = name.rpartition(".")
+        owner = module.get_submodule(path)
+        if key == "weight" and isinstance(owner, QuantizedLinear):
+            undo.append(partial(setattr, owner, "kept", None))
+            owner.kept = value
             return
         assert isinstance(value, Tensor)
-        parameter = getattr(linear, key)
+        parameter = getattr(owner, key)
         if parameter is None:  # the repair adds a bias that the dense model does not have
-            undo.append(partial(setattr, linear, key, None))
-            setattr(linear, key, nn.Parameter(value, requires_grad=False))
+            undo.append(partial(setattr, owner, key, None))
+            setattr(owner, key, nn.Parameter(value, requires_grad=False))
         else:
             undo.append(partial(setattr, parameter, "data", parameter.data))
             parameter.data = value
 
-    def gather(*_: object) -> None:
-        for linear, projection in linears:
-            if output is not None and projection == block.output:
-                for key, value in zip(("weight", "bias"), output, strict=True):
-                    if value is not None:
-                        dtype = linear.dtype if isinstance(linear, QuantizedLinear) else linear.weight.dtype
-                        put(linear, key, value.to(kept.device, dtype, non_blocking=True))
-                continue
-            put(linear, "weight", _kept_weight(linear, projection, kept, len(mask)))
-            if projection.axis == 0 and linear.bias is not None:
-                put(linear, "bias", gather_units(linear.bias.data, 0, kept, len(mask)))
+    def gather_all(*_: object) -> None:
+        for owner, attribute, value in settings:
+            undo.append(partial(setattr, owner, attribute, getattr(owner, attribute)))
+            setattr(owner, attribute, value)
+        for tensor in tensors if output is None else tensors[:-1]:
+            put(tensor.name, _kept_values(module, tensor, kept))
+        if output is not None:
+            owner = module.get_submodule(tensors[-1].module)
+            like = owner if isinstance(owner, QuantizedLinear) else owner.get_parameter(tensors[-1].key)
+            device = next(module.parameters()).device
+            for name, value in zip((tensors[-1].name, block.output_bias), output, strict=True):
+                if value is not None:
+                    put(name, value.to(device, like.dtype, non_blocking=True))
 
     def restore(*_: object) -> None:
         while undo:
             undo.pop()()
 
     # always_call: the dense weights come back even when the forward pass raises.
-    handles = [module.register_forward_pre_hook(gather), module.register_forward_hook(restore, always_call=True)]
+    handles = [module.register_forward_pre_hook(gather_all), module.register_forward_hook(restore, always_call=True)]
     try:
         yield
     finally:
@@ -204,12 +217,8 @@ def _gathered(layer: nn.Module, block: Block, mask: Tensor, output: Output | Non
         restore()
 
 
-def _send_index(index: Tensor, device: torch.device) -> Tensor:
-    """Copy a small tensor of the host to a device. From pinned memory, the host does not wait for the copy."""
-    return (index.pin_memory() if device.type == "cuda" else index).to(device, non_blocking=True)
-
-
-def _kept_weight(linear: nn.Linear, projection: Projection, kept: Tensor, units: int) -> Tensor | Rows:
-    if isinstance(linear, QuantizedLinear):
-        return linear.gathered(projection.axis, kept, units)
-    return gather_units(linear.weight.data, projection.axis, kept, units)
+def _kept_values(module: nn.Module, tensor: UnitTensor, kept: KeptElements) -> Tensor | Rows:
+    owner = module.get_submodule(tensor.module)
+    if tensor.key == "weight" and isinstance(owner, QuantizedLinear):
+        return owner.gathered(tensor, kept)
+    return gather(owner.get_parameter(tensor.key).data, tensor, kept)

@@ -1,7 +1,8 @@
 """Second moments of the inputs of the output projections: what the metric `obs` and every repair work from.
 
 A token is weighted by 1 / ‖its residual stream‖². What follows is normalised, and without the weights the attention
-sinks, a thousand times as large as other tokens, would dominate everything.
+sinks, a thousand times as large as other tokens, would dominate everything. If a norm follows the block (Gemma, OLMo),
+an error of its output is divided by the length of that output, so the token is also weighted by 1 / ‖block output‖².
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from pgprune_cli.forward.layerwise import LayerwiseRun, Observers
 from pgprune_cli.model.families.adapter import Block, ModelFamily
@@ -34,24 +35,27 @@ class MomentCollector:
     """Observes one layer, batch after batch, and sums the moments of some of its blocks."""
 
     def __init__(self, family: ModelFamily, blocks: Sequence[Block]) -> None:
-        self.residual_norm = family.residual_norm
-        self.output_paths = {block.name: block.output_path for block in blocks}
+        self.paths = {
+            block.name: (family.residual, block.output_path, *([block.post_norm] if block.post_norm else []))
+            for block in blocks
+        }
         self.sums: dict[str, Moments] = {}
         self.tokens: Counter[str] = Counter()
 
     @property
     def observers(self) -> Observers:
         """What a layer-wise run has to call."""
-        return {(self.residual_norm, path): partial(self._add, name) for name, path in self.output_paths.items()}
+        return {paths: partial(self._add, name) for name, paths in self.paths.items()}
 
     def moments(self, block: str) -> Moments:
         """Return the moments of one block, and drop them here."""
         sums = self.sums.pop(block)
         return Moments(sums.second.div_(sums.weight), sums.first / sums.weight, sums.weight / self.tokens.pop(block))
 
-    def _add(self, block: str, residual: Tensor, inputs: Tensor) -> None:
-        squares = residual.flatten(0, -2).float().square().mean(-1, keepdim=True)
-        weight = squares.clamp_min(1e-12).reciprocal()
+    def _add(self, block: str, residual: Tensor, inputs: Tensor, block_output: Tensor | None = None) -> None:
+        weight = _mean_square(residual).reciprocal()
+        if block_output is not None:
+            weight = weight / _mean_square(block_output)
         x = inputs.flatten(0, -2).float()
         weighted = x * weight
         batch = Moments((weighted.T @ x).double(), weighted.sum(0).double(), weight.sum().double())
@@ -61,7 +65,22 @@ class MomentCollector:
             sums.second.add_(batch.second)
             sums.first.add_(batch.first)
             sums.weight.add_(batch.weight)
-        self.tokens[block] += len(squares)
+        self.tokens[block] += len(weight)
+
+
+def _mean_square(states: Tensor) -> Tensor:
+    """Return the mean square of every token's vector in states `(B, T, hidden)`: `(B · T, 1)` float32."""
+    return states.flatten(0, -2).float().square().mean(-1, keepdim=True).clamp_min(1e-12)
+
+
+def block_root(family: ModelFamily, layer: nn.Module, block: Block, root: Tensor) -> Tensor:
+    """Return R for an error of a block's output projection, given R `(hidden, hidden)` for the residual stream.
+
+    They differ by the weight of the norm between them, if there is one.
+    """
+    if block.post_norm is None:
+        return root
+    return root * family.norm_weight(layer.get_submodule(block.post_norm)).to(root)
 
 
 def observe_moments(run: LayerwiseRun, index: int, family: ModelFamily, block: Block) -> Moments:

@@ -117,12 +117,13 @@ def _parameters(model: PrunableModel) -> int:
 
 def _text(settings: Sequence[Setting], model: PrunableModel, sparsity: float) -> str:
     """Return the recipe as YAML: a comment that describes it, then the settings, section by section."""
-    units = model.shape.units
-    heads, channels = (max(units[block.name]) for block in model.family.blocks)
+    grids, (attention, ffn) = model.shape.grids, model.family.blocks
+    kv_heads, heads = (max(getattr(grid, size) for grid in grids[attention.name]) for size in ("groups", "elements"))
+    channels = max(grid.elements for grid in grids[ffn.name])
     lines = [
         f"# {settings[0].value} with {sparsity:.0%} of its prunable parameters removed.",
-        f"# {_parameters(model) / 1e6:,.1f} M parameters; {model.shape.layers} layers of {heads} KV heads and "
-        f"{channels:,} FFN channels.",
+        f"# {_parameters(model) / 1e6:,.1f} M parameters; {model.shape.layers} layers of {kv_heads} KV heads, {heads} "
+        f"query heads and {channels:,} FFN channels.",
         "#     pgprune search THIS_FILE",
         f"extends: {BASE}  # every key that is not here keeps its value there: pgprune recipes show THIS_FILE",
     ]

@@ -9,11 +9,13 @@ from pathlib import Path
 import torch
 
 from pgprune_cli.console.progress import SILENT, Progress
-from pgprune_cli.core.space import Budget, MaskSpace
+from pgprune_cli.core.grid import GridCost
+from pgprune_cli.core.space import BLOCKS_OF, Budget, MaskSpace
 from pgprune_cli.distributed import Ranks, join
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.loading import load_prunable
 from pgprune_cli.model.masks import ModelMask
+from pgprune_cli.model.prunable import Partitions
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import dump
 from pgprune_cli.recipe.schema import Recipe
@@ -24,6 +26,7 @@ from pgprune_cli.run.layout import COSTS_FILE, DECISION_RECORD, RECIPE_FILE
 from pgprune_cli.run.lock import locked
 from pgprune_cli.run.provenance import record_command
 from pgprune_cli.run.resume import identity_of, load_finished, refuse_other_recipe
+from pgprune_cli.run.scores import Scores
 from pgprune_cli.search.budget import budget_for
 from pgprune_cli.search.context import SearchContext
 from pgprune_cli.search.loop import LoopState, finite, run_steps
@@ -74,8 +77,8 @@ def _search(context: SearchContext, skip_corrupt_checkpoint: bool, tracker: Trac
     # Record what was done: the scores may have been made with `init-scores --metric`.
     metric = replace(context.recipe.scores, metric=scores.metric)
     context = replace(context, recipe=replace(context.recipe, scores=metric))
-    space, budget = _begin(context)
-    problem = set_up(context, space, budget, scores)
+    space, budget, partitions = _begin(context, scores)
+    problem = set_up(context, space, budget, partitions, scores)
     identity = identity_of(context.recipe, context.fingerprint, problem.policy.origin)
     loop = run_steps(problem, identity, skip_corrupt_checkpoint=skip_corrupt_checkpoint, tracker=tracker)
     return _decide(problem, loop)
@@ -91,7 +94,7 @@ def _open(recipe: Recipe, run: Path, ranks: Ranks, progress: Progress) -> Search
     return SearchContext(recipe, run, source, model, text, ranks, progress)
 
 
-def _begin(context: SearchContext) -> tuple[MaskSpace, Budget]:
+def _begin(context: SearchContext, scores: Scores) -> tuple[MaskSpace, Budget, Partitions]:
     """Check the budget against the model, then write the resolved recipe into the run directory.
 
     Raises UserError if the directory was begun with another recipe, or if the model's sizes cannot meet the budget:
@@ -100,7 +103,7 @@ def _begin(context: SearchContext) -> tuple[MaskSpace, Budget]:
     with context.ranks.run_writer_first():  # one process measures latencies and writes, the others read
         refuse_other_recipe(context.run, context.recipe)
         try:
-            space, budget = budget_for(context)
+            space, budget, partitions = budget_for(context, scores)
         except UserError:
             if not (context.run / RECIPE_FILE).exists():  # a latency measured for the refused recipe
                 (context.run / COSTS_FILE).unlink(missing_ok=True)
@@ -108,14 +111,13 @@ def _begin(context: SearchContext) -> tuple[MaskSpace, Budget]:
         if context.ranks.is_writer:
             write_bytes(context.run / RECIPE_FILE, dump(context.recipe).encode())
             record_command(context.run)
-    return space, budget
+    return space, budget, partitions
 
 
 def _decide(problem: Problem, loop: LoopState) -> Decision:
     """Repair the mask that the search ended with, measure it on held-out text, and describe it."""
     context, recipe = problem.context, problem.context.recipe
     mask = problem.policy.final_mask(loop.policy_state)
-    parameters = context.model.shape.space(recipe.units.families).costs
     model_mask, outputs = _repaired(context, problem.model_mask(mask))
     heldout_loss = problem.heldout_loss(model_mask, outputs)
     dense_loss = problem.heldout_loss(problem.model_mask(torch.ones_like(mask)), {})
@@ -123,7 +125,7 @@ def _decide(problem: Problem, loop: LoopState) -> Decision:
         model_mask=model_mask,
         model=recipe.model,
         fingerprint=context.fingerprint,
-        sparsity=1.0 - int(parameters[mask].sum()) / int(parameters.sum()),
+        sparsity=_sparsity(context, model_mask),
         recipe=dump(recipe),
         steps=loop.step,
         forward_passes=loop.forward_passes,
@@ -136,6 +138,16 @@ def _decide(problem: Problem, loop: LoopState) -> Decision:
             "kept": int(problem.space.costs[mask].sum()) / int(problem.space.costs.sum()),
         },
     )
+
+
+def _sparsity(context: SearchContext, model_mask: ModelMask) -> float:
+    """Return the removed fraction of the parameters of the blocks that the recipe prunes."""
+    shape, families = context.model.shape, context.recipe.units.families
+    pruned = {block for family in families for block in BLOCKS_OF[family]}
+    parameters = {
+        name: costs if name in pruned else (GridCost(0),) * shape.layers for name, costs in shape.parameters.items()
+    }
+    return 1.0 - shape.cost(parameters, model_mask) / shape.cost(parameters)
 
 
 def _repaired(context: SearchContext, model_mask: ModelMask) -> Repaired:

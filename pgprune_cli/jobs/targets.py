@@ -62,9 +62,8 @@ class Target:
         """Count the kept parameters. Tied parameters count once."""
         total: int = sum(parameter.numel() for parameter in self.module.parameters())
         if isinstance(self.model, PrunableModel) and self.model_mask is not None:
-            for block, unit_parameters in self.model.shape.parameters.items():
-                for layer_mask, count in zip(self.model_mask, unit_parameters, strict=True):
-                    total -= int((~layer_mask.of(block)).sum()) * count
+            shape = self.model.shape
+            total -= shape.cost(shape.parameters) - shape.cost(shape.parameters, self.model_mask)
         return total
 
     def description(self) -> dict[str, Any]:

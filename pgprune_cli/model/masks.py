@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerMask:
-    """The masks of one decoder layer: `(units,)` bool over its KV heads and over its FFN channels, True = kept."""
+    """The masks of one decoder layer: `(elements,)` bool over its query heads and over its FFN channels, True = kept."""
 
     attention: Tensor
     ffn: Tensor
@@ -28,7 +28,10 @@ ModelMask = tuple[LayerMask, ...]
 
 
 class Output(NamedTuple):
-    """An output projection on its kept inputs: weight `(hidden, kept)`, and bias `(hidden,)` or None."""
+    """An output projection on its kept inputs: weight `(hidden, kept)`, and bias `(hidden,)` or None.
+
+    Of a mixture of experts: weight `(kept experts, hidden, kept channels)`, as the family stores it.
+    """
 
     weight: Tensor
     bias: Tensor | None
@@ -38,9 +41,9 @@ Outputs = Mapping[tuple[int, str], Output]
 """Repaired output projections by (layer, block name). A block without an entry keeps the weights of the base model."""
 
 
-def columns_of(units: Tensor, width: int) -> Tensor:
-    """Return the columns of an output projection that belong to units, each a run of `width` columns.
+def columns_of(elements: Tensor, width: int) -> Tensor:
+    """Return the columns of an output projection that belong to elements, each a run of `width` columns.
 
-    units: indices `(n,)` int64 in any order. Returns `(n · width,)` int64, unit after unit.
+    elements: indices `(n,)` int64 in any order. Returns `(n · width,)` int64, element after element.
     """
-    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+    return (elements[:, None] * width + torch.arange(width, device=elements.device)).flatten()

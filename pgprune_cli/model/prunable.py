@@ -9,51 +9,60 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pgprune_cli.core.grid import Grid, GridCost, Partition, one_unit_per_group, unit_costs
 from pgprune_cli.core.space import BLOCKS_OF, WHOLE_FAMILIES, Family, MaskSpace
 from pgprune_cli.model.families import family_of
-from pgprune_cli.model.families.adapter import Block, ModelFamily
+from pgprune_cli.model.families.adapter import Block, ModelFamily, UnitTensor
 from pgprune_cli.model.masks import LayerMask, ModelMask
 
-UnitCosts = Mapping[str, tuple[int, ...]]
-"""What one unit costs, by block name, layer by layer: whole numbers of whatever is counted."""
+BlockCosts = Mapping[str, tuple[GridCost, ...]]
+"""What the elements and groups of a block cost, by block name, layer by layer: whole numbers of whatever is counted."""
+
+Partitions = Mapping[tuple[int, str], Partition]
+"""By (layer, block name), the unit of every element."""
 
 
 @dataclass(frozen=True)
 class Shape:
     """The sizes of a dense model that pruning needs.
 
-    units: how many units each layer has, by block name; parameters: how many parameters one of them has.
+    grids: the grid of every block, by block name, layer by layer; parameters: what their elements and groups cost in
+    parameters.
     """
 
     family: ModelFamily
-    units: Mapping[str, tuple[int, ...]]
-    parameters: UnitCosts
+    grids: Mapping[str, tuple[Grid, ...]]
+    parameters: BlockCosts
 
     @classmethod
     def of(cls, family: ModelFamily, layers: Sequence[nn.Module]) -> Shape:
         """Read the shape off decoder layers (layers on the meta device will do)."""
-        counts = [family.units(layer) for layer in layers]
         return cls(
             family,
-            {block.name: tuple(count[block.name] for count in counts) for block in family.blocks},
-            {
-                block.name: tuple(
-                    _unit_parameters(layer, block, count[block.name])
-                    for layer, count in zip(layers, counts, strict=True)
-                )
-                for block in family.blocks
-            },
+            {block.name: tuple(family.grid(layer, block) for layer in layers) for block in family.blocks},
+            {block.name: tuple(_parameter_cost(family, layer, block) for layer in layers) for block in family.blocks},
         )
 
     @property
     def layers(self) -> int:
         """How many decoder layers there are."""
-        return len(next(iter(self.units.values())))
+        return len(next(iter(self.grids.values())))
 
-    def space(self, families: Sequence[str], costs: UnitCosts | None = None) -> MaskSpace:
+    @property
+    def elements(self) -> dict[str, tuple[int, ...]]:
+        """The number of elements of every block, by block name, layer by layer."""
+        return {name: tuple(grid.elements for grid in grids) for name, grids in self.grids.items()}
+
+    @property
+    def unit_counts(self) -> dict[str, list[int]]:
+        """The number of units that a unit search has in every layer, by block name: whole groups, or single elements."""
+        return {name: [int(one_unit_per_group(grid).max()) + 1 for grid in grids] for name, grids in self.grids.items()}
+
+    def space(self, families: Sequence[str], partitions: Partitions, costs: BlockCosts | None = None) -> MaskSpace:
         """Return the units of the named families (attention, ffn, attention-block, ffn-block, layer) and their costs.
 
-        costs: per unit, by block name; parameters by default. A whole block or layer costs the sum of its units.
+        partitions: the units of every block that is not a unit as a whole; costs: parameters by default. A whole block
+        or layer costs the sum of its units.
         """
         costs = costs or self.parameters
         members = []
@@ -61,25 +70,51 @@ class Shape:
             blocks = BLOCKS_OF[name]
             if name in WHOLE_FAMILIES:
                 sums = [
-                    sum(self.units[block][layer] * costs[block][layer] for block in blocks)
+                    sum(costs[block][layer].of_whole(self.grids[block][layer]) for block in blocks)
                     for layer in range(self.layers)
                 ]
                 members.append(Family(name, (1,) * self.layers, tuple(sums)))
             else:
-                members.append(Family(name, self.units[blocks[0]], costs[blocks[0]]))
+                members.append(self._family(name, [partitions[layer, name] for layer in range(self.layers)], costs))
         return MaskSpace(tuple(members))
 
-    def model_mask(self, space: MaskSpace, mask: Tensor) -> ModelMask:
+    def _family(self, block: str, partitions: Sequence[Partition], costs: BlockCosts) -> Family:
+        by_layer = [
+            unit_costs(partition, grid, cost)
+            for partition, grid, cost in zip(partitions, self.grids[block], costs[block], strict=True)
+        ]
+        counts = tuple(len(layer_costs) for layer_costs in by_layer)
+        return Family(block, counts, tuple(c[0] if len(set(c)) == 1 else tuple(c) for c in by_layer))
+
+    def model_mask(self, space: MaskSpace, mask: Tensor, partitions: Partitions) -> ModelMask:
         """Return a mask `(n,)` over the space's units as masks of every layer. Blocks outside the space are kept."""
-        masks = {name: [torch.ones(count, dtype=torch.bool) for count in counts] for name, counts in self.units.items()}
+        masks = {
+            name: [torch.ones(count, dtype=torch.bool) for count in counts] for name, counts in self.elements.items()
+        }
         for family in space.families:
             for index, part in enumerate(space.per_layer(mask, family.name)):
                 for block in BLOCKS_OF[family.name]:
-                    masks[block][index] = masks[block][index] & part
+                    by_element = part if family.name in WHOLE_FAMILIES else part[partitions[index, block]]
+                    masks[block][index] = masks[block][index] & by_element
         return tuple(
             LayerMask(**{name: layer_masks[index] for name, layer_masks in masks.items()})
             for index in range(self.layers)
         )
+
+    def kept(self, model_mask: ModelMask) -> list[dict[str, tuple[int, int]]]:
+        """Return how many (groups, members) every layer keeps under a regular mask, by block name."""
+        return [
+            {name: grids[index].kept(layer.of(name)) for name, grids in self.grids.items()}
+            for index, layer in enumerate(model_mask)
+        ]
+
+    def cost(self, costs: BlockCosts, model_mask: ModelMask | None = None) -> int:
+        """Return what a mask keeps of all blocks, or what the dense model has, in the measure of `costs`."""
+        total = 0
+        for name, grids in self.grids.items():
+            for index, (grid, cost) in enumerate(zip(grids, costs[name], strict=True)):
+                total += cost.of_whole(grid) if model_mask is None else cost.of_mask(grid, model_mask[index].of(name))
+        return total
 
 
 @dataclass(frozen=True)
@@ -131,11 +166,40 @@ class PrunableModel:
         return self.embedding.weight.dtype
 
 
-def _unit_parameters(layer: nn.Module, block: Block, units: int) -> int:
-    """Count the parameters of one unit: its share of every weight, and of the biases along the same axis."""
-    total = 0
-    for projection, linear in zip(block.projections, block.linears(layer), strict=True):
-        total += linear.in_features * linear.out_features
-        if linear.bias is not None and projection.axis == 0:
-            total += linear.bias.numel()
-    return total // units
+def _parameter_cost(family: ModelFamily, layer: nn.Module, block: Block) -> GridCost:
+    """Count the parameters of an element and of a group: their rows in every tensor of the block."""
+    return grid_cost(family.grid(layer, block), layer.get_submodule(block.module), family.unit_tensors(layer, block))
+
+
+def grid_cost(grid: Grid, module: nn.Module, tensors: Sequence[UnitTensor]) -> GridCost:
+    """Return how many parameters an element has in these tensors of a block, and how many a group shares."""
+    element = group = 0
+    for tensor in tensors:
+        shape = tensor_shape(module, tensor.name)
+        per_row = shape.numel() // shape[tensor.axis] // (shape[0] if tensor.stacked else 1)
+        for part in tensor.parts:
+            if tensor.stacked or part.runs == grid.elements:
+                element += part.width * per_row
+            else:
+                group += part.width * per_row
+    return GridCost(element, group)
+
+
+def tensor_shape(module: nn.Module, name: str) -> torch.Size:
+    """Return the shape of a weight or bias of a block, which may be stored in 8 bits."""
+    path, _, key = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if key == "weight" and isinstance(owner, nn.Linear):
+        return torch.Size((owner.out_features, owner.in_features))
+    return owner.get_parameter(key).shape
+
+
+def unit_tensors(model: PrunableModel) -> dict[str, UnitTensor]:
+    """Return every tensor whose rows belong to elements, by its name in the causal model."""
+    family = model.family
+    return {
+        f"{family.layers}.{index}.{block.module}.{tensor.name}": tensor
+        for index, layer in enumerate(model.layers)
+        for block in family.blocks
+        for tensor in family.unit_tensors(layer, block)
+    }

@@ -4,7 +4,7 @@ A search only multiplies with the weights, so they may be rounded while it runs.
 weights. Each row of a weight matrix is divided by a scale, so that its largest entry becomes the largest number that a
 byte can hold, and is then rounded. A weight is read as this number times the scale.
 
-- `int8` stores whole numbers from −127 to 127. Before a product, the weights of the kept units of one block are
+- `int8` stores whole numbers from −127 to 127. Before a product, the weights of the kept elements of one block are
   converted back to the model's dtype (one matrix at a time for a dense layer). The product itself is an ordinary one.
 - `fp8` stores floating-point numbers with 4 bits of exponent and 3 of mantissa (e4m3), which span from 2⁻⁹ to 448.
   Recent GPUs multiply them directly and faster than bfloat16. So the inputs are rounded too, with one scale per token,
@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from pgprune_cli.errors import UserError, in_short
 from pgprune_cli.model.families import family_of
-from pgprune_cli.model.families.adapter import gather_units
+from pgprune_cli.model.families.adapter import KeptElements, UnitTensor, gather
 
 ROWS_AT_A_TIME = 256
 """Rows that are rounded at a time, in float32."""
@@ -90,23 +90,23 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The rounded weight `(out, in)`, or that of the kept units, in `dtype`. Costly: every access makes one."""
+        """The rounded weight `(out, in)`, or that of the kept elements, in `dtype`. Costly: every access makes one."""
         if isinstance(self.kept, Tensor):
             return self.kept
         return self._dequantize(self._rows())
 
     def _rows(self) -> Rows:
-        """Return the rounded rows of the kept units while the block is shrunk, else of all units."""
+        """Return the rounded rows of the kept elements while the block is shrunk, else of all units."""
         return self.kept if isinstance(self.kept, Rows) else Rows(self.values, self.scale)
 
-    def _gather_rows(self, axis: int, kept: Tensor, units: int) -> Rows:
-        """Return the rounded values of the kept units, as `gather_units` does for weights."""
-        scale = gather_units(self.scale, 0, kept, units) if axis == 0 else self.scale
-        return Rows(gather_units(self.values, axis, kept, units), scale)
+    def _gather_rows(self, tensor: UnitTensor, kept: KeptElements) -> Rows:
+        """Return the rounded values of the kept elements, as `gather` does for weights."""
+        scale = gather(self.scale, tensor, kept) if tensor.axis == 0 else self.scale
+        return Rows(gather(self.values, tensor, kept), scale)
 
     @abstractmethod
-    def gathered(self, axis: int, kept: Tensor, units: int) -> Tensor | Rows:
-        """Return what replaces the weight while only the kept units run, as `gather_units` does for weights."""
+    def gathered(self, tensor: UnitTensor, kept: KeptElements) -> Tensor | Rows:
+        """Return what replaces the weight while only the kept elements run, as `gather` does for weights."""
 
     @abstractmethod
     def _scale_dtype(self) -> torch.dtype:
@@ -126,8 +126,8 @@ class Int8Linear(QuantizedLinear):
 
     LARGEST = 127.0
 
-    def gathered(self, axis: int, kept: Tensor, units: int) -> Tensor:
-        return self._dequantize(self._gather_rows(axis, kept, units))
+    def gathered(self, tensor: UnitTensor, kept: KeptElements) -> Tensor:
+        return self._dequantize(self._gather_rows(tensor, kept))
 
     def _scale_dtype(self) -> torch.dtype:
         return self.dtype
@@ -153,8 +153,8 @@ class Fp8Linear(QuantizedLinear):
         product = fp8_product(input, *self._rows())
         return product if self.bias is None else product + self.bias
 
-    def gathered(self, axis: int, kept: Tensor, units: int) -> Rows:
-        values, scale = self._gather_rows(axis, kept, units)
+    def gathered(self, tensor: UnitTensor, kept: KeptElements) -> Rows:
+        values, scale = self._gather_rows(tensor, kept)
         return Rows(values.contiguous(), scale)
 
     def _scale_dtype(self) -> torch.dtype:
@@ -220,4 +220,5 @@ def quantize_projections(model: nn.Module, weight_format: Literal["int8", "fp8"]
     family = family_of(causal.config.model_type)
     for layer in causal.get_submodule(family.layers):
         for block, projection, linear in family.linears(layer):
-            setattr(layer.get_submodule(block.module), projection.name, quantized_class(linear))
+            module_path, _, name = f"{block.module}.{projection}".rpartition(".")
+            setattr(layer.get_submodule(module_path), name, quantized_class(linear))

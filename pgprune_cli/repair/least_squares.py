@@ -20,11 +20,11 @@ from pgprune_cli.errors import RunError
 from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.forward.layerwise import LayerwiseRun, start_layerwise
 from pgprune_cli.forward.masked import shrunk_block
-from pgprune_cli.forward.moments import Moments, observe_moments
+from pgprune_cli.forward.moments import Moments, block_root, observe_moments
 from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.masks import LayerMask, ModelMask, Output, Outputs, columns_of
 from pgprune_cli.model.prunable import PrunableModel
-from pgprune_cli.scores.obs import removal_order, units_per_round
+from pgprune_cli.scores.obs import chain_errors, removal_order, units_per_round
 
 PASSES = 2
 """Forward passes over its text that a repair takes at most: one to observe each block, one to advance."""
@@ -72,7 +72,8 @@ def repair(
                 if mask.any():
                     moments = _moments_behind(model, run, index, block)
                     if roots:
-                        mask = masks[block.name] = _reselected(layer, block, mask, moments, roots[index])
+                        root = block_root(model.family, layer, block, roots[index])
+                        mask = masks[block.name] = _reselected(model, index, block, mask, moments, root)
                     outputs[index, block.name] = _repaired(layer, block, mask, moments, method, damping)
                     del moments  # before those of the next block exist
                 output = outputs.get((index, block.name))
@@ -88,18 +89,25 @@ def _moments_behind(model: PrunableModel, run: LayerwiseRun, index: int, block: 
     family, layer = model.family, model.layers[index]
     with ExitStack() as undo:
         for later in family.blocks[family.blocks.index(block) + 1 :]:
-            nothing = torch.zeros(model.shape.units[later.name][index], dtype=torch.bool)
+            nothing = torch.zeros(model.shape.elements[later.name][index], dtype=torch.bool)
             undo.enter_context(shrunk_block(family, layer, later, nothing, None))
         return observe_moments(run, index, family, block)
 
 
-def _reselected(layer: nn.Module, block: Block, mask: Tensor, moments: Moments, root: Tensor) -> Tensor:
-    """Return a mask of as many units as `mask` `(units,)` keeps: the last ones that `obs` would remove."""
-    weight = block.output_linear(layer).weight
-    units = len(mask)
-    order, _ = removal_order(root.to(weight.device) @ weight.double(), moments.second, units, units_per_round(units))
+def _reselected(model: PrunableModel, index: int, block: Block, mask: Tensor, moments: Moments, root: Tensor) -> Tensor:
+    """Return a mask of as many elements as `mask` `(elements,)` keeps: the last ones that `obs` would remove.
+
+    In a grid of several groups with several members, it keeps as many groups and as many members of each.
+    """
+    weight = block.output_linear(model.layers[index]).weight
+    weighted = root.to(weight.device) @ weight.double()
+    grid = model.shape.grids[block.name][index]
+    if not grid.is_line:
+        cost, target = model.shape.parameters[block.name][index], grid.kept(mask)
+        return chain_errors(weighted, moments.second, grid, cost, target).isinf()
+    order, _ = removal_order(weighted, moments.second, len(mask), units_per_round(len(mask)))
     reselected = torch.zeros_like(mask)
-    reselected[order[units - int(mask.sum()) :].cpu()] = True
+    reselected[order[len(mask) - int(mask.sum()) :].cpu()] = True
     return reselected
 
 

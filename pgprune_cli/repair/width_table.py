@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
+from pgprune_cli.core.grid import Partition
 from pgprune_cli.core.space import MaskSpace
 from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.forward.layerwise import start_layerwise
-from pgprune_cli.forward.moments import MomentCollector, Moments
+from pgprune_cli.forward.moments import MomentCollector, Moments, block_root
 from pgprune_cli.model.masks import ModelMask, Output, Outputs, columns_of
-from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.model.prunable import Partitions, PrunableModel
 from pgprune_cli.repair.least_squares import cholesky
 
 WIDTH_STEPS = 16
@@ -37,8 +38,9 @@ class BlockWidths:
     """One block at many widths, on the CPU.
 
     errors: of keeping 0, 1, … units, `(units + 1,)` float64, relative to the residual stream, interpolated between the
-    solved widths; order: the units `(units,)` by falling score; weights: by solved width, the output projection on the
-    first units of the order, transposed: `(inputs, hidden)`, inputs ascending. Empty without repair.
+    solved widths; order: the units `(units,)` in which they are kept, first to last; weights: by the number of kept
+    elements at a solved width, the output projection on the first units of the order, transposed: `(inputs, hidden)`,
+    inputs ascending. Empty without repair.
     """
 
     errors: Tensor
@@ -50,8 +52,8 @@ class BlockWidths:
 class WidthTable:
     """Every block at many widths, as if it alone were pruned: the error of each width, and its repaired projection.
 
-    errors, orders: by (layer, block), as in `BlockWidths`; outputs: by (layer, block) and solved width, the projection
-    on the first units of the order. Empty without repair.
+    errors, orders: by (layer, block), as in `BlockWidths`; outputs: by (layer, block) and number of kept elements, the
+    projection on the first units of the order. Empty without repair.
     """
 
     errors: Mapping[tuple[int, str], Tensor]
@@ -84,11 +86,12 @@ class WidthTable:
         """
         parts = []
         for family in space.families:
-            for index, cost in enumerate(family.costs):
-                gains = _falling(self.errors[index, family.name].diff().neg()).clamp_min(1e-30) / cost
+            for index in range(len(family.counts)):
+                order, costs = self.orders[index, family.name], family.layer_costs(index).double()
+                gains = _falling(self.errors[index, family.name].diff().neg(), costs[order])
                 # Strictly falling: with ties, a mask would keep units that the projection of its width does not fit.
                 priority = torch.empty_like(gains)
-                priority[self.orders[index, family.name]] = gains.log() - torch.linspace(0.0, TIE, len(gains))
+                priority[order] = gains.clamp_min(1e-30).log() - torch.linspace(0.0, TIE, len(gains))
                 parts.append(priority)
         return torch.cat(parts)
 
@@ -114,20 +117,28 @@ def width_step(units: int, multiple: int = 1) -> int:
     return -(-units // (WIDTH_STEPS * multiple)) * multiple
 
 
-def table_bytes(model: PrunableModel, multiples: Mapping[str, int] = NO_MULTIPLES) -> int:
-    """Return the bytes of all repaired projections: every block at every width between none and all of its units."""
+def table_bytes(model: PrunableModel, partitions: Partitions, multiples: Mapping[str, int] = NO_MULTIPLES) -> int:
+    """Return the bytes of all repaired projections: every block at every width between none and all of its units.
+
+    The order of equally costly units is taken as it comes.
+    """
     total = 0
     for index, layer in enumerate(model.layers):
         for block in model.family.blocks:
-            units, linear = model.shape.units[block.name][index], block.output_linear(layer)
-            kept = sum(range(0, units, width_step(units, multiples.get(block.name, 1))))
-            total += kept * linear.in_features // units * linear.out_features
+            if (index, block.name) not in partitions:
+                continue
+            elements = partitions[index, block.name].bincount().cumsum(0).tolist()
+            linear = block.output_linear(layer)
+            solved = range(0, len(elements), width_step(len(elements), multiples.get(block.name, 1)))
+            kept = sum(elements[width - 1] for width in solved if width)
+            total += kept * linear.in_features // elements[-1] * linear.out_features
     return total * model.dtype.itemsize
 
 
 def solve_layers(
     model: PrunableModel,
-    scores: Mapping[tuple[int, str], Tensor],
+    ranks: Mapping[tuple[int, str], Tensor],
+    partitions: Partitions,
     batches: Sequence[Tensor],
     damping: float,
     *,
@@ -141,7 +152,8 @@ def solve_layers(
     Memory: the moments and projections of one layer.
 
     Args:
-        scores: by (layer, block); units are removed by rising score. Blocks without scores are left out.
+        ranks: by (layer, block), a number per unit; units are removed by rising number. Blocks without are left out.
+        partitions: the unit of every element of these blocks.
         batches: tokens `(B, T)`.
         damping: as in `repair`.
         solve: fit the projections; without it, the errors are those of the removal alone.
@@ -156,27 +168,39 @@ def solve_layers(
             if index < max(only, default=-1):
                 run.advance(index)
             continue
-        blocks = [block for block in family.blocks if (index, block.name) in scores]
+        blocks = [block for block in family.blocks if (index, block.name) in ranks]
         collector = MomentCollector(family, blocks)
         run.advance(index, collector.observers)
         solved: dict[str, BlockWidths] = {}
         for block in blocks:
-            order = scores[index, block.name].argsort(descending=True, stable=True)
+            order = ranks[index, block.name].argsort(descending=True, stable=True)
             step = width_step(len(order), multiples.get(block.name, 1))
             moments = collector.moments(block.name)
-            linear = block.output_linear(layer)
-            solved[block.name] = _solve_widths(linear, moments, order, step, roots[index], damping, solve=solve)
+            root, linear = block_root(family, layer, block, roots[index]), block.output_linear(layer)
+            solved[block.name] = _solve_widths(
+                linear, moments, order, partitions[index, block.name], step, root, damping, solve=solve
+            )
             del moments  # before those of the next layer exist
         yield index, solved
 
 
 def _solve_widths(
-    linear: nn.Linear, moments: Moments, order: Tensor, step: int, root: Tensor, damping: float, *, solve: bool
+    linear: nn.Linear,
+    moments: Moments,
+    order: Tensor,
+    partition: Partition,
+    step: int,
+    root: Tensor,
+    damping: float,
+    *,
+    solve: bool,
 ) -> BlockWidths:
     dtype, weight, count = linear.weight.dtype, linear.weight.double(), len(order)
     second, root = moments.second, root.to(weight.device)
-    width = weight.shape[1] // count
-    columns = columns_of(order.to(second.device), width)
+    width = weight.shape[1] // len(partition)
+    elements = order.argsort()[partition].argsort(stable=True)  # unit after unit, in the order in which they are kept
+    elements_at = [0, *partition.bincount()[order].cumsum(0).tolist()]  # by width
+    columns = columns_of(elements.to(second.device), width)
     ridge = damping * second.diagonal().mean().clamp_min(1e-30)
     ordered = second[columns][:, columns] + ridge * torch.eye(len(columns), dtype=torch.float64, device=second.device)
     ordered_weight = weight[:, columns]
@@ -188,13 +212,13 @@ def _solve_widths(
     widths = sorted({*range(0, count, step), count})
     errors, weights = [], {}
     for kept in widths:
-        inputs = kept * width
+        inputs = elements_at[kept] * width
         if solve:
             errors.append(whole - explained[inputs - 1] if inputs else whole)
             if 0 < kept < count:
                 solution = torch.linalg.solve_triangular(factor[:inputs, :inputs].T, forward[:inputs], upper=True)
                 ascending = columns[:inputs].argsort()
-                weights[kept] = solution[ascending].to(dtype).cpu()
+                weights[elements_at[kept]] = solution[ascending].to(dtype).cpu()
         else:
             rest = weighted[:, inputs:]
             errors.append((rest @ ordered[inputs:, inputs:] * rest).sum())
@@ -220,14 +244,14 @@ def _interpolated(widths: Tensor, errors: Tensor, count: int) -> Tensor:
     return errors[left] + share * (errors[right] - errors[left])
 
 
-def _falling(gains: Tensor) -> Tensor:
-    """Return the nearest `(n,)` that never rises: rising runs are replaced by their mean (pool adjacent violators)."""
-    pools: list[tuple[float, int]] = []
-    for gain in gains.tolist():
-        mean, size = gain, 1
-        while pools and pools[-1][0] < mean:
-            pool_mean, pool_size = pools.pop()
-            mean, size = (pool_mean * pool_size + mean * size) / (pool_size + size), pool_size + size
-        pools.append((mean, size))
-    means, sizes = zip(*pools, strict=True) if pools else ((), ())
-    return torch.tensor(means, dtype=torch.float64).repeat_interleave(torch.tensor(sizes, dtype=torch.int64))
+def _falling(gains: Tensor, costs: Tensor) -> Tensor:
+    """Return gain per cost `(n,)`, made never to rise: rising runs are replaced by their mean (pool adjacent violators)."""
+    pools: list[tuple[float, float, int]] = []  # gain, cost and number of units
+    for gain, cost in zip(gains.tolist(), costs.tolist(), strict=True):
+        size = 1
+        while pools and pools[-1][0] * cost < gain * pools[-1][1]:
+            pool_gain, pool_cost, pool_size = pools.pop()
+            gain, cost, size = pool_gain + gain, pool_cost + cost, pool_size + size
+        pools.append((gain, cost, size))
+    means = torch.tensor([gain / cost for gain, cost, _ in pools], dtype=torch.float64)
+    return means.repeat_interleave(torch.tensor([size for _, _, size in pools], dtype=torch.int64))

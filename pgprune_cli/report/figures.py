@@ -9,7 +9,7 @@ from typing import Any
 
 import altair as alt
 
-from pgprune_cli.report.gather import UNIT, Run, kept_cells, sensitivities, theta_cells
+from pgprune_cli.report.gather import ELEMENT, Run, kept_cells, sensitivities, theta_cells, unit_name
 from pgprune_cli.report.pareto import Measure
 
 Chart = Any  # altair has a class for each kind of chart, and its methods are typed to return any of them
@@ -47,14 +47,13 @@ def figures_of(run: Run, prefix: str) -> Iterator[Figure]:
             _spec(_widths(run.dense(family), widths, family)),
         )
     for family, cells in theta_cells(run).items():
-        caption = (
-            f"Keep probability of every {UNIT.get(family, family)} at the last checkpoint{_units_per_cell(cells)}."
-        )
-        spec = _spec(_heat(cells, family, "θ"))
-        yield Figure(f"{prefix}-theta-{family}", f"θ: {_plural(family)}", caption, spec)
+        unit = unit_name(run, family) or family
+        caption = f"Keep probability of every {unit} at the last checkpoint{_units_per_cell(cells)}."
+        spec = _spec(_heat(cells, unit, "θ"))
+        yield Figure(f"{prefix}-theta-{family}", f"θ: {unit}s", caption, spec)
     for family, cells in kept_cells(run).items():
         caption = f"Kept {_plural(family)} in every layer{_units_per_cell(cells)}."
-        spec = _spec(_heat(cells, family, "kept"))
+        spec = _spec(_heat(cells, ELEMENT[family], "kept"))
         yield Figure(f"{prefix}-kept-{family}", f"Kept {_plural(family)}", caption, spec)
     if rows := sensitivities(run):
         yield Figure(
@@ -148,11 +147,11 @@ def _widths(before: Sequence[int], after: Sequence[int], family: str) -> Chart:
     return alt.layer(dense, kept).properties(width="container", height=HEIGHT * 0.6)
 
 
-def _heat(cells: list[dict[str, Any]], family: str, value: str) -> Chart:
+def _heat(cells: list[dict[str, Any]], unit: str, value: str) -> Chart:
     layers = len({cell["layer"] for cell in cells})
     chart = alt.Chart(alt.Data(values=cells)).mark_rect()
     return chart.encode(
-        alt.X("first:O", title=UNIT.get(family, family), axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+        alt.X("first:O", title=unit, axis=alt.Axis(labelAngle=0, labelOverlap=True)),
         alt.Y("layer:O", axis=alt.Axis(labelOverlap=True)),
         _shade(value),
         tooltip=[*_tip(layer="layer:O", units="units:N"), alt.Tooltip("value:Q", title=value)],
@@ -180,7 +179,7 @@ def _course(run: Run, family: str) -> Chart:
             _shade("kept"),
             tooltip=_tip(layer="layer:O", forward_passes="forward_passes:O", kept="kept:N"),
         )
-        .properties(width="container", height=_heat_map_height(len(run.units[family])))
+        .properties(width="container", height=_heat_map_height(len(run.elements[family])))
     )
 
 
@@ -247,7 +246,7 @@ def _heat_map_height(layers: int) -> int:
 def _families_with_course(run: Run) -> list[str]:
     """Return the families whose widths were evaluated more than once."""
     evaluated = [row.kept for row in run.rows if row.kept is not None]
-    return list(run.units) if len(evaluated) > 1 else []
+    return list(run.elements) if len(evaluated) > 1 else []
 
 
 def _tip(**fields: str) -> list[alt.Tooltip]:
@@ -255,7 +254,7 @@ def _tip(**fields: str) -> list[alt.Tooltip]:
 
 
 def _plural(family: str) -> str:
-    return f"{UNIT[family]}s" if family in UNIT else f"{family}s"
+    return f"{ELEMENT[family]}s" if family in ELEMENT else f"{family}s"
 
 
 def _units_per_cell(cells: list[dict[str, Any]]) -> str:

@@ -27,16 +27,16 @@ from pgprune_cli.run.scores import Scores
 MAX_CELLS = 48
 """Cells in a row of a heat map. A layer with more units shows runs of neighbouring units, all of the same length."""
 
-UNIT = {"attention": "KV head", "ffn": "FFN channel"}
-"""What a unit of a family is called. Every other family has one unit per layer."""
+ELEMENT = {"attention": "query head", "ffn": "FFN channel"}
+"""What an element of a block is called. Every other family has one unit per layer."""
 
 
 @dataclass(frozen=True)
 class Run:
     """The content of a run directory.
 
-    units: how many units every layer of the dense model has, by family of the recipe; state: of the last checkpoint;
-    decision: without its repair.
+    elements: how many query heads or channels every layer of the dense model has, by family of the recipe, 1 for a
+    family that removes whole blocks; units: how many units a unit search has; state: of the last checkpoint; decision: without its repair.
     """
 
     name: str
@@ -44,6 +44,7 @@ class Run:
     recipe: Recipe
     recipe_text: str
     rows: list[Row]
+    elements: dict[str, list[int]]
     units: dict[str, list[int]]
     state: SearchState | WidthState | None
     decision: Decision | None
@@ -70,17 +71,17 @@ class Run:
 
     @property
     def widths(self) -> dict[str, list[int]] | None:
-        """Return how many units every layer keeps, by family: as decided or, during the search, as last evaluated."""
+        """Return how many elements every layer keeps, by family: as decided or, during the search, as last evaluated."""
         if self.decision is not None:
-            blocks = {name: [int(layer.of(name).sum()) for layer in self.decision.model_mask] for name in UNIT}
-            return {name: widths for name, widths in blocks.items() if _can_remove_from(name, self.units)}
+            blocks = {name: [int(layer.of(name).sum()) for layer in self.decision.model_mask] for name in ELEMENT}
+            return {name: widths for name, widths in blocks.items() if _can_remove_from(name, self.elements)}
         evaluated = [row.kept for row in self.rows if row.kept is not None]
         return evaluated[-1] if evaluated else None
 
     def dense(self, family: str) -> list[int]:
-        """Return how many units every layer has before pruning, also for a block that is removed as a whole."""
-        if family in self.units:
-            return self.units[family]
+        """Return how many elements every layer has before pruning, also for a block that is removed as a whole."""
+        if family in self.elements:
+            return self.elements[family]
         assert self.decision is not None, "only a decision has masks for blocks that the search removes as a whole"
         return [len(layer.of(family)) for layer in self.decision.model_mask]
 
@@ -108,13 +109,19 @@ def read_run(directory: Path, name: str) -> Run:
     recipe = load(path)
     decision = Decision.load(directory, with_repair=False) if (directory / DECISION_RECORD).exists() else None
     checkpoint = latest_checkpoint(directory)
+    scores, families = Scores.load(directory), recipe.units.families
+    layers = range(len(scores.units["attention"]))
     return Run(
         name=name,
         directory=directory,
         recipe=recipe,
         recipe_text=path.read_text(encoding="utf-8"),
         rows=read_history(directory),
-        units=_count_units(directory, recipe.units.families),
+        elements={
+            name: [len(scores.tensors[f"layers.{i}.{name}"]) if name in ELEMENT else 1 for i in layers]
+            for name in families
+        },
+        units={name: scores.units.get(name, [1] * len(layers)) for name in families},
         state=None if checkpoint is None else checkpoint.state,
         decision=decision,
         measured=read_measured(directory),
@@ -129,16 +136,6 @@ def _read_provenance(directory: Path) -> list[dict[str, Any]]:
     return notes
 
 
-def _count_units(directory: Path, families: Sequence[str]) -> dict[str, list[int]]:
-    """Return how many units every layer has, by family."""
-    scores = Scores.load(directory).tensors
-    layers = 1 + max(int(name.split(".")[1]) for name in scores)
-    return {
-        family: [len(scores[f"layers.{i}.{family}"]) if family in UNIT else 1 for i in range(layers)]
-        for family in families
-    }
-
-
 def _can_remove_from(block: str, families: dict[str, list[int]]) -> bool:
     """Return whether a search over these families can remove units from a block."""
     return any(family == "layer" or family.removesuffix("-block") == block for family in families)
@@ -151,7 +148,7 @@ def theta_cells(run: Run) -> dict[str, list[dict[str, Any]]]:
     cells, start = {}, 0
     for family, counts in run.units.items():
         layers = run.state.theta[start : start + sum(counts)].split(counts)
-        cells[family] = list(_cells(family, layers))
+        cells[family] = list(_cells(unit_name(run, family), layers))
         start += sum(counts)
     return cells
 
@@ -161,21 +158,28 @@ def kept_cells(run: Run) -> dict[str, list[dict[str, Any]]]:
     if run.decision is None:
         return {}
     return {
-        block: list(_cells(block, [layer_mask.of(block).double() for layer_mask in run.decision.model_mask]))
-        for block in UNIT
-        if _can_remove_from(block, run.units)
+        block: list(_cells(ELEMENT[block], [layer_mask.of(block).double() for layer_mask in run.decision.model_mask]))
+        for block in ELEMENT
+        if _can_remove_from(block, run.elements)
     }
 
 
-def _cells(family: str, layers: Sequence[Tensor]) -> Iterator[dict[str, Any]]:
+def unit_name(run: Run, family: str) -> str:
+    """Return what a unit of a unit search is called: a KV head takes its query heads along. "" for a whole layer."""
+    if family == "attention" and run.units[family] != run.elements[family]:
+        return "KV head"
+    return ELEMENT.get(family, "")
+
+
+def _cells(unit: str, layers: Sequence[Tensor]) -> Iterator[dict[str, Any]]:
     """Yield a cell for each run of units: the `first` unit, the mean `value`, and a label of the `units`."""
     length = -(-max(len(values) for values in layers) // MAX_CELLS)
-    unit = UNIT.get(family, "the whole layer")
     for layer, values in enumerate(layers):
         for number, part in enumerate(values.split(length)):
             first = number * length
             last = first + len(part) - 1
-            label = unit if family not in UNIT else f"{unit} {first}" if first == last else f"{unit}s {first}–{last}"
+            label = f"{unit} {first}" if first == last else f"{unit}s {first}–{last}"
+            label = label if unit else "the whole layer"
             yield {"layer": layer, "first": first, "units": label, "value": round(float(part.mean()), 4)}
 
 

@@ -1,6 +1,6 @@
 """The decision on disk: which units are kept, in which model, under which budget, from which recipe.
 
-`decision.safetensors` holds two bool tensors per layer, `layers.<l>.attention` (KV heads) and `layers.<l>.ffn`
+`decision.safetensors` holds two bool tensors per layer, `layers.<l>.attention` (query heads) and `layers.<l>.ffn`
 (channels). `decision.json` records where the decision comes from and the checksum of the masks. If the kept weights
 were repaired, `repair.safetensors` holds the output projections, such as `layers.<l>.attention.weight` (hidden, kept
 inputs), and `decision.json` records its checksum.

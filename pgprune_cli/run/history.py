@@ -20,7 +20,7 @@ from pgprune_cli.storage.atomic import sync_directory
 class Row:
     """One row of `metrics.jsonl`: a step of the search. Losses are in nats per token; a non-finite loss is None.
 
-    kept: how many units of every layer the current decision keeps, by family; None at steps without an evaluation on
+    kept: how many query heads, channels or blocks of every layer the current decision keeps, by family; None at steps without an evaluation on
     held-out text.
     """
 

@@ -1,4 +1,4 @@
-"""`scores.safetensors`: the score of every unit, the metric that computed it, and the model."""
+"""`scores.safetensors`: the score of every element of every block, the metric that computed it, and the model."""
 
 from __future__ import annotations
 
@@ -23,15 +23,20 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Scores:
-    """The scores of a model, float64: `layers.<l>.attention` `(KV heads,)` and `layers.<l>.ffn` `(channels,)`."""
+    """The scores of a model, float64: `layers.<l>.attention` `(query heads,)` and `layers.<l>.ffn` `(channels,)`.
+
+    units: how many units a unit search has in every layer, by block: KV heads, and channels or experts.
+    """
 
     tensors: dict[str, Tensor]
     metric: MetricName
     fingerprint: str
+    units: dict[str, list[int]]
 
     def save(self, run: Path) -> Path:
         """Write the scores into `run` and return the file. Raises OSError."""
-        about = {"metric": self.metric, "fingerprint": self.fingerprint, "version": VERSION}
+        about: dict[str, Any] = {"metric": self.metric, "fingerprint": self.fingerprint, "version": VERSION}
+        about["units"] = self.units
         about["tensors_sha256"] = _digest(self.tensors)
         # a single entry, because the library writes several in varying order
         write_bytes(run / SCORES_FILE, save(self.tensors, metadata={ABOUT: json.dumps(with_checksum(about))}))
@@ -45,9 +50,9 @@ class Scores:
         if ABOUT not in entries:
             raise UserError(f"{path}: not a score file of pgprune. Write one with `pgprune init-scores`.")
         about = _checked(path, entries[ABOUT], tensors)
-        if about.get("metric") not in get_args(MetricName) or "fingerprint" not in about:
+        if about.get("metric") not in get_args(MetricName) or not {"fingerprint", "units"} <= about.keys():
             raise UserError(f"{path}: not a score file of pgprune. Write one with `pgprune init-scores`.")
-        return cls(tensors, cast(MetricName, about["metric"]), about["fingerprint"])
+        return cls(tensors, cast(MetricName, about["metric"]), about["fingerprint"], about["units"])
 
 
 def _checked(path: Path, text: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

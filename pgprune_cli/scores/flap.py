@@ -6,11 +6,11 @@ from pgprune_cli.scores.statistics import BlockStatistics
 
 
 def flap(block: BlockStatistics) -> Tensor:
-    """Return Σ var(X_j) · ‖W_:j‖₂² over the unit's columns j of the output projection: `(units,)` float64.
+    """Return Σ var(X_j) · ‖W_:j‖₂² over the element's columns j of the output projection: `(elements,)` float64.
 
     The mean of a removed input can move into the projection's bias; its variance is lost. Raises ValueError without
     fluctuations.
     """
     if block.fluctuations is None:
         raise ValueError("flap needs calibration text")
-    return block.per_unit(block.output_weight.double().square().sum(0) * block.fluctuations)
+    return block.per_element(block.output_weight.double().square().sum(0) * block.fluctuations)

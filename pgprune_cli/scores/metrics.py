@@ -1,20 +1,21 @@
 """The table of metrics, and `score`, which applies one of them to a model.
 
-To add a metric, write `scores/<name>.py` with a function from `BlockStatistics` to `(units,)` float64, where higher
-means more important. Add it to METRICS, add to NEEDS what it reads from calibration text, and add its name to
+To add a metric, write `scores/<name>.py` with a function from `BlockStatistics` to `(elements,)` float64, where higher
+means more important. Elements are query heads or FFN channels. Add it to METRICS, add to NEEDS what it reads from calibration text, and add its name to
 `MetricName` in `recipe/schema.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
+from pgprune_cli.core.grid import Grid, Partition, chain_of_removal, chain_of_scores, is_chain, one_unit_per_group
 from pgprune_cli.core.space import BLOCKS_OF, WHOLE_FAMILIES, MaskSpace
-from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.model.prunable import BlockCosts, Partitions, PrunableModel, Shape
 from pgprune_cli.scores.flap import flap
 from pgprune_cli.scores.magnitude import magnitude
 from pgprune_cli.scores.obs import obs
@@ -42,6 +43,8 @@ NEEDS: dict[str, Statistic] = {
     "taylor": "gradients",
 }
 """The statistic over calibration text that a metric needs. Metrics that are not listed read no text."""
+CUMULATIVE = ("obs",)
+"""The metrics whose scores are the error by the time an element is removed, so that they do not add up."""
 CALIBRATED = frozenset(NEEDS)
 """The metrics that read calibration text."""
 
@@ -54,7 +57,9 @@ def score(
     only: Collection[int] | None = None,
     progress: LayerProgress = NO_PROGRESS,
 ) -> dict[str, Tensor]:
-    """Return every unit's score: `layers.<l>.attention` `(KV heads,)` and `layers.<l>.ffn` `(channels,)`, float64.
+    """Return the score of every element: `layers.<l>.attention` `(query heads,)`, `layers.<l>.ffn` `(channels,)`.
+
+    All float64.
 
     batches: tokens `(B, T)`, read only for a calibrated metric; only: if given, score just these layers. Raises
     ValueError if a calibrated metric gets no text.
@@ -74,14 +79,55 @@ def score_name(layer: int, block: str) -> str:
     return f"layers.{layer}.{block}"
 
 
-def flat_scores(scores: dict[str, Tensor], space: MaskSpace) -> Tensor:
-    """Return scores along the space's flat axis: `(n,)` float64. A whole block or layer scores the sum of its units."""
+def partitions(
+    shape: Shape, families: Sequence[str], by_group: bool, costs: BlockCosts, scores: Mapping[str, Tensor], metric: str
+) -> Partitions:
+    """Return the units of every block that the families name: by (layer, block), the unit of each element.
+
+    The elements of a line are units. In a grid, the units are whole groups (KV heads, experts) if `by_group`, or if
+    single elements cost nothing in the measure of `costs`. Otherwise they are the steps of the chain that the scores
+    say, from the last to the first.
+    """
+    result: dict[tuple[int, str], Partition] = {}
+    for block in families:
+        if block in WHOLE_FAMILIES:
+            continue
+        for layer, (grid, cost) in enumerate(zip(shape.grids[block], costs[block], strict=True)):
+            if grid.is_line or by_group or not (cost.element or cost.member):
+                result[layer, block] = one_unit_per_group(grid)
+            elif metric in CUMULATIVE:
+                result[layer, block] = chain_of_removal(scores[score_name(layer, block)])
+            else:
+                result[layer, block] = chain_of_scores(scores[score_name(layer, block)], grid, cost)
+    return result
+
+
+def unit_scores(scores: Tensor, partition: Partition, metric: str) -> Tensor:
+    """Return the score of every unit of a block, `(units,)` float64, from those of its elements `(elements,)`."""
+    start = torch.zeros(int(partition.max()) + 1, dtype=torch.float64)
+    if metric in CUMULATIVE:  # by the time all of the unit is removed
+        return start.index_reduce_(0, partition, scores.double(), "amax", include_self=False)
+    return start.index_add_(0, partition, scores.double())
+
+
+def unit_ranks(scores: Tensor, partition: Partition, grid: Grid, metric: str) -> Tensor:
+    """Return a number for every unit of a block, `(units,)` float64: units are removed by rising number.
+
+    Those of a chain are removed from the last to the first.
+    """
+    if is_chain(partition, grid):
+        return -torch.arange(int(partition.max()) + 1, dtype=torch.float64)
+    return unit_scores(scores, partition, metric)
+
+
+def flat_scores(scores: Mapping[str, Tensor], space: MaskSpace, partitions: Partitions, metric: str) -> Tensor:
+    """Return scores along the space's flat axis: `(n,)` float64. A whole block or layer scores the sum of its elements."""
     parts = []
     for family in space.families:
         for layer in range(len(family.counts)):
-            blocks = [scores[score_name(layer, block)] for block in BLOCKS_OF[family.name]]
+            blocks = {block: scores[score_name(layer, block)] for block in BLOCKS_OF[family.name]}
             if family.name in WHOLE_FAMILIES:
-                parts.append(torch.stack([block.sum() for block in blocks]).sum(0, keepdim=True))
+                parts.append(torch.stack([values.sum() for values in blocks.values()]).sum(0, keepdim=True))
             else:
-                parts.extend(blocks)
+                parts += [unit_scores(values, partitions[layer, block], metric) for block, values in blocks.items()]
     return torch.cat(parts)

@@ -5,9 +5,15 @@ et al. 2023, arXiv 2302.04089). The layer-wise problem: the output projection W 
 columns of some units, and with the other columns free to make up for them, how far from WX is its output at best?
 """
 
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from pgprune_cli.core.grid import Candidate, Grid, GridCost, GridRemoval
 from pgprune_cli.model.masks import columns_of
 from pgprune_cli.scores.statistics import BlockStatistics
 
@@ -17,18 +23,63 @@ active, fewer tokens than inputs), and columns that are collinear on the calibra
 
 
 def obs(block: BlockStatistics) -> Tensor:
-    """Return the error of the output projection by the time each unit is removed, in greedy order: `(units,)` float64.
+    """Return the error of the output projection by the time each element is removed: `(elements,)` float64.
 
-    Errors are relative to the residual stream, so that layers can be compared, and weighted by how much the loss feels
-    each direction (forward/curvature.py). NaN if the covariance is not finite. Raises ValueError without a covariance.
+    The elements of a line are removed in greedy order. In a grid of several groups with several members, a step removes
+    a whole group or one member of every group, whichever adds less error per parameter, and its elements have the same
+    error. Errors are relative to the residual stream, so that layers can be compared, and weighted by how much the loss
+    feels each direction (forward/curvature.py). NaN if the covariance is not finite. Raises ValueError without a
+    covariance.
     """
     if block.covariance is None or block.error_root is None:
         raise ValueError("obs needs calibration text")
+    elements = block.grid.elements
     if not block.covariance.isfinite().all():
-        return torch.full((block.units,), torch.nan, dtype=torch.float64)
+        return torch.full((elements,), torch.nan, dtype=torch.float64)
     weight = block.error_root.to(block.output_weight.device) @ block.output_weight.double()
-    order, errors = removal_order(weight, block.covariance, block.units, units_per_round(block.units))
-    return torch.empty_like(errors).scatter_(0, order, errors)
+    if block.grid.is_line:
+        order, errors = removal_order(weight, block.covariance, elements, units_per_round(elements))
+        return torch.empty_like(errors).scatter_(0, order, errors)
+    return chain_errors(weight, block.covariance, block.grid, block.cost)
+
+
+def chain_errors(
+    weight: Tensor,
+    covariance: Tensor,
+    grid: Grid,
+    cost: GridCost,
+    target: tuple[int, int] = (0, 0),
+    damping: float = DAMPING,
+) -> Tensor:
+    """Return the error by the time each element is removed along the chain: `(elements,)` float64, on the CPU.
+
+    Each step adds the least error per cost. Errors rise strictly from step to step, so that equal errors mean the same
+    step. The elements that `target` (groups, members) keeps have an infinite error.
+
+    Args:
+        weight, covariance, damping: as in `removal_order`.
+        grid, cost: the elements, and what their rows cost.
+        target: where to stop.
+    """
+    problem = Removal.start(weight, covariance, grid.elements, damping)
+    removal = GridRemoval(grid, cost, target)
+    errors = torch.full((grid.elements,), torch.inf, dtype=torch.float64)
+    total = 0.0
+
+    def slot() -> Candidate:
+        alone = torch.full((grid.elements,), torch.inf, dtype=torch.float64)
+        alone[problem.remaining.cpu()] = problem.lone_errors().cpu()
+        members = alone.view(grid.groups, grid.members)[removal.groups].argmin(1)
+        elements = removal.groups * grid.members + members
+        return problem.error_of(elements), elements
+
+    while not removal.is_finished:
+        error, elements = removal.cheapest(lambda _, elements: problem.error_of(elements), slot)
+        problem.remove(elements)
+        removal.remove(elements)
+        total = max(total + error, math.nextafter(total, math.inf))
+        errors[elements] = total
+    return errors
 
 
 def units_per_round(units: int) -> int:
@@ -55,27 +106,66 @@ def removal_order(
         the least tr((W − W') H (W − W')ᵀ) over all W' that are zero in every removed column. Both are on the
         covariance's device, where at most about two more float64 matrices `(in, in)` exist.
     """
-    width = weight.shape[1] // units
-    columns = weight.to(covariance.device).T.double()  # (in, out): one row per input
-    inverse = _damped_inverse(covariance, damping)
-    remaining = torch.arange(units, device=covariance.device)
+    problem = Removal.start(weight, covariance, units, damping)
     order, steps = [], []
-    while len(remaining):
-        cheapest = _lone_errors(columns, inverse, width).argsort(stable=True)[:per_round]
-        kept = torch.ones(len(remaining), dtype=torch.bool, device=remaining.device)
-        kept[cheapest] = False
-        removed, rest = columns_of(cheapest, width), columns_of(kept.nonzero().squeeze(1), width)
-        # With LLᵀ = H⁻¹ of the removed inputs, removing them one after the other costs ‖row‖² of L⁻¹W each.
-        factor = torch.linalg.cholesky(inverse[removed[:, None], removed])
-        whitened = torch.linalg.solve_triangular(factor, columns[removed], upper=False)
-        coupling = torch.linalg.solve_triangular(factor, inverse[removed[:, None], rest], upper=False)
-        order.append(remaining[cheapest])
-        steps.append(whitened.square().sum(1).unflatten(0, (-1, width)).sum(1))
-        # The rest makes up for them (OBS), and its H⁻¹ becomes that of the smaller problem (Schur complement).
-        columns = columns[rest].addmm_(coupling.T, whitened, alpha=-1)
-        inverse = inverse[rest[:, None], rest].addmm_(coupling.T, coupling, alpha=-1)
-        remaining = remaining[kept]
+    while len(problem.remaining):
+        cheapest = problem.lone_errors().argsort(stable=True)[:per_round]
+        order.append(problem.remaining[cheapest])
+        steps.append(problem.remove(problem.remaining[cheapest]))
     return torch.cat(order), torch.cat(steps).cumsum(0)
+
+
+@dataclass
+class Removal:
+    """An output projection without some of its elements, whose other columns make up for them.
+
+    columns: `(in', out)` float64, the refitted weight, a row per remaining input; inverse: `(in', in')` float64, H⁻¹ of
+    the remaining inputs; remaining: `(n,)` int64, the remaining elements, in order; width: inputs of an element.
+    """
+
+    columns: Tensor
+    inverse: Tensor
+    remaining: Tensor
+    width: int
+
+    @classmethod
+    def start(cls, weight: Tensor, covariance: Tensor, elements: int, damping: float) -> Removal:
+        """Begin with all elements. The arguments are those of `removal_order`."""
+        columns = weight.to(covariance.device).T.double()  # (in, out): one row per input
+        inverse = _damped_inverse(covariance, damping)
+        return cls(columns, inverse, torch.arange(elements, device=covariance.device), weight.shape[1] // elements)
+
+    def lone_errors(self) -> Tensor:
+        """Return the cost of removing each remaining element alone, `(n,)` float64."""
+        return _lone_errors(self.columns, self.inverse, self.width)
+
+    def error_of(self, elements: Tensor) -> float:
+        """Return the cost of removing these remaining elements `(k,)` together."""
+        rows = columns_of(self._places(elements), self.width)
+        factor = torch.linalg.cholesky(self.inverse[rows[:, None], rows])
+        whitened = torch.linalg.solve_triangular(factor, self.columns[rows], upper=False)
+        return float(whitened.square().sum())
+
+    def remove(self, elements: Tensor) -> Tensor:
+        """Remove remaining elements `(k,)` one after the other, and return what each removal costs, `(k,)` float64."""
+        places = self._places(elements)
+        kept = torch.ones(len(self.remaining), dtype=torch.bool, device=self.remaining.device)
+        kept[places] = False
+        removed, rest = columns_of(places, self.width), columns_of(kept.nonzero().squeeze(1), self.width)
+        # With LLᵀ = H⁻¹ of the removed inputs, removing them one after the other costs ‖row‖² of L⁻¹W each.
+        factor = torch.linalg.cholesky(self.inverse[removed[:, None], removed])
+        whitened = torch.linalg.solve_triangular(factor, self.columns[removed], upper=False)
+        coupling = torch.linalg.solve_triangular(factor, self.inverse[removed[:, None], rest], upper=False)
+        # The rest makes up for them (OBS), and its H⁻¹ becomes that of the smaller problem (Schur complement).
+        self.columns = self.columns[rest].addmm_(coupling.T, whitened, alpha=-1)
+        self.inverse = self.inverse[rest[:, None], rest].addmm_(coupling.T, coupling, alpha=-1)
+        self.remaining = self.remaining[kept]
+        costs: Tensor = whitened.square().sum(1).unflatten(0, (-1, self.width)).sum(1)
+        return costs
+
+    def _places(self, elements: Tensor) -> Tensor:
+        """Return where elements are among those that remain."""
+        return torch.searchsorted(self.remaining, elements.to(self.remaining.device))
 
 
 def _damped_inverse(covariance: Tensor, damping: float) -> Tensor:

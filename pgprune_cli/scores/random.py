@@ -7,6 +7,6 @@ from pgprune_cli.scores.statistics import BlockStatistics
 
 
 def random(block: BlockStatistics) -> Tensor:
-    """Return independent uniform draws, the same for the same seed: `(units,)` float64."""
+    """Return independent uniform draws, the same for the same seed: `(elements,)` float64."""
     generator = torch.Generator().manual_seed(block.seed)
-    return torch.rand(block.units, generator=generator, dtype=torch.float64)
+    return torch.rand(block.grid.elements, generator=generator, dtype=torch.float64)

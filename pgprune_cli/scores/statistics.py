@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
+from pgprune_cli.core.grid import Grid, GridCost
 from pgprune_cli.forward.batch_splitting import BatchSplitter
 from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.forward.layerwise import start_layerwise
-from pgprune_cli.forward.moments import MomentCollector
+from pgprune_cli.forward.moments import MomentCollector, block_root
+from pgprune_cli.model.families.adapter import Part
 from pgprune_cli.model.prunable import PrunableModel
 
 Statistic = Literal["input_norms", "fluctuations", "covariance", "gradients"]
@@ -25,8 +27,9 @@ Statistic = Literal["input_norms", "fluctuations", "covariance", "gradients"]
 class BlockStatistics:
     """What a metric may look at: one block of one layer.
 
-    units: how many units the block has; weights: of its projections by name, the output projection last; seed: this
-    block's own, for metrics that draw random numbers. Everything else is None unless the metric asks for it. Over all
+    grid: its elements; cost: what they cost in parameters; weights: of its projections by name, the output projection
+    last; parts: what the rows of each inner projection are; seed: this block's own, for metrics that draw random
+    numbers. Everything else is None unless the metric asks for it. Over all
     calibration tokens, of the inputs of the output projection: input_norms `(in,)` float64, the L2 norm of each;
     fluctuations `(in,)` float64, the variance of each; covariance `(in, in)` float64, the mean of x xᵀ divided by the
     mean square of the residual stream, not centred, with error_root `(hidden, hidden)` float64, the weight of an output
@@ -34,8 +37,10 @@ class BlockStatistics:
     dtype of the weight.
     """
 
-    units: int
+    grid: Grid
+    cost: GridCost
     weights: dict[str, Tensor]
+    parts: Mapping[str, tuple[Part, ...]]
     seed: int
     input_norms: Tensor | None = None
     fluctuations: Tensor | None = None
@@ -48,9 +53,21 @@ class BlockStatistics:
         """Weight `(hidden, in)` of the projection that writes to the residual stream."""
         return list(self.weights.values())[-1]
 
-    def per_unit(self, columns: Tensor) -> Tensor:
-        """Sum one value per input of the output projection, `(in,)`, over each unit: `(units,)` float64."""
-        sums: Tensor = columns.double().unflatten(0, (self.units, -1)).sum(1)
+    def per_element(self, columns: Tensor) -> Tensor:
+        """Sum one value per input of the output projection, `(in,)`, over each element: `(elements,)` float64."""
+        sums: Tensor = columns.double().unflatten(0, (self.grid.elements, -1)).sum(1)
+        return sums
+
+    def per_element_of_rows(self, projection: str, rows: Tensor) -> Tensor:
+        """Sum one value per row of an inner projection, `(out,)`, over each element: `(elements,)` float64.
+
+        The rows that a group shares count the same for each of its elements.
+        """
+        sums = torch.zeros(self.grid.elements, dtype=torch.float64, device=rows.device)
+        parts = self.parts[projection]
+        for part, values in zip(parts, rows.double().split([part.rows for part in parts]), strict=True):
+            shared_by = self.grid.elements // part.runs
+            sums += values.unflatten(0, (part.runs, -1)).sum(1).repeat_interleave(shared_by) / shared_by
         return sums
 
 
@@ -141,12 +158,12 @@ def statistics(
             collectors = {block.name: collector() for block in family.blocks}
             run.advance(index, {(block.output_path,): collectors[block.name].add for block in family.blocks})
         for place, block in enumerate(family.blocks):
-            linears = {p.name: linear for p, linear in zip(block.projections, block.linears(layer), strict=True)}
+            linears = dict(zip(block.projections, block.linears(layer), strict=True))
             values: dict[str, Any] = {}
             if roots:
                 block_moments = moments.moments(block.name)
                 covariance = block_moments.second.mul_(block_moments.weight)
-                values = {"covariance": covariance, "error_root": roots[index]}
+                values = {"covariance": covariance, "error_root": block_root(family, layer, block, roots[index])}
                 del block_moments, covariance
             elif needed and collectors:
                 values[needed] = collectors.pop(block.name).value()
@@ -156,8 +173,10 @@ def statistics(
                 block.name,
                 index,
                 BlockStatistics(
-                    units=model.shape.units[block.name][index],
+                    grid=model.shape.grids[block.name][index],
+                    cost=model.shape.parameters[block.name][index],
                     weights={key: linear.weight for key, linear in linears.items()},
+                    parts={tensor.module: tensor.parts for tensor in family.unit_tensors(layer, block)},
                     seed=block_seed(seed, index, place),
                     **values,
                 ),

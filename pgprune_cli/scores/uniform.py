@@ -1,4 +1,4 @@
-"""The uninformed start: all units are equal, so that θ starts at the keep fraction everywhere."""
+"""The uninformed start: all elements are equal, so that θ starts at the keep fraction everywhere."""
 
 import torch
 from torch import Tensor
@@ -7,5 +7,5 @@ from pgprune_cli.scores.statistics import BlockStatistics
 
 
 def uniform(block: BlockStatistics) -> Tensor:
-    """Return ones: `(units,)` float64."""
-    return torch.ones(block.units, dtype=torch.float64)
+    """Return ones: `(elements,)` float64."""
+    return torch.ones(block.grid.elements, dtype=torch.float64)

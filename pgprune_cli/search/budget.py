@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 from pgprune_cli.core.space import Budget, MaskSpace, budget_of
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.prunable import UnitCosts
+from pgprune_cli.model.prunable import BlockCosts, Partitions, Shape
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.layout import COSTS_FILE
+from pgprune_cli.run.scores import Scores
+from pgprune_cli.scores.metrics import partitions, score_name
 from pgprune_cli.search.context import SearchContext
 from pgprune_cli.search.costs import flops, kv_cache, latency_of_run
 
 
-def budget_for(context: SearchContext) -> tuple[MaskSpace, Budget]:
-    """Return the recipe's units with their costs in its measure, and its budget.
+def budget_for(context: SearchContext, scores: Scores) -> tuple[MaskSpace, Budget, Partitions]:
+    """Return the recipe's units with their costs in its measure, its budget, and the elements of the units.
 
     A latency is measured once and kept in the run directory. Raises UserError for limits that do not fit the budget.
     """
-    settings = context.recipe.budget
-    space = context.model.shape.space(context.recipe.units.families, _unit_costs(context))
+    recipe, shape = context.recipe, context.model.shape
+    settings = recipe.budget
+    costs = _costs(context)
+    partitions = units_of(recipe, shape, costs, scores.tensors, scores.metric)
+    space = shape.space(recipe.units.families, partitions, costs)
     multiples = {"ffn": settings.ffn_multiple}
     budget = budget_of(space, settings.sparsity, settings.scope, settings.min_keep, multiples)
-    _refuse_impossible(context.recipe, space, budget)
-    return space, budget
+    _refuse_impossible(recipe, space, budget)
+    return space, budget, partitions
 
 
-def _unit_costs(context: SearchContext) -> UnitCosts:
+def units_of(recipe: Recipe, shape: Shape, costs: BlockCosts, scores: Mapping[str, Tensor], metric: str) -> Partitions:
+    """Return the units of a recipe's search: those of a unit search are whole groups (KV heads, experts) of a grid."""
+    by_group = recipe.search.policy == "units"
+    return partitions(shape, recipe.units.families, by_group, costs, scores, metric)
+
+
+def estimated_units(recipe: Recipe, shape: Shape) -> Partitions:
+    """Return units of the same number and total cost as a search will have. For estimates, before there are scores."""
+    evenly = {
+        score_name(layer, block): torch.arange(grid.elements) + 1.0
+        for block, grids in shape.grids.items()
+        for layer, grid in enumerate(grids)
+    }
+    return units_of(recipe, shape, shape.parameters, evenly, "magnitude")
+
+
+def _costs(context: SearchContext) -> BlockCosts:
     settings, model = context.recipe.budget, context.model
     match settings.measure:
         case "flops":
@@ -59,8 +83,8 @@ def _refuse_impossible(recipe: Recipe, space: MaskSpace, budget: Budget) -> None
                 "of a layer. Lower it."
             )
         if not any(
-            min(settings.ffn_multiple, count) * cost <= kept
-            for count, cost, kept in zip(family.counts, family.costs, _kept_by_layer(space, budget, "ffn"), strict=True)
+            int(family.layer_costs(layer)[: settings.ffn_multiple].sum()) <= kept
+            for layer, kept in enumerate(_kept_by_layer(space, budget, "ffn"))
         ):
             raise UserError(
                 f"budget.ffn_multiple: budget.sparsity {settings.sparsity} leaves no room for even "

@@ -1,4 +1,4 @@
-"""What a unit costs, in the measures of a budget: parameters, FLOPs, bytes of the KV cache, or time."""
+"""What elements and groups cost, in the measures of a budget: FLOPs, bytes of the KV cache, or time."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from pgprune_cli.core.grid import Grid, GridCost, first_elements
 from pgprune_cli.errors import UserError
 from pgprune_cli.forward.layerwise import LayerwiseRun, start_layerwise
 from pgprune_cli.forward.masked import shrunk_block
 from pgprune_cli.model.families.adapter import ModelFamily
-from pgprune_cli.model.prunable import PrunableModel, UnitCosts
+from pgprune_cli.model.prunable import BlockCosts, PrunableModel, grid_cost, tensor_shape
 from pgprune_cli.run.layout import COSTS_FILE
 from pgprune_cli.storage.records import read_record, write_record
 
@@ -27,36 +28,40 @@ Clock = Callable[[torch.device], int]
 """Returns the nanoseconds that have passed on a device."""
 
 
-def flops(model: PrunableModel, context: int) -> UnitCosts:
-    """Return the FLOPs per token and unit in a sequence of `context` tokens (a model on the meta device will do).
+def flops(model: PrunableModel, context: int) -> BlockCosts:
+    """Return the FLOPs per token in a sequence of `context` tokens (a model on the meta device will do).
 
     2 per weight, and 4 · head_dim per query head and visible key, for the scores and for their sum over the values. A
     query sees (context + 1)/2 keys on average, or those of its sliding window. Biases, norms, activations and the
     softmax are not counted.
     """
     family, shape = model.family, model.shape
-    costs: dict[str, list[int]] = {block.name: [] for block in family.blocks}
+    costs: dict[str, list[GridCost]] = {block.name: [] for block in family.blocks}
     for index, layer in enumerate(model.layers):
         window = family.attention_window(model.config, layer, context)
         visible_keys = window * (window + 1) // 2 + (context - window) * window  # summed over all queries
         attention = family.attention_flops(layer, visible_keys, context)
         for block in family.blocks:
-            weights = sum(linear.in_features * linear.out_features for linear in block.linears(layer))
-            costs[block.name].append(2 * weights // shape.units[block.name][index] + attention[block.name])
+            module = layer.get_submodule(block.module)
+            matrices = [
+                tensor for tensor in family.unit_tensors(layer, block) if len(tensor_shape(module, tensor.name)) > 1
+            ]
+            weights = grid_cost(shape.grids[block.name][index], module, matrices)
+            costs[block.name].append(GridCost(2 * weights.element + attention[block.name], 2 * weights.group))
     return {name: tuple(by_layer) for name, by_layer in costs.items()}
 
 
-def kv_cache(model: PrunableModel, context: int) -> UnitCosts:
-    """Return the bytes per unit of the KV cache that a sequence of `context` tokens fills, in the model's dtype.
+def kv_cache(model: PrunableModel, context: int) -> BlockCosts:
+    """Return the bytes of the KV cache that a sequence of `context` tokens fills, in the model's dtype.
 
-    A sliding window limits them. An FFN channel needs none.
+    Every KV head needs as much, however many query heads share it. A sliding window limits it. An FFN needs none.
     """
     family = model.family
-    costs: dict[str, list[int]] = {block.name: [] for block in family.blocks}
+    costs: dict[str, list[GridCost]] = {block.name: [] for block in family.blocks}
     for layer in model.layers:
         window = family.attention_window(model.config, layer, context)
         for name, size in family.cache_bytes(layer, window).items():
-            costs[name].append(size)
+            costs[name].append(GridCost(0, size))
     return {name: tuple(by_layer) for name, by_layer in costs.items()}
 
 
@@ -67,41 +72,42 @@ def synchronised_clock(device: torch.device) -> int:
     return time.perf_counter_ns()
 
 
-def measure_latency(model: PrunableModel, context: int, clock: Clock = synchronised_clock) -> UnitCosts:
-    """Return the nanoseconds that a unit adds to the forward pass of one sequence of `context` tokens, at least 1.
+def measure_latency(model: PrunableModel, context: int, clock: Clock = synchronised_clock) -> BlockCosts:
+    """Return the nanoseconds that elements and groups add to the forward pass of one sequence of `context` tokens.
 
-    Each block is timed with all and with half of its units, in turn, and the difference of the medians is divided by
-    that of the widths: the fixed cost of a block belongs to no unit. Layers that are alike are timed once. Two
-    measurements never agree exactly.
+    Each block is timed as a whole, with half of its groups, and with half of the members of each group, in turn. The
+    differences of the medians say what an element and what a group costs (an element at least 1): the fixed cost of a
+    block belongs to neither. Layers that are alike are timed once. Two measurements never agree exactly.
     """
     family, shape = model.family, model.shape
     tokens = torch.arange(context).unsqueeze(0) % model.config.vocab_size
     run = start_layerwise(model, [tokens], storage=model.device)
-    measured: dict[Hashable, dict[str, int]] = {}
+    measured: dict[Hashable, dict[str, GridCost]] = {}
     by_layer = []
     for index, layer in enumerate(model.layers):
-        linears = [linear for _, _, linear in family.linears(layer)]
-        sizes = tuple((linear.weight.shape, linear.weight.dtype, linear.weight.device) for linear in linears)
-        units = {name: counts[index] for name, counts in shape.units.items()}
-        kind = (*sizes, *units.values(), family.attention_window(model.config, layer, context))
+        tensors = [parameter for block in family.blocks for parameter in layer.get_submodule(block.module).parameters()]
+        sizes = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
+        grids = {name: by_index[index] for name, by_index in shape.grids.items()}
+        kind = (*sizes, *grids.values(), family.attention_window(model.config, layer, context))
         if kind not in measured:
-            measured[kind] = _nanoseconds_per_unit(replace(run, position=index), family, units, clock)
+            measured[kind] = _nanoseconds(replace(run, position=index), family, grids, clock)
         by_layer.append(measured[kind])
     return {block.name: tuple(costs[block.name] for costs in by_layer) for block in family.blocks}
 
 
-def latency_of_run(run: Path, model: PrunableModel, context: int, fingerprint: str) -> UnitCosts:
+def latency_of_run(run: Path, model: PrunableModel, context: int, fingerprint: str) -> BlockCosts:
     """Return the latency costs of a run: read from its directory, or measured now and written there.
 
     Raises UserError if the file is damaged, or belongs to another model or context.
     """
     path = run / COSTS_FILE
     about = {"measure": "latency", "nanoseconds_at_tokens": context, "fingerprint": fingerprint}
-    names = list(model.shape.units)
+    names = list(model.shape.grids)
     if not path.exists():
         costs = measure_latency(model, context)
         device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
-        write_record(path, about | {"device": device} | dict(costs))
+        rows = {name: [[cost.element, cost.group] for cost in by_layer] for name, by_layer in costs.items()}
+        write_record(path, about | {"device": device} | rows)
         return costs
     record = read_record(path)
     whole = all(_is_cost_list(record.get(name), model.shape.layers) for name in names)
@@ -109,32 +115,48 @@ def latency_of_run(run: Path, model: PrunableModel, context: int, fingerprint: s
         raise UserError(
             f"{path}: damaged, or measured on another model or context. Remove the run directory to start over."
         )
-    return {name: tuple(record[name]) for name in names}
+    return {name: tuple(GridCost(element, group) for element, group in record[name]) for name in names}
 
 
 def _is_cost_list(values: object, layers: int) -> bool:
-    return isinstance(values, list) and len(values) == layers and all(type(ns) is int and ns > 0 for ns in values)
+    return (
+        isinstance(values, list)
+        and len(values) == layers
+        and all(isinstance(pair, list) and len(pair) == 2 for pair in values)
+        and all(type(element) is int and type(group) is int and element > 0 <= group for element, group in values)
+    )
 
 
-def _nanoseconds_per_unit(
-    run: LayerwiseRun, family: ModelFamily, units: Mapping[str, int], clock: Clock
-) -> dict[str, int]:
-    """Time both blocks of the layer at which the run stands, by block name; `units`: how many they have."""
-    widths = {1.0: dict(units), 0.5: {name: count // 2 for name, count in units.items()}}
-    times: dict[float, list[dict[str, int]]] = {fraction: [] for fraction in widths}
+def _nanoseconds(
+    run: LayerwiseRun, family: ModelFamily, grids: Mapping[str, Grid], clock: Clock
+) -> dict[str, GridCost]:
+    """Time both blocks of the layer at which the run stands, by block name."""
+    kept = {
+        "whole": {name: (grid.groups, grid.members) for name, grid in grids.items()},
+        "groups": {name: (max(grid.groups // 2, 1), grid.members) for name, grid in grids.items()},
+        "members": {name: (grid.groups, max(grid.members // 2, 1)) for name, grid in grids.items()},
+    }
+    times: dict[str, list[dict[str, int]]] = {part: [] for part in kept}
     for _ in range(WARM_UPS + REPEATS):
-        for fraction, kept in widths.items():
-            masks = {name: torch.arange(count) < kept[name] for name, count in units.items()}
-            times[fraction].append(_block_times(run, family, masks, clock))
+        for part, sizes in kept.items():
+            masks = {name: first_elements(grids[name], *size) for name, size in sizes.items()}
+            times[part].append(_block_times(run, family, masks, clock))
     costs = {}
-    for name, count in units.items():
-        whole, half = (statistics.median(row[name] for row in times[fraction][WARM_UPS:]) for fraction in widths)
-        costs[name] = max(1, round((whole - half) / (count - widths[0.5][name])))
+    for name, grid in grids.items():
+        median = {part: statistics.median(row[name] for row in rows[WARM_UPS:]) for part, rows in times.items()}
+        fewer_members = grid.groups * (grid.members - kept["members"][name][1])
+        fewer_groups = grid.groups - kept["groups"][name][0]
+        by_member = (median["whole"] - median["members"]) / fewer_members if fewer_members else 0.0
+        by_group = (median["whole"] - median["groups"]) / fewer_groups if fewer_groups else 0.0
+        if grid.members == 1:
+            costs[name] = GridCost(max(1, round(by_group)))
+        else:
+            costs[name] = GridCost(max(1, round(by_member)), max(0, round(by_group - by_member * grid.members)))
     return costs
 
 
 def _block_times(run: LayerwiseRun, family: ModelFamily, masks: Mapping[str, Tensor], clock: Clock) -> dict[str, int]:
-    """Return the nanoseconds that each block takes on its kept units, without the time to gather them."""
+    """Return the nanoseconds that each block takes on its kept elements, without the time to gather them."""
     layer = run.layers[run.position]
     device = next(layer.parameters()).device
     readings: dict[str, list[int]] = {name: [] for name in masks}
@@ -146,7 +168,7 @@ def _block_times(run: LayerwiseRun, family: ModelFamily, masks: Mapping[str, Ten
                 readings[name].append(clock(device))
 
             module = layer.get_submodule(block.module)
-            # The first hook runs after the units are gathered, the second before the dense weights are restored.
+            # The first hook runs after the elements are gathered, the second before the dense weights are restored.
             undo.callback(module.register_forward_pre_hook(read_clock).remove)
             undo.callback(module.register_forward_hook(read_clock, prepend=True).remove)
         run.observe(run.position, {})

@@ -10,6 +10,8 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from types import FrameType
 
+import torch
+
 from pgprune_cli.console.progress import SILENT
 from pgprune_cli.console.signals import stopping
 from pgprune_cli.core.units import SearchState
@@ -133,7 +135,7 @@ def _take_step(problem: Problem, loop: LoopState) -> Row:
         tokens_per_second=len(masks) * tokens.numel() / spent,
         memory_bytes=memory_in_use(),
         seconds=loop.elapsed(),
-        kept=None if mask is None else problem.space.widths(mask),
+        kept=None if mask is None else problem.kept(mask),
     )
 
 
@@ -156,10 +158,10 @@ def _view(problem: Problem) -> SearchProgress:
     """Return what the user sees of the search. Only the writer shows it."""
     context = problem.context
     recipe, writer = context.recipe, context.ranks.is_writer
-    units = {family.name: family.counts for family in problem.space.families}
+    elements = problem.kept(torch.ones(problem.space.n, dtype=torch.bool))
     budget = f"removing {recipe.budget.sparsity:.0%} of {recipe.budget.measure}"
     rows = read_history(context.run) if writer else ()
-    return SearchProgress(recipe.search.steps, units, budget, rows, context.progress if writer else SILENT)
+    return SearchProgress(recipe.search.steps, elements, budget, rows, context.progress if writer else SILENT)
 
 
 def _loop_state(problem: Problem, checkpoint: Checkpoint | None) -> LoopState:

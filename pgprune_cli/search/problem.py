@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.core.policy import starting_theta
-from pgprune_cli.core.space import Budget, MaskSpace
+from pgprune_cli.core.space import WHOLE_FAMILIES, Budget, MaskSpace
 from pgprune_cli.data.windows import Batches
 from pgprune_cli.model.masks import ModelMask, Outputs
+from pgprune_cli.model.prunable import Partitions
 from pgprune_cli.run.scores import Scores
-from pgprune_cli.scores.metrics import flat_scores, score_name
+from pgprune_cli.scores.metrics import flat_scores, score_name, unit_ranks
 from pgprune_cli.search.context import SearchContext
 from pgprune_cli.search.policies import Policy, UnitPolicy, WidthPolicy
 from pgprune_cli.search.table import solve_table
@@ -25,12 +26,21 @@ class Problem:
 
     context: SearchContext
     space: MaskSpace
+    partitions: Partitions
     policy: Policy  # type: ignore[type-arg]  # of whichever state it began with
     batches: Batches
 
     def model_mask(self, mask: Tensor) -> ModelMask:
         """Return a mask `(n,)` over the space's units as the masks of every layer."""
-        return self.context.model.shape.model_mask(self.space, mask)
+        return self.context.model.shape.model_mask(self.space, mask, self.partitions)
+
+    def kept(self, mask: Tensor) -> dict[str, list[int]]:
+        """Return how many query heads, channels, blocks or layers a mask `(n,)` keeps in every layer, by family."""
+        widths, layers = self.space.widths(mask), self.model_mask(mask)
+        return {
+            name: widths[name] if name in WHOLE_FAMILIES else [int(layer.of(name).sum()) for layer in layers]
+            for name in widths
+        }
 
     def losses(self, masks: Tensor, tokens: Tensor) -> Tensor:
         """Return the losses of masks `(K, n)` on one batch, repaired as the policy says: `(K,)` nats per token."""
@@ -51,25 +61,36 @@ class Problem:
         return sum(loss * len(tokens) for loss, tokens in zip(losses, batches, strict=True)) / len(heldout)
 
 
-def set_up(context: SearchContext, space: MaskSpace, budget: Budget, scores: Scores) -> Problem:
+def set_up(context: SearchContext, space: MaskSpace, budget: Budget, partitions: Partitions, scores: Scores) -> Problem:
     """Build the problem of a search. A width search solves its table here, which takes minutes."""
     build = _unit_policy if context.recipe.search.policy == "units" else _width_policy
-    return Problem(context, space, build(context, space, budget, scores), step_batches(context.recipe, context.text))
+    policy = build(context, space, budget, partitions, scores)
+    return Problem(context, space, partitions, policy, step_batches(context.recipe, context.text))
 
 
-def _unit_policy(context: SearchContext, space: MaskSpace, budget: Budget, scores: Scores) -> UnitPolicy:
+def _unit_policy(
+    context: SearchContext, space: MaskSpace, budget: Budget, partitions: Partitions, scores: Scores
+) -> UnitPolicy:
     start, settings = context.recipe.start, context.recipe.search
-    theta = starting_theta(flat_scores(scores.tensors, space), space, budget, start.mapping, start.temperature)
+    flat = flat_scores(scores.tensors, space, partitions, scores.metric)
+    theta = starting_theta(flat, space, budget, start.mapping, start.temperature)
     return UnitPolicy(
         theta, space, budget, settings.estimator, settings.learning_rate, settings.schedule, settings.steps
     )
 
 
-def _width_policy(context: SearchContext, space: MaskSpace, budget: Budget, scores: Scores) -> WidthPolicy:
-    by_block: dict[tuple[int, str], Tensor] = {
-        (layer, block): scores.tensors[score_name(layer, block)]
+def _width_policy(
+    context: SearchContext, space: MaskSpace, budget: Budget, partitions: Partitions, scores: Scores
+) -> WidthPolicy:
+    ranks: dict[tuple[int, str], Tensor] = {
+        (layer, block): unit_ranks(
+            scores.tensors[score_name(layer, block)],
+            partitions[layer, block],
+            context.model.shape.grids[block][layer],
+            scores.metric,
+        )
         for block in context.recipe.units.families
         for layer in range(context.model.shape.layers)
     }
-    table = solve_table(context, by_block, scores.fingerprint)
+    table = solve_table(context, ranks, partitions, scores.fingerprint)
     return WidthPolicy(table, table.priorities(space), space, budget)

@@ -1,4 +1,4 @@
-"""Scores of every unit, computed for a search or read from its run directory."""
+"""Scores of every element, computed for a search or read from its run directory."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def compute_scores(
     ranks: Ranks,
     progress: Progress = SILENT,
 ) -> Scores:
-    """Score every unit with the recipe's metric. Each process scores its share of the layers.
+    """Score every element with the recipe's metric. Each process scores its share of the layers.
 
     batches: tokens `(B, T)` for a calibrated metric. Raises RunError if a score is not finite.
     """
     metric = recipe.scores.metric
     own_layers = ranks.share(model.shape.layers)
     sizes = {
-        score_name(layer, block.name): model.shape.units[block.name][layer]
+        score_name(layer, block.name): model.shape.elements[block.name][layer]
         for layer in range(model.shape.layers)
         for block in model.family.blocks
     }
@@ -44,7 +44,7 @@ def compute_scores(
     for name, values in tensors.items():
         if not values.isfinite().all():
             raise RunError(f"{name}: the metric {metric} returned NaN or infinity. Try dtype float32 or bfloat16.")
-    return Scores(tensors, metric, fingerprint)
+    return Scores(tensors, metric, fingerprint, model.shape.unit_counts)
 
 
 def load_or_compute_scores(context: SearchContext) -> Scores:

@@ -10,16 +10,19 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from pgprune_cli.model.prunable import Partitions
 from pgprune_cli.repair.width_files import has_layer, load_layer, refuse_full_disk, save_layer
 from pgprune_cli.repair.width_table import WidthTable, solve_layers, table_bytes
 from pgprune_cli.search.context import SearchContext
 from pgprune_cli.search.texts import repair_batches
 
 
-def solve_table(context: SearchContext, scores: Mapping[tuple[int, str], Tensor], fingerprint: str) -> WidthTable:
+def solve_table(
+    context: SearchContext, ranks_of_units: Mapping[tuple[int, str], Tensor], partitions: Partitions, fingerprint: str
+) -> WidthTable:
     """Solve the width table of a search, or what is missing of it in the run directory, and load it.
 
-    scores: by (layer, block). Each process solves its share of the layers and reads all of them, so the number of
+    ranks_of_units, partitions: as in `solve_layers`. Each process solves its share of the layers and reads all of them, so the number of
     processes changes nothing. Raises RunError if the disk is too small or another process died, OSError if it fails.
     """
     recipe, run, model, ranks = context.recipe, context.run, context.model, context.ranks
@@ -27,16 +30,26 @@ def solve_table(context: SearchContext, scores: Mapping[tuple[int, str], Tensor]
     solve = recipe.repair.method.startswith("least-squares")
     multiples = {"ffn": recipe.budget.ffn_multiple}
     settings = (fingerprint, recipe.dtype, recipe.weight_format, solve, recipe.repair.damping, multiples["ffn"])
-    identity = _digest(repr((*settings, sorted(scores))), [*batches, *(scores[key] for key in sorted(scores))])
+    keys = sorted(ranks_of_units)
+    units = [tensor for key in keys for tensor in (ranks_of_units[key], partitions[key])]
+    identity = _digest(repr((*settings, keys)), [*batches, *units])
     own_layers = ranks.share(model.shape.layers)
     missing = [index for index in own_layers if not has_layer(run, index, identity)]
     done = len(own_layers) - len(missing)
     with context.progress.layers("solving every layer's widths", len(own_layers), done) as layers:
         if missing:
-            refuse_full_disk(run, model.shape.layers, table_bytes(model, multiples) if solve else 0)
+            refuse_full_disk(run, model.shape.layers, table_bytes(model, partitions, multiples) if solve else 0)
             damping = recipe.repair.damping
             solved = solve_layers(
-                model, scores, batches, damping, solve=solve, multiples=multiples, only=missing, progress=layers
+                model,
+                ranks_of_units,
+                partitions,
+                batches,
+                damping,
+                solve=solve,
+                multiples=multiples,
+                only=missing,
+                progress=layers,
             )
             for index, blocks in solved:
                 save_layer(run, index, blocks, identity)

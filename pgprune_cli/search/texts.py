@@ -19,6 +19,7 @@ from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.data.tokens import check_vocabulary
 from pgprune_cli.data.windows import Batches, CalibrationText, calibration_text, spread
 from pgprune_cli.forward.curvature import curvature_windows
+from pgprune_cli.model.families import refuse_units
 from pgprune_cli.model.loading import check_prunable, load_tokenizer, read_config
 from pgprune_cli.model.source import Source
 from pgprune_cli.recipe.schema import Recipe
@@ -35,6 +36,7 @@ def load_text(recipe: Recipe, source: Source, progress: Progress = SILENT) -> Ca
     Raises UserError if the model cannot be pruned, before anything large is read, or if its tokenizer does not fit.
     """
     check_prunable(source)
+    refuse_units(read_config(source).model_type, recipe.units.families)
     settings = recipe.calibration
     with progress.working(f"reading {settings.corpus}"):
         tokenizer = load_tokenizer(source)

@@ -25,7 +25,7 @@ from subject import SHAPES, arguments, headline, in_turn, seconds, table
 from torch import Tensor
 from torch.nn import functional
 
-from pgprune_cli.model.families.adapter import gather_units
+from pgprune_cli.model.families.adapter import gather_runs
 from pgprune_cli.model.loading import devices_of
 from pgprune_cli.model.masks import columns_of
 
@@ -108,7 +108,7 @@ def gather_matmul(x: Tensor, weight: Tensor, kept: Tensor, axis: int, tile: Tile
 
 def copied_matmul(x: Tensor, weight: Tensor, kept: Tensor, axis: int, units: int) -> Tensor:
     """Compute the same as the shrunk forward pass does: copy the kept units, then multiply."""
-    return functional.linear(x, gather_units(weight, axis, kept, units))
+    return functional.linear(x, gather_runs(weight, axis, kept, units))
 
 
 class Product(NamedTuple):

@@ -3,24 +3,43 @@
 To add a family, write its adapter in a file here and add it to `FAMILIES`.
 """
 
+from collections.abc import Sequence
+
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.families.adapter import ModelFamily
 from pgprune_cli.model.families.llama import LLAMA
 
 FAMILIES: tuple[ModelFamily, ...] = (LLAMA,)
 
+PRUNED = "pruned_"
+"""What the model type of an export with unequal layers begins with."""
+
 
 def family_of(model_type: str) -> ModelFamily:
     """Return the adapter for a transformers `model_type`. Raises UserError for one that is not supported."""
-    for family in FAMILIES:
-        if model_type in family.model_types:
-            return family
-    if model_type.startswith("pruned_"):
+    if model_type.startswith(PRUNED):
         raise UserError("the model is already pruned. Prune the original model with another sparsity.")
+    if (family := find_family(model_type)) is not None:
+        return family
     supported = ", ".join(name for family in FAMILIES for name in family.model_types)
     raise UserError(f"model type {model_type!r} is not supported. pgprune prunes {supported}.")
 
 
+def find_family(model_type: str) -> ModelFamily | None:
+    """Return the adapter for a `model_type`, which may be that of an export with unequal layers, or None."""
+    dense_type = model_type.removeprefix(PRUNED)
+    return next((family for family in FAMILIES if dense_type in family.model_types), None)
+
+
 def family_of_export(model_type: str) -> ModelFamily:
     """Return the adapter for a `model_type`, which may be that of an exported model with unequal layers."""
-    return family_of(model_type.removeprefix("pruned_"))
+    return family_of(model_type.removeprefix(PRUNED))
+
+
+def refuse_units(model_type: str, families: Sequence[str]) -> None:
+    """Raise UserError if units of these names cannot be removed one by one from a model of this type."""
+    family = family_of(model_type)
+    for name in families:
+        if reason := family.refusal(model_type, name):
+            others = [other for other in families if other != name] or [f"{name}-block"]
+            raise UserError(f"units.families: {reason} Set units.families to [{', '.join(others)}].")

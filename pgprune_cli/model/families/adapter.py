@@ -1,77 +1,118 @@
-"""What pgprune has to know about a model family: where its blocks are, and which rows and columns make up a unit.
+"""What pgprune has to know about a model family: where its blocks are, and which rows of which tensors make up a unit.
 
-A decoder layer has two blocks. A unit of the *attention* block is a KV head with the query heads that share it: rows of
-q, k and v (and of their biases) and the matching columns of the output projection. A unit of the *ffn* block is one
-channel: a row of gate and up and the matching column of down. A block that loses all its units is removed as a whole,
-with its norm and its output bias.
+A decoder layer has two blocks. The elements of a block are a grid of groups × members (core/grid.py): the *attention*
+block consists of KV heads with the query heads that share them, the *ffn* block of channels, or of experts with their
+channels. A block that loses all its elements is removed as a whole, with its norms and its output bias.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from pgprune_cli.core.grid import Grid
 
 
 @dataclass(frozen=True)
-class Projection:
-    """A linear layer: its name inside its block, and the axis of its weight `(out, in)` along which the units lie."""
+class Part:
+    """Consecutive rows of a tensor: `runs` runs of `width` rows, one run per element or one per group of a block."""
+
+    runs: int
+    width: int
+
+    @property
+    def rows(self) -> int:
+        """The number of rows."""
+        return self.runs * self.width
+
+
+@dataclass(frozen=True)
+class UnitTensor:
+    """A weight or bias whose rows belong to the elements of a block.
+
+    name: its name inside the block's module; axis: the axis along which the rows lie; parts: what they are, in order
+    (a fused projection of queries, keys and values has three parts); stacked: True if the first axis holds the groups
+    instead, so that `axis` holds the members of each group, and a part has one run per member.
+    """
 
     name: str
     axis: int
+    parts: tuple[Part, ...]
+    stacked: bool = False
+
+    @property
+    def module(self) -> str:
+        """Path of the module that holds the tensor, inside the block's module."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def key(self) -> str:
+        """Name of the tensor inside its own module: `weight` or `bias`."""
+        return self.name.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
 class Block:
     """A block of a decoder layer.
 
-    name: `attention` or `ffn`; module: its path inside the layer; norm: the path of the norm before it; projections:
-    its linear layers, the one that writes to the residual stream last; config_name: what `per_layer_config` of an
-    export calls it; unit_name: what people call its units, in the plural.
+    name: `attention` or `ffn`; module: its path inside the layer; norms: the paths of the norms that belong to it alone;
+    projections: its linear layers, the one that writes to the residual stream last; post_norm: the path of the norm
+    that its output passes before it is added to the residual stream, if any; config_name: what `per_layer_config` of an
+    export calls the block; element_name, group_name: what people call its elements and their groups, in the plural.
     """
 
     name: str
     module: str
-    norm: str
-    projections: tuple[Projection, ...]
+    norms: tuple[str, ...]
+    projections: tuple[str, ...]
     config_name: str
-    unit_name: str
+    element_name: str
+    group_name: str = ""
+    post_norm: str | None = None
 
     @property
-    def output(self) -> Projection:
-        """The projection that writes to the residual stream."""
+    def output(self) -> str:
+        """Name, inside the block's module, of the projection that writes to the residual stream."""
         return self.projections[-1]
 
     @property
     def output_path(self) -> str:
         """Path of the output projection inside its layer."""
-        return f"{self.module}.{self.output.name}"
+        return f"{self.module}.{self.output}"
 
     def linears(self, layer: nn.Module) -> list[nn.Linear]:
         """Return the linear layers of this block in a decoder layer, in the order of `projections`."""
         module = layer.get_submodule(self.module)
-        return [_linear(module, projection.name) for projection in self.projections]
+        return [_linear(module, projection) for projection in self.projections]
 
     def output_linear(self, layer: nn.Module) -> nn.Linear:
         """Return the output projection of this block in a decoder layer."""
         return _linear(layer, self.output_path)
 
-    def tensor_prefixes(self) -> tuple[str, str]:
+    @property
+    def output_bias(self) -> str:
+        """Name of the output's bias inside the block's module. Not every model has it."""
+        return f"{self.output}.bias"
+
+    def tensor_prefixes(self) -> tuple[str, ...]:
         """Return what the names of this block's tensors begin with, inside their layer."""
-        return f"{self.module}.", f"{self.norm}."
+        return f"{self.module}.", *(f"{norm}." for norm in self.norms)
 
 
 @dataclass(frozen=True)
 class GgufArchitectures:
     """llama.cpp's architectures for one model type.
 
-    equal: for a model whose layers all have the same sizes; unequal: for any other, None if llama.cpp has none.
+    equal: for a model whose layers all have the same sizes, None if llama.cpp has none; unequal: for any other.
     """
 
-    equal: str
+    equal: str | None
     unequal: str | None
 
 
@@ -80,8 +121,9 @@ class ModelFamily(ABC):
     """An adapter: one way of laying out a decoder.
 
     model_types: the transformers configs laid out so; the paths of modules of the causal model: layers (a list),
-    embedding, final_norm, rotary, head; attention, ffn: the blocks of a layer; gguf: by model type, what GGUF exports
-    are called.
+    embedding, final_norm, rotary, head; attention, ffn: the blocks of a layer; residual: path, inside a layer, of the
+    module whose input is the residual stream between the two blocks; gguf: by model type, what GGUF exports are called;
+    bos_types: the model types that were trained with a BOS token at the beginning of every text.
     """
 
     model_types: tuple[str, ...]
@@ -92,6 +134,7 @@ class ModelFamily(ABC):
     head: str
     attention: Block
     ffn: Block
+    residual: str
     gguf: Mapping[str, GgufArchitectures] = field(hash=False)
 
     @property
@@ -104,11 +147,6 @@ class ModelFamily(ABC):
         return {block.name: block for block in self.blocks}[name]
 
     @property
-    def residual_norm(self) -> str:
-        """Path, inside a layer, of the norm whose input is the residual stream between the two blocks."""
-        return self.blocks[-1].norm
-
-    @property
     def head_weight(self) -> str:
         """Name of the tensor that files of a model with tied embeddings may lack."""
         return f"{self.head}.weight"
@@ -117,30 +155,56 @@ class ModelFamily(ABC):
     def embedding_weight(self) -> str:
         return f"{self.embedding}.weight"
 
-    def linears(self, layer: nn.Module) -> Iterator[tuple[Block, Projection, nn.Linear]]:
-        """Yield every prunable linear layer of a decoder layer with its block and its place in it."""
+    def linears(self, layer: nn.Module) -> Iterator[tuple[Block, str, nn.Linear]]:
+        """Yield every prunable linear layer of a decoder layer with its block and its name in it."""
         for block in self.blocks:
             for projection, linear in zip(block.projections, block.linears(layer), strict=True):
                 yield block, projection, linear
 
+    def refusal(self, model_type: str, block: str) -> str:
+        """Return why the units of a block cannot be removed one by one in this model type, "" if they can.
+
+        The block as a whole can be removed in any case.
+        """
+        return ""
+
     @abstractmethod
-    def units(self, layer: nn.Module) -> dict[str, int]:
-        """Return how many units each block of a dense layer has, by block name."""
+    def grid(self, layer: nn.Module, block: Block) -> Grid:
+        """Return the grid of a block of a dense layer."""
+
+    @abstractmethod
+    def unit_tensors(self, layer: nn.Module, block: Block) -> tuple[UnitTensor, ...]:
+        """Return every tensor of a block of a dense layer whose rows belong to elements, the output's weight last."""
+
+    @abstractmethod
+    def settings(self, layer: nn.Module, block: Block, groups: int, members: int) -> list[tuple[nn.Module, str, Any]]:
+        """Return the attributes (module, name, value) that a block has with so many groups and members.
+
+        Only what its forward pass does not read off its tensors.
+        """
 
     @abstractmethod
     def placeholder(self, block: Block) -> nn.Module:
         """Return a module that runs in place of a removed block: it adds nothing to the residual stream."""
 
+    def norm_weight(self, norm: nn.Module) -> Tensor:
+        """Return what a norm multiplies its normalised input with, `(hidden,)` in its dtype."""
+        return norm.get_parameter("weight")
+
+    def finish_logits(self, config: Any, logits: Tensor) -> Tensor:
+        """Return the model's logits, given what its head computes. May change its argument."""
+        return logits
+
     @abstractmethod
     def attention_flops(self, layer: nn.Module, visible_keys: int, context: int) -> dict[str, int]:
-        """Return the FLOPs per token and unit, by block name, that are not products with weights.
+        """Return the FLOPs per token and element, by block name, that are not products with weights.
 
         visible_keys: summed over all queries of a sequence of `context` tokens.
         """
 
     @abstractmethod
     def cache_bytes(self, layer: nn.Module, tokens: int) -> dict[str, int]:
-        """Return the bytes of the KV cache per unit, by block name, for `tokens` cached tokens."""
+        """Return the bytes of the KV cache per group, by block name, for `tokens` cached tokens."""
 
     @abstractmethod
     def attention_window(self, config: Any, layer: nn.Module, context: int) -> int:
@@ -154,10 +218,10 @@ class ModelFamily(ABC):
         """
 
     @abstractmethod
-    def rotated_heads(self, tensor: str, units: Mapping[str, int], queries_per_kv_head: int) -> int | None:
+    def rotated_heads(self, tensor: str, kept: Mapping[str, tuple[int, int]]) -> int | None:
         """Return how many heads the rows of a tensor hold if rotary embeddings rotate them, else None.
 
-        tensor: its name inside its layer; units: how many units the layer has, by block name.
+        tensor: its name inside its layer; kept: the (groups, members) of the layer, by block name.
         """
 
     @abstractmethod
@@ -165,15 +229,15 @@ class ModelFamily(ABC):
         """Return how many channels a head has."""
 
     @abstractmethod
-    def layer_config(self, config: Any, units: Mapping[str, int]) -> dict[str, int]:
-        """Return the sizes of a layer that keeps `units`, by block name, under the config's own keys.
+    def layer_config(self, config: Any, kept: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+        """Return the sizes of a layer that keeps (groups, members), by block name, under the config's own keys.
 
-        A block without units has no sizes, so its keys are absent.
+        A removed block has no sizes, so its keys are absent.
         """
 
     @abstractmethod
-    def stock_config(self, config: Any, units: Mapping[str, int]) -> dict[str, Any] | None:
-        """Return what changes in a dense config if every layer keeps `units`, by block name.
+    def stock_config(self, config: Any, kept: Mapping[str, tuple[int, int]]) -> dict[str, Any] | None:
+        """Return what changes in a dense config if every layer keeps (groups, members), by block name.
 
         None if no class of transformers can express that model.
         """
@@ -185,17 +249,83 @@ def _linear(module: nn.Module, path: str) -> nn.Linear:
     return linear
 
 
-def gather_units(tensor: Tensor, axis: int, kept: Tensor, units: int) -> Tensor:
-    """Return the kept units of a weight or bias whose `axis` holds `units` runs of equal width, one per unit.
+class KeptElements:
+    """The elements that a regular mask keeps, as indices of the runs of any tensor. Each index is made once.
 
-    kept: unit indices (int64, ascending) on the tensor's device. The result is a new tensor with
+    mask: `(elements,)` bool, on the host.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask
+        self._indices: dict[tuple[int, torch.device], Tensor] = {}
+
+    def runs(self, runs: int, device: torch.device) -> Tensor:
+        """Return the kept runs of a part with `runs` runs, ascending int64, on a device.
+
+        From pinned memory, the host does not wait for the copy.
+        """
+        key = (runs, device)
+        if key not in self._indices:
+            index = self.mask.view(runs, -1).any(1).nonzero().squeeze(1)
+            on_host = index.pin_memory() if device.type == "cuda" else index
+            self._indices[key] = on_host.to(device, non_blocking=True)
+        return self._indices[key]
+
+    def members(self, groups: int) -> tuple[Tensor, Tensor]:
+        """Return the kept groups `(g,)` and the kept members of each of them `(g, m)`, int64, on the host."""
+        by_group = self.mask.view(groups, -1)
+        kept = by_group.any(1).nonzero().squeeze(1)
+        return kept, by_group[kept].nonzero()[:, 1].view(len(kept), -1)
+
+
+def kept_shape(tensor: UnitTensor, shape: Sequence[int], mask: Tensor) -> torch.Size:
+    """Return the shape of a unit tensor of `shape` with only the rows that a regular mask `(elements,)` keeps."""
+    sizes = list(shape)
+    if tensor.stacked:
+        groups, members = KeptElements(mask).members(sizes[0])
+        sizes[0], sizes[tensor.axis] = len(groups), sum(part.width * members.shape[1] for part in tensor.parts)
+    else:
+        sizes[tensor.axis] = sum(part.width * int(mask.view(part.runs, -1).any(1).sum()) for part in tensor.parts)
+    return torch.Size(sizes)
+
+
+def gather(values: Tensor, tensor: UnitTensor, kept: KeptElements) -> Tensor:
+    """Return the kept rows of a weight or bias as a new tensor. values: the dense tensor, or anything with its rows."""
+    if tensor.stacked:
+        return _gather_stacked(values, tensor, kept)
+    sizes = [part.rows for part in tensor.parts]
+    picked = [
+        gather_runs(rows, tensor.axis, kept.runs(part.runs, values.device), part.runs)
+        for part, rows in zip(tensor.parts, values.split(sizes, tensor.axis), strict=True)
+    ]
+    return picked[0] if len(picked) == 1 else torch.cat(picked, tensor.axis)
+
+
+def gather_runs(tensor: Tensor, axis: int, kept: Tensor, runs: int) -> Tensor:
+    """Return the kept runs of a tensor whose `axis` holds `runs` runs of equal width.
+
+    kept: indices of runs (int64, ascending) on the tensor's device. The result is a new tensor with
     `len(kept) · width` entries along `axis`.
     """
-    width = tensor.shape[axis] // units
+    width = tensor.shape[axis] // runs
     if width == 1:
         # Rows of the transposed matrix are contiguous: on a CPU that is three times as fast as picking columns.
         picked: Tensor = tensor.movedim(axis, 0).index_select(0, kept).movedim(0, axis)
         return picked
-    runs = tensor.unflatten(axis, (units, width))
-    gathered: Tensor = runs.index_select(axis, kept).flatten(axis, axis + 1)
+    unflattened = tensor.unflatten(axis, (runs, width))
+    gathered: Tensor = unflattened.index_select(axis, kept).flatten(axis, axis + 1)
     return gathered
+
+
+def _gather_stacked(values: Tensor, tensor: UnitTensor, kept: KeptElements) -> Tensor:
+    """Gather from a tensor whose first axis holds the groups: the kept members of every kept group."""
+    groups, members = kept.members(values.shape[0])
+    starts = [0, *accumulate(part.rows for part in tensor.parts)]
+    rows = [
+        start + (members[:, :, None] * part.width + torch.arange(part.width)).flatten(1)
+        for start, part in zip(starts, tensor.parts, strict=False)
+    ]
+    index = torch.cat(rows, 1).to(values.device)
+    chosen = values.index_select(0, groups.to(values.device)).movedim(tensor.axis, 1)
+    expanded = index.view(*index.shape, *(1,) * (chosen.dim() - 2)).expand(-1, -1, *chosen.shape[2:])
+    return chosen.gather(1, expanded).movedim(1, tensor.axis).contiguous()

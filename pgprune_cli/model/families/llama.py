@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.model.families.adapter import Block, GgufArchitectures, ModelFamily, Projection
+from pgprune_cli.core.grid import Grid
+from pgprune_cli.model.families.adapter import Block, GgufArchitectures, ModelFamily, Part, UnitTensor
 
 
 class NoAttention(nn.Module):
@@ -28,29 +29,56 @@ class NoFeedForward(nn.Module):
 class LlamaFamily(ModelFamily):
     """The adapter of every model type that transformers lays out like a Llama."""
 
-    def units(self, layer: nn.Module) -> dict[str, int]:
-        attention: Any = layer.get_submodule(self.attention.module)
+    def grid(self, layer: nn.Module, block: Block) -> Grid:
+        if block == self.ffn:
+            return Grid(1, block.output_linear(layer).in_features, shared_rows=False)
+        kv_heads, width = self.key_value_heads(layer), self._head_width(layer)
+        return Grid(kv_heads, block.output_linear(layer).in_features // width // kv_heads)
+
+    def unit_tensors(self, layer: nn.Module, block: Block) -> tuple[UnitTensor, ...]:
+        grid = self.grid(layer, block)
+        per_element = Part(grid.elements, 1 if block == self.ffn else self._head_width(layer))
+        per_group = Part(grid.groups, per_element.width)
+        *inner, output = zip(block.projections, block.linears(layer), strict=True)
+        tensors = []
+        for name, linear in inner:
+            parts = self.parts(block, name, per_element, per_group)
+            tensors.append(UnitTensor(f"{name}.weight", 0, parts))
+            if linear.bias is not None:
+                tensors.append(UnitTensor(f"{name}.bias", 0, parts))
+        return *tensors, UnitTensor(f"{output[0]}.weight", 1, (per_element,))
+
+    def parts(self, block: Block, projection: str, per_element: Part, per_group: Part) -> tuple[Part, ...]:
+        """Return what the rows of an inner projection are: runs per element, except those of keys and values."""
+        is_shared = block == self.attention and projection != block.projections[0]
+        return (per_group,) if is_shared else (per_element,)
+
+    def settings(self, layer: nn.Module, block: Block, groups: int, members: int) -> list[tuple[nn.Module, str, Any]]:
+        if block == self.ffn:
+            return []
+        return [(layer.get_submodule(block.module), "num_key_value_groups", members)]
+
+    def key_value_heads(self, layer: nn.Module) -> int:
+        """Return how many KV heads the attention of a dense layer has."""
         _, keys, *_ = self.attention.linears(layer)
-        return {
-            self.attention.name: keys.out_features // attention.head_dim,
-            self.ffn.name: self.ffn.output_linear(layer).in_features,
-        }
+        return keys.out_features // self._head_width(layer)
+
+    def _head_width(self, layer: nn.Module) -> int:
+        attention: Any = layer.get_submodule(self.attention.module)
+        width: int = attention.head_dim
+        return width
 
     def placeholder(self, block: Block) -> nn.Module:
         return NoAttention() if block == self.attention else NoFeedForward()
 
     def attention_flops(self, layer: nn.Module, visible_keys: int, context: int) -> dict[str, int]:
-        attention: Any = layer.get_submodule(self.attention.module)
-        queries, *_ = self.attention.linears(layer)
-        queries_per_kv_head = queries.out_features // attention.head_dim // self.units(layer)[self.attention.name]
         # 2 FLOPs per product: the scores, and the sum over the values.
-        scores = round(4 * attention.head_dim * queries_per_kv_head * visible_keys / context)
+        scores = round(4 * self._head_width(layer) * visible_keys / context)
         return {self.attention.name: scores, self.ffn.name: 0}
 
     def cache_bytes(self, layer: nn.Module, tokens: int) -> dict[str, int]:
-        attention: Any = layer.get_submodule(self.attention.module)
-        _, keys, *_ = self.attention.linears(layer)
-        return {self.attention.name: 2 * attention.head_dim * keys.weight.element_size() * tokens, self.ffn.name: 0}
+        size = self.attention.output_linear(layer).weight.element_size()
+        return {self.attention.name: 2 * self._head_width(layer) * size * tokens, self.ffn.name: 0}
 
     def attention_window(self, config: Any, layer: nn.Module, context: int) -> int:
         attention = layer.get_submodule(self.attention.module)
@@ -63,12 +91,12 @@ class LlamaFamily(ModelFamily):
         queries, keys = inner[0], inner[1]  # while queries or keys are rotated
         return 3 * hidden + max(4 * queries + 2 * keys, 2 * queries + 5 * keys)
 
-    def rotated_heads(self, tensor: str, units: Mapping[str, int], queries_per_kv_head: int) -> int | None:
+    def rotated_heads(self, tensor: str, kept: Mapping[str, tuple[int, int]]) -> int | None:
         queries, keys, *_ = self.attention.projections
-        kv_heads = units[self.attention.name]
+        kv_heads, members = kept[self.attention.name]
         heads = {
-            f"{self.attention.module}.{queries.name}": kv_heads * queries_per_kv_head,
-            f"{self.attention.module}.{keys.name}": kv_heads,
+            f"{self.attention.module}.{queries}": kv_heads * members,
+            f"{self.attention.module}.{keys}": kv_heads,
         }
         module, _, kind = tensor.rpartition(".")
         return heads.get(module) if kind in ("weight", "bias") else None
@@ -77,18 +105,18 @@ class LlamaFamily(ModelFamily):
         head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return head_dim
 
-    def layer_config(self, config: Any, units: Mapping[str, int]) -> dict[str, int]:
-        kv_heads, channels = units[self.attention.name], units[self.ffn.name]
+    def layer_config(self, config: Any, kept: Mapping[str, tuple[int, int]]) -> dict[str, int]:
+        kv_heads, queries_per_kv_head = kept[self.attention.name]
+        _, channels = kept[self.ffn.name]
         sizes: dict[str, int] = {}
         if kv_heads:
-            queries_per_kv_head = config.num_attention_heads // config.num_key_value_heads
             sizes |= {"num_attention_heads": kv_heads * queries_per_kv_head, "num_key_value_heads": kv_heads}
         if channels:
             sizes["intermediate_size"] = channels
         return sizes
 
-    def stock_config(self, config: Any, units: Mapping[str, int]) -> dict[str, Any] | None:
-        sizes: dict[str, Any] = self.layer_config(config, units)
+    def stock_config(self, config: Any, kept: Mapping[str, tuple[int, int]]) -> dict[str, Any] | None:
+        sizes: dict[str, Any] = self.layer_config(config, kept)
         if config.model_type != "llama" or config.hidden_size % sizes["num_attention_heads"] == 0:
             return sizes
         if config.attention_bias or config.mlp_bias:
@@ -99,6 +127,24 @@ class LlamaFamily(ModelFamily):
         return sizes | mistral | {"max_position_embeddings": config.max_position_embeddings}
 
 
+ATTENTION = Block(
+    name="attention",
+    module="self_attn",
+    norms=("input_layernorm",),
+    projections=("q_proj", "k_proj", "v_proj", "o_proj"),
+    config_name="attention",
+    element_name="query heads",
+    group_name="KV heads",
+)
+FFN = Block(
+    name="ffn",
+    module="mlp",
+    norms=("post_attention_layernorm",),
+    projections=("gate_proj", "up_proj", "down_proj"),
+    config_name="mlp",
+    element_name="FFN channels",
+)
+
 LLAMA = LlamaFamily(
     model_types=("llama", "mistral", "qwen2", "qwen3"),
     layers="model.layers",
@@ -106,27 +152,9 @@ LLAMA = LlamaFamily(
     final_norm="model.norm",
     rotary="model.rotary_emb",
     head="lm_head",
-    attention=Block(
-        name="attention",
-        module="self_attn",
-        norm="input_layernorm",
-        projections=(
-            Projection("q_proj", 0),
-            Projection("k_proj", 0),
-            Projection("v_proj", 0),
-            Projection("o_proj", 1),
-        ),
-        config_name="attention",
-        unit_name="KV heads",
-    ),
-    ffn=Block(
-        name="ffn",
-        module="mlp",
-        norm="post_attention_layernorm",
-        projections=(Projection("gate_proj", 0), Projection("up_proj", 0), Projection("down_proj", 1)),
-        config_name="mlp",
-        unit_name="FFN channels",
-    ),
+    attention=ATTENTION,
+    ffn=FFN,
+    residual="post_attention_layernorm",
     # `deci` is llama.cpp's Llama whose layers have their own sizes. It has no norms of queries and keys, so no Qwen3.
     gguf={
         "llama": GgufArchitectures("llama", "deci"),

@@ -1,0 +1,214 @@
+"""The elements of a block as a grid of groups × members, what they cost, and the nested chain of its widths.
+
+The attention block is a grid of KV heads × query heads per KV head, a dense FFN one group of channels, a mixture of
+experts a grid of experts × channels per expert. Kernels and formats need every kept group to have the same number of
+members, so a mask over the elements is *regular*: it keeps `members` elements of each of `groups` groups.
+
+If a block has several groups of several members, a step removes a whole group, or one member of every group. The
+*chain* is a sequence of such steps from the whole grid to nothing. Its steps are the units of a width search, so that
+every width is a regular mask. Unit 0 is removed last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The elements of one block: element `g · members + m` is member m of group g.
+
+    min_groups: how many groups a block that keeps anything has at least (a router needs as many experts as it picks);
+    shared_rows: whether a group has rows of its own, which its members share (those of keys and values).
+    """
+
+    groups: int
+    members: int
+    min_groups: int = 1
+    shared_rows: bool = True
+
+    @property
+    def elements(self) -> int:
+        """The number of elements."""
+        return self.groups * self.members
+
+    @property
+    def is_line(self) -> bool:
+        """True if the elements can be removed in any order: every subset is regular, and they cost the same."""
+        return self.members == 1 or (self.groups == 1 and not self.shared_rows)
+
+    @property
+    def chain_length(self) -> int:
+        """The number of steps from the whole grid to nothing, which is the number of units of a width search."""
+        return self.groups - self.min_groups + self.members if not self.is_line else self.elements
+
+    def kept_groups(self, mask: Tensor) -> Tensor:
+        """Return the groups `(groups,)` bool of which a mask `(elements,)` keeps something."""
+        return mask.view(self.groups, self.members).any(1)
+
+    def kept(self, mask: Tensor) -> tuple[int, int]:
+        """Return how many groups, and how many members of each, a regular mask `(elements,)` keeps."""
+        groups = int(self.kept_groups(mask).sum())
+        return groups, int(mask.sum()) // max(groups, 1)
+
+    def is_regular(self, mask: Tensor) -> bool:
+        """Return whether all groups of which a mask `(elements,)` keeps something keep the same number of members."""
+        counts = mask.view(self.groups, self.members).sum(1)
+        return bool((counts[counts > 0] == counts.max()).all())
+
+
+@dataclass(frozen=True)
+class GridCost:
+    """What a block costs, a whole number: `element · groups · members + group · groups + member · members`."""
+
+    element: int
+    group: int = 0
+    member: int = 0
+
+    def of(self, groups: int, members: int) -> int:
+        """Return the cost of so many groups with so many members each. A block without elements costs nothing."""
+        if not groups or not members:
+            return 0
+        return self.element * groups * members + self.group * groups + self.member * members
+
+    def of_mask(self, grid: Grid, mask: Tensor) -> int:
+        """Return the cost of a regular mask `(elements,)`."""
+        return self.of(*grid.kept(mask))
+
+    def of_whole(self, grid: Grid) -> int:
+        """Return the cost of the whole grid."""
+        return self.of(grid.groups, grid.members)
+
+
+def first_elements(grid: Grid, groups: int, members: int) -> Tensor:
+    """Return a regular mask `(elements,)` bool that keeps the first members of the first groups."""
+    kept = torch.zeros(grid.groups, grid.members, dtype=torch.bool)
+    kept[:groups, :members] = True
+    return kept.flatten()
+
+
+Partition = Tensor
+"""The unit of every element of a block: `(elements,)` int64."""
+
+
+def one_unit_per_group(grid: Grid) -> Partition:
+    """Return the partition into whole groups; the elements of a group without rows of its own are units themselves."""
+    return torch.arange(grid.elements) // (1 if grid.is_line else grid.members)
+
+
+def chain_of_removal(removed_at: Tensor) -> Partition:
+    """Return the chain as a partition, from the step at which each element is removed, or any value that rises with it.
+
+    removed_at: `(elements,)`, equal for the elements of one step.
+    """
+    steps, of = removed_at.unique(return_inverse=True)  # ascending
+    units: Tensor = len(steps) - 1 - of
+    return units
+
+
+def is_chain(partition: Partition, grid: Grid) -> bool:
+    """Return whether the units of a partition are steps of a chain, so that only its first units may be kept."""
+    return not torch.equal(partition, one_unit_per_group(grid))
+
+
+def unit_costs(partition: Partition, grid: Grid, cost: GridCost) -> list[int]:
+    """Return the cost of every unit.
+
+    The cost of a chain's step is the difference that it makes behind the steps before it. If the units are elements or
+    whole groups, they all cost the same, whatever else is kept.
+    """
+    count = int(partition.max()) + 1
+    if not is_chain(partition, grid):
+        return [cost.of_whole(grid) // count] * count
+    kept = [cost.of_mask(grid, partition < width) for width in range(count + 1)]
+    return [after - before for before, after in zip(kept, kept[1:], strict=False)]
+
+
+Candidate = tuple[float, Tensor]
+"""The error that a step adds, and the elements `(k,)` int64 that it removes."""
+
+
+@dataclass
+class GridRemoval:
+    """The steps by which a grid is emptied, or reduced to `target` (groups, members): which of them are possible now."""
+
+    grid: Grid
+    cost: GridCost
+    target: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        self.remaining = torch.ones(self.grid.groups, self.grid.members, dtype=torch.bool)
+
+    @property
+    def groups(self) -> Tensor:
+        """The groups that remain, `(g,)` int64."""
+        return self.remaining.any(1).nonzero().squeeze(1)
+
+    @property
+    def members(self) -> int:
+        """How many members each remaining group has."""
+        return int(self.remaining.sum()) // max(1, len(self.groups))
+
+    @property
+    def is_finished(self) -> bool:
+        """True if nothing remains, or just the target."""
+        return not self.remaining.any() or (len(self.groups), self.members) == self.target
+
+    def cheapest(self, group_error: Callable[[int, Tensor], float], slot: Callable[[], Candidate]) -> Candidate:
+        """Return the possible step that adds the least error per cost.
+
+        group_error: the error of removing a group, given its number and its remaining elements; slot: the best way to
+        remove one member of every remaining group.
+        """
+        steps = list(self._candidates(group_error, slot))
+        return min(steps, key=lambda step: step[0])[1]
+
+    def _candidates(
+        self, group_error: Callable[[int, Tensor], float], slot: Callable[[], Candidate]
+    ) -> Iterator[tuple[float, Candidate]]:
+        groups, members = len(self.groups), self.members
+        now = self.cost.of(groups, members)
+        if groups > max(self.grid.min_groups, self.target[0]):
+            saved = now - self.cost.of(groups - 1, members)
+            for group in self.groups.tolist():
+                elements = group * self.grid.members + self.remaining[group].nonzero().squeeze(1)
+                error = group_error(group, elements)
+                yield error / max(saved, 1), (error, elements)
+        if members > max(self.target[1], 1) or (members == 1 and groups == self.grid.min_groups):
+            error, elements = slot()
+            yield error / max(now - self.cost.of(groups, members - 1), 1), (error, elements)
+
+    def remove(self, elements: Tensor) -> None:
+        """Remove elements `(k,)` int64."""
+        self.remaining.view(-1)[elements] = False
+
+
+def chain_of_scores(scores: Tensor, grid: Grid, cost: GridCost) -> Partition:
+    """Return the chain that removes the lowest score per cost in each step.
+
+    scores: `(elements,)`, which add up.
+    """
+    removal = GridRemoval(grid, cost)
+    removed_at = torch.zeros(grid.elements, dtype=torch.int64)
+    table = scores.double().view(grid.groups, grid.members)
+    steps = 0
+
+    def slot() -> Candidate:
+        values, members = table.masked_fill(~removal.remaining, torch.inf)[removal.groups].min(1)
+        return float(values.sum()), removal.groups * grid.members + members
+
+    while not removal.is_finished:
+        _, elements = removal.cheapest(lambda _, elements: float(scores[elements].sum()), slot)
+        removed_at[elements] = steps
+        removal.remove(elements)
+        steps += 1
+    return chain_of_removal(removed_at)
+
+
+def default_chain(grid: Grid, cost: GridCost) -> Partition:
+    """Return a chain for estimates, before there are scores."""
+    return chain_of_scores(torch.arange(grid.elements, dtype=torch.float64) + 1.0, grid, cost)
