@@ -44,7 +44,10 @@ def export(
     ] = "hf",
     dtype: Annotated[
         str | None,
-        typer.Option(metavar="DTYPE", help="float32, float16, bfloat16, or q8_0 (gguf).  [default: the base model's]"),
+        typer.Option(
+            metavar="DTYPE",
+            help="float32, float16, bfloat16; for gguf also q8_0, q6_k, q4_k_m and more.  [default: the base model's]",
+        ),
     ] = None,
     shard_size: Annotated[
         str | None,
@@ -103,7 +106,8 @@ def export(
         print_plan(job.summary(planned, out), job.tensors(planned, out), as_json)
         return
     with resumable(lambda _: saved_by_export(out, push)):
-        summary = job.summary(job.export(run, out, options, format=format, progress=progress_of(quiet)), out)
+        written = job.export(run, out, options, format=format, progress=progress_of(quiet))
+        summary = job.summary(written, out, written=True)
         line = export_line(summary)
         if push is not None:
             with progress_of(quiet).working(f"uploading {out} to {push}"):

@@ -71,9 +71,11 @@ def print_estimate(estimate: dict[str, Any], as_json: bool) -> None:
 
 def export_line(summary: dict[str, Any]) -> str:
     before, after = summary["parameters_before"], summary["parameters_after"]
-    size = f"{after / 1e6:.1f} M of {before / 1e6:.1f} M parameters, {summary['bytes'] / 1e6:.1f} MB"
+    about = "about " if summary["estimated"] else ""
+    size = f"{after / 1e6:.1f} M of {before / 1e6:.1f} M parameters, {about}{summary['bytes'] / 1e6:.1f} MB"
     padded = ", padding counted as kept" if summary["padded"] else ""
-    return f"{summary['model']}: {size}; sparsity {summary['sparsity']:.4f}{padded}"
+    notes = "".join(f"\nnote: {note}" for note in summary["notes"])
+    return f"{summary['model']}: {size}; sparsity {summary['sparsity']:.4f}{padded}{notes}"
 
 
 def grid(headings: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 2) -> None:

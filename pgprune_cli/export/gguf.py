@@ -20,7 +20,7 @@ import torch
 
 from pgprune_cli import __version__
 from pgprune_cli.errors import UserError
-from pgprune_cli.export import gguf_checksum, gguf_types
+from pgprune_cli.export import gguf_checksum, gguf_quantize, gguf_types
 from pgprune_cli.export.dense_model import DenseModel
 from pgprune_cli.export.gguf_layout import REQUIREMENTS, Layout
 from pgprune_cli.export.gguf_tokenizer import add_tokenizer
@@ -29,21 +29,23 @@ from pgprune_cli.export.surgery import TensorEdit
 from pgprune_cli.model.gguf_header import ALIGNMENT
 from pgprune_cli.model.source import Source
 from pgprune_cli.run.decision import Decision
-from pgprune_cli.storage.atomic import new_file
+from pgprune_cli.storage.atomic import new_file, scratch_file
 
-DTYPES = tuple(gguf_types.TYPES)
-"""The dtypes that matrices can be stored in."""
+DTYPES = (*gguf_types.TYPES, *gguf_quantize.K_QUANTS)
+"""The dtypes that matrices can be stored in. llama.cpp makes the k-quants."""
 
 
 @dataclass(frozen=True)
 class FilePlan(Plan):
     """The plan of a GGUF file.
 
-    architecture: llama.cpp's; dtype: of the matrices, one of DTYPES; header: the file up to its first tensor.
+    architecture: llama.cpp's; dtype: of the matrices, one of DTYPES; full_dtype: of the matrices as pgprune writes
+    them, which is another one for k-quants; header: the file up to its first tensor, with `full_dtype`.
     """
 
     architecture: str
     dtype: str
+    full_dtype: str
     header: bytes
 
     @property
@@ -58,23 +60,58 @@ class FilePlan(Plan):
     def bytes(self) -> int:
         return len(self.header) + sum(_aligned(self.stored(edit)[1]) for edit in self.edits)
 
+    @property
+    def estimated(self) -> bool:
+        return self.dtype in gguf_quantize.K_QUANTS
+
+    @property
+    def progress_bytes(self) -> int:
+        return 2 * self.bytes if self.estimated else self.bytes  # k-quants: first the full precision, then the file
+
+    @property
+    def notes(self) -> list[str]:
+        return gguf_quantize.notes(self._matrices()) if self.estimated else []
+
     def stored(self, edit: TensorEdit) -> tuple[str, int]:
-        dtype = gguf_types.stored_dtype(edit.shape, self.dtype)
+        if not self.estimated or not gguf_quantize.is_quantized(edit.name, edit.shape):
+            return self._full(edit)
+        dtype = gguf_quantize.expected_type(edit.name, edit.shape, self.dtype)
         return dtype, gguf_types.bytes_of(edit.shape, dtype)
 
     def write(self, out: Path, on_bytes: Callable[[int], None]) -> None:
         out = out.expanduser().resolve()
         check_new(out, directory=False)
-        check_space(out, self.bytes + DISK_RESERVE)
+        check_space(out, self.bytes + self.estimated * self._full_bytes() + DISK_RESERVE)
         with new_file(out) as temporary:
-            with temporary.open("wb") as file:
-                file.write(self.header)
-                for edit, tensor in zip(self.edits, self.tensors(self.edits, on_bytes), strict=True):
-                    dtype, size = self.stored(edit)
-                    for piece in gguf_types.encoded(tensor, dtype):
-                        file.write(piece)
-                    file.write(bytes(_aligned(size) - size))
+            if self.estimated:
+                with scratch_file(out) as full:
+                    self._write_full(full, on_bytes)
+                    gguf_quantize.quantize(full, temporary, self.dtype, on_bytes)
+            else:
+                self._write_full(temporary, on_bytes)
             gguf_checksum.write_checksum(temporary)
+
+    def _write_full(self, path: Path, on_bytes: Callable[[int], None]) -> None:
+        """Write the file with `full_dtype` and without its checksum."""
+        with path.open("wb") as file:
+            file.write(self.header)
+            for edit, tensor in zip(self.edits, self.tensors(self.edits, on_bytes), strict=True):
+                dtype, size = self._full(edit)
+                for piece in gguf_types.encoded(tensor, dtype):
+                    file.write(piece)
+                file.write(bytes(_aligned(size) - size))
+
+    def _full_bytes(self) -> int:
+        return len(self.header) + sum(_aligned(self._full(edit)[1]) for edit in self.edits)
+
+    def _full(self, edit: TensorEdit) -> tuple[str, int]:
+        """Return the dtype and the size in bytes of a tensor as pgprune writes it."""
+        dtype = gguf_types.stored_dtype(edit.shape, self.full_dtype)
+        return dtype, gguf_types.bytes_of(edit.shape, dtype)
+
+    def _matrices(self) -> dict[str, torch.Size]:
+        """Return the shape of every tensor that llama.cpp quantizes, by name."""
+        return {edit.name: edit.shape for edit in self.edits if gguf_quantize.is_quantized(edit.name, edit.shape)}
 
 
 def plan(source: Source, decision: Decision, options: Options, measured: Measured | None = None) -> FilePlan:
@@ -86,13 +123,17 @@ def plan(source: Source, decision: Decision, options: Options, measured: Measure
     base, surgery = prepare(source, decision, options.requirements.combined(REQUIREMENTS))
     layout = Layout.of(base.config, surgery)
     dtype = options.dtype or _default_dtype(base)
-    edits = [_with_stored_dtype(placed, dtype) for edit in surgery.edits() for placed in layout.place(edit)]
+    full_dtype = dtype
+    if dtype in gguf_quantize.K_QUANTS:
+        gguf_quantize.require(dtype)
+        full_dtype = _default_dtype(base)
+    edits = [_with_stored_dtype(placed, full_dtype) for edit in surgery.edits() for placed in layout.place(edit)]
     writer = gguf.GGUFWriter(None, layout.architecture)
-    _add_general(writer, decision, layout, dtype, measured)
+    _add_general(writer, decision, layout, full_dtype, measured)
     _add_sizes(writer, layout, base.config)
     add_tokenizer(writer, source, base.config.vocab_size)
-    header = _header(writer, edits, dtype)
-    return FilePlan(base, decision, surgery, {"": edits}, measured, layout.architecture, dtype, header)
+    header = _header(writer, edits, full_dtype)
+    return FilePlan(base, decision, surgery, {"": edits}, measured, layout.architecture, dtype, full_dtype, header)
 
 
 def _import_gguf() -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}
-"""The dtypes that matrices can have, and GGUF's names for them."""
+"""The dtypes in which pgprune can write matrices, and GGUF's names for them. Other types have the same name in both."""
 
 WEIGHTS_AT_A_TIME = 1 << 24
 """How many weights are quantised at a time."""
@@ -38,7 +38,7 @@ def type_of(dtype: str) -> Any:
     """Return the gguf library's constant for a dtype."""
     import gguf
 
-    return gguf.GGMLQuantizationType[TYPES[dtype]]
+    return gguf.GGMLQuantizationType[TYPES.get(dtype, dtype.upper())]
 
 
 def encoded(tensor: Tensor, dtype: str) -> Iterator[Any]:

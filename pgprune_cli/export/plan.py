@@ -71,6 +71,21 @@ class Plan(ABC):
     def bytes(self) -> int:
         """Size of the files that hold the tensors."""
 
+    @property
+    def estimated(self) -> bool:
+        """True if `bytes` is an estimate."""
+        return False
+
+    @property
+    def progress_bytes(self) -> int:
+        """How many bytes `write` reports."""
+        return self.bytes
+
+    @property
+    def notes(self) -> list[str]:
+        """What users should know about the export beyond its numbers, a sentence each."""
+        return []
+
     @abstractmethod
     def write(self, out: Path, on_bytes: Callable[[int], None]) -> None:
         """Write the export to `out`, which must not exist, and leave nothing there on failure.

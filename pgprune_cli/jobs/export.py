@@ -96,13 +96,17 @@ def export(
     """
     check_new(out.expanduser(), directory=not FORMATS[format].suffix)
     export_plan = plan(run, options, format)
-    with progress.writing(f"writing {out}", export_plan.bytes) as on_bytes:
+    with progress.writing(f"writing {out}", export_plan.progress_bytes) as on_bytes:
         export_plan.write(out, on_bytes)
     return export_plan
 
 
-def summary(export_plan: Plan, out: Path) -> dict[str, Any]:
-    """Return the numbers of an export. `sparsity` is that of the prunable parameters, with padding counted as kept."""
+def summary(export_plan: Plan, out: Path, written: bool = False) -> dict[str, Any]:
+    """Return the numbers of an export. `sparsity` is that of the prunable parameters, with padding counted as kept.
+
+    written: whether `out` has been written, so that a size that was an estimate is known.
+    """
+    estimated = export_plan.estimated and not written
     return {
         "model": str(out),
         "model_type": export_plan.model_type,
@@ -113,7 +117,9 @@ def summary(export_plan: Plan, out: Path) -> dict[str, Any]:
         "parameters_after": export_plan.parameters_after,
         "sparsity": export_plan.sparsity,
         "padded": export_plan.shapes.padded,
-        "bytes": export_plan.bytes,
+        "bytes": out.stat().st_size if export_plan.estimated and written else export_plan.bytes,
+        "estimated": estimated,
+        "notes": export_plan.notes,
     }
 
 

@@ -36,6 +36,20 @@ def new_file(out: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def scratch_file(out: Path) -> Iterator[Path]:
+    """Yield the path of an empty temporary file beside `out`, for a step on the way to it. It is always removed."""
+    temporary = _temporary(out).with_suffix(".scratch.tmp")
+    make_directory(out.parent)
+    try:
+        with _locked(temporary, os.O_RDWR | os.O_CREAT):
+            yield temporary
+    except OSError as error:
+        raise _naming(out, temporary, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
     """Yield a temporary directory. It becomes `out`, which must be absent or empty, if the `with` succeeds."""
     temporary = _temporary(out)
