@@ -79,7 +79,7 @@ def notes(shapes: Mapping[str, torch.Size]) -> list[str]:
         "them in larger types than the dtype says."
     )
     if paddable := sum(".ffn_down" in name for name in names):
-        note += f" For {paddable} of them, budget.ffn_multiple: 256 in the recipe avoids it, or --pad-ffn 256, which adds zeros."
+        note += f" For {paddable} of them, budget.ffn_multiple: 256 in the recipe or --pad-ffn 256 avoids it."
     return [note]
 
 
