@@ -61,14 +61,15 @@ def check_directory(name: str, directory: Path) -> None:
 def check_gguf(name: str, path: Path) -> None:
     """Raise UserError for a GGUF file that transformers must not be given or that cannot be pruned."""
     # Imported late, because it imports torch, and finding a model's files must stay quick.
-    from pgprune_cli.model.families import FAMILIES, family_of
+    from pgprune_cli.model.families import FAMILIES, family_of, model_type_of_gguf
 
     header = read_header(path)
-    if any(header.architecture == names.unequal for family in FAMILIES for names in family.gguf.values()):
+    names = [names for family in FAMILIES for names in family.gguf.values()]
+    if header.architecture in {each.unequal for each in names} - {each.equal for each in names}:
         raise UserError(
             f"{name}: only llama.cpp reads a GGUF file whose layers have different sizes. "
             "Give the run directory, or an export with --format hf."
         )
-    family_of(header.architecture)
+    family_of(model_type_of_gguf(header.architecture))
     if header.layers > MAX_LAYERS:
         raise UserError(f"{path}: has {header.layers:,} layers, but at most {MAX_LAYERS} are supported.")

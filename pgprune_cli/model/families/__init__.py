@@ -36,6 +36,16 @@ def family_of_export(model_type: str) -> ModelFamily:
     return family_of(model_type.removeprefix(PRUNED))
 
 
+def model_type_of_gguf(architecture: str) -> str:
+    """Return the transformers `model_type` for llama.cpp's name of an architecture.
+
+    Several types can have one architecture. They then belong to one family, and the first is returned. A name that no
+    family has is returned as it is, for the error message about it.
+    """
+    types = (kind for family in FAMILIES for kind, names in family.gguf.items() if names.equal == architecture)
+    return next(types, architecture)
+
+
 def refuse_units(model_type: str, families: Sequence[str]) -> None:
     """Raise UserError if units of these names cannot be removed one by one from a model of this type."""
     family = family_of(model_type)
