@@ -31,6 +31,7 @@ class Pruned:
         *,
         corpora: Sequence[str] = (),
         seqlens: Sequence[int] = (),
+        bos: Literal["auto"] | bool | None = None,
         max_windows: int | None = None,
         tasks: Sequence[str] = (),
         max_items: int | None = None,
@@ -48,6 +49,7 @@ class Pruned:
             str(self.directory),
             corpora=corpora,
             seqlens=seqlens,
+            bos=bos,
             max_windows=max_windows,
             tasks=tasks,
             max_items=max_items,
@@ -126,6 +128,7 @@ def evaluate(
     *,
     corpora: Sequence[str] = (),
     seqlens: Sequence[int] = (),
+    bos: Literal["auto"] | bool | None = None,
     max_windows: int | None = None,
     tasks: Sequence[str] = (),
     max_items: int | None = None,
@@ -139,6 +142,7 @@ def evaluate(
         model: a model as in recipes, an exported model or a run directory.
         corpora: corpus names or NAME=FILE. Without corpora, tasks and speed, the recipe's corpora are used.
         seqlens: window lengths in tokens; by default the recipe's, or 128 and 2048.
+        bos: whether windows and prompts begin with BOS, as `evaluation.bos`; by default the recipe's, or auto.
         max_windows: at most this many windows of the shortest length per corpus.
         tasks: names of lm-evaluation-harness tasks, or task files.
         max_items: only the first items of each task.
@@ -157,6 +161,7 @@ def evaluate(
         model=str(model),
         corpora=corpora,
         seqlens=seqlens,
+        bos=bos,
         max_windows=max_windows,
         tasks=tasks,
         max_items=max_items,

@@ -21,6 +21,7 @@ from reference import write_or_check
 
 from pgprune_cli.recipe.reader import shipped_folder
 from pgprune_cli.recipe.schema import Range, Recipe
+from pgprune_cli.recipe.strict_yaml import choice_text
 from pgprune_cli.recipe.text import comments
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -77,7 +78,7 @@ def values_of(kind: Any) -> str:
         low = f"{'>' if check.above else '≥'} {check.low}"
         return f"{values_of(inner)} {low}" + ("" if math.isinf(check.high) else f", < {check.high}")
     if get_origin(kind) is Literal:
-        return ", ".join(f"`{choice}`" for choice in get_args(kind))
+        return ", ".join(f"`{choice_text(choice)}`" for choice in get_args(kind))
     if get_origin(kind) is tuple:
         return f"a list of: {values_of(get_args(kind)[0])}"
     return PLAIN[kind].replace("string", "text")

@@ -113,7 +113,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, token_cache: str) -> dict
             patch.setenv("PGPRUNE_CACHE", token_cache)
             search(load(find("demo"), [*SMALL, *overrides]), run)
         ppl = {"units": 4.5, "widths": 3.25}[policy]
-        row = {"corpus": "demo", "seqlen": 128, "ppl": ppl, "tokens": 99}
+        row = {"corpus": "demo", "seqlen": 128, "bos": False, "ppl": ppl, "tokens": 99}
         write_record(run / EVALUATION_FILE, {"model": policy, "parameters": 7, "perplexity": [row]})
     return runs
 

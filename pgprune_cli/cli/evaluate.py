@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -41,6 +41,14 @@ def evaluate(
             min=2,
             metavar="TOKENS",
             help="Window length in tokens. Repeatable.  [default: the recipe's, otherwise 128 and 2048]",
+        ),
+    ] = None,
+    bos: Annotated[
+        Literal["auto", "true", "false"] | None,
+        typer.Option(
+            "--bos",
+            help="Begin every window and prompt with the BOS token. auto: windows if the model was trained so (Gemma), "
+            "prompts if the tokenizer does.  [default: the recipe's, otherwise auto]",
         ),
     ] = None,
     max_windows: MaxWindows = None,
@@ -103,6 +111,7 @@ def evaluate(
         baselines=baselines or [],
         dtype=dtype,
         device=device,
+        bos={None: None, "auto": "auto", "true": True, "false": False}[bos],
     )
     request.check()  # before seconds of imports
     from pgprune_cli.jobs.evaluate import evaluate, with_baselines

@@ -26,6 +26,7 @@ from pgprune_cli.cli.tables import print_estimate, print_result
 from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.distributed import ranks_from_environment
 from pgprune_cli.errors import UserError
+from pgprune_cli.run.evaluation import with_bos
 from pgprune_cli.run.layout import RECIPE_FILE, runs_folder
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ def search(
         "forward_passes": decision.forward_passes,
         "heldout_loss": decision.heldout_loss,
         "dense_loss": decision.dense_loss,
+        "bos": decision.bos,
     }
     loss = "not finite" if decision.heldout_loss is None else f"{decision.heldout_loss:.4f} nats per token"
     dense = "" if decision.dense_loss is None else f" (dense model {decision.dense_loss:.4f})"
@@ -107,7 +109,7 @@ def search(
         result,
         as_json,
         f"{run / DECISION_MASKS}: sparsity {decision.sparsity:.4f} after {decision.steps} steps, "
-        f"{decision.forward_passes} forward passes; held-out loss {loss}{dense}",
+        f"{decision.forward_passes} forward passes; held-out loss {loss}{dense}{with_bos(decision.bos)}",
     )
     if not quiet:
         print(f"next: pgprune export {run}, or pgprune eval {run}", file=STDERR)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.console.stderr import STDERR
+from pgprune_cli.data.bos import adds_bos
 from pgprune_cli.data.corpora import Purpose, documents, text_identity
 from pgprune_cli.errors import UserError
 from pgprune_cli.storage.atomic import write_bytes
@@ -29,31 +30,37 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pgprune"
 
 
-def tokens_of(corpus: str, purpose: Purpose, tokenizer: Any, *, at_least: int | None = None) -> Tensor:
+def tokens_of(
+    corpus: str, purpose: Purpose, tokenizer: Any, *, at_least: int | None = None, without_bos: bool = False
+) -> Tensor:
     """Return the corpus as one stream of tokens `(N,)` int64.
 
     at_least: stop reading once there are this many tokens; None reads the whole corpus. A corpus that is shorter gives
-    all it has.
+    all it has. without_bos: leave out the BOS token that some tokenizers add to every document, for windows that begin
+    with it themselves.
 
     Raises UserError if the corpus does not exist, cannot be read or reached, or holds no text.
     """
     identity = text_identity(corpus, purpose)
-    key = hashlib.sha256(json.dumps([identity, at_least, _tokenizer_identity(tokenizer)]).encode()).hexdigest()
+    drop_bos = without_bos and adds_bos(tokenizer)
+    settings = [identity, at_least, _tokenizer_identity(tokenizer), drop_bos]
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     path = cache_directory() / "tokens" / f"{key[:32]}.safetensors"
     if (cached := _read_cache(path)) is not None:
         return cached
-    tokens = _tokenize(documents(corpus, purpose), tokenizer, at_least)
+    tokens = _tokenize(documents(corpus, purpose), tokenizer, at_least, drop_bos)
     if not tokens.numel():
         raise UserError(f"{corpus}: it contains no text.")
     _write_cache(path, tokens)
     return tokens
 
 
-def check_vocabulary(tokens: Tensor, corpus: str, embeddings: int) -> None:
-    """Raise UserError if a token has no row in the model's embedding, which has `embeddings` rows."""
-    if tokens.numel() and int(tokens.max()) >= embeddings:
+def check_vocabulary(tokens: Tensor, corpus: str, embeddings: int, bos: int | None = None) -> None:
+    """Raise UserError if a token, or `bos`, has no row in the model's embedding, which has `embeddings` rows."""
+    highest = max(int(tokens.max()) if tokens.numel() else -1, -1 if bos is None else bos)
+    if highest >= embeddings:
         raise UserError(
-            f"{corpus}: its token ids go up to {int(tokens.max())}, but the model has only {embeddings} embeddings. "
+            f"{corpus}: its token ids go up to {highest}, but the model has only {embeddings} embeddings. "
             "The tokenizer in the model's directory belongs to another model."
         )
 
@@ -89,14 +96,17 @@ def _tokenizer_identity(tokenizer: Any) -> str:
     return hashlib.sha256(f"{described}{tokenizer.bos_token}{tokenizer.eos_token}".encode()).hexdigest()
 
 
-def _tokenize(documents: Iterator[str], tokenizer: Any, at_least: int | None) -> Tensor:
-    """Return the tokens of the documents in order, each tokenized by itself."""
+def _tokenize(documents: Iterator[str], tokenizer: Any, at_least: int | None, drop_bos: bool) -> Tensor:
+    """Return the tokens of the documents in order, each tokenized by itself and, if so asked, without its first token.
+
+    Special tokens other than BOS stay as the tokenizer adds them.
+    """
     pieces: list[list[int]] = []
     total = 0
     while texts := [document for _, document in zip(range(DOCUMENTS_PER_CALL), documents, strict=False)]:
         for ids in tokenizer(texts, verbose=False)["input_ids"]:
-            pieces.append(ids)
-            total += len(ids)
+            pieces.append(ids[1:] if drop_bos else ids)
+            total += len(pieces[-1])
         if at_least is not None and total >= at_least:
             break
     return torch.tensor([token for piece in pieces for token in piece], dtype=torch.int64)

@@ -17,38 +17,65 @@ class CalibrationText:
     """The calibration text of a search.
 
     search: windows `(N, T)` int64 that the search runs over; heldout: windows `(N, T)` int64 from the end of the text,
-    which only measure the decision; stream: the tokens `(N,)` int64 before the held-out windows.
+    which only measure the decision; stream: the tokens `(N,)` int64 before the held-out windows; bos: the token that
+    every window begins with, None if windows hold only the text.
     """
 
     search: Tensor
     heldout: Tensor
     stream: Tensor
+    bos: int | None = None
 
     def long_windows(self, count: int, seqlen: int) -> Tensor:
         """Return at most `count` windows `(N, seqlen)`, spread over the text without its held-out part."""
-        return spread(cut_windows(self.stream, min(seqlen, len(self.stream))), count)
+        longest = len(self.stream) + (self.bos is not None)
+        return spread(cut_windows(self.stream, min(seqlen, longest), self.bos), count)
 
 
-def calibration_text(corpus: str, tokenizer: Any, windows: int, heldout: int, seqlen: int) -> CalibrationText:
+def calibration_text(
+    corpus: str, tokenizer: Any, windows: int, heldout: int, seqlen: int, bos: int | None = None
+) -> CalibrationText:
     """Read at most `windows` windows of `seqlen` tokens, spread over the corpus, and `heldout` windows at its end.
+
+    bos: the token that every window begins with, see `cut_windows`.
 
     Raises UserError if the corpus is too short for the held-out windows and one more.
     """
-    tokens = tokens_of(corpus, "calibration", tokenizer, at_least=(windows + heldout) * seqlen)
-    heldout_tokens = heldout * seqlen
-    if len(tokens) < heldout_tokens + seqlen:
+    text_tokens = text_tokens_in(seqlen, bos)
+    tokens = tokens_of(
+        corpus, "calibration", tokenizer, at_least=(windows + heldout) * text_tokens, without_bos=bos is not None
+    )
+    heldout_tokens = heldout * text_tokens
+    if len(tokens) < heldout_tokens + text_tokens:
         raise UserError(
             f"{corpus}: {len(tokens)} tokens are too few for {heldout} held-out windows of {seqlen} tokens and one "
             "window to search over. Use a longer text, or lower calibration.heldout or calibration.seqlen."
         )
     end = len(tokens) - heldout_tokens
     stream = tokens[:end]
-    return CalibrationText(spread(cut_windows(stream, seqlen), windows), tokens[end:].view(heldout, seqlen), stream)
+    search = spread(cut_windows(stream, seqlen, bos), windows)
+    return CalibrationText(search, cut_windows(tokens[end:], seqlen, bos), stream, bos)
 
 
-def cut_windows(tokens: Tensor, seqlen: int) -> Tensor:
-    """Cut the stream `(N,)` into whole windows `(N // seqlen, seqlen)`; an incomplete last window is dropped."""
-    return tokens[: len(tokens) // seqlen * seqlen].view(-1, seqlen)
+def text_tokens_in(seqlen: int, bos: int | None) -> int:
+    """Return how many tokens of the text a window of `seqlen` tokens holds: all, or all but the BOS token."""
+    return seqlen if bos is None else seqlen - 1
+
+
+def cut_windows(tokens: Tensor, seqlen: int, bos: int | None = None) -> Tensor:
+    """Cut the stream `(N,)` into whole windows `(W, seqlen)`; an incomplete last window is dropped.
+
+    With `bos`, every window begins with that token, followed by `seqlen - 1` tokens of the stream. Either way every
+    token of the stream is in one window, in order, except those of the incomplete last one.
+    """
+    text_tokens = text_tokens_in(seqlen, bos)
+    rows = tokens[: len(tokens) // text_tokens * text_tokens].view(-1, text_tokens)
+    return begin_with(bos, rows)
+
+
+def begin_with(bos: int | None, rows: Tensor) -> Tensor:
+    """Return the rows `(W, T)` with the token `bos` in front of each, `(W, T + 1)`; without `bos`, as they are."""
+    return rows if bos is None else torch.cat([rows.new_full((len(rows), 1), bos), rows], dim=1)
 
 
 def spread(rows: Tensor, count: int) -> Tensor:

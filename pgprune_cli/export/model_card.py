@@ -98,8 +98,11 @@ class ModelCard:
         rows = (self.measured or {}).get("perplexity", [])
         if not rows:
             return ""
-        cells = [(row["corpus"], row["seqlen"], f"{row['ppl']:.2f}", f"{row['tokens']:,}") for row in rows]
-        return "## Perplexity\n\n" + _table(("corpus", "window (tokens)", "perplexity", "tokens"), cells)
+        cells = [
+            (row["corpus"], row["seqlen"], f"{row['ppl']:.2f}", f"{row['tokens']:,}", _yes_or_no(row["bos"]))
+            for row in rows
+        ]
+        return "## Perplexity\n\n" + _table(("corpus", "window (tokens)", "perplexity", "tokens", "BOS"), cells)
 
     def _tasks(self) -> str:
         rows = (self.measured or {}).get("tasks", [])
@@ -113,10 +116,11 @@ class ModelCard:
                 f"{row['value']:.4f}",
                 "" if row["stderr"] is None else f"{row['stderr']:.4f}",
                 f"{row['items']:,}",
+                _yes_or_no(row["bos"]),
             )
             for row in rows
         ]
-        return "## Tasks\n\n" + _table(("task", "shots", "metric", "value", "standard error", "items"), cells)
+        return "## Tasks\n\n" + _table(("task", "shots", "metric", "value", "standard error", "items", "BOS"), cells)
 
     def _kept_units(self) -> str:
         rows = []
@@ -157,6 +161,10 @@ def _base_name(decision: Decision) -> str:
     return f"[{decision.model}](https://huggingface.co/{decision.model})"
 
 
+def _yes_or_no(value: bool) -> str:
+    return "yes" if value else "no"
+
+
 def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
     lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
     return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
@@ -178,6 +186,8 @@ def _provenance(decision: Decision) -> str:
     ]
     if decision.heldout_loss is not None:
         dense = "" if decision.dense_loss is None else f"; the base model has {decision.dense_loss:.4f}"
-        lines += ["", f"Loss on held-out calibration text: {decision.heldout_loss:.4f} nats per token{dense}."]
+        begins = "Its windows begin with the BOS token." if decision.bos else "Its windows do not begin with BOS."
+        loss = f"Loss on held-out calibration text: {decision.heldout_loss:.4f} nats per token{dense}."
+        lines += ["", f"{loss} {begins}"]
     lines += ["", "The recipe:", "", "```yaml", decision.recipe.strip(), "```"]
     return "\n".join(lines)

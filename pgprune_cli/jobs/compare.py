@@ -24,8 +24,10 @@ from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.targets import Target, open_target
 from pgprune_cli.jobs.variants import Variant, select_variants, variants_of
 from pgprune_cli.recipe.contradictions import refuse_contradictions
-from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.recipe.schema import Bos, Recipe
+from pgprune_cli.recipe.strict_yaml import to_yaml
 from pgprune_cli.run.checkpoint import latest_checkpoint
+from pgprune_cli.run.evaluation import perplexity_name
 from pgprune_cli.run.layout import COMPARISON_RECORD, COMPARISON_TABLE, MEASURED_FILE, SCORES_FILE
 from pgprune_cli.run.lock import locked
 from pgprune_cli.run.resume import refuse_other_recipe
@@ -37,12 +39,13 @@ from pgprune_cli.storage.records import read_record, write_record
 class EvaluationConditions:
     """What a model is evaluated on. Only rows with the same conditions can stand in one table.
 
-    texts: for every corpus in order [name, digest of the text's identity]; seqlen: window lengths; dtype: of the dense
-    model; max_windows: as `evaluate` takes it.
+    texts: for every corpus in order [name, digest of the text's identity]; seqlen: window lengths; bos: the recipe's
+    setting; dtype: of the dense model; max_windows: as `evaluate` takes it.
     """
 
     texts: list[list[str]]
     seqlen: list[int]
+    bos: Bos
     dtype: str
     max_windows: int | None
 
@@ -53,7 +56,8 @@ class EvaluationConditions:
         for corpus in Corpus.of(recipe.evaluation):
             identity = text_identity(corpus.text, "evaluation")
             texts.append([corpus.name, hashlib.sha256(identity.encode()).hexdigest()])
-        return cls(texts, list(recipe.evaluation.seqlen), recipe.dtype, max_windows)
+        evaluation = recipe.evaluation
+        return cls(texts, list(evaluation.seqlen), evaluation.bos, recipe.dtype, max_windows)
 
     def write(self, path: Path, measurements: dict[str, Any]) -> None:
         """Write measurements together with these conditions."""
@@ -81,6 +85,8 @@ def _difference(key: str, recorded: Any, current: Any) -> str:
         return f"with dtype {recorded}, not {current}"
     if key == "seqlen":
         return f"with evaluation.seqlen {recorded}, not {current}"
+    if key == "bos":
+        return f"with evaluation.bos {to_yaml(recorded)}, not {to_yaml(current)}"
     old_names, new_names = ([name for name, _ in texts] for texts in (recorded, current))
     if old_names == new_names:
         changed = next(old[0] for old, new in zip(recorded, current, strict=True) if old != new)
@@ -157,7 +163,9 @@ def _dense_row(recipe: Recipe, out: Path, conditions: EvaluationConditions, prog
     """Return the row of the unpruned model, and evaluate it if no earlier call did."""
     path = out / "dense" / MEASURED_FILE
     if not path.exists():
-        target = open_target(recipe.model, dtype=recipe.dtype, device=recipe.device, progress=progress)
+        target = open_target(
+            recipe.model, dtype=recipe.dtype, device=recipe.device, bos=recipe.evaluation.bos, progress=progress
+        )
         conditions.write(path, _measure(target, recipe, conditions, progress))
     run = conditions.read(path) | {"seed": None, "forward_passes": 0, "calibration_forward_passes": 0, "seconds": 0.0}
     return {"name": "dense", "shows": "the unpruned model", "runs": [run], "mean": _mean([run])}
@@ -177,7 +185,7 @@ def _run(
     earlier_seconds, start = _seconds_of_interrupted_search(run), time.monotonic()
     decision = search(recipe, run, progress=progress)
     seconds = earlier_seconds + time.monotonic() - start
-    target = open_target(str(run), progress=progress)
+    target = open_target(str(run), bos=recipe.evaluation.bos, progress=progress)
     measurements = _measure(target, recipe, conditions, progress) | {
         "forward_passes": decision.forward_passes,
         "calibration_forward_passes": decision.calibration_forward_passes,
@@ -225,7 +233,7 @@ def _mean(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def cells(table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return headings and rows of text: a row for each variant, with the mean and, in brackets, its seeds."""
-    perplexities = [f"{cell['corpus']} PPL, {cell['seqlen']} tokens" for cell in table["rows"][0]["mean"]["perplexity"]]
+    perplexities = [perplexity_name(cell) for cell in table["rows"][0]["mean"]["perplexity"]]
     rows = []
     for row in table["rows"]:
         texts = [row["name"], row["shows"]]

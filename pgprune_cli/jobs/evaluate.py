@@ -12,6 +12,7 @@ from pgprune_cli.jobs.perplexity import measure_perplexity
 from pgprune_cli.jobs.speed import measure_speed
 from pgprune_cli.jobs.targets import Target, open_target
 from pgprune_cli.jobs.tasks import load_tasks, measure_tasks
+from pgprune_cli.recipe.schema import Bos
 from pgprune_cli.run.layout import EVALUATION_FILE
 from pgprune_cli.run.provenance import record_command
 from pgprune_cli.storage.records import read_record, write_record
@@ -57,14 +58,16 @@ def with_baselines(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _open_targets(request: EvaluationRequest, progress: Progress) -> list[Target]:
     """Load the model and its baselines. When speed is measured, the base model is a baseline too."""
 
-    def load(name: str, *, uses_recipe: bool = False) -> Target:
-        return open_target(name, dtype=request.dtype, device=request.device, uses_recipe=uses_recipe, progress=progress)
+    def load(name: str, bos: Bos | None, *, uses_recipe: bool = False) -> Target:
+        return open_target(
+            name, dtype=request.dtype, device=request.device, bos=bos, uses_recipe=uses_recipe, progress=progress
+        )
 
-    target = load(request.model, uses_recipe=request.uses_recipe)
+    target = load(request.model, request.bos if request.reads_text else "auto", uses_recipe=request.uses_recipe)
     baselines = list(request.baselines)
     if request.speed and target.base is not None and target.base not in baselines:
         baselines.append(target.base)
-    return [target, *(load(name) for name in baselines)]
+    return [target, *(load(name, target.evaluation.bos) for name in baselines)]
 
 
 def remember(target: Target, result: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from pgprune_cli.data.corpora import check_corpus
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.source import find_local
-from pgprune_cli.recipe.schema import EvaluationSettings, name_and_text
+from pgprune_cli.recipe.schema import Bos, EvaluationSettings, name_and_text
 from pgprune_cli.run.layout import is_run, refuse_unfinished, runs_folder
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -57,6 +57,8 @@ class EvaluationRequest:
         baselines: further models to measure the same way.
         dtype: load in this dtype instead of the stored one (for a run: the recipe's).
         device: run on this device instead of a GPU if there is one (for a run: the recipe's).
+        bos: whether windows and prompts begin with BOS, as `evaluation.bos`; by default the recipe's setting, or auto.
+            It holds for the baselines too.
     """
 
     model: str
@@ -69,6 +71,12 @@ class EvaluationRequest:
     baselines: Sequence[str] = ()
     dtype: str | None = None
     device: str | None = None
+    bos: Bos | None = None
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether anything but speed is measured."""
+        return bool(self.corpora or self.tasks or not self.speed)
 
     @property
     def uses_recipe(self) -> bool:

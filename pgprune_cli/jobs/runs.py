@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.recipe.reader import load
-from pgprune_cli.run.evaluation import read_measured
+from pgprune_cli.run.evaluation import read_measured, with_bos
 from pgprune_cli.run.layout import (
     DECISION_MASKS,
     DECISION_RECORD,
@@ -34,7 +34,7 @@ def runs_in(folder: Path) -> list[dict[str, Any]]:
 def _row(run: Path) -> dict[str, Any]:
     """Return the row of one run. `target` is the recipe's sparsity, `sparsity` the decision's; None if unknown."""
     row: dict[str, Any] = {"run": str(run), "state": "scored", "fault": None}
-    row |= dict.fromkeys(("model", "target", "sparsity", "step", "steps", "heldout_loss"))
+    row |= dict.fromkeys(("model", "target", "sparsity", "step", "steps", "heldout_loss", "bos"))
     row["perplexity"] = []
     try:
         if (run / RECIPE_FILE).exists():
@@ -45,6 +45,7 @@ def _row(run: Path) -> dict[str, Any]:
         if (run / DECISION_RECORD).exists() and (run / DECISION_MASKS).exists():
             record = read_json(run / DECISION_RECORD)
             row |= {"state": "finished", "sparsity": record["sparsity"], "heldout_loss": record["heldout_loss"]}
+            row["bos"] = record["bos"]
         row["perplexity"] = (read_measured(run) or {"perplexity": []})["perplexity"]
     except (UserError, KeyError, ValueError) as error:
         fault = str(error) if isinstance(error, UserError) else f"{run}: damaged ({error!r})."
@@ -66,8 +67,11 @@ def cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
             _state(row),
             row["model"] or "",
             "" if row["sparsity"] is None else f"{row['sparsity']:.4f}",
-            "" if row["heldout_loss"] is None else f"{row['heldout_loss']:.4f}",
-            ", ".join(f"{cell['corpus']} ({cell['seqlen']}) {cell['ppl']:,.2f}" for cell in row["perplexity"]),
+            "" if row["heldout_loss"] is None else f"{row['heldout_loss']:.4f}{with_bos(row['bos'])}",
+            ", ".join(
+                f"{cell['corpus']} ({cell['seqlen']}{with_bos(cell['bos'])}) {cell['ppl']:,.2f}"
+                for cell in row["perplexity"]
+            ),
         ]
         for row in rows
     ]

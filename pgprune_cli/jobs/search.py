@@ -132,6 +132,7 @@ def _decide(problem: Problem, loop: LoopState) -> Decision:
         calibration_forward_passes=calibration_forward_passes(recipe, context.text),
         heldout_loss=finite(heldout_loss),
         dense_loss=finite(dense_loss),
+        bos=context.text.bos is not None,
         outputs=outputs,
         budget={
             "measure": recipe.budget.measure,

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from pgprune_cli.console.progress import SILENT, Progress
+from pgprune_cli.data.bos import bos_token
 from pgprune_cli.errors import UserError
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs.evaluation_request import Corpus
-from pgprune_cli.model.loading import load_model, load_prunable
+from pgprune_cli.model.loading import load_model, load_prunable, load_tokenizer
 from pgprune_cli.model.masks import ModelMask, Outputs
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import Source, resolve
 from pgprune_cli.recipe.reader import UnknownKeys, load, parse
-from pgprune_cli.recipe.schema import EvaluationSettings
+from pgprune_cli.recipe.schema import Bos, EvaluationSettings
 from pgprune_cli.run.decision import Decision, read_origin
 from pgprune_cli.run.layout import DECISION_RECORD, RECIPE_FILE, is_run
 
@@ -32,7 +33,8 @@ class Target:
         model: for a run directory, the base model as a PrunableModel; for any other model, the transformers model.
         model_mask: what a run keeps of its base model; None for any other model.
         outputs: the repaired output projections of a run.
-        evaluation: what the recipe of a run or of an exported model says to evaluate, otherwise the defaults.
+        evaluation: what the recipe of a run or of an exported model says to evaluate, otherwise the defaults. Its `bos`
+            is the one asked for, if any was.
         base: the model that this one was pruned from, by its name in the decision; None for a dense model.
     """
 
@@ -81,28 +83,32 @@ def open_target(
     *,
     dtype: str | None = None,
     device: str | None = None,
+    bos: Bos | None = None,
     uses_recipe: bool = False,
     progress: Progress = SILENT,
 ) -> Target:
     """Load a model to evaluate. `dtype` and `device` default to the recipe's for a run, and to auto for other models.
 
-    uses_recipe: the recipe's corpora will be evaluated, so check that they exist before loading anything.
+    bos: replaces the `bos` of the recipe; None keeps it. uses_recipe: the recipe's corpora will be evaluated, so check
+    that they exist before loading anything.
 
     Raises:
-        UserError: the model, its run or one of the recipe's corpora is damaged or does not exist.
+        UserError: the model, its run or one of the recipe's corpora is damaged or does not exist, or windows should
+            begin with BOS and the tokenizer has none.
     """
     if is_run(Path(name)):
-        return _open_run(name, dtype, device, uses_recipe, progress)
+        return _open_run(name, dtype, device, bos, uses_recipe, progress)
     source = resolve(name)
-    evaluation, base = _evaluation_of_export(source, progress)
-    if uses_recipe:
-        Corpus.of(evaluation)
+    recorded, base = _evaluation_of_export(source, progress)
+    evaluation = _checked(recorded, bos, source, uses_recipe)
     with progress.working(f"loading {name}"):
         model = load_model(source, dtype or "auto", device or "auto")
     return Target(name, source, model, None, {}, evaluation, base)
 
 
-def _open_run(name: str, dtype: str | None, device: str | None, uses_recipe: bool, progress: Progress) -> Target:
+def _open_run(
+    name: str, dtype: str | None, device: str | None, bos: Bos | None, uses_recipe: bool, progress: Progress
+) -> Target:
     run = Path(name)
     decision = Decision.load(run)
     recipe = load(run / RECIPE_FILE)
@@ -112,11 +118,20 @@ def _open_run(name: str, dtype: str | None, device: str | None, uses_recipe: boo
             f"{name}: {recipe.model} is not the model that was searched, because its files have changed. "
             "Restore them or search again."
         )
-    if uses_recipe:
-        Corpus.of(recipe.evaluation)
+    evaluation = _checked(recipe.evaluation, bos, source, uses_recipe)
     with progress.working(f"loading {name}"):
         model = load_prunable(source, dtype or recipe.dtype, device or recipe.device)
-    return Target(name, source, model, decision.model_mask, decision.outputs, recipe.evaluation, source.name)
+    return Target(name, source, model, decision.model_mask, decision.outputs, evaluation, source.name)
+
+
+def _checked(recorded: EvaluationSettings, bos: Bos | None, source: Source, uses_recipe: bool) -> EvaluationSettings:
+    """Return the settings with `bos`, if it is given. Raise UserError if the model or a corpus does not allow them."""
+    evaluation = recorded if bos is None else replace(recorded, bos=bos)
+    if uses_recipe:
+        Corpus.of(evaluation)
+    if evaluation.bos is True:
+        bos_token(True, load_tokenizer(source), False, source.name)
+    return evaluation
 
 
 def _evaluation_of_export(source: Source, progress: Progress) -> tuple[EvaluationSettings, str | None]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.console.suggest import nearest
+from pgprune_cli.data.bos import adds_bos
 from pgprune_cli.errors import UserError, in_short
 from pgprune_cli.jobs.targets import Target
 from pgprune_cli.model.loading import load_tokenizer
@@ -75,15 +76,26 @@ def measure_tasks(
     """Measure every metric of every task, as the rows that `--json` prints. A group with metrics of its own is one row.
 
     max_items: only the first items of each task, as the harness's own `--limit`. `stderr` is the standard error over
-    the items, None if the harness has none.
+    the items, None if the harness has none. Prompts begin with BOS as `target.evaluation.bos` says; `auto` leaves it to
+    the tokenizer, as the harness does.
+
+    Raises UserError if prompts should begin with BOS and the tokenizer cannot add it.
     """
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
     with _working(f"tasks of {target.name}", progress), target.ready() as model:
         causal: Any = model
-        tokenizer = load_tokenizer(target.source)
-        wrapped = HFLM(pretrained=causal, tokenizer=tokenizer, backend="causal", batch_size=BATCH)
+        tokenizer, bos = _tokenizer(target)
+        # None lets the tokenizer add its special tokens, False keeps it from adding any.
+        add_special_tokens = False if target.evaluation.bos is False else None
+        wrapped = HFLM(
+            pretrained=causal,
+            tokenizer=tokenizer,
+            backend="causal",
+            batch_size=BATCH,
+            add_bos_token=add_special_tokens,
+        )
         measured: Any = evaluate(wrapped, tasks, limit=max_items, bootstrap_iters=1000, log_samples=False)
     in_groups = {task for group in measured.get("groups", {}) for task in measured["group_subtasks"].get(group, [])}
     rows = []
@@ -102,9 +114,24 @@ def measure_tasks(
                     "stderr": float(error) if isinstance(error, int | float) else None,
                     "items": metrics["sample_len"],
                     "shots": measured["n-shot"].get(name),
+                    "bos": bos,
                 }
             )
     return rows
+
+
+def _tokenizer(target: Target) -> tuple[Any, bool]:
+    """Return the tokenizer for the harness, and whether prompts begin with BOS.
+
+    The harness can only keep a tokenizer from adding special tokens, so one that should add BOS is changed to do so.
+    """
+    tokenizer, setting = load_tokenizer(target.source), target.evaluation.bos
+    bos = adds_bos(tokenizer) if setting == "auto" else setting
+    if bos and not adds_bos(tokenizer):
+        tokenizer.add_bos_token = True
+        if not adds_bos(tokenizer):
+            raise UserError(f"{target.name}: its tokenizer cannot add BOS to prompts. Set bos to auto or false.")
+    return tokenizer, bos
 
 
 @contextmanager

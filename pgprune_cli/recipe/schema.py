@@ -75,6 +75,7 @@ Fraction = Annotated[float, Range(0, 1)]
 Family = Literal["attention", "ffn", "attention-block", "ffn-block", "layer"]
 Measure = Literal["parameters", "flops", "kv-cache", "latency"]
 MetricName = Literal["wanda-sp", "flap", "obs", "taylor", "magnitude", "random", "uniform"]
+Bos = Literal["auto", True, False]
 RepairMethod = Literal["none", "bias", "least-squares", "least-squares-bias"]
 GRADIENT_METRICS = ("taylor",)
 """The metrics that need a backward pass."""
@@ -94,6 +95,9 @@ class CalibrationSettings:
     batch: Count = 8
     # Windows set aside to evaluate the current decision. The search never samples its batches from them.
     heldout: Count = 32
+    # Whether every window begins with the BOS token, in place of one token of the text. `auto` does so for families
+    # that were trained with it (Gemma).
+    bos: Bos = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +199,9 @@ class EvaluationSettings:
     corpora: tuple[Annotated[str, _corpus], ...] = ("wikitext2",)
     # Window lengths in tokens.
     seqlen: tuple[Length, ...] = (128, 2048)
+    # Whether every window begins with the BOS token, as `calibration.bos`. For `--tasks`, whether prompts begin with
+    # it; there `auto` leaves it to the tokenizer.
+    bos: Bos = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)

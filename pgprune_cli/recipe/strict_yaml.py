@@ -33,8 +33,10 @@ def typed(kind: Any, node: yaml.Node, report: Callable[[yaml.Node, str], None]) 
     if origin is tuple:
         expected, value = "a list such as [a, b]", None
     elif origin is Literal:
-        expected, value = either(args), scalar if scalar in args else None
-        hint = nearest(scalar, args) if isinstance(scalar, str) else ""
+        choices = [choice_text(choice) for choice in args]
+        # Compare types too: in Python, 1 equals True.
+        value = next((choice for choice in args if choice == scalar and type(choice) is type(scalar)), None)
+        expected, hint = either(choices), nearest(scalar, choices) if isinstance(scalar, str) else ""
     elif kind is str:
         expected, value = "text", scalar if isinstance(scalar, str) and scalar.strip() else None
         hint = ". Put it in quotes." if isinstance(scalar, int | float) else ""
@@ -46,6 +48,11 @@ def typed(kind: Any, node: yaml.Node, report: Callable[[yaml.Node, str], None]) 
     if value is None:
         report(node, f"expected {expected}, got {kind_of(node)}{hint}")
     return value
+
+
+def choice_text(choice: str | bool) -> str:
+    """Return one of the values of a key as YAML has it: `true`, not `True`."""
+    return choice if isinstance(choice, str) else str(choice).lower()
 
 
 def _scalar(node: yaml.Node | None) -> str | int | float | bool | None:

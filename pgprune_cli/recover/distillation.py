@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Trainer, TrainingArguments
 
+from pgprune_cli.data.bos import bos_token
 from pgprune_cli.data.tokens import tokens_of
 from pgprune_cli.data.windows import cut_windows
 from pgprune_cli.errors import UserError
+from pgprune_cli.model.families import begins_with_bos
 from pgprune_cli.model.loading import load_model, load_tokenizer
 from pgprune_cli.model.source import resolve
 
@@ -77,7 +79,8 @@ class DistillationTrainer(Trainer):
 def distill(settings: DistillationSettings) -> None:
     """Train the pruned model and write it to `settings.out`. A run that fails leaves nothing on disk.
 
-    The directory loads as the pruned model does, with the same modelling file and the same dtype.
+    Windows begin with the BOS token if the model's family was trained so (Gemma), as in a search. The directory loads
+    as the pruned model does, with the same modelling file and the same dtype.
 
     Raises:
         UserError: `out` exists, the teacher has another vocabulary, or the text is shorter than one batch.
@@ -86,11 +89,13 @@ def distill(settings: DistillationSettings) -> None:
         raise UserError(f"{settings.out}: already exists. Choose another output directory.")
     source = resolve(settings.model)
     tokenizer = load_tokenizer(source)
-    student = load_model(source, "auto", "cpu")
+    student: Any = load_model(source, "auto", "cpu")
     teacher = load_model(resolve(settings.teacher), "bfloat16", "cpu")
     stored_dtype, student = student.dtype, student.float()
     _require_same_vocabulary(settings, student, teacher)
-    windows = cut_windows(tokens_of(settings.text, "calibration", tokenizer), settings.seqlen)
+    bos = bos_token("auto", tokenizer, begins_with_bos(student.config.model_type), settings.model)
+    tokens = tokens_of(settings.text, "calibration", tokenizer, without_bos=bos is not None)
+    windows = cut_windows(tokens, settings.seqlen, bos)
     if len(windows) < settings.batch:
         raise UserError(
             f"{settings.text}: {len(windows)} windows of {settings.seqlen} tokens do not fill a batch of "

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from pgprune_cli.report.gather import Run
-from pgprune_cli.run.evaluation import measurements
+from pgprune_cli.run.evaluation import measurements, with_bos
 from pgprune_cli.run.layout import RECIPE_FILE
 
 
@@ -74,14 +74,14 @@ def _facts(run: Run) -> dict[str, str]:
             f"{decision.forward_passes} for the search, {decision.calibration_forward_passes} for scoring and repair"
         )
         if decision.heldout_loss is not None:
-            facts["held-out loss"] = _nats(decision.heldout_loss)
+            facts[f"held-out loss{with_bos(run.bos)}"] = _nats(decision.heldout_loss)
         if decision.dense_loss is not None:
-            facts["held-out loss of the dense model"] = _nats(decision.dense_loss)
+            facts[f"held-out loss of the dense model{with_bos(run.bos)}"] = _nats(decision.dense_loss)
     elif run.rows:
         facts["forward passes"] = f"{run.forward_passes[-1]} so far"
         losses = [row.heldout_loss for row in run.rows if row.heldout_loss is not None]
         if losses:
-            facts["held-out loss"] = f"{_nats(losses[-1])}, so far"
+            facts[f"held-out loss{with_bos(run.bos)}"] = f"{_nats(losses[-1])}, so far"
     if run.rows:
         facts["search time"] = _duration(run.rows[-1].seconds)
         facts["speed"] = f"{median(row.tokens_per_second for row in run.rows):,.0f} tokens/s"

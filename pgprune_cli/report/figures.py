@@ -11,6 +11,7 @@ import altair as alt
 
 from pgprune_cli.report.gather import ELEMENT, Run, kept_cells, sensitivities, theta_cells, unit_name
 from pgprune_cli.report.pareto import Measure
+from pgprune_cli.run.evaluation import with_bos
 
 Chart = Any  # altair has a class for each kind of chart, and its methods are typed to return any of them
 
@@ -79,11 +80,13 @@ def comparison(runs: Sequence[Run], measures: Sequence[Measure]) -> Iterator[Fig
             "runs that no other run beats in both."
         )
         yield Figure(f"pareto-{number}", f"Sparsity and {measure.name}", caption, _spec(_pareto(measure)))
-    courses = {run.name: _heldout(run) for run in runs}
-    points = [point | {"run": name} for name, course in courses.items() if len(course) > 1 for point in course]
-    if points:
-        caption = "The loss of each run on its own held-out text."
-        yield Figure("heldout", "Held-out loss", caption, _spec(_heldout_courses(points)))
+    for bos in (False, True):  # losses with BOS are not comparable to losses without
+        courses = {run.name: _heldout(run) for run in runs if run.bos == bos}
+        points = [point | {"run": name} for name, course in courses.items() if len(course) > 1 for point in course]
+        if points:
+            caption = "The loss of each run on its own held-out text."
+            name = "heldout-bos" if bos else "heldout"
+            yield Figure(name, f"Held-out loss{with_bos(bos)}", caption, _spec(_heldout_courses(points)))
 
 
 def _losses(run: Run) -> Chart:

@@ -65,6 +65,11 @@ class Run:
         return f"step {done} of {self.steps}"
 
     @property
+    def bos(self) -> bool:
+        """Whether the windows of the calibration text begin with the BOS token. False before the first step."""
+        return self.decision.bos if self.decision is not None else any(row.bos for row in self.rows)
+
+    @property
     def forward_passes(self) -> list[int]:
         """Return, for every step, the forward passes of the search up to and including it."""
         return list(accumulate(len(row.losses) for row in self.rows))

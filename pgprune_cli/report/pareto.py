@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pgprune_cli.report.gather import Run
+from pgprune_cli.run.evaluation import with_bos
 
 
 @dataclass(frozen=True)
@@ -24,20 +25,23 @@ class Measure:
 def measures(runs: Sequence[Run]) -> list[Measure]:
     """Return every perplexity that at least two finished runs have for the same corpus, length and number of tokens.
 
-    The held-out perplexity comes last. It is measured on each run's own text.
+    The held-out perplexity comes last. It is measured on each run's own text. Windows that begin with BOS are never
+    compared with windows that do not.
     """
     finished = [run for run in runs if run.decision is not None]
-    by_name: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
-    heldout = []
+    by_name: dict[tuple[str, int, bool, int], list[dict[str, Any]]] = {}
+    heldout: dict[bool, list[dict[str, Any]]] = {}
     for run in finished:
         for row in (run.measured or {}).get("perplexity", []):
-            by_name.setdefault((row["corpus"], row["seqlen"], row["tokens"]), []).append(_point(run, row["ppl"]))
+            key = (row["corpus"], row["seqlen"], row["bos"], row["tokens"])
+            by_name.setdefault(key, []).append(_point(run, row["ppl"]))
         if run.decision is not None and run.decision.heldout_loss is not None:
-            heldout.append(_point(run, math.exp(run.decision.heldout_loss)))
+            heldout.setdefault(run.decision.bos, []).append(_point(run, math.exp(run.decision.heldout_loss)))
     candidates = [
-        Measure(f"{corpus} perplexity, {seqlen} tokens", points) for (corpus, seqlen, _), points in by_name.items()
+        Measure(f"{corpus} perplexity, {seqlen} tokens{with_bos(bos)}", points)
+        for (corpus, seqlen, bos, _), points in by_name.items()
     ]
-    candidates.append(Measure("held-out perplexity", heldout))
+    candidates += [Measure(f"held-out perplexity{with_bos(bos)}", points) for bos, points in heldout.items()]
     return [Measure(measure.name, _marked(measure.points)) for measure in candidates if len(measure.points) > 1]
 
 

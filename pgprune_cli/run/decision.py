@@ -33,7 +33,8 @@ class Decision:
     fraction of the prunable parameters; recipe: the resolved recipe as YAML; forward_passes: run by the search;
     calibration_forward_passes: run for scores and repair, counted in batches of the search; heldout_loss: loss of the
     pruned and repaired model on held-out calibration text, in nats per token; dense_loss: the same for the dense model;
-    outputs: the repaired output projections; budget: the budgeted `measure` and the fraction of it that is `kept`.
+    outputs: the repaired output projections; budget: the budgeted `measure` and the fraction of it that is `kept`; bos:
+    whether the windows of the calibration text begin with the BOS token, also those of the two losses.
     """
 
     model_mask: ModelMask
@@ -48,6 +49,7 @@ class Decision:
     outputs: Outputs = field(default_factory=dict)
     budget: dict[str, str | float] = field(default_factory=dict)
     dense_loss: float | None = None
+    bos: bool = False
 
     def save(self, run: Path) -> None:
         """Write the decision into `run`. Every file is written atomically, and the record last. Raises OSError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,23 @@ def read_measured(run: Path) -> dict[str, Any] | None:
     return read_record(paths[0]) if paths else None
 
 
+def perplexity_name(row: Mapping[str, Any]) -> str:
+    """Return the heading of a perplexity. Only perplexities with the same name can be compared."""
+    return f"{row['corpus']} PPL, {row['seqlen']} tokens{with_bos(row['bos'])}"
+
+
+def with_bos(bos: bool) -> str:
+    """Return what is added to the name of a loss or perplexity if its windows begin with the BOS token."""
+    return ", with BOS" if bos else ""
+
+
 def measurements(result: dict[str, Any]) -> dict[str, str]:
     """Return the measurements of a model as text, by the name of their table row."""
     cells = {"parameters": f"{result['parameters']:,}"}
     for row in result["perplexity"]:
-        cells[f"{row['corpus']} PPL, {row['seqlen']} tokens"] = f"{row['ppl']:,.2f}"
+        cells[perplexity_name(row)] = f"{row['ppl']:,.2f}"
     for row in result.get("tasks", []):
+        cells["BOS in prompts"] = "yes" if row["bos"] else "no"
         error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
         cells[f"{row['task']} {row['metric']}"] = f"{row['value']:.4f}{error}"
     if "speed" in result:

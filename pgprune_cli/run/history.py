@@ -20,8 +20,8 @@ from pgprune_cli.storage.atomic import sync_directory
 class Row:
     """One row of `metrics.jsonl`: a step of the search. Losses are in nats per token; a non-finite loss is None.
 
-    kept: how many query heads, channels or blocks of every layer the current decision keeps, by family; None at steps without an evaluation on
-    held-out text.
+    kept: how many query heads, channels or blocks of every layer the current decision keeps, by family; None at steps
+    without an evaluation on held-out text. bos: whether the windows begin with the BOS token.
     """
 
     step: int
@@ -35,6 +35,7 @@ class Row:
     memory_bytes: int
     seconds: float
     kept: dict[str, list[int]] | None
+    bos: bool = False
 
     @property
     def mean_loss(self) -> float | None:

@@ -136,6 +136,7 @@ def _take_step(problem: Problem, loop: LoopState) -> Row:
         memory_bytes=memory_in_use(),
         seconds=loop.elapsed(),
         kept=None if mask is None else problem.kept(mask),
+        bos=problem.context.text.bos is not None,
     )
 
 

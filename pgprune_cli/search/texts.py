@@ -6,6 +6,8 @@
 | width table, repair | `repair.windows` windows of `calibration.seqlen` tokens |
 | each step | `calibration.batch` windows of `calibration.seqlen` tokens |
 | held-out evaluation | `calibration.heldout` windows from the end of the text, which nothing else reads |
+
+With `calibration.bos`, each of these windows begins with the BOS token in place of one token of the text.
 """
 
 from __future__ import annotations
@@ -16,10 +18,11 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.console.progress import SILENT, Progress
+from pgprune_cli.data.bos import bos_token
 from pgprune_cli.data.tokens import check_vocabulary
 from pgprune_cli.data.windows import Batches, CalibrationText, calibration_text, spread
 from pgprune_cli.forward.curvature import curvature_windows
-from pgprune_cli.model.families import refuse_units
+from pgprune_cli.model.families import begins_with_bos, refuse_units
 from pgprune_cli.model.loading import check_prunable, load_tokenizer, read_config
 from pgprune_cli.model.source import Source
 from pgprune_cli.recipe.schema import Recipe
@@ -33,16 +36,19 @@ REPAIR_TOKENS = 4096
 def load_text(recipe: Recipe, source: Source, progress: Progress = SILENT) -> CalibrationText:
     """Return the recipe's calibration text, tokenised for its model.
 
-    Raises UserError if the model cannot be pruned, before anything large is read, or if its tokenizer does not fit.
+    Raises UserError if the model cannot be pruned or has no BOS token to begin windows with, before anything large is
+    read, or if its tokenizer does not fit.
     """
     check_prunable(source)
-    refuse_units(read_config(source).model_type, recipe.units.families)
+    config = read_config(source)
+    refuse_units(config.model_type, recipe.units.families)
     settings = recipe.calibration
     with progress.working(f"reading {settings.corpus}"):
         tokenizer = load_tokenizer(source)
-        text = calibration_text(settings.corpus, tokenizer, settings.windows, settings.heldout, settings.seqlen)
+        bos = bos_token(settings.bos, tokenizer, begins_with_bos(config.model_type), source.name)
+        text = calibration_text(settings.corpus, tokenizer, settings.windows, settings.heldout, settings.seqlen, bos)
     if source.gguf is None:  # a GGUF file holds its own tokenizer
-        check_vocabulary(text.stream, settings.corpus, read_config(source).vocab_size)
+        check_vocabulary(text.stream, settings.corpus, config.vocab_size, bos)
     return text
 
 

@@ -96,3 +96,6 @@ def test_check_vocabulary_refuses_a_token_without_an_embedding() -> None:
     check_vocabulary(torch.tensor([], dtype=torch.int64), "x.txt", 96)
     with refused("x.txt", "96 embeddings"):
         check_vocabulary(torch.tensor([96, 0]), "x.txt", 96)
+    check_vocabulary(torch.tensor([0]), "x.txt", 96, bos=95)
+    with refused("x.txt", "up to 96"):
+        check_vocabulary(torch.tensor([0]), "x.txt", 96, bos=96)

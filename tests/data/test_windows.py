@@ -21,6 +21,15 @@ def test_cut_windows_keeps_the_order_and_drops_an_incomplete_last_window(length:
     assert rows.flatten().tolist() == list(range(length // seqlen * seqlen))
 
 
+@given(length=st.integers(0, 100), seqlen=st.integers(2, 20))
+@settings(deadline=None)
+def test_windows_with_bos_begin_with_it_and_lose_no_token_between_them(length: int, seqlen: int) -> None:
+    rows = cut_windows(torch.arange(length), seqlen, bos=1000)
+    assert rows.shape == (length // (seqlen - 1), seqlen)
+    assert rows[:, 0].tolist() == [1000] * len(rows)
+    assert rows[:, 1:].flatten().tolist() == list(range(length // (seqlen - 1) * (seqlen - 1)))
+
+
 def use_numbered_tokens(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """Let `calibration_text` read the tokens 0, 1, 2, …, so that a window shows where it comes from."""
     monkeypatch.setattr("pgprune_cli.data.windows.tokens_of", lambda *_, **__: torch.arange(count))
@@ -42,6 +51,24 @@ def test_calibration_text_never_searches_over_heldout_windows(
     for row in text.search.tolist():
         assert row == list(range(row[0], row[0] + 8))
     assert max(text.stream) < length - 16
+
+
+@pytest.mark.parametrize("length", [21, 27, 28, 100, 1001])
+@pytest.mark.parametrize("windows", [1, 5, 1000])
+def test_calibration_text_with_bos_has_windows_of_the_same_shape(
+    length: int, windows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_numbered_tokens(monkeypatch, length)
+    text = calibration_text("any", None, windows=windows, heldout=2, seqlen=8, bos=5000)
+    assert text.heldout.shape == (2, 8)
+    assert text.heldout[:, 1:].flatten().tolist() == list(range(length - 14, length))
+    assert text.search.shape == (min(windows, (length - 14) // 7), 8)
+    searched = text.search[:, 1:].flatten().tolist()
+    assert len(set(searched)) == len(searched) and max(searched) < length - 14
+    longest = text.long_windows(count=4, seqlen=5000)
+    assert longest.tolist() == [[5000, *range(length - 14)]]
+    for rows in (text.search, text.heldout, longest):
+        assert (rows[:, 0] == 5000).all()
 
 
 def test_calibration_text_spreads_few_windows_over_the_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -260,7 +260,10 @@ def test_the_weights_shrink_and_the_other_files_are_copied(llama, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"):
         (base / name).write_text(name)
     model_mask = draw([(2, 6), (1, 6), (0, 0), (2, 12)])
-    measured = {"model": "x", "perplexity": [{"corpus": "wikitext2", "seqlen": 128, "ppl": 12.375001, "tokens": 1000}]}
+    measured = {
+        "model": "x",
+        "perplexity": [{"corpus": "wikitext2", "seqlen": 128, "bos": False, "ppl": 12.375001, "tokens": 1000}],
+    }
     written = export(base, tmp_path / "out", model_mask, measured)
     out = tmp_path / "out"
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"):

@@ -35,6 +35,14 @@ def test_card_states_sizes_losses_recipe_and_origin() -> None:
     assert "## Perplexity" not in text and "## Tasks" not in text
 
 
+def test_card_says_which_losses_and_perplexities_have_bos() -> None:
+    row = {"corpus": "c4", "seqlen": 128, "bos": True, "ppl": 9.0, "tokens": 127}
+    card = dataclasses.replace(CARD, measured={"perplexity": [row, row | {"bos": False}]})
+    text = card.text(dataclasses.replace(DECISION, bos=True))
+    assert "| c4 | 128 | 9.00 | 127 | yes |" in text and "| c4 | 128 | 9.00 | 127 | no |" in text
+    assert "begin with the BOS token" in text and "do not begin with BOS" in CARD.text(DECISION)
+
+
 def test_front_matter_names_a_base_model_on_the_hub_and_no_local_path(tmp_path) -> None:
     assert yaml.safe_load(CARD.text(DECISION).split("---")[1])["base_model"] == "owner/base"
     text = CARD.text(dataclasses.replace(DECISION, model=str(tmp_path)))

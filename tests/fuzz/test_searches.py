@@ -24,6 +24,7 @@ KEYS: dict[str, list[object]] = {
     "dtype": ["float32", "float16", "bfloat16", "auto"],
     "weight_format": ["full", "int8", "fp8"],
     **{f"calibration.{key}": HUGE for key in ("windows", "seqlen", "batch", "heldout")},
+    "calibration.bos": ["auto", "true", "false"],
     "units.families": ["[attention]", "[ffn]", "[layer]", "[attention-block, ffn]", "[attention-block, ffn-block]"],
     "budget.sparsity": FRACTIONS,
     "budget.measure": ["parameters", "flops", "kv-cache"],
@@ -58,7 +59,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_key_of_a_recipe_is_varied() -> None:
-    fixed = {"model", "device", "calibration.corpus", "evaluation.corpora", "evaluation.seqlen"}
+    fixed = {"model", "device", "calibration.corpus", "evaluation.corpora", "evaluation.seqlen", "evaluation.bos"}
     sections = {key.partition(".")[0] for key in _KINDS if "." in key}
     assert set(_KINDS) - fixed - sections == set(KEYS)
 

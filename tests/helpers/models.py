@@ -155,9 +155,8 @@ def save_tokenizer(directory: Path, size: int = VOCABULARY, splitter=None, **opt
             vocab_size=size, special_tokens=special, initial_alphabet=letters, show_progress=False
         )
         tokenizer.train_from_iterator([TEXT] * 4, trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<|endoftext|>", **options
-    )
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<|endoftext|>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names | options)
     fast.save_pretrained(directory)
 
 

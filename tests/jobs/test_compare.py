@@ -86,6 +86,8 @@ def test_measurements_with_other_conditions_are_refused(compared, tmp_path) -> N
     tales, other = tmp_path / "tales.txt", tmp_path / "other.txt"
     with refused(dense, "evaluation.seqlen [32], not [64]"):
         compared("evaluation.seqlen=[64]")
+    with refused(dense, "evaluation.bos auto, not true"):
+        compared("evaluation.bos=true")
     with refused(dense, "another version of the text tales"):
         compared(f"evaluation.corpora=[tales={other}]")
     with refused(dense, "[tales], not [demo]"):
@@ -102,6 +104,15 @@ def test_measurements_with_other_conditions_are_refused(compared, tmp_path) -> N
 def test_a_changed_recipe_is_refused_even_if_its_row_is_not_selected(only: str, compared, tmp_path) -> None:
     with refused(str(tmp_path / "table" / "metric" / "seed-0"), "temperature: 0.3", "temperature: 0.9"):
         compared("start.temperature=0.9", only=only)
+    with refused(str(tmp_path / "table" / "metric" / "seed-0"), "bos: auto", "bos: true"):
+        compared("calibration.bos=true", only=only)
+
+
+def test_every_row_of_a_comparison_has_the_bos_of_its_recipe(recipe, tmp_path) -> None:
+    with_bos = replace(recipe, evaluation=replace(recipe.evaluation, bos=True))
+    table = compare(with_bos, tmp_path, only=["metric"], max_windows=2)
+    assert {cell["bos"] for row in table["rows"] for run in row["runs"] for cell in run["perplexity"]} == {True}
+    assert "demo PPL, 128 tokens, with BOS" in (tmp_path / COMPARISON_TABLE).read_text()
 
 
 @pytest.mark.parametrize("row", ["dense", "metric/seed-0"])
@@ -126,7 +137,7 @@ def test_measurements_without_conditions_are_refused_as_damaged(conditions, comp
 
 
 def test_conditions_are_read_back_and_the_order_of_texts_matters(tmp_path) -> None:
-    conditions = EvaluationConditions([["tales", "1"], ["tales", "2"]], [32], "float32", None)
+    conditions = EvaluationConditions([["tales", "1"], ["tales", "2"]], [32], "auto", "float32", None)
     conditions.write(tmp_path / MEASURED_FILE, {"parameters": 7})
     assert conditions.read(tmp_path / MEASURED_FILE) == {"parameters": 7, "max_windows": None}
     with refused("another version of the text tales"):

@@ -5,26 +5,31 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.messages import refused, says
-from helpers.models import VOCABULARY, tiny_model
+from helpers.models import VOCABULARY, save_tokenizer, tiny_model
 from torch.nn import functional
 
 from pgprune_cli.console.progress import StderrProgress
 from pgprune_cli.data.tokens import tokens_of
 from pgprune_cli.demo.grammar import generate
 from pgprune_cli.errors import RunError
+from pgprune_cli.jobs import targets
 from pgprune_cli.jobs.evaluate import evaluate
 from pgprune_cli.jobs.evaluation_request import Corpus, EvaluationRequest
 from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.perplexity import measure_perplexity, perplexity
 from pgprune_cli.jobs.speed import measure_speed
 from pgprune_cli.jobs.targets import open_target
+from pgprune_cli.model import families
+from pgprune_cli.model.families.llama import LLAMA
 from pgprune_cli.model.loading import load_tokenizer
 from pgprune_cli.recipe.schema import EvaluationSettings
+from pgprune_cli.run.evaluation import measurements
 from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, EVALUATION_FILE
 from pgprune_cli.storage.records import read_record, write_record
 
@@ -52,6 +57,18 @@ def test_perplexity_equals_that_of_a_plain_loop(length: int, seqlen: int) -> Non
     ppl, predicted = perplexity(model, tokens, seqlen)
     expected, count = reference(model, windows)
     assert predicted == count
+    assert ppl == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 2, 15, 16, 50, 100])
+@pytest.mark.parametrize("seqlen", [2, 16, 64])
+def test_perplexity_with_bos_predicts_every_token_of_the_text_once(length: int, seqlen: int) -> None:
+    model, tokens = tiny_model("llama-gqa"), stream(length)
+    windows = [torch.cat([torch.tensor([1]), part]) for part in tokens.split(seqlen - 1)]
+    assert {len(window) for window in windows[:-1]} <= {seqlen}
+    ppl, predicted = perplexity(model, tokens, seqlen, bos=1)
+    expected, count = reference(model, windows)
+    assert predicted == count == length
     assert ppl == pytest.approx(expected, rel=1e-5)
 
 
@@ -123,8 +140,49 @@ def test_evaluate_returns_the_documented_object(text: Corpus) -> None:
     assert list(result) == ["model", "dtype", "device", "parameters", "perplexity"]
     tokens = tokens_of(text.text, "evaluation", load_tokenizer(target.source))
     ppl, predicted = perplexity(target.module, tokens, 32)
-    assert result["perplexity"] == [{"corpus": "tales", "seqlen": 32, "ppl": ppl, "tokens": predicted}]
+    assert result["perplexity"] == [{"corpus": "tales", "seqlen": 32, "bos": False, "ppl": ppl, "tokens": predicted}]
     assert (result["model"], result["dtype"], result["device"]) == ("demo", "float32", "cpu")
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_rows_say_whether_their_windows_begin_with_bos(bos: bool, text: Corpus) -> None:
+    request = EvaluationRequest(
+        model="demo", corpora=[f"tales={text.text}"], seqlens=[32], device="cpu", bos=bos, baselines=["demo"]
+    )
+    for result in evaluate(request):
+        assert [row["bos"] for row in result["perplexity"]] == [bos]
+        assert list(measurements(result)) == ["parameters", f"tales PPL, 32 tokens{', with BOS' if bos else ''}"]
+
+
+def test_baselines_are_measured_with_the_setting_of_the_run(run: Path, text: Corpus) -> None:
+    recipe = run / "recipe.yaml"
+    before, after = recipe.read_text().rsplit("bos: auto", 1)
+    recipe.write_text(f"{before}bos: true{after}")
+    request = EvaluationRequest(
+        model=str(run), corpora=[f"tales={text.text}"], seqlens=[32], max_windows=2, baselines=["demo"]
+    )
+    assert [row["bos"] for result in evaluate(request) for row in result["perplexity"]] == [True, True]
+
+
+def test_auto_begins_windows_with_bos_if_the_family_was_trained_so(tmp_path: Path, text: Corpus, monkeypatch) -> None:
+    tiny_model("llama-gqa").save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model", add_bos_token=True)
+    request = EvaluationRequest(model=str(tmp_path / "model"), corpora=[f"t={text.text}"], seqlens=[16], max_windows=2)
+    (result,) = evaluate(request)
+    assert not result["perplexity"][0]["bos"]
+    monkeypatch.setattr(families, "FAMILIES", (replace(LLAMA, bos_types=("llama",)),))
+    (result,) = evaluate(request)
+    assert result["perplexity"][0]["bos"]
+
+
+def test_a_tokenizer_without_bos_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, text: Corpus, monkeypatch
+) -> None:
+    tiny_model("llama-gqa").save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model", bos_token=None)
+    monkeypatch.setattr(targets, "load_model", None)
+    with refused(f"{tmp_path / 'model'}: ", "no BOS token"):
+        evaluate(EvaluationRequest(model=str(tmp_path / "model"), corpora=[f"tales={text.text}"], bos=True))
 
 
 def test_window_lengths_beyond_the_context_are_lowered_to_it(text: Corpus) -> None:

@@ -27,7 +27,7 @@ def test_runs_in_tells_the_states_apart_and_skips_exported_models(tmp_path: Path
     write_unfinished_run(tmp_path / "b" / "deep", 7)
     write_unfinished_run(tmp_path / "c", 20)
     (tmp_path / "c" / DECISION_MASKS).touch()
-    (tmp_path / "c" / DECISION_RECORD).write_text('{"sparsity": 0.49, "heldout_loss": null}')
+    (tmp_path / "c" / DECISION_RECORD).write_text('{"sparsity": 0.49, "heldout_loss": null, "bos": false}')
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / RECIPE_FILE).write_text("model: [")
     (tmp_path / "e").mkdir()  # an exported model

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.messages import refused
+from helpers.models import save_tokenizer, tiny_model
 
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.projection import hard_mask
@@ -22,7 +23,7 @@ from pgprune_cli.forward import masked as masked
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs.init_scores import init_scores
 from pgprune_cli.jobs.search import search
-from pgprune_cli.model.loading import load_prunable
+from pgprune_cli.model.loading import load_prunable, load_tokenizer
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import Recipe
@@ -39,8 +40,9 @@ from pgprune_cli.run.layout import (
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.scores.metrics import flat_scores
 from pgprune_cli.search import loop as loops
+from pgprune_cli.search import texts
 from pgprune_cli.search.loop import BAD_STEPS, Interrupted
-from pgprune_cli.search.texts import load_text
+from pgprune_cli.search.texts import load_text, repair_batches, scoring_batches
 
 STEPS = 6
 TIMING = ("seconds", "tokens_per_second", "memory_bytes")
@@ -196,6 +198,39 @@ def test_search_refuses_the_run_of_another_recipe(stopped, small) -> None:
 def test_search_refuses_the_finished_run_of_another_recipe(small, tmp_path) -> None:
     search(small(), tmp_path)
     refuse(small("seed=3"), tmp_path, "seed: 0 → seed: 3")
+
+
+def test_search_refuses_to_resume_with_another_bos(stopped, small) -> None:
+    for bos in ("true", "false"):
+        refuse(small(f"calibration.bos={bos}"), stopped, str(stopped), f"bos: auto → bos: {bos}")
+
+
+def test_windows_with_bos_cost_as_much_and_are_recorded(small, whole, tmp_path) -> None:
+    recipe = small("calibration.bos=true")
+    source = resolve("demo")
+    bos, text, plain = load_tokenizer(source).bos_token_id, load_text(recipe, source), load_text(small(), source)
+    assert (text.search.shape, text.heldout.shape) == (plain.search.shape, plain.heldout.shape)
+    for windows in (text.search, text.heldout, *scoring_batches(recipe, text), *repair_batches(recipe, text)):
+        assert (windows[:, 0] == bos).all()
+    decision = search(recipe, tmp_path / "run")
+    assert decision.bos and Decision.load(tmp_path / "run").bos
+    assert all(row["bos"] for row in rows_of(tmp_path / "run"))
+    first = search(small(), tmp_path / "plain")
+    assert not first.bos and not any(row["bos"] for row in rows_of(tmp_path / "plain"))
+    assert first.calibration_forward_passes == decision.calibration_forward_passes
+    assert first.heldout_loss != decision.heldout_loss
+    with refused("bos: true → bos: auto"):
+        search(small(), tmp_path / "run")
+
+
+def test_a_tokenizer_without_bos_is_refused_before_the_text_is_read(small, tmp_path, monkeypatch) -> None:
+    tiny_model("llama-gqa").save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model", bos_token=None)
+    for name in ("calibration_text", "check_vocabulary"):
+        monkeypatch.setattr(texts, name, None)
+    with refused(f"{tmp_path / 'model'}: ", "no BOS token"):
+        search(small("calibration.bos=true", f"model={tmp_path / 'model'}"), tmp_path / "run")
+    assert not (tmp_path / "run" / "recipe.yaml").exists()
 
 
 def test_what_changes_no_result_may_change(stopped, small, whole) -> None:

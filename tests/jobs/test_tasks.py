@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.messages import refused
+from helpers.models import save_tokenizer, tiny_model
 from helpers.multiple_choice import by_hand, items_of, task_file
 
 from pgprune_cli.errors import UserError
@@ -21,6 +22,7 @@ from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.targets import open_target
 from pgprune_cli.jobs.tasks import load_tasks, measure_tasks
 from pgprune_cli.model.loading import load_tokenizer
+from pgprune_cli.run.evaluation import measurements
 from pgprune_cli.run.layout import EVALUATION_FILE
 from pgprune_cli.storage.records import read_record
 
@@ -107,7 +109,7 @@ def test_results_of_several_calls_are_kept_in_the_run_and_written_into_the_model
 ) -> None:
     target = open_target(str(run), device="cpu")
     empty = target.description() | {"perplexity": []}
-    perplexity = [{"corpus": "tales", "seqlen": 32, "ppl": 5.0, "tokens": 100}]
+    perplexity = [{"corpus": "tales", "seqlen": 32, "bos": False, "ppl": 5.0, "tokens": 100}]
     remember(target, empty | {"perplexity": perplexity})
     rows = measure_tasks(target, load_tasks([str(task)]))
     remember(target, empty | {"tasks": rows})
@@ -116,9 +118,26 @@ def test_results_of_several_calls_are_kept_in_the_run_and_written_into_the_model
     card = (tmp_path / "exported" / "README.md").read_text()
     assert "| tales | 32 | 5.00 | 100 |" in card
     for row in rows:
-        assert f"| tales | 0 | {row['metric']} | {row['value']:.4f} | {row['stderr']:.4f} | 12 |" in card
+        assert f"| tales | 0 | {row['metric']} | {row['value']:.4f} | {row['stderr']:.4f} | 12 | no |" in card
     remember(target, empty | {"tasks": rows, "dtype": "bfloat16"})  # another dtype: results are not mixed
     assert read_record(run / EVALUATION_FILE)["perplexity"] == []
+
+
+@pytest.mark.parametrize("adds", [True, False])
+@pytest.mark.parametrize("bos", ["auto", True, False])
+def test_prompts_begin_with_bos_as_the_setting_says(harness, adds, bos, task: Path, tmp_path: Path) -> None:
+    tiny_model("llama-gqa").save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model", **({"add_bos_token": True} if adds else {}))
+    target = open_target(str(tmp_path / "model"), device="cpu", bos=bos)
+    prompts = []
+    target.module.get_input_embeddings().register_forward_hook(lambda _, inputs, __: prompts.append(inputs[0]))
+    rows = measure_tasks(target, load_tasks([str(task)]), max_items=3)
+    expected = adds if bos == "auto" else bos
+    assert [row["bos"] for row in rows] == [expected] * len(rows)
+    assert prompts and all(((ids[:, 0] == 1) == expected).all() for ids in prompts)
+    assert measurements(target.description() | {"perplexity": [], "tasks": rows})["BOS in prompts"] == (
+        "yes" if expected else "no"
+    )
 
 
 # --- what is wrong

@@ -12,7 +12,7 @@ from helpers.models import ARCHITECTURES, tiny_config, tiny_model
 from torch import nn
 
 import pgprune_cli
-from pgprune_cli.model.families import FAMILIES, family_of, family_of_export
+from pgprune_cli.model.families import FAMILIES, begins_with_bos, family_of, family_of_export
 
 
 def test_every_supported_model_type_is_tested() -> None:
@@ -86,3 +86,16 @@ def test_only_adapters_and_modelling_code_know_the_names_of_modules() -> None:
     sources = [path for path in package.rglob("*.py") if not any(path.is_relative_to(place) for place in allowed)]
     assert len(sources) > 100
     assert [path for path in sources if names.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_no_family_of_llama_begins_with_bos() -> None:
+    """The literature measures these on windows without BOS."""
+    for model_type in ("llama", "mistral", "qwen2", "qwen3", "pruned_llama", "unknown"):
+        assert not begins_with_bos(model_type)
+
+
+def test_families_name_only_their_own_types_as_beginning_with_bos() -> None:
+    for family in FAMILIES:
+        assert set(family.bos_types) <= set(family.model_types)
+        for model_type in family.bos_types:
+            assert begins_with_bos(model_type) and begins_with_bos(f"pruned_{model_type}")

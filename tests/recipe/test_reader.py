@@ -590,10 +590,27 @@ def test_paper_recipes_have_the_settings_of_the_paper(percent: int) -> None:
     )
     assert (got.search.learning_rate, got.search.schedule, got.dtype) == (2e-3, "cosine", "bfloat16")
     assert load(find(f"paper/llama3-8b-{percent}")).search.learning_rate == 6e-3
-    assert got.calibration == recipe.CalibrationSettings(corpus="c4")
+    assert got.calibration == recipe.CalibrationSettings(corpus="c4", bos=False)
+    assert got.evaluation.bos is False
     assert got.scores == recipe.ScoreSettings(metric="wanda-sp", windows=128, seqlen=1024)
     assert (got.start, got.budget.scope) == (recipe.StartSettings(), "per-family")
     assert got.repair.method == "none"
+
+
+@pytest.mark.parametrize(
+    ("written", "value"), [("auto", "auto"), ('"auto"', "auto"), ("true", True), ("yes", True), ("false", False)]
+)
+def test_bos_is_auto_or_a_boolean(written: str, value: object) -> None:
+    got = read(MINIMAL + f"evaluation: {{bos: {written}}}\n")
+    assert got.evaluation.bos == value and type(got.evaluation.bos) is type(value)
+    assert parse(dump(got), "a model") == got
+    assert load(find("demo"), [f"calibration.bos={written}"]).calibration.bos == value
+
+
+@pytest.mark.parametrize("written", ["1", "0", '"true"', "1.0", "atuo", "[true]"])
+def test_bos_refuses_numbers_and_other_texts(written: str) -> None:
+    (fault,) = faults(MINIMAL + f"evaluation: {{bos: {written}}}\n")
+    says(fault, "evaluation.bos: ", "auto, true or false")
 
 
 def test_base_recipe_sets_every_key_except_model_and_sparsity() -> None:

@@ -14,6 +14,7 @@ from helpers.messages import refused
 from pgprune_cli.jobs.search import search
 from pgprune_cli.recipe.reader import load
 from pgprune_cli.report.facts import commands, environment, evaluation, repeat_command, summary
+from pgprune_cli.report.figures import comparison
 from pgprune_cli.report.gather import MAX_CELLS, _names, kept_cells, read_run, read_runs, sensitivities, theta_cells
 from pgprune_cli.report.pareto import Measure, _marked, measures
 from pgprune_cli.run.checkpoint import latest_checkpoint
@@ -161,6 +162,22 @@ def test_only_perplexities_of_the_same_text_are_compared(finished) -> None:
     runs = read_runs(list(finished.values()))
     runs[0].measured["perplexity"][0]["tokens"] = 98  # another text, or only a part of it
     assert [measure.name for measure in measures(runs)] == ["held-out perplexity"]
+
+
+def test_perplexities_with_and_without_bos_are_not_compared(finished) -> None:
+    units, widths = read_runs(list(finished.values()))
+    units.measured["perplexity"][0]["bos"] = True
+    with_bos = replace(units, decision=replace(units.decision, bos=True))
+    assert [measure.name for measure in measures([units, widths])] == ["held-out perplexity"]
+    assert measures([with_bos, widths]) == []
+    on_text, heldout = measures([with_bos, replace(with_bos, name="other")])
+    assert (on_text.name, heldout.name) == ("demo perplexity, 128 tokens, with BOS", "held-out perplexity, with BOS")
+    assert {row[0] for row in evaluation([units, widths]).rows} > {"demo PPL, 128 tokens, with BOS"}
+    facts = {row[0]: row[1:] for row in summary([with_bos, widths]).rows}
+    assert facts["held-out loss"][0] == "" and facts["held-out loss, with BOS"][1] == ""
+    figures = {figure.id: json.dumps(figure.spec) for figure in comparison([with_bos, widths], [])}
+    assert "widths" in figures["heldout"] and "units" not in figures["heldout"]
+    assert "units" in figures["heldout-bos"]
 
 
 def test_the_best_runs_are_those_that_no_other_beats_in_both() -> None:

@@ -31,6 +31,14 @@ def find_family(model_type: str) -> ModelFamily | None:
     return next((family for family in FAMILIES if dense_type in family.model_types), None)
 
 
+def begins_with_bos(model_type: str) -> bool:
+    """Return whether models of this type were trained on texts that begin with BOS. False for an unknown type.
+
+    model_type: of a transformers config, also that of an exported model with unequal layers.
+    """
+    return any(model_type.removeprefix(PRUNED) in family.bos_types for family in FAMILIES)
+
+
 def family_of_export(model_type: str) -> ModelFamily:
     """Return the adapter for a `model_type`, which may be that of an exported model with unequal layers."""
     return family_of(model_type.removeprefix(PRUNED))

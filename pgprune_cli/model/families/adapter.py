@@ -136,6 +136,7 @@ class ModelFamily(ABC):
     ffn: Block
     residual: str
     gguf: Mapping[str, GgufArchitectures] = field(hash=False)
+    bos_types: tuple[str, ...] = ()
 
     @property
     def blocks(self) -> tuple[Block, ...]:
