@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -125,7 +126,7 @@ def unit_costs(partition: Partition, grid: Grid, cost: GridCost) -> list[int]:
     if not is_chain(partition, grid):
         return [cost.of_whole(grid) // count] * count
     kept = [cost.of_mask(grid, partition < width) for width in range(count + 1)]
-    return [after - before for before, after in zip(kept, kept[1:], strict=False)]
+    return [after - before for before, after in pairwise(kept)]
 
 
 Candidate = tuple[float, Tensor]
@@ -134,7 +135,7 @@ Candidate = tuple[float, Tensor]
 
 @dataclass
 class GridRemoval:
-    """The steps by which a grid is emptied, or reduced to `target` (groups, members): which of them are possible now."""
+    """The steps that empty a grid, or reduce it to `target` (groups, members): which of them are possible now."""
 
     grid: Grid
     cost: GridCost

@@ -47,8 +47,8 @@ class Rope:
 class Layout:
     """Everything about the file except the values.
 
-    family: of the base model; kept: how many (groups, members) every written layer has, by block name; hidden: size of the
-    residual stream; context: longest text in tokens; names: the gguf library's map of tensor names.
+    family: of the base model; kept: how many (groups, members) every written layer has, by block name; hidden: size of
+    the residual stream; context: longest text in tokens; names: the gguf library's map of tensor names.
     """
 
     architecture: str

@@ -20,9 +20,10 @@ from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD
 class ModelCard:
     """What the card says beyond the decision.
 
-    title: name of the directory; dense: the shape of the base model; layers: the masks of every layer of the base model; padded_sparsity: the sparsity if padding counts as kept, None without padding;
-    needs_code: True if loading runs modeling_pruned.py; loads_in_mlx: True if modeling_mlx.py is in the directory;
-    measured: the results of `pgprune eval`.
+    title: name of the directory; dense: the shape of the base model; layers: the masks of every layer of the base
+    model; padded_sparsity: the sparsity if padding counts as kept, None without padding; needs_code: True if loading
+    runs modeling_pruned.py; loads_in_mlx: True if modeling_mlx.py is in the directory; measured: the results of
+    `pgprune eval`.
     """
 
     title: str

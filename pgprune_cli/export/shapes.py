@@ -51,9 +51,9 @@ class ShapeRequirements:
 class RuntimeShapes:
     """The shapes of an export.
 
-    dense: the shape of the base model; layers: indices of its layers that are written, in order. kept: what the decision
-    keeps in *every* layer of the base model. written: what is written of every layer, which is the kept elements and the
-    padding (nothing for a layer that is not in `layers`).
+    dense: the shape of the base model; layers: indices of its layers that are written, in order. kept: what the
+    decision keeps in *every* layer of the base model. written: what is written of every layer, which is the kept
+    elements and the padding (nothing for a layer that is not in `layers`).
     """
 
     dense: Shape

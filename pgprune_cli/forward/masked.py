@@ -138,9 +138,10 @@ class Evaluator:
 def shrunk_block(
     family: ModelFamily, layer: nn.Module, block: Block, mask: Tensor, output: Output | None
 ) -> AbstractContextManager[None]:
-    """Run one block of a layer on its kept elements inside the `with`, with a repaired output projection if one is given.
+    """Run one block of a layer on its kept elements inside the `with`.
 
-    mask: `(elements,)` bool, regular. A block that keeps nothing is replaced by a placeholder.
+    mask: `(elements,)` bool, regular; output: the repaired output projection, if there is one.
+    A block that keeps nothing is replaced by a placeholder.
     """
     if mask.any():
         module = layer.get_submodule(block.module)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LayerMask:
-    """The masks of one decoder layer: `(elements,)` bool over its query heads and over its FFN channels, True = kept."""
+    """The masks of one decoder layer, `(elements,)` bool, True = kept: of its query heads and of its FFN channels."""
 
     attention: Tensor
     ffn: Tensor

@@ -55,7 +55,7 @@ class Shape:
 
     @property
     def unit_counts(self) -> dict[str, list[int]]:
-        """The number of units that a unit search has in every layer, by block name: whole groups, or single elements."""
+        """The number of units of a unit search in every layer, by block name: whole groups, or single elements."""
         return {name: [int(one_unit_per_group(grid).max()) + 1 for grid in grids] for name, grids in self.grids.items()}
 
     def space(self, families: Sequence[str], partitions: Partitions, costs: BlockCosts | None = None) -> MaskSpace:

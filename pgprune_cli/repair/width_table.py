@@ -245,7 +245,7 @@ def _interpolated(widths: Tensor, errors: Tensor, count: int) -> Tensor:
 
 
 def _falling(gains: Tensor, costs: Tensor) -> Tensor:
-    """Return gain per cost `(n,)`, made never to rise: rising runs are replaced by their mean (pool adjacent violators)."""
+    """Return gain per cost `(n,)`, never rising: the mean replaces a rising run (pool adjacent violators)."""
     pools: list[tuple[float, float, int]] = []  # gain, cost and number of units
     for gain, cost in zip(gains.tolist(), costs.tolist(), strict=True):
         size = 1

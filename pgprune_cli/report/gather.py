@@ -36,7 +36,8 @@ class Run:
     """The content of a run directory.
 
     elements: how many query heads or channels every layer of the dense model has, by family of the recipe, 1 for a
-    family that removes whole blocks; units: how many units a unit search has; state: of the last checkpoint; decision: without its repair.
+    family that removes whole blocks; units: how many units a unit search has; state: of the last checkpoint; decision:
+    without its repair.
     """
 
     name: str
@@ -76,7 +77,7 @@ class Run:
 
     @property
     def widths(self) -> dict[str, list[int]] | None:
-        """Return how many elements every layer keeps, by family: as decided or, during the search, as last evaluated."""
+        """Return how many elements every layer keeps, by family: as decided, or as the search last evaluated."""
         if self.decision is not None:
             blocks = {name: [int(layer.of(name).sum()) for layer in self.decision.model_mask] for name in ELEMENT}
             return {name: widths for name, widths in blocks.items() if _can_remove_from(name, self.elements)}

@@ -1,8 +1,8 @@
 """The table of metrics, and `score`, which applies one of them to a model.
 
 To add a metric, write `scores/<name>.py` with a function from `BlockStatistics` to `(elements,)` float64, where higher
-means more important. Elements are query heads or FFN channels. Add it to METRICS, add to NEEDS what it reads from calibration text, and add its name to
-`MetricName` in `recipe/schema.py`.
+means more important. Elements are query heads or FFN channels. Add it to METRICS, add to NEEDS what it reads from
+calibration text, and add its name to `MetricName` in `recipe/schema.py`.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def unit_ranks(scores: Tensor, partition: Partition, grid: Grid, metric: str) ->
 
 
 def flat_scores(scores: Mapping[str, Tensor], space: MaskSpace, partitions: Partitions, metric: str) -> Tensor:
-    """Return scores along the space's flat axis: `(n,)` float64. A whole block or layer scores the sum of its elements."""
+    """Return scores along the space's flat axis, `(n,)` float64. A whole block or layer gets its elements' sum."""
     parts = []
     for family in space.families:
         for layer in range(len(family.counts)):

@@ -22,8 +22,9 @@ def solve_table(
 ) -> WidthTable:
     """Solve the width table of a search, or what is missing of it in the run directory, and load it.
 
-    ranks_of_units, partitions: as in `solve_layers`. Each process solves its share of the layers and reads all of them, so the number of
-    processes changes nothing. Raises RunError if the disk is too small or another process died, OSError if it fails.
+    ranks_of_units, partitions: as in `solve_layers`. Each process solves its share of the layers and reads all of them,
+    so the number of processes changes nothing. Raises RunError if the disk is too small or another process died,
+    OSError if it fails.
     """
     recipe, run, model, ranks = context.recipe, context.run, context.model, context.ranks
     batches = repair_batches(recipe, context.text)

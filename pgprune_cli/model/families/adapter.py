@@ -61,10 +61,11 @@ class UnitTensor:
 class Block:
     """A block of a decoder layer.
 
-    name: `attention` or `ffn`; module: its path inside the layer; norms: the paths of the norms that belong to it alone;
-    projections: its linear layers, the one that writes to the residual stream last; post_norm: the path of the norm
-    that its output passes before it is added to the residual stream, if any; config_name: what `per_layer_config` of an
-    export calls the block; element_name, group_name: what people call its elements and their groups, in the plural.
+    name: `attention` or `ffn`; module: its path inside the layer; norms: the paths of the norms that belong to it
+    alone; projections: its linear layers, the one that writes to the residual stream last; post_norm: the path of the
+    norm that its output passes before it is added to the residual stream, if any; config_name: what `per_layer_config`
+    of an export calls the block; element_name, group_name: what people call its elements and their groups, in the
+    plural.
     """
 
     name: str
