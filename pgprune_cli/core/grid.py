@@ -111,6 +111,15 @@ def chain_of_removal(removed_at: Tensor) -> Partition:
     return units
 
 
+NO_ELEMENTS = Grid(0, 1)
+"""The grid of a block that a layer lacks."""
+
+
+def unit_count(partition: Partition) -> int:
+    """Return the number of units of a partition."""
+    return int(partition.max()) + 1 if partition.numel() else 0
+
+
 def is_chain(partition: Partition, grid: Grid) -> bool:
     """Return whether the units of a partition are steps of a chain, so that only its first units may be kept."""
     return not torch.equal(partition, one_unit_per_group(grid))
@@ -122,9 +131,9 @@ def unit_costs(partition: Partition, grid: Grid, cost: GridCost) -> list[int]:
     The cost of a chain's step is the difference that it makes behind the steps before it. If the units are elements or
     whole groups, they all cost the same, whatever else is kept.
     """
-    count = int(partition.max()) + 1
+    count = unit_count(partition)
     if not is_chain(partition, grid):
-        return [cost.of_whole(grid) // count] * count
+        return [cost.of_whole(grid) // max(count, 1)] * count
     kept = [cost.of_mask(grid, partition < width) for width in range(count + 1)]
     return [after - before for before, after in pairwise(kept)]
 

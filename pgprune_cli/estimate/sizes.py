@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from pgprune_cli.core.grid import unit_count
 from pgprune_cli.core.space import BLOCKS_OF
 from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.prunable import Partitions, PrunableModel
@@ -91,9 +92,9 @@ class Sizes:
         kept = 1.0 - self.recipe.budget.sparsity
         blocks = []
         for index, layer in enumerate(self.model.layers):
-            for block in self.model.family.blocks:
+            for block in self.model.family.blocks_of(layer):
                 partition = self.partitions.get((index, block.name))
-                units = 1 if partition is None else int(partition.max()) + 1
+                units = 1 if partition is None else unit_count(partition)
                 *inner, output = linears = block.linears(layer)
                 blocks.append(
                     BlockSizes(
@@ -115,8 +116,8 @@ class Sizes:
         costs, grids = flops(self.model, context), self.model.shape.grids
         return [
             costs[block.name][index].of_whole(grids[block.name][index])
-            for index in range(self.layers)
-            for block in self.model.family.blocks
+            for index, layer in enumerate(self.model.layers)
+            for block in self.model.family.blocks_of(layer)
         ]
 
     @property

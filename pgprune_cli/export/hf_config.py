@@ -7,7 +7,7 @@ from typing import Any
 
 from pgprune_cli.export.dense_model import DenseModel
 from pgprune_cli.export.surgery import Surgery
-from pgprune_cli.model.families.adapter import ModelFamily
+from pgprune_cli.model.families.adapter import ModelFamily, dense_type
 from pgprune_cli.serving import modeling_pruned
 
 
@@ -15,7 +15,8 @@ def export_config(base: DenseModel, surgery: Surgery, dtype: str | None) -> dict
     """Return the content of config.json. dtype: of the export, None to keep the base model's."""
     shapes, family = surgery.shapes, base.shape.family
     result = dict(base.json) | {"num_hidden_layers": len(shapes.layers), "head_dim": family.head_dim(base.config)}
-    result.pop("auto_map", None)
+    for key in ("auto_map", "per_layer_config", "output_biases"):  # of a base model that is pruned already
+        result.pop(key, None)
     if dtype is not None:
         result.pop("torch_dtype", None)  # the older name of the key
         result["dtype"] = dtype
@@ -24,23 +25,36 @@ def export_config(base: DenseModel, surgery: Surgery, dtype: str | None) -> dict
         with_heads = [layer for layer in shapes.layers if shapes.written[layer].attention.any()]
         result["layer_types"] = [types[i if i in with_heads else (with_heads or [0])[0]] for i in shapes.layers]
     stock = None
-    if shapes.uniform and not surgery.new_biases:
+    if shapes.uniform and not _output_biases(base, surgery):
         stock = family.stock_config(base.config, shapes.sizes()[0])
-    return result | (_pruned_config(base, surgery) if stock is None else stock)
+    return result | (_pruned_config(base, surgery) if stock is None else _dense_class(base) | stock)
+
+
+def _output_biases(base: DenseModel, surgery: Surgery) -> list[str]:
+    """Return the blocks that have an output bias which the dense class of transformers lacks, as the config has them."""
+    ours = {block.config_name for block in base.shape.family.blocks if block.name in surgery.new_biases}
+    return sorted(ours.union(base.json.get("output_biases", [])))
+
+
+def _dense_class(base: DenseModel) -> dict[str, Any]:
+    """Return what makes the config that of a stock class again, if the base model is pruned already."""
+    kind = base.config.model_type
+    if kind == dense_type(kind):
+        return {}
+    causal: Any = modeling_pruned.FAMILIES[dense_type(kind)]
+    return {"model_type": dense_type(kind), "architectures": [causal.__name__.removeprefix("Pruned")]}
 
 
 def _pruned_config(base: DenseModel, surgery: Surgery) -> dict[str, Any]:
     """Return what changes in the config of a model that needs modeling_pruned.py."""
     family = base.shape.family
-    causal: Any = modeling_pruned.FAMILIES[base.config.model_type]
+    causal: Any = modeling_pruned.FAMILIES[dense_type(base.config.model_type)]
     classes = {"AutoConfig": causal.config_class, "AutoModel": causal.decoder_class, "AutoModelForCausalLM": causal}
-    grids = base.shape.grids.items()
-    dense = _layer_config(
-        family, base.config, {block: (by_layer[0].groups, by_layer[0].members) for block, by_layer in grids}
-    )
     layers = [_layer_config(family, base.config, kept) for kept in surgery.shapes.sizes()]
-    differences = [{key: value for key, value in layer.items() if dense.get(key) != value} for layer in layers]
-    biases = [block.config_name for block in family.blocks if block.name in surgery.new_biases]
+    differences = [
+        {key: value for key, value in layer.items() if getattr(base.config, key, None) != value} for layer in layers
+    ]
+    biases = _output_biases(base, surgery)
     return {
         "model_type": causal.config_class.model_type,
         "architectures": [causal.__name__],

@@ -129,7 +129,7 @@ class Evaluator:
         family = self.model.family
         with ExitStack() as undo:
             for index, (layer, layer_mask) in enumerate(zip(self.model.layers, model_mask, strict=True)):
-                for block in family.blocks:
+                for block in family.blocks_of(layer):
                     output = (outputs or {}).get((index, block.name))
                     undo.enter_context(shrunk_block(family, layer, block, layer_mask.of(block.name), output))
             yield self.model.module

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.core.grid import Grid, GridCost, Partition, one_unit_per_group, unit_costs
+from pgprune_cli.core.grid import NO_ELEMENTS, Grid, GridCost, Partition, one_unit_per_group, unit_costs, unit_count
 from pgprune_cli.core.space import BLOCKS_OF, WHOLE_FAMILIES, Family, MaskSpace
 from pgprune_cli.model.families import family_of
 from pgprune_cli.model.families.adapter import Block, ModelFamily, UnitTensor
@@ -39,7 +39,12 @@ class Shape:
         """Read the shape off decoder layers (layers on the meta device will do)."""
         return cls(
             family,
-            {block.name: tuple(family.grid(layer, block) for layer in layers) for block in family.blocks},
+            {
+                block.name: tuple(
+                    family.grid(layer, block) if block in family.blocks_of(layer) else NO_ELEMENTS for layer in layers
+                )
+                for block in family.blocks
+            },
             {block.name: tuple(_parameter_cost(family, layer, block) for layer in layers) for block in family.blocks},
         )
 
@@ -56,7 +61,7 @@ class Shape:
     @property
     def unit_counts(self) -> dict[str, list[int]]:
         """The number of units of a unit search in every layer, by block name: whole groups, or single elements."""
-        return {name: [int(one_unit_per_group(grid).max()) + 1 for grid in grids] for name, grids in self.grids.items()}
+        return {name: [unit_count(one_unit_per_group(grid)) for grid in grids] for name, grids in self.grids.items()}
 
     def space(self, families: Sequence[str], partitions: Partitions, costs: BlockCosts | None = None) -> MaskSpace:
         """Return the units of the named families (attention, ffn, attention-block, ffn-block, layer) and their costs.
@@ -73,7 +78,7 @@ class Shape:
                     sum(costs[block][layer].of_whole(self.grids[block][layer]) for block in blocks)
                     for layer in range(self.layers)
                 ]
-                members.append(Family(name, (1,) * self.layers, tuple(sums)))
+                members.append(Family(name, tuple(int(cost > 0) for cost in sums), tuple(sums)))
             else:
                 members.append(self._family(name, [partitions[layer, name] for layer in range(self.layers)], costs))
         return MaskSpace(tuple(members))
@@ -168,6 +173,8 @@ class PrunableModel:
 
 def _parameter_cost(family: ModelFamily, layer: nn.Module, block: Block) -> GridCost:
     """Count the parameters of an element and of a group: their rows in every tensor of the block."""
+    if block not in family.blocks_of(layer):
+        return GridCost(0)
     return grid_cost(family.grid(layer, block), layer.get_submodule(block.module), family.unit_tensors(layer, block))
 
 
@@ -200,6 +207,6 @@ def unit_tensors(model: PrunableModel) -> dict[str, UnitTensor]:
     return {
         f"{family.layers}.{index}.{block.module}.{tensor.name}": tensor
         for index, layer in enumerate(model.layers)
-        for block in family.blocks
+        for block in family.blocks_of(layer)
         for tensor in family.unit_tensors(layer, block)
     }

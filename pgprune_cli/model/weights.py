@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pgprune_cli.errors import UserError, in_short
 from pgprune_cli.model.devices import device_map
-from pgprune_cli.model.families import family_of_export
+from pgprune_cli.model.families import family_of
 from pgprune_cli.model.quantized import QuantizedLinear, check_fp8, quantize_projections
 from pgprune_cli.model.source import Source
 
@@ -71,7 +71,7 @@ def read_quantized(
         unpacked = read_weights(source, empty, str(dtype).removeprefix("torch."), [torch.device("cpu")])
         quantize_projections(unpacked, weight_format)
         return _place(unpacked, devices)
-    family = family_of_export(model.config.model_type)
+    family = family_of(model.config.model_type)
     tensors = dict(empty.state_dict())
     quantize_projections(empty, weight_format)
     stored = _fill_from_files(source, empty, tensors, _device_map(empty, devices))
@@ -141,7 +141,7 @@ def _place(model: nn.Module, devices: list[torch.device]) -> nn.Module:
 def _device_map(model: nn.Module, devices: list[torch.device]) -> dict[str, torch.device]:
     causal: Any = model
     config = causal.config
-    family = family_of_export(config.model_type)
+    family = family_of(config.model_type)
     return device_map(family, config.num_hidden_layers, config.tie_word_embeddings, devices)
 
 

@@ -63,9 +63,9 @@ def repair(
     outputs: dict[tuple[int, str], Output] = {}
     layer_masks = []
     for index, layer in enumerate(model.layers):
-        masks = {block.name: model_mask[index].of(block.name) for block in model.family.blocks}
+        masks = dict(vars(model_mask[index]))
         with ExitStack() as undo:
-            for block in model.family.blocks:
+            for block in model.family.blocks_of(layer):
                 mask = masks[block.name]
                 if mask.all():
                     continue
@@ -88,7 +88,8 @@ def _moments_behind(model: PrunableModel, run: LayerwiseRun, index: int, block: 
     """Observe a block behind the pruned layers. The blocks after it in the same layer need not run."""
     family, layer = model.family, model.layers[index]
     with ExitStack() as undo:
-        for later in family.blocks[family.blocks.index(block) + 1 :]:
+        blocks = family.blocks_of(layer)
+        for later in blocks[blocks.index(block) + 1 :]:
             nothing = torch.zeros(model.shape.elements[later.name][index], dtype=torch.bool)
             undo.enter_context(shrunk_block(family, layer, later, nothing, None))
         return observe_moments(run, index, family, block)

@@ -66,9 +66,11 @@ class WidthTable:
         errors, orders, outputs = {}, {}, {}
         for index, solved in layers.items():
             for block in model.family.blocks:
-                if block.name not in solved:
+                key = (index, block.name)
+                if block.name not in solved:  # not searched, or a block that the layer lacks
+                    errors[key], orders[key] = torch.zeros(1, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
                     continue
-                widths, key = solved[block.name], (index, block.name)
+                widths = solved[block.name]
                 errors[key], orders[key] = widths.errors, widths.order
                 if widths.weights:
                     linear = block.output_linear(model.layers[index])
@@ -114,7 +116,7 @@ class WidthTable:
 
 def width_step(units: int, multiple: int = 1) -> int:
     """Return the distance between the widths in the table for a block of `units` units: a multiple of `multiple`."""
-    return -(-units // (WIDTH_STEPS * multiple)) * multiple
+    return max(-(-units // (WIDTH_STEPS * multiple)), 1) * multiple
 
 
 def table_bytes(model: PrunableModel, partitions: Partitions, multiples: Mapping[str, int] = NO_MULTIPLES) -> int:
@@ -124,7 +126,7 @@ def table_bytes(model: PrunableModel, partitions: Partitions, multiples: Mapping
     """
     total = 0
     for index, layer in enumerate(model.layers):
-        for block in model.family.blocks:
+        for block in model.family.blocks_of(layer):
             if (index, block.name) not in partitions:
                 continue
             elements = partitions[index, block.name].bincount().cumsum(0).tolist()
@@ -168,7 +170,7 @@ def solve_layers(
             if index < max(only, default=-1):
                 run.advance(index)
             continue
-        blocks = [block for block in family.blocks if (index, block.name) in ranks]
+        blocks = [block for block in family.blocks_of(layer) if (index, block.name) in ranks]
         collector = MomentCollector(family, blocks)
         run.advance(index, collector.observers)
         solved: dict[str, BlockWidths] = {}

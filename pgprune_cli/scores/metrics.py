@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
-from pgprune_cli.core.grid import Grid, Partition, chain_of_removal, chain_of_scores, is_chain, one_unit_per_group
+from pgprune_cli.core.grid import (
+    Grid,
+    Partition,
+    chain_of_removal,
+    chain_of_scores,
+    is_chain,
+    one_unit_per_group,
+    unit_count,
+)
 from pgprune_cli.core.space import BLOCKS_OF, WHOLE_FAMILIES, MaskSpace
 from pgprune_cli.model.prunable import BlockCosts, Partitions, PrunableModel, Shape
 from pgprune_cli.scores.flap import flap
@@ -64,12 +72,16 @@ def score(
     batches: tokens `(B, T)`, read only for a calibrated metric; only: if given, score just these layers. Raises
     ValueError if a calibrated metric gets no text.
     """
-    scores = {}
-    last = model.family.blocks[-1].name
+    layers = range(model.shape.layers) if only is None else only
+    scores = {
+        score_name(layer, block): torch.zeros(0, dtype=torch.float64)  # for blocks that a layer lacks
+        for layer in layers
+        for block in model.shape.grids
+    }
     for name, layer, block in statistics(model, NEEDS.get(metric), batches, seed, only, progress):
         scores[score_name(layer, name)] = METRICS[metric](block).cpu()
         del block  # frees its covariance before the next one is collected
-        if name == last:
+        if name == model.family.blocks_of(model.layers[layer])[-1].name:
             progress.layer_done()
     return scores
 
@@ -104,7 +116,7 @@ def partitions(
 
 def unit_scores(scores: Tensor, partition: Partition, metric: str) -> Tensor:
     """Return the score of every unit of a block, `(units,)` float64, from those of its elements `(elements,)`."""
-    start = torch.zeros(int(partition.max()) + 1, dtype=torch.float64)
+    start = torch.zeros(unit_count(partition), dtype=torch.float64)
     if metric in CUMULATIVE:  # by the time all of the unit is removed
         return start.index_reduce_(0, partition, scores.double(), "amax", include_self=False)
     return start.index_add_(0, partition, scores.double())
@@ -116,7 +128,7 @@ def unit_ranks(scores: Tensor, partition: Partition, grid: Grid, metric: str) ->
     Those of a chain are removed from the last to the first.
     """
     if is_chain(partition, grid):
-        return -torch.arange(int(partition.max()) + 1, dtype=torch.float64)
+        return -torch.arange(unit_count(partition), dtype=torch.float64)
     return unit_scores(scores, partition, metric)
 
 
@@ -127,7 +139,8 @@ def flat_scores(scores: Mapping[str, Tensor], space: MaskSpace, partitions: Part
         for layer in range(len(family.counts)):
             blocks = {block: scores[score_name(layer, block)] for block in BLOCKS_OF[family.name]}
             if family.name in WHOLE_FAMILIES:
-                parts.append(torch.stack([values.sum() for values in blocks.values()]).sum(0, keepdim=True))
+                whole = torch.stack([values.sum() for values in blocks.values()]).sum(0, keepdim=True)
+                parts.append(whole[: family.counts[layer]])
             else:
                 parts += [unit_scores(values, partitions[layer, block], metric) for block, values in blocks.items()]
     return torch.cat(parts)

@@ -151,13 +151,14 @@ def statistics(
                 run.advance(index)
             continue
         collectors: dict[str, Collector] = {}
-        moments = MomentCollector(family, family.blocks)
+        blocks = family.blocks_of(layer)
+        moments = MomentCollector(family, blocks)
         if roots and run:
             run.advance(index, moments.observers)
         elif collector and run:
-            collectors = {block.name: collector() for block in family.blocks}
-            run.advance(index, {(block.output_path,): collectors[block.name].add for block in family.blocks})
-        for place, block in enumerate(family.blocks):
+            collectors = {block.name: collector() for block in blocks}
+            run.advance(index, {(block.output_path,): collectors[block.name].add for block in blocks})
+        for place, block in enumerate(blocks):
             linears = dict(zip(block.projections, block.linears(layer), strict=True))
             values: dict[str, Any] = {}
             if roots:

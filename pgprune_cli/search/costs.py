@@ -40,14 +40,18 @@ def flops(model: PrunableModel, context: int) -> BlockCosts:
     for index, layer in enumerate(model.layers):
         window = family.attention_window(model.config, layer, context)
         visible_keys = window * (window + 1) // 2 + (context - window) * window  # summed over all queries
-        attention = family.attention_flops(layer, visible_keys, context)
+        present = family.blocks_of(layer)
+        attention = family.attention_flops(layer, visible_keys, context) if family.attention in present else {}
         for block in family.blocks:
+            if block not in present:
+                costs[block.name].append(GridCost(0))
+                continue
             module = layer.get_submodule(block.module)
             matrices = [
                 tensor for tensor in family.unit_tensors(layer, block) if len(tensor_shape(module, tensor.name)) > 1
             ]
             weights = grid_cost(shape.grids[block.name][index], module, matrices)
-            costs[block.name].append(GridCost(2 * weights.element + attention[block.name], 2 * weights.group))
+            costs[block.name].append(GridCost(2 * weights.element + attention.get(block.name, 0), 2 * weights.group))
     return {name: tuple(by_layer) for name, by_layer in costs.items()}
 
 
@@ -60,8 +64,10 @@ def kv_cache(model: PrunableModel, context: int) -> BlockCosts:
     costs: dict[str, list[GridCost]] = {block.name: [] for block in family.blocks}
     for layer in model.layers:
         window = family.attention_window(model.config, layer, context)
-        for name, size in family.cache_bytes(layer, window).items():
-            costs[name].append(GridCost(0, size))
+        present = family.blocks_of(layer)
+        cache = family.cache_bytes(layer, window) if family.attention in present else {}
+        for block in family.blocks:
+            costs[block.name].append(GridCost(0, cache.get(block.name, 0)))
     return {name: tuple(by_layer) for name, by_layer in costs.items()}
 
 

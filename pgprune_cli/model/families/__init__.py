@@ -6,19 +6,17 @@ To add a family, write its adapter in a file here and add it to `FAMILIES`.
 from collections.abc import Sequence
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.families.adapter import ModelFamily
+from pgprune_cli.model.families.adapter import ModelFamily, dense_type
 from pgprune_cli.model.families.llama import LLAMA
 
 FAMILIES: tuple[ModelFamily, ...] = (LLAMA,)
 
-PRUNED = "pruned_"
-"""What the model type of an export with unequal layers begins with."""
-
 
 def family_of(model_type: str) -> ModelFamily:
-    """Return the adapter for a transformers `model_type`. Raises UserError for one that is not supported."""
-    if model_type.startswith(PRUNED):
-        raise UserError("the model is already pruned. Prune the original model with another sparsity.")
+    """Return the adapter for a transformers `model_type`, which may be that of an export with unequal layers.
+
+    Raises UserError for one that is not supported.
+    """
     if (family := find_family(model_type)) is not None:
         return family
     supported = ", ".join(name for family in FAMILIES for name in family.model_types)
@@ -27,8 +25,7 @@ def family_of(model_type: str) -> ModelFamily:
 
 def find_family(model_type: str) -> ModelFamily | None:
     """Return the adapter for a `model_type`, which may be that of an export with unequal layers, or None."""
-    dense_type = model_type.removeprefix(PRUNED)
-    return next((family for family in FAMILIES if dense_type in family.model_types), None)
+    return next((family for family in FAMILIES if dense_type(model_type) in family.model_types), None)
 
 
 def begins_with_bos(model_type: str) -> bool:
@@ -36,12 +33,7 @@ def begins_with_bos(model_type: str) -> bool:
 
     model_type: of a transformers config, also that of an exported model with unequal layers.
     """
-    return any(model_type.removeprefix(PRUNED) in family.bos_types for family in FAMILIES)
-
-
-def family_of_export(model_type: str) -> ModelFamily:
-    """Return the adapter for a `model_type`, which may be that of an exported model with unequal layers."""
-    return family_of(model_type.removeprefix(PRUNED))
+    return any(dense_type(model_type) in family.bos_types for family in FAMILIES)
 
 
 def model_type_of_gguf(architecture: str) -> str:

@@ -18,6 +18,14 @@ from torch import Tensor, nn
 
 from pgprune_cli.core.grid import Grid
 
+PRUNED = "pruned_"
+"""What the model type of an export with unequal layers begins with."""
+
+
+def dense_type(model_type: str) -> str:
+    """Return the model type of the dense model that a model of this type was pruned from, possibly itself."""
+    return model_type.removeprefix(PRUNED)
+
 
 @dataclass(frozen=True)
 class Part:
@@ -157,9 +165,15 @@ class ModelFamily(ABC):
     def embedding_weight(self) -> str:
         return f"{self.embedding}.weight"
 
+    def blocks_of(self, layer: nn.Module) -> tuple[Block, ...]:
+        """Return the blocks that a layer has, in the order in which they run. A pruned model may lack one or both."""
+        return tuple(
+            block for block in self.blocks if any(True for _ in layer.get_submodule(block.module).parameters())
+        )
+
     def linears(self, layer: nn.Module) -> Iterator[tuple[Block, str, nn.Linear]]:
         """Yield every prunable linear layer of a decoder layer with its block and its name in it."""
-        for block in self.blocks:
+        for block in self.blocks_of(layer):
             for projection, linear in zip(block.projections, block.linears(layer), strict=True):
                 yield block, projection, linear
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.core.grid import Grid
-from pgprune_cli.model.families.adapter import Block, GgufArchitectures, ModelFamily, Part, UnitTensor
+from pgprune_cli.model.families.adapter import Block, GgufArchitectures, ModelFamily, Part, UnitTensor, dense_type
 
 
 class NoAttention(nn.Module):
@@ -117,7 +117,7 @@ class LlamaFamily(ModelFamily):
 
     def stock_config(self, config: Any, kept: Mapping[str, tuple[int, int]]) -> dict[str, Any] | None:
         sizes: dict[str, Any] = self.layer_config(config, kept)
-        if config.model_type != "llama" or config.hidden_size % sizes["num_attention_heads"] == 0:
+        if dense_type(config.model_type) != "llama" or config.hidden_size % sizes["num_attention_heads"] == 0:
             return sizes
         if config.attention_bias or config.mlp_bias:
             return None
