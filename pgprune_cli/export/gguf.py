@@ -1,7 +1,8 @@
 """Export to one GGUF file, for llama.cpp and everything built on it: weights, tokenizer, chat template.
 
 The decision is replayed on the base model's weights, one tensor at a time. `gguf_layout.py` decides the layout of the
-file, `gguf_types.py` how values are stored, and `gguf_tokenizer.py` converts the tokenizer.
+file, `gguf_tensors.py` where tensors go, `gguf_types.py` how values are stored; `gguf_tokenizer.py` converts the
+tokenizer.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ from pgprune_cli import __version__
 from pgprune_cli.errors import UserError
 from pgprune_cli.export import gguf_checksum, gguf_quantize, gguf_types
 from pgprune_cli.export.dense_model import DenseModel
-from pgprune_cli.export.gguf_layout import REQUIREMENTS, Layout
+from pgprune_cli.export.gguf_architectures import ARCHITECTURES
+from pgprune_cli.export.gguf_layout import Layout, requirements_of
+from pgprune_cli.export.gguf_tensors import Placement
 from pgprune_cli.export.gguf_tokenizer import add_tokenizer
 from pgprune_cli.export.plan import DISK_RESERVE, Measured, Options, Plan, check_new, check_space, prepare
 from pgprune_cli.export.surgery import TensorEdit
+from pgprune_cli.model.families import family_of
 from pgprune_cli.model.gguf_header import ALIGNMENT
+from pgprune_cli.model.loading import read_config
 from pgprune_cli.model.source import Source
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.storage.atomic import new_file, scratch_file
@@ -54,7 +59,7 @@ class FilePlan(Plan):
 
     @property
     def stock(self) -> bool:
-        return self.architecture == self.surgery.family.gguf[self.base.config.model_type].equal
+        return not ARCHITECTURES[self.architecture].per_layer
 
     @property
     def bytes(self) -> int:
@@ -120,20 +125,22 @@ def plan(source: Source, decision: Decision, options: Options, measured: Measure
     Raises UserError as `prepare` does, and if GGUF cannot hold the architecture or the tokenizer.
     """
     gguf = _import_gguf()
-    base, surgery = prepare(source, decision, options.requirements.combined(REQUIREMENTS))
+    config = read_config(source)
+    requirements = requirements_of(family_of(config.model_type), config.model_type)
+    base, surgery = prepare(source, decision, options.requirements.combined(requirements))
     layout = Layout.of(base.config, surgery)
     dtype = options.dtype or _default_dtype(base)
     full_dtype = dtype
     if dtype in gguf_quantize.K_QUANTS:
         gguf_quantize.require(dtype)
         full_dtype = _default_dtype(base)
-    edits = [_with_stored_dtype(placed, full_dtype) for edit in surgery.edits() for placed in layout.place(edit)]
-    writer = gguf.GGUFWriter(None, layout.architecture)
+    edits = [_with_stored_dtype(edit, full_dtype) for edit in Placement(layout).place(surgery.edits())]
+    writer = gguf.GGUFWriter(None, layout.architecture.name)
     _add_general(writer, decision, layout, full_dtype, measured)
-    _add_sizes(writer, layout, base.config)
+    layout.add(writer)
     add_tokenizer(writer, source, base.config.vocab_size)
     header = _header(writer, edits, full_dtype)
-    return FilePlan(base, decision, surgery, {"": edits}, measured, layout.architecture, dtype, full_dtype, header)
+    return FilePlan(base, decision, surgery, {"": edits}, measured, layout.architecture.name, dtype, full_dtype, header)
 
 
 def _import_gguf() -> Any:
@@ -175,25 +182,6 @@ def _add_general(writer: Any, decision: Decision, layout: Layout, dtype: str, me
         writer.add_array(f"pgprune.kept.{key}", [int(layer.of(block.name).sum()) for layer in decision.model_mask])
     if measured:
         writer.add_string("pgprune.evaluation", json.dumps(measured))
-
-
-def _add_sizes(writer: Any, layout: Layout, config: Any) -> None:
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(layout.context)
-    writer.add_embedding_length(layout.hidden)
-    writer.add_block_count(len(layout.kept))
-    heads, kv_heads, channels = layout.heads, layout.kv_heads, layout.channels
-    per_layer = layout.architecture == layout.family.gguf[config.model_type].unequal
-    writer.add_head_count(heads if per_layer else heads[0])
-    writer.add_head_count_kv(kv_heads if per_layer else kv_heads[0])
-    writer.add_feed_forward_length(channels if per_layer else channels[0])
-    writer.add_key_length(layout.head_dim)
-    writer.add_value_length(layout.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(layout.head_dim)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    if layout.rope.scale != 1.0:
-        writer.add_rope_scaling_attn_factors(layout.rope.scale)
 
 
 def _header(writer: Any, edits: list[TensorEdit], dtype: str) -> bytes:

@@ -1,64 +1,60 @@
-"""The layout of a GGUF export: its architecture, its sizes, and where every tensor goes.
+"""The layout of a GGUF export: its architecture, its sizes and other hyperparameters.
 
-A model whose layers all have the same sizes becomes a stock file (`llama`, `qwen2`, `qwen3`), which every program that
-reads GGUF knows. Any other becomes a `deci` file: llama.cpp's architecture whose layers each have their own numbers of
-heads, KV heads and channels, and which otherwise is a Llama.
+A model whose layers all have the same sizes becomes a stock file (`llama`, `qwen2`, `gemma3`), which every program that
+reads GGUF knows. Any other becomes a file of an architecture whose layers each have their own numbers of heads, KV
+heads and channels, if llama.cpp has one that computes the same. What such an architecture lacks is folded into the
+weights: Granite's multipliers, the fused projections of a Phi-3.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from pgprune_cli.errors import UserError
+from pgprune_cli.export.gguf_architectures import ARCHITECTURES, GRANITE, Architecture
+from pgprune_cli.export.gguf_rope import InexpressibleError, Rope
 from pgprune_cli.export.shapes import ShapeRequirements
-from pgprune_cli.export.surgery import Surgery, TensorEdit
+from pgprune_cli.export.surgery import Surgery
 from pgprune_cli.model.families.adapter import ModelFamily
 
-REQUIREMENTS = ShapeRequirements(attention="first", ffn="every", pad_ffn=32)
-"""llama.cpp takes the size of the whole cache from the first layer, so that layer needs a head. In a `deci` layer
-without channels it drops the output of the attention. And the blocks of Q8_0 and similar types hold 32 weights."""
-
-LIKE_LLAMA = ("llama", "deci")
-"""Architectures that llama.cpp reads like a Llama. They rotate neighbouring pairs of a head's rows, while all others,
-and transformers, rotate the two halves of a head. They also have a place for any output bias and for scaled RoPE."""
-
-STATIC_ROPE = ("linear", "llama3", "yarn")
-"""Kinds of RoPE scaling whose frequencies do not depend on the length of the text, so one vector holds them."""
+LARGEST = {"gemma2": 46, "gemma3": 62}
+"""Layers of the largest models, whose attention llama.cpp scales by hidden size / heads instead of by head size."""
 
 
-@dataclass(frozen=True)
-class Rope:
-    """RoPE scaling. factors: what each frequency is divided by, float32 `(head_dim / 2,)`, or None; scale: of the
-    rotated vectors."""
-
-    factors: Tensor | None = None
-    scale: float = 1.0
+def requirements_of(family: ModelFamily, model_type: str) -> ShapeRequirements:
+    """Return what the architectures of a model type require of the shapes. Raises UserError if it has none."""
+    names = family.gguf.get(model_type)
+    chosen = [ARCHITECTURES[name] for name in ((names.equal, names.unequal) if names else ()) if name in ARCHITECTURES]
+    if not chosen:
+        raise UserError(f"--format gguf: a {model_type} model cannot be written as GGUF. Export it with --format hf.")
+    requirements = chosen[0].requirements
+    for architecture in chosen[1:]:
+        requirements = requirements.combined(architecture.requirements)
+    return requirements
 
 
 @dataclass(frozen=True)
 class Layout:
     """Everything about the file except the values.
 
-    family: of the base model; kept: how many (groups, members) every written layer has, by block name; hidden: size of
-    the residual stream; context: longest text in tokens; names: the gguf library's map of tensor names.
+    family: of the base model; config: its transformers config; kept: how many (groups, members) every written layer
+    has, by block name; windows: whether each written layer has a sliding window; names: the gguf library's map of
+    tensor names; factors: what tensors are multiplied with, by GGUF name without layer and suffix.
     """
 
-    architecture: str
+    architecture: Architecture
     family: ModelFamily
+    config: Any
     kept: tuple[dict[str, tuple[int, int]], ...]
-    hidden: int
+    windows: tuple[bool, ...]
     head_dim: int
-    context: int
     rope: Rope
     names: Any
+    factors: Mapping[str, float]
 
     @classmethod
     def of(cls, config: Any, surgery: Surgery) -> Layout:
@@ -66,25 +62,68 @@ class Layout:
 
         Raises UserError if no GGUF architecture can hold the model.
         """
-        architecture = _architecture(config.model_type, surgery)
-        if config.hidden_act != "silu":
-            raise UserError(
-                f"--format gguf: the {architecture} architecture computes SiLU, but the base model uses "
-                f"{config.hidden_act}. Export it with --format hf."
-            )
-        # llama.cpp has no sliding window for these architectures. Up to its length there is no difference.
-        window = getattr(config, "sliding_window", None) or config.max_position_embeddings
-        kept = tuple(surgery.shapes.sizes())
-        return cls(
+        names = surgery.family.gguf[config.model_type]
+        candidates = [names.equal, names.unequal] if surgery.shapes.uniform else [names.unequal]
+        reasons = []
+        for name in candidates:
+            try:
+                if name in ARCHITECTURES:
+                    return cls._of(ARCHITECTURES[name], config, surgery)
+            except InexpressibleError as reason:
+                reasons.append(f"the {name} architecture {reason}")
+        sizes = "" if surgery.shapes.uniform else " whose layers have different sizes"
+        why = "; ".join(reasons) or f"llama.cpp has no architecture for a {config.model_type} model{sizes}"
+        advice = "Export it with --format hf."
+        if not surgery.shapes.uniform and names.equal in ARCHITECTURES:
+            advice = "Export it with --format hf, or search with budget.scope: per-layer."
+        raise UserError(f"--format gguf: {why}. {advice}")
+
+    @classmethod
+    def _of(cls, architecture: Architecture, config: Any, surgery: Surgery) -> Layout:
+        family, head_dim = surgery.family, surgery.family.head_dim(config)
+        kept, layers = tuple(surgery.shapes.sizes()), surgery.shapes.layers
+        types = getattr(config, "layer_types", None) or ["sliding_attention"] * len(surgery.shapes.kept)
+        window = bool(getattr(config, "sliding_window", None))
+        layout = cls(
             architecture=architecture,
-            family=surgery.family,
+            family=family,
+            config=config,
             kept=kept,
-            hidden=config.hidden_size,
-            head_dim=surgery.family.head_dim(config),
-            context=min(config.max_position_embeddings, window),
-            rope=_rope(config, surgery.family.head_dim(config), architecture),
-            names=_tensor_names(architecture, len(kept)),
+            windows=tuple(window and types[layer] == "sliding_attention" for layer in layers),
+            head_dim=head_dim,
+            rope=Rope.of(config, head_dim, architecture),
+            names=tensor_names(family.gguf[config.model_type].equal or architecture.name, len(kept)),
+            factors={},
         )
+        layout._check(surgery)
+        return dataclasses.replace(layout, factors=layout._folded())
+
+    def _check(self, surgery: Surgery) -> None:
+        """Raise InexpressibleError if the architecture computes something else than the model."""
+        architecture, config = self.architecture, self.config
+        activation = getattr(config, "hidden_activation", None) or config.hidden_act
+        if activation != architecture.activation:
+            raise InexpressibleError(f"computes {architecture.activation}, but the base model uses {activation}")
+        if surgery.new_biases and not architecture.output_biases:
+            raise InexpressibleError("has no place for the output biases that the repair fitted")
+        if architecture.whole_heads and any(heads * self.head_dim != config.hidden_size for heads in self.heads):
+            raise InexpressibleError("cannot store a model without some of its heads")
+        if architecture.head == "tied" and not config.tie_word_embeddings:
+            raise InexpressibleError("cannot store an output matrix apart from the embedding")
+        rotated = getattr(config, "no_rope_layers", None) or [1] * len(surgery.shapes.kept)
+        every = architecture.unrotated
+        expected = [int(not every or (number + 1) % every != 0) for number in range(len(self.kept))]
+        if [rotated[layer] for layer in surgery.shapes.layers] != expected:
+            pattern = f"rotates all but every {every}th layer" if every else "rotates every layer"
+            raise InexpressibleError(f"{pattern}, but the layers that are written differ")
+        if getattr(config, "use_bidirectional_attention", False):
+            raise InexpressibleError("computes causal attention, but the base model attends to later tokens too")
+
+    @property
+    def hidden(self) -> int:
+        """Size of the residual stream."""
+        size: int = self.config.hidden_size
+        return size
 
     @property
     def kv_heads(self) -> list[int]:
@@ -101,81 +140,75 @@ class Layout:
         """FFN channels of every written layer."""
         return [math.prod(layer[self.family.ffn.name]) for layer in self.kept]
 
-    def place(self, edit: TensorEdit) -> list[TensorEdit]:
-        """Return the edit with its name and row order in the file, and the tensor that only GGUF has, if it is next."""
-        match = re.fullmatch(re.escape(self.family.layers) + r"\.(\d+)\.(.+)", edit.name)
-        make = edit.make
-        if match is not None and self.architecture in LIKE_LLAMA:
-            heads = self.family.rotated_heads(match[2], self.kept[int(match[1])])
-            make = edit.make if heads is None else _make_in_pairs(edit.make, heads)
-        placed = dataclasses.replace(edit, name=self._name(edit.name), make=make)
-        factors = self.rope.factors
-        if factors is None or edit.name != f"{self.family.final_norm}.weight":
-            return [placed]
-        # The factors come from the config, but every edit reads some tensor, and the final norm is a small one.
-        return [placed, TensorEdit("rope_freqs.weight", factors.shape, factors.dtype, edit.source, lambda _: factors)]
+    @property
+    def context(self) -> int:
+        """Longest text in tokens for which the file computes what the model does."""
+        longest: int = self.config.max_position_embeddings
+        if any(self.windows) and not self.architecture.windows:  # up to the window's length there is no difference
+            longest = min(longest, self.config.sliding_window)
+        if self._temperature and self.architecture.name != "mistral3":  # up to this length, queries are not scaled
+            longest = min(longest, self.config.rope_parameters["original_max_position_embeddings"])
+        return longest
 
-    def _name(self, name: str) -> str:
-        """Return GGUF's name for a tensor of transformers."""
-        gguf_name: str | None = self.names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if gguf_name is None:
-            raise UserError(
-                f"--format gguf: the {self.architecture} architecture cannot store the tensor {name}. "
-                "Export the model with --format hf."
-            )
-        return gguf_name
+    @property
+    def _temperature(self) -> float | None:
+        """How fast queries grow with their position."""
+        beta: float | None = self.config.rope_parameters.get("llama_4_scaling_beta")
+        return beta
+
+    def add(self, writer: Any) -> None:
+        """Add the sizes and other hyperparameters to the metadata of a GGUFWriter."""
+        architecture, config = self.architecture, self.config
+        writer.add_vocab_size(config.vocab_size)
+        writer.add_context_length(self.context)
+        writer.add_embedding_length(self.hidden)
+        writer.add_block_count(len(self.kept))
+        per_layer = architecture.per_layer
+        writer.add_head_count(self.heads if per_layer else self.heads[0])
+        writer.add_head_count_kv(self.kv_heads if per_layer else self.kv_heads[0])
+        writer.add_feed_forward_length(self.channels if per_layer else self.channels[0])
+        writer.add_key_length(self.head_dim)
+        writer.add_value_length(self.head_dim)
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+        self.rope.add(writer)
+        if architecture.windows and any(self.windows):
+            writer.add_sliding_window(config.sliding_window)
+            writer.add_sliding_window_pattern(list(self.windows))
+        for attribute, method in architecture.keys.items():
+            if (value := getattr(config, attribute, None)) is not None:
+                getattr(writer, method)(value)
+        if architecture.name == "mistral3" and self._temperature:
+            writer.add_attn_temperature_scale(self._temperature)
+            writer.add_rope_scaling_orig_ctx_len(config.rope_parameters["original_max_position_embeddings"])
+
+    def _folded(self) -> dict[str, float]:
+        """Return the factors that the architecture does not apply itself."""
+        config = self.config
+        factors: dict[str, float] = {}
+        if hasattr(config, "residual_multiplier") and self.architecture.keys != GRANITE:
+            factors |= {"token_embd": config.embedding_multiplier, "output": 1 / config.logits_scaling}
+            factors |= {"attn_output": config.residual_multiplier, "ffn_down": config.residual_multiplier}
+            factors["attn_q"] = config.attention_multiplier * math.sqrt(self.head_dim)
+        if scale := getattr(config, "query_pre_attn_scalar", None):
+            largest = len(self.kept) == LARGEST.get(self.architecture.name)
+            llama_scale = self.hidden // self.heads[0] if largest else self.head_dim
+            normed = self.architecture.name == "gemma3"
+            factors["attn_q_norm" if normed else "attn_q"] = math.sqrt(llama_scale / scale)
+        return {name: factor for name, factor in factors.items() if factor != 1.0}
 
 
-def _architecture(model_type: str, surgery: Surgery) -> str:
-    """Return llama.cpp's architecture. Raises UserError if it has none for these sizes and biases."""
-    architectures = surgery.family.gguf[model_type]
-    uniform = surgery.shapes.uniform
-    if uniform and architectures.equal and (architectures.equal in LIKE_LLAMA or not surgery.new_biases):
-        return architectures.equal
-    if architectures.unequal is None:
-        reason = "with the output biases that the repair fitted" if uniform else "whose layers have different sizes"
-        raise UserError(
-            f"--format gguf: llama.cpp has no architecture for a {model_type} model {reason}. "
-            "Export it with --format hf."
-        )
-    return architectures.unequal
+def number_of(architecture: str) -> Any:
+    """Return the gguf library's number of an architecture. Raises InexpressibleError if it is too old to know it."""
+    import gguf
+
+    for number, name in gguf.MODEL_ARCH_NAMES.items():
+        if name == architecture:
+            return number
+    raise InexpressibleError("is unknown to this version of the gguf library (pip install -U gguf)")
 
 
-def interleave_halves(tensor: Tensor, heads: int) -> Tensor:
-    """Return the rows of queries or keys (or of their bias) reordered for rotated pairs.
-
-    transformers rotates the two halves of a head, so row i and row i + head_dim / 2 become neighbours.
-    """
-    pairs: Tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-    return pairs
-
-
-def _make_in_pairs(make: Callable[[Tensor], Tensor], heads: int) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: interleave_halves(make(tensor), heads)
-
-
-def _tensor_names(architecture: str, layers: int) -> Any:
+def tensor_names(architecture: str, layers: int) -> Any:
     """Return the gguf library's map from transformers' names of tensors."""
     import gguf
 
-    number = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    return gguf.get_tensor_name_map(number, layers)
-
-
-def _rope(config: Any, head_dim: int, architecture: str) -> Rope:
-    """Return the RoPE scaling of a config. Raises UserError for one that GGUF cannot hold."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    parameters = config.rope_parameters
-    kind = parameters["rope_type"]
-    partial = parameters.get("partial_rotary_factor", 1.0) != 1.0
-    if kind == "default" and not partial:
-        return Rope()
-    if kind not in STATIC_ROPE or architecture not in LIKE_LLAMA or partial:
-        raise UserError(
-            f"--format gguf: the {architecture} architecture cannot store rope_parameters of type {kind}"
-            f"{' with a partial_rotary_factor' if partial else ''}. Export it with --format hf."
-        )
-    frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    unscaled = parameters["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    return Rope((unscaled / frequencies.double()).float(), scale)
+    return gguf.get_tensor_name_map(number_of(architecture), layers)

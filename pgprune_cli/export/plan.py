@@ -126,8 +126,10 @@ class Plan(ABC):
 
         Raises UserError as `TensorEdit.apply` does.
         """
-        for edit, tensor in zip(edits, self.base.read(edit.source for edit in edits), strict=True):
-            yield edit.apply(tensor)
+        sources = self.base.read(part.source for edit in edits for part in edit.parts)
+        for edit in edits:
+            made = [part.apply(next(sources)).to(edit.dtype) for part in edit.parts]
+            yield made[0] if len(made) == 1 else torch.cat(made)
             on_bytes(self.stored(edit)[1])
 
 

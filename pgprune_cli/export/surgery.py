@@ -21,7 +21,8 @@ class TensorEdit:
     """One tensor of the export and how to make it.
 
     name, shape, dtype: of the exported tensor; source: name of the base model's tensor that it is made from; make:
-    turns that tensor into this one, except for the dtype.
+    turns that tensor into this one, except for the dtype; rows: if it is made from several tensors, the edits that
+    make its rows, in order, in place of `source` and `make`.
     """
 
     name: str
@@ -29,6 +30,12 @@ class TensorEdit:
     dtype: torch.dtype
     source: str
     make: Callable[[Tensor], Tensor]
+    rows: tuple[TensorEdit, ...] = ()
+
+    @property
+    def parts(self) -> tuple[TensorEdit, ...]:
+        """The edits that make its rows, itself if it is made from one tensor."""
+        return self.rows or (self,)
 
     def apply(self, tensor: Tensor) -> Tensor:
         """Return the exported tensor, made from the base model's tensor `source`.

@@ -234,13 +234,6 @@ class ModelFamily(ABC):
         """
 
     @abstractmethod
-    def rotated_heads(self, tensor: str, kept: Mapping[str, tuple[int, int]]) -> int | None:
-        """Return how many heads the rows of a tensor hold if rotary embeddings rotate them, else None.
-
-        tensor: its name inside its layer; kept: the (groups, members) of the layer, by block name.
-        """
-
-    @abstractmethod
     def head_dim(self, config: Any) -> int:
         """Return how many channels a head has."""
 

@@ -91,16 +91,6 @@ class LlamaFamily(ModelFamily):
         queries, keys = inner[0], inner[1]  # while queries or keys are rotated
         return 3 * hidden + max(4 * queries + 2 * keys, 2 * queries + 5 * keys)
 
-    def rotated_heads(self, tensor: str, kept: Mapping[str, tuple[int, int]]) -> int | None:
-        queries, keys, *_ = self.attention.projections
-        kv_heads, members = kept[self.attention.name]
-        heads = {
-            f"{self.attention.module}.{queries}": kv_heads * members,
-            f"{self.attention.module}.{keys}": kv_heads,
-        }
-        module, _, kind = tensor.rpartition(".")
-        return heads.get(module) if kind in ("weight", "bias") else None
-
     def head_dim(self, config: Any) -> int:
         head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return head_dim
@@ -155,11 +145,11 @@ LLAMA = LlamaFamily(
     attention=ATTENTION,
     ffn=FFN,
     residual="post_attention_layernorm",
-    # `deci` is llama.cpp's Llama whose layers have their own sizes. It has no norms of queries and keys, so no Qwen3.
+    # `deci` is llama.cpp's Llama whose layers have their own sizes, and `openelm` its Qwen3 with tied embeddings.
     gguf={
         "llama": GgufArchitectures("llama", "deci"),
         "mistral": GgufArchitectures("llama", "deci"),
         "qwen2": GgufArchitectures("qwen2", "deci"),
-        "qwen3": GgufArchitectures("qwen3", None),
+        "qwen3": GgufArchitectures("qwen3", "openelm"),
     },
 )
