@@ -103,7 +103,7 @@ def mask_of(bundles: Bundles, value: Tensor, space: MaskSpace, budget: Budget) -
     least, multiples = budget.limits(space)
     pair, number, cost, order = bundles.pair, bundles.number, bundles.cost, _order(bundles, value)
     kept = number * multiples[pair] < least[pair]
-    refused = torch.zeros_like(kept)
+    refused_from = torch.full_like(least, len(number))  # by pair: the number of the first bundle that does not fit
     for constraint in budget:
         inside = (bundles.begin >= constraint.start) & (bundles.begin < constraint.stop)
         room = constraint.kept - int(cost[inside & kept].sum())
@@ -111,9 +111,10 @@ def mask_of(bundles: Bundles, value: Tensor, space: MaskSpace, budget: Budget) -
             raise ValueError(f"{constraint.name}: the minimum widths cost {-room} more than the {constraint.kept} kept")
         left = order[(inside & ~kept)[order]]
         while len(left):
-            refused[left[cost[left] > room]] = True
-            # A smaller bundle at the end of a layer may fit where the one before it does not. It is refused with it.
-            left = left[~refused[left] & ((number[left] == 0) | ~refused[left - 1])]
+            too_costly = left[cost[left] > room]
+            refused_from.scatter_reduce_(0, pair[too_costly], number[too_costly], "amin")
+            # A cheaper bundle may fit where one before it in the same layer does not. It is refused with it.
+            left = left[number[left] < refused_from[pair[left]]]
             spent = cost[left].cumsum(0)
             taken = int(torch.searchsorted(spent, room, right=True))
             kept[left[:taken]] = True

@@ -245,34 +245,52 @@ def test_hard_masks_obey_every_constraint() -> None:
 
 
 def one_unit_at_a_time(theta: Tensor, space: MaskSpace, budget: Budget) -> Tensor:
-    """The rule without limits, as a loop: by falling θ, then by place within the layer, whatever still fits."""
-    mask = torch.zeros(space.n, dtype=torch.bool)
+    """The rule without limits, as a loop: by falling θ, then by place within the layer, whatever still fits.
+
+    After a unit that does not fit, nothing more of its layer is kept, even if it costs less.
+    """
+    mask, refused = torch.zeros(space.n, dtype=torch.bool), set()
     ranked = sorted(range(space.n), key=lambda i: (-float(theta[i]), float(space.evenness[i]), i))
     for constraint in budget:
         room = constraint.kept
         for i in ranked:
-            if constraint.start <= i < constraint.stop and int(space.costs[i]) <= room:
+            pair = int(space.pair_of[i])
+            if not constraint.start <= i < constraint.stop or pair in refused:
+                continue
+            if int(space.costs[i]) <= room:
                 mask[i] = True
                 room -= int(space.costs[i])
+            else:
+                refused.add(pair)
     return mask
 
 
 @st.composite
 def spaces(draw: st.DrawFn, layers: int = 4, units: int = 9) -> tuple[MaskSpace, Tensor]:
-    """Two families of a few layers, some of them empty, with a θ full of ties."""
+    """Two families of a few layers, some of them empty, with a θ full of ties.
+
+    Where the units of a layer have costs of their own, as the steps of a chain do, θ falls along the layer.
+    """
     families = []
     for name in ("attention", "ffn"):
         size = draw(st.integers(1, layers))
         counts = draw(st.lists(st.integers(0, units), min_size=size, max_size=size))
-        if draw(st.booleans()):
-            costs = [draw(st.integers(1, 60))] * size
-        else:
-            costs = draw(st.lists(st.integers(1, 60), min_size=size, max_size=size))
+        match draw(st.sampled_from(["equal", "by layer", "by unit"])):
+            case "equal":
+                costs = [draw(st.integers(1, 60))] * size
+            case "by layer":
+                costs = draw(st.lists(st.integers(1, 60), min_size=size, max_size=size))
+            case _:
+                costs = [tuple(draw(st.lists(st.integers(1, 60), min_size=n, max_size=n))) for n in counts]
         families.append(Family(name, tuple(counts), tuple(costs)))
     space = MaskSpace(tuple(families))
     values = st.one_of(st.sampled_from([0.1, 0.3, 0.7]), st.floats(0, 1))
-    theta = draw(st.lists(values, min_size=space.n, max_size=space.n))
-    return space, torch.tensor(theta, dtype=torch.float64)
+    theta = torch.tensor(draw(st.lists(values, min_size=space.n, max_size=space.n)), dtype=torch.float64)
+    for family in families:
+        for costs, part in zip(family.costs, space.per_layer(theta, family.name), strict=True):
+            if isinstance(costs, tuple):
+                part.copy_(part.sort(descending=True).values)
+    return space, theta
 
 
 FRACTIONS = st.sampled_from([0.0, 0.1, 0.25, 1 / 3, 0.5, 0.7, 0.9])
@@ -369,7 +387,8 @@ def test_a_limited_mask_keeps_to_its_limits_and_leaves_nothing_out_that_fits(
             if count and constraint.start <= start < constraint.stop:
                 width = int(widths[pair])
                 assert width in may
-                assert all((wider - width) * int(space.pair_costs[pair]) > room for wider in may if wider > width)
+                ranked = sorted(range(start, start + count), key=lambda i: (-float(theta[i]), i))
+                assert all(int(space.costs[ranked[width:wider]].sum()) > room for wider in may if wider > width)
                 # the units of highest θ: none left out is above one that stays
                 inside, values = mask[start : start + count], theta[start : start + count]
                 assert inside.all() or not inside.any() or values[inside].min() >= values[~inside].max()

@@ -30,6 +30,23 @@ def test_per_layer_parts_are_views() -> None:
 def test_every_unit_has_the_cost_of_its_layer() -> None:
     assert SPACE.costs.tolist() == [40, 40, 50, 50, 50, 3, 3, 3, 3, 5, 7, 7]
     assert SPACE.costs.dtype == torch.int64
+    assert ATTENTION.layer_costs(2).tolist() == [50, 50, 50] and ATTENTION.layer_costs(1).tolist() == []
+
+
+def test_units_of_a_layer_can_have_costs_of_their_own() -> None:
+    family = Family("attention", (3, 0, 2), ((9, 4, 5), (), 7))
+    space = MaskSpace((family, FFN))
+    assert space.costs.tolist() == [9, 4, 5, 7, 7, 3, 3, 3, 3, 5, 7, 7]
+    assert [family.layer_costs(layer).tolist() for layer in range(3)] == [[9, 4, 5], [], [7, 7]]
+    attention, _ = budget_of(space, 0.5, "per-family")
+    assert (attention.kept, attention.total) == (16, 32)
+
+
+def test_a_minimum_width_needs_the_first_units_of_its_layer() -> None:
+    """Those of a chain are kept from the first on, and their costs differ."""
+    space = MaskSpace((Family("attention", (4, 3), ((9, 4, 5, 1), (2, 8, 1))),))
+    assert budget_of(space, 0.0, "global", min_keep=0.5).needed(space) == (9 + 4 + 2 + 8,)
+    assert budget_of(space, 0.0, "global", 0.2, {"attention": 3}).needed(space) == (9 + 4 + 5 + 2 + 8 + 1,)
 
 
 def test_evenness_is_the_place_within_the_layer() -> None:
@@ -42,12 +59,10 @@ def test_evenness_is_the_place_within_the_layer() -> None:
 
 def test_pairs_are_the_layers_of_every_family_in_the_order_of_the_flat_axis() -> None:
     assert SPACE.pair_counts.tolist() == [2, 0, 3, 4, 1, 2]
-    assert SPACE.pair_costs.tolist() == [40, 40, 50, 3, 5, 7]
     assert SPACE.pair_starts.tolist() == [0, 2, 2, 5, 9, 10]
     assert SPACE.pair_of.tolist() == [0, 0, 2, 2, 2, 3, 3, 3, 3, 4, 5, 5]
     assert SPACE.family_of_pair.tolist() == [0, 0, 0, 1, 1, 1]
     assert MaskSpace((Family("layer", (1, 1), (9, 9)), FFN)).family_of_pair.tolist() == [0, 0, 1, 1, 1]
-    assert torch.equal(SPACE.pair_costs[SPACE.pair_of], SPACE.costs)
 
 
 def test_a_budget_per_family_keeps_the_same_fraction_of_each() -> None:
@@ -128,9 +143,11 @@ def test_an_unknown_scope_is_refused() -> None:
         ((1, -1), (3, 3), "counts must not be negative"),
         ((1, 2), (3, 0), "costs must be positive"),
         ((1, 2), (-3, 3), "costs must be positive"),
+        ((1, 2), (3, (3, 0)), "costs must be positive"),
+        ((1, 2), (3, (3,)), "family ffn: 2 units in a layer, 1 costs"),
     ],
 )
-def test_an_impossible_family_is_refused(counts: tuple[int, ...], costs: tuple[int, ...], message: str) -> None:
+def test_an_impossible_family_is_refused(counts: tuple[int, ...], costs: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Family("ffn", counts, costs)
 

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from helpers.masks import LAYERS
 from helpers.models import VOCABULARY
 from pgprune_cli.forward.moments import Moments
+from pgprune_cli.model.prunable import PrunableModel
 
-KV_HEADS, CHANNELS, LAYERS = 4, 24, 4
 BLOCKS = [(index, name) for index in range(LAYERS) for name in ("attention", "ffn")]
 
 
@@ -23,43 +24,58 @@ def batches() -> list[Tensor]:
 
 def output_linear(model: nn.Module, index: int, name: str) -> nn.Linear:
     """Return the output projection of a block."""
-    layer = model.model.layers[index]
-    return layer.self_attn.o_proj if name == "attention" else layer.mlp.down_proj
+    prunable = PrunableModel.of(model)
+    return prunable.family.block(name).output_linear(prunable.layers[index])
 
 
 def columns_of(mask: Tensor, inputs: int) -> Tensor:
-    """Return the columns, of `inputs` in all, of an output projection that belong to the kept units."""
+    """Return the columns, of `inputs` in all, of an output projection that belong to the kept elements."""
     return mask.repeat_interleave(inputs // len(mask)).nonzero().flatten()
 
 
-def mask_of_first(order: Tensor, kept: int) -> Tensor:
-    """Return the mask that keeps the first `kept` units of an order."""
+def mask_of_first(order: Tensor, kept: int, partition: Tensor | None = None) -> Tensor:
+    """Return the mask over elements that keeps the first `kept` units of an order. Units are elements by default."""
     mask = torch.zeros(len(order), dtype=torch.bool)
     mask[order[:kept]] = True
-    return mask
+    return mask if partition is None else mask[partition]
 
 
 def observed_inputs(model: nn.Module, index: int, name: str, text: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Return the inputs `(N, in)` of an output projection on all batches, float64, and the tokens' weights `(N,)`.
 
-    A weight is 1 / mean square of the residual stream after the attention.
+    A weight is 1 / mean square of the residual stream after the attention, and if a norm follows the block, also
+    1 / mean square of the block's output.
     """
-    inputs: list[Tensor] = []
-    residuals: list[Tensor] = []
-    recorded = [
-        (output_linear(model, index, name), inputs),
-        (model.model.layers[index].post_attention_layernorm, residuals),
-    ]
+    prunable = PrunableModel.of(model)
+    family, layer = prunable.family, prunable.layers[index]
+    block = family.block(name)
+    paths = [block.output_path, family.residual, *([block.post_norm] if block.post_norm else [])]
+    recorded: list[list[Tensor]] = [[] for _ in paths]
     handles = [
-        module.register_forward_pre_hook(lambda _, args, into=into: into.append(args[0].flatten(0, -2).double()))
-        for module, into in recorded
+        layer.get_submodule(path).register_forward_pre_hook(
+            lambda _, args, into=into: into.append(args[0].flatten(0, -2).double())
+        )
+        for path, into in zip(paths, recorded, strict=True)
     ]
     with torch.no_grad():
         for tokens in text or batches():
             model(input_ids=tokens, use_cache=False)
     for handle in handles:
         handle.remove()
-    return torch.cat(inputs), 1.0 / torch.cat(residuals).square().mean(-1)
+    inputs, *divisors = map(torch.cat, recorded)
+    weights = torch.ones(len(inputs), dtype=torch.float64)
+    for states in divisors:
+        weights = weights / states.square().mean(-1)
+    return inputs, weights
+
+
+def error_root_of(model: nn.Module, index: int, name: str, root: Tensor) -> Tensor:
+    """Return R of a block's output, given that of the residual stream: a norm in between multiplies with its weight."""
+    prunable = PrunableModel.of(model)
+    path = prunable.family.block(name).post_norm
+    if path is None:
+        return root
+    return root @ torch.diag(prunable.family.norm_weight(prunable.layers[index].get_submodule(path)).double())
 
 
 def moments_by_hand(x: Tensor, weights: Tensor) -> Moments:

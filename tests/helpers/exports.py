@@ -1,42 +1,27 @@
-"""Decisions on the tiny models, exports of them, and the masked dense model to compare with."""
+"""Decisions on the tiny models, and exports of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
-from helpers.masks import CHANNELS, KV_HEADS
+from helpers.masks import Count
 from pgprune_cli.export import hf
 from pgprune_cli.export.plan import Options
-from pgprune_cli.model.masks import LayerMask, ModelMask
+from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run.decision import Decision
 
-DECISIONS = {
-    "mixed sizes": [(4, 24), (3, 7), (1, 24), (2, 1)],
-    "no heads in the first layer": [(0, 9), (2, 24), (0, 24), (3, 5)],
-    "two layers without heads, two without channels": [(0, 5), (0, 7), (3, 0), (1, 0)],
+DECISIONS: dict[str, list[tuple[Count, Count]]] = {
+    "mixed sizes": [(4, 24), ((3, 1), 7), (1, 24), (2, 1)],
+    "fewer query heads in every layer": [((4, 1), 24), ((2, 1), 24), ((1, 1), 11), ((3, 1), 24)],
+    "no heads in the first layer": [(0, 9), (2, 24), (0, 24), ((3, 1), 5)],
+    "two layers without heads, two without channels": [(0, 5), (0, 7), (3, 0), ((1, 1), 0)],
     "two layers removed, among them the first": [(0, 0), (3, 11), (0, 0), (1, 24)],
-    "first layer removed, no heads in the next": [(0, 0), (0, 3), (2, 0), (4, 6)],
+    "first layer removed, no heads in the next": [(0, 0), (0, 3), ((2, 1), 0), (4, 6)],
 }
-"""How many KV heads and FFN channels each layer keeps. `draw` decides which."""
-
-
-def draw(counts: list[tuple[int, int]]) -> ModelMask:
-    """Return a random mask that keeps the given numbers of KV heads and channels in each layer."""
-    generator = torch.Generator().manual_seed(3)
-
-    def mask(kept: int, units: int) -> torch.Tensor:
-        drawn = torch.zeros(units, dtype=torch.bool)
-        drawn[torch.randperm(units, generator=generator)[:kept]] = True
-        return drawn
-
-    return tuple(LayerMask(mask(kv_heads, KV_HEADS), mask(channels, CHANNELS)) for kv_heads, channels in counts)
+"""What each layer keeps: KV heads, or (KV heads, query heads of each), and FFN channels. `draw` decides which."""
 
 
 def decide(base: Path, model_mask: ModelMask) -> Decision:
@@ -58,21 +43,3 @@ def replay(
     plan = hf.plan(resolve(decision.model), decision, Options(**options), measured)
     plan.write(out, lambda _: None)
     return plan
-
-
-@contextmanager
-def masked(model: Any, model_mask: ModelMask) -> Iterator[nn.Module]:
-    """Mask a dense model in the slow and obvious way: zero the inputs of the output projections of removed units.
-
-    A block that keeps nothing gets a zero output, so that its bias is removed too.
-    """
-    handles = []
-    for layer, layer_mask in zip(model.model.layers, model_mask, strict=True):
-        for output, mask in ((layer.self_attn.o_proj, layer_mask.attention), (layer.mlp.down_proj, layer_mask.ffn)):
-            columns = mask.repeat_interleave(output.in_features // len(mask))
-            handles.append(output.register_forward_pre_hook(lambda _, inputs, columns=columns: (inputs[0] * columns,)))
-            if not mask.any():
-                handles.append(output.register_forward_hook(lambda _, __, result: torch.zeros_like(result)))
-    yield model
-    for handle in handles:
-        handle.remove()

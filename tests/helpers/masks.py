@@ -1,12 +1,22 @@
-"""Masks of the tiny models, tokens to evaluate them on, and repaired outputs to evaluate them with."""
+"""Regular masks of the tiny models, tokens to evaluate them on, and repaired outputs to evaluate them with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from helpers.models import VOCABULARY
+from pgprune_cli.core.grid import Grid, first_elements
 from pgprune_cli.model.masks import LayerMask, ModelMask, Output, Outputs
+from pgprune_cli.model.prunable import PrunableModel
 
 KV_HEADS, CHANNELS, LAYERS = 4, 24, 4
+
+Count = int | tuple[int, int]
+"""How much of a block is kept: whole KV heads or channels, or (groups, members of each group)."""
 
 
 def random_tokens(seed: int = 0, rows: int = 3, length: int = 24) -> Tensor:
@@ -14,46 +24,131 @@ def random_tokens(seed: int = 0, rows: int = 3, length: int = 24) -> Tensor:
     return torch.randint(VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def random_mask(seed: int, empty_attention: tuple[int, ...] = (), empty_ffn: tuple[int, ...] = ()) -> ModelMask:
-    """Return a mask that keeps about half of the units, and at least one per block except in the given layers."""
+def grids_of(model: nn.Module, block: str) -> tuple[Grid, ...]:
+    """Return the grid of a block in every layer of a transformers model."""
+    return PrunableModel.of(model).shape.grids[block]
+
+
+def is_refused(model: nn.Module, block: str) -> bool:
+    """Return whether a block of this model can be removed only as a whole."""
+    prunable = PrunableModel.of(model)
+    return bool(prunable.family.refusal(prunable.config.model_type, block))
+
+
+def size_of(grid: Grid, block: str, count: Count, whole_only: bool = False) -> tuple[int, int]:
+    """Return the (groups, members) that a count means. Experts are all kept, with their share of the channels."""
+    groups, members = count if isinstance(count, tuple) else (count, count)
+    if not groups or not members:
+        return 0, 0
+    if whole_only:
+        return grid.groups, grid.members
+    if not isinstance(count, tuple):
+        if block == "attention":
+            members = grid.members
+        else:
+            groups = grid.groups
+            members = count if grid.groups == 1 else -(-count * grid.members // CHANNELS)
+    return min(max(groups, grid.min_groups), grid.groups), min(members, grid.members)
+
+
+def random_elements(grid: Grid, groups: int, members: int, generator: torch.Generator) -> Tensor:
+    """Return a random regular mask `(elements,)` that keeps so many members of so many groups."""
+    mask = torch.zeros(grid.groups, grid.members, dtype=torch.bool)
+    for group in torch.randperm(grid.groups, generator=generator)[:groups].tolist():
+        mask[group, torch.randperm(grid.members, generator=generator)[:members]] = True
+    return mask.flatten()
+
+
+def draw(model: nn.Module, counts: Sequence[tuple[Count, Count]], seed: int = 3) -> ModelMask:
+    """Return a random regular mask that keeps the given sizes of attention and FFN in each layer."""
+    generator = torch.Generator().manual_seed(seed)
+    return _masks(model, counts, lambda grid, *size: random_elements(grid, *size, generator))
+
+
+def keep_first(model: nn.Module, counts: Sequence[tuple[Count, Count]]) -> ModelMask:
+    """Return a regular mask that keeps the first elements, with the given sizes of attention and FFN in each layer."""
+    return _masks(model, counts, first_elements)
+
+
+def _masks(
+    model: nn.Module, counts: Sequence[tuple[Count, Count]], choose: Callable[[Grid, int, int], Tensor]
+) -> ModelMask:
+    layers = []
+    for index, layer_counts in enumerate(counts):
+        masks = []
+        for block, count in zip(("attention", "ffn"), layer_counts, strict=True):
+            grid = grids_of(model, block)[index]
+            masks.append(choose(grid, *size_of(grid, block, count, is_refused(model, block))))
+        layers.append(LayerMask(*masks))
+    return tuple(layers)
+
+
+def random_mask(
+    model: nn.Module, seed: int, empty_attention: tuple[int, ...] = (), empty_ffn: tuple[int, ...] = ()
+) -> ModelMask:
+    """Return a regular mask that keeps a random part of every block, except in the given layers."""
     generator = torch.Generator().manual_seed(seed)
     layers = []
     for index in range(LAYERS):
-        attention = torch.rand(KV_HEADS, generator=generator) < 0.5
-        ffn = torch.rand(CHANNELS, generator=generator) < 0.5
-        attention[index % KV_HEADS] = ffn[index] = True
-        layers.append(LayerMask(attention & (index not in empty_attention), ffn & (index not in empty_ffn)))
+        masks = []
+        for block, empty in (("attention", empty_attention), ("ffn", empty_ffn)):
+            grid = grids_of(model, block)[index]
+            groups = _random(max(grid.min_groups, 1), grid.groups - (grid.groups > grid.min_groups), generator)
+            members = _random(1, grid.members - (grid.groups == 1 and grid.members > 1), generator)
+            if is_refused(model, block):
+                groups, members = grid.groups, grid.members
+            masks.append(random_elements(grid, groups * (index not in empty), members, generator))
+        layers.append(LayerMask(*masks))
     return tuple(layers)
 
 
-def dense_mask() -> ModelMask:
+def _random(least: int, most: int, generator: torch.Generator) -> int:
+    return int(torch.randint(least, most + 1, (), generator=generator))
+
+
+def dense_mask(model: nn.Module) -> ModelMask:
     """Return the mask that keeps everything."""
-    return tuple(LayerMask(torch.ones(KV_HEADS).bool(), torch.ones(CHANNELS).bool()) for _ in range(LAYERS))
+    return keep_first(model, [((KV_HEADS, 1 << 20), (1 << 20, 1 << 20))] * len(grids_of(model, "ffn")))
 
 
-def dense_except(index: int, attention: list[int], ffn: list[int]) -> ModelMask:
-    """Return a mask that keeps everything except in one layer, where only the listed units are kept."""
-    layers = list(dense_mask())
-    layers[index] = LayerMask(
-        torch.tensor([unit in attention for unit in range(KV_HEADS)]),
-        torch.tensor([unit in ffn for unit in range(CHANNELS)]),
-    )
+def dense_except(model: nn.Module, index: int, attention: Count, ffn: Count) -> ModelMask:
+    """Return a mask that keeps everything except in one layer, where only the last elements are kept."""
+    layers = list(dense_mask(model))
+    masks = []
+    for block, count in (("attention", attention), ("ffn", ffn)):
+        grid = grids_of(model, block)[index]
+        masks.append(first_elements(grid, *size_of(grid, block, count, is_refused(model, block))).flip(0))
+    layers[index] = LayerMask(*masks)
     return tuple(layers)
 
 
-MODEL_MASKS = {
-    "dense": dense_mask(),
-    "random": random_mask(0),
-    "another random": random_mask(1),
-    "empty attention": random_mask(2, empty_attention=(2,)),
-    "empty ffn": random_mask(3, empty_ffn=(1,)),
-    "an empty layer": random_mask(4, empty_attention=(2,), empty_ffn=(2,)),
-    "layer 0 empty": random_mask(5, empty_attention=(0,), empty_ffn=(0,)),
-    "the last layer empty": random_mask(6, empty_attention=(3,), empty_ffn=(3,)),
-    "all empty": random_mask(7, empty_attention=(0, 1, 2, 3), empty_ffn=(0, 1, 2, 3)),
-    "one channel left": dense_except(1, [0, 1, 2, 3], [5]),
-    "one KV head left": dense_except(0, [3], list(range(CHANNELS))),
+MODEL_MASKS: dict[str, Callable[[nn.Module], ModelMask]] = {
+    "dense": dense_mask,
+    "random": lambda model: random_mask(model, 0),
+    "another random": lambda model: random_mask(model, 1),
+    "empty attention": lambda model: random_mask(model, 2, empty_attention=(2,)),
+    "empty ffn": lambda model: random_mask(model, 3, empty_ffn=(1,)),
+    "an empty layer": lambda model: random_mask(model, 4, empty_attention=(2,), empty_ffn=(2,)),
+    "layer 0 empty": lambda model: random_mask(model, 5, empty_attention=(0,), empty_ffn=(0,)),
+    "the last layer empty": lambda model: random_mask(model, 6, empty_attention=(3,), empty_ffn=(3,)),
+    "all empty": lambda model: random_mask(model, 7, empty_attention=(0, 1, 2, 3), empty_ffn=(0, 1, 2, 3)),
+    "one channel left": lambda model: dense_except(model, 1, KV_HEADS, (1, 1)),
+    "one KV head left": lambda model: dense_except(model, 0, 1, CHANNELS),
+    "one query head per KV head": lambda model: dense_except(model, 2, (KV_HEADS, 1), CHANNELS),
+    "one query head left": lambda model: dense_except(model, 3, (1, 1), CHANNELS),
 }
+"""Masks for every tiny model, by name."""
+
+
+def is_dense(model_mask: ModelMask) -> bool:
+    """Return whether a mask keeps everything."""
+    return all(bool(layer.attention.all() and layer.ffn.all()) for layer in model_mask)
+
+
+def same_masks(left: ModelMask, right: ModelMask) -> bool:
+    """Return whether two masks keep the same elements."""
+    pairs = zip(left, right, strict=True)
+    return all(torch.equal(a.attention, b.attention) and torch.equal(a.ffn, b.ffn) for a, b in pairs)
 
 
 def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
@@ -62,14 +157,58 @@ def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
         return model(input_ids=tokens, use_cache=False).logits
 
 
+@contextmanager
+def masked(model: nn.Module, model_mask: ModelMask) -> Iterator[nn.Module]:
+    """Mask a dense model in the slow and obvious way: zero the inputs of the output projections of removed elements.
+
+    A block that keeps nothing adds nothing, so its output bias is removed too.
+    """
+    prunable = PrunableModel.of(model)
+    handles = []
+
+    def zero_inputs(linear: nn.Module, mask: Tensor) -> None:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            values = inputs[0].clone()
+            width = values.shape[-1] // len(mask)
+            for element in (~mask).nonzero().flatten().tolist():
+                values[..., element * width : (element + 1) * width] = 0.0
+            return (values, *inputs[1:])
+
+        handles.append(linear.register_forward_pre_hook(hook))
+
+    def zero_output(block: nn.Module) -> None:
+        def hook(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+            if isinstance(output, tuple):
+                return (torch.zeros_like(output[0]), *output[1:])
+            return torch.zeros_like(output)
+
+        handles.append(block.register_forward_hook(hook))
+
+    for layer, layer_mask in zip(prunable.layers, model_mask, strict=True):
+        for block in prunable.family.blocks:
+            mask = layer_mask.of(block.name)
+            if mask.any():
+                zero_inputs(layer.get_submodule(block.output_path), mask)
+            else:
+                zero_output(layer.get_submodule(block.module))
+    try:
+        yield model
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def random_outputs(model: nn.Module, model_mask: ModelMask, bias: bool) -> Outputs:
-    """Return a random output projection for every block that keeps at least one unit, dense blocks included."""
+    """Return a random output projection for every block that keeps at least one element, dense blocks included."""
+    prunable = PrunableModel.of(model)
     generator, outputs = torch.Generator().manual_seed(0), {}
-    for index, (layer, layer_mask) in enumerate(zip(model.model.layers, model_mask, strict=True)):
-        for name, linear in (("attention", layer.self_attn.o_proj), ("ffn", layer.mlp.down_proj)):
-            mask = layer_mask.of(name)
+    for index, (layer, layer_mask) in enumerate(zip(prunable.layers, model_mask, strict=True)):
+        for block in prunable.family.blocks:
+            mask, linear = layer_mask.of(block.name), block.output_linear(layer)
             if mask.any():
                 inputs = int(mask.sum()) * linear.in_features // len(mask)
-                weight = 0.3 * torch.randn(linear.out_features, inputs, generator=generator)
-                outputs[index, name] = Output(weight, torch.randn(32, generator=generator) if bias else linear.bias)
+                hidden = linear.out_features
+                weight = 0.3 * torch.randn(hidden, inputs, generator=generator)
+                own = torch.randn(hidden, generator=generator) if bias else linear.bias
+                outputs[index, block.name] = Output(weight, own)
     return outputs

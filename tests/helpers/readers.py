@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from helpers.inputs import accepted_or_refused, write
+from helpers.masks import dense_mask
+from pgprune_cli.core.grid import Grid, first_elements
 from pgprune_cli.data.tokens import check_vocabulary, tokens_of
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs import export as export_job
@@ -18,7 +20,9 @@ from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.run.decision import Decision
 
-MODEL_MASK = tuple(LayerMask(torch.arange(4) < 4 - layer, torch.arange(24) < 9 + layer) for layer in range(4))
+MODEL_MASK = tuple(
+    LayerMask(first_elements(Grid(4, 2), 4 - layer, 2), torch.arange(24) < 9 + layer) for layer in range(4)
+)
 
 
 def read_everything(path: Path, kind: str, model_mask: ModelMask = MODEL_MASK) -> None:
@@ -38,8 +42,7 @@ def read_everything(path: Path, kind: str, model_mask: ModelMask = MODEL_MASK) -
             model = load_prunable(source, "auto", "cpu")
             tokens = tokens_of(text, "evaluation", load_tokenizer(source))[:16].unsqueeze(0)
             check_vocabulary(tokens, text, model.embedding.num_embeddings)
-            space = model.shape.space(("attention", "ffn"))
-            Evaluator(model).losses([model.shape.model_mask(space, torch.ones(space.n).bool())], tokens)
+            Evaluator(model).losses([dense_mask(model.module)], tokens)
         with accepted_or_refused(f"{kind}, export"):
             source, run = resolve(str(path)), path.parent / "run"
             Decision(model_mask, str(path), source.fingerprint(), 0.5, "dtype: float32\n", 1, 2, 3, 2.5).save(run)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
+from helpers.masks import keep_first
 from helpers.models import save_tokenizer, tiny_model
 
 
 def finished_run(run: Path) -> None:
     """Write a base model with its tokenizer into `base`, and a repaired decision about it into `run`."""
-    from pgprune_cli.model.masks import LayerMask
     from pgprune_cli.model.prunable import PrunableModel
     from pgprune_cli.model.source import resolve
     from pgprune_cli.repair.least_squares import repair
@@ -20,7 +20,7 @@ def finished_run(run: Path) -> None:
     model = tiny_model("llama-gqa")
     model.save_pretrained("base")
     save_tokenizer(Path("base"))
-    model_mask = tuple(LayerMask(torch.arange(4) < 4 - layer, torch.arange(24) < 9 + layer) for layer in range(4))
+    model_mask = keep_first(model, [(4 - layer, 9 + layer) for layer in range(4)])
     outputs = repair(PrunableModel.of(model), model_mask, [torch.arange(64).view(4, 16)], "least-squares", 1e-3).outputs
     Decision(model_mask, "base", resolve("base").fingerprint(), 0.5, "dtype: float32\n", 1, 2, 3, 2.5, outputs).save(
         run
