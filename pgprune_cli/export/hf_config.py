@@ -20,10 +20,11 @@ def export_config(base: DenseModel, surgery: Surgery, dtype: str | None) -> dict
     if dtype is not None:
         result.pop("torch_dtype", None)  # the older name of the key
         result["dtype"] = dtype
-    if types := getattr(base.config, "layer_types", None):
-        # A layer without attention uses the cache slot of the first layer that has some: see modeling_pruned.py.
-        with_heads = [layer for layer in shapes.layers if shapes.written[layer].attention.any()]
-        result["layer_types"] = [types[i if i in with_heads else (with_heads or [0])[0]] for i in shapes.layers]
+    for name in family.layer_lists:
+        if values := getattr(base.config, name, None):
+            # A layer without attention uses the cache slot of the first layer that has some: see modeling_pruned.py.
+            with_heads = [layer for layer in shapes.layers if shapes.written[layer].attention.any()]
+            result[name] = [values[i if i in with_heads else (with_heads or [0])[0]] for i in shapes.layers]
     stock = None
     if shapes.uniform and not _output_biases(base, surgery):
         stock = family.stock_config(base.config, shapes.sizes()[0])

@@ -7,18 +7,25 @@ from pathlib import Path
 import torch
 from torch import nn
 
-ARCHITECTURES = ("llama-mha", "llama-gqa", "llama-biased", "mistral", "qwen2", "qwen3")
-"""The families that pgprune prunes. Every test of the families runs over them."""
-
-NEW_ARCHITECTURES = (
+ARCHITECTURES = (
+    "llama-mha",
+    "llama-gqa",
+    "llama-biased",
+    "mistral",
+    "qwen2",
+    "qwen3",
     "smollm3",
     "granite",
     "ministral3",
+    "olmo2",
+    "olmo3",
+)
+"""The families that pgprune prunes. Every test of the families runs over them."""
+
+NEW_ARCHITECTURES = (
     "phi3",
     "gemma2",
     "gemma3_text",
-    "olmo2",
-    "olmo3",
     "mixtral",
     "qwen3_moe",
     "gpt_oss",

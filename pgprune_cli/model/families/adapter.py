@@ -125,14 +125,15 @@ class GgufArchitectures:
     unequal: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelFamily(ABC):
     """An adapter: one way of laying out a decoder.
 
     model_types: the transformers configs laid out so; the paths of modules of the causal model: layers (a list),
     embedding, final_norm, rotary, head; attention, ffn: the blocks of a layer; residual: path, inside a layer, of the
-    module whose input is the residual stream between the two blocks; gguf: by model type, what GGUF exports are called;
-    bos_types: the model types that were trained with a BOS token at the beginning of every text.
+    module whose input is the residual stream between the two blocks; layer_lists: the keys of the config whose lists
+    have one entry per layer; gguf: by model type, what GGUF exports are called; bos_types: the model types that were
+    trained with a BOS token at the beginning of every text.
     """
 
     model_types: tuple[str, ...]
@@ -144,6 +145,7 @@ class ModelFamily(ABC):
     attention: Block
     ffn: Block
     residual: str
+    layer_lists: tuple[str, ...] = ("layer_types",)
     gguf: Mapping[str, GgufArchitectures] = field(hash=False)
     bos_types: tuple[str, ...] = ()
 

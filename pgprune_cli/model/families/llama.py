@@ -1,8 +1,9 @@
-"""Llama, Mistral, Qwen2 and Qwen3: separate q, k, v, o and gate, up, down projections, a norm before each block."""
+"""Llama, Mistral, Ministral 3, Qwen2 and Qwen3: q, k, v, o and gate, up, down projections, a norm before each block."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,8 +27,37 @@ class NoFeedForward(nn.Module):
         return torch.zeros_like(hidden_states)
 
 
+ATTENTION = Block(
+    name="attention",
+    module="self_attn",
+    norms=("input_layernorm",),
+    projections=("q_proj", "k_proj", "v_proj", "o_proj"),
+    config_name="attention",
+    element_name="query heads",
+    group_name="KV heads",
+)
+FFN = Block(
+    name="ffn",
+    module="mlp",
+    norms=("post_attention_layernorm",),
+    projections=("gate_proj", "up_proj", "down_proj"),
+    config_name="mlp",
+    element_name="FFN channels",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class LlamaFamily(ModelFamily):
     """The adapter of every model type that transformers lays out like a Llama."""
+
+    layers: str = "model.layers"
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    rotary: str = "model.rotary_emb"
+    head: str = "lm_head"
+    attention: Block = ATTENTION
+    ffn: Block = FFN
+    residual: str = "post_attention_layernorm"
 
     def grid(self, layer: nn.Module, block: Block) -> Grid:
         if block == self.ffn:
@@ -117,39 +147,14 @@ class LlamaFamily(ModelFamily):
         return sizes | mistral | {"max_position_embeddings": config.max_position_embeddings}
 
 
-ATTENTION = Block(
-    name="attention",
-    module="self_attn",
-    norms=("input_layernorm",),
-    projections=("q_proj", "k_proj", "v_proj", "o_proj"),
-    config_name="attention",
-    element_name="query heads",
-    group_name="KV heads",
-)
-FFN = Block(
-    name="ffn",
-    module="mlp",
-    norms=("post_attention_layernorm",),
-    projections=("gate_proj", "up_proj", "down_proj"),
-    config_name="mlp",
-    element_name="FFN channels",
-)
-
 LLAMA = LlamaFamily(
-    model_types=("llama", "mistral", "qwen2", "qwen3"),
-    layers="model.layers",
-    embedding="model.embed_tokens",
-    final_norm="model.norm",
-    rotary="model.rotary_emb",
-    head="lm_head",
-    attention=ATTENTION,
-    ffn=FFN,
-    residual="post_attention_layernorm",
+    model_types=("llama", "mistral", "qwen2", "qwen3", "ministral3"),
     # `deci` is llama.cpp's Llama whose layers have their own sizes, and `openelm` its Qwen3 with tied embeddings.
     gguf={
         "llama": GgufArchitectures("llama", "deci"),
         "mistral": GgufArchitectures("llama", "deci"),
         "qwen2": GgufArchitectures("qwen2", "deci"),
         "qwen3": GgufArchitectures("qwen3", "openelm"),
+        "ministral3": GgufArchitectures("mistral3", None),
     },
 )
