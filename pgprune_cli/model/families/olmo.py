@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from pgprune_cli.model.families.adapter import Block, GgufArchitectures, Part, UnitTensor
+from pgprune_cli.model.families.adapter import Block, GgufArchitectures, UnitTensor
 from pgprune_cli.model.families.llama import ATTENTION, FFN, LlamaFamily
 
 
