@@ -81,8 +81,11 @@ def read_quantized(
     # As in transformers, a stored head that differs from the embedding is not tied, whatever the config says.
     if tied and (family.head_weight not in stored or torch.equal(head.weight, embedding.weight)):
         head.weight = embedding.weight
+    # Computed, so in no file: the rotary frequencies, and what some embeddings are multiplied with.
     decoder = model.get_decoder()
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config).to(devices[0])  # computed, so in no file
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config).to(devices[0])
+    if (scale := getattr(embedding, "scalar_embed_scale", None)) is not None:
+        embedding.embed_scale = torch.tensor(scale)
     return _place(empty, devices)
 
 

@@ -19,13 +19,13 @@ ARCHITECTURES = (
     "ministral3",
     "olmo2",
     "olmo3",
+    "gemma2",
+    "gemma3_text",
 )
 """The families that pgprune prunes. Every test of the families runs over them."""
 
 NEW_ARCHITECTURES = (
     "phi3",
-    "gemma2",
-    "gemma3_text",
     "mixtral",
     "qwen3_moe",
     "gpt_oss",

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.families.adapter import ModelFamily, dense_type
+from pgprune_cli.model.families.gemma import GEMMA
 from pgprune_cli.model.families.granite import GRANITE
 from pgprune_cli.model.families.llama import LLAMA
 from pgprune_cli.model.families.olmo import OLMO
 from pgprune_cli.model.families.smollm3 import SMOLLM3
 
-FAMILIES: tuple[ModelFamily, ...] = (LLAMA, SMOLLM3, GRANITE, OLMO)
+FAMILIES: tuple[ModelFamily, ...] = (LLAMA, SMOLLM3, GRANITE, OLMO, GEMMA)
 
 
 def family_of(model_type: str) -> ModelFamily:
