@@ -52,9 +52,8 @@ def _pruned_config(base: DenseModel, surgery: Surgery) -> dict[str, Any]:
     causal: Any = modeling_pruned.FAMILIES[dense_type(base.config.model_type)]
     classes = {"AutoConfig": causal.config_class, "AutoModel": causal.decoder_class, "AutoModelForCausalLM": causal}
     layers = [_layer_config(family, base.config, kept) for kept in surgery.shapes.sizes()]
-    differences = [
-        {key: value for key, value in layer.items() if getattr(base.config, key, None) != value} for layer in layers
-    ]
+    dense = base.config.to_dict()
+    differences = [{key: value for key, value in layer.items() if dense.get(key) != value} for layer in layers]
     biases = _output_biases(base, surgery)
     return {
         "model_type": causal.config_class.model_type,

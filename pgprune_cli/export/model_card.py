@@ -190,5 +190,23 @@ def _provenance(decision: Decision) -> str:
         begins = "Its windows begin with the BOS token." if decision.bos else "Its windows do not begin with BOS."
         loss = f"Loss on held-out calibration text: {decision.heldout_loss:.4f} nats per token{dense}."
         lines += ["", f"{loss} {begins}"]
+    lines += _ancestors(decision)
     lines += ["", "The recipe:", "", "```yaml", decision.recipe.strip(), "```"]
     return "\n".join(lines)
+
+
+def _ancestors(decision: Decision) -> list[str]:
+    """Return a list of how the base model was made, if it was pruned already: one line per step, oldest first."""
+    steps = []
+    for earlier in decision.ancestors:
+        steps.append(
+            f"`{Path(earlier['model']).name}` (fingerprint `{earlier['fingerprint']}`) lost {earlier['sparsity']:.1%} "
+            f"of its prunable parameters in a search of {earlier['forward_passes']:,} forward passes."
+        )
+        if recovery := earlier["recovery"]:
+            steps.append(f"The result was trained on {recovery['tokens']:,} tokens.")
+    if not steps:
+        return []
+    steps.append(f"The result, {_base_name(decision)}, lost {decision.sparsity:.1%} of the rest in this search.")
+    numbered = [f"{number}. {step}" for number, step in enumerate(steps, 1)]
+    return ["", "The base model was pruned before:", "", *numbered]

@@ -21,7 +21,7 @@ from pgprune_cli.recipe.reader import dump
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.repair.least_squares import Repaired, repair
 from pgprune_cli.repair.width_files import remove_widths
-from pgprune_cli.run.decision import Decision
+from pgprune_cli.run.decision import Decision, ancestry
 from pgprune_cli.run.layout import COSTS_FILE, DECISION_RECORD, RECIPE_FILE
 from pgprune_cli.run.lock import locked
 from pgprune_cli.run.provenance import record_command
@@ -138,6 +138,7 @@ def _decide(problem: Problem, loop: LoopState) -> Decision:
             "measure": recipe.budget.measure,
             "kept": int(problem.space.costs[mask].sum()) / int(problem.space.costs.sum()),
         },
+        ancestors=ancestry(context.source.directory) if context.source.gguf is None else [],
     )
 
 

@@ -25,6 +25,8 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.model.families import begins_with_bos
 from pgprune_cli.model.loading import load_model, load_tokenizer
 from pgprune_cli.model.source import resolve
+from pgprune_cli.run.layout import DECISION_RECORD, RECOVERY_RECORD
+from pgprune_cli.storage.records import write_record
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def distill(settings: DistillationSettings) -> None:
             student = student.merge_and_unload()
         student.to(stored_dtype).save_pretrained(part)
         tokenizer.save_pretrained(part)
-        (part / "README.md").write_text(model_card(settings))
+        _write_provenance(settings, source.directory, part)
         part.rename(settings.out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -155,6 +157,15 @@ def _training_arguments(settings: DistillationSettings, folder: Path) -> Trainin
         save_strategy="no",
         report_to="none",
     )
+
+
+def _write_provenance(settings: DistillationSettings, pruned: Path, out: Path) -> None:
+    """Write the card, the record of the training, and the decision that the pruned model came with, if it has one."""
+    (out / "README.md").write_text(model_card(settings))
+    tokens = settings.steps * settings.batch * settings.accumulate * settings.seqlen
+    write_record(out / RECOVERY_RECORD, {"teacher": settings.teacher, "text": settings.text, "tokens": tokens})
+    if (pruned / DECISION_RECORD).exists():
+        shutil.copyfile(pruned / DECISION_RECORD, out / DECISION_RECORD)
 
 
 def model_card(settings: DistillationSettings) -> str:

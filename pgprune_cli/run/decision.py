@@ -18,7 +18,7 @@ import torch
 from pgprune_cli import __version__
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.masks import LayerMask, ModelMask, Output, Outputs
-from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, REPAIR_FILE, refuse_unfinished
+from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, RECOVERY_RECORD, REPAIR_FILE, refuse_unfinished
 from pgprune_cli.storage.atomic import write_bytes
 from pgprune_cli.storage.records import checksum, read_record, read_tensors, refuse_newer, write_record
 
@@ -34,7 +34,8 @@ class Decision:
     calibration_forward_passes: run for scores and repair, counted in batches of the search; heldout_loss: loss of the
     pruned and repaired model on held-out calibration text, in nats per token; dense_loss: the same for the dense model;
     outputs: the repaired output projections; budget: the budgeted `measure` and the fraction of it that is `kept`; bos:
-    whether the windows of the calibration text begin with the BOS token, also those of the two losses.
+    whether the windows of the calibration text begin with the BOS token, also those of the two losses; ancestors: the
+    earlier decisions that made the base model, oldest first, if it was pruned already (see `ancestry`).
     """
 
     model_mask: ModelMask
@@ -50,6 +51,7 @@ class Decision:
     budget: dict[str, str | float] = field(default_factory=dict)
     dense_loss: float | None = None
     bos: bool = False
+    ancestors: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, run: Path) -> None:
         """Write the decision into `run`. Every file is written atomically, and the record last. Raises OSError."""
@@ -64,8 +66,6 @@ class Decision:
         if self.outputs:
             write_bytes(run / REPAIR_FILE, save(_flat(self.outputs)))
         record["repair_sha256"] = checksum(run / REPAIR_FILE) if self.outputs else None
-        record["dense_loss"] = self.dense_loss
-        record["budget"] = self.budget
         record["kept"] = [{"attention": int(x.attention.sum()), "ffn": int(x.ffn.sum())} for x in self.model_mask]
         record["masks_sha256"] = checksum(run / DECISION_MASKS)
         record["pgprune"] = __version__
@@ -74,9 +74,7 @@ class Decision:
 
     @classmethod
     def _recorded(cls) -> list[str]:
-        return [
-            entry.name for entry in fields(cls) if entry.name not in ("model_mask", "dense_loss", "outputs", "budget")
-        ]
+        return [entry.name for entry in fields(cls) if entry.name not in ("model_mask", "outputs")]
 
     @classmethod
     def load(cls, run: Path, with_repair: bool = True) -> Decision:
@@ -97,7 +95,7 @@ class Decision:
             )
             values = {name: record[name] for name in cls._recorded()}
             outputs = _load_outputs(run, record) if with_repair else {}
-            return cls(model_mask, **values, outputs=outputs, dense_loss=record["dense_loss"], budget=record["budget"])
+            return cls(model_mask, **values, outputs=outputs)
         except KeyError as missing:
             raise _incomplete(run, missing) from None
 
@@ -123,6 +121,31 @@ def read_origin(model: Path) -> Origin | None:
     record = _read_record(model, "Export the model again.")
     try:
         return Origin(record["model"], record["recipe"])
+    except KeyError as missing:
+        raise _incomplete(model, missing) from None
+
+
+ANCESTRY = ("model", "fingerprint", "sparsity", "recipe", "steps", "forward_passes", "budget")
+"""What the record of a decision passes on to later decisions on the model that it made."""
+
+
+def ancestry(model: Path) -> list[dict[str, Any]]:
+    """Return the decisions that made the model in a directory, oldest first. Empty for a model that was never pruned.
+
+    Each holds the entries of its record in ANCESTRY, and under `recovery` the record of the training that followed, or
+    None.
+
+    Raises:
+        UserError: the decision or the recovery is damaged.
+    """
+    if not (model / DECISION_RECORD).exists():
+        return []
+    record = _read_record(model, "Export the model again.")
+    recovery = model / RECOVERY_RECORD
+    try:
+        own: dict[str, Any] = {name: record[name] for name in ANCESTRY}
+        own["recovery"] = read_record(recovery) if recovery.exists() else None
+        return [*record["ancestors"], own]
     except KeyError as missing:
         raise _incomplete(model, missing) from None
 

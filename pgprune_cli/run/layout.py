@@ -35,6 +35,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 # The decision
 DECISION_MASKS = "decision.safetensors"
 DECISION_RECORD = "decision.json"
+RECOVERY_RECORD = "recovery.json"  # in a model directory: how it was trained after pruning
 REPAIR_FILE = "repair.safetensors"  # repaired output projections
 
 # After the search

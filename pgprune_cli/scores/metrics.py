@@ -115,11 +115,14 @@ def partitions(
 
 
 def unit_scores(scores: Tensor, partition: Partition, metric: str) -> Tensor:
-    """Return the score of every unit of a block, `(units,)` float64, from those of its elements `(elements,)`."""
-    start = torch.zeros(unit_count(partition), dtype=torch.float64)
-    if metric in CUMULATIVE:  # by the time all of the unit is removed
-        return start.index_reduce_(0, partition, scores.double(), "amax", include_self=False)
-    return start.index_add_(0, partition, scores.double())
+    """Return the score of every unit of a block, `(units,)` float64, from those of its elements `(elements,)`.
+
+    The units are elements or whole groups. A cumulative score of a group is that of its last element.
+    """
+    if len(scores) == unit_count(partition):
+        return scores.double()
+    by_unit = scores.double().view(unit_count(partition), -1)  # whole groups
+    return by_unit.amax(1) if metric in CUMULATIVE else by_unit.sum(1)
 
 
 def unit_ranks(scores: Tensor, partition: Partition, grid: Grid, metric: str) -> Tensor:
