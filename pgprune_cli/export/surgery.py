@@ -85,7 +85,7 @@ class Surgery:
             block
             for (layer, block), output in outputs.items()
             if output.bias is not None
-            and f"{family.layers}.{layer}.{output_bias_path(family.block(block))}" not in tensors
+            and f"{family.layers}.{layer}.{output_bias_path(shape.blocks[layer][block])}" not in tensors
         }
         """Names of the blocks that get an output bias which the base model lacks. Every layer gets one, zero where the
         repair fitted none."""
@@ -100,7 +100,7 @@ class Surgery:
         if match is None:
             yield self._edit(name, name, self.tensors[name].shape, _unchanged)
         elif (layer := int(match[1])) in self.shapes.layers:
-            for block in self.family.blocks:
+            for block in self.shapes.dense.blocks[layer].values():
                 path = match[2]
                 written = self.shapes.written[layer].of(block.name)
                 if path.startswith(block.tensor_prefixes()) and written.any():
@@ -119,7 +119,7 @@ class Surgery:
         elif path.removesuffix(".weight") == block.output_path:
             columns = kept_shape(unit_tensor, shape, written)
             yield self._edit(target, name, columns, self._columns(layer, block.name, unit_tensor))
-            if block.name in self.new_biases:
+            if block.name in self.new_biases and name.removesuffix(path) + bias_path not in self.tensors:
                 bias = target.removesuffix(path) + bias_path
                 yield self._edit(bias, name, shape[:1], self._bias(layer, block.name))
         else:

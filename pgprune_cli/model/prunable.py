@@ -26,26 +26,32 @@ Partitions = Mapping[tuple[int, str], Partition]
 class Shape:
     """The sizes of a dense model that pruning needs.
 
-    grids: the grid of every block, by block name, layer by layer; parameters: what their elements and groups cost in
-    parameters.
+    blocks: the blocks that each layer has, by name; grids: the grid of every block, by block name, layer by layer;
+    parameters: what their elements and groups cost in parameters.
     """
 
     family: ModelFamily
+    blocks: tuple[Mapping[str, Block], ...]
     grids: Mapping[str, tuple[Grid, ...]]
     parameters: BlockCosts
 
     @classmethod
     def of(cls, family: ModelFamily, layers: Sequence[nn.Module]) -> Shape:
         """Read the shape off decoder layers (layers on the meta device will do)."""
+        blocks = tuple({block.name: block for block in family.blocks_of(layer)} for layer in layers)
+        names = [block.name for block in family.blocks]
+        pairs = list(zip(layers, blocks, strict=True))
         return cls(
             family,
+            blocks,
             {
-                block.name: tuple(
-                    family.grid(layer, block) if block in family.blocks_of(layer) else NO_ELEMENTS for layer in layers
-                )
-                for block in family.blocks
+                name: tuple(family.grid(layer, has[name]) if name in has else NO_ELEMENTS for layer, has in pairs)
+                for name in names
             },
-            {block.name: tuple(_parameter_cost(family, layer, block) for layer in layers) for block in family.blocks},
+            {
+                name: tuple(_parameter_cost(family, layer, has[name]) if name in has else GridCost(0) for layer, has in pairs)
+                for name in names
+            },
         )
 
     @property
@@ -173,8 +179,6 @@ class PrunableModel:
 
 def _parameter_cost(family: ModelFamily, layer: nn.Module, block: Block) -> GridCost:
     """Count the parameters of an element and of a group: their rows in every tensor of the block."""
-    if block not in family.blocks_of(layer):
-        return GridCost(0)
     return grid_cost(family.grid(layer, block), layer.get_submodule(block.module), family.unit_tensors(layer, block))
 
 

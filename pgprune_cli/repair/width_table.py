@@ -65,15 +65,15 @@ class WidthTable:
         """Collect the solved blocks of a model, layer by layer."""
         errors, orders, outputs = {}, {}, {}
         for index, solved in layers.items():
-            for block in model.family.blocks:
-                key = (index, block.name)
-                if block.name not in solved:  # not searched, or a block that the layer lacks
+            for name in model.shape.grids:
+                key = (index, name)
+                if name not in solved:  # not searched, or a block that the layer lacks
                     errors[key], orders[key] = torch.zeros(1, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
                     continue
-                widths = solved[block.name]
+                widths = solved[name]
                 errors[key], orders[key] = widths.errors, widths.order
                 if widths.weights:
-                    linear = block.output_linear(model.layers[index])
+                    linear = model.shape.blocks[index][name].output_linear(model.layers[index])
                     device = next(linear.parameters()).device
                     outputs[key] = {
                         kept: Output(_close_to(device, weight).T, linear.bias)

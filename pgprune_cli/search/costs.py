@@ -40,18 +40,19 @@ def flops(model: PrunableModel, context: int) -> BlockCosts:
     for index, layer in enumerate(model.layers):
         window = family.attention_window(model.config, layer, context)
         visible_keys = window * (window + 1) // 2 + (context - window) * window  # summed over all queries
-        present = family.blocks_of(layer)
-        attention = family.attention_flops(layer, visible_keys, context) if family.attention in present else {}
-        for block in family.blocks:
-            if block not in present:
-                costs[block.name].append(GridCost(0))
+        present = shape.blocks[index]
+        attention = family.attention_flops(layer, visible_keys, context) if family.attention.name in present else {}
+        for name in costs:
+            if name not in present:
+                costs[name].append(GridCost(0))
                 continue
+            block = present[name]
             module = layer.get_submodule(block.module)
             matrices = [
                 tensor for tensor in family.unit_tensors(layer, block) if len(tensor_shape(module, tensor.name)) > 1
             ]
-            weights = grid_cost(shape.grids[block.name][index], module, matrices)
-            costs[block.name].append(GridCost(2 * weights.element + attention.get(block.name, 0), 2 * weights.group))
+            weights = grid_cost(shape.grids[name][index], module, matrices)
+            costs[name].append(GridCost(2 * weights.element + attention.get(name, 0), 2 * weights.group))
     return {name: tuple(by_layer) for name, by_layer in costs.items()}
 
 
@@ -64,10 +65,10 @@ def kv_cache(model: PrunableModel, context: int) -> BlockCosts:
     costs: dict[str, list[GridCost]] = {block.name: [] for block in family.blocks}
     for layer in model.layers:
         window = family.attention_window(model.config, layer, context)
-        present = family.blocks_of(layer)
-        cache = family.cache_bytes(layer, window) if family.attention in present else {}
-        for block in family.blocks:
-            costs[block.name].append(GridCost(0, cache.get(block.name, 0)))
+        has_attention = any(block.name == family.attention.name for block in family.blocks_of(layer))
+        cache = family.cache_bytes(layer, window) if has_attention else {}
+        for name, by_layer in costs.items():
+            by_layer.append(GridCost(0, cache.get(name, 0)))
     return {name: tuple(by_layer) for name, by_layer in costs.items()}
 
 
@@ -91,14 +92,16 @@ def measure_latency(model: PrunableModel, context: int, clock: Clock = synchroni
     measured: dict[Hashable, dict[str, GridCost]] = {}
     by_layer = []
     for index, layer in enumerate(model.layers):
-        tensors = [parameter for block in family.blocks for parameter in layer.get_submodule(block.module).parameters()]
+        blocks = shape.blocks[index]
+        tensors = [tensor for block in blocks.values() for tensor in layer.get_submodule(block.module).parameters()]
         sizes = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
-        grids = {name: by_index[index] for name, by_index in shape.grids.items()}
-        kind = (*sizes, *grids.values(), family.attention_window(model.config, layer, context))
+        grids = {name: shape.grids[name][index] for name in blocks}
+        kind = (*sizes, *blocks.values(), *grids.values(), family.attention_window(model.config, layer, context))
         if kind not in measured:
             measured[kind] = _nanoseconds(replace(run, position=index), family, grids, clock)
         by_layer.append(measured[kind])
-    return {block.name: tuple(costs[block.name] for costs in by_layer) for block in family.blocks}
+    # A block that a layer lacks has no elements, so it costs nothing.
+    return {block.name: tuple(costs.get(block.name, GridCost(1)) for costs in by_layer) for block in family.blocks}
 
 
 def latency_of_run(run: Path, model: PrunableModel, context: int, fingerprint: str) -> BlockCosts:
@@ -136,7 +139,7 @@ def _is_cost_list(values: object, layers: int) -> bool:
 def _nanoseconds(
     run: LayerwiseRun, family: ModelFamily, grids: Mapping[str, Grid], clock: Clock
 ) -> dict[str, GridCost]:
-    """Time both blocks of the layer at which the run stands, by block name."""
+    """Time the blocks of the layer at which the run stands, by block name."""
     kept = {
         "whole": {name: (grid.groups, grid.members) for name, grid in grids.items()},
         "groups": {name: (max(grid.groups // 2, 1), grid.members) for name, grid in grids.items()},
@@ -167,7 +170,7 @@ def _block_times(run: LayerwiseRun, family: ModelFamily, masks: Mapping[str, Ten
     device = next(layer.parameters()).device
     readings: dict[str, list[int]] = {name: [] for name in masks}
     with ExitStack() as undo:
-        for block in family.blocks:
+        for block in family.blocks_of(layer):
             undo.enter_context(shrunk_block(family, layer, block, masks[block.name], None))
 
             def read_clock(module: nn.Module, *_: object, name: str = block.name) -> None:

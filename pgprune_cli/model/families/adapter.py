@@ -133,7 +133,8 @@ class ModelFamily(ABC):
     embedding, final_norm, rotary, head; attention, ffn: the blocks of a layer; residual: path, inside a layer, of the
     module whose input is the residual stream between the two blocks; layer_lists: the keys of the config whose lists
     have one entry per layer; gguf: by model type, what GGUF exports are called; bos_types: the model types that were
-    trained with a BOS token at the beginning of every text.
+    trained with a BOS token at the beginning of every text; recurrent: the attention block of the layers that have a
+    state of constant size in place of a KV cache, if there are any.
     """
 
     model_types: tuple[str, ...]
@@ -148,10 +149,11 @@ class ModelFamily(ABC):
     layer_lists: tuple[str, ...] = ("layer_types",)
     gguf: Mapping[str, GgufArchitectures] = field(hash=False)
     bos_types: tuple[str, ...] = ()
+    recurrent: Block | None = None
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """The blocks of a layer, in the order in which they run."""
+        """The blocks of a layer, in the order in which they run. Some layers may have `recurrent` as their attention."""
         return (self.attention, self.ffn)
 
     def block(self, name: str) -> Block:
@@ -169,9 +171,8 @@ class ModelFamily(ABC):
 
     def blocks_of(self, layer: nn.Module) -> tuple[Block, ...]:
         """Return the blocks that a layer has, in the order in which they run. A pruned model may lack one or both."""
-        return tuple(
-            block for block in self.blocks if any(True for _ in layer.get_submodule(block.module).parameters())
-        )
+        attention = (self.attention,) if self.recurrent is None else (self.attention, self.recurrent)
+        return tuple(block for block in (*attention, self.ffn) if _has_parameters(layer, block.module))
 
     def linears(self, layer: nn.Module) -> Iterator[tuple[Block, str, nn.Linear]]:
         """Yield every prunable linear layer of a decoder layer with its block and its name in it."""
@@ -243,8 +244,12 @@ class ModelFamily(ABC):
     def layer_config(self, config: Any, kept: Mapping[str, tuple[int, int]]) -> dict[str, int]:
         """Return the sizes of a layer that keeps (groups, members), by block name, under the config's own keys.
 
-        A removed block has no sizes, so its keys are absent.
+        A removed block has no sizes, so its keys are absent. Those of a `recurrent` block are in `recurrent_config`.
         """
+
+    def recurrent_config(self, config: Any, groups: int) -> dict[str, int]:
+        """Return the sizes of a `recurrent` block that keeps so many groups, under the config's own keys."""
+        return {}
 
     @abstractmethod
     def stock_config(self, config: Any, kept: Mapping[str, tuple[int, int]]) -> dict[str, Any] | None:
@@ -252,6 +257,14 @@ class ModelFamily(ABC):
 
         None if no class of transformers can express that model.
         """
+
+
+def _has_parameters(layer: nn.Module, path: str) -> bool:
+    try:
+        module = layer.get_submodule(path)
+    except AttributeError:  # a layer of the other kind
+        return False
+    return any(True for _ in module.parameters())
 
 
 def _linear(module: nn.Module, path: str) -> nn.Linear:
