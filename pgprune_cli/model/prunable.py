@@ -49,7 +49,9 @@ class Shape:
                 for name in names
             },
             {
-                name: tuple(_parameter_cost(family, layer, has[name]) if name in has else GridCost(0) for layer, has in pairs)
+                name: tuple(
+                    _parameter_cost(family, layer, has[name]) if name in has else GridCost(0) for layer, has in pairs
+                )
                 for name in names
             },
         )

@@ -153,7 +153,7 @@ class ModelFamily(ABC):
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """The blocks of a layer, in the order in which they run. Some layers may have `recurrent` as their attention."""
+        """The blocks of a layer, in the order in which they run. Some layers have `recurrent` for their attention."""
         return (self.attention, self.ffn)
 
     def block(self, name: str) -> Block:
