@@ -21,11 +21,11 @@ ARCHITECTURES = (
     "olmo3",
     "gemma2",
     "gemma3_text",
+    "phi3",
 )
 """The families that pgprune prunes. Every test of the families runs over them."""
 
 NEW_ARCHITECTURES = (
-    "phi3",
     "mixtral",
     "qwen3_moe",
     "gpt_oss",
