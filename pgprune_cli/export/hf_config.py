@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pgprune_cli.export.dense_model import DenseModel
+from pgprune_cli.export.shapes import RuntimeShapes
 from pgprune_cli.export.surgery import Surgery
 from pgprune_cli.model.families.adapter import ModelFamily, dense_type
 from pgprune_cli.serving import modeling_pruned
@@ -27,8 +28,19 @@ def export_config(base: DenseModel, surgery: Surgery, dtype: str | None) -> dict
             result[name] = [values[i if i in with_heads else (with_heads or [0])[0]] for i in shapes.layers]
     stock = None
     if shapes.uniform and not _output_biases(base, surgery):
-        stock = family.stock_config(base.config, shapes.sizes()[0])
+        stock = _stock_config(base, shapes)
     return result | (_pruned_config(base, surgery) if stock is None else _dense_class(base) | stock)
+
+
+def _stock_config(base: DenseModel, shapes: RuntimeShapes) -> dict[str, Any] | None:
+    """Return what changes in the config if blocks of the same kind have the same sizes, None if no class fits."""
+    family, pairs = shapes.dense.family, list(zip(shapes.layers, shapes.sizes(), strict=True))
+    full = next(kept for layer, kept in pairs if not shapes.dense.is_recurrent(layer))
+    stock = family.stock_config(base.config, full)
+    if stock is None:
+        return None
+    recurrent = (kept[family.attention.name][0] for layer, kept in pairs if shapes.dense.is_recurrent(layer))
+    return stock | next((family.recurrent_config(base.config, groups) for groups in recurrent), {})
 
 
 def _output_biases(base: DenseModel, surgery: Surgery) -> list[str]:
@@ -51,7 +63,11 @@ def _pruned_config(base: DenseModel, surgery: Surgery) -> dict[str, Any]:
     family = base.shape.family
     causal: Any = modeling_pruned.FAMILIES[dense_type(base.config.model_type)]
     classes = {"AutoConfig": causal.config_class, "AutoModel": causal.decoder_class, "AutoModelForCausalLM": causal}
-    layers = [_layer_config(family, base.config, kept) for kept in surgery.shapes.sizes()]
+    shapes = surgery.shapes
+    layers = [
+        _layer_config(family, base.config, kept, shapes.dense.is_recurrent(layer))
+        for layer, kept in zip(shapes.layers, shapes.sizes(), strict=True)
+    ]
     dense = base.config.to_dict()
     differences = [{key: value for key, value in layer.items() if dense.get(key) != value} for layer in layers]
     biases = _output_biases(base, surgery)
@@ -64,7 +80,15 @@ def _pruned_config(base: DenseModel, surgery: Surgery) -> dict[str, Any]:
     }
 
 
-def _layer_config(family: ModelFamily, config: Any, kept: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+def _layer_config(
+    family: ModelFamily, config: Any, kept: Mapping[str, tuple[int, int]], is_recurrent: bool
+) -> dict[str, Any]:
     """Return the sizes of one layer, and `skip` with its missing blocks, as `per_layer_config` has them."""
     skip = [block.config_name for block in family.blocks if not kept[block.name][0]]
-    return family.layer_config(config, kept) | ({"skip": skip} if skip else {})
+    sizes: dict[str, Any] = {"skip": skip} if skip else {}
+    if not is_recurrent:
+        return family.layer_config(config, kept) | sizes
+    attention = family.attention.name
+    groups, _ = kept[attention]
+    recurrent = family.recurrent_config(config, groups) if groups else {}
+    return family.layer_config(config, {**kept, attention: (0, 1)}) | recurrent | sizes

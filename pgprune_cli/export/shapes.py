@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pgprune_cli.core.grid import Grid
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.families.adapter import KeptElements, UnitTensor, gather, kept_shape
+from pgprune_cli.model.families.adapter import Block, KeptElements, UnitTensor, gather, kept_shape
 from pgprune_cli.model.masks import LayerMask, ModelMask, columns_of
 from pgprune_cli.model.prunable import Shape
 from pgprune_cli.run.layout import DECISION_RECORD
@@ -73,9 +73,12 @@ class RuntimeShapes:
 
     @property
     def uniform(self) -> bool:
-        """True if all written layers have the same sizes, and no block is missing."""
-        sizes = self.sizes()
-        return all(size == sizes[0] for size in sizes) and all(groups for groups, _ in sizes[0].values())
+        """True if blocks of the same kind have the same sizes in all written layers, and no block is missing."""
+        by_block: dict[Block | None, set[tuple[int, int]]] = {}
+        for layer, sizes in zip(self.layers, self.sizes(), strict=True):
+            for name, size in sizes.items():
+                by_block.setdefault(self.dense.blocks[layer].get(name), set()).add(size)
+        return all(len(sizes) == 1 and all(groups for groups, _ in sizes) for sizes in by_block.values())
 
     @property
     def sparsity(self) -> float:
@@ -87,14 +90,18 @@ class RuntimeShapes:
 def runtime_shapes(dense: Shape, model_mask: ModelMask, requirements: ShapeRequirements) -> RuntimeShapes:
     """Return the shapes with the least padding that meets the requirements.
 
-    The padding of a block is its first removed elements; which ones they are does not change the logits. Raises
-    UserError if the decision keeps nothing.
+    The padding of a block is its first removed elements; which ones they are does not change the logits. If every
+    layer had a recurrent block, one without any block is written too: transformers counts the tokens in its cache.
+    Raises UserError if the decision keeps nothing.
     """
     layers = tuple(i for i, layer in enumerate(model_mask) if layer.attention.any() or layer.ffn.any())
     if not layers:
         raise UserError(
             f"{DECISION_RECORD}: keeps no units, so there is no model to write. Search at a lower sparsity."
         )
+    if all(dense.is_recurrent(layer) and model_mask[layer].attention.any() for layer in layers):
+        removed = [layer for layer in range(dense.layers) if layer not in layers]
+        layers = tuple(sorted((*layers, *removed[:1])))
     written = list(model_mask)
     for index in layers:
         needs_head = requirements.attention == "every" or (requirements.attention == "first" and index == layers[0])

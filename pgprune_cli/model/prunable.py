@@ -61,6 +61,10 @@ class Shape:
         """How many decoder layers there are."""
         return len(next(iter(self.grids.values())))
 
+    def is_recurrent(self, layer: int) -> bool:
+        """Return whether the attention of a layer has a state of constant size in place of a KV cache."""
+        return self.family.recurrent is not None and self.family.recurrent in self.blocks[layer].values()
+
     @property
     def elements(self) -> dict[str, tuple[int, ...]]:
         """The number of elements of every block, by block name, layer by layer."""

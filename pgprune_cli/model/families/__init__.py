@@ -11,6 +11,10 @@ from pgprune_cli.model.families.gemma import GEMMA
 from pgprune_cli.model.families.granite import GRANITE
 from pgprune_cli.model.families.llama import LLAMA
 from pgprune_cli.model.families.olmo import OLMO
+from pgprune_cli.model.families.phi3 import PHI3
+from pgprune_cli.model.families.qwen3_5 import QWEN3_5
+from pgprune_cli.model.families.smollm3 import SMOLLM3
+
 FAMILIES: tuple[ModelFamily, ...] = (LLAMA, SMOLLM3, GRANITE, OLMO, GEMMA, PHI3, QWEN3_5)
 
 

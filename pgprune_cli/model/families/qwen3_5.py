@@ -7,7 +7,6 @@ projection, the convolution, the gates and decays, and their columns in the outp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from pgprune_cli.core.grid import Grid
 from pgprune_cli.model.families.adapter import Block, GgufArchitectures, Part, UnitTensor
-from pgprune_cli.model.families.llama import ATTENTION, FFN, LlamaFamily
+from pgprune_cli.model.families.llama import LlamaFamily
 
 
 class NoDeltaNet(nn.Module):
@@ -82,7 +81,8 @@ class Qwen35Family(LlamaFamily):
         net = _delta_net(layer)
         inputs = 2 * net.head_k_dim + net.num_v_heads // net.num_k_heads * net.head_v_dim
         element_size = net.conv1d.weight.element_size()
-        return {self.attention.name: 4 * _state_size(layer) + net.conv_kernel_size * inputs * element_size}
+        cached_inputs = net.conv_kernel_size * inputs * element_size
+        return {self.attention.name: 4 * _state_size(layer) + cached_inputs, self.ffn.name: 0}
 
     def attention_window(self, config: Any, layer: nn.Module, context: int) -> int:
         return context
