@@ -2,9 +2,10 @@
 
 To second order, an error e in the normalised stream before the unembedding U changes the loss by ½ eᵀG e, on average
 over what the model itself would predict, with G = E[Uᵀ (diag p − p pᵀ) U] and the final norm's weights on both sides.
-That is the Gauss-Newton matrix of the loss at the last layer, in closed form. An error of a late layer reaches the
-unembedding nearly unchanged through the residual stream, while one of an early layer is transformed by everything
-after it. So late layers are judged mostly by G, and the first half of the layers by the length of the error alone.
+That is the Gauss-Newton matrix of the loss at the last layer, in closed form. If the logits are soft-capped, their
+slopes multiply the rows of U. An error of a late layer reaches the unembedding nearly unchanged through the residual
+stream, while one of an early layer is transformed by everything after it. So late layers are judged mostly by G, and
+the first half of the layers by the length of the error alone.
 """
 
 from __future__ import annotations
@@ -81,9 +82,11 @@ def output_curvature(model: PrunableModel, batches: Sequence[Tensor], progress: 
     for done, windows in enumerate(curvature_windows(batches)):
         progress.batches_done(done, len(batches))
         for rows in _hidden_states(model, windows, splitter).to(unembedding.device).split(LOGIT_ROWS):
-            probability = model.family.finish_logits(model.config, rows @ unembedding.T).float().softmax(-1)
-            token_mass += probability.sum(0)
-            mean = (probability.to(unembedding.dtype) @ unembedding).float()
+            logits = model.family.finish_logits(model.config, rows @ unembedding.T).float()
+            probability, slopes = logits.softmax(-1), model.family.logit_slopes(model.config, logits)
+            sensitivity = probability if slopes is None else probability * slopes
+            token_mass += (sensitivity if slopes is None else sensitivity * slopes).sum(0)
+            mean = (sensitivity.to(unembedding.dtype) @ unembedding).float()
             expected += mean.T @ mean
             tokens += len(rows)
     progress.batches_done(len(batches), len(batches))

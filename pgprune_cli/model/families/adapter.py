@@ -214,6 +214,10 @@ class ModelFamily(ABC):
         """Return the model's logits, given what its head computes. May change its argument."""
         return logits
 
+    def logit_slopes(self, config: Any, logits: Tensor) -> Tensor | None:
+        """Return the derivatives of the model's `logits` by what its head computes, None if they are all equal."""
+        return None
+
     @abstractmethod
     def attention_flops(self, layer: nn.Module, visible_keys: int, context: int) -> dict[str, int]:
         """Return the FLOPs per token and element, by block name, that are not products with weights.

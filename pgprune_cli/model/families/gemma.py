@@ -22,6 +22,10 @@ class GemmaFamily(LlamaFamily):
         cap = config.final_logit_softcapping
         return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
+    def logit_slopes(self, config: Any, logits: Tensor) -> Tensor | None:
+        cap = config.final_logit_softcapping
+        return None if cap is None else 1.0 - (logits / cap).square()
+
     def stock_config(self, config: Any, kept: Mapping[str, tuple[int, int]]) -> dict[str, Any] | None:
         sizes = self.layer_config(config, kept)
         # The configs refuse a number of query heads that does not divide the hidden size.

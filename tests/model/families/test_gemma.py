@@ -11,6 +11,7 @@ from helpers.models import tiny_model
 from torch import nn
 from torch.nn import functional
 
+from pgprune_cli.forward.curvature import output_curvature
 from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.masked import Evaluator, shrunk_block, summed_loss
 from pgprune_cli.forward.moments import MomentCollector
@@ -44,6 +45,29 @@ def test_summed_loss_is_that_of_soft_capped_logits(gemma: nn.Module, cap: float 
     assert (float(logits.abs().max()) <= 2.0) == (cap is not None)
     expected = functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
     torch.testing.assert_close(summed_loss(gemma, tokens), expected)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+def test_the_curvature_predicts_what_a_small_error_costs(gemma: nn.Module, cap: float | None) -> None:
+    """½ eᵀ G e against the KL divergence of the soft-capped logits, for the costliest, a cheap and a random error e."""
+    gemma.config.final_logit_softcapping = cap
+    model, tokens = PrunableModel.of(gemma), random_tokens()
+    curvature = output_curvature(model, [tokens])
+    with torch.no_grad():
+        states = gemma.model(input_ids=tokens).last_hidden_state.flatten(0, 1).double()
+    unembedding, norm = gemma.lm_head.weight.double(), 1 + gemma.model.norm.weight.double()
+
+    def log_probabilities(states: torch.Tensor) -> torch.Tensor:
+        return model.family.finish_logits(gemma.config, states @ unembedding.T).log_softmax(1)
+
+    expected, ratios = log_probabilities(states), []
+    _, vectors = torch.linalg.eigh(curvature)
+    drawn = torch.randn(32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for direction in (vectors[:, 31], vectors[:, 10], drawn / drawn.norm()):
+        error = 1e-3 * direction
+        divergence = (expected.exp() * (expected - log_probabilities(states + norm * error))).sum(1).mean()
+        ratios.append(float(divergence / (0.5 * error @ curvature @ error)))
+    assert ratios == pytest.approx([ratios[0]] * 3, rel=0.05)
 
 
 def test_a_removed_block_adds_nothing_behind_its_norm(gemma: nn.Module) -> None:
