@@ -18,7 +18,7 @@ MODEL_CARD = "README.md"
 """Not listed in SHA256SUMS, because people may edit it."""
 
 CODE = {
-    "modeling_pruned.py": "fcea3aa14b788043e99f4163cc1f30a8b2c8308f29f27654a239a5ea83e21db7",
+    "modeling_pruned.py": "e2cd7ffa99b75651df9c6f3f160a355b361089f8148a2bea5163f09c7e3a6d3c",
     "modeling_mlx.py": "fa2b6b2f9254027caff2d3e3486889b7c36d0fcc48cdbe19353e7774d8323461",
 }
 """The sha256 of each file that runs when an export is loaded."""

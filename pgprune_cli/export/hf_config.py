@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import transformers
+
+from pgprune_cli.errors import UserError
 from pgprune_cli.export.dense_model import DenseModel
 from pgprune_cli.export.shapes import RuntimeShapes
 from pgprune_cli.export.surgery import Surgery
@@ -21,11 +24,10 @@ def export_config(base: DenseModel, surgery: Surgery, dtype: str | None) -> dict
     if dtype is not None:
         result.pop("torch_dtype", None)  # the older name of the key
         result["dtype"] = dtype
+    layers = _layers_to_copy(getattr(base.config, "layer_types", None), surgery)
     for name in family.layer_lists:
         if values := getattr(base.config, name, None):
-            # A layer without attention uses the cache slot of the first layer that has some: see modeling_pruned.py.
-            with_heads = [layer for layer in shapes.layers if shapes.written[layer].attention.any()]
-            result[name] = [values[i if i in with_heads else (with_heads or [0])[0]] for i in shapes.layers]
+            result[name] = [values[layer] for layer in layers]
     stock = None
     if shapes.uniform and not _output_biases(base, surgery):
         stock = _stock_config(base, shapes)
@@ -54,14 +56,37 @@ def _dense_class(base: DenseModel) -> dict[str, Any]:
     kind = base.config.model_type
     if kind == dense_type(kind):
         return {}
-    causal: Any = modeling_pruned.FAMILIES[dense_type(kind)]
-    return {"model_type": dense_type(kind), "architectures": [causal.__name__.removeprefix("Pruned")]}
+    return {"model_type": dense_type(kind), "architectures": [_causal_class(base).__name__.removeprefix("Pruned")]}
+
+
+def _causal_class(base: DenseModel) -> Any:
+    """Return the class in modeling_pruned.py that loads the base model's family. Raises UserError."""
+    kind = dense_type(base.config.model_type)
+    if kind not in modeling_pruned.FAMILIES:
+        raise UserError(
+            f"model type {kind}: transformers {transformers.__version__} cannot load layers that differ in their sizes. "
+            f"Search with budget.scope: per-layer, which keeps the layers alike. Layers may differ in: "
+            f"{', '.join(modeling_pruned.FAMILIES)}."
+        )
+    return modeling_pruned.FAMILIES[kind]
+
+
+def _layers_to_copy(types: Sequence[str] | None, surgery: Surgery) -> list[int]:
+    """Return from which layer of the base model each written layer takes its entry of a list such as layer_types.
+
+    modeling_pruned.py explains why layers without attention take that of another layer.
+    """
+    layers = surgery.shapes.layers
+    with_heads = [layer for layer in layers if surgery.shapes.written[layer].attention.any()] or [0]
+    not_linear = (layer for layer in with_heads if types is None or types[layer] != "linear_attention")
+    shared = next(not_linear, with_heads[0])
+    return [layer if layer in with_heads else shared for layer in layers]
 
 
 def _pruned_config(base: DenseModel, surgery: Surgery) -> dict[str, Any]:
-    """Return what changes in the config of a model that needs modeling_pruned.py."""
+    """Return what changes in the config of a model that needs modeling_pruned.py. Raises UserError."""
     family = base.shape.family
-    causal: Any = modeling_pruned.FAMILIES[dense_type(base.config.model_type)]
+    causal = _causal_class(base)
     classes = {"AutoConfig": causal.config_class, "AutoModel": causal.decoder_class, "AutoModelForCausalLM": causal}
     shapes = surgery.shapes
     layers = [

@@ -10,16 +10,25 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from pgprune_cli.errors import UserError
 from pgprune_cli.export import hf
 from pgprune_cli.export.plan import Measured, Options
 from pgprune_cli.model.source import Source
 from pgprune_cli.run.decision import Decision
 
 MODEL_FILE = Path(__file__).parents[1] / "serving" / "modeling_mlx.py"
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""The model types of the dense models that modeling_mlx.py computes."""
 
 
 def plan(source: Source, decision: Decision, options: Options, measured: Measured | None = None) -> hf.DirectoryPlan:
-    """Return the plan of a model directory for MLX. Raises UserError as `hf.plan` does."""
+    """Return the plan of a model directory for MLX. Raises UserError as `hf.plan` does, and for other families."""
     directory = hf.plan(source, decision, options, measured)
+    model_type = directory.config["model_type"].removeprefix("pruned_")
+    if model_type not in FAMILIES:
+        raise UserError(
+            f"--format mlx: cannot export a model of type {model_type}, only {', '.join(FAMILIES)}. Use --format hf, "
+            f"which works for every family."
+        )
     config = {**directory.config, "model_file": MODEL_FILE.name}
     return dataclasses.replace(directory, config=config, code=(*directory.code, MODEL_FILE))

@@ -1,4 +1,4 @@
-"""Models pruned by pgprune, for transformers: Llama, Mistral, Qwen2 and Qwen3 whose layers differ in their sizes.
+"""Models pruned by pgprune, for transformers: decoders of many families whose layers differ in their sizes.
 
 This file is part of every exported model directory that needs it, and transformers runs it if `trust_remote_code=True`
 is given. It does not need pgprune. If pgprune is installed, `import pgprune_cli.serving.modeling_pruned` has the same
@@ -6,20 +6,75 @@ effect without `trust_remote_code`.
 
 The config's `per_layer_config` holds the sizes, as transformers 5.14 and later defines it: by layer index, the values
 that differ from those of the dense model. `"skip": ["attention"]` or `"skip": ["mlp"]` means that the layer has no such
-block. `output_biases` lists the blocks that have an output bias in every layer although the dense model has none.
+block and none of the block's norms. `output_biases` lists the blocks that have an output bias in every layer although
+the dense model has none. `layer_types` names the kind of attention of every layer; a layer without attention has the
+kind of a layer that has some, but not linear attention, so that its empty slot in the cache does no harm.
 """
 
 import copy
 import dataclasses
+import importlib
+from typing import NamedTuple
 
 import torch
+import transformers
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
-from transformers.models.llama import modeling_llama as llama
-from transformers.models.mistral import modeling_mistral as mistral
-from transformers.models.qwen2 import modeling_qwen2 as qwen2
-from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
+
+class Norms(NamedTuple):
+    """The norms of a layer's two blocks. They are removed together with the block."""
+
+    attention: tuple[str, ...]
+    mlp: tuple[str, ...]
+
+
+BEFORE = Norms(("input_layernorm",), ("post_attention_layernorm",))
+AFTER = Norms(("post_attention_layernorm",), ("post_feedforward_layernorm",))
+AROUND = Norms(
+    ("input_layernorm", "post_attention_layernorm"), ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+)
+
+
+class Family(NamedTuple):
+    """Where transformers keeps a family. Its classes are called `name` and Config, Model, DecoderLayer, ForCausalLM."""
+
+    module: str
+    name: str
+    norms: Norms = BEFORE
+    text: str = ""
+    """What the names of the config and the model contain besides, if the module also has a model of text and images."""
+    oldest: int = 5
+    """The oldest major version of transformers that computes the family as this file needs it."""
+    mlp_returns_pair: bool = False
+
+
+DENSE = {
+    "llama": Family("llama", "Llama", oldest=4),
+    "mistral": Family("mistral", "Mistral", oldest=4),
+    "qwen2": Family("qwen2", "Qwen2", oldest=4),
+    "qwen3": Family("qwen3", "Qwen3", oldest=4),
+    "smollm3": Family("smollm3", "SmolLM3"),
+    "granite": Family("granite", "Granite"),
+    "ministral3": Family("ministral3", "Ministral3"),
+    "phi3": Family("phi3", "Phi3"),
+    "gemma2": Family("gemma2", "Gemma2", AROUND),
+    "gemma3_text": Family("gemma3", "Gemma3", AROUND, text="Text"),
+    "olmo2": Family("olmo2", "Olmo2", AFTER),
+    "olmo3": Family("olmo3", "Olmo3", AFTER),
+    "mixtral": Family("mixtral", "Mixtral"),
+    "qwen3_moe": Family("qwen3_moe", "Qwen3Moe"),
+    "gpt_oss": Family("gpt_oss", "GptOss", mlp_returns_pair=True),
+    "qwen3_5_text": Family("qwen3_5", "Qwen3_5", text="Text"),
+}
+"""The families by the model type of the dense model."""
+
+BLOCKS = {"self_attn": "attention", "linear_attn": "attention", "mlp": "mlp"}
+"""The names that the config uses for the blocks, by the names of their modules."""
+OUTPUTS = {"self_attn": "o_proj", "linear_attn": "out_proj", "mlp": "down_proj"}
+SHARED = "_implementation_internal"
+"""How the names of settings end that the user may change after loading, like the implementation of the attention."""
 
 
 class PrunedConfig:
@@ -28,12 +83,24 @@ class PrunedConfig:
     def validate_architecture(self) -> None:
         """Accept any number of heads: head_dim is set, so the hidden size need not be a multiple of them."""
 
+    def validate_rope(self) -> None:
+        """Validate with the sizes of the dense model, because those of the layers differ."""
+        super(PrunedConfig, self.of_layer({})).validate_rope()
+
+    def __getattr__(self, name: str):
+        """Return the current setting of the whole model if this is the config of one layer."""
+        if name.endswith(SHARED) and "whole" in vars(self):
+            return getattr(self.whole, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name}")
+
     def of_layer(self, overrides: dict):
         """Return the config of one layer: its own sizes, and in `skip` the blocks that it lacks."""
         layer = copy.copy(self)
         layer.per_layer_config = None
-        for name, value in ({"skip": []} | overrides).items():
+        for name, value in ({"skip": [], "whole": self} | overrides).items():
             setattr(layer, name, value)
+        for name in [name for name in vars(layer) if name.endswith(SHARED)]:
+            delattr(layer, name)
         return layer
 
     def of_layers(self) -> list:
@@ -43,148 +110,145 @@ class PrunedConfig:
         return [self.of_layer(overrides.get(index, {})) for index in range(self.num_hidden_layers)]
 
 
-class NoHeads(nn.Module):
-    """Runs in place of an attention block without heads: adds nothing to the residual stream."""
+class Nothing(nn.Module):
+    """Runs in place of a removed block: adds nothing to the residual stream. pair: the block returns two values."""
 
-    def forward(self, hidden_states: torch.Tensor, **_) -> tuple[torch.Tensor, None]:
-        return torch.zeros_like(hidden_states), None
+    def __init__(self, pair: bool) -> None:
+        super().__init__()
+        self.pair = pair
 
-
-class NoChannels(nn.Module):
-    """Runs in place of a feed-forward block without channels: adds nothing to the residual stream."""
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return torch.zeros_like(hidden_states)
+    def forward(self, hidden_states: torch.Tensor, *_, **__):
+        zeros = torch.zeros_like(hidden_states)
+        return (zeros, None) if self.pair else zeros
 
 
-class PrunedModel:
+class Pruned:
+    """What the decoder and the causal model have in common."""
+
+    dense: type[PreTrainedModel]
+
+    def init_without_layers(self, config) -> None:
+        """Let transformers build everything except the layers."""
+        shell = config.of_layer({"num_hidden_layers": 0})
+        super().__init__(shell)
+        for name in [name for name in vars(shell) if name.endswith(SHARED)]:
+            setattr(config, name, vars(shell).pop(name))
+        self.config = config
+
+    # transformers looks for the answer in the source of a model's module, which is not this one.
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return cls.dense._can_set_attn_implementation()
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return cls.dense._can_set_experts_implementation()
+
+
+class PrunedModel(Pruned):
     """The decoder of transformers, with every layer built from its own config."""
 
+    family: Family
     layer_class: type[nn.Module]
 
     def __init__(self, config) -> None:
-        theta = (getattr(config, "rope_parameters", None) or {}).get("rope_theta")
-        # transformers 4 does not know rope_parameters. It would use its default and compute wrong outputs.
-        if theta is not None and theta != getattr(config, "rope_theta", theta):
-            raise ValueError(f"{config.model_type}: this model's rope_parameters need transformers 5 or later")
-        shell = config.of_layer({"num_hidden_layers": 0})  # transformers builds everything except the layers
-        super().__init__(shell)
-        self.config, config._attn_implementation = config, shell._attn_implementation
-        layers = config.of_layers()
-        self.layers = nn.ModuleList(self.build(layer, index) for index, layer in enumerate(layers))
-        # The cache takes its length from slot 0. So the first layer with heads writes to that slot instead of its own,
-        # and the slots of layers without heads stay empty.
-        first = next((layer for layer in self.layers if not isinstance(layer.self_attn, NoHeads)), None)
-        if first is not None:
-            first.self_attn.layer_idx = 0
+        refuse_unknown_rope(config)
+        self.init_without_layers(config)
+        self.layers = nn.ModuleList(self.build(layer, index) for index, layer in enumerate(config.of_layers()))
+        self.share_slots()
         self.post_init()
 
     def build(self, config, index: int) -> nn.Module:
         layer = self.layer_class(config, index)
-        # The layers read what may change later (set_attn_implementation) from the config of the whole model.
-        layer.self_attn.config = layer.mlp.config = self.config
-        for name, block, output in (("attention", layer.self_attn, "o_proj"), ("mlp", layer.mlp, "down_proj")):
-            if name in (getattr(config, "output_biases", None) or ()):
-                linear = getattr(block, output)
-                setattr(block, output, nn.Linear(linear.in_features, linear.out_features))
-        if "attention" in config.skip:
-            layer.input_layernorm, layer.self_attn = nn.Identity(), NoHeads()
-        if "mlp" in config.skip:
-            layer.post_attention_layernorm, layer.mlp = nn.Identity(), NoChannels()
+        for module, block in BLOCKS.items():
+            if not hasattr(layer, module):
+                continue
+            if block in config.skip:
+                pair = self.family.mlp_returns_pair if block == "mlp" else module == "self_attn"
+                setattr(layer, module, Nothing(pair))
+                for norm in getattr(self.family.norms, block):
+                    setattr(layer, norm, nn.Identity())
+            elif block in (getattr(config, "output_biases", None) or ()):
+                linear = getattr(getattr(layer, module), OUTPUTS[module])
+                setattr(getattr(layer, module), OUTPUTS[module], nn.Linear(linear.in_features, linear.out_features))
         return layer
 
+    def share_slots(self) -> None:
+        """Let the first layer with attention of each kind use the first slot of its kind in the cache.
 
-class PrunedForCausalLM:
+        transformers takes the length of the cache and the sizes of the masks from these slots.
+        """
+        kinds = getattr(self.config, "layer_types", None) or [None] * len(self.layers)
+        filled = set()
+        for kind, layer in zip(kinds, self.layers, strict=True):
+            blocks = [getattr(layer, name, None) for name in ("self_attn", "linear_attn")]
+            block = next((block for block in blocks if block is not None and not isinstance(block, Nothing)), None)
+            if block is not None and kind not in filled:
+                filled.add(kind)
+                block.layer_idx = kinds.index(kind)
+
+
+class PrunedForCausalLM(Pruned):
     """The causal model of transformers, around the pruned decoder."""
 
     decoder_class: type[PreTrainedModel]
 
     def __init__(self, config) -> None:
-        PreTrainedModel.__init__(self, config)  # not that of the dense model, which builds dense layers
+        self.init_without_layers(config)
         self.model = self.decoder_class(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
 
-def config_class(cls):
-    """Make a config a strict dataclass if its base is one, as in newer versions of transformers."""
-    return strict(cls) if dataclasses.is_dataclass(cls) else cls
+def refuse_unknown_rope(config) -> None:
+    """Raise ValueError if transformers is too old to know rope_parameters: it would compute wrong outputs."""
+    rope, theta = getattr(config, "rope_parameters", None) or {}, getattr(config, "rope_theta", None)
+    known = {"rope_type": "default", "rope_theta": theta}  # what transformers 4 uses, whose configs have rope_theta
+    if theta is not None and known | rope != known:
+        raise ValueError(f"{config.model_type}: this model's rope_parameters need transformers 5 or later")
 
 
-@config_class
-class PrunedLlamaConfig(PrunedConfig, llama.LlamaConfig):
-    model_type = "pruned_llama"
+def define(name: str, bases: tuple[type, ...], **attributes) -> type:
+    """Return a new class, which is also an attribute of this module, where transformers looks for it."""
+    globals()[name] = cls = type(name, bases, {"__module__": __name__, "__doc__": bases[0].__doc__} | attributes)
+    return cls
 
 
-class PrunedLlamaModel(PrunedModel, llama.LlamaModel):
-    config_class = PrunedLlamaConfig
-    layer_class = llama.LlamaDecoderLayer
+def define_family(model_type: str, family: Family) -> type[PreTrainedModel]:
+    """Define the config, the decoder and the causal model of a family, and return the last. Raises ImportError."""
+    module = importlib.import_module(f"transformers.models.{family.module}.modeling_{family.module}")
+    configs = importlib.import_module(f"transformers.models.{family.module}.configuration_{family.module}")
+    config_name, model_name, causal_name = (
+        f"{family.name}{suffix}" for suffix in (f"{family.text}Config", f"{family.text}Model", "ForCausalLM")
+    )
+    base, dense, causal = getattr(configs, config_name), getattr(module, model_name), getattr(module, causal_name)
+    config = define(f"Pruned{config_name}", (PrunedConfig, base), model_type=f"pruned_{model_type}")
+    if dataclasses.is_dataclass(base):  # in newer versions of transformers
+        config = strict(config)
+    layer = getattr(module, f"{family.name}DecoderLayer")
+    parts = {"config_class": config, "dense": dense, "family": family, "layer_class": layer}
+    model = define(f"Pruned{model_name}", (PrunedModel, dense), **parts)
+    parts = {"config_class": config, "dense": causal, "decoder_class": model}
+    return define(f"Pruned{causal_name}", (PrunedForCausalLM, causal), **parts)
 
 
-class PrunedLlamaForCausalLM(PrunedForCausalLM, llama.LlamaForCausalLM):
-    config_class = PrunedLlamaConfig
-    decoder_class = PrunedLlamaModel
-
-
-@config_class
-class PrunedMistralConfig(PrunedConfig, mistral.MistralConfig):
-    model_type = "pruned_mistral"
-
-
-class PrunedMistralModel(PrunedModel, mistral.MistralModel):
-    config_class = PrunedMistralConfig
-    layer_class = mistral.MistralDecoderLayer
-
-
-class PrunedMistralForCausalLM(PrunedForCausalLM, mistral.MistralForCausalLM):
-    config_class = PrunedMistralConfig
-    decoder_class = PrunedMistralModel
-
-
-@config_class
-class PrunedQwen2Config(PrunedConfig, qwen2.Qwen2Config):
-    model_type = "pruned_qwen2"
-
-
-class PrunedQwen2Model(PrunedModel, qwen2.Qwen2Model):
-    config_class = PrunedQwen2Config
-    layer_class = qwen2.Qwen2DecoderLayer
-
-
-class PrunedQwen2ForCausalLM(PrunedForCausalLM, qwen2.Qwen2ForCausalLM):
-    config_class = PrunedQwen2Config
-    decoder_class = PrunedQwen2Model
-
-
-@config_class
-class PrunedQwen3Config(PrunedConfig, qwen3.Qwen3Config):
-    model_type = "pruned_qwen3"
-
-
-class PrunedQwen3Model(PrunedModel, qwen3.Qwen3Model):
-    config_class = PrunedQwen3Config
-    layer_class = qwen3.Qwen3DecoderLayer
-
-
-class PrunedQwen3ForCausalLM(PrunedForCausalLM, qwen3.Qwen3ForCausalLM):
-    config_class = PrunedQwen3Config
-    decoder_class = PrunedQwen3Model
-
-
-FAMILIES = {
-    "llama": PrunedLlamaForCausalLM,
-    "mistral": PrunedMistralForCausalLM,
-    "qwen2": PrunedQwen2ForCausalLM,
-    "qwen3": PrunedQwen3ForCausalLM,
-}
-"""The pruned causal model, by the model type of the dense one."""
-
-for causal in FAMILIES.values():
-    AutoConfig.register(causal.config_class.model_type, causal.config_class, exist_ok=True)
-    AutoModel.register(causal.config_class, causal.decoder_class, exist_ok=True)
-    AutoModelForCausalLM.register(causal.config_class, causal, exist_ok=True)
-    # So that save_pretrained copies this file next to the weights.
-    causal.config_class.register_for_auto_class()
+def register(causal) -> None:
+    """Let the auto classes of transformers load a family, and save_pretrained copy this file next to the weights."""
+    config = causal.config_class
+    AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(config, causal.decoder_class, exist_ok=True)
+    AutoModelForCausalLM.register(config, causal, exist_ok=True)
+    config.register_for_auto_class()
     causal.decoder_class.register_for_auto_class("AutoModel")
     causal.register_for_auto_class("AutoModelForCausalLM")
+
+
+FAMILIES: dict[str, type[PreTrainedModel]] = {}
+"""The pruned causal model, by the model type of the dense one. Lacks families that transformers is too old for."""
+
+for dense_type, described in DENSE.items():
+    if int(transformers.__version__.split(".")[0]) >= described.oldest:
+        try:
+            FAMILIES[dense_type] = define_family(dense_type, described)
+        except ImportError:
+            continue
+        register(FAMILIES[dense_type])

@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 MODEL = "pgprune_cli.serving.vllm_model:PrunedForCausalLM"
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+"""The model types of the dense models that vllm_model.py computes."""
 
 
 def register() -> None:
@@ -18,9 +20,10 @@ def register() -> None:
     from pgprune_cli.serving import modeling_pruned  # registers the configs with transformers
 
     registered = ModelRegistry.get_supported_archs()
-    for causal in modeling_pruned.FAMILIES.values():
-        if causal.__name__ not in registered:
-            ModelRegistry.register_model(causal.__name__, MODEL)
+    for model_type in FAMILIES:
+        name = modeling_pruned.FAMILIES[model_type].__name__
+        if name not in registered:
+            ModelRegistry.register_model(name, MODEL)
 
 
 def check_parallel(config: Any, degree: int) -> None:
