@@ -46,7 +46,7 @@ def _stock_config(base: DenseModel, shapes: RuntimeShapes) -> dict[str, Any] | N
 
 
 def _output_biases(base: DenseModel, surgery: Surgery) -> list[str]:
-    """Return the blocks that have an output bias which the dense class of transformers lacks, as the config has them."""
+    """Return the blocks that have an output bias that the class of transformers lacks, as the config has them."""
     ours = {block.config_name for block in base.shape.family.blocks if block.name in surgery.new_biases}
     return sorted(ours.union(base.json.get("output_biases", [])))
 
@@ -64,7 +64,7 @@ def _causal_class(base: DenseModel) -> Any:
     kind = dense_type(base.config.model_type)
     if kind not in modeling_pruned.FAMILIES:
         raise UserError(
-            f"model type {kind}: transformers {transformers.__version__} cannot load layers that differ in their sizes. "
+            f"model type {kind}: transformers {transformers.__version__} cannot load layers that differ in size. "
             f"Search with budget.scope: per-layer, which keeps the layers alike. Layers may differ in: "
             f"{', '.join(modeling_pruned.FAMILIES)}."
         )
