@@ -30,6 +30,7 @@ from pgprune_cli.export.gguf_tokenizer import add_tokenizer
 from pgprune_cli.export.plan import DISK_RESERVE, Measured, Options, Plan, check_new, check_space, prepare
 from pgprune_cli.export.surgery import TensorEdit
 from pgprune_cli.model.families import family_of
+from pgprune_cli.model.families.adapter import dense_type
 from pgprune_cli.model.gguf_header import ALIGNMENT
 from pgprune_cli.model.loading import read_config
 from pgprune_cli.model.source import Source
@@ -126,7 +127,7 @@ def plan(source: Source, decision: Decision, options: Options, measured: Measure
     """
     gguf = _import_gguf()
     config = read_config(source)
-    requirements = requirements_of(family_of(config.model_type), config.model_type)
+    requirements = requirements_of(family_of(config.model_type), dense_type(config.model_type))
     base, surgery = prepare(source, decision, options.requirements.combined(requirements))
     layout = Layout.of(base.config, surgery)
     dtype = options.dtype or _default_dtype(base)

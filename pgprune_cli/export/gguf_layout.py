@@ -19,7 +19,7 @@ from pgprune_cli.export.gguf_architectures import ARCHITECTURES, GRANITE, Archit
 from pgprune_cli.export.gguf_rope import InexpressibleError, Rope
 from pgprune_cli.export.shapes import ShapeRequirements
 from pgprune_cli.export.surgery import Surgery
-from pgprune_cli.model.families.adapter import ModelFamily
+from pgprune_cli.model.families.adapter import ModelFamily, dense_type
 
 LARGEST = {"gemma2": 46, "gemma3": 62}
 """Layers of the largest models, whose attention llama.cpp scales by hidden size / heads instead of by head size."""
@@ -62,7 +62,7 @@ class Layout:
 
         Raises UserError if no GGUF architecture can hold the model.
         """
-        names = surgery.family.gguf[config.model_type]
+        names = surgery.family.gguf[dense_type(config.model_type)]
         candidates = [names.equal, names.unequal] if surgery.shapes.uniform else [names.unequal]
         reasons = []
         for name in candidates:
@@ -72,7 +72,7 @@ class Layout:
             except InexpressibleError as reason:
                 reasons.append(f"the {name} architecture {reason}")
         sizes = "" if surgery.shapes.uniform else " whose layers have different sizes"
-        why = "; ".join(reasons) or f"llama.cpp has no architecture for a {config.model_type} model{sizes}"
+        why = "; ".join(reasons) or f"llama.cpp has no architecture for a {dense_type(config.model_type)} model{sizes}"
         advice = "Export it with --format hf."
         if not surgery.shapes.uniform and names.equal in ARCHITECTURES:
             advice = "Export it with --format hf, or search with budget.scope: per-layer."
@@ -92,7 +92,7 @@ class Layout:
             windows=tuple(window and types[layer] == "sliding_attention" for layer in layers),
             head_dim=head_dim,
             rope=Rope.of(config, head_dim, architecture),
-            names=tensor_names(family.gguf[config.model_type].equal or architecture.name, len(kept)),
+            names=tensor_names(family.gguf[dense_type(config.model_type)].equal or architecture.name, len(kept)),
             factors={},
         )
         layout._check(surgery)
