@@ -23,6 +23,8 @@ from pgprune_cli.jobs.perplexity import measure_perplexity
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.targets import Target, open_target
 from pgprune_cli.jobs.variants import Variant, select_variants, variants_of
+from pgprune_cli.model.loading import check_prunable
+from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.contradictions import refuse_contradictions
 from pgprune_cli.recipe.schema import Bos, Recipe
 from pgprune_cli.recipe.strict_yaml import to_yaml
@@ -114,6 +116,7 @@ def compare(
     variants, selected = variants_of(recipe), select_variants(recipe, only)
     for variant in selected:
         refuse_contradictions(variant.recipe, f"variant {variant.name}")
+    check_prunable(resolve(recipe.model, weights=False), recipe.units.families)  # all variants have the same
     conditions = EvaluationConditions.of(recipe, max_windows)  # fails before hours of search if a text is missing
     table: dict[str, Any] = {"model": recipe.model, "sparsity": recipe.budget.sparsity, "max_windows": max_windows}
     with locked(out):

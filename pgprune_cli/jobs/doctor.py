@@ -48,7 +48,7 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
         devices = devices_of(recipe.device)
         source = _local_source(recipe.model)
         if source is not None:
-            check_prunable(source)
+            check_prunable(source, recipe.units.families)
         weights = _local_weights(source) if source else _hub_weights(recipe.model)
     except UserError as error:
         yield finding("model", recipe.model, str(error))

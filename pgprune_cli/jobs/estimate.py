@@ -13,7 +13,8 @@ from pgprune_cli.estimate.matmul_rate import matmul_rate
 from pgprune_cli.estimate.memory import memory
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.model.devices import devices_of
-from pgprune_cli.model.loading import empty_model
+from pgprune_cli.model.loading import check_prunable, empty_model
+from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.search.texts import calibration_forward_passes, empty_text, repair_batches, scoring_batches
 
@@ -30,6 +31,7 @@ def estimate(recipe: Recipe, *, progress: Progress = SILENT) -> dict[str, Any]:
     Raises UserError for a model whose config is not available or cannot be pruned, and for a missing device.
     """
     devices = devices_of(recipe.device)
+    check_prunable(resolve(recipe.model, weights=False), recipe.units.families)
     sizes = Sizes(empty_model(recipe.model, recipe.dtype, recipe.weight_format), recipe)
     text = empty_text(recipe)
     step = text.search[: recipe.calibration.batch]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.distributed import Ranks
-from pgprune_cli.model.loading import load_prunable
+from pgprune_cli.model.loading import check_prunable, load_prunable
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.lock import locked
@@ -21,6 +21,7 @@ def init_scores(recipe: Recipe, run: Path, *, progress: Progress = SILENT) -> Sc
     """Score the recipe's model with its metric and write the scores into `run`. Raises UserError, RunError."""
     with locked(run):
         source = resolve(recipe.model)
+        check_prunable(source, recipe.units.families)
         batches = []
         if recipe.scores.metric in CALIBRATED:
             batches = scoring_batches(recipe, load_text(recipe, source, progress))

@@ -14,6 +14,7 @@ import torch
 from pgprune_cli.estimate.memory import memory
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.model.devices import devices_of
+from pgprune_cli.model.families import refuse_units
 from pgprune_cli.model.loading import check_prunable, empty_model
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import resolve
@@ -22,7 +23,7 @@ from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.recipe.settings import Setting, size_settings, yaml_lines
 from pgprune_cli.search.texts import empty_text, repair_batches, scoring_batches
 
-_SECTIONS = ("", "calibration", "budget", "scores", "search", "repair", "evaluation")
+_SECTIONS = ("", "calibration", "units", "budget", "scores", "search", "repair", "evaluation")
 
 BASE = "_base"
 """The shipped recipe that a new one extends."""
@@ -43,11 +44,13 @@ def new_recipe(
         Setting("model", model),
         dtype,
         *_text_settings(model, calibration),
+        *_units(empty),
         Setting("budget.sparsity", sparsity, "fraction of the prunable parameters to remove"),
         *size_settings(_parameters(empty), getattr(empty.config, "max_position_embeddings", None) or 2048),
     ]
     settings.sort(key=lambda setting: _SECTIONS.index(setting.key.rpartition(".")[0]))
     recipe = _load(settings, overrides)
+    refuse_units(empty.config.model_type, recipe.units.families)
     if weight_format := _weight_format(recipe, empty):
         settings.insert(2, weight_format)
         recipe = _load(settings, overrides)
@@ -77,6 +80,14 @@ def _text_settings(model: str, calibration: str | None) -> list[Setting]:
         return [Setting("calibration.corpus", "c4", "or a .txt, .jsonl or .parquet file with text like yours")]
     corpus = str(Path(calibration).expanduser().resolve()) if Path(calibration).expanduser().exists() else calibration
     return [Setting("calibration.corpus", corpus, "keep it apart from the text that you evaluate on")]
+
+
+def _units(model: PrunableModel) -> list[Setting]:
+    """Leave out the blocks whose units cannot be removed one by one."""
+    refusals = {block.name: model.family.refusal(model.config.model_type, block.name) for block in model.family.blocks}
+    kept = [name for name, reason in refusals.items() if not reason]
+    reasons = [reason.rstrip(".") for reason in refusals.values() if reason]
+    return [Setting("units.families", kept, reasons[0])] if reasons else []
 
 
 def _weight_format(recipe: Recipe, model: PrunableModel) -> Setting | None:

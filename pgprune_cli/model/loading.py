@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.devices import devices_needed, devices_of
-from pgprune_cli.model.families import family_of
+from pgprune_cli.model.families import model_type_of_gguf, refuse_units
 from pgprune_cli.model.gguf_header import read_header
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import quantize_projections
@@ -41,15 +42,21 @@ def read_config(source: Source) -> Any:
         raise UserError(f"{source.name}: its config cannot be used: {reason_of(error)}.") from error
 
 
-def check_prunable(source: Source) -> None:
-    """Raise UserError for a model that cannot be pruned. Reads no weights, and of a GGUF file only the header."""
+def check_prunable(source: Source, families: Sequence[str] = ()) -> None:
+    """Raise UserError for a model that cannot be pruned. Reads no weights, and of a GGUF file only the header.
+
+    families: of the units that are to be removed, as `units.families` has them.
+    """
     if source.gguf is not None:
-        check_gguf(source.name, source.directory / source.gguf)
+        path = source.directory / source.gguf
+        check_gguf(source.name, path)
+        refuse_units(model_type_of_gguf(read_header(path).architecture), families)
         return
     config = read_config(source)
-    family_of(config.model_type)
+    refuse_units(config.model_type, families)
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(f"{source.name}: holds quantised weights, which cannot be pruned. Prune the original model.")
+    PrunableModel.of(_build_empty(source, "auto"))
 
 
 def load_prunable(source: Source, dtype: str, device: str, weight_format: WeightFormat = "full") -> PrunableModel:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pgprune_cli.core.grid import NO_ELEMENTS, Grid, GridCost, Partition, one_unit_per_group, unit_costs, unit_count
 from pgprune_cli.core.space import BLOCKS_OF, WHOLE_FAMILIES, Family, MaskSpace
 from pgprune_cli.model.families import family_of
-from pgprune_cli.model.families.adapter import Block, ModelFamily, UnitTensor
+from pgprune_cli.model.families.adapter import Block, ModelFamily, UnitTensor, tensor_shape
+from pgprune_cli.model.families.layout import check_layout
 from pgprune_cli.model.masks import LayerMask, ModelMask
 
 BlockCosts = Mapping[str, tuple[GridCost, ...]]
@@ -153,7 +154,10 @@ class PrunableModel:
 
     @classmethod
     def of(cls, module: nn.Module) -> PrunableModel:
-        """Find the parts of a transformers causal model. Raises UserError for a family that is not supported."""
+        """Find the parts of a transformers causal model.
+
+        Raises UserError for a family that is not supported, or layers that its adapter does not describe.
+        """
         causal: Any = module
         family = family_of(causal.config.model_type)
         layers = module.get_submodule(family.layers)
@@ -162,6 +166,7 @@ class PrunableModel:
         assert isinstance(layers, nn.ModuleList)
         assert isinstance(embedding, nn.Embedding)
         assert isinstance(head, nn.Linear)
+        check_layout(family, causal.config.model_type, list(layers))
         shape = Shape.of(family, list(layers))
         final_norm = module.get_submodule(family.final_norm)
         return cls(module, family, shape, layers, embedding, final_norm, head, causal.get_decoder())
@@ -200,15 +205,6 @@ def grid_cost(grid: Grid, module: nn.Module, tensors: Sequence[UnitTensor]) -> G
             else:
                 group += part.width * per_row
     return GridCost(element, group)
-
-
-def tensor_shape(module: nn.Module, name: str) -> torch.Size:
-    """Return the shape of a weight or bias of a block, which may be stored in 8 bits."""
-    path, _, key = name.rpartition(".")
-    owner = module.get_submodule(path)
-    if key == "weight" and isinstance(owner, nn.Linear):
-        return torch.Size((owner.out_features, owner.in_features))
-    return owner.get_parameter(key).shape
 
 
 def unit_tensors(model: PrunableModel) -> dict[str, UnitTensor]:

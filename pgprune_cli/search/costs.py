@@ -16,8 +16,8 @@ from pgprune_cli.core.grid import Grid, GridCost, first_elements
 from pgprune_cli.errors import UserError
 from pgprune_cli.forward.layerwise import LayerwiseRun, start_layerwise
 from pgprune_cli.forward.masked import shrunk_block
-from pgprune_cli.model.families.adapter import ModelFamily
-from pgprune_cli.model.prunable import BlockCosts, PrunableModel, grid_cost, tensor_shape
+from pgprune_cli.model.families.adapter import ModelFamily, tensor_shape
+from pgprune_cli.model.prunable import BlockCosts, PrunableModel, grid_cost
 from pgprune_cli.run.layout import COSTS_FILE
 from pgprune_cli.storage.records import read_record, write_record
 

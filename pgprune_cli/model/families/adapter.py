@@ -277,6 +277,15 @@ def _linear(module: nn.Module, path: str) -> nn.Linear:
     return linear
 
 
+def tensor_shape(module: nn.Module, name: str) -> torch.Size:
+    """Return the shape of a weight or bias of a block, which may be stored in 8 bits."""
+    path, _, key = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if key == "weight" and isinstance(owner, nn.Linear):
+        return torch.Size((owner.out_features, owner.in_features))
+    return owner.get_parameter(key).shape
+
+
 class KeptElements:
     """The elements that a regular mask keeps, as indices of the runs of any tensor. Each index is made once.
 

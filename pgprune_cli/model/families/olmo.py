@@ -16,9 +16,10 @@ class OlmoFamily(LlamaFamily):
     """The adapter of OLMo 2 and OLMo 3."""
 
     def refusal(self, model_type: str, block: str) -> str:
-        if block != self.attention.name:
+        if block == self.ffn.name:
             return ""
-        return f"the attention heads of {model_type} are normalised together, so that none can be removed alone."
+        fact = f"q and k of {model_type} are normalised over all heads together"
+        return f"{fact}, so removing a head would change the others."
 
     def unit_tensors(self, layer: nn.Module, block: Block) -> tuple[UnitTensor, ...]:
         tensors = super().unit_tensors(layer, block)

@@ -1,0 +1,50 @@
+"""Compares decoder layers with what their adapter describes, so that a layout that it does not know is not pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from pgprune_cli.errors import UserError
+from pgprune_cli.model.families.adapter import Block, ModelFamily, tensor_shape
+
+
+def check_layout(family: ModelFamily, model_type: str, layers: Sequence[nn.Module]) -> None:
+    """Raise UserError if a layer lacks what its adapter describes, or has weights that the adapter does not know."""
+    for index, layer in enumerate(layers):
+        if fault := _fault(family, layer):
+            known = " and ".join(f"{block.module} ({', '.join(block.projections)})" for block in family.blocks)
+            raise UserError(
+                f"layer {index} of this {model_type} {fault}. pgprune prunes layers that consist of {known}."
+            )
+
+
+def _fault(family: ModelFamily, layer: nn.Module) -> str:
+    """Return how a layer differs from what its adapter describes, "" if it does not."""
+    matrices: set[str] = set()
+    owners: list[str] = []
+    for block in family.blocks_of(layer):
+        try:
+            tensors = family.unit_tensors(layer, block)
+        except (AttributeError, AssertionError) as error:  # a module is missing, or is of another kind
+            return f"has another {block.module} ({error})"
+        if fault := _wrong_shape(layer, block, family):
+            return fault
+        matrices.update(f"{block.module}.{tensor.name}" for tensor in tensors)
+        owners += block.tensor_prefixes()
+    for name, weight in layer.named_parameters():
+        is_shared = weight.dim() < 2 and name.startswith(tuple(owners))  # norms, output biases
+        if name not in matrices and not is_shared:
+            return f"has the weight {name}, which is unknown"
+    return ""
+
+
+def _wrong_shape(layer: nn.Module, block: Block, family: ModelFamily) -> str:
+    """Return which tensor of a block has not as many rows as its adapter describes, "" if all have."""
+    module = layer.get_submodule(block.module)
+    for tensor in family.unit_tensors(layer, block):
+        found, rows = tensor_shape(module, tensor.name)[tensor.axis], sum(part.rows for part in tensor.parts)
+        if found != rows:
+            return f"has {found} rows in {block.module}.{tensor.name} instead of {rows}"
+    return ""
