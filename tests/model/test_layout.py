@@ -65,7 +65,9 @@ def olmo(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("metric", ["obs", "magnitude"])
 @pytest.mark.parametrize("job", [init_scores, search, compare])
-def test_heads_of_olmo_are_refused_before_any_weight_is_read(job, metric: str, olmo: Path, tmp_path: Path, small) -> None:
+def test_heads_of_olmo_are_refused_before_any_weight_is_read(
+    job, metric: str, olmo: Path, tmp_path: Path, small
+) -> None:
     recipe = small(f"model={olmo}", f"scores.metric={metric}")
     with refused("units.families", "olmo2", "all heads together", "[ffn]"):
         job(recipe, tmp_path / "run")
