@@ -78,7 +78,8 @@ def _layers_to_copy(types: Sequence[str] | None, surgery: Surgery) -> list[int]:
     """
     layers = surgery.shapes.layers
     with_heads = [layer for layer in layers if surgery.shapes.written[layer].attention.any()] or [0]
-    not_linear = (layer for layer in with_heads if types is None or types[layer] != "linear_attention")
+    candidates = (*with_heads, *range(surgery.shapes.dense.layers))
+    not_linear = (layer for layer in candidates if types is None or types[layer] != "linear_attention")
     shared = next(not_linear, with_heads[0])
     return [layer if layer in with_heads else shared for layer in layers]
 

@@ -111,14 +111,20 @@ class PrunedConfig:
 
 
 class Nothing(nn.Module):
-    """Runs in place of a removed block: adds nothing to the residual stream. pair: the block returns two values."""
+    """Runs in place of a removed block: adds nothing to the residual stream.
 
-    def __init__(self, pair: bool) -> None:
+    pair: the block returns two values; slot: where it counts the tokens in the cache, if no other block does.
+    """
+
+    def __init__(self, pair: bool, slot: int | None = None) -> None:
         super().__init__()
-        self.pair = pair
+        self.pair, self.slot = pair, slot
 
-    def forward(self, hidden_states: torch.Tensor, *_, **__):
+    def forward(self, hidden_states: torch.Tensor, *_, **kwargs):
         zeros = torch.zeros_like(hidden_states)
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # its name depends on the version of transformers
+        if self.slot is not None and cache is not None:
+            cache.update(zeros[:, None, :, :1], zeros[:, None, :, :1], self.slot)
         return (zeros, None) if self.pair else zeros
 
 
@@ -186,6 +192,9 @@ class PrunedModel(Pruned):
             if block is not None and kind not in filled:
                 filled.add(kind)
                 block.layer_idx = kinds.index(kind)
+        if filled == {"linear_attention"} != set(kinds):  # such layers do not count tokens
+            slot = next(index for index, kind in enumerate(kinds) if kind not in filled)
+            self.layers[slot].self_attn = Nothing(pair=True, slot=slot)
 
 
 class PrunedForCausalLM(Pruned):

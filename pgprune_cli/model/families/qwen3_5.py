@@ -93,7 +93,8 @@ class Qwen35Family(LlamaFamily):
         return 3 * hidden + 6 * sum(inner)  # TODO measured
 
     def recurrent_config(self, config: Any, groups: int) -> dict[str, int]:
-        per_key_head = config.linear_num_value_heads // config.linear_num_key_heads
+        dense = config.to_dict()  # the attributes of a pruned model's config are those of its layers
+        per_key_head = dense["linear_num_value_heads"] // dense["linear_num_key_heads"]
         return {"linear_num_key_heads": groups, "linear_num_value_heads": groups * per_key_head}
 
 
