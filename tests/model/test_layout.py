@@ -18,11 +18,14 @@ from pgprune_cli.jobs.new_recipe import new_recipe
 from pgprune_cli.jobs.search import search
 from pgprune_cli.model.families.layout import check_layout
 from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.model.quantized import quantize_projections
 
 
 def test_layers_of_every_family_are_what_its_adapter_describes(architecture: str) -> None:
     model = tiny_model(architecture)
     prunable = PrunableModel.of(model)
+    check_layout(prunable.family, model.config.model_type, list(prunable.layers))
+    quantize_projections(model, "int8")
     check_layout(prunable.family, model.config.model_type, list(prunable.layers))
 
 

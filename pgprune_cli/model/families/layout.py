@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.families.adapter import Block, ModelFamily, tensor_shape
+from pgprune_cli.model.families.adapter import Block, ModelFamily, UnitTensor, tensor_shape
 
 
 def check_layout(family: ModelFamily, model_type: str, layers: Sequence[nn.Module]) -> None:
@@ -22,28 +22,27 @@ def check_layout(family: ModelFamily, model_type: str, layers: Sequence[nn.Modul
 
 def _fault(family: ModelFamily, layer: nn.Module) -> str:
     """Return how a layer differs from what its adapter describes, "" if it does not."""
-    matrices: set[str] = set()
-    owners: list[str] = []
+    known: set[str] = set()
+    blocks: list[str] = []
     for block in family.blocks_of(layer):
         try:
             tensors = family.unit_tensors(layer, block)
         except (AttributeError, AssertionError) as error:  # a module is missing, or is of another kind
             return f"has another {block.module} ({error})"
-        if fault := _wrong_shape(layer, block, family):
+        if fault := _wrong_shape(layer.get_submodule(block.module), block, tensors):
             return fault
-        matrices.update(f"{block.module}.{tensor.name}" for tensor in tensors)
-        owners += block.tensor_prefixes()
+        known.update(f"{block.module}.{tensor.name}".rpartition(".")[0] for tensor in tensors)
+        blocks += block.tensor_prefixes()
     for name, weight in layer.named_parameters():
-        is_shared = weight.dim() < 2 and name.startswith(tuple(owners))  # norms, output biases
-        if name not in matrices and not is_shared:
+        is_shared = weight.dim() < 2 and name.startswith(tuple(blocks))  # a norm, for example
+        if name.rpartition(".")[0] not in known and not is_shared:
             return f"has the weight {name}, which is unknown"
     return ""
 
 
-def _wrong_shape(layer: nn.Module, block: Block, family: ModelFamily) -> str:
+def _wrong_shape(module: nn.Module, block: Block, tensors: Sequence[UnitTensor]) -> str:
     """Return which tensor of a block has not as many rows as its adapter describes, "" if all have."""
-    module = layer.get_submodule(block.module)
-    for tensor in family.unit_tensors(layer, block):
+    for tensor in tensors:
         found, rows = tensor_shape(module, tensor.name)[tensor.axis], sum(part.rows for part in tensor.parts)
         if found != rows:
             return f"has {found} rows in {block.module}.{tensor.name} instead of {rows}"
