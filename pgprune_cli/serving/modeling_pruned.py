@@ -59,6 +59,7 @@ DENSE = {
     "granite": Family("granite", "Granite"),
     "ministral3": Family("ministral3", "Ministral3"),
     "phi3": Family("phi3", "Phi3"),
+    "gemma": Family("gemma", "Gemma"),
     "gemma2": Family("gemma2", "Gemma2", AROUND),
     "gemma3_text": Family("gemma3", "Gemma3", AROUND, text="Text"),
     "olmo2": Family("olmo2", "Olmo2", AFTER),

@@ -19,6 +19,7 @@ ARCHITECTURES = (
     "ministral3",
     "olmo2",
     "olmo3",
+    "gemma",
     "gemma2",
     "gemma3_text",
     "phi3",
@@ -101,6 +102,8 @@ def _new_config(architecture: str, sizes: dict):
         case "phi3":
             rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
             return tf.Phi3Config(**sizes, rope_parameters=rope, sliding_window=16)
+        case "gemma":
+            return tf.GemmaConfig(**tied)
         case "gemma2":  # its layers alternate between sliding and full attention
             return tf.Gemma2Config(**tied, query_pre_attn_scalar=8, sliding_window=16)
         case "gemma3_text":

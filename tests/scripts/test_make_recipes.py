@@ -14,7 +14,7 @@ from pgprune_cli.recipe.reader import find, load, name_of, shipped, shipped_fold
 
 make_recipes = script_module("make_recipes")
 
-AWAITED = {"mistral3", "mixtral", "qwen3_moe", "gemma3_text", "gemma3", "phi3", "olmo2", "gpt_oss"}
+AWAITED = {"mistral3", "mixtral", "qwen3_moe", "gemma3", "olmo2", "gpt_oss"}
 """Model types whose adapters are being written. Empty this set once they are there."""
 
 

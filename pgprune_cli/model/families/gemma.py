@@ -1,4 +1,4 @@
-"""Gemma 2 and Gemma 3 (text): a norm before and a norm after each block, and logits that may be soft-capped."""
+"""Gemma, Gemma 2 and Gemma 3 (text). Since Gemma 2, blocks also have a norm after them, and logits can be capped."""
 
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ from pgprune_cli.model.families.llama import ATTENTION, FFN, LlamaFamily
 
 
 class GemmaFamily(LlamaFamily):
-    """The adapter of the Gemmas. The norms of Gemma 3's queries and keys have one weight per channel of a head."""
+    """The adapter of Gemma, a Llama with other norms and scaled embeddings."""
 
     def norm_weight(self, norm: nn.Module) -> Tensor:
         return 1.0 + norm.get_parameter("weight")
+
+
+class Gemma2Family(GemmaFamily):
+    """The adapter of Gemma 2 and Gemma 3. The norms of Gemma 3's queries and keys are shared by all heads."""
 
     def finish_logits(self, config: Any, logits: Tensor) -> Tensor:
         cap = config.final_logit_softcapping
@@ -32,7 +36,8 @@ class GemmaFamily(LlamaFamily):
         return sizes if config.hidden_size % sizes["num_attention_heads"] == 0 else None
 
 
-GEMMA = GemmaFamily(
+GEMMA = GemmaFamily(model_types=("gemma",), gguf={"gemma": GgufArchitectures("gemma", None)}, bos_types=("gemma",))
+GEMMA2 = Gemma2Family(
     model_types=("gemma2", "gemma3_text"),
     attention=replace(
         ATTENTION, norms=("input_layernorm", "post_attention_layernorm"), post_norm="post_attention_layernorm"
