@@ -58,6 +58,7 @@ check: $(BIN)/.dev
 	$(BIN)/python scripts/make_recipes.py --check
 	$(BIN)/python scripts/draw_imports.py --check
 	$(BIN)/python scripts/draw_method.py --check
+	$(BIN)/python scripts/support_matrix.py --check
 
 references: $(BIN)/.docs
 	$(BIN)/python scripts/write_cli_reference.py
@@ -65,6 +66,7 @@ references: $(BIN)/.docs
 	$(BIN)/python scripts/make_recipes.py
 	$(BIN)/python scripts/draw_method.py
 	$(BIN)/python scripts/draw_imports.py
+	$(BIN)/python scripts/support_matrix.py
 
 docs: references
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -29,7 +29,9 @@ def test_write_or_check_writes_pages_and_check_reports_stale_ones(tmp_path: Path
     assert (first.read_text(), second.read_text()) == ("1", "2")
 
 
-@pytest.mark.parametrize("script", ["write_cli_reference", "write_recipe_reference", "draw_method", "draw_imports"])
+@pytest.mark.parametrize(
+    "script", ["write_cli_reference", "write_recipe_reference", "draw_method", "draw_imports", "support_matrix"]
+)
 def test_generated_files_are_up_to_date(script: str) -> None:
     done = subprocess.run([sys.executable, ROOT / f"scripts/{script}.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -43,5 +45,5 @@ def test_make_docs_installs_only_the_docs_extra(tmp_path: Path) -> None:
     )
     assert '-e ".[docs]"' in planned.stdout
     assert "[dev]" not in planned.stdout
-    for script in ("write_cli_reference", "write_recipe_reference", "draw_method", "draw_imports"):
+    for script in ("write_cli_reference", "write_recipe_reference", "draw_method", "draw_imports", "support_matrix"):
         assert f"scripts/{script}.py" in planned.stdout
