@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 import torch
 from helpers import llamacpp
-from helpers.exports import DECISIONS, decide, draw, masked
-from helpers.masks import LAYERS
+from helpers.exports import DECISIONS, decide
+from helpers.masks import KV_HEADS, LAYERS, draw, masked
 from helpers.messages import refused
 from helpers.models import TEXT, VOCABULARY, save_tokenizer, tiny_config, tiny_model
 
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.export import gguf as writer
-from pgprune_cli.export.gguf_layout import REQUIREMENTS
 from pgprune_cli.export.plan import Options
-from pgprune_cli.export.shapes import ShapeRequirements, runtime_shapes
+from pgprune_cli.export.shapes import ShapeRequirements
 from pgprune_cli.model.loading import load_model, load_tokenizer
 from pgprune_cli.model.masks import LayerMask, Output
 from pgprune_cli.model.source import resolve
@@ -62,7 +61,8 @@ def export(
 @pytest.fixture
 def multiples_of_8(monkeypatch):
     """Lower the multiple of FFN channels to 8, so that the 24 of the tiny models leave a choice."""
-    monkeypatch.setattr(writer, "REQUIREMENTS", dataclasses.replace(REQUIREMENTS, pad_ffn=8))
+    requirements = ShapeRequirements("first", "every", pad_ffn=8)
+    monkeypatch.setattr(writer, "requirements_of", lambda family, model_type: requirements)
 
 
 def values(path: Path) -> dict[str, torch.Tensor]:
@@ -91,19 +91,19 @@ def halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
 @pytest.mark.parametrize("architecture", DIFFERING)
 def test_tensors_are_those_of_the_masked_dense_model(architecture, name, tmp_path, multiples_of_8):
     model = saved(architecture, tmp_path / "base")
-    model_mask = draw(DECISIONS[name])
+    model_mask = draw(model, DECISIONS[name])
     planned = export(tmp_path / "base", tmp_path / "out.gguf", model_mask, "float32")
     tensors, meta = values(tmp_path / "out.gguf"), fields(tmp_path / "out.gguf")
     dense, config = model.state_dict(), model.config
-    queries = config.num_attention_heads // config.num_key_value_heads
 
     kept = [index for index, layer in enumerate(model_mask) if layer.attention.any() or layer.ffn.any()]
-    kv_heads = [int(model_mask[index].attention.sum()) for index in kept]
-    kv_heads[0] = max(kv_heads[0], 1)
+    heads = [int(planned.shapes.written[index].attention.sum()) for index in kept]
+    kv_heads = [int(kv_mask(planned.shapes.written[index].attention).sum()) for index in kept]
+    assert kv_heads[0] and kv_heads[1:] == [int(kv_mask(model_mask[index].attention).sum()) for index in kept[1:]]
     assert meta["general.architecture"] == "deci" == planned.model_type and not planned.stock
     assert meta["deci.block_count"] == len(kept) == len(planned.shapes.layers)
     assert meta["deci.attention.head_count_kv"] == kv_heads
-    assert meta["deci.attention.head_count"] == [count * queries for count in kv_heads]
+    assert meta["deci.attention.head_count"] == heads
     assert meta["deci.feed_forward_length"] == [-(-max(int(model_mask[i].ffn.sum()), 1) // 8) * 8 for i in kept]
 
     expected = {
@@ -113,21 +113,22 @@ def test_tensors_are_those_of_the_masked_dense_model(architecture, name, tmp_pat
     if not config.tie_word_embeddings:
         expected["output.weight"] = dense["lm_head.weight"]
     for number, index in enumerate(kept):
-        expected |= layer_by_hand(
-            dense, index, number, model_mask[index], planned.shapes.written[index], queries, config
-        )
-    for number, count in enumerate(kv_heads):
-        for key, heads in (("attn_q", count * queries), ("attn_k", count)):
+        expected |= layer_by_hand(dense, index, number, model_mask[index], planned.shapes.written[index], config)
+    for number, counts in enumerate(zip(heads, kv_heads, strict=True)):
+        for key, count in zip(("attn_q", "attn_k"), counts, strict=True):
             for kind in ("weight", "bias"):
-                if (name := f"blk.{number}.{key}.{kind}") in tensors and heads:
-                    tensors[name] = halves(tensors[name], heads)
+                if (name := f"blk.{number}.{key}.{kind}") in tensors and count:
+                    tensors[name] = halves(tensors[name], count)
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensors[key], value) for key, value in expected.items())
 
 
-def layer_by_hand(
-    dense, index, number, kept: LayerMask, written: LayerMask, queries, config
-) -> dict[str, torch.Tensor]:
+def kv_mask(query_heads: torch.Tensor) -> torch.Tensor:
+    """Return which KV heads have a query head in a mask of query heads."""
+    return query_heads.view(KV_HEADS, -1).any(1)
+
+
+def layer_by_hand(dense, index, number, kept: LayerMask, written: LayerMask, config) -> dict[str, torch.Tensor]:
     """Return the tensors that the file should have for one layer, with the rows of q and k in transformers' order.
 
     Padding has the rows of the base model, and zeros in the output columns.
@@ -142,15 +143,15 @@ def layer_by_hand(
             continue
         name, gguf_name = f"{base}.{block}", "attn" if block == "self_attn" else "ffn"
         result[f"{gguf_name}_norm.weight"] = dense[f"{base}.{norm}.weight"]
-        width = {"q": size * queries, "k": size, "v": size, "o": size * queries}
+        width = size if block == "self_attn" else 1
         for key in inputs:
+            rows = (kv_mask(mask) if key in ("k", "v") else mask).repeat_interleave(width)
             for kind in ("weight", "bias"):
                 if (full := f"{name}.{key}_proj.{kind}") in dense:
-                    result[f"{gguf_name}_{key}.{kind}"] = dense[full][mask.repeat_interleave(width.get(key, 1))]
-        columns = mask.repeat_interleave(width.get(output, 1))
-        weight = dense[f"{name}.{output}_proj.weight"] * used_mask.repeat_interleave(width.get(output, 1))
+                    result[f"{gguf_name}_{key}.{kind}"] = dense[full][rows]
+        weight = dense[f"{name}.{output}_proj.weight"] * used_mask.repeat_interleave(width)
         written_output = f"{gguf_name}_{'output' if output == 'o' else output}"
-        result[f"{written_output}.weight"] = weight[:, columns]
+        result[f"{written_output}.weight"] = weight[:, mask.repeat_interleave(width)]
         if (full := f"{name}.{output}_proj.bias") in dense:
             result[f"{written_output}.bias"] = dense[full] * used_mask.any()
     return {f"blk.{number}.{name}": tensor for name, tensor in result.items()}
@@ -162,12 +163,10 @@ def test_channels_are_padded_to_the_blocks_of_q8_0_and_to_the_users_multiple(tmp
     torch.manual_seed(0)
     config = tiny_config("llama-gqa")
     config.intermediate_size = 80
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "base")
     save_tokenizer(tmp_path / "base")
-    kept = [(1, 5), (3, 33), (0, 70), (4, 0)]
-    model_mask = tuple(
-        LayerMask(torch.arange(4) < kv_heads, torch.arange(80) < channels) for kv_heads, channels in kept
-    )
+    model_mask = draw(model, [((1, 2), (1, 5)), ((3, 2), (1, 33)), (0, (1, 70)), ((4, 2), 0)])
     export(tmp_path / "base", tmp_path / "out.gguf", model_mask, "q8_0")
     meta = fields(tmp_path / "out.gguf")
     assert meta["deci.feed_forward_length"] == [32, 64, 80, 32]
@@ -177,13 +176,13 @@ def test_channels_are_padded_to_the_blocks_of_q8_0_and_to_the_users_multiple(tmp
     requirements = ShapeRequirements("every", pad_kv_heads=2, pad_ffn=48)
     planned = export(tmp_path / "base", tmp_path / "wide.gguf", model_mask, requirements=requirements)
     assert fields(tmp_path / "wide.gguf")["deci.feed_forward_length"] == [80] * 4
-    assert planned.shapes.sizes() == [{"attention": kv_heads, "ffn": 80} for kv_heads in (2, 4, 2, 4)]
-    assert planned.shapes.sizes() == runtime_shapes(model_mask, ShapeRequirements("every", "every", 2, 96)).sizes()
+    expected = [((2, 2), 80), ((4, 2), 80), ((2, 1), 80), ((4, 2), 80)]
+    assert planned.shapes.sizes() == [{"attention": heads, "ffn": (1, channels)} for heads, channels in expected]
 
 
 def test_metadata_describes_the_model_and_its_origin(tmp_path):
-    saved("mistral", tmp_path / "base")
-    model_mask = draw(DECISIONS["mixed sizes"])
+    model = saved("mistral", tmp_path / "base")
+    model_mask = draw(model, DECISIONS["mixed sizes"])
     measured = {"perplexity": [{"corpus": "wikitext2", "ppl": 12.5}]}
     out = tmp_path / "new" / "small.gguf"
     planned = export(tmp_path / "base", out, model_mask, measured=measured)
@@ -197,7 +196,7 @@ def test_metadata_describes_the_model_and_its_origin(tmp_path):
     assert meta["deci.embedding_length"] == 32
     assert meta["deci.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
     assert meta["pgprune.recipe"] == "dtype: float32"
-    assert meta["pgprune.kept.kv_heads"] == [4, 3, 1, 2]
+    assert meta["pgprune.kept.query_heads"] == [8, 3, 2, 4]
     assert json.loads(meta["pgprune.evaluation"]) == measured
     assert planned.bytes == out.stat().st_size
     assert planned.parameters_after < planned.parameters_before
@@ -207,8 +206,8 @@ def test_metadata_describes_the_model_and_its_origin(tmp_path):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "q8_0"])
 def test_matrices_have_the_requested_dtype_and_vectors_float32(dtype, tmp_path):
     """A matrix whose rows the blocks of q8_0 do not divide is float16."""
-    saved("llama-biased", tmp_path / "base")
-    model_mask = draw(DECISIONS["mixed sizes"])
+    model = saved("llama-biased", tmp_path / "base")
+    model_mask = draw(model, DECISIONS["mixed sizes"])
     export(tmp_path / "base", tmp_path / "exact.gguf", model_mask, "float32")
     export(tmp_path / "base", tmp_path / "out.gguf", model_mask, dtype)
     requested = {"float16": "F16", "bfloat16": "BF16", "q8_0": "Q8_0"}[dtype]
@@ -225,9 +224,9 @@ def test_matrices_have_the_requested_dtype_and_vectors_float32(dtype, tmp_path):
 
 
 def test_the_default_dtype_is_that_of_the_base_model(tmp_path):
-    saved("llama-gqa", tmp_path / "base")
+    model = saved("llama-gqa", tmp_path / "base")
     tiny_model("llama-gqa").to(torch.bfloat16).save_pretrained(tmp_path / "base")
-    export(tmp_path / "base", tmp_path / "out.gguf", draw(ALIKE))
+    export(tmp_path / "base", tmp_path / "out.gguf", draw(model, ALIKE))
     kinds = {t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "out.gguf").tensors if len(t.shape) > 1}
     assert kinds == {"BF16"}
 
@@ -237,7 +236,7 @@ def test_values_beyond_float16_are_refused_and_leave_nothing_behind(tmp_path):
     model.model.layers[3].mlp.up_proj.weight[:] = 1e5
     model.save_pretrained(tmp_path / "base")
     with refused("blk.3.ffn_up.weight: ", "1e+05", "float16", "6.55e+04"):
-        export(tmp_path / "base", tmp_path / "out.gguf", draw(ALIKE), "float16")
+        export(tmp_path / "base", tmp_path / "out.gguf", draw(model, ALIKE), "float16")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
@@ -245,8 +244,8 @@ def test_values_beyond_float16_are_refused_and_leave_nothing_behind(tmp_path):
     ("architecture", "stock"), [("llama-biased", "llama"), ("mistral", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3")]
 )
 def test_layers_of_equal_sizes_make_a_stock_file(architecture, stock, tmp_path):
-    saved(architecture, tmp_path / "base")
-    planned = export(tmp_path / "base", tmp_path / "out.gguf", draw(ALIKE))
+    model = saved(architecture, tmp_path / "base")
+    planned = export(tmp_path / "base", tmp_path / "out.gguf", draw(model, ALIKE))
     meta = fields(tmp_path / "out.gguf")
     assert (meta["general.architecture"], planned.stock) == (stock, True)
     assert meta[f"{stock}.attention.head_count"] == 4
@@ -256,12 +255,12 @@ def test_layers_of_equal_sizes_make_a_stock_file(architecture, stock, tmp_path):
 def test_a_gguf_base_model_gives_the_same_file(tmp_path):
     """transformers reads a stock file as the model that was exported."""
     model = saved("llama-mha", tmp_path / "base")
-    export(tmp_path / "base", tmp_path / "dense.gguf", draw([(4, 24)] * LAYERS))
+    export(tmp_path / "base", tmp_path / "dense.gguf", draw(model, [(4, 24)] * LAYERS))
     tokens = torch.randint(VOCABULARY, (2, 20))
     read = load_model(resolve(str(tmp_path / "dense.gguf")), "float32", "cpu")
     torch.testing.assert_close(read(tokens).logits, model(tokens).logits)
 
-    model_mask = draw(DECISIONS["no heads in the first layer"])
+    model_mask = draw(model, DECISIONS["no heads in the first layer"])
     export(tmp_path / "base", tmp_path / "direct.gguf", model_mask)
     export(tmp_path / "dense.gguf", tmp_path / "again.gguf", model_mask)
     direct, again = values(tmp_path / "direct.gguf"), values(tmp_path / "again.gguf")
@@ -274,7 +273,7 @@ def test_a_sharded_base_model_gives_the_same_tensors(tmp_path):
     model = saved("llama-biased", tmp_path / "base")
     model.save_pretrained(tmp_path / "sharded", max_shard_size="6KB")
     save_tokenizer(tmp_path / "sharded")
-    model_mask = draw(DECISIONS["two layers removed, among them the first"])
+    model_mask = draw(model, DECISIONS["two layers removed, among them the first"])
     export(tmp_path / "base", tmp_path / "one.gguf", model_mask)
     written_bytes: list[int] = []
     planned = writer.plan(resolve(str(tmp_path / "sharded")), decide(tmp_path / "sharded", model_mask), Options())
@@ -286,9 +285,9 @@ def test_a_sharded_base_model_gives_the_same_tensors(tmp_path):
 
 
 def test_the_tokenizer_and_its_chat_template_are_converted(tmp_path):
-    saved("llama-gqa", tmp_path / "base", vocab_size=VOCABULARY)
+    model = saved("llama-gqa", tmp_path / "base", vocab_size=VOCABULARY)
     save_tokenizer(tmp_path / "base", VOCABULARY - 3, chat_template="{{ messages[0].content }}")
-    export(tmp_path / "base", tmp_path / "out.gguf", draw(ALIKE))
+    export(tmp_path / "base", tmp_path / "out.gguf", draw(model, ALIKE))
     meta, tokenizer = fields(tmp_path / "out.gguf"), load_tokenizer(resolve(str(tmp_path / "base")))
     tokens = [*tokenizer.convert_ids_to_tokens(range(VOCABULARY - 3)), "[PAD93]", "[PAD94]", "[PAD95]"]
     assert meta["tokenizer.ggml.model"] == "gpt2" and meta["tokenizer.ggml.pre"] == "gpt-2"
@@ -305,8 +304,8 @@ UNEQUAL = DECISIONS["mixed sizes"]
 @pytest.mark.parametrize(
     ("architecture", "counts", "changes", "facts"),
     [
-        ("qwen3", UNEQUAL, {}, ("qwen3", "different sizes", "--format hf")),
-        ("llama-gqa", UNEQUAL, {"hidden_act": "gelu"}, ("deci", "SiLU", "gelu")),
+        ("qwen3", UNEQUAL, {"tie_word_embeddings": False}, ("openelm", "output matrix", "budget.scope: per-layer")),
+        ("llama-gqa", UNEQUAL, {"hidden_act": "gelu"}, ("deci", "silu", "gelu")),
         (
             "llama-gqa",
             UNEQUAL,
@@ -314,29 +313,29 @@ UNEQUAL = DECISIONS["mixed sizes"]
             ("deci", "rope_parameters of type dynamic"),
         ),
         (
-            "qwen2",
+            "qwen3",
             ALIKE,
             {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}},
-            ("qwen2", "rope_parameters of type linear"),
+            ("qwen3", "openelm", "rope_parameters of type linear"),
         ),
         ("llama-gqa", [(0, 0)] * LAYERS, {}, ("keeps no units",)),
     ],
-    ids=["qwen3-unequal", "gelu", "dynamic-rope", "qwen2-linear-rope", "nothing-kept"],
+    ids=["untied-qwen3-unequal", "gelu", "dynamic-rope", "qwen3-linear-rope", "nothing-kept"],
 )
 def test_a_model_that_gguf_cannot_hold_is_refused_before_writing(architecture, counts, changes, facts, tmp_path):
-    saved(architecture, tmp_path / "base", **changes)
+    model = saved(architecture, tmp_path / "base", **changes)
     with refused(*facts):
-        export(tmp_path / "base", tmp_path / "new" / "out.gguf", draw(counts))
+        export(tmp_path / "base", tmp_path / "new" / "out.gguf", draw(model, counts))
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_a_qwen3_with_fitted_biases_is_refused(tmp_path):
-    saved("qwen3", tmp_path / "base")
+    model = saved("qwen3", tmp_path / "base")
     decision = dataclasses.replace(
-        decide(tmp_path / "base", draw(ALIKE)), outputs={(1, "ffn"): Output(torch.zeros(32, 6), torch.zeros(32))}
+        decide(tmp_path / "base", draw(model, ALIKE)), outputs={(1, "ffn"): Output(torch.zeros(32, 6), torch.zeros(32))}
     )
     with refused("qwen3", "output biases", "--format hf"):
-        export(tmp_path / "base", tmp_path / "out.gguf", draw(ALIKE), decision=decision)
+        export(tmp_path / "base", tmp_path / "out.gguf", draw(model, ALIKE), decision=decision)
 
 
 def unsupported_tokenizers():
@@ -360,17 +359,17 @@ def test_a_tokenizer_that_llama_cpp_does_not_support_is_refused_before_writing(t
     from transformers import PreTrainedTokenizerFast
 
     base = tmp_path / "base"
-    saved("llama-gqa", base)
+    model = saved("llama-gqa", base)
     for tokenizer, facts in unsupported_tokenizers():
         PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(base)
         with refused(str(base), *facts):
-            export(base, tmp_path / "new" / "out.gguf", draw(UNEQUAL))
+            export(base, tmp_path / "new" / "out.gguf", draw(model, UNEQUAL))
         assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_existing_files_other_models_and_full_disks_are_refused(tmp_path, monkeypatch):
-    saved("llama-gqa", tmp_path / "base")
-    model_mask = draw(ALIKE)
+    model = saved("llama-gqa", tmp_path / "base")
+    model_mask = draw(model, ALIKE)
     (tmp_path / "there.gguf").touch()
     with refused(f"{tmp_path / 'there.gguf'}: already exists"):
         export(tmp_path / "base", tmp_path / "there.gguf", model_mask)
@@ -414,10 +413,10 @@ def test_llama_cpp_has_the_outputs_of_the_masked_dense_model(architecture, tmp_p
     # texts longer than the Mistral's window of 16 are not supported in the file
     changes = {"sliding_window": 128} if architecture == "mistral" else {}
     model = saved(architecture, tmp_path / "base", **changes)
-    decisions = {"alike": ALIKE} | (DECISIONS if architecture in DIFFERING else {})
+    decisions = {"alike": ALIKE} | DECISIONS
     models, references = [], []
     for number, counts in enumerate(decisions.values()):
-        model_mask = draw(counts)
+        model_mask = draw(model, counts)
         models.append(tmp_path / f"{number}.gguf")
         export(tmp_path / "base", models[-1], model_mask)
         references.append(lambda model_mask=model_mask: masked(model, model_mask))
@@ -441,7 +440,7 @@ def test_llama_cpp_scales_rope_as_transformers_does(rope, tmp_path):
     plain = tiny_model("llama-gqa")
     tokens = torch.tensor([prompt()])
     assert not torch.allclose(model(tokens).logits, plain(tokens).logits, atol=1e-2), "the scaling matters"
-    model_mask = draw(DECISIONS["no heads in the first layer"])
+    model_mask = draw(model, DECISIONS["no heads in the first layer"])
     export(tmp_path / "base", tmp_path / "out.gguf", model_mask)
     compare([tmp_path / "out.gguf"], [lambda: masked(model, model_mask)], prompt())
 
@@ -455,7 +454,7 @@ def test_llama_cpp_adds_the_biases_fitted_by_a_repair(architecture, tmp_path):
     model = saved(architecture, tmp_path / "base")
     models, references = [], []
     for number, counts in enumerate((DECISIONS["two layers without heads, two without channels"], ALIKE)):
-        model_mask, outputs, repairs = draw(counts), {}, []
+        model_mask, outputs, repairs = draw(model, counts), {}, []
         generator = torch.Generator().manual_seed(number)
         for index, layer in enumerate(model_mask):
             for block, linear in (
@@ -565,11 +564,11 @@ def check_text(tmp_path: Path, savers: dict) -> None:
         model.save_pretrained(base)
         save(base)
         models.append(tmp_path / f"{name}.gguf")
-        export(base, models[-1], draw(ALIKE))
+        export(base, models[-1], draw(model, ALIKE))
         tokenizer = load_tokenizer(resolve(str(base)))
         ids = tokenizer(TEXT).input_ids
         forced.append(tokenizer.convert_tokens_to_ids("a"))
-        with torch.inference_mode(), masked(model, draw(ALIKE)):
+        with torch.inference_mode(), masked(model, draw(model, ALIKE)):
             references.append(model(torch.tensor([ids])).logits[0, -1].log_softmax(-1))
     assert len(set(forced)) == 1
     results = llamacpp.generate(models, TEXT, 1, 400, forced[0])
