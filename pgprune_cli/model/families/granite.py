@@ -18,4 +18,4 @@ class GraniteFamily(LlamaFamily):
         return logits.div_(config.logits_scaling)
 
 
-GRANITE = GraniteFamily(model_types=("granite",), gguf={"granite": GgufArchitectures("granite", None)})
+GRANITE = GraniteFamily(model_types=("granite",), gguf={"granite": GgufArchitectures("granite", "deci")})

@@ -155,6 +155,6 @@ LLAMA = LlamaFamily(
         "mistral": GgufArchitectures("llama", "deci"),
         "qwen2": GgufArchitectures("qwen2", "deci"),
         "qwen3": GgufArchitectures("qwen3", "openelm"),
-        "ministral3": GgufArchitectures("mistral3", None),
+        "ministral3": GgufArchitectures("mistral3", "deci"),
     },
 )

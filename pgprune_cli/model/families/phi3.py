@@ -51,5 +51,5 @@ PHI3 = Phi3Family(
     model_types=("phi3",),
     attention=replace(ATTENTION, projections=("qkv_proj", "o_proj")),
     ffn=replace(FFN, projections=("gate_up_proj", "down_proj")),
-    gguf={"phi3": GgufArchitectures("phi3", None)},
+    gguf={"phi3": GgufArchitectures("phi3", "deci")},
 )
