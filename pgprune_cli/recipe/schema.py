@@ -104,7 +104,8 @@ class CalibrationSettings:
 class UnitsSettings:
     """Which units are kept or removed as a whole."""
 
-    # `attention` (KV heads with their query heads) and `ffn` (FFN channels) are searched by width or by unit.
+    # `attention` (KV heads and query heads) and `ffn` (FFN channels, experts) are searched by width or by unit. A unit
+    # search removes KV heads with all their query heads.
     # `attention-block`, `ffn-block` and `layer` remove whole blocks or decoder layers and need `search.policy: units`.
     families: Annotated[tuple[Family, ...], _disjoint] = ("attention", "ffn")
 

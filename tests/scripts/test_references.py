@@ -11,6 +11,7 @@ import pytest
 from helpers.scripts import script_module
 
 ROOT = Path(__file__).parents[2]
+REFERENCES = ("write_cli_reference", "write_recipe_reference", "draw_method", "draw_imports", "support_matrix")
 
 
 def test_write_or_check_writes_pages_and_check_reports_stale_ones(tmp_path: Path, monkeypatch) -> None:
@@ -29,9 +30,7 @@ def test_write_or_check_writes_pages_and_check_reports_stale_ones(tmp_path: Path
     assert (first.read_text(), second.read_text()) == ("1", "2")
 
 
-@pytest.mark.parametrize(
-    "script", ["write_cli_reference", "write_recipe_reference", "draw_method", "draw_imports", "support_matrix"]
-)
+@pytest.mark.parametrize("script", REFERENCES)
 def test_generated_files_are_up_to_date(script: str) -> None:
     done = subprocess.run([sys.executable, ROOT / f"scripts/{script}.py", "--check"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -45,5 +44,5 @@ def test_make_docs_installs_only_the_docs_extra(tmp_path: Path) -> None:
     )
     assert '-e ".[docs]"' in planned.stdout
     assert "[dev]" not in planned.stdout
-    for script in ("write_cli_reference", "write_recipe_reference", "draw_method", "draw_imports", "support_matrix"):
+    for script in REFERENCES:
         assert f"scripts/{script}.py" in planned.stdout
