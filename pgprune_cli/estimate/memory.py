@@ -53,10 +53,11 @@ def memory(sizes: Sizes, texts: Texts) -> Memory:
     fitted = texts.fitting if fits else []
     table = table_bytes(sizes.model, sizes.partitions, sizes.multiples) if sizes.has_table and sizes.solves else 0
     largest = max((batch.numel() for batch in [*layerwise, *fitted]), default=0)
+    context = max(batch.shape[1] for batch in [*layerwise, *fitted, texts.step])
     solved = fits or sizes.statistic == "covariance"
     return Memory(
         weights=sum(parameter.nbytes for parameter in sizes.model.module.parameters()),
-        activations=max(layer_bytes(sizes, max(largest, texts.step.numel())), logit_bytes(sizes, texts.step)),
+        activations=max(layer_bytes(sizes, max(largest, texts.step.numel()), context), logit_bytes(sizes, texts.step)),
         slices=max(slice_bytes(sizes, block) for block in sizes.blocks),
         covariances=max(solving_bytes(sizes), observing_bytes(sizes, largest)) + unpacked_bytes(sizes) if solved else 0,
         gradients=backward_bytes(sizes, texts.scoring[0]) if sizes.statistic == "gradients" else 0,
@@ -66,16 +67,32 @@ def memory(sizes: Sizes, texts: Texts) -> Memory:
     )
 
 
-def layer_bytes(sizes: Sizes, tokens: int) -> int:
-    """Return the bytes of a forward pass through dense layers.
+def layer_bytes(sizes: Sizes, tokens: int, context: int) -> int:
+    """Return the bytes of a forward pass through dense layers, in windows of `context` tokens.
 
     That is what exists at the same time in the widest block, or while the inputs of an output projection are rounded to
     fp8 through float32.
     """
-    hidden, family = sizes.hidden, sizes.model.family
-    widths = [family.activation_width(block.block, hidden, block.inner, block.inputs) for block in sizes.blocks]
-    rounded = [(4 * hidden + block.inputs) * sizes.dtype.itemsize + 5 * block.inputs for block in sizes.blocks]
-    return tokens * max(max(widths) * sizes.dtype.itemsize, *(rounded if sizes.recipe.weight_format == "fp8" else [0]))
+    hidden, family, itemsize = sizes.hidden, sizes.model.family, sizes.dtype.itemsize
+    per_token = [
+        family.activation_width(block.block, hidden, block.inner, block.inputs) * itemsize
+        + score_bytes(sizes, block, context)
+        for block in sizes.blocks
+    ]
+    if sizes.recipe.weight_format == "fp8":
+        per_token += [(4 * hidden + block.inputs) * itemsize + 5 * block.inputs for block in sizes.blocks]
+    return tokens * max(per_token)
+
+
+def score_bytes(sizes: Sizes, block: BlockSizes, context: int) -> int:
+    """Return the bytes per token of attention scores that exist as a whole, as with soft-capping, 0 otherwise.
+
+    The softmax is float32, and so is its argument.
+    """
+    if block.block != sizes.model.family.attention or sizes.model.config._attn_implementation != "eager":
+        return 0
+    itemsize = sizes.dtype.itemsize
+    return block.elements * context * (2 * itemsize if itemsize == 4 else itemsize + 8)
 
 
 def logit_bytes(sizes: Sizes, tokens: Tensor) -> int:
@@ -123,4 +140,4 @@ def backward_bytes(sizes: Sizes, tokens: Tensor) -> int:
     """Return the bytes of a backward pass: gradients, activations of all layers, logits and their gradient."""
     weights = sum(block.nbytes for block in sizes.blocks)
     logits = tokens.numel() * sizes.vocabulary * (8 + sizes.dtype.itemsize)
-    return weights + sizes.layers * layer_bytes(sizes, tokens.numel()) + logits
+    return weights + sizes.layers * layer_bytes(sizes, tokens.numel(), tokens.shape[1]) + logits

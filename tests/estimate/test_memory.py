@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.medium import medium_model, medium_recipe, random_batches
 from helpers.memory import Allocations
+from helpers.models import tiny_config
 from torch import Tensor
 
 from pgprune_cli.estimate.memory import (
@@ -52,8 +53,24 @@ def test_what_a_dense_forward_allocates(shape: dict[str, int], weights: str, dty
         quantize_projections(model, weights)
     (tokens,) = random_batches(windows=4, length=64, batches=1)
     sizes = Sizes(PrunableModel.of(model), medium_recipe(f"weight_format={weights}"))
-    expected = max(layer_bytes(sizes, tokens.numel()), logit_bytes(sizes, tokens))
+    expected = max(layer_bytes(sizes, tokens.numel(), 64), logit_bytes(sizes, tokens))
     assert expected == pytest.approx(peak(lambda: summed_loss(model, tokens)), rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "phi3"])
+def test_dense_forward_of_other_families_allocates_what_is_estimated(architecture: str, dtype: torch.dtype) -> None:
+    """Gemma 2 soft-caps its attention scores, so that they exist as a whole. Phi-3 fuses projections."""
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(architecture)
+    for name, value in {"hidden_size": 64, "intermediate_size": 192, "vocab_size": 200}.items():
+        setattr(config, name, value)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    (tokens,) = random_batches(windows=4, length=64, batches=1)
+    sizes = Sizes(PrunableModel.of(model), medium_recipe())
+    expected = max(layer_bytes(sizes, tokens.numel(), 64), logit_bytes(sizes, tokens))
+    assert expected == pytest.approx(peak(lambda: summed_loss(model, tokens)), rel=0.1)
 
 
 @pytest.mark.parametrize("method", ["none", "least-squares"])
