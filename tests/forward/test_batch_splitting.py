@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from helpers.masks import keep_first
 from helpers.models import VOCABULARY, tiny_model
+from helpers.units import chain_units, ranks_of
 from torch import Tensor, nn
 
 from pgprune_cli.errors import RunError
@@ -16,7 +18,7 @@ from pgprune_cli.forward.curvature import output_curvature
 from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.moments import MomentCollector
 from pgprune_cli.model.families.llama import LLAMA
-from pgprune_cli.model.masks import LayerMask
+from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair.least_squares import repair
 from pgprune_cli.repair.width_table import solve_layers
@@ -53,11 +55,11 @@ def memory_to_observe(windows: int, monkeypatch: pytest.MonkeyPatch) -> Iterator
     """Inside, the products of observed inputs fail on more windows than this. Yields the windows of every call."""
     add, sizes = MomentCollector._add, []
 
-    def observed(self: MomentCollector, name: str, residual: Tensor, inputs: Tensor) -> None:
+    def observed(self: MomentCollector, name: str, residual: Tensor, inputs: Tensor, *rest: Tensor) -> None:
         sizes.append(len(inputs))
         if name == "ffn" and len(inputs) > windows:  # those of the attention have been added already
             raise torch.OutOfMemoryError("CUDA out of memory")
-        add(self, name, residual, inputs)
+        add(self, name, residual, inputs, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(MomentCollector, "_add", observed)
@@ -109,12 +111,8 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return [layer.mlp.act_fn for layer in model.model.layers]
 
 
-def half(model: nn.Module) -> tuple[LayerMask, ...]:
-    shape = PrunableModel.of(model).shape
-    return tuple(
-        LayerMask(torch.arange(kv_heads) % 2 < 1, torch.arange(channels) % 2 < 1)
-        for kv_heads, channels in zip(shape.units["attention"], shape.units["ffn"], strict=True)
-    )
+def half(model: nn.Module) -> ModelMask:
+    return keep_first(model, [((2, 2), 12)] * 4)
 
 
 def scores_by(metric: str) -> Callable[[nn.Module], list[Tensor]]:
@@ -122,15 +120,12 @@ def scores_by(metric: str) -> Callable[[nn.Module], list[Tensor]]:
 
 
 def table_of(model: nn.Module) -> list[Tensor]:
-    shape = PrunableModel.of(model).shape
-    scores = {
-        (index, name): torch.arange(count).double()
-        for name, counts in shape.units.items()
-        for index, count in enumerate(counts)
-    }
+    prunable = PrunableModel.of(model)
+    _, units = chain_units(prunable.shape)
+    ranks = ranks_of(prunable.shape, units)
     solved = [
         block
-        for _, blocks in solve_layers(PrunableModel.of(model), scores, text(), 1e-2, solve=True)
+        for _, blocks in solve_layers(prunable, ranks, units, text(), 1e-2, solve=True)
         for block in blocks.values()
     ]
     return [tensor for block in solved for tensor in (block.errors, *block.weights.values())]
@@ -196,7 +191,7 @@ def test_pass_that_fits_sums_each_batch_in_one_piece() -> None:
     model = tiny_model("llama-mha")
     collector = MomentCollector(LLAMA, [LLAMA.ffn])
     seen: list[tuple[Tensor, Tensor]] = []
-    names = (LLAMA.residual_norm, LLAMA.ffn.output_path)
+    names = (LLAMA.residual, LLAMA.ffn.output_path)
     start_layerwise(PrunableModel.of(model), text()).observe(
         0, {**collector.observers, names[::-1]: lambda x, r: seen.append((r, x))}
     )

@@ -31,7 +31,8 @@ def assert_layerwise_equals_forward(model: nn.Module) -> None:
             torch.testing.assert_close(run.hidden_states[place], states[index], rtol=1e-6, atol=1e-6)
         run.advance(index)
     for place, states in enumerate(expected):
-        torch.testing.assert_close(model.model.norm(run.hidden_states[place]), states[LAYERS], rtol=1e-6, atol=1e-6)
+        final = PrunableModel.of(model).final_norm(run.hidden_states[place])
+        torch.testing.assert_close(final, states[LAYERS], rtol=1e-6, atol=1e-6)
 
 
 def test_layerwise_run_equals_the_models_forward_pass(architecture: str) -> None:
@@ -61,7 +62,10 @@ def test_layers_with_sliding_windows_get_their_own_masks() -> None:
 def test_observers_get_the_inputs_of_every_batch(architecture: str) -> None:
     model = tiny_model(architecture)
     expected: list[Tensor] = []
-    handle = model.model.layers[2].mlp.down_proj.register_forward_pre_hook(lambda _, inputs: expected.append(inputs[0]))
+    prunable = PrunableModel.of(model)
+    path = prunable.family.ffn.output_path
+    output = prunable.layers[2].get_submodule(path)
+    handle = output.register_forward_pre_hook(lambda _, inputs: expected.append(inputs[0]))
     with torch.no_grad():
         for tokens in batches():
             model(input_ids=tokens)
@@ -70,8 +74,8 @@ def test_observers_get_the_inputs_of_every_batch(architecture: str) -> None:
     inputs: list[Tensor] = []
     run.advance(0)
     run.advance(1)
-    run.observe(2, {("mlp.down_proj",): inputs.append})
-    run.advance(2, {("mlp.down_proj",): inputs.append})
+    run.observe(2, {(path,): inputs.append})
+    run.advance(2, {(path,): inputs.append})
     for observed, again, own in zip(inputs[:4], inputs[4:], expected, strict=True):
         assert torch.equal(observed, again)
         torch.testing.assert_close(observed, own, rtol=1e-6, atol=1e-6)

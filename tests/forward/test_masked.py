@@ -2,69 +2,31 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 
 import pytest
 import torch
 from helpers.masks import (
-    KV_HEADS,
     MODEL_MASKS,
     dense_except,
     dense_mask,
+    is_dense,
     logits_of,
     random_mask,
     random_outputs,
     random_tokens,
 )
+from helpers.masks import masked as silenced
 from helpers.models import ARCHITECTURES, VOCABULARY, tiny_model
 from torch import Tensor, nn
 
 from pgprune_cli.errors import RunError
 from pgprune_cli.forward import masked as masked
 from pgprune_cli.forward.masked import Evaluator, summed_loss
+from pgprune_cli.model.families.adapter import kept_shape
 from pgprune_cli.model.masks import ModelMask, Outputs
 from pgprune_cli.model.prunable import PrunableModel
-
-
-@contextmanager
-def silenced(model: nn.Module, model_mask: ModelMask) -> Iterator[None]:
-    """The slow reference: the dense model, where removed units give zeros to o_proj and down_proj, one at a time.
-
-    A block without units adds nothing at all: its output bias is silenced too.
-    """
-    handles = []
-
-    def silence_inputs(linear: nn.Linear, mask: Tensor) -> None:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            values = inputs[0].clone()
-            width = values.shape[-1] // len(mask)
-            for unit, stays in enumerate(mask.tolist()):
-                if not stays:
-                    values[..., unit * width : (unit + 1) * width] = 0.0
-            return (values, *inputs[1:])
-
-        handles.append(linear.register_forward_pre_hook(hook))
-
-    def silence_output(block: nn.Module) -> None:
-        def hook(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
-            if isinstance(output, tuple):
-                return (torch.zeros_like(output[0]), *output[1:])
-            return torch.zeros_like(output)
-
-        handles.append(block.register_forward_hook(hook))
-
-    for layer, kept in zip(model.model.layers, model_mask, strict=True):
-        silence_inputs(layer.self_attn.o_proj, kept.attention)
-        silence_inputs(layer.mlp.down_proj, kept.ffn)
-        if not kept.attention.any():
-            silence_output(layer.self_attn)
-        if not kept.ffn.any():
-            silence_output(layer.mlp)
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:
@@ -96,7 +58,7 @@ def watched(model: nn.Module) -> Iterator[nn.Module]:
 
 @pytest.mark.parametrize("name", MODEL_MASKS)
 def test_shrunk_model_equals_the_dense_one_with_removed_units_silenced(watched: nn.Module, name: str) -> None:
-    model_mask, tokens = MODEL_MASKS[name], random_tokens()
+    model_mask, tokens = MODEL_MASKS[name](watched), random_tokens()
     with silenced(watched, model_mask):
         expected = logits_of(watched, tokens)
     with Evaluator(PrunableModel.of(watched)).shrunk(model_mask) as shrunk:
@@ -104,48 +66,64 @@ def test_shrunk_model_equals_the_dense_one_with_removed_units_silenced(watched: 
         again = logits_of(shrunk, tokens)
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
     assert torch.equal(got, again)
-    if name != "dense":
+    if not is_dense(model_mask):
         assert (got - logits_of(watched, tokens)).abs().max() > 1e-2
 
 
-def test_removed_units_are_not_computed(watched: nn.Module) -> None:
-    """Removed units are not just masked: the products are those of the smaller matrices."""
-    model_mask, seen = dense_except(1, [0, 2], [3, 4, 9]), {}
-    layer = watched.model.layers[1]
+def test_removed_elements_are_not_computed(watched: nn.Module) -> None:
+    """They are not just masked: the products are those of the smaller matrices."""
+    model, seen = PrunableModel.of(watched), {}
+    model_mask = dense_except(watched, 1, (2, 1), 3)
+    layer = model.layers[1]
 
-    def look(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        seen[module] = tuple(module.weight.shape)
+    def look(module: nn.Module, inputs: tuple[Tensor, ...], name: str) -> None:
+        seen[name] = tuple(module.weight.shape)
 
-    linears = [layer.self_attn.k_proj, layer.self_attn.o_proj, layer.mlp.gate_proj, layer.mlp.down_proj]
-    handles = [linear.register_forward_pre_hook(look) for linear in linears]
-    queries = layer.self_attn.o_proj.in_features // KV_HEADS
-    with Evaluator(PrunableModel.of(watched)).shrunk(model_mask):
+    handles, expected = [], {}
+    for block in model.family.blocks:
+        for tensor in model.family.unit_tensors(layer, block):
+            linear = layer.get_submodule(f"{block.module}.{tensor.module}")
+            if tensor.key == "weight" and isinstance(linear, nn.Linear):
+                expected[tensor.module] = tuple(kept_shape(tensor, linear.weight.shape, model_mask[1].of(block.name)))
+                handles.append(linear.register_forward_pre_hook(partial(look, name=tensor.module)))
+    with Evaluator(model).shrunk(model_mask):
         logits_of(watched, random_tokens())
     for handle in handles:
         handle.remove()
-    assert [seen[linear] for linear in linears] == [(16, 32), (32, 2 * queries), (3, 32), (32, 3)]
+    assert seen == expected
+    if model.config.model_type == "llama" and model.shape.grids["attention"][1].members == 2:
+        assert seen == {
+            "q_proj": (16, 32),  # one of two query heads for each of two KV heads
+            "k_proj": (16, 32),
+            "v_proj": (16, 32),
+            "o_proj": (32, 16),
+            "gate_proj": (3, 32),
+            "up_proj": (3, 32),
+            "down_proj": (32, 3),
+        }
 
 
 def with_outputs_by_hand(model: nn.Module, model_mask: ModelMask, outputs: Outputs) -> nn.Module:
     """Return a copy with replaced output projections, with zeros for the removed inputs."""
     copied = copy.deepcopy(model)
+    prunable = PrunableModel.of(copied)
     for (index, name), output in outputs.items():
-        layer, mask = copied.model.layers[index], model_mask[index].of(name)
-        block, key = (layer.self_attn, "o_proj") if name == "attention" else (layer.mlp, "down_proj")
-        inputs = getattr(block, key).in_features
+        block, mask = prunable.family.block(name), model_mask[index].of(name)
+        path, _, key = block.output_path.rpartition(".")
+        inputs = block.output_linear(prunable.layers[index]).in_features
         linear = nn.Linear(inputs, output.weight.shape[0], bias=output.bias is not None).requires_grad_(False)
         linear.weight.zero_()
         linear.weight[:, mask.repeat_interleave(inputs // len(mask))] = output.weight
         if output.bias is not None:
             linear.bias.copy_(output.bias)
-        setattr(block, key, linear)
+        setattr(prunable.layers[index].get_submodule(path), key, linear)
     return copied
 
 
 @pytest.mark.parametrize("bias", [False, True], ids=["without a bias", "with a bias"])
-@pytest.mark.parametrize("name", ["dense", "random", "an empty layer", "one channel left"])
+@pytest.mark.parametrize("name", ["dense", "random", "an empty layer", "one channel left", "one query head left"])
 def test_repaired_outputs_replace_those_of_the_model(watched: nn.Module, name: str, bias: bool) -> None:
-    model_mask, tokens = MODEL_MASKS[name], random_tokens()
+    model_mask, tokens = MODEL_MASKS[name](watched), random_tokens()
     outputs = random_outputs(watched, model_mask, bias)
     by_hand = with_outputs_by_hand(watched, model_mask, outputs)
     with silenced(by_hand, model_mask):
@@ -160,7 +138,8 @@ def test_repaired_outputs_replace_those_of_the_model(watched: nn.Module, name: s
 
 
 def test_losses_use_the_repaired_outputs_of_each_mask(watched: nn.Module) -> None:
-    model_masks, tokens = [MODEL_MASKS["random"], MODEL_MASKS["an empty layer"]], random_tokens()
+    tokens = random_tokens()
+    model_masks = [MODEL_MASKS[name](watched) for name in ("random", "an empty layer")]
     outputs = [random_outputs(watched, model_mask, bias=True) for model_mask in model_masks]
     alone = []
     for model_mask, repaired in zip(model_masks, outputs, strict=True):
@@ -171,36 +150,52 @@ def test_losses_use_the_repaired_outputs_of_each_mask(watched: nn.Module) -> Non
     )
 
 
-@pytest.mark.parametrize("place", ["self_attn.o_proj", "mlp.act_fn", "mlp.down_proj"])
+PLACES = ("attention output", "FFN output", "FFN input")
+
+
+def place_in(model: nn.Module, place: str) -> nn.Module:
+    """Return a module of layer 3 that runs while the dense weights are swapped out."""
+    prunable = PrunableModel.of(model)
+    block, _, end = place.partition(" ")
+    block = prunable.family.attention if block == "attention" else prunable.family.ffn
+    projection = block.projections[-1 if end == "output" else 0]
+    return prunable.layers[3].get_submodule(f"{block.module}.{projection}")
+
+
+@pytest.mark.parametrize("place", PLACES)
 def test_model_is_restored_when_a_forward_pass_with_repaired_outputs_fails(watched: nn.Module, place: str) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    model_mask = random_mask(8)
+    model_mask = random_mask(watched, 8)
     outputs = random_outputs(watched, model_mask, bias=True)
-    handle = watched.model.layers[3].get_submodule(place).register_forward_pre_hook(fail)
+    handle = place_in(watched, place).register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         Evaluator(PrunableModel.of(watched)).losses([model_mask], random_tokens(), [outputs])
     handle.remove()
 
 
+def shrunk_to(model: nn.Module, name: str) -> AbstractContextManager[nn.Module]:
+    return Evaluator(PrunableModel.of(model)).shrunk(MODEL_MASKS[name](model))
+
+
 def test_model_is_restored_when_the_body_raises(watched: nn.Module) -> None:
-    with pytest.raises(KeyError), Evaluator(PrunableModel.of(watched)).shrunk(MODEL_MASKS["an empty layer"]):
+    with pytest.raises(KeyError), shrunk_to(watched, "an empty layer"):
         logits_of(watched, random_tokens())
         raise KeyError
 
 
-@pytest.mark.parametrize("place", ["self_attn.o_proj", "mlp.act_fn", "mlp.down_proj", "mlp.gate_proj"])
+@pytest.mark.parametrize("place", PLACES)
 def test_model_is_restored_when_a_block_fails_halfway(watched: nn.Module, place: str) -> None:
     """The dense weights are swapped out at that moment; the caller may catch the error and continue."""
-    module = watched.model.layers[3].get_submodule(place)
+    module = place_in(watched, place)
 
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
     handle = module.register_forward_pre_hook(fail)
     before, pointers = snapshot(watched), {name: p.data_ptr() for name, p in watched.named_parameters()}
-    with Evaluator(PrunableModel.of(watched)).shrunk(random_mask(8)):
+    with Evaluator(PrunableModel.of(watched)).shrunk(random_mask(watched, 8)):
         with pytest.raises(RuntimeError, match="out of memory"):
             logits_of(watched, random_tokens())
         inside = watched.state_dict()
@@ -220,17 +215,17 @@ def test_model_is_restored_when_gathering_fails(watched: nn.Module, monkeypatch:
             raise RuntimeError("out of memory")
         return gather(*arguments)
 
-    gather = masked.gather_units
-    monkeypatch.setattr(masked, "gather_units", fails_third)
+    gather = masked.gather
+    monkeypatch.setattr(masked, "gather", fails_third)
     evaluator = Evaluator(PrunableModel.of(watched))
     with pytest.raises(RuntimeError, match="out of memory"):
-        evaluator.losses([random_mask(9)], random_tokens())
+        evaluator.losses([random_mask(watched, 9)], random_tokens())
     assert len(calls) == 3
 
 
 def test_model_is_restored_when_losses_fail(watched: nn.Module) -> None:
     with pytest.raises(IndexError):
-        Evaluator(PrunableModel.of(watched)).losses([random_mask(0)], torch.full((1, 5), VOCABULARY))
+        Evaluator(PrunableModel.of(watched)).losses([random_mask(watched, 0)], torch.full((1, 5), VOCABULARY))
 
 
 @contextmanager
@@ -243,7 +238,8 @@ def memory_for(model: nn.Module, windows: int) -> Iterator[list[int]]:
         if len(inputs[0]) > windows:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    handle = model.model.layers[2].self_attn.o_proj.register_forward_pre_hook(fail)
+    prunable = PrunableModel.of(model)
+    handle = prunable.family.attention.output_linear(prunable.layers[2]).register_forward_pre_hook(fail)
     try:
         yield sizes
     finally:
@@ -251,7 +247,8 @@ def memory_for(model: nn.Module, windows: int) -> Iterator[list[int]]:
 
 
 def test_batch_runs_in_parts_when_memory_runs_out(watched: nn.Module) -> None:
-    model_masks, tokens = [MODEL_MASKS["random"], MODEL_MASKS["another random"]], random_tokens(rows=7)
+    tokens = random_tokens(rows=7)
+    model_masks = [MODEL_MASKS[name](watched) for name in ("random", "another random")]
     outputs = [random_outputs(watched, model_mask, bias=False) for model_mask in model_masks]
     expected = Evaluator(PrunableModel.of(watched)).losses(model_masks, tokens, outputs)
     evaluator = Evaluator(PrunableModel.of(watched))
@@ -274,9 +271,9 @@ def test_batch_runs_in_parts_when_memory_runs_out_while_gathering(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return gather(*arguments)
 
-    model_mask, tokens, gather = random_mask(9), random_tokens(), masked.gather_units
+    model_mask, tokens, gather = random_mask(watched, 9), random_tokens(), masked.gather
     expected = Evaluator(PrunableModel.of(watched)).losses([model_mask], tokens)
-    monkeypatch.setattr(masked, "gather_units", fails_third)
+    monkeypatch.setattr(masked, "gather", fails_third)
     torch.testing.assert_close(
         Evaluator(PrunableModel.of(watched)).losses([model_mask], tokens), expected, rtol=1e-6, atol=0
     )
@@ -284,7 +281,7 @@ def test_batch_runs_in_parts_when_memory_runs_out_while_gathering(
 
 def test_one_window_that_does_not_fit_is_an_error(watched: nn.Module) -> None:
     with memory_for(watched, 0), pytest.raises(RunError, match="out of memory with one window at a time"):
-        Evaluator(PrunableModel.of(watched)).losses([MODEL_MASKS["random"]], random_tokens())
+        Evaluator(PrunableModel.of(watched)).losses([random_mask(watched, 0)], random_tokens())
 
 
 def direct_loss(model: nn.Module, tokens: Tensor) -> float:
@@ -295,10 +292,8 @@ def direct_loss(model: nn.Module, tokens: Tensor) -> float:
 
 
 def test_losses_are_the_mean_next_token_cross_entropy_under_each_mask(watched: nn.Module) -> None:
-    tokens, model_masks = (
-        random_tokens(seed=1),
-        [MODEL_MASKS["dense"], MODEL_MASKS["random"], MODEL_MASKS["an empty layer"]],
-    )
+    tokens = random_tokens(seed=1)
+    model_masks = [MODEL_MASKS[name](watched) for name in ("dense", "random", "an empty layer")]
     expected = []
     for model_mask in model_masks:
         with silenced(watched, model_mask):
@@ -319,11 +314,8 @@ def test_losses_do_not_depend_on_how_many_logits_exist_at_once(monkeypatch: pyte
 
 
 def test_loss_of_a_batch_is_the_mean_over_its_windows() -> None:
-    evaluator, tokens, model_mask = (
-        Evaluator(PrunableModel.of(tiny_model("qwen3"))),
-        random_tokens(),
-        MODEL_MASKS["random"],
-    )
+    model, tokens = tiny_model("qwen3"), random_tokens()
+    evaluator, model_mask = Evaluator(PrunableModel.of(model)), MODEL_MASKS["random"](model)
     alone = [float(evaluator.losses([model_mask], row[None])) for row in tokens]
     assert float(evaluator.losses([model_mask], tokens)) == pytest.approx(sum(alone) / 3, rel=1e-4)
 
@@ -332,15 +324,16 @@ def test_loss_that_overflows_is_returned_as_it_is() -> None:
     model = tiny_model("llama-mha")
     model.model.layers[1].mlp.down_proj.weight[0, 3] = torch.inf
     broken, sound = Evaluator(PrunableModel.of(model)).losses(
-        [dense_mask(), dense_except(1, [0, 1, 2, 3], [0, 1, 2])], random_tokens()
+        [dense_mask(model), dense_except(model, 1, 4, 3)], random_tokens()
     )
     assert not broken.isfinite()
     assert sound.isfinite()
 
 
 def test_masks_evaluated_in_turn_do_not_affect_each_other() -> None:
-    evaluator, tokens = Evaluator(PrunableModel.of(tiny_model("qwen2"))), random_tokens()
-    model_masks = list(MODEL_MASKS.values())
+    model, tokens = tiny_model("qwen2"), random_tokens()
+    evaluator = Evaluator(PrunableModel.of(model))
+    model_masks = [make(model) for make in MODEL_MASKS.values()]
     forward = evaluator.losses(model_masks, tokens)
     backward = evaluator.losses(model_masks[::-1], tokens)
     assert torch.equal(forward, backward.flip(0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers.blocks import BLOCKS, LAYERS, batches, model_unchanged, moments_by_hand, observed_inputs
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.moments import MomentCollector, Moments, observe_moments
+from pgprune_cli.model.families import family_of
 from pgprune_cli.model.families.llama import LLAMA
 from pgprune_cli.model.prunable import PrunableModel
 
@@ -28,11 +31,12 @@ def assert_moments(moments: Moments, expected: Moments) -> None:
 def test_one_pass_collects_the_moments_of_every_block(architecture: str) -> None:
     """Batches of several shapes, and both blocks of a layer at once."""
     model = tiny_model(architecture)
+    family = family_of(model.config.model_type)
     collected: dict[tuple[int, str], Moments] = {}
     with model_unchanged(model):
         run = start_layerwise(PrunableModel.of(model), batches())
         for index in range(LAYERS):
-            collector = MomentCollector(LLAMA, LLAMA.blocks)
+            collector = MomentCollector(family, family.blocks)
             run.advance(index, collector.observers)
             for name in ("attention", "ffn"):
                 collected[index, name] = collector.moments(name)
@@ -47,7 +51,8 @@ def test_observing_runs_one_layer_and_does_not_advance_the_run(architecture: str
         run = start_layerwise(PrunableModel.of(model), batches())
         run.advance(0)
         before = [hidden.clone() for hidden in run.hidden_states]
-        moments = observe_moments(run, 1, LLAMA, LLAMA.block(name))
+        family = family_of(model.config.model_type)
+        moments = observe_moments(run, 1, family, family.block(name))
         assert run.position == 1
         assert all(torch.equal(after, states) for after, states in zip(run.hidden_states, before, strict=True))
     assert_moments(moments, moments_by_hand(*observed_inputs(model, 1, name)))
@@ -83,6 +88,18 @@ def test_token_with_a_zero_residual_stream_does_not_divide_by_zero() -> None:
     collector.observers[NORM, "mlp.down_proj"](torch.zeros(1, 3, 32), torch.zeros(1, 3, 24))
     moments = collector.moments("ffn")
     assert moments.second.abs().max() == moments.first.abs().max() == 0.0
+
+
+def test_token_counts_less_if_a_norm_follows_the_block_and_its_output_is_large() -> None:
+    """An error is then divided by the length of the block's own output."""
+    block = replace(LLAMA.ffn, post_norm="norm_behind")
+    collector = MomentCollector(LLAMA, [block])
+    generator = torch.Generator().manual_seed(0)
+    x, residual, output = (torch.randn(2, 25, size, generator=generator) for size in (6, 32, 32))
+    output[0, :7] *= 30.0
+    weights = 1.0 / (residual.double().square().mean(-1) * output.double().square().mean(-1))
+    collector.observers[NORM, "mlp.down_proj", "norm_behind"](residual, x, output)
+    assert_moments(collector.moments("ffn"), moments_by_hand(x.flatten(0, 1).double(), weights.flatten()))
 
 
 def test_moments_do_not_depend_on_how_tokens_are_batched() -> None:

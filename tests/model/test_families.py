@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.messages import refused
 from helpers.models import ARCHITECTURES, tiny_config, tiny_model
 from torch import nn
 
 import pgprune_cli
-from pgprune_cli.model.families import FAMILIES, begins_with_bos, family_of, family_of_export
+from pgprune_cli.errors import UserError
+from pgprune_cli.model.families import FAMILIES, begins_with_bos, family_of, refuse_units
+from pgprune_cli.model.prunable import PrunableModel
 
 
 def test_every_supported_model_type_is_tested() -> None:
@@ -21,35 +23,70 @@ def test_every_supported_model_type_is_tested() -> None:
 
 
 def test_an_unsupported_model_type_is_refused() -> None:
-    with refused("'phi3' is not supported", "llama, mistral, qwen2, qwen3"):
-        family_of("phi3")
+    supported = [name for family in FAMILIES for name in family.model_types]
+    with pytest.raises(UserError, match=r"'gpt2' is not supported.*llama, mistral, qwen2, qwen3") as caught:
+        family_of("gpt2")
+    assert all(name in str(caught.value) for name in supported)
 
 
-def test_a_model_that_is_pruned_already_is_refused() -> None:
-    with refused("already pruned"):
-        family_of("pruned_llama")
-    assert family_of_export("pruned_llama") is family_of("llama")
+def test_a_pruned_model_belongs_to_the_family_of_its_base(architecture: str) -> None:
+    model_type = tiny_config(architecture).model_type
+    assert family_of(f"pruned_{model_type}") is family_of(model_type)
 
 
 def test_linears_are_all_linear_layers_of_a_layer_in_order() -> None:
     layer = tiny_model("llama-gqa").model.layers[0]
     linears = list(family_of("llama").linears(layer))
-    assert [(block.name, projection.name, projection.axis) for block, projection, _ in linears] == [
-        *[("attention", name, axis) for name, axis in (("q_proj", 0), ("k_proj", 0), ("v_proj", 0), ("o_proj", 1))],
-        *[("ffn", name, axis) for name, axis in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1))],
+    assert [(block.name, projection) for block, projection, _ in linears] == [
+        *[("attention", name) for name in ("q_proj", "k_proj", "v_proj", "o_proj")],
+        *[("ffn", name) for name in ("gate_proj", "up_proj", "down_proj")],
     ]
     expected = {id(module) for module in layer.modules() if isinstance(module, nn.Linear)}
     assert {id(linear) for _, _, linear in linears} == expected
 
 
-def test_units_and_layer_config_agree_with_the_config(architecture: str) -> None:
+def test_unit_tensors_describe_every_row_of_their_tensors(architecture: str) -> None:
+    """Parts cover the axis, runs belong to elements or groups, and the output's weight is the last."""
+    model = PrunableModel.of(tiny_model(architecture))
+    for layer, block in product(model.layers, model.family.blocks):
+        grid, module = model.family.grid(layer, block), layer.get_submodule(block.module)
+        tensors = model.family.unit_tensors(layer, block)
+        assert len({tensor.name for tensor in tensors}) == len(tensors)
+        assert tensors[-1].module == block.output and tensors[-1].key != "bias" and len(tensors[-1].parts) == 1
+        for tensor in tensors:
+            shape = module.get_parameter(tensor.name).shape
+            assert sum(part.rows for part in tensor.parts) == shape[tensor.axis]
+            runs = {part.runs for part in tensor.parts}
+            assert runs <= ({grid.members} if tensor.stacked else {grid.elements, grid.groups})
+            assert not tensor.stacked or shape[0] == grid.groups
+
+
+def test_sizes_and_layer_config_agree_with_the_config(architecture: str) -> None:
     config, family = tiny_config(architecture), family_of(tiny_config(architecture).model_type)
-    units = family.units(tiny_model(architecture).model.layers[0])
-    assert units == {"attention": 4, "ffn": 24}
-    sizes = family.layer_config(config, units)
-    assert sizes == {name: getattr(config, name) for name in sizes} and len(sizes) == 3
-    assert family.layer_config(config, {"attention": 0, "ffn": 0}) == {}
+    model = PrunableModel.of(tiny_model(architecture))
+    sizes = {name: (grids[0].groups, grids[0].members) for name, grids in model.shape.grids.items()}
+    written = family.layer_config(config, sizes)
+    assert written == {name: getattr(config, name) for name in written} and len(written) >= 3
+    assert family.layer_config(config, {"attention": (0, 0), "ffn": (0, 0)}) == {}
     assert family.head_dim(config) == 8
+
+
+def test_layer_config_holds_query_heads_and_kv_heads() -> None:
+    sizes = family_of("llama").layer_config(tiny_config("llama-gqa"), {"attention": (3, 1), "ffn": (1, 7)})
+    assert sizes == {"num_attention_heads": 3, "num_key_value_heads": 3, "intermediate_size": 7}
+
+
+def test_families_refuse_units_with_a_reason_and_a_way_out(architecture: str) -> None:
+    model_type = tiny_config(architecture).model_type
+    family = family_of(model_type)
+    for block in family.blocks:
+        if reason := family.refusal(model_type, block.name):
+            assert reason.endswith(".")
+            with pytest.raises(UserError, match=r"^units\.families: .* Set units\.families to \["):
+                refuse_units(model_type, [block.name])
+        else:
+            refuse_units(model_type, [block.name])
+    refuse_units(model_type, [f"{block.name}-block" for block in family.blocks])
 
 
 def test_every_model_type_has_gguf_architectures() -> None:
@@ -58,20 +95,22 @@ def test_every_model_type_has_gguf_architectures() -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "kv_heads", "expected"),
+    ("architecture", "heads", "expected"),
     [
-        ("llama-gqa", 2, {"num_attention_heads": 4}),
-        ("llama-gqa", 3, {"num_attention_heads": 6, "model_type": "mistral", "sliding_window": None}),
-        ("llama-biased", 3, None),
-        ("qwen3", 3, {"num_attention_heads": 6}),
+        ("llama-gqa", (2, 2), {"num_attention_heads": 4}),
+        ("llama-gqa", (2, 1), {"num_attention_heads": 2, "num_key_value_heads": 2}),
+        ("llama-gqa", (3, 2), {"num_attention_heads": 6, "model_type": "mistral", "sliding_window": None}),
+        ("llama-biased", (3, 2), None),
+        ("qwen3", (3, 2), {"num_attention_heads": 6}),
+        ("qwen3", (3, 1), {"num_attention_heads": 3, "num_key_value_heads": 3}),
     ],
 )
 def test_stock_config_avoids_head_counts_that_a_llama_config_refuses(
-    architecture: str, kv_heads: int, expected: dict[str, Any] | None
+    architecture: str, heads: tuple[int, int], expected: dict[str, Any] | None
 ) -> None:
     """The hidden size is 32, which 6 heads do not divide. Mistral's config accepts that, but has no biases."""
     config = tiny_config(architecture)
-    changes = family_of(config.model_type).stock_config(config, {"attention": kv_heads, "ffn": 7})
+    changes = family_of(config.model_type).stock_config(config, {"attention": heads, "ffn": (1, 7)})
     if expected is None:
         assert changes is None
     else:

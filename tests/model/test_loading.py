@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers.messages import refused
 from helpers.models import save_shards, tiny_model
+from helpers.units import group_units
 from safetensors.torch import load_file, save_file
 
 from pgprune_cli.errors import UserError
@@ -147,8 +148,8 @@ def test_a_spread_model_gives_the_same_losses_as_on_one_device():
     places = device_map(hooked.family, hooked.shape.layers, True, [torch.device("cpu")])
     accelerate.dispatch_model(hooked.module, places, force_hooks=True)
     assert all(hasattr(layer, "_hf_hook") for layer in hooked.layers)
-    space = single.shape.space(("attention", "ffn"))
-    model_mask = single.shape.model_mask(space, torch.arange(space.n) % 3 > 0)
+    space, units = group_units(single.shape)
+    model_mask = single.shape.model_mask(space, torch.arange(space.n) % 3 > 0, units)
     tokens = torch.arange(48).view(2, 24)
     assert torch.equal(Evaluator(hooked).losses([model_mask], tokens), Evaluator(single).losses([model_mask], tokens))
     runs = [start_layerwise(model, [tokens]) for model in (single, hooked)]

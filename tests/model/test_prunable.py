@@ -1,13 +1,13 @@
-"""The shape of a model: its sizes, what its units cost, and masks over them; and how units are gathered."""
+"""The shape of a model: its sizes, what its elements and groups cost, and masks over them."""
 
 import pytest
 import torch
+from helpers.masks import is_dense
 from helpers.models import tiny_config, tiny_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
+from helpers.units import chain_units, group_units
+from torch import nn
 
-from pgprune_cli.model.families.adapter import gather_units
+from pgprune_cli.core.grid import GridCost
 from pgprune_cli.model.prunable import PrunableModel, Shape
 
 
@@ -27,8 +27,13 @@ def prunable_parameters(config, **changes: int) -> int:
     return sum(parameter.numel() for linear in linears for parameter in linear.parameters())
 
 
-def test_a_unit_costs_the_parameters_that_a_smaller_model_lacks(architecture: str) -> None:
-    """Compares with models that have one KV head (with its query heads) or one channel less in all 4 layers."""
+LLAMAS = ("llama-mha", "llama-gqa", "llama-biased", "mistral", "qwen2", "qwen3")
+"""Architectures of which transformers builds a model with any number of heads and channels."""
+
+
+@pytest.mark.parametrize("architecture", LLAMAS)
+def test_elements_and_groups_cost_the_parameters_that_a_smaller_model_lacks(architecture: str) -> None:
+    """Compares with models that have fewer KV heads, query heads or channels in all 4 layers."""
     config = tiny_config(architecture)
     heads, kv_heads, channels = config.num_attention_heads, config.num_key_value_heads, config.intermediate_size
     dense = prunable_parameters(tiny_config(architecture))
@@ -36,16 +41,26 @@ def test_a_unit_costs_the_parameters_that_a_smaller_model_lacks(architecture: st
         tiny_config(architecture), num_attention_heads=heads - heads // kv_heads, num_key_value_heads=kv_heads - 1
     )
     fewer_channels = prunable_parameters(tiny_config(architecture), intermediate_size=channels - 1)
-    parameters = shape_of(architecture).parameters
-    assert sum(parameters["attention"]) == dense - fewer_kv_heads
-    assert sum(parameters["ffn"]) == dense - fewer_channels
-    assert len(set(parameters["attention"])) == len(set(parameters["ffn"])) == 1
+    shape = shape_of(architecture)
+    (attention,), (ffn,) = ({*by_layer} for by_layer in shape.parameters.values())
+    whole = shape.grids["attention"][0]
+    assert 4 * (attention.of_whole(whole) - attention.of(kv_heads - 1, whole.members)) == dense - fewer_kv_heads
+    assert 4 * ffn.element == dense - fewer_channels
+    assert ffn == GridCost(ffn.element)
+    if heads > kv_heads:
+        fewer_queries = prunable_parameters(tiny_config(architecture), num_attention_heads=heads - kv_heads)
+        assert 4 * kv_heads * attention.element == dense - fewer_queries
 
 
 def test_shape_has_the_sizes_of_the_model(architecture: str) -> None:
     shape = shape_of(architecture)
-    assert shape.units == {"attention": (4, 4, 4, 4), "ffn": (24, 24, 24, 24)}
+    for layer in range(4):
+        attention, ffn = (shape.grids[name][layer] for name in ("attention", "ffn"))
+        assert attention.groups == 4 and attention.members == (1 if architecture == "llama-mha" else 2)
+        assert (ffn.groups, ffn.members) in ((1, 24), (8, 12))
     assert shape.layers == 4
+    assert shape.elements["attention"] == tuple(grid.elements for grid in shape.grids["attention"])
+    assert shape.unit_counts["attention"] == [4] * 4
 
 
 def test_shape_is_the_same_on_the_meta_device(architecture: str) -> None:
@@ -56,40 +71,72 @@ def test_shape_is_the_same_on_the_meta_device(architecture: str) -> None:
     assert PrunableModel.of(empty).shape == shape_of(architecture)
 
 
-def test_space_costs_the_same_by_unit_by_block_and_by_layer(architecture: str) -> None:
+def test_space_costs_the_same_by_unit_by_step_by_block_and_by_layer(architecture: str) -> None:
     shape = shape_of(architecture)
-    by_unit, by_block, by_layer = (
-        shape.space(names).costs.sum() for names in (("attention", "ffn"), ("attention-block", "ffn-block"), ("layer",))
-    )
-    assert by_unit == by_block == by_layer
-    assert shape.space(("layer",)).n == 4
-    assert shape.space(("ffn", "attention")).slice_of("attention") == slice(96, 112)
-    assert shape.space(("attention-block",)).costs.tolist() == [4 * cost for cost in shape.parameters["attention"]]
+    whole = shape.cost(shape.parameters)
+    for families in (("attention", "ffn"), ("attention-block", "ffn-block"), ("layer",)):
+        assert int(group_units(shape, families)[0].costs.sum()) == whole
+    assert int(chain_units(shape)[0].costs.sum()) == whole
+    assert group_units(shape, ("layer",))[0].n == 4
+    ffn_units = sum(shape.unit_counts["ffn"])
+    assert group_units(shape, ("ffn", "attention"))[0].slice_of("attention") == slice(ffn_units, ffn_units + 16)
+    blocks, _ = group_units(shape, ("attention-block",))
+    pairs = zip(shape.grids["attention"], shape.parameters["attention"], strict=True)
+    assert blocks.costs.tolist() == [cost.of_whole(grid) for grid, cost in pairs]
+
+
+def test_every_width_of_a_chain_costs_what_its_mask_keeps(architecture: str) -> None:
+    shape = shape_of(architecture)
+    space, units = chain_units(shape)
+    place = torch.arange(space.n) - space.pair_starts[space.pair_of]
+    for width in (1, 2, 3, 5, 11):
+        mask = place < width
+        model_mask = shape.model_mask(space, mask, units)
+        assert shape.cost(shape.parameters, model_mask) == int(space.costs[mask].sum())
+        for grids, masks in (
+            (shape.grids["attention"], [layer.attention for layer in model_mask]),
+            (shape.grids["ffn"], [layer.ffn for layer in model_mask]),
+        ):
+            assert all(grid.is_regular(mask) for grid, mask in zip(grids, masks, strict=True))
 
 
 def test_space_takes_other_costs_than_parameters() -> None:
     shape = shape_of("llama-gqa")
-    assert shape.space(("attention", "ffn")) == shape.space(("attention", "ffn"), shape.parameters)
-    costs = {"attention": (1, 2, 3, 4), "ffn": (10, 20, 30, 40)}
-    units = shape.space(("attention", "ffn"), costs)
-    assert units.pair_costs.tolist() == [1, 2, 3, 4, 10, 20, 30, 40]
+    assert group_units(shape) == group_units(shape, ("attention", "ffn"), shape.parameters)
+    costs = {
+        "attention": tuple(GridCost(cost, 5) for cost in (1, 2, 3, 4)),
+        "ffn": tuple(map(GridCost, (10, 20, 30, 40))),
+    }
+    units, _ = group_units(shape, ("attention", "ffn"), costs)
+    assert [family.costs for family in units.families] == [(7, 9, 11, 13), (10, 20, 30, 40)]
     assert units.pair_counts.tolist() == [4] * 4 + [24] * 4
-    blocks = shape.space(("attention-block", "ffn-block"), costs)
-    assert blocks.costs.tolist() == [4, 8, 12, 16, 240, 480, 720, 960]
-    assert shape.space(("layer",), costs).costs.tolist() == [244, 488, 732, 976]
-    cache = {"attention": (5,) * 4, "ffn": (0,) * 4}  # a layer of which only one block costs anything
-    assert shape.space(("layer",), cache).costs.tolist() == [20] * 4
+    blocks, _ = group_units(shape, ("attention-block", "ffn-block"), costs)
+    assert blocks.costs.tolist() == [28, 36, 44, 52, 240, 480, 720, 960]
+    assert group_units(shape, ("layer",), costs)[0].costs.tolist() == [268, 516, 764, 1012]
+    cache = {"attention": (GridCost(0, 5),) * 4, "ffn": (GridCost(0),) * 4}  # only one block of a layer costs anything
+    assert group_units(shape, ("layer",), cache)[0].costs.tolist() == [20] * 4
 
 
 def test_model_mask_of_a_mask_over_units() -> None:
     shape = shape_of("llama-gqa")
-    space = shape.space(("attention", "ffn"))
+    space, units = group_units(shape)
     mask = torch.rand(space.n, generator=torch.Generator().manual_seed(0)) < 0.5
-    model_mask = shape.model_mask(space, mask)
-    assert torch.equal(torch.cat([layer.attention for layer in model_mask]), mask[:16])
+    model_mask = shape.model_mask(space, mask, units)
+    assert torch.equal(torch.cat([layer.attention for layer in model_mask]), mask[:16].repeat_interleave(2))
     assert torch.equal(torch.cat([layer.ffn for layer in model_mask]), mask[16:])
     assert all(torch.equal(layer.of("attention"), layer.attention) for layer in model_mask)
     assert all(torch.equal(layer.of("ffn"), layer.ffn) for layer in model_mask)
+    for kept, layer in zip(shape.kept(model_mask), model_mask, strict=True):
+        kv_heads, channels = int(layer.attention.sum()) // 2, int(layer.ffn.sum())
+        assert kept == {"attention": (kv_heads, 2 if kv_heads else 0), "ffn": (min(channels, 1), channels)}
+
+
+def test_blocks_outside_the_space_are_kept(architecture: str) -> None:
+    shape = shape_of(architecture)
+    space, units = group_units(shape, ("ffn",))
+    model_mask = shape.model_mask(space, torch.zeros(space.n).bool(), units)
+    assert all(layer.attention.all() and not layer.ffn.any() for layer in model_mask)
+    assert is_dense(shape.model_mask(space, torch.ones(space.n).bool(), units))
 
 
 @pytest.mark.parametrize(
@@ -105,37 +152,8 @@ def test_model_mask_of_a_mask_over_blocks(
     families: tuple[str, ...], mask: list[int], attention: list[int], ffn: list[int]
 ) -> None:
     shape = shape_of("llama-gqa")
-    model_mask = shape.model_mask(shape.space(families), torch.tensor(mask, dtype=torch.bool))
-    assert [int(layer.attention.sum()) for layer in model_mask] == attention
+    space, units = group_units(shape, families)
+    model_mask = shape.model_mask(space, torch.tensor(mask, dtype=torch.bool), units)
+    assert [int(layer.attention.sum()) // 2 for layer in model_mask] == attention
     assert [int(layer.ffn.sum()) for layer in model_mask] == ffn
     assert [len(layer.ffn) for layer in model_mask] == [24] * 4
-
-
-def gathered_by_loop(tensor: Tensor, axis: int, kept: list[int], units: int) -> Tensor:
-    width = tensor.shape[axis] // units
-    return torch.cat([tensor.narrow(axis, unit * width, width) for unit in kept], axis)
-
-
-@given(
-    units=st.integers(1, 6),
-    width=st.integers(1, 4),
-    axis=st.sampled_from([0, 1]),
-    other=st.integers(1, 3),
-    data=st.data(),
-)
-@settings(deadline=None)
-def test_gather_units_equals_a_loop(units: int, width: int, axis: int, other: int, data: st.DataObject) -> None:
-    kept = sorted(data.draw(st.sets(st.integers(0, units - 1), min_size=1)))
-    sizes = (units * width, other) if axis == 0 else (other, units * width)
-    weight = torch.arange(units * width * other, dtype=torch.float32).view(sizes)
-    gathered = gather_units(weight, axis, torch.tensor(kept), units)
-    assert torch.equal(gathered, gathered_by_loop(weight, axis, kept, units))
-    gathered += 1.0
-    assert torch.equal(weight.flatten(), torch.arange(units * width * other, dtype=torch.float32))
-    bias = torch.arange(units * width, dtype=torch.float32)
-    assert torch.equal(gather_units(bias, 0, torch.tensor(kept), units), gathered_by_loop(bias, 0, kept, units))
-
-
-def test_gather_units_of_none_is_empty() -> None:
-    for width in (1, 3):
-        assert gather_units(torch.ones(4 * width, 2), 0, torch.empty(0, dtype=torch.int64), 4).shape == (0, 2)

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.masks import MODEL_MASKS, logits_of, random_outputs, random_tokens
+from helpers.masks import MODEL_MASKS, dense_mask, logits_of, random_outputs, random_tokens
 from helpers.memory import Allocations
 from helpers.messages import refused, says
 from helpers.models import save_tokenizer, tiny_model
 from helpers.recipes import WIDTH_SEARCH
+from helpers.units import chain_units, group_units, ranks_of
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -29,10 +30,10 @@ from pgprune_cli.jobs.estimate import estimate
 from pgprune_cli.jobs.export import export, options_of
 from pgprune_cli.jobs.search import search
 from pgprune_cli.model import loading, quantized, weights
-from pgprune_cli.model.families.adapter import Projection, gather_units
+from pgprune_cli.model.families.adapter import kept_shape
 from pgprune_cli.model.families.llama import LLAMA
 from pgprune_cli.model.loading import WeightFormat, empty_model, load_model, load_prunable
-from pgprune_cli.model.masks import LayerMask, ModelMask, Output, Outputs
+from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import (
     FP8,
@@ -211,19 +212,6 @@ def test_int8_forward_pass_uses_the_rounded_weights() -> None:
     assert 0 < (int8(inputs) - linear(inputs)).abs().max() < 0.1
 
 
-@given(units=st.integers(1, 6), width=st.integers(1, 4), axis=st.integers(0, 1), data=st.data())
-def test_gathered_units_equal_those_of_the_rounded_weight(
-    units: int, width: int, axis: int, data: st.DataObject
-) -> None:
-    shape = (units * width, 5) if axis == 0 else (5, units * width)
-    for quantized_class in CLASSES.values():
-        linear = quantized_class(linear_of(torch.randn(shape, generator=torch.Generator().manual_seed(units))))
-        kept = torch.tensor(sorted(data.draw(st.sets(st.integers(0, units - 1), min_size=1))))
-        expected = gather_units(linear.weight, axis, kept, units)
-        linear.kept = linear.gathered(axis, kept, units)
-        assert torch.equal(linear.weight, expected)
-
-
 # --- readers of weights
 
 
@@ -231,7 +219,7 @@ def test_gathered_units_equal_those_of_the_rounded_weight(
 @pytest.mark.parametrize("name", MODEL_MASKS)
 def test_shrunk_model_uses_the_rounded_weights(pair, name: str, repaired: bool) -> None:
     model, twin = pair
-    model_mask, tokens = MODEL_MASKS[name], random_tokens()
+    model_mask, tokens = MODEL_MASKS[name](twin.module), random_tokens()
     outputs = random_outputs(twin.module, model_mask, bias=True) if repaired else {}
     before = {key: value.clone() for key, value in model.module.state_dict().items()}
     dense = logits_of(model.module, tokens)
@@ -253,9 +241,9 @@ def test_a_failed_forward_pass_leaves_the_model_unchanged(pair) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
-    handle = model.layers[3].mlp.down_proj.register_forward_pre_hook(fail)
+    handle = model.family.ffn.output_linear(model.layers[3]).register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        Evaluator(model).losses([MODEL_MASKS["random"]], random_tokens())
+        Evaluator(model).losses([MODEL_MASKS["random"](model.module)], random_tokens())
     handle.remove()
     assert torch.equal(logits_of(model.module, random_tokens()), dense)
     assert all(linear.kept is None for linear in linears_of(model))
@@ -270,11 +258,12 @@ def test_scores_are_those_of_the_rounded_weights(pair, metric: str) -> None:
 
 
 def test_width_table_is_that_of_the_rounded_weights(pair) -> None:
-    scores = {(i, name): torch.arange(n).double() for i in range(4) for name, n in (("attention", 4), ("ffn", 24))}
+    _, units = chain_units(pair[0].shape)
+    ranks = ranks_of(pair[0].shape, units)
     table, expected = (
-        WidthTable.of(model, dict(solve_layers(model, scores, TEXT, 1e-2, solve=True))) for model in pair
+        WidthTable.of(model, dict(solve_layers(model, ranks, units, TEXT, 1e-2, solve=True))) for model in pair
     )
-    for key in scores:
+    for key in ranks:
         torch.testing.assert_close(table.errors[key], expected.errors[key], rtol=1e-3, atol=1e-6)
         for width, output in expected.outputs[key].items():
             torch.testing.assert_close(table.outputs[key][width].weight, output.weight, rtol=1e-3, atol=1e-3)
@@ -282,7 +271,7 @@ def test_width_table_is_that_of_the_rounded_weights(pair) -> None:
 
 @pytest.mark.parametrize("method", ["bias", "least-squares", "least-squares-bias"])
 def test_repair_is_fitted_to_the_rounded_weights(pair, method: str) -> None:
-    repaired, expected = (repair(model, MODEL_MASKS["random"], TEXT, method, 1e-2) for model in pair)
+    repaired, expected = (repair(model, MODEL_MASKS["random"](model.module), TEXT, method, 1e-2) for model in pair)
     assert repaired.outputs.keys() == expected.outputs.keys()
     for key, output in expected.outputs.items():
         torch.testing.assert_close(repaired.outputs[key].weight, output.weight, rtol=1e-3, atol=1e-3)
@@ -311,10 +300,11 @@ def test_an_evaluation_converts_the_weights_of_one_block_at_a_time() -> None:
     module = tiny_model("llama-mha")
     block = max(sum(p.nbytes for p in part.parameters()) for part in module.model.layers[0].children())
     layers = sum(p.nbytes for p in module.model.layers.parameters())
+    model_masks = [MODEL_MASKS["dense"](module), MODEL_MASKS["random"](module)]
     quantize_projections(module, "int8")
     evaluator, tokens = Evaluator(PrunableModel.of(module)), random_tokens()[:1, :4]
     with Allocations() as allocations:
-        evaluator.losses([MODEL_MASKS["dense"], MODEL_MASKS["random"]], tokens)
+        evaluator.losses(model_masks, tokens)
     assert allocations.peak < 1.25 * block + 8_000 < layers / 2
 
 
@@ -326,7 +316,8 @@ def test_an_evaluation_converts_the_weights_of_one_block_at_a_time() -> None:
 def test_every_product_of_a_shrunk_fp8_model_uses_rounded_inputs_and_weights(
     architecture: str, name: str, repaired: bool, scaled_mm: StrictScaledMM
 ) -> None:
-    module, model_mask, tokens = tiny_model(architecture), MODEL_MASKS[name], random_tokens()
+    module, tokens = tiny_model(architecture), random_tokens()
+    model_mask = MODEL_MASKS[name](module)
     outputs = random_outputs(module, model_mask, bias=True) if repaired else {}
     expected = Evaluator(PrunableModel.of(module)).losses([model_mask], tokens, [outputs])
     quantize_projections(module, "fp8")
@@ -345,26 +336,22 @@ def test_every_product_of_a_shrunk_fp8_model_uses_rounded_inputs_and_weights(
     for linear in linears_of(model):
         linear.register_forward_hook(check)
     torch.testing.assert_close(Evaluator(model).losses([model_mask], tokens, [outputs]), expected, rtol=0.03, atol=0)
-    expected_shapes = [
-        tuple(output.weight.shape) if output else tuple(gather_units(weight, projection.axis, *units).shape)
-        for output, weight, projection, *units in running_projections(model, model_mask, outputs)
-    ]
+    expected_shapes = list(shapes_of_running_projections(model, model_mask))
     assert shapes == expected_shapes
     assert scaled_mm.calls == len(expected_shapes) - len(outputs)
     after = module.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
 
 
-def running_projections(
-    model: PrunableModel, model_mask: ModelMask, outputs: Outputs
-) -> Iterator[tuple[Output | None, Tensor, Projection, Tensor, int]]:
-    """Yield the repaired output, weight, place, kept units and number of units of every projection that runs."""
-    for index, (layer, layer_mask) in enumerate(zip(model.layers, model_mask, strict=True)):
-        for block, projection, linear in model.family.linears(layer):
-            mask = layer_mask.of(block.name)
-            if mask.any():
-                output = outputs.get((index, block.name)) if projection == block.output else None
-                yield output, linear.weight, projection, mask.nonzero().squeeze(1), len(mask)
+def shapes_of_running_projections(model: PrunableModel, model_mask: ModelMask) -> Iterator[torch.Size]:
+    """Yield the shape of the weight of every projection that runs."""
+    for layer, layer_mask in zip(model.layers, model_mask, strict=True):
+        for block in model.family.blocks:
+            mask, module = layer_mask.of(block.name), layer.get_submodule(block.module)
+            for tensor in model.family.unit_tensors(layer, block) if mask.any() else ():
+                linear = module.get_submodule(tensor.module)
+                if tensor.key == "weight" and isinstance(linear, nn.Linear):
+                    yield kept_shape(tensor, linear.weight.shape, mask)
 
 
 @pytest.mark.parametrize("metric", ["wanda-sp", "flap", "obs"])
@@ -373,13 +360,13 @@ def test_fp8_scores_are_close_to_those_of_the_original_weights(metric: str) -> N
     scores = score(fp8, metric, TEXT, 0)
     for key, expected in score(plain, metric, TEXT, 0).items():
         assert not torch.equal(scores[key], expected)
-        if key.endswith("ffn"):  # 4 KV heads are too few and too similar for a correlation
+        if key.endswith("ffn"):  # 8 query heads are too few and too similar for a correlation
             assert float(torch.corrcoef(torch.stack([scores[key], expected]))[0, 1]) > 0.9
 
 
 def test_fp8_repair_is_nearly_as_good_as_one_on_the_original_weights() -> None:
     plain, fp8 = fp8_pair()
-    model_mask, heldout = MODEL_MASKS["random"], random_tokens(9, rows=8)
+    model_mask, heldout = MODEL_MASKS["random"](plain.module), random_tokens(9, rows=8)
     losses = []
     for model in (plain, fp8):
         outputs = repair(model, model_mask, TEXT, "least-squares", 1e-2).outputs
@@ -444,7 +431,7 @@ def test_a_gguf_file_is_rounded_after_unpacking(weight_format: WeightFormat, tmp
     tiny_model("llama-mha").save_pretrained(tmp_path / "dense")
     save_tokenizer(tmp_path / "dense")
     source = resolve(str(tmp_path / "dense"))
-    model_mask = (LayerMask(torch.ones(4, dtype=torch.bool), torch.ones(24, dtype=torch.bool)),) * 4
+    model_mask = dense_mask(tiny_model("llama-mha"))
     decision = Decision(model_mask, str(tmp_path), source.fingerprint(), 0.0, "dtype: float32\n", 0, 0, 0, None)
     gguf.plan(source, decision, Options(ShapeRequirements(), "float32")).write(tmp_path / "dense.gguf", lambda _: None)
     unpacked = resolve(str(tmp_path / "dense.gguf"))
@@ -505,8 +492,8 @@ def test_several_devices_give_the_same_losses_as_one(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(loading, "devices_of", lambda _: [torch.device("cpu")] * 2)
     hooked = load_prunable(resolve("demo"), "float32", "cpu,cpu", "int8")
     assert all(hasattr(layer, "_hf_hook") for layer in hooked.layers)
-    space = single.shape.space(("attention", "ffn"))
-    model_mask = single.shape.model_mask(space, torch.arange(space.n) % 3 > 0)
+    space, units = group_units(single.shape)
+    model_mask = single.shape.model_mask(space, torch.arange(space.n) % 3 > 0, units)
     tokens = torch.arange(48).view(2, 24)
     assert torch.equal(Evaluator(hooked).losses([model_mask], tokens), Evaluator(single).losses([model_mask], tokens))
     monkeypatch.setattr(weights, "find_spec", lambda name: None)

@@ -10,7 +10,7 @@ from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
-import torch
+from helpers.masks import keep_first
 from helpers.messages import refused
 from helpers.models import save_tokenizer, tiny_model
 from safetensors.torch import load_file, save_file
@@ -18,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.export import export
 from pgprune_cli.model.loading import check_prunable, load_model, load_tokenizer, read_config
-from pgprune_cli.model.masks import LayerMask
 from pgprune_cli.model.source import INDEX, resolve
 from pgprune_cli.recipe.reader import find, load, name_of
 from pgprune_cli.run.decision import Decision
@@ -245,7 +244,7 @@ def test_code_is_not_copied_into_an_export(model: Path, tmp_path: Path, monkeypa
 
 
 def exported(model: Path) -> Path:
-    model_mask = tuple(LayerMask(torch.arange(4) < 4 - layer, torch.arange(24) < 9 + layer) for layer in range(4))
+    model_mask = keep_first(tiny_model("llama-gqa"), [(4 - layer, 9 + layer) for layer in range(4)])
     fingerprint = resolve(str(model)).fingerprint()
     Decision(model_mask, str(model), fingerprint, 0.5, "dtype: float32\n", 1, 2, 3, 2.5).save(Path("run"))
     export(Path("run"), Path("out"))

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pgprune_cli.scores.obs import DAMPING, obs, removal_order
+from pgprune_cli.core.grid import Grid, GridCost, chain_of_removal, is_chain
+from pgprune_cli.scores.obs import DAMPING, chain_errors, obs, removal_order
 from pgprune_cli.scores.statistics import BlockStatistics
 
 
@@ -26,7 +27,8 @@ def covariance_of(inputs: Tensor) -> Tensor:
 def block_of(weight: Tensor, covariance: Tensor, units: int, root: Tensor | None = None) -> BlockStatistics:
     """Return the statistics of a block. Without a root, an output error costs its squared length."""
     root = torch.eye(len(weight), dtype=torch.float64) if root is None else root
-    return BlockStatistics(units, {"o": weight}, seed=0, covariance=covariance, error_root=root)
+    grid = Grid(1, units, shared_rows=False)
+    return BlockStatistics(grid, GridCost(1), {"o": weight}, {}, seed=0, covariance=covariance, error_root=root)
 
 
 def least_error(weight: Tensor, inputs: Tensor, kept: list[int], damping: float = DAMPING) -> float:
@@ -159,7 +161,7 @@ def test_obs_is_refused_without_covariance_or_root() -> None:
     covariance, identity = covariance_of(inputs), torch.eye(5, dtype=torch.float64)
     for incomplete in ({}, {"covariance": covariance}, {"error_root": identity}):
         with pytest.raises(ValueError, match="obs needs calibration text"):
-            obs(BlockStatistics(6, {"o": weight}, seed=0, **incomplete))
+            obs(BlockStatistics(Grid(6, 1), GridCost(1), {"o": weight}, {}, seed=0, **incomplete))
 
 
 def test_obs_removes_a_hundredth_of_the_units_per_round() -> None:
@@ -171,3 +173,118 @@ def test_obs_removes_a_hundredth_of_the_units_per_round() -> None:
     exact = removal_order(weight, covariance, 300)[1]
     assert errors[149] == pytest.approx(float(exact[149]), rel=0.05)  # greedy is not optimal, so either may be lower
     assert float(errors[-1]) == pytest.approx(least_error(weight, inputs, []), rel=1e-6)
+
+
+# --- chains
+
+COST = GridCost(element=4, group=4)  # as in attention: queries and output, keys and values
+GRIDS = {"MQA": Grid(1, 4), "GQA": Grid(3, 2), "deep groups": Grid(2, 3), "experts": Grid(3, 2, 2, shared_rows=False)}
+
+
+def chain_from_scratch(
+    weight: Tensor, inputs: Tensor, grid: Grid, cost: GridCost, width: int
+) -> list[tuple[set[int], float]]:
+    """Return the elements of each step with the least-squares error by then. Every candidate is solved from scratch.
+
+    A member of every group: the one whose own removal adds the least error.
+    """
+    remaining, error, steps = set(range(grid.elements)), 0.0, []
+
+    def error_without(elements: set[int]) -> float:
+        return least_error(weight, inputs, columns(sorted(remaining - elements), width))
+
+    while remaining:
+        groups = sorted({element // grid.members for element in remaining})
+        members = len(remaining) // len(groups)
+        now = cost.of(len(groups), members)
+        candidates = []
+        if len(groups) > grid.min_groups:
+            saved = now - cost.of(len(groups) - 1, members)
+            for group in groups:
+                whole = {element for element in remaining if element // grid.members == group}
+                candidates.append(((error_without(whole) - error) / saved, whole))
+        if members > 1 or len(groups) == grid.min_groups:
+            least = {
+                min((e for e in remaining if e // grid.members == group), key=lambda e: error_without({e}))
+                for group in groups
+            }
+            saved = now - cost.of(len(groups), members - 1)
+            candidates.append(((error_without(least) - error) / saved, least))
+        removed = min(candidates, key=lambda candidate: candidate[0])[1]
+        error = error_without(removed)
+        remaining -= removed
+        steps.append((removed, error))
+    return steps
+
+
+@pytest.mark.parametrize("width", [1, 2])
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+@pytest.mark.parametrize("seed", range(3))
+def test_chain_errors_are_those_of_a_greedy_that_solves_every_problem_from_scratch(
+    seed: int, grid: Grid, width: int
+) -> None:
+    weight, inputs = problem(grid.elements, width, seed=seed)
+    errors = chain_errors(weight, covariance_of(inputs), grid, COST)
+    steps = chain_from_scratch(weight, inputs, grid, COST, width)
+    chain = chain_of_removal(errors)
+    assert len(steps) == grid.chain_length == int(chain.max()) + 1
+    for step, (removed, error) in enumerate(steps):
+        assert set((chain == len(steps) - 1 - step).nonzero().flatten().tolist()) == removed
+        for element in removed:
+            assert float(errors[element]) == pytest.approx(error, rel=1e-8)
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_the_error_of_every_width_is_that_of_the_exact_refit(grid: Grid) -> None:
+    """Also where a step removes several elements at once."""
+    weight, inputs = problem(grid.elements, 2, seed=7)
+    errors = chain_errors(weight, covariance_of(inputs), grid, COST)
+    chain = chain_of_removal(errors)
+    assert is_chain(chain, grid)
+    for kept in range(grid.chain_length):
+        mask = chain < kept
+        assert grid.is_regular(mask)
+        expected = least_error(weight, inputs, columns(mask.nonzero().flatten().tolist(), 2))
+        assert float(errors[~mask].max()) == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+def test_chain_errors_rise_strictly_even_where_nothing_is_lost(grid: Grid) -> None:
+    """Equal errors mean the same step, so elements that cost nothing must still have different errors."""
+    weight, inputs = problem(grid.elements, 2)
+    errors = chain_errors(torch.zeros_like(weight), covariance_of(inputs), grid, COST)
+    assert len(errors.unique()) == grid.chain_length
+    assert float(errors.min()) > 0.0 and float(errors.max()) < 1e-300
+
+
+@pytest.mark.parametrize("grid", [Grid(3, 2), Grid(2, 3), Grid(4, 3)])
+def test_a_target_stops_the_chain_at_its_groups_and_members(grid: Grid) -> None:
+    weight, inputs = problem(grid.elements, 1, seed=2)
+    for groups in range(1, grid.groups + 1):
+        for members in range(1, grid.members + 1):
+            errors = chain_errors(weight, covariance_of(inputs), grid, COST, (groups, members))
+            kept = errors.isinf()
+            assert grid.is_regular(kept) and grid.kept(kept) == (groups, members)
+            if not kept.all():
+                expected = least_error(weight, inputs, kept.nonzero().flatten().tolist())
+                assert float(errors[~kept].max()) == pytest.approx(expected, rel=1e-8)
+
+
+def test_obs_of_a_grid_removes_what_adds_the_least_error_per_parameter() -> None:
+    """With costly keys and values, whole KV heads are removed; with cheap ones, query heads."""
+    weight, inputs = problem(6, 2, seed=1)
+    grid, root = Grid(3, 2), torch.eye(5, dtype=torch.float64)
+    first_steps = []
+    for cost in (GridCost(1, 10_000), GridCost(10_000, 1)):
+        block = BlockStatistics(
+            grid, cost, {"o": weight}, {}, seed=0, covariance=covariance_of(inputs), error_root=root
+        )
+        scores = obs(block)
+        assert torch.equal(scores, chain_errors(weight, covariance_of(inputs), grid, cost))
+        first_steps.append((scores == scores.min()).view(3, 2).sum(1).tolist())
+    assert sorted(first_steps[0]) == [0, 0, 2]
+    assert first_steps[1] == [1, 1, 1] or sorted(first_steps[1]) == [0, 0, 2]
+    covariance = covariance_of(inputs)
+    covariance[1, 1] = torch.inf
+    block = BlockStatistics(grid, GridCost(1), {"o": weight}, {}, seed=0, covariance=covariance, error_root=root)
+    assert obs(block).isnan().all()

@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 import torch
-from helpers.blocks import observed_inputs
+from helpers.blocks import error_root_of, observed_inputs
 from helpers.models import VOCABULARY, tiny_model
 from torch import Tensor
 
@@ -90,7 +90,7 @@ def test_covariances_are_relative_to_each_tokens_residual_stream(architecture: s
         assert block.covariance.dtype == block.error_root.dtype == torch.float64
         scale = float(expected.diagonal().mean())
         torch.testing.assert_close(block.covariance, expected, rtol=1e-4, atol=1e-5 * scale)
-        torch.testing.assert_close(block.error_root, roots[layer])
+        torch.testing.assert_close(block.error_root, error_root_of(model, layer, name, roots[layer]))
         block_count += 1
     assert block_count == 8
 
@@ -100,9 +100,9 @@ def test_at_most_the_two_covariances_of_one_layer_exist_at_a_time(monkeypatch) -
     peak = 0
     add = MomentCollector._add
 
-    def counting(self: MomentCollector, name: str, residual: Tensor, inputs: Tensor) -> None:
+    def counting(self: MomentCollector, name: str, residual: Tensor, inputs: Tensor, *rest: Tensor) -> None:
         nonlocal peak
-        add(self, name, residual, inputs)
+        add(self, name, residual, inputs, *rest)
         assert self.sums[name].second.dtype == torch.float64
         if all(matrix() is not self.sums[name].second for matrix in matrices):
             matrices.append(weakref.ref(self.sums[name].second))

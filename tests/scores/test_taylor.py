@@ -1,15 +1,17 @@
 """First-order Taylor scores, compared with gradients of mask variables and with finite differences."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from helpers.models import VOCABULARY, tiny_model
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pgprune_cli.core.grid import Grid
+from pgprune_cli.model.families.adapter import UnitTensor
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.scores.metrics import score
-
-HEAD, CHANNELS, KV_HEADS = 8, 24, 4
 
 
 def calibration() -> list[Tensor]:
@@ -28,37 +30,39 @@ def mean_loss(model: nn.Module, batches: list[Tensor], weights: dict[str, Tensor
     return torch.stack(losses).mean()
 
 
-def rows_of_unit(layer: nn.Module, block: str, unit: int) -> dict[str, tuple[int, list[int]]]:
-    """Return, by projection, the axis and the indices that belong to a unit."""
-    if block == "ffn":
-        return {f"mlp.{name}_proj": (int(name == "down"), [unit]) for name in ("gate", "up", "down")}
-    width = layer.self_attn.q_proj.out_features // KV_HEADS
-    query_rows = list(range(unit * width, (unit + 1) * width))
-    kv_rows = list(range(unit * HEAD, (unit + 1) * HEAD))
-    return {
-        "self_attn.q_proj": (0, query_rows),
-        "self_attn.k_proj": (0, kv_rows),
-        "self_attn.v_proj": (0, kv_rows),
-        "self_attn.o_proj": (1, query_rows),
-    }
+def weights_of(model: nn.Module) -> Iterator[tuple[str, str, UnitTensor, Grid]]:
+    """Yield the name of the scores, the name of the weight, what its rows are, and the grid, for every projection."""
+    prunable = PrunableModel.of(model)
+    for index, layer in enumerate(prunable.layers):
+        for block in prunable.family.blocks:
+            for tensor in prunable.family.unit_tensors(layer, block):
+                if tensor.key == "weight":
+                    name = f"{prunable.family.layers}.{index}.{block.module}.{tensor.name}"
+                    yield f"layers.{index}.{block.name}", name, tensor, prunable.shape.grids[block.name][index]
 
 
 def test_taylor_equals_the_gradient_of_a_mask_on_every_weight(architecture: str) -> None:
-    """With L(W ∘ m), ∂L/∂m at m = 1 is W · ∂L/∂W, the first-order change when a weight is removed."""
+    """With L(W ∘ m), ∂L/∂m at m = 1 is W · ∂L/∂W, the first-order change when a weight is removed.
+
+    The query heads of a KV head share that of its keys and values equally.
+    """
     model, batches = tiny_model(architecture).double(), calibration()
     scores = score(PrunableModel.of(model), "taylor", batches, seed=0)
-    names = [name for name, p in model.named_parameters() if "_proj.weight" in name]
-    masks = {name: torch.ones_like(model.get_parameter(name), requires_grad=True) for name in names}
+    weights = list(weights_of(model))
+    masks = {name: torch.ones_like(model.get_parameter(name), requires_grad=True) for _, name, _, _ in weights}
     mean_loss(model, batches, {name: model.get_parameter(name) * mask for name, mask in masks.items()}).backward()
-    for index, layer in enumerate(model.model.layers):
-        for block, units in (("attention", KV_HEADS), ("ffn", CHANNELS)):
-            for unit in range(units):
-                expected = 0.0
-                for name, (axis, indices) in rows_of_unit(layer, block, unit).items():
-                    change = masks[f"model.layers.{index}.{name}.weight"].grad
-                    for place in indices:
-                        expected += float(change.select(axis, place).abs().sum())
-                assert float(scores[f"layers.{index}.{block}"][unit]) == pytest.approx(expected, rel=1e-6)
+    expected = {key: torch.zeros_like(values) for key, values in scores.items()}
+    for key, name, tensor, grid in weights:
+        by_row = masks[name].grad.abs().movedim(tensor.axis, 0).flatten(1).sum(1)
+        start = 0
+        for part in tensor.parts:
+            shared_by = grid.elements // part.runs
+            for element in range(grid.elements):
+                run = start + element // shared_by * part.width
+                expected[key][element] += float(by_row[run : run + part.width].sum()) / shared_by
+            start += part.rows
+    for key, values in scores.items():
+        torch.testing.assert_close(values, expected[key], rtol=1e-6, atol=1e-12)
 
 
 def test_taylor_equals_finite_differences() -> None:
@@ -70,9 +74,9 @@ def test_taylor_equals_finite_differences() -> None:
         0.0,
     )  # the norms compute in float32
     with torch.no_grad():
-        for name, (axis, [place]) in rows_of_unit(layer, "ffn", 5).items():
-            weight = layer.get_submodule(name).weight
-            for element in weight.select(axis, place):  # a view of one element
+        for name, axis in (("gate_proj", 0), ("up_proj", 0), ("down_proj", 1)):
+            weight = layer.mlp.get_submodule(name).weight
+            for element in weight.select(axis, 5):  # a view of one element
                 original = element.clone()
                 losses = []
                 for sign in (1, -1):
