@@ -80,7 +80,7 @@ def test_removed_elements_are_not_computed(watched: nn.Module) -> None:
         seen[name] = tuple(module.weight.shape)
 
     handles, expected = [], {}
-    for block in model.family.blocks:
+    for block in model.family.blocks_of(layer):
         for tensor in model.family.unit_tensors(layer, block):
             linear = layer.get_submodule(f"{block.module}.{tensor.module}")
             if tensor.key == "weight" and isinstance(linear, nn.Linear):
@@ -108,7 +108,7 @@ def with_outputs_by_hand(model: nn.Module, model_mask: ModelMask, outputs: Outpu
     copied = copy.deepcopy(model)
     prunable = PrunableModel.of(copied)
     for (index, name), output in outputs.items():
-        block, mask = prunable.family.block(name), model_mask[index].of(name)
+        block, mask = prunable.shape.blocks[index][name], model_mask[index].of(name)
         path, _, key = block.output_path.rpartition(".")
         inputs = block.output_linear(prunable.layers[index]).in_features
         linear = nn.Linear(inputs, output.weight.shape[0], bias=output.bias is not None).requires_grad_(False)

@@ -36,7 +36,7 @@ def test_one_pass_collects_the_moments_of_every_block(architecture: str) -> None
     with model_unchanged(model):
         run = start_layerwise(PrunableModel.of(model), batches())
         for index in range(LAYERS):
-            collector = MomentCollector(family, family.blocks)
+            collector = MomentCollector(family, family.blocks_of(run.layers[index]))
             run.advance(index, collector.observers)
             for name in ("attention", "ffn"):
                 collected[index, name] = collector.moments(name)
@@ -51,8 +51,8 @@ def test_observing_runs_one_layer_and_does_not_advance_the_run(architecture: str
         run = start_layerwise(PrunableModel.of(model), batches())
         run.advance(0)
         before = [hidden.clone() for hidden in run.hidden_states]
-        family = family_of(model.config.model_type)
-        moments = observe_moments(run, 1, family, family.block(name))
+        prunable = PrunableModel.of(model)
+        moments = observe_moments(run, 1, prunable.family, prunable.shape.blocks[1][name])
         assert run.position == 1
         assert all(torch.equal(after, states) for after, states in zip(run.hidden_states, before, strict=True))
     assert_moments(moments, moments_by_hand(*observed_inputs(model, 1, name)))

@@ -25,7 +25,7 @@ def batches() -> list[Tensor]:
 def output_linear(model: nn.Module, index: int, name: str) -> nn.Linear:
     """Return the output projection of a block."""
     prunable = PrunableModel.of(model)
-    return prunable.family.block(name).output_linear(prunable.layers[index])
+    return prunable.shape.blocks[index][name].output_linear(prunable.layers[index])
 
 
 def columns_of(mask: Tensor, inputs: int) -> Tensor:
@@ -48,7 +48,7 @@ def observed_inputs(model: nn.Module, index: int, name: str, text: list[Tensor] 
     """
     prunable = PrunableModel.of(model)
     family, layer = prunable.family, prunable.layers[index]
-    block = family.block(name)
+    block = prunable.shape.blocks[index][name]
     paths = [block.output_path, family.residual, *([block.post_norm] if block.post_norm else [])]
     recorded: list[list[Tensor]] = [[] for _ in paths]
     handles = [
@@ -72,7 +72,7 @@ def observed_inputs(model: nn.Module, index: int, name: str, text: list[Tensor] 
 def error_root_of(model: nn.Module, index: int, name: str, root: Tensor) -> Tensor:
     """Return R of a block's output, given that of the residual stream: a norm in between multiplies with its weight."""
     prunable = PrunableModel.of(model)
-    path = prunable.family.block(name).post_norm
+    path = prunable.shape.blocks[index][name].post_norm
     if path is None:
         return root
     return root @ torch.diag(prunable.family.norm_weight(prunable.layers[index].get_submodule(path)).double())

@@ -185,7 +185,7 @@ def masked(model: nn.Module, model_mask: ModelMask) -> Iterator[nn.Module]:
         handles.append(block.register_forward_hook(hook))
 
     for layer, layer_mask in zip(prunable.layers, model_mask, strict=True):
-        for block in prunable.family.blocks:
+        for block in prunable.family.blocks_of(layer):
             mask = layer_mask.of(block.name)
             if mask.any():
                 zero_inputs(layer.get_submodule(block.output_path), mask)
@@ -203,7 +203,7 @@ def random_outputs(model: nn.Module, model_mask: ModelMask, bias: bool) -> Outpu
     prunable = PrunableModel.of(model)
     generator, outputs = torch.Generator().manual_seed(0), {}
     for index, (layer, layer_mask) in enumerate(zip(prunable.layers, model_mask, strict=True)):
-        for block in prunable.family.blocks:
+        for block in prunable.family.blocks_of(layer):
             mask, linear = layer_mask.of(block.name), block.output_linear(layer)
             if mask.any():
                 inputs = int(mask.sum()) * linear.in_features // len(mask)

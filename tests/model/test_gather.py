@@ -137,7 +137,7 @@ def test_kept_elements_index_runs_of_elements_and_of_groups() -> None:
 def test_gather_picks_the_kept_rows_of_a_model(architecture: str, name: str) -> None:
     model = PrunableModel.of(tiny_model(architecture))
     for index, (layer, layer_mask) in enumerate(zip(model.layers, MODEL_MASKS[name](model.module), strict=True)):
-        for block in model.family.blocks:
+        for block in model.family.blocks_of(layer):
             grid, mask = model.shape.grids[block.name][index], layer_mask.of(block.name)
             for tensor in model.family.unit_tensors(layer, block) if mask.any() else ():
                 values = layer.get_submodule(block.module).get_parameter(tensor.name)

@@ -346,7 +346,7 @@ def test_every_product_of_a_shrunk_fp8_model_uses_rounded_inputs_and_weights(
 def shapes_of_running_projections(model: PrunableModel, model_mask: ModelMask) -> Iterator[torch.Size]:
     """Yield the shape of the weight of every projection that runs."""
     for layer, layer_mask in zip(model.layers, model_mask, strict=True):
-        for block in model.family.blocks:
+        for block in model.family.blocks_of(layer):
             mask, module = layer_mask.of(block.name), layer.get_submodule(block.module)
             for tensor in model.family.unit_tensors(layer, block) if mask.any() else ():
                 linear = module.get_submodule(tensor.module)

@@ -8,11 +8,9 @@ import pytest
 import torch
 from helpers.blocks import (
     BLOCKS,
-    CHANNELS,
-    KV_HEADS,
-    LAYERS,
     batches,
     columns_of,
+    error_root_of,
     mask_of_first,
     model_unchanged,
     moments_by_hand,
@@ -20,6 +18,7 @@ from helpers.blocks import (
     output_linear,
     weighted_error,
 )
+from helpers.masks import dense_mask, draw, is_refused, same_masks
 from helpers.models import tiny_model
 from torch import Tensor, nn
 
@@ -31,35 +30,25 @@ from pgprune_cli.model.masks import LayerMask, ModelMask, Outputs
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair import least_squares
 from pgprune_cli.repair.least_squares import compensated_output, repair, repaired_output
-from pgprune_cli.scores.obs import removal_order
+from pgprune_cli.scores.obs import chain_errors, removal_order
 
 DAMPING = 1e-6
 
 
-def some_keep() -> ModelMask:
-    """Blocks with about half their units, and among them a whole layer, whole blocks and empty ones."""
-    generator = torch.Generator().manual_seed(1)
-    layers = []
-    for index in range(LAYERS):
-        attention, ffn = (
-            torch.rand(KV_HEADS, generator=generator) < 0.5,
-            torch.rand(CHANNELS, generator=generator) < 0.5,
-        )
-        attention[index] = ffn[index] = True
-        attention[(index + 1) % KV_HEADS] = ffn[index + 5] = False
-        layers.append(LayerMask(attention, ffn))
-    layers[1] = LayerMask(torch.ones(KV_HEADS).bool(), layers[1].ffn)
-    layers[2] = LayerMask(torch.zeros(KV_HEADS).bool(), layers[2].ffn)
-    layers[3] = LayerMask(layers[3].attention, torch.zeros(CHANNELS).bool())
-    return tuple(layers)
-
-
-KEEP = some_keep()
+COUNTS = [((2, 1), 11), (4, 13), (0, 9), ((1, 1), 0)]
 REPAIRED = [(0, "attention"), (0, "ffn"), (1, "ffn"), (2, "ffn"), (3, "attention")]
+"""Blocks with a part of their elements. Layer 1 keeps its attention; layers 2 and 3 have no attention, no FFN."""
 
 
-def whole() -> ModelMask:
-    return tuple(LayerMask(torch.ones(KV_HEADS).bool(), torch.ones(CHANNELS).bool()) for _ in range(LAYERS))
+def some_mask(model: nn.Module) -> ModelMask:
+    return draw(model, COUNTS, seed=1)
+
+
+def repaired_blocks(model: nn.Module, model_mask: ModelMask) -> list[tuple[int, str]]:
+    """Return the blocks that lose some of their elements, but not all."""
+    partly = [key for key in BLOCKS if 0 < float(model_mask[key[0]].of(key[1]).float().mean()) < 1]
+    assert partly == REPAIRED or any(is_refused(model, name) for name in ("attention", "ffn"))
+    return partly
 
 
 # --- one projection
@@ -155,12 +144,6 @@ def test_a_compensated_output_adds_the_mean_of_what_is_gone(columns: list[int]) 
 # --- a model
 
 
-def same_masks(left: ModelMask, right: ModelMask) -> bool:
-    return all(
-        torch.equal(a.attention, b.attention) and torch.equal(a.ffn, b.ffn) for a, b in zip(left, right, strict=True)
-    )
-
-
 def behind(model: nn.Module, keep: ModelMask, outputs: Outputs, index: int, name: str) -> tuple[Tensor, Tensor]:
     """`seen` where everything in front of this block is pruned and repaired, and the block and what follows is not."""
     before = BLOCKS[: BLOCKS.index((index, name))]
@@ -169,7 +152,7 @@ def behind(model: nn.Module, keep: ModelMask, outputs: Outputs, index: int, name
             kept.attention if (place, "attention") in before else dense.attention,
             kept.ffn if (place, "ffn") in before else dense.ffn,
         )
-        for place, (kept, dense) in enumerate(zip(keep, whole(), strict=True))
+        for place, (kept, dense) in enumerate(zip(keep, dense_mask(model), strict=True))
     )
     with Evaluator(PrunableModel.of(model)).shrunk(
         front, {key: output for key, output in outputs.items() if key in before}
@@ -182,9 +165,10 @@ def behind(model: nn.Module, keep: ModelMask, outputs: Outputs, index: int, name
 def test_no_block_is_worse_for_its_repair_on_the_text(architecture: str, method: str, reselect: bool) -> None:
     model = tiny_model(architecture)
     with model_unchanged(model):
-        keep, outputs = repair(PrunableModel.of(model), KEEP, batches(), method, DAMPING, reselect=reselect)
-    assert reselect or same_masks(keep, KEEP)
-    assert sorted(outputs) == REPAIRED  # nothing for whole and for empty blocks
+        before = some_mask(model)
+        keep, outputs = repair(PrunableModel.of(model), before, batches(), method, DAMPING, reselect=reselect)
+    assert reselect or same_masks(keep, before)
+    assert sorted(outputs) == repaired_blocks(model, before)  # nothing for whole and for empty blocks
     for (index, name), output in outputs.items():
         linear, mask = output_linear(model, index, name), keep[index].of(name)
         columns = columns_of(mask, linear.in_features)
@@ -213,45 +197,52 @@ def test_a_model_that_loses_nothing_is_not_repaired(architecture: str, reselect:
     model = tiny_model(architecture)
     with model_unchanged(model):
         keep, outputs = repair(
-            PrunableModel.of(model), whole(), batches()[:1], "least-squares", DAMPING, reselect=reselect
+            PrunableModel.of(model), dense_mask(model), batches()[:1], "least-squares", DAMPING, reselect=reselect
         )
     assert outputs == {}
-    assert same_masks(keep, whole())
+    assert same_masks(keep, dense_mask(model))
 
 
 @pytest.mark.parametrize("method", ["least-squares", "bias"])
 def test_units_that_are_chosen_again_are_those_that_obs_keeps_behind_the_pruned_layers(
     architecture: str, method: str
 ) -> None:
-    """As many as before in every block; and by the loss's directions they lose no more than those before would."""
+    """As many as before in every block; and by the loss's directions a line loses no more than before."""
     model = tiny_model(architecture)
-    keep, outputs = repair(PrunableModel.of(model), KEEP, batches(), method, DAMPING, reselect=True)
-    roots = error_roots(PrunableModel.of(model), batches())
+    prunable, masks = PrunableModel.of(model), some_mask(model)
+    keep, outputs = repair(prunable, masks, batches(), method, DAMPING, reselect=True)
+    roots = error_roots(prunable, batches())
     changed = 0
     for index, name in BLOCKS:
-        mask, before = keep[index].of(name), KEEP[index].of(name)
-        assert (mask.dtype, mask.shape, int(mask.sum())) == (torch.bool, before.shape, int(before.sum()))
-        if (index, name) not in REPAIRED:
+        mask, before = keep[index].of(name), masks[index].of(name)
+        grid, cost = prunable.shape.grids[name][index], prunable.shape.parameters[name][index]
+        assert (mask.dtype, mask.shape, grid.kept(mask)) == (torch.bool, before.shape, grid.kept(before))
+        if (index, name) not in repaired_blocks(model, masks):
             assert torch.equal(mask, before)
             continue
         linear = output_linear(model, index, name)
         x, weights = behind(model, keep, outputs, index, name)
-        moments, felt = moments_by_hand(x, weights), roots[index] @ linear.weight.double()
-        order, _ = removal_order(felt, moments.second, len(mask))
-        assert torch.equal(mask, mask_of_first(order.flip(0), int(mask.sum())))
+        moments = moments_by_hand(x, weights)
+        felt = error_root_of(model, index, name, roots[index]) @ linear.weight.double()
+        if grid.is_line:
+            order, _ = removal_order(felt, moments.second, len(mask))
+            assert torch.equal(mask, mask_of_first(order.flip(0), int(mask.sum())))
+        else:
+            errors = chain_errors(felt, moments.second, grid, cost, grid.kept(before))
+            assert torch.equal(mask, errors.isinf())
         losses = []
         for decision in (mask, before):
             columns = columns_of(decision, linear.in_features)
             best = repaired_output(felt, None, moments, columns, 1e-2, with_bias=False).weight
             losses.append(weighted_error(x @ felt.T, x[:, columns] @ best.T, weights))
-        assert losses[0] <= losses[1] * (1 + 1e-6)
+        assert losses[0] <= losses[1] * (1 + 1e-6) or not grid.is_line
         changed += not torch.equal(mask, before)
     assert changed >= 3
 
 
 def test_chosen_again_from_the_same_text_nothing_changes() -> None:
     model = tiny_model("qwen3")
-    once = repair(PrunableModel.of(model), KEEP, batches(), "least-squares", DAMPING, reselect=True)
+    once = repair(PrunableModel.of(model), some_mask(model), batches(), "least-squares", DAMPING, reselect=True)
     twice = repair(PrunableModel.of(model), once.model_mask, batches(), "least-squares", DAMPING, reselect=True)
     assert same_masks(once.model_mask, twice.model_mask)
     assert all(torch.equal(once.outputs[key].weight, twice.outputs[key].weight) for key in REPAIRED)
@@ -274,7 +265,7 @@ def test_a_forward_that_fails_leaves_the_model_as_it_was(place: str, call: int) 
         if place == "3.self_attn" and call == 5:
             call = 4  # observed four times and then run pruned, once a batch
         with pytest.raises(RuntimeError, match="out of memory"):
-            repair(PrunableModel.of(model), KEEP, batches(), "least-squares-bias", DAMPING)
+            repair(PrunableModel.of(model), some_mask(model), batches(), "least-squares-bias", DAMPING)
         handle.remove()
 
 
@@ -289,5 +280,6 @@ def test_one_blocks_moments_exist_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
 
     observe = observe_moments
     monkeypatch.setattr(least_squares, "observe_moments", observed)
-    repair(PrunableModel.of(tiny_model("qwen3")), KEEP, batches(), "least-squares", DAMPING)
+    model = tiny_model("qwen3")
+    repair(PrunableModel.of(model), some_mask(model), batches(), "least-squares", DAMPING)
     assert len(alive) == len(REPAIRED)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.blocks import BLOCKS, CHANNELS, KV_HEADS, LAYERS, batches
+from helpers.blocks import BLOCKS, LAYERS, batches
 from helpers.contexts import context_of
 from helpers.models import tiny_model
+from helpers.units import chain_units, random_scores, ranks_of
 from torch import Tensor, nn
 
 from pgprune_cli.distributed import Ranks
@@ -21,15 +23,9 @@ from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.repair import width_files
 from pgprune_cli.repair.width_files import has_layer, load_layer, refuse_full_disk, remove_widths, save_layer
-from pgprune_cli.repair.width_table import WidthTable, solve_layers
+from pgprune_cli.repair.width_table import BlockWidths, WidthTable, solve_layers
 from pgprune_cli.run.layout import WIDTHS_FOLDER
 from pgprune_cli.search import table as job
-
-
-def scores() -> dict[tuple[int, str], Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    counts = {"attention": KV_HEADS, "ffn": CHANNELS}
-    return {key: torch.rand(counts[key[1]], generator=generator, dtype=torch.float64) for key in BLOCKS}
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
@@ -37,9 +33,16 @@ def model(request) -> nn.Module:
     return tiny_model("llama-biased").to(request.param)
 
 
+def solve(model: nn.Module, damping: float = 1e-2, **options) -> Iterator[tuple[int, dict[str, BlockWidths]]]:
+    """Solve layers of the model at every width of random chains."""
+    prunable = PrunableModel.of(model)
+    _, units = chain_units(prunable.shape)
+    return solve_layers(prunable, ranks_of(prunable.shape, units), units, batches(), damping, solve=True, **options)
+
+
 @pytest.fixture
 def saved(model: nn.Module, tmp_path: Path) -> Path:
-    for index, blocks in solve_layers(PrunableModel.of(model), scores(), batches(), 1e-2, solve=True, only=[1]):
+    for index, blocks in solve(model, only=[1]):
         save_layer(tmp_path, index, blocks, "mine")
     return tmp_path
 
@@ -50,7 +53,7 @@ def the_file(run: Path) -> Path:
 
 
 def test_what_is_read_is_what_was_solved_bit_for_bit_and_mapped(model: nn.Module, saved: Path) -> None:
-    ((_, solved),) = solve_layers(PrunableModel.of(model), scores(), batches(), 1e-2, solve=True, only=[1])
+    ((_, solved),) = solve(model, only=[1])
     actual = load_layer(saved, 1)
     assert list(actual) == list(solved) == ["attention", "ffn"]
     for name, block in solved.items():
@@ -122,13 +125,16 @@ def table(
     ranks: Ranks = Ranks(),  # noqa: B008
     text: list[Tensor] | None = None,
     fingerprint: str = "fingerprint",
+    seed: int = 0,
 ) -> WidthTable:
     """Solve the table of a search of the tiny model, on the batches of this file."""
     run.mkdir(exist_ok=True)
     context = replace(context_of(recipe, PrunableModel.of(model), run), ranks=ranks)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job, "repair_batches", lambda *_: text or batches())
-        return job.solve_table(context, scores(), fingerprint)
+        shape = context.model.shape
+        _, units = chain_units(shape, scores=random_scores(shape, seed))
+        return job.solve_table(context, ranks_of(shape, units), units, fingerprint)
 
 
 @pytest.fixture
@@ -157,14 +163,7 @@ def assert_same(left: WidthTable, right: WidthTable) -> None:
 def test_a_table_is_solved_once(model: nn.Module, tmp_path: Path, solved) -> None:
     first = table(model, tmp_path)
     assert_same(table(model, tmp_path), first)
-    damping = RECIPE.repair.damping
-    assert_same(
-        WidthTable.of(
-            PrunableModel.of(model),
-            dict(solve_layers(PrunableModel.of(model), scores(), batches(), damping, solve=True)),
-        ),
-        first,
-    )
+    assert_same(WidthTable.of(PrunableModel.of(model), dict(solve(model, RECIPE.repair.damping))), first)
     assert solved == [list(range(LAYERS))]
 
 
@@ -179,17 +178,19 @@ def test_what_is_damaged_is_solved_again_and_nothing_else(model: nn.Module, tmp_
         assert all(torch.equal(output.weight, before[key][kept]) for kept, output in outputs.items())
 
 
-@pytest.mark.parametrize("changed", ["recipe", "text", "model"])
+@pytest.mark.parametrize("changed", ["recipe", "text", "model", "chain"])
 def test_of_another_search_everything_is_solved(changed: str, model: nn.Module, tmp_path: Path, solved) -> None:
     table(model, tmp_path)
-    recipe, text, fingerprint = RECIPE, batches(), "fingerprint"
+    recipe, text, fingerprint, seed = RECIPE, batches(), "fingerprint", 0
     if changed == "recipe":
         recipe = replace(RECIPE, repair=replace(RECIPE.repair, damping=0.5))
     elif changed == "text":
         text[0][0, 0] += 1
-    else:
+    elif changed == "model":
         fingerprint = "another"
-    table(model, tmp_path, recipe, text=text, fingerprint=fingerprint)
+    else:
+        seed = 1
+    table(model, tmp_path, recipe, text=text, fingerprint=fingerprint, seed=seed)
     assert solved == [list(range(LAYERS))] * 2
 
 

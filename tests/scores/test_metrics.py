@@ -31,7 +31,7 @@ def blocks_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Block, Grid]]:
     """Yield the name of the scores, the layer, the block and its grid, block after block."""
     prunable = PrunableModel.of(model)
     for index, layer in enumerate(prunable.layers):
-        for block in prunable.family.blocks:
+        for block in prunable.family.blocks_of(layer):
             yield f"layers.{index}.{block.name}", layer, block, prunable.shape.grids[block.name][index]
 
 
@@ -172,7 +172,7 @@ def test_unit_without_weights_scores_lowest(architecture: str, metric: str) -> N
     model = tiny_model(architecture)
     prunable = PrunableModel.of(model)
     layer, removed = prunable.layers[2], {}
-    for block in prunable.family.blocks:
+    for block in prunable.family.blocks_of(layer):
         grid, module = prunable.shape.grids[block.name][2], layer.get_submodule(block.module)
         removed[block.name] = range(grid.members, 2 * grid.members) if block.name == "attention" else range(7, 8)
         for tensor in prunable.family.unit_tensors(layer, block):

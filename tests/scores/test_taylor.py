@@ -34,7 +34,7 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, str, UnitTensor, Grid]]:
     """Yield the name of the scores, the name of the weight, what its rows are, and the grid, for every projection."""
     prunable = PrunableModel.of(model)
     for index, layer in enumerate(prunable.layers):
-        for block in prunable.family.blocks:
+        for block in prunable.family.blocks_of(layer):
             for tensor in prunable.family.unit_tensors(layer, block):
                 if tensor.key == "weight":
                     name = f"{prunable.family.layers}.{index}.{block.module}.{tensor.name}"
