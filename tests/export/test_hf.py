@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.exports import DECISIONS, decide, draw, export, masked, replay
+from helpers.exports import DECISIONS, decide, export, replay
+from helpers.masks import draw, masked
 from helpers.messages import refused
 from helpers.models import VOCABULARY, tiny_model
 from safetensors import safe_open
@@ -26,13 +27,12 @@ from pgprune_cli.export import hf, safetensors_file
 from pgprune_cli.export.plan import Options
 from pgprune_cli.export.shapes import ShapeRequirements
 from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.model.masks import LayerMask
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import resolve
 from pgprune_cli.repair.least_squares import repair
 from pgprune_cli.run.decision import Decision
 
-GROUPS, CHANNELS, LAYERS = 4, 24, 4
+LAYERS = 4
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-4}
 
 
@@ -70,14 +70,15 @@ def llama(tmp_path):
 @torch.inference_mode()
 def test_export_has_the_logits_of_the_masked_dense_model(saved, tmp_path, name):
     model, base = saved
-    model_mask = draw(DECISIONS[name])
+    model_mask = draw(model, DECISIONS[name])
     written = export(base, tmp_path / "out", model_mask)
     pruned = load(tmp_path / "out")
     tokens = torch.randint(3, VOCABULARY, (2, 40))
     with masked(model, model_mask):
         torch.testing.assert_close(pruned(tokens).logits, model(tokens).logits, **TOLERANCE)
     assert not written.stock
-    assert len(written.shapes.layers) == len(pruned.model.layers) == sum(a + f > 0 for a, f in DECISIONS[name])
+    kept_layers = sum(bool(layer.attention.any() or layer.ffn.any()) for layer in model_mask)
+    assert len(written.shapes.layers) == len(pruned.model.layers) == kept_layers
     assert written.parameters_after == sum(parameter.numel() for parameter in pruned.parameters())
     assert written.parameters_before == sum(parameter.numel() for parameter in model.parameters())
 
@@ -86,18 +87,20 @@ def test_export_has_the_logits_of_the_masked_dense_model(saved, tmp_path, name):
     assert torch.equal(load(tmp_path / "again")(tokens).logits, pruned(tokens).logits)
     pruned.set_attn_implementation("eager")  # SDPA returns no attention weights
     weights = pruned(tokens, output_attentions=True).attentions
-    assert [w.shape[1] for w in weights] == [
-        a * model.config.num_attention_heads // GROUPS for a, _ in DECISIONS[name] if a
-    ]
+    heads = [int(layer.attention.sum()) for layer in model_mask if layer.attention.any()]
+    assert [w.shape[1] for w in weights if w is not None] == heads
     with masked(model, model_mask):
         torch.testing.assert_close(pruned(tokens).logits, model(tokens).logits, **TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["no heads in the first layer", "two layers without heads, two without channels"])
+@pytest.mark.parametrize(
+    "name",
+    ["fewer query heads in every layer", "no heads in the first layer", "two layers removed, among them the first"],
+)
 @torch.inference_mode()
 def test_generation_with_a_cache_and_left_padding_equals_recomputation(saved, tmp_path, name):
     model, base = saved
-    model_mask = draw(DECISIONS[name])
+    model_mask = draw(model, DECISIONS[name])
     export(base, tmp_path / "out", model_mask)
     pruned = load(tmp_path / "out")
     prompts = [torch.randint(3, VOCABULARY, (length,)) for length in (4, 9)]
@@ -132,7 +135,7 @@ def test_layers_keep_their_kind_of_attention_when_full_and_sliding_are_mixed(tmp
         [(0, 5), (0, 9), (0, 4), (3, 3)],
         [(0, 0), (2, 9), (0, 7), (1, 1)],
     ):
-        model_mask = draw(counts)
+        model_mask = draw(model, counts)
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         export(tmp_path / "base", tmp_path / "out", model_mask)
         pruned = load(tmp_path / "out")
@@ -146,10 +149,10 @@ def test_layers_keep_their_kind_of_attention_when_full_and_sliding_are_mixed(tmp
 
 
 def test_a_directory_loads_without_pgprune(tmp_path):
-    model_mask = draw(DECISIONS["no heads in the first layer"])
     for architecture in ("llama-biased", "mistral", "qwen2", "qwen3"):
         model = tiny_model(architecture)
         model.save_pretrained(tmp_path / "base" / architecture)
+        model_mask = draw(model, DECISIONS["no heads in the first layer"])
         export(tmp_path / "base" / architecture, tmp_path / architecture, model_mask)
         with masked(model, model_mask), torch.inference_mode():
             save_file({"logits": model(torch.arange(3, 23)[None]).logits}, tmp_path / f"{architecture}.safetensors")
@@ -175,8 +178,8 @@ for name in ("llama-biased", "mistral", "qwen2", "qwen3"):
 
 
 def test_rope_parameters_that_transformers_4_would_ignore_are_refused(llama, tmp_path):
-    _, base = llama
-    export(base, tmp_path / "out", draw(DECISIONS["mixed sizes"]))
+    model, base = llama
+    export(base, tmp_path / "out", draw(model, DECISIONS["mixed sizes"]))
     config = AutoConfig.from_pretrained(tmp_path / "out")
     config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
     config.rope_theta = 10000.0  # what transformers 4 would use, which does not know rope_parameters
@@ -187,7 +190,7 @@ def test_rope_parameters_that_transformers_4_would_ignore_are_refused(llama, tmp
 @torch.inference_mode()
 def test_layers_of_equal_sizes_become_a_stock_model(saved, tmp_path, architecture):
     model, base = saved
-    model_mask = draw([(2, 7), (0, 0), (2, 7), (2, 7)])
+    model_mask = draw(model, [(2, 7), (0, 0), (2, 7), (2, 7)])
     written = export(base, tmp_path / "out", model_mask)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert written.stock
@@ -206,7 +209,7 @@ def test_layers_of_equal_sizes_become_a_stock_model(saved, tmp_path, architectur
 def test_number_of_heads_need_not_divide_the_hidden_size(tmp_path, architecture, stock, model_type):
     model = tiny_model(architecture)
     model.save_pretrained(tmp_path / "base")
-    model_mask = draw([(3, 7)] * LAYERS)  # 6 heads, hidden size 32
+    model_mask = draw(model, [(3, 7)] * LAYERS)  # 6 heads, hidden size 32
     written = export(tmp_path / "base", tmp_path / "out", model_mask)
     assert (written.stock, written.config["model_type"]) == (stock, model_type)
     tokens = torch.randint(3, VOCABULARY, (2, 30))
@@ -217,7 +220,7 @@ def test_number_of_heads_need_not_divide_the_hidden_size(tmp_path, architecture,
 def test_a_sharded_model_gives_the_same_tensors_in_shards_of_any_size(saved, tmp_path):
     model, base = saved
     model.save_pretrained(tmp_path / "sharded", max_shard_size="6KB")
-    model_mask = draw(DECISIONS["two layers removed, among them the first"])
+    model_mask = draw(model, DECISIONS["two layers removed, among them the first"])
     export(base, tmp_path / "one", model_mask)
     decision = decide(tmp_path / "sharded", model_mask)
     written_bytes: list[int] = []
@@ -242,12 +245,12 @@ def test_a_sharded_model_gives_the_same_tensors_in_shards_of_any_size(saved, tmp
 
 
 def test_old_buffers_and_tied_duplicates_are_dropped_and_dtypes_kept(llama, tmp_path):
-    _, base = llama
+    model, base = llama
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(base / "model.safetensors").items()}
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    written = export(base, tmp_path / "out", draw([(2, 24)] * LAYERS))
+    written = export(base, tmp_path / "out", draw(model, [(2, 24)] * LAYERS))
     assert written.parameters_before == tiny_model("llama-gqa").num_parameters()
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118
@@ -256,10 +259,10 @@ def test_old_buffers_and_tied_duplicates_are_dropped_and_dtypes_kept(llama, tmp_
 
 
 def test_the_weights_shrink_and_the_other_files_are_copied(llama, tmp_path):
-    _, base = llama
+    model, base = llama
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"):
         (base / name).write_text(name)
-    model_mask = draw([(2, 6), (1, 6), (0, 0), (2, 12)])
+    model_mask = draw(model, [(2, 6), (1, 6), (0, 0), (2, 12)])
     measured = {
         "model": "x",
         "perplexity": [{"corpus": "wikitext2", "seqlen": 128, "bos": False, "ppl": 12.375001, "tokens": 1000}],
@@ -275,15 +278,15 @@ def test_the_weights_shrink_and_the_other_files_are_copied(llama, tmp_path):
     assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
     assert [k.ffn.tolist() for k in Decision.load(out).model_mask] == [k.ffn.tolist() for k in model_mask]
     card = (out / "README.md").read_text()
-    assert "| 2 (layer removed) | 0 of 4 | 0 of 24 |" in card
+    assert "| 2 (layer removed) | 0 of 4 | 0 of 8 | 0 of 24 |" in card
     assert "| wikitext2 | 128 | 12.38 | 1,000 |" in card
     assert "trust_remote_code=True" in card and "dtype: float32" in card
     assert str(tmp_path) not in card
 
 
 def test_an_existing_target_is_refused(llama, tmp_path):
-    _, base = llama
-    model_mask = draw(DECISIONS["mixed sizes"])
+    model, base = llama
+    model_mask = draw(model, DECISIONS["mixed sizes"])
     (tmp_path / "out").mkdir()
     export(base, tmp_path / "out", model_mask)
     with refused(f"{tmp_path / 'out'}: already exists"):
@@ -295,7 +298,7 @@ def test_an_existing_target_is_refused(llama, tmp_path):
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no space left"), OSError("no space left")])
 def test_a_failed_write_leaves_nothing_behind(error, llama, tmp_path, monkeypatch):
-    _, base = llama
+    model, base = llama
 
     def full(path, entries, tensors):
         path.write_bytes(b"half")
@@ -303,21 +306,21 @@ def test_a_failed_write_leaves_nothing_behind(error, llama, tmp_path, monkeypatc
 
     monkeypatch.setattr(safetensors_file, "write", full)
     with pytest.raises(OSError, match="no space"):
-        export(base, tmp_path / "out", draw(DECISIONS["mixed sizes"]))
+        export(base, tmp_path / "out", draw(model, DECISIONS["mixed sizes"]))
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_a_full_disk_is_noticed_before_writing(llama, tmp_path, monkeypatch):
-    _, base = llama
+    model, base = llama
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(RunError, match=r"/new/out: needs about \d+ MB of disk, but only 0 MB are free\."):
-        export(base, tmp_path / "new" / "out", draw(DECISIONS["mixed sizes"]))
+        export(base, tmp_path / "new" / "out", draw(model, DECISIONS["mixed sizes"]))
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def test_another_model_than_the_searched_one_is_refused(llama, tmp_path):
-    _, base = llama
-    decision = decide(base, draw(DECISIONS["mixed sizes"]))
+    model, base = llama
+    decision = decide(base, draw(model, DECISIONS["mixed sizes"]))
     tiny_model("llama-gqa", seed=1).save_pretrained(base)
     changed = resolve(str(base))
     with pytest.raises(UserError, match="not the model that was searched") as refusal:
@@ -327,19 +330,19 @@ def test_another_model_than_the_searched_one_is_refused(llama, tmp_path):
 
 
 def test_a_decision_of_other_sizes_or_without_units_is_refused(llama, tmp_path):
-    _, base = llama
+    model, base = llama
     with refused(str(base), "number of layers", "decision.json"):
-        export(base, tmp_path / "out", draw(DECISIONS["mixed sizes"])[:3])
+        export(base, tmp_path / "out", draw(model, DECISIONS["mixed sizes"])[:3])
     with refused("decision.json: keeps no units"):
-        export(base, tmp_path / "out", draw([(0, 0)] * LAYERS))
+        export(base, tmp_path / "out", draw(model, [(0, 0)] * LAYERS))
 
 
 def test_an_incomplete_or_quantised_model_is_refused(llama, tmp_path):
-    _, base = llama
+    model, base = llama
     tensors = load_file(base / "model.safetensors")
     del tensors["model.layers.2.mlp.up_proj.weight"]
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    model_mask = draw(DECISIONS["mixed sizes"])
+    model_mask = draw(model, DECISIONS["mixed sizes"])
     with refused(str(base), "model.layers.2.mlp.up_proj.weight is missing", "(24, 32)"):
         export(base, tmp_path / "out", model_mask)
     config = AutoConfig.from_pretrained(base).to_dict() | {"quantization_config": {"quant_method": "fp8"}}
@@ -351,11 +354,10 @@ def test_an_incomplete_or_quantised_model_is_refused(llama, tmp_path):
 def repaired(base: Path, model, method: str, reselect: bool = False, uniform: bool = False) -> tuple[Decision, Tensor]:
     """Return a repaired decision and the text that the repair saw. Some layers keep whole blocks, without a repair."""
     tokens = torch.randint(VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
-    model_mask = tuple(
-        LayerMask(torch.arange(GROUPS) != (0 if uniform else layer % 2 * 9), torch.arange(CHANNELS) % 3 != 0)
-        for layer in range(LAYERS)
+    counts = [((3, 1), 16)] * LAYERS if uniform else [((3, 2), 16), (4, 16), ((4, 1), 16), (4, 16)]
+    model_mask, outputs = repair(
+        PrunableModel.of(model), draw(model, counts), [tokens], method, 1e-3, reselect=reselect
     )
-    model_mask, outputs = repair(PrunableModel.of(model), model_mask, [tokens], method, 1e-3, reselect=reselect)
     fingerprint = resolve(str(base)).fingerprint()
     return Decision(model_mask, str(base), fingerprint, 0.3, "dtype: float32", 1, 2, 3, 2.5, outputs), tokens
 
@@ -396,7 +398,7 @@ def test_an_export_has_the_repaired_weights(saved, tmp_path, method, reselect, u
 def test_a_bias_fitted_in_one_layer_is_zero_in_the_others(llama, tmp_path):
     model, base = llama
     tokens = torch.randint(VOCABULARY, (4, 16))
-    model_mask = draw([(4, 24), (0, 9), (4, 24), (4, 0)])
+    model_mask = draw(model, [(4, 24), (0, 9), (4, 24), (4, 0)])
     outputs = repair(PrunableModel.of(model), model_mask, [tokens], "bias", 1e-3).outputs
     decision = dataclasses.replace(decide(base, model_mask), outputs=outputs)
     replay(decision, tmp_path / "small")
@@ -423,28 +425,32 @@ PADDED = {
 @torch.inference_mode()
 def test_padding_does_not_change_the_logits(saved, tmp_path, requirements, method):
     model, base = saved
-    model_mask = draw([(0, 9), (2, 24), (3, 0), (1, 5)])
+    model_mask = draw(model, [(0, 9), ((2, 1), 24), (3, 0), (1, 5)])
     tokens = torch.randint(3, VOCABULARY, (2, 20))
     outputs = {} if method == "none" else repair(PrunableModel.of(model), model_mask, [tokens], method, 1e-3).outputs
     decision = dataclasses.replace(decide(base, model_mask), outputs=outputs)
     planned = replay(decision, tmp_path / "out", requirements=PADDED[requirements])
     pruned = load(tmp_path / "out")
-    sizes = [(size["attention"], size["ffn"]) for size in planned.shapes.sizes()]
-    assert sizes != [(0, 9), (2, 24), (3, 0), (1, 5)]
-    for layer, (kv_heads, channels) in zip(pruned.model.layers, sizes, strict=True):
-        assert (layer.self_attn.k_proj.out_features // 8 if kv_heads else 0) == kv_heads
-        assert (layer.mlp.down_proj.in_features if channels else 0) == channels
+    kept, written = (planned.base.shape.kept(mask) for mask in (planned.shapes.kept, planned.shapes.written))
+    assert planned.shapes.padded == (kept != written)
+    assert PrunableModel.of(pruned).shape.grids == {
+        name: tuple(
+            dataclasses.replace(grid, groups=size[name][0], members=size[name][1])
+            for grid, size in zip(grids, written, strict=True)
+        )
+        for name, grids in planned.base.shape.grids.items()
+    }
     with Evaluator(PrunableModel.of(model)).shrunk(model_mask, outputs) as shrunk:
         torch.testing.assert_close(pruned(tokens).logits, shrunk(tokens).logits, **TOLERANCE)
     assert planned.parameters_after == sum(parameter.numel() for parameter in pruned.parameters())
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"If this padding counts as kept, {planned.sparsity:.1%} were removed." in card
+    assert (f"If this padding counts as kept, {planned.sparsity:.1%} were removed." in card) == planned.shapes.padded
 
 
 @torch.inference_mode()
 def test_padding_can_make_a_stock_model(llama, tmp_path):
     model, base = llama
-    model_mask = draw([(2, 6), (1, 8), (2, 7), (0, 5)])
+    model_mask = draw(model, [(2, 6), (1, 8), (2, 7), (0, 5)])
     planned = export(
         base, tmp_path / "out", model_mask, requirements=ShapeRequirements("every", pad_kv_heads=2, pad_ffn=8)
     )
@@ -473,7 +479,7 @@ def test_weights_that_the_dtype_cannot_hold_are_refused(llama, tmp_path):
     model, base = llama
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = 1e6
     model.save_pretrained(base)
-    model_mask = draw([(4, 24)] * LAYERS)
+    model_mask = draw(model, [(4, 24)] * LAYERS)
     with refused("model.layers.1.mlp.up_proj.weight: ", "1e+06", "float16", "6.55e+04", "--dtype"):
         export(base, tmp_path / "out", model_mask, dtype="float16")
     assert [path.name for path in tmp_path.iterdir()] == ["base"]

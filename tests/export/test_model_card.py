@@ -6,16 +6,20 @@ import dataclasses
 
 import torch
 import yaml
+from helpers.masks import keep_first
+from helpers.models import tiny_model
 
 from pgprune_cli.export.model_card import ModelCard
-from pgprune_cli.model.masks import LayerMask, Output
+from pgprune_cli.model.masks import Output
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.run.decision import Decision
 
-MASKS = (LayerMask(torch.arange(4) < 2, torch.arange(24) < 7), LayerMask(torch.arange(4) < 0, torch.arange(24) < 0))
+MODEL = tiny_model("llama-gqa")
+MASKS = keep_first(MODEL, [((2, 1), 7), (0, 0), (4, 24), (4, 24)])
 DECISION = Decision(MASKS, "owner/base", "f00d", 0.25, "dtype: float32", 10, 80, 9, 2.5, dense_loss=2.25)
 CARD = ModelCard(
     title="small",
-    units={"attention": "KV heads", "ffn": "FFN channels"},
+    dense=PrunableModel.of(MODEL).shape,
     layers=MASKS,
     parameters_before=1000,
     parameters_after=800,
@@ -30,7 +34,9 @@ def test_card_states_sizes_losses_recipe_and_origin() -> None:
     text = CARD.text(DECISION)
     facts = ("800 parameters", "20.0% fewer", "25.0%", "10 steps", "80 forward passes", "`f00d`", "2.5000", "2.2500")
     assert [fact for fact in facts if fact not in text] == []
-    assert "| 0 | 2 of 4 | 7 of 24 |\n| 1 (layer removed) | 0 of 4 | 0 of 24 |" in text
+    assert "| layer of the base model | KV heads | query heads | FFN channels |" in text
+    assert "| 0 | 2 of 4 | 2 of 8 | 7 of 24 |\n| 1 (layer removed) | 0 of 4 | 0 of 8 | 0 of 24 |" in text
+    assert "some of its KV heads and query heads and FFN channels" in text
     assert "```yaml\ndtype: float32\n```" in text
     assert "## Perplexity" not in text and "## Tasks" not in text
 

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers.exports import DECISIONS, draw, export
+from helpers.exports import DECISIONS, export
+from helpers.masks import draw
 from helpers.models import tiny_model
 
 SCRIPT = """
@@ -72,9 +73,10 @@ def test_an_exported_model_can_be_trained(way: str, tmp_path: Path) -> None:
     if way == "lora":
         pytest.importorskip("peft", reason="needs the extra: pip install 'pgprune[recovery]'")
     pytest.importorskip("accelerate", reason="needs the extra: pip install 'pgprune[recovery]'")
-    tiny_model("llama-gqa").save_pretrained(tmp_path / "base")
+    model = tiny_model("llama-gqa")
+    model.save_pretrained(tmp_path / "base")
     for name, decision in DIRECTORIES.items():
-        export(tmp_path / "base", tmp_path / name, draw(DECISIONS[decision]))
+        export(tmp_path / "base", tmp_path / name, draw(model, DECISIONS[decision]))
     environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [
         sys.executable,

@@ -4,19 +4,25 @@ import copy
 
 import pytest
 import torch
+from helpers.masks import keep_first
 from helpers.messages import refused
 from helpers.models import tiny_config, tiny_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from pgprune_cli.core.grid import GridCost
 from pgprune_cli.errors import UserError
+from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.run.layout import COSTS_FILE
-from pgprune_cli.search.costs import WARM_UPS, flops, kv_cache, latency_of_run, measure_latency
+from pgprune_cli.search.costs import REPEATS, WARM_UPS, flops, kv_cache, latency_of_run, measure_latency
 from pgprune_cli.storage.records import read_record, write_record
 
 CONTEXT = 12
-MEASURED = {"attention": (7, 8, 9, 10), "ffn": (1, 2, 3, 4)}
+MEASURED = {
+    "attention": tuple(GridCost(element, 5) for element in (7, 8, 9, 10)),
+    "ffn": tuple(map(GridCost, (1, 2, 3, 4))),
+}
 
 
 def counted_flops(model: nn.Module, tokens: int) -> int:
@@ -27,39 +33,50 @@ def counted_flops(model: nn.Module, tokens: int) -> int:
     return sum(sum(counts.values()) for name, counts in counter.get_flop_counts().items() if name.endswith("layers.0"))
 
 
+LLAMAS = ("llama-mha", "llama-gqa", "llama-biased", "mistral", "qwen2", "qwen3")
+
+
+@pytest.mark.parametrize("architecture", LLAMAS)
 def test_flops_are_those_that_torch_counts_but_for_the_keys_that_no_query_sees(architecture: str) -> None:
     """torch counts every query with every key. A causal one sees (T + 1)/2 of T on average."""
     model = tiny_model(architecture)
     counted = counted_flops(model, CONTEXT)
     attention = model.model.layers[0].self_attn
     unseen = 4 * attention.head_dim * model.config.num_attention_heads * CONTEXT * (CONTEXT - 1) // 2
-    costs = flops(PrunableModel.of(model), CONTEXT)
-    assert CONTEXT * (4 * costs["attention"][0] + 24 * costs["ffn"][0]) == counted - unseen
+    costs, shape = flops(PrunableModel.of(model), CONTEXT), PrunableModel.of(model).shape
+    assert CONTEXT * shape.cost(costs) == 4 * (counted - unseen)
     assert costs == {name: by_layer[:1] * 4 for name, by_layer in costs.items()}
 
 
+def test_flops_of_a_mask_are_those_that_torch_counts_in_the_shrunk_model() -> None:
+    """With fewer query heads per KV head, too."""
+    model = tiny_model("llama-gqa")
+    prunable = PrunableModel.of(model)
+    costs = flops(prunable, CONTEXT)
+    for heads in ((4, 1), (2, 2), (3, 1)):
+        model_mask = keep_first(model, [(heads, 11)] * 4)
+        with Evaluator(prunable).shrunk(model_mask) as shrunk:
+            counted = counted_flops(shrunk, CONTEXT)
+        unseen = 4 * 8 * heads[0] * heads[1] * CONTEXT * (CONTEXT - 1) // 2
+        assert CONTEXT * prunable.shape.cost(costs, model_mask) == 4 * (counted - unseen)
+
+
 def test_the_ffn_takes_two_flops_a_weight_and_attention_more_with_the_context() -> None:
-    model = tiny_model("llama-biased")
-    shape = PrunableModel.of(model).shape
-    assert flops(PrunableModel.of(model), 1)["ffn"][0] == 2 * 3 * 32
-    assert (
-        flops(PrunableModel.of(model), 1)["attention"][0]
-        == 2 * (shape.parameters["attention"][0] - 2 * 8 - 8 - 8) + 4 * 8 * 2
-    )
-    assert (
-        flops(PrunableModel.of(model), 101)["attention"][0] - flops(PrunableModel.of(model), 1)["attention"][0]
-        == 4 * 8 * 2 * 50
-    )
+    model = PrunableModel.of(tiny_model("llama-biased"))
+    assert flops(model, 1)["ffn"][0] == GridCost(2 * 3 * 32)
+    query_head, kv_head = 2 * 2 * 8 * 32 + 4 * 8, 2 * 2 * 8 * 32  # weights of q and o, and of k and v
+    assert flops(model, 1)["attention"][0] == GridCost(query_head, kv_head)
+    assert flops(model, 101)["attention"][0] == GridCost(query_head + 4 * 8 * 50, kv_head)
 
 
 def test_a_sliding_window_bounds_what_attention_costs() -> None:
-    model = tiny_model("mistral")  # a window of 16
-    weights = flops(PrunableModel.of(tiny_model("llama-gqa")), 1)["attention"][0] - 4 * 8 * 2
+    model = PrunableModel.of(tiny_model("mistral"))  # a window of 16
+    weights = flops(PrunableModel.of(tiny_model("llama-gqa")), 1)["attention"][0].element - 4 * 8
     for context in (10, 16, 17, 64):
         seen = sum(min(t, 16) for t in range(1, context + 1))
-        assert flops(PrunableModel.of(model), context)["attention"][0] == weights + round(4 * 8 * 2 * seen / context)
-    assert kv_cache(PrunableModel.of(model), 10)["attention"][0] == 2 * 8 * 4 * 10
-    assert kv_cache(PrunableModel.of(model), 64)["attention"][0] == 2 * 8 * 4 * 16
+        assert flops(model, context)["attention"][0].element == weights + round(4 * 8 * seen / context)
+    assert kv_cache(model, 10)["attention"][0] == GridCost(0, 2 * 8 * 4 * 10)
+    assert kv_cache(model, 64)["attention"][0] == GridCost(0, 2 * 8 * 4 * 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -67,10 +84,11 @@ def test_kv_cache_bytes_are_those_of_a_real_cache(architecture: str, dtype: torc
     model = tiny_model(architecture).to(dtype)
     with torch.no_grad():
         cache = model(input_ids=torch.arange(CONTEXT).unsqueeze(0), use_cache=True).past_key_values
-    real = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+    real = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if hasattr(layer, "keys")]
     costs = kv_cache(PrunableModel.of(model), CONTEXT)
-    assert [4 * cost for cost in costs["attention"]] == real
-    assert costs["ffn"] == (0, 0, 0, 0)
+    assert [4 * cost.group for cost in costs["attention"] if cost.group] == real
+    assert all(cost.element == 0 for cost in costs["attention"])
+    assert costs["ffn"] == (GridCost(0),) * 4
 
 
 def test_costs_of_a_model_on_the_meta_device(architecture: str) -> None:
@@ -93,10 +111,11 @@ class WorkClock:
 
     def __init__(self, model: nn.Module, overhead: int = 0, late: frozenset[int] = frozenset()) -> None:
         self.now, self.readings, self.late = 0, 0, late
-        self.runs = [0] * len(model.model.layers)
-        for index, layer in enumerate(model.model.layers):
-            for block in (layer.self_attn, layer.mlp):
-                block.register_forward_pre_hook(lambda *_: self.work(overhead))
+        prunable = PrunableModel.of(model)
+        self.runs = [0] * len(prunable.layers)
+        for index, layer in enumerate(prunable.layers):
+            for block in prunable.family.blocks_of(layer):
+                layer.get_submodule(block.module).register_forward_pre_hook(lambda *_: self.work(overhead))
             for linear in (module for module in layer.modules() if isinstance(module, nn.Linear)):
                 linear.register_forward_hook(lambda module, *_: self.work(module.weight.numel()))
             layer.register_forward_hook(lambda *_, index=index: self.ran(index))
@@ -114,30 +133,33 @@ class WorkClock:
         return self.now
 
 
-def test_the_latency_of_a_unit_is_what_the_time_grows_by_with_it(architecture: str) -> None:
+@pytest.mark.parametrize("architecture", LLAMAS)
+def test_latencies_of_elements_and_groups_are_what_the_time_grows_by_with_them(architecture: str) -> None:
+    """Those of query heads and of KV heads, by blocks with half of each."""
     model = tiny_model(architecture)
-    shape = PrunableModel.of(model).shape
-    weights = [2 * 32 * 8 * (1 + model.config.num_attention_heads // 4)] * 4
     costs = measure_latency(PrunableModel.of(model), CONTEXT, WorkClock(model, overhead=12_345))
-    assert costs == {"attention": tuple(weights), "ffn": (3 * 32,) * 4}
-    if architecture in ("llama-mha", "llama-gqa", "mistral", "qwen3"):  # without biases
-        assert costs == shape.parameters
+    pair = 2 * 32 * 8  # weights of q and o, or of k and v
+    attention = GridCost(2 * pair) if architecture == "llama-mha" else GridCost(pair, pair)
+    assert costs == {"attention": (attention,) * 4, "ffn": (GridCost(3 * 32),) * 4}
 
 
 def test_a_reading_that_comes_late_now_and_then_changes_nothing() -> None:
     model = tiny_model("llama-gqa")
-    late = frozenset({*range(8 * WARM_UPS), 8 * WARM_UPS + 1, 8 * WARM_UPS + 18, 8 * WARM_UPS + 39})
-    assert (
-        measure_latency(PrunableModel.of(model), CONTEXT, WorkClock(model, late=late))
-        == PrunableModel.of(model).shape.parameters
-    )
+    clock = WorkClock(model)
+    expected = measure_latency(PrunableModel.of(model), CONTEXT, clock)
+    assert clock.readings % (WARM_UPS + REPEATS) == 0
+    per_round = clock.readings // (WARM_UPS + REPEATS)
+    warm = WARM_UPS * per_round
+    model = tiny_model("llama-gqa")
+    late = frozenset({*range(warm), *(warm + number * per_round + number for number in range(REPEATS // 2))})
+    assert measure_latency(PrunableModel.of(model), CONTEXT, WorkClock(model, late=late)) == expected
+    assert expected == PrunableModel.of(model).shape.parameters
 
 
-def test_a_unit_takes_at_least_a_nanosecond() -> None:
-    assert measure_latency(PrunableModel.of(tiny_model("qwen2")), CONTEXT, lambda _: 0) == {
-        "attention": (1,) * 4,
-        "ffn": (1,) * 4,
-    }
+def test_an_element_takes_at_least_a_nanosecond() -> None:
+    model = PrunableModel.of(tiny_model("qwen2"))
+    expected = {"attention": (GridCost(1, 0),) * 4, "ffn": (GridCost(1),) * 4}
+    assert measure_latency(model, CONTEXT, lambda _: 0) == expected
 
 
 def test_layers_that_are_alike_are_timed_once() -> None:
@@ -153,14 +175,16 @@ def test_layers_that_are_alike_are_timed_once() -> None:
     assert timed == [True, False, True, False]
 
 
-def test_a_single_group_costs_the_whole_block() -> None:
+def test_a_single_kv_head_costs_what_its_query_heads_do_not() -> None:
+    """MQA: no block with fewer KV heads can be timed, so only its query heads have a price of their own."""
     from transformers import AutoModelForCausalLM
 
     config = tiny_config("llama-gqa")
     config.num_key_value_heads = 1
     model = AutoModelForCausalLM.from_config(config)
     costs = measure_latency(PrunableModel.of(model), CONTEXT, WorkClock(model))
-    assert costs == PrunableModel.of(model).shape.parameters
+    assert costs["attention"] == (GridCost(2 * 32 * 8),) * 4
+    assert costs["ffn"] == PrunableModel.of(model).shape.parameters["ffn"]
 
 
 def test_measuring_leaves_the_model_as_it_was() -> None:
@@ -185,19 +209,22 @@ def test_a_run_measures_once_and_reads_ever_after(tmp_path, monkeypatch) -> None
         "nanoseconds_at_tokens": CONTEXT,
         "fingerprint": "abc",
         "device": "cpu",
-        "attention": [7, 8, 9, 10],
-        "ffn": [1, 2, 3, 4],
+        "attention": [[7, 5], [8, 5], [9, 5], [10, 5]],
+        "ffn": [[1, 0], [2, 0], [3, 0], [4, 0]],
     }
 
 
 @pytest.mark.parametrize(
     "damage",
     [
-        {"attention": [7, 8, 9]},
-        {"ffn": [1, 2, 3, 0]},
-        {"ffn": [1, 2, 3, "4"]},
-        {"ffn": [1, 2, 3, 4.0]},
-        {"ffn": [1, 2, 3, True]},
+        {"attention": [[7, 5], [8, 5], [9, 5]]},
+        {"attention": [7, 8, 9, 10]},
+        {"attention": [[7, 5], [8, 5], [9, 5], [10, 5, 1]]},
+        {"attention": [[7, 5], [8, 5], [9, 5], [10, -5]]},
+        {"ffn": [[1, 0], [2, 0], [3, 0], [0, 0]]},
+        {"ffn": [[1, 0], [2, 0], [3, 0], ["4", 0]]},
+        {"ffn": [[1, 0], [2, 0], [3, 0], [4.0, 0]]},
+        {"ffn": [[1, 0], [2, 0], [3, 0], [True, 0]]},
         {"attention": None},
         {"fingerprint": "another"},
         {"nanoseconds_at_tokens": 13},

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
+from helpers.blocks import output_linear
 from helpers.models import VOCABULARY, tiny_model
+from helpers.units import chain_units, group_units, ranks_of
 from torch import Tensor, nn
 
 from pgprune_cli.core.policy import starting_theta
@@ -14,12 +16,13 @@ from pgprune_cli.core.space import Budget, MaskSpace, budget_of
 from pgprune_cli.core.widths import LEAST_SPREAD, SPREAD
 from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.moments import observe_moments
+from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair.least_squares import repaired_output
-from pgprune_cli.repair.width_table import WidthTable, solve_layers, width_step
+from pgprune_cli.repair.width_table import NO_MULTIPLES, WidthTable, solve_layers, width_step
 from pgprune_cli.search.policies import Policy, UnitPolicy, WidthPolicy
 
-GROUPS, CHANNELS, LAYERS = 4, 24, 4
+CHANNELS, LAYERS = 24, 4
 FAMILIES = ("attention", "ffn")
 SCOPES = ("global", "per-family")
 DAMPING = 1e-3
@@ -35,26 +38,35 @@ def model() -> nn.Module:
     return tiny_model("llama-biased")
 
 
-def layer_policy(model: nn.Module, sparsity: float = 0.4, scope: str = "global", solve: bool = True) -> WidthPolicy:
-    generator = torch.Generator().manual_seed(0)
-    scores = {
-        (index, name): torch.rand(GROUPS if name == "attention" else CHANNELS, generator=generator)
-        for index in range(LAYERS)
-        for name in FAMILIES
-    }
-    space = PrunableModel.of(model).shape.space(FAMILIES)
-    table = WidthTable.of(
-        PrunableModel.of(model), dict(solve_layers(PrunableModel.of(model), scores, batches(), DAMPING, solve=solve))
+def layer_policy(
+    model: nn.Module,
+    sparsity: float = 0.4,
+    scope: str = "global",
+    solve: bool = True,
+    multiples: Mapping[str, int] = NO_MULTIPLES,
+) -> WidthPolicy:
+    prunable = PrunableModel.of(model)
+    space, units = chain_units(prunable.shape)
+    solved = solve_layers(
+        prunable, ranks_of(prunable.shape, units), units, batches(), DAMPING, solve=solve, multiples=multiples
     )
-    return WidthPolicy(table, table.priorities(space), space, budget_of(space, sparsity, scope))
+    table = WidthTable.of(prunable, dict(solved))
+    return WidthPolicy(table, table.priorities(space), space, budget_of(space, sparsity, scope, 0.0, multiples))
 
 
 def unit_policy(model: nn.Module, sparsity: float = 0.4, scope: str = "global") -> UnitPolicy:
-    space = PrunableModel.of(model).shape.space(FAMILIES)
+    space, _ = group_units(PrunableModel.of(model).shape)
     budget = budget_of(space, sparsity, scope)
     scores = torch.rand(space.n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     theta = starting_theta(scores, space, budget, "sigmap", 0.5)
     return UnitPolicy(theta, space, budget, "rloo", 0.05, "cosine", 10)
+
+
+def model_mask_of(policy: Policy, model: nn.Module, mask: Tensor) -> ModelMask:
+    """Return a mask over the policy's units as the masks of every layer."""
+    shape = PrunableModel.of(model).shape
+    _, units = (chain_units if isinstance(policy, WidthPolicy) else group_units)(shape)
+    return shape.model_mask(policy.space, mask, units)
 
 
 POLICIES = {"units": unit_policy, "widths": layer_policy}
@@ -72,12 +84,16 @@ def searched(policy: Policy, seed: int, steps: int = 5):
 
 
 def rooms(mask: Tensor, space: MaskSpace, budget: Budget) -> list[tuple[int, int]]:
-    """Of every constraint the cost that is left, and that of the cheapest unit that is not kept."""
+    """Of every constraint the cost that is left, and that of the cheapest unit that could be kept next.
+
+    In a layer whose units cost the same, any unit could. The steps of a chain have an order: the first removed one.
+    """
     actual = []
     for constraint in budget:
         kept, costs = mask[constraint.units], space.costs[constraint.units]
-        cheapest = int(costs[~kept].min()) if not kept.all() else 1 << 60
-        actual.append((constraint.kept - int(costs[kept].sum()), cheapest))
+        pairs = space.pair_of[constraint.units]
+        following = [int(costs[(pairs == pair) & ~kept][0]) for pair in pairs.unique() if not kept[pairs == pair].all()]
+        actual.append((constraint.kept - int(costs[kept].sum()), min(following, default=1 << 60)))
     return actual
 
 
@@ -121,10 +137,8 @@ def test_what_the_layers_policy_hears_of_a_sample_is_what_its_widths_lose(model:
     policy = layer_policy(model)
     state, draws, masks = policy.propose(policy.begin(2), 4)
     for draw, mask in zip(draws.tolist(), masks, strict=True):
-        keep = PrunableModel.of(model).shape.model_mask(policy.space, mask)
-        expected = [
-            policy.table.errors[i, name][int(keep[i].of(name).sum())] for name in FAMILIES for i in range(LAYERS)
-        ]
+        widths = policy.space.widths(mask)
+        expected = [policy.table.errors[i, name][widths[name][i]] for name in FAMILIES for i in range(LAYERS)]
         assert draw == [float(error) for error in expected]
     moved = policy.update(state, draws, torch.arange(4.0))
     assert torch.equal(moved.errors, draws)
@@ -168,17 +182,17 @@ def test_every_sample_is_repaired_for_the_very_units_it_keeps(model: nn.Module) 
     run, moments = start_layerwise(PrunableModel.of(model), batches()), {}
     for index in range(LAYERS):
         for name in FAMILIES:
-            moments[index, name] = observe_moments(run, index, shape.family, shape.family.block(name))
+            moments[index, name] = observe_moments(run, index, shape.family, shape.blocks[index][name])
         run.advance(index)
     _, masks = searched(policy, 0)
     for mask in masks[::4]:
-        keep = shape.model_mask(policy.space, mask)
+        keep = model_mask_of(policy, model, mask)
         outputs = policy.outputs(keep)
         partly = {(i, n) for i in range(LAYERS) for n in FAMILIES if 0 < keep[i].of(n).float().mean() < 1}
         assert outputs.keys() == partly
         for (index, name), output in outputs.items():
-            layer, stays = model.model.layers[index], keep[index].of(name)
-            linear = layer.self_attn.o_proj if name == "attention" else layer.mlp.down_proj
+            stays, linear = keep[index].of(name), output_linear(model, index, name)
+            assert shape.grids[name][index].is_regular(stays)
             columns = stays.repeat_interleave(linear.in_features // len(stays)).nonzero().flatten()
             expected = repaired_output(
                 linear.weight, linear.bias, moments[index, name], columns, DAMPING, with_bias=False
@@ -192,28 +206,30 @@ def test_nothing_is_repaired_where_nothing_was_solved(model: nn.Module) -> None:
     width_policy, units = layer_policy(model, solve=False), unit_policy(model)
     for policy in (width_policy, units):
         state, _ = searched(policy, 0)
-        assert policy.outputs(PrunableModel.of(model).shape.model_mask(policy.space, policy.mask(state))) == {}
+        assert policy.outputs(model_mask_of(policy, model, policy.mask(state))) == {}
 
 
 def test_samples_keep_to_the_multiple_that_the_budget_asks_for(model: nn.Module) -> None:
     """Of 24 channels, widths by fives (or all): the samples' own grid, by twos, would not keep to it."""
-    space, shape = PrunableModel.of(model).shape.space(FAMILIES), PrunableModel.of(model).shape
-    generator = torch.Generator().manual_seed(0)
-    scores = {
-        (index, name): torch.rand(GROUPS if name == "attention" else CHANNELS, generator=generator)
-        for index in range(LAYERS)
-        for name in FAMILIES
-    }
-    table = WidthTable.of(
-        PrunableModel.of(model),
-        dict(solve_layers(PrunableModel.of(model), scores, batches(), DAMPING, solve=True, multiples={"ffn": 5})),
-    )
-    policy = WidthPolicy(table, table.priorities(space), space, budget_of(space, 0.4, "global", 0.0, {"ffn": 5}))
+    policy = layer_policy(model, multiples={"ffn": 5})
     state, masks = searched(policy, 0)
+    space = policy.space
     widths = {int(part.sum()) for mask in [*masks, policy.final_mask(state)] for part in space.per_layer(mask, "ffn")}
     assert widths <= {0, 5, 10, 15, 20, 24}
     assert len(widths) > 2
     for mask in masks:
-        keep = shape.model_mask(space, mask)
+        keep = model_mask_of(policy, model, mask)
         for (index, name), output in policy.outputs(keep).items():
-            assert output.weight.shape[1] == int(keep[index].of(name).sum()) * (1 if name == "ffn" else 16)
+            assert output.weight.shape[1] == int(keep[index].of(name).sum()) * (1 if name == "ffn" else 8)
+
+
+def test_query_heads_are_removed_by_a_width_search_and_kv_heads_by_a_unit_search(model: nn.Module) -> None:
+    sizes = {"units": set(), "widths": set()}
+    for name, build in POLICIES.items():
+        policy = build(model, 0.5)
+        state, masks = searched(policy, 0)
+        for mask in [*masks, policy.mask(state), policy.final_mask(state)]:
+            for layer in PrunableModel.of(model).shape.kept(model_mask_of(policy, model, mask)):
+                sizes[name].add(layer["attention"])
+    assert {members for _, members in sizes["units"]} <= {0, 2}
+    assert {members for _, members in sizes["widths"]} == {0, 1, 2} or {m for _, m in sizes["widths"]} == {1, 2}

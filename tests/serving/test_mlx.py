@@ -7,14 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
+from helpers.masks import draw
 from helpers.models import tiny_model
 from helpers.runtimes import SIZES, greedy, prompts, write_pruned
 from transformers import AutoModelForCausalLM
 
 from pgprune_cli.export import mlx
 from pgprune_cli.export.plan import Options
-from pgprune_cli.model.masks import LayerMask
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run.decision import Decision
 
@@ -62,8 +61,7 @@ def test_mlx_agrees_with_transformers_on_an_export_with_its_own_rope(architectur
     dense.config.rope_parameters = {"rope_type": "default", "rope_theta": 500.0}
     dense.save_pretrained(tmp_path / "base")
     source = resolve(str(tmp_path / "base"))
-    kv_heads = torch.arange(dense.config.num_key_value_heads)
-    layers = [LayerMask(kv_heads < (2 if uniform else index), torch.arange(24) % 3 > 0) for index in range(4)]
-    decision = Decision(tuple(layers), source.name, source.fingerprint(), 0.5, "dtype: float32", 10, 80, 9, 2.5)
+    sizes = [((2, 1), 16)] * 4 if uniform else [(0, 16), ((1, 1), 16), (2, 16), ((3, 1), 16)]
+    decision = Decision(draw(dense, sizes), source.name, source.fingerprint(), 0.5, "dtype: float32", 10, 80, 9, 2.5)
     mlx.plan(source, decision, Options()).write(tmp_path / "out", lambda _: None)
     assert_mlx_agrees(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), tmp_path / "out")

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import ARCHITECTURES, tiny_config
+from helpers.masks import keep_first
+from helpers.models import ARCHITECTURES, tiny_config, tiny_model
 from helpers.runtimes import SIZES, greedy, prompts, write_pruned
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from pgprune_cli.export import hf
 from pgprune_cli.export.plan import Options
-from pgprune_cli.model.masks import LayerMask
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run.decision import Decision
 
@@ -93,8 +93,9 @@ def base(tmp_path):
 
 
 def test_the_openai_server_serves_an_export(base, tmp_path):
-    layers = [LayerMask(torch.arange(4) < kv_heads, torch.arange(24) < channels) for kv_heads, channels in KEPT]
-    decision = Decision(tuple(layers), base.name, base.fingerprint(), 0.5, "dtype: float32", 10, 80, 9, 2.5)
+    decision = Decision(
+        keep_first(tiny_model("llama-gqa"), KEPT), base.name, base.fingerprint(), 0.5, "dtype: float32", 10, 80, 9, 2.5
+    )
     hf.plan(base, decision, Options()).write(tmp_path / "out", lambda _: None)
     ids = AutoTokenizer.from_pretrained(tmp_path / "out")("the")["input_ids"]
     expected, _ = greedy(AutoModelForCausalLM.from_pretrained(tmp_path / "out"), ids, COUNT)
