@@ -47,17 +47,18 @@ def test_linears_are_all_linear_layers_of_a_layer_in_order() -> None:
 def test_unit_tensors_describe_every_row_of_their_tensors(architecture: str) -> None:
     """Parts cover the axis, runs belong to elements or groups, and the output's weight is the last."""
     model = PrunableModel.of(tiny_model(architecture))
-    for layer, block in [(layer, block) for layer in model.layers for block in model.family.blocks_of(layer)]:
-        grid, module = model.family.grid(layer, block), layer.get_submodule(block.module)
-        tensors = model.family.unit_tensors(layer, block)
-        assert len({tensor.name for tensor in tensors}) == len(tensors)
-        assert tensors[-1].module == block.output and tensors[-1].key != "bias" and len(tensors[-1].parts) == 1
-        for tensor in tensors:
-            shape = module.get_parameter(tensor.name).shape
-            assert sum(part.rows for part in tensor.parts) == shape[tensor.axis]
-            runs = {part.runs for part in tensor.parts}
-            assert runs <= ({grid.members} if tensor.stacked else {grid.elements, grid.groups})
-            assert not tensor.stacked or shape[0] == grid.groups
+    for layer in model.layers:
+        for block in model.family.blocks_of(layer):
+            grid, module = model.family.grid(layer, block), layer.get_submodule(block.module)
+            tensors = model.family.unit_tensors(layer, block)
+            assert len({tensor.name for tensor in tensors}) == len(tensors)
+            assert tensors[-1].module == block.output and tensors[-1].key != "bias" and len(tensors[-1].parts) == 1
+            for tensor in tensors:
+                shape = module.get_parameter(tensor.name).shape
+                assert sum(part.rows for part in tensor.parts) == shape[tensor.axis]
+                runs = {part.runs for part in tensor.parts}
+                assert runs <= ({grid.members} if tensor.stacked else {grid.elements, grid.groups})
+                assert not tensor.stacked or shape[0] == grid.groups
 
 
 def test_sizes_and_layer_config_agree_with_the_config(architecture: str) -> None:
