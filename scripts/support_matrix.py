@@ -15,7 +15,7 @@ from pgprune_cli.core.families import BLOCKS_OF
 from pgprune_cli.export import mlx
 from pgprune_cli.export.gguf_architectures import ARCHITECTURES
 from pgprune_cli.model.families import FAMILIES
-from pgprune_cli.model.families.adapter import Block, GgufArchitectures, ModelFamily
+from pgprune_cli.model.families.adapter import Block, ModelFamily
 from pgprune_cli.serving import modeling_pruned, vllm_plugin
 
 PAGE = Path(__file__).parents[1] / "docs" / "serving.md"

@@ -17,6 +17,7 @@ from pgprune_cli.model.loading import devices_of, load_prunable
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import resolve
+from pgprune_cli.scores.metrics import partitions
 from pgprune_cli.search.costs import synchronised_clock
 
 SHAPES: dict[str, dict[str, int | bool]] = {
@@ -97,9 +98,12 @@ def random_tokens(evaluator: Evaluator, options: argparse.Namespace) -> Tensor:
 
 def random_mask(evaluator: Evaluator, kept: float, seed: int = 0) -> ModelMask:
     """Return a mask that keeps the fraction `kept` of every family's units, drawn at random."""
-    space = evaluator.model.shape.space(("attention", "ffn"))
+    shape, families = evaluator.model.shape, ("attention", "ffn")
+    units = partitions(shape, families, True, shape.parameters, {}, "random")
+    space = shape.space(families, units)
     theta = torch.rand(space.n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return evaluator.model.shape.model_mask(space, hard_mask(theta, space, budget_of(space, 1.0 - kept, "per-family")))
+    mask = hard_mask(theta, space, budget_of(space, 1.0 - kept, "per-family"))
+    return shape.model_mask(space, mask, units)
 
 
 def in_turn(first: Callable[[], object], second: Callable[[], object], repeats: int, device: torch.device) -> Ratio:

@@ -8,18 +8,21 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.masks import keep_first
 from helpers.medium import medium_model, medium_recipe, random_batches
+from helpers.units import ranks_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pgprune_cli.estimate.flops import EIGH, Flops, flops, forward_passes, repair, scoring, seconds, width_table
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.forward.masked import Evaluator
-from pgprune_cli.model.masks import LayerMask, ModelMask
+from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair.least_squares import repair as run_repair
 from pgprune_cli.repair.width_table import solve_layers
 from pgprune_cli.scores.metrics import score
+from pgprune_cli.search.budget import estimated_units
 
 aten = torch.ops.aten
 
@@ -53,12 +56,14 @@ def model() -> nn.Module:
 
 
 def half(model: nn.Module) -> ModelMask:
-    return tuple(LayerMask(torch.arange(2) < 1, torch.arange(192) < 96) for _ in model.model.layers)
+    return keep_first(model, [(1, 96)] * len(model.model.layers))
 
 
-def saliency_of(model: nn.Module) -> dict[tuple[int, str], Tensor]:
-    layers = range(len(model.model.layers))
-    return {(index, name): torch.rand(n) for index in layers for name, n in (("attention", 2), ("ffn", 192))}
+def solved(model: nn.Module, text: list[Tensor], policy: str, solve: bool) -> object:
+    """Solve the width table of a recipe's units."""
+    prunable = PrunableModel.of(model)
+    units = estimated_units(medium_recipe(f"search.policy={policy}"), prunable.shape)
+    return dict(solve_layers(prunable, ranks_of(prunable.shape, units), units, text, 1e-3, solve=solve))
 
 
 @pytest.mark.parametrize("metric", ["obs", "flap", "wanda-sp", "taylor", "magnitude", "uniform"])
@@ -74,7 +79,7 @@ def test_scoring(metric: str, model: nn.Module) -> None:
 def test_the_width_table(method: str, model: nn.Module) -> None:
     text, sizes = random_batches(), Sizes(PrunableModel.of(model), medium_recipe(f"repair.method={method}"))
     solve = method == "least-squares"
-    expected = counted(lambda: dict(solve_layers(PrunableModel.of(model), saliency_of(model), text, 1e-3, solve=solve)))
+    expected = counted(lambda: solved(model, text, "widths", solve))
     assert width_table(sizes, text).total() == pytest.approx(expected, rel=0.01)
 
 
@@ -102,7 +107,7 @@ def test_forwards(model: nn.Module) -> None:
 
 def test_flops_count_a_family_that_is_not_searched_as_dense(model: nn.Module) -> None:
     (text,) = random_batches(batches=1)
-    keep = tuple(replace(layer, attention=torch.ones(2, dtype=torch.bool)) for layer in half(model))
+    keep = tuple(replace(layer, attention=torch.ones(8, dtype=torch.bool)) for layer in half(model))
     expected = counted(lambda: Evaluator(PrunableModel.of(model)).losses([keep], text))
     for family in ("ffn", "ffn-block"):
         recipe = medium_recipe(f"units.families=[{family}]", "search.policy=units")

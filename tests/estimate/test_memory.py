@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from helpers.masks import keep_first
 from helpers.medium import medium_model, medium_recipe, random_batches
 from helpers.memory import Allocations
 from helpers.models import tiny_config
-from torch import Tensor
+from helpers.units import ranks_of
 
 from pgprune_cli.estimate.memory import (
     Memory,
@@ -21,12 +22,13 @@ from pgprune_cli.estimate.memory import (
 )
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.forward.masked import Evaluator, summed_loss
-from pgprune_cli.model.masks import LayerMask, Output
+from pgprune_cli.model.masks import Output
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import quantize_projections
 from pgprune_cli.repair.least_squares import repair
 from pgprune_cli.repair.width_table import solve_layers, table_bytes
 from pgprune_cli.scores.metrics import score
+from pgprune_cli.search.budget import estimated_units
 
 
 def peak(run: Callable[[], object]) -> int:
@@ -79,7 +81,7 @@ def test_a_pruned_forward_allocates_no_more_than_one_blocks_slices_on_top(weight
     model = medium_model(intermediate_size=512)
     if weights != "full":
         quantize_projections(model, weights)
-    keep = tuple(LayerMask(torch.arange(2) < 1, torch.arange(512) < 480) for _ in model.model.layers)
+    keep = keep_first(model, [(1, 480)] * 3)
     (tokens,) = random_batches(windows=1, length=16, batches=1)
     repaired = {(index, "ffn"): Output(torch.zeros(64, 480, dtype=torch.float64), None) for index in range(3)}
     sizes = Sizes(
@@ -103,17 +105,16 @@ def test_what_is_solved_for_calibration(part: str, shape: dict[str, int], weight
     if weights != "full":
         quantize_projections(model, weights)
     channels = shape.get("intermediate_size", 192)
-    scores: dict[tuple[int, str], Tensor] = {}
-    for index in range(3):
-        scores |= {(index, "attention"): torch.rand(2), (index, "ffn"): torch.rand(channels)}
-    keep = tuple(LayerMask(torch.arange(2) < 1, torch.arange(channels) < channels // 2) for _ in range(3))
+    keep = keep_first(model, [(1, channels // 2)] * 3)
     sizes = Sizes(PrunableModel.of(model), medium_recipe(f"weight_format={weights}"))
     made = unpacked_bytes(sizes)
-    stays = table_bytes(sizes.model) if part == "width table" else 0
+    units = estimated_units(sizes.recipe, sizes.model.shape)
+    ranks = ranks_of(sizes.model.shape, units)
+    stays = table_bytes(sizes.model, units) if part == "width table" else 0
     seen = peak(
         {
             "score": lambda: score(PrunableModel.of(model), "obs", text, 0),
-            "width table": lambda: dict(solve_layers(PrunableModel.of(model), scores, text, 1e-3, solve=True)),
+            "width table": lambda: dict(solve_layers(sizes.model, ranks, units, text, 1e-3, solve=True)),
             "repair": lambda: repair(PrunableModel.of(model), keep, text, "least-squares", 1e-3, reselect=True),
         }[part]
     )
@@ -121,11 +122,11 @@ def test_what_is_solved_for_calibration(part: str, shape: dict[str, int], weight
 
 
 def test_the_table_holds_what_it_is_said_to_hold() -> None:
-    model, text = medium_model(), random_batches()
-    scores = {(i, name): torch.rand(n) for i in range(3) for name, n in (("attention", 2), ("ffn", 192))}
-    layers = solve_layers(PrunableModel.of(model), scores, text, 1e-3, solve=True)
+    model, text = PrunableModel.of(medium_model()), random_batches()
+    units = estimated_units(medium_recipe(), model.shape)
+    layers = solve_layers(model, ranks_of(model.shape, units), units, text, 1e-3, solve=True)
     held = sum(weight.nbytes for _, blocks in layers for block in blocks.values() for weight in block.weights.values())
-    assert table_bytes(PrunableModel.of(model)) == held
+    assert table_bytes(model, units) == held
 
 
 def test_weights_are_counted_once_where_they_are_tied() -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.inputs import damaged, examples, tried, write
+from helpers.masks import keep_first
 from helpers.models import TEXT, save_tokenizer, tiny_model
 from helpers.readers import Changed, read_everything
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pgprune_cli.core.grid import Grid, first_elements
 from pgprune_cli.jobs import export as export_job
 from pgprune_cli.model.masks import LayerMask
 from pgprune_cli.model.source import resolve
@@ -96,10 +98,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("gguf")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        tiny_model("llama-gqa").save_pretrained("base")
+        model = tiny_model("llama-gqa")
+        model.save_pretrained("base")
         save_tokenizer(Path("base"))
-        for name, (kv_heads, channels) in SIZES.items():
-            model_mask = tuple(LayerMask(torch.arange(4) < kv_heads, torch.arange(24) < channels) for _ in range(4))
+        for name, size in SIZES.items():
+            model_mask = keep_first(model, [size] * 4)
             fingerprint = resolve("base").fingerprint()
             Decision(model_mask, "base", fingerprint, 0.5, "dtype: float32\n", 1, 2, 3, 2.5).save(Path("made"))
             for dtype in DTYPES:
@@ -124,7 +127,7 @@ def read(folder: Path, content: bytes, kind: str) -> None:
 def test_the_unchanged_files_are_accepted(size: str, dtype: str, folder: Path) -> None:
     kv_heads, channels = SIZES[size]
     name = f"{size}-{dtype}"
-    model_mask = tuple(LayerMask(torch.arange(kv_heads) < 1, torch.arange(channels) < 9) for _ in range(4))
+    model_mask = tuple(LayerMask(first_elements(Grid(kv_heads, 2), 1, 2), torch.arange(channels) < 9) for _ in range(4))
     read_everything(folder / f"{name}.gguf", f"gguf, unchanged {name}", model_mask)
     assert [tried[f"gguf, unchanged {name}{reader}, refused"] for reader in ("", ", doctor", ", export")] == [0, 0, 0]
 

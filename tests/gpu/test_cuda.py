@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers.masks import MODEL_MASKS, random_tokens
 from helpers.models import ARCHITECTURES, tiny_model
+from helpers.units import group_units
 from torch import Tensor
 
 from pgprune_cli.errors import RunError, UserError
@@ -23,6 +24,7 @@ from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs.search import search
 from pgprune_cli.model.loading import load_prunable
+from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import Fp8Linear, check_fp8, fp8_product, quantize_projections
 from pgprune_cli.model.source import resolve
@@ -43,7 +45,10 @@ WIDTH_SEARCH = (
     "repair.windows=8",
     "calibration.windows=24",
 )
-MASKS = [MODEL_MASKS[name] for name in ("random", "empty attention", "empty ffn")]
+
+
+def some_masks(model: PrunableModel) -> list[ModelMask]:
+    return [MODEL_MASKS[name](model.module) for name in ("random", "empty attention", "empty ffn")]
 
 
 @pytest.fixture(autouse=True)
@@ -73,30 +78,33 @@ def waiting_is_an_error() -> Iterator[None]:
 
 
 def test_losses_on_the_gpu_equal_those_on_the_cpu(on_both) -> None:
-    on_cpu, on_gpu = (Evaluator(model).losses(MASKS, random_tokens()) for model in on_both)
+    masks = some_masks(on_both[0])
+    on_cpu, on_gpu = (Evaluator(model).losses(masks, random_tokens()) for model in on_both)
     torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-4, atol=0)
-    assert len(set(on_gpu.tolist())) == len(MASKS)
+    assert len(set(on_gpu.tolist())) == len(masks)
 
 
 def test_int8_losses_on_the_gpu_equal_those_on_the_cpu_without_waiting(on_both) -> None:
+    masks = some_masks(on_both[0])
     for model in on_both:
         quantize_projections(model.module, "int8")
     on_cpu, on_gpu = map(Evaluator, on_both)
-    expected = on_cpu.losses(MASKS, random_tokens())
-    torch.testing.assert_close(on_gpu.losses(MASKS, random_tokens()), expected, rtol=1e-4, atol=0)
+    expected = on_cpu.losses(masks, random_tokens())
+    torch.testing.assert_close(on_gpu.losses(masks, random_tokens()), expected, rtol=1e-4, atol=0)
     tokens = random_tokens().cuda()
     with waiting_is_an_error():
-        on_gpu._summed(MASKS[0], tokens, {})
+        on_gpu._summed(masks[0], tokens, {})
 
 
 def test_fp8_products_on_the_gpu_equal_those_on_the_cpu_without_waiting(on_both) -> None:
     """Each product is checked on the GPU's own inputs: one input rounded differently changes everything after it."""
+    masks = some_masks(on_both[0])
     module = on_both[1].module.bfloat16()
     try:
         check_fp8(torch.device("cuda"), torch.bfloat16)
     except UserError as error:
         pytest.skip(str(error))
-    expected = Evaluator(PrunableModel.of(module)).losses(MASKS, random_tokens())
+    expected = Evaluator(PrunableModel.of(module)).losses(masks, random_tokens())
     quantize_projections(module, "fp8")
     evaluator = Evaluator(PrunableModel.of(module))
     checked = []
@@ -110,13 +118,13 @@ def test_fp8_products_on_the_gpu_equal_those_on_the_cpu_without_waiting(on_both)
 
     linears = [submodule for submodule in module.modules() if isinstance(submodule, Fp8Linear)]
     handles = [linear.register_forward_hook(check) for linear in linears]
-    torch.testing.assert_close(evaluator.losses(MASKS, random_tokens()), expected, rtol=0.03, atol=0)
+    torch.testing.assert_close(evaluator.losses(masks, random_tokens()), expected, rtol=0.03, atol=0)
     assert len(checked) > len(linears)
     for handle in handles:
         handle.remove()
     tokens = random_tokens().cuda()
     with waiting_is_an_error():
-        evaluator._summed(MASKS[0], tokens, {})
+        evaluator._summed(masks[0], tokens, {})
 
 
 def test_loading_int8_weights_never_holds_the_full_model_on_the_gpu() -> None:
@@ -132,10 +140,11 @@ def test_loading_int8_weights_never_holds_the_full_model_on_the_gpu() -> None:
 
 
 def test_losses_are_identical_twice_and_leave_the_weights_unchanged(on_both) -> None:
+    masks = some_masks(on_both[0])
     _, model = on_both
     before = {name: value.clone() for name, value in model.module.state_dict().items()}
     evaluator = Evaluator(model)
-    assert torch.equal(evaluator.losses(MASKS, random_tokens()), evaluator.losses(MASKS, random_tokens()))
+    assert torch.equal(evaluator.losses(masks, random_tokens()), evaluator.losses(masks, random_tokens()))
     assert all(torch.equal(value, before[name]) for name, value in model.module.state_dict().items())
 
 
@@ -155,17 +164,18 @@ def test_a_forward_pass_never_makes_the_host_wait(on_both, name) -> None:
     """The host waits only once a step, when it reads the losses."""
     _, model = on_both
     evaluator, tokens = Evaluator(model), random_tokens().cuda()
-    evaluator.losses([MODEL_MASKS[name]], tokens)  # the first pass sets up libraries
+    model_mask = MODEL_MASKS[name](model.module)
+    evaluator.losses([model_mask], tokens)  # the first pass sets up libraries
     with waiting_is_an_error():
-        evaluator._summed(MODEL_MASKS[name], tokens, {})
+        evaluator._summed(model_mask, tokens, {})
 
 
 def test_a_batch_is_split_when_the_gpu_really_runs_out_of_memory() -> None:
     """The process may use only as much of the GPU's memory as half of the batch needs."""
     model = load_prunable(resolve("demo"), "float32", "cuda")
     evaluator = Evaluator(model)
-    space = model.shape.space(("attention", "ffn"))
-    model_mask = model.shape.model_mask(space, torch.arange(space.n) % 2 > 0)
+    space, units = group_units(model.shape)
+    model_mask = model.shape.model_mask(space, torch.arange(space.n) % 2 > 0, units)
     tokens = torch.randint(200, (512, 128), generator=torch.Generator().manual_seed(0))
     expected = evaluator.losses([model_mask], tokens)
     torch.cuda.empty_cache()
@@ -188,7 +198,7 @@ def test_a_window_that_does_not_fit_is_refused(monkeypatch) -> None:
     monkeypatch.setattr(masked, "summed_loss", allocate_too_much)
     evaluator = Evaluator(PrunableModel.of(tiny_model("llama-gqa").to("cuda")))
     with pytest.raises(RunError, match=r"calibration\.seqlen"):
-        evaluator.losses(MASKS, random_tokens())
+        evaluator.losses(some_masks(evaluator.model), random_tokens())
 
 
 def test_a_search_on_the_gpu_gives_the_same_bytes_twice(small, tmp_path) -> None:
@@ -230,8 +240,8 @@ def test_a_search_on_the_gpu_is_as_good_as_one_on_the_cpu(small, tmp_path) -> No
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_a_model_spread_over_two_gpus_has_the_same_loss() -> None:
     on_one, on_two = (load_prunable(resolve("demo"), "float32", device) for device in ("cuda", "cuda:0,cuda:1"))
-    space = on_one.shape.space(("attention", "ffn"))
-    model_mask = on_one.shape.model_mask(space, torch.arange(space.n) % 3 > 0)
+    space, units = group_units(on_one.shape)
+    model_mask = on_one.shape.model_mask(space, torch.arange(space.n) % 3 > 0, units)
     tokens = torch.arange(48).view(2, 24)
     expected = Evaluator(on_one).losses([model_mask], tokens)
     torch.testing.assert_close(Evaluator(on_two).losses([model_mask], tokens), expected, rtol=1e-6, atol=0)

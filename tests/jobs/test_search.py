@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.messages import refused
 from helpers.models import save_tokenizer, tiny_model
+from helpers.units import group_units
 
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.projection import hard_mask
@@ -339,11 +340,12 @@ def test_a_search_goes_on_where_memory_runs_out(small, whole, tmp_path, monkeypa
 
 
 def policy_of(recipe: Recipe, run: Path):
-    """The evaluator, the space, the budget and the starting θ, put together here once more."""
+    """The evaluator, the space, the budget and the starting θ, put together here once more. Of a unit search."""
     evaluator = Evaluator(load_prunable(resolve("demo"), "float32", "cpu"))
-    space = evaluator.model.shape.space(recipe.units.families)
+    space, units = group_units(evaluator.model.shape, recipe.units.families)
     budget = budget_of(space, recipe.budget.sparsity, recipe.budget.scope)
-    scores = flat_scores(Scores.load(run).tensors, space)
+    loaded = Scores.load(run)
+    scores = flat_scores(loaded.tensors, space, units, loaded.metric)
     return evaluator, space, budget, starting_theta(scores, space, budget, "sigmap", recipe.start.temperature)
 
 
@@ -351,7 +353,8 @@ def test_without_steps_the_metric_decides(small, tmp_path) -> None:
     recipe = small("search.forward_passes=0")
     decision = search(recipe, tmp_path)
     evaluator, space, budget, theta = policy_of(recipe, tmp_path)
-    expected = evaluator.model.shape.model_mask(space, hard_mask(theta, space, budget))
+    _, units = group_units(evaluator.model.shape, recipe.units.families)
+    expected = evaluator.model.shape.model_mask(space, hard_mask(theta, space, budget), units)
     for left, right in zip(decision.model_mask, expected, strict=True):
         assert torch.equal(left.attention, right.attention)
         assert torch.equal(left.ffn, right.ffn)
@@ -421,7 +424,7 @@ def removed_of(decision, recipe: Recipe, space, units: slice) -> int:
         costs = space.per_layer(space.costs, family.name)
         for layer, cost in zip(decision.model_mask, costs, strict=True):
             masks = {
-                "attention": ~layer.attention,
+                "attention": ~layer.attention.view(len(cost), -1).any(1) if family.name == "attention" else None,
                 "ffn": ~layer.ffn,
                 "attention-block": ~layer.attention.any().reshape(1),
                 "ffn-block": ~layer.ffn.any().reshape(1),

@@ -20,7 +20,7 @@ from pgprune_cli.report.pareto import Measure, _marked, measures
 from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.decision import Decision
 
-LAYERS, KV_HEADS, CHANNELS = 6, 4, 384
+LAYERS, KV_HEADS, HEADS, CHANNELS = 6, 4, 8, 384
 
 
 def metrics_of(run: Path) -> list[dict]:
@@ -33,6 +33,7 @@ def test_read_run_returns_what_the_search_wrote(policy, finished) -> None:
     written = metrics_of(finished[policy])
     assert (run.progress, run.steps) == ("finished", 6)
     assert run.units == {"attention": [KV_HEADS] * LAYERS, "ffn": [CHANNELS] * LAYERS}
+    assert run.elements == {"attention": [HEADS] * LAYERS, "ffn": [CHANNELS] * LAYERS}
     assert [row.losses for row in run.rows] == [row["losses"] for row in written]
     assert run.forward_passes == [2, 4, 6, 8, 10, 12]
     assert run.forward_passes[-1] == run.decision.forward_passes
@@ -69,7 +70,7 @@ def test_theta_cells_cover_every_unit_once(finished) -> None:
 @pytest.mark.parametrize("policy", ["units", "widths"])
 def test_kept_cells_match_the_decision(policy, finished) -> None:
     cells = kept_cells(read_run(finished[policy], "it"))
-    for block, count in (("attention", KV_HEADS), ("ffn", CHANNELS)):
+    for block, count in (("attention", HEADS), ("ffn", CHANNELS)):
         kept = torch.stack([layer.of(block) for layer in Decision.load(finished[policy]).model_mask]).double()
         means = kept.view(-1, max(1, count // MAX_CELLS)).mean(1)
         assert [cell["value"] for cell in cells[block]] == [round(value, 4) for value in means.tolist()]
@@ -83,7 +84,7 @@ def test_blocks_removed_as_a_whole_have_one_cell_per_layer(finished, tmp_path) -
     assert run.units == {"attention-block": [1] * LAYERS}
     assert [cell["units"] for cell in theta_cells(run)["attention-block"]] == ["the whole layer"] * LAYERS
     assert list(kept_cells(run)) == list(run.widths) == ["attention"]
-    assert run.dense("attention") == [KV_HEADS] * LAYERS
+    assert run.dense("attention") == [HEADS] * LAYERS
 
 
 def test_a_width_search_shows_its_sensitivities(finished) -> None:
