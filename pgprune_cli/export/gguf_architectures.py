@@ -83,6 +83,7 @@ ARCHITECTURES = {
         Architecture("granite", paired=True, rope_vector=True, keys=GRANITE),
         Architecture("mistral3", paired=True, rope_vector=True, output_biases=True),
         Architecture("smollm3", paired=True, unrotated=4),
+        Architecture("gemma", activation=GEMMA, head="tied", norm_shift=1.0),
         Architecture(
             "gemma2",
             activation=GEMMA,

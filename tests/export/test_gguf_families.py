@@ -62,6 +62,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list, str, float]] = {
         "deci",
         5e-4,
     ),
+    "gemma": ("gemma", {}, EQUAL, "gemma", 4 * TANH),  # without norms after its blocks, their errors add up
     "gemma2": ("gemma2", {"sliding_window": 6, "query_pre_attn_scalar": 11}, EQUAL, "gemma2", TANH),
     "gemma3": ("gemma3_text", {"sliding_window": 6, "query_pre_attn_scalar": 11}, EQUAL, "gemma3", TANH),
     "olmo2": ("olmo2", {}, WHOLE_HEADS, "olmo2", 2e-4),
