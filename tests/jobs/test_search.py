@@ -6,14 +6,14 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from helpers.messages import refused
 from helpers.models import save_tokenizer, tiny_model
+from helpers.searches import PowerCut, after_step, cut_power
 from helpers.units import group_units
 
 from pgprune_cli.core.policy import starting_theta
@@ -40,7 +40,6 @@ from pgprune_cli.run.layout import (
 )
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.scores.metrics import flat_scores
-from pgprune_cli.search import loop as loops
 from pgprune_cli.search import texts
 from pgprune_cli.search.loop import BAD_STEPS, Interrupted
 from pgprune_cli.search.texts import load_text, repair_batches, scoring_batches
@@ -60,34 +59,8 @@ def result_of(run: Path) -> tuple[bytes, list[dict], list[float]]:
     return (run / DECISION_MASKS).read_bytes(), rows_of(run), latest_checkpoint(run).state.theta.tolist()
 
 
-@contextmanager
-def after_step(step: int, act: Callable[[], None]) -> Iterator[None]:
-    """While inside, `act` runs when a search has just done `step` steps, in the middle of its loop."""
-    original = loops._take_step
-
-    def watched(problem, loop):
-        row = original(problem, loop)
-        if loop.step == step:
-            act()
-        return row
-
-    loops._take_step = watched
-    try:
-        yield
-    finally:
-        loops._take_step = original
-
-
 def kill_self(signum: int) -> Callable[[], None]:
     return lambda: os.kill(os.getpid(), signum)
-
-
-class PowerCut(BaseException):
-    """Nothing is saved."""
-
-
-def cut_power() -> None:
-    raise PowerCut
 
 
 @pytest.fixture
