@@ -9,7 +9,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from pgprune_cli.errors import UserError
 from pgprune_cli.export.safetensors_file import DTYPES
 from pgprune_cli.model.families.adapter import ModelFamily, UnitTensor
+from pgprune_cli.model.families.wrapper import SECTION, decoder_name, decoder_prefixes
 from pgprune_cli.model.loading import load_model, load_tokenizer, read_config
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import PrunableModel, Shape, unit_tensors
@@ -33,27 +34,33 @@ from pgprune_cli.storage.records import read_json, write_json
 AUXILIARY_FILES = (
     *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
     *("chat_template*", "additional_chat_templates/*.jinja", "*.model", "*.tiktoken", "LICENSE*", "NOTICE*"),
+    "*processor_config.json",
 )
-"""Patterns of the files that are copied unchanged from the base model's directory: tokenizer, template, licence."""
+"""Patterns of the files that are copied unchanged from the base model's directory: tokenizer, processor, licence."""
 
 
 @dataclass(frozen=True)
 class Shard:
     """Some tensors of the base model that are read together.
 
-    tensors: by name, on the meta device; open: a context manager that gives a function from a name to its tensor.
+    tensors: by name, on the meta device; open: a context manager that gives a function from a name to its tensor;
+    prefixes: as in a DenseModel.
     """
 
     tensors: Mapping[str, Tensor]
     open: Callable[[], AbstractContextManager[Callable[[str], Tensor]]]
+    prefixes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class DenseModel:
     """A dense model as files.
 
-    json: its config.json; config: the transformers config read from it; unit_tensors: by name, the tensors whose rows
-    belong to elements; write_auxiliary_files: puts tokenizer, chat template and licence into a directory.
+    json: its config.json, for a model of text and images the section about its decoder; config: the transformers config
+    read from it; unit_tensors: by name, the tensors whose rows belong to elements; write_auxiliary_files: puts
+    tokenizer, chat template and licence into a directory; wrapper: the whole config.json of a model of text and images;
+    prefixes: by a tensor's name in the causal model, what the names of the decoder's tensors begin with, there and in
+    the files.
     """
 
     json: dict[str, Any]
@@ -62,11 +69,30 @@ class DenseModel:
     unit_tensors: Mapping[str, UnitTensor]
     shards: tuple[Shard, ...]
     write_auxiliary_files: Callable[[Path], None]
+    wrapper: dict[str, Any] | None = None
+    prefixes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Every tensor by name, on the meta device, shard after shard."""
         return {name: tensor for shard in self.shards for name, tensor in shard.tensors.items()}
+
+    def stored_name(self, edit_name: str, source: str) -> str:
+        """Return what a tensor is called in the files, given its name in the causal model and its source's."""
+        if source not in self.prefixes:
+            return edit_name
+        ours, stored = self.prefixes[source]
+        return stored + edit_name.removeprefix(ours)
+
+    def decoder_alone(self) -> DenseModel:
+        """Return the model without the tensors outside the decoder, if it is a model of text and images."""
+        if self.wrapper is None:
+            return self
+        shards = tuple(
+            replace(shard, tensors={name: shard.tensors[name] for name in shard.tensors if name in shard.prefixes})
+            for shard in self.shards
+        )
+        return replace(self, shards=shards)
 
     def read(self, names: Iterable[str]) -> Iterator[Tensor]:
         """Yield these tensors in turn. One shard is open at a time, so reading is fastest in the order of `tensors`."""
@@ -91,12 +117,14 @@ def _from_directory(source: Source) -> tuple[DenseModel, nn.Module]:
     from transformers import AutoModelForCausalLM
 
     build: Any = AutoModelForCausalLM.from_config
-    config_json = read_json(source.directory / "config.json")
+    config_json, wrapper = read_json(source.directory / "config.json"), None
     if "quantization_config" in config_json:
         raise UserError(
             f"{source.name}: holds quantised weights, which cannot be pruned. Export from the original model."
         )
     config = read_config(source)
+    if source.is_wrapped:
+        config_json, wrapper = {"model_type": config.model_type} | config_json[SECTION], config_json
     try:
         with torch.device("meta"):
             model = build(config)
@@ -104,7 +132,8 @@ def _from_directory(source: Source) -> tuple[DenseModel, nn.Module]:
         raise UserError(f"{source.name}: no model can be built from its config.json: {reason_of(error)}.") from error
     prunable = PrunableModel.of(model)
     shape = prunable.shape
-    shards = [_open_shard(path, shape.family) for path in source.weight_files()]
+    shards = [_open_shard(path, shape.family, source.is_wrapped) for path in source.weight_files()]
+    prefixes = {name: pair for shard in shards for name, pair in shard.prefixes.items()}
     if config.tie_word_embeddings and _head_equals_embedding(shards, shape.family):
         shards = [_without(shard, shape.family.head_weight) for shard in shards]
 
@@ -115,7 +144,9 @@ def _from_directory(source: Source) -> tuple[DenseModel, nn.Module]:
             shutil.copyfile(path, target)
         remove_code_references(directory / "tokenizer_config.json")
 
-    return DenseModel(config_json, config, shape, unit_tensors(prunable), tuple(shards), write_auxiliary_files), model
+    tensors = unit_tensors(prunable)
+    base = DenseModel(config_json, config, shape, tensors, tuple(shards), write_auxiliary_files, wrapper, prefixes)
+    return base, model
 
 
 def auxiliary_files(directory: Path) -> list[Path]:
@@ -134,25 +165,27 @@ def remove_code_references(path: Path) -> None:
         write_json(path, config)
 
 
-def _open_shard(path: Path, family: ModelFamily) -> Shard:
+def _open_shard(path: Path, family: ModelFamily, is_wrapped: bool) -> Shard:
     from safetensors import SafetensorError, safe_open
 
     @contextmanager
     def reader() -> Iterator[Callable[[str], Tensor]]:
         with safe_open(path, framework="pt") as file:
-            yield file.get_tensor
+            yield lambda name: file.get_tensor(stored_name.get(name, name))
 
     computed = f"{family.rotary.rpartition('.')[2]}.inv_freq"  # stored by old checkpoints, computed today
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {
-                name: _meta_tensor(path, name, file.get_slice(name))
+            stored_name = {
+                decoder_name(name) if is_wrapped else name: name
                 for name in file.keys()  # noqa: SIM118
                 if not name.endswith(computed)
             }
+            tensors = {name: _meta_tensor(path, name, file.get_slice(stored_name[name])) for name in stored_name}
     except SafetensorError as error:
         raise UserError(f"{path}: damaged or not safetensors ({error}). Fetch the model's files again.") from None
-    return Shard(tensors, reader)
+    pairs = {name: decoder_prefixes(stored) for name, stored in stored_name.items()} if is_wrapped else {}
+    return Shard(tensors, reader, {name: (pair[1], pair[0]) for name, pair in pairs.items() if pair is not None})
 
 
 def _meta_tensor(path: Path, name: str, part: Any) -> Tensor:
@@ -177,7 +210,7 @@ def _head_equals_embedding(shards: list[Shard], family: ModelFamily) -> bool:
 
 
 def _without(shard: Shard, name: str) -> Shard:
-    return Shard({key: tensor for key, tensor in shard.tensors.items() if key != name}, shard.open)
+    return replace(shard, tensors={key: tensor for key, tensor in shard.tensors.items() if key != name})
 
 
 def _from_gguf(source: Source, decision: Decision) -> tuple[DenseModel, nn.Module]:

@@ -76,7 +76,10 @@ class FilePlan(Plan):
 
     @property
     def notes(self) -> list[str]:
-        return gguf_quantize.notes(self._matrices()) if self.estimated else []
+        notes = gguf_quantize.notes(self._matrices()) if self.estimated else []
+        if self.base.wrapper is not None:
+            notes.append("The file holds the language model alone. llama.cpp reads the vision tower from another file.")
+        return notes
 
     def stored(self, edit: TensorEdit) -> tuple[str, int]:
         if not self.estimated or not gguf_quantize.is_quantized(edit.name, edit.shape):
@@ -128,7 +131,7 @@ def plan(source: Source, decision: Decision, options: Options, measured: Measure
     gguf = _import_gguf()
     config = read_config(source)
     requirements = requirements_of(family_of(config.model_type), dense_type(config.model_type))
-    base, surgery = prepare(source, decision, options.requirements.combined(requirements))
+    base, surgery = prepare(source, decision, options.requirements.combined(requirements), decoder_only=True)
     layout = Layout.of(base.config, surgery)
     dtype = options.dtype or _default_dtype(base)
     full_dtype = dtype

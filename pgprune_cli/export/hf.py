@@ -42,7 +42,7 @@ class DirectoryPlan(Plan):
 
     @property
     def stock(self) -> bool:
-        return "per_layer_config" not in self.config
+        return "auto_map" not in self.config
 
     @property
     def bytes(self) -> int:
@@ -93,8 +93,9 @@ def plan(source: Source, decision: Decision, options: Options, measured: Measure
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
     base, surgery = prepare(source, decision, options.requirements, dtype)
     config = export_config(base, surgery, options.dtype)
-    code = (Path(modeling_pruned.__file__),) if "per_layer_config" in config else ()
-    files = _split_into_files(surgery.edits(), options.shard_size)
+    code = (Path(modeling_pruned.__file__),) if "auto_map" in config else ()
+    edits = [dataclasses.replace(edit, name=base.stored_name(edit.name, edit.source)) for edit in surgery.edits()]
+    files = _split_into_files(edits, options.shard_size)
     return DirectoryPlan(base, decision, surgery, files, measured, config, code)
 
 

@@ -12,6 +12,7 @@ from pgprune_cli.export.dense_model import DenseModel
 from pgprune_cli.export.shapes import RuntimeShapes
 from pgprune_cli.export.surgery import Surgery
 from pgprune_cli.model.families.adapter import ModelFamily, dense_type
+from pgprune_cli.model.families.wrapper import SECTION
 from pgprune_cli.serving import modeling_pruned
 
 
@@ -31,7 +32,25 @@ def export_config(base: DenseModel, surgery: Surgery, dtype: str | None) -> dict
     stock = None
     if shapes.uniform and not _output_biases(base, surgery):
         stock = _stock_config(base, shapes)
-    return result | (_pruned_config(base, surgery) if stock is None else _dense_class(base) | stock)
+    result |= _pruned_config(base, surgery) if stock is None else _dense_class(base) | stock
+    return result if base.wrapper is None else _wrapped(base.wrapper, result, is_stock=stock is not None)
+
+
+def _wrapped(wrapper: Mapping[str, Any], decoder: dict[str, Any], is_stock: bool) -> dict[str, Any]:
+    """Return the config.json of a model of text and images, given that of its base model and the decoder's config."""
+    for key in ("auto_map", "architectures"):  # those of the whole model count
+        decoder.pop(key, None)
+    result = {key: value for key, value in wrapper.items() if key not in ("auto_map", "torch_dtype")}
+    if "dtype" in decoder:
+        result["dtype"] = decoder["dtype"]
+    kind = dense_type(wrapper["model_type"])
+    causal: Any = modeling_pruned.WRAPPERS[kind]
+    names: dict[str, Any] = {"model_type": kind, "architectures": [causal.__name__.removeprefix("Pruned")]}
+    if not is_stock:
+        classes = {"AutoConfig": causal.config_class, "AutoModelForImageTextToText": causal}
+        names = {"model_type": causal.config_class.model_type, "architectures": [causal.__name__]}
+        names["auto_map"] = {auto: f"modeling_pruned.{cls.__name__}" for auto, cls in classes.items()}
+    return result | names | {SECTION: decoder}
 
 
 def _stock_config(base: DenseModel, shapes: RuntimeShapes) -> dict[str, Any] | None:

@@ -134,9 +134,16 @@ class Plan(ABC):
 
 
 def prepare(
-    source: Source, decision: Decision, requirements: ShapeRequirements, dtype: torch.dtype | None = None
+    source: Source,
+    decision: Decision,
+    requirements: ShapeRequirements,
+    dtype: torch.dtype | None = None,
+    *,
+    decoder_only: bool = False,
 ) -> tuple[DenseModel, Surgery]:
     """Return the base model and the surgery that replays the decision on it. Reads no weights.
+
+    decoder_only: leave out what a model of text and images has besides its decoder.
 
     Raises UserError if the decision was made for another model or keeps nothing, or if the model is quantised or
     incomplete.
@@ -148,6 +155,8 @@ def prepare(
             f"{decision.fingerprint}). Restore the model's files or search again."
         )
     base = open_dense_model(source, decision)
+    if decoder_only:
+        base = base.decoder_alone()
     shapes = runtime_shapes(base.shape, decision.model_mask, requirements)
     return base, Surgery(base.shape, base.unit_tensors, shapes, decision.outputs, base.tensors, dtype)
 

@@ -17,6 +17,7 @@ from torch import nn
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.devices import devices_needed, devices_of
 from pgprune_cli.model.families import model_type_of_gguf, refuse_units
+from pgprune_cli.model.families.wrapper import decoder_config
 from pgprune_cli.model.gguf_header import read_header
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import quantize_projections
@@ -29,7 +30,10 @@ WeightFormat = Literal["full", "int8", "fp8"]
 
 
 def read_config(source: Source) -> Any:
-    """Return the model's transformers config. Raises UserError if it cannot be read, or would need code of its own."""
+    """Return the model's transformers config; for a model of text and images that of its decoder.
+
+    Raises UserError if it cannot be read, or would need code of its own.
+    """
     from transformers import AutoConfig
 
     from pgprune_cli.serving import modeling_pruned  # noqa: F401  (registers the classes of exported models)
@@ -37,9 +41,10 @@ def read_config(source: Source) -> Any:
     _check_files(source)
     arguments = {} if source.gguf is None else {"gguf_file": source.gguf}
     try:
-        return AutoConfig.from_pretrained(source.directory, trust_remote_code=False, **arguments)
+        config = AutoConfig.from_pretrained(source.directory, trust_remote_code=False, **arguments)
     except Exception as error:  # the loaders raise dozens of kinds for files that are not what they should be
         raise UserError(f"{source.name}: its config cannot be used: {reason_of(error)}.") from error
+    return decoder_config(config)
 
 
 def check_prunable(source: Source, families: Sequence[str] = ()) -> None:

@@ -53,9 +53,10 @@ def check_directory(name: str, directory: Path) -> None:
     config = read_json(path)
     if "transformers_weights" in config:
         raise UserError(f"{path}: transformers_weights names other weight files. Remove this key.")
-    layers = config.get("num_hidden_layers", 0)
-    if not isinstance(layers, int) or layers > MAX_LAYERS:
-        raise UserError(f"{path}: num_hidden_layers is {layers!r}, not an integer up to {MAX_LAYERS}.")
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        layers = section.get("num_hidden_layers", 0)
+        if not isinstance(layers, int) or layers > MAX_LAYERS:
+            raise UserError(f"{path}: num_hidden_layers is {layers!r}, not an integer up to {MAX_LAYERS}.")
 
 
 def check_gguf(name: str, path: Path) -> None:

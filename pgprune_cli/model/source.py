@@ -35,6 +35,14 @@ class Source:
     directory: Path
     gguf: str | None
 
+    @property
+    def is_wrapped(self) -> bool:
+        """True for a model of text and images, whose config and tensors are those of a decoder inside a wrapper."""
+        # Imported late, because it imports torch, and finding a model's files must stay quick.
+        from pgprune_cli.model.families.wrapper import is_wrapper
+
+        return self.gguf is None and is_wrapper(read_json(self.directory / "config.json").get("model_type"))
+
     def weight_files(self) -> list[Path]:
         """Return the files that hold the weights, in the order of the index. Raises UserError if one is missing."""
         if self.gguf is not None:

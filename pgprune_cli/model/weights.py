@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, redirect_stderr
 from importlib.util import find_spec
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from pgprune_cli.errors import UserError, in_short
 from pgprune_cli.model.devices import device_map
 from pgprune_cli.model.families import family_of
+from pgprune_cli.model.families.wrapper import PREFIXES, decoder_name
 from pgprune_cli.model.quantized import QuantizedLinear, check_fp8, quantize_projections
 from pgprune_cli.model.source import Source
 
@@ -31,6 +34,10 @@ def read_weights(source: Source, empty: nn.Module, dtype: str, devices: list[tor
     arguments: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     arguments |= {"use_safetensors": True, "trust_remote_code": False}
     arguments["ignore_mismatched_sizes"] = True  # they are refused below, by name
+    if source.is_wrapped:
+        causal_empty: Any = empty
+        arguments["config"] = copy.deepcopy(causal_empty.config)
+        arguments["key_mapping"] = {f"^{re.escape(stored)}": name for stored, name in PREFIXES}
     if source.gguf is not None:
         arguments.update(_gguf_arguments(source.gguf))
     if len(devices) > 1:
@@ -105,16 +112,17 @@ def _fill_from_files(
     stored, mismatched = set(), []
     for path in source.weight_files():
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118
+            for stored_name in file.keys():  # noqa: SIM118
+                name = decoder_name(stored_name) if source.is_wrapped else stored_name
                 if name not in tensors:  # transformers ignores these as well
                     continue
                 stored.add(name)
-                shape, expected = tuple(file.get_slice(name).get_shape()), tensors[name]
+                shape, expected = tuple(file.get_slice(stored_name).get_shape()), tensors[name]
                 if shape != expected.shape:
                     mismatched.append((name, shape, expected.shape))
                     continue
                 device = next(device for module, device in places.items() if name.startswith(f"{module}."))
-                _fill(model, name, file.get_tensor(name).to(device, expected.dtype))
+                _fill(model, name, file.get_tensor(stored_name).to(device, expected.dtype))
     _refuse_mismatches(source, (), mismatched)
     return stored
 

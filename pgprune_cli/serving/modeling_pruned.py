@@ -20,7 +20,7 @@ import torch
 import transformers
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 
 class Norms(NamedTuple):
@@ -262,3 +262,43 @@ for dense_type, described in DENSE.items():
         except ImportError:
             continue
         register(FAMILIES[dense_type])
+
+WRAPPED = {"mistral3": "Mistral3", "gemma3": "Gemma3"}
+"""Models of text and images whose decoder may be one of the above: by model type, what their classes begin with."""
+
+
+class PrunedWrapperConfig:
+    """What the config of a model of text and images adds to that of transformers."""
+
+    def __post_init__(self, **kwargs) -> None:
+        if isinstance(self.text_config, dict):  # transformers would take the class of the dense decoder
+            self.text_config = AutoConfig.for_model(**self.text_config)
+        super().__post_init__(**kwargs)
+
+
+def define_wrapper(model_type: str, name: str) -> type[PreTrainedModel]:
+    """Define the config and the model of text and images around a pruned decoder. Raises ImportError."""
+    from transformers.conversion_mapping import (
+        get_checkpoint_conversion_mapping,
+        register_checkpoint_conversion_mapping,
+    )
+
+    module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
+    configs = importlib.import_module(f"transformers.models.{model_type}.configuration_{model_type}")
+    pruned, causal = f"pruned_{model_type}", f"{name}ForConditionalGeneration"
+    base = getattr(configs, f"{name}Config")
+    config = strict(define(f"Pruned{name}Config", (PrunedWrapperConfig, base), model_type=pruned))
+    register_checkpoint_conversion_mapping(pruned, get_checkpoint_conversion_mapping(model_type), overwrite=True)
+    return define(f"Pruned{causal}", (getattr(module, causal),), config_class=config)
+
+
+WRAPPERS: dict[str, type[PreTrainedModel]] = {}
+"""The models of text and images around a pruned decoder, by the model type of the dense one."""
+
+if int(transformers.__version__.split(".")[0]) >= 5:
+    for wrapped, described in WRAPPED.items():
+        WRAPPERS[wrapped] = causal = define_wrapper(wrapped, described)
+        AutoConfig.register(causal.config_class.model_type, causal.config_class, exist_ok=True)
+        AutoModelForImageTextToText.register(causal.config_class, causal, exist_ok=True)
+        causal.config_class.register_for_auto_class()
+        causal.register_for_auto_class("AutoModelForImageTextToText")

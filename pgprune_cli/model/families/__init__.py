@@ -14,6 +14,7 @@ from pgprune_cli.model.families.olmo import OLMO
 from pgprune_cli.model.families.phi3 import PHI3
 from pgprune_cli.model.families.qwen3_5 import QWEN3_5
 from pgprune_cli.model.families.smollm3 import SMOLLM3
+from pgprune_cli.model.families.wrapper import WRAPPERS
 
 FAMILIES: tuple[ModelFamily, ...] = (LLAMA, SMOLLM3, GRANITE, OLMO, GEMMA, GEMMA2, PHI3, QWEN3_5)
 
@@ -25,7 +26,7 @@ def family_of(model_type: str) -> ModelFamily:
     """
     if (family := find_family(model_type)) is not None:
         return family
-    supported = ", ".join(name for family in FAMILIES for name in family.model_types)
+    supported = ", ".join([*(name for family in FAMILIES for name in family.model_types), *WRAPPERS])
     raise UserError(f"model type {model_type!r} is not supported. pgprune prunes {supported}.")
 
 
