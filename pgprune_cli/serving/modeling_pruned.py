@@ -20,7 +20,7 @@ import torch
 import transformers
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 
 class Norms(NamedTuple):
@@ -263,9 +263,6 @@ for dense_type, described in DENSE.items():
             continue
         register(FAMILIES[dense_type])
 
-WRAPPED = {"mistral3": "Mistral3", "gemma3": "Gemma3"}
-"""Models of text and images whose decoder may be one of the above: by model type, what their classes begin with."""
-
 
 class PrunedWrapperConfig:
     """What the config of a model of text and images adds to that of transformers."""
@@ -277,28 +274,24 @@ class PrunedWrapperConfig:
 
 
 def define_wrapper(model_type: str, name: str) -> type[PreTrainedModel]:
-    """Define the config and the model of text and images around a pruned decoder. Raises ImportError."""
-    from transformers.conversion_mapping import (
-        get_checkpoint_conversion_mapping,
-        register_checkpoint_conversion_mapping,
-    )
+    """Define and register the config and the model of text and images around a pruned decoder; return the model."""
+    from transformers import AutoModelForImageTextToText, conversion_mapping
 
-    module = importlib.import_module(f"transformers.models.{model_type}.modeling_{model_type}")
-    configs = importlib.import_module(f"transformers.models.{model_type}.configuration_{model_type}")
-    pruned, causal = f"pruned_{model_type}", f"{name}ForConditionalGeneration"
-    base = getattr(configs, f"{name}Config")
-    config = strict(define(f"Pruned{name}Config", (PrunedWrapperConfig, base), model_type=pruned))
-    register_checkpoint_conversion_mapping(pruned, get_checkpoint_conversion_mapping(model_type), overwrite=True)
-    return define(f"Pruned{causal}", (getattr(module, causal),), config_class=config)
+    module = importlib.import_module(f"transformers.models.{model_type}")
+    pruned, base, dense = f"pruned_{model_type}", f"{name}Config", f"{name}ForConditionalGeneration"
+    config = strict(define(f"Pruned{base}", (PrunedWrapperConfig, getattr(module, base)), model_type=pruned))
+    wrapper = define(f"Pruned{dense}", (getattr(module, dense),), config_class=config)
+    names_in_files = conversion_mapping.get_checkpoint_conversion_mapping(model_type)
+    conversion_mapping.register_checkpoint_conversion_mapping(pruned, names_in_files, overwrite=True)
+    AutoConfig.register(pruned, config, exist_ok=True)
+    AutoModelForImageTextToText.register(config, wrapper, exist_ok=True)
+    config.register_for_auto_class()
+    wrapper.register_for_auto_class("AutoModelForImageTextToText")
+    return wrapper
 
 
 WRAPPERS: dict[str, type[PreTrainedModel]] = {}
 """The models of text and images around a pruned decoder, by the model type of the dense one."""
 
 if int(transformers.__version__.split(".")[0]) >= 5:
-    for wrapped, described in WRAPPED.items():
-        WRAPPERS[wrapped] = causal = define_wrapper(wrapped, described)
-        AutoConfig.register(causal.config_class.model_type, causal.config_class, exist_ok=True)
-        AutoModelForImageTextToText.register(causal.config_class, causal, exist_ok=True)
-        causal.config_class.register_for_auto_class()
-        causal.register_for_auto_class("AutoModelForImageTextToText")
+    WRAPPERS |= {kind: define_wrapper(kind, name) for kind, name in (("mistral3", "Mistral3"), ("gemma3", "Gemma3"))}
