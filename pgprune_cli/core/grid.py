@@ -4,8 +4,8 @@ The attention block is a grid of KV heads × query heads per KV head, a dense FF
 experts a grid of experts × channels per expert. Kernels and formats need every kept group to have the same number of
 members, so a mask over the elements is *regular*: it keeps `members` elements of each of `groups` groups.
 
-If a block has several groups of several members, a step removes a whole group, or one member of every group. The
-*chain* is a sequence of such steps from the whole grid to nothing. Its steps are the units of a width search, so that
+If a block has several groups of several members, a step removes a whole group, or one member of every group (of
+experts, which have thousands, some at a time). The *chain* is a sequence of such steps from the whole grid to nothing. Its steps are the units of a width search, so that
 every width is a regular mask. Unit 0 is removed last.
 """
 
@@ -19,18 +19,24 @@ import torch
 from torch import Tensor
 
 
+SLOTS = 16
+"""How many steps remove the channels of experts, if they remove no experts."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """The elements of one block: element `g · members + m` is member m of group g.
 
     min_groups: how many groups a block that keeps anything has at least (a router needs as many experts as it picks);
-    shared_rows: whether a group has rows of its own, which its members share (those of keys and values).
+    shared_rows: whether a group has rows of its own, which its members share (those of keys and values); separate:
+    whether each group is a projection of its own (experts), so that the errors of groups add up.
     """
 
     groups: int
     members: int
     min_groups: int = 1
     shared_rows: bool = True
+    separate: bool = False
 
     @property
     def elements(self) -> int:
@@ -42,10 +48,14 @@ class Grid:
         """True if the elements can be removed in any order: every subset is regular, and they cost the same."""
         return self.members == 1 or (self.groups == 1 and not self.shared_rows)
 
+    def slot(self, multiple: int = 1) -> int:
+        """Return how many members of every group a step removes: experts keep a multiple of `multiple` channels."""
+        return max(-(-self.members // (SLOTS * multiple)), 1) * multiple if self.separate else 1
+
     @property
     def chain_length(self) -> int:
         """The number of steps from the whole grid to nothing, which is the number of units of a width search."""
-        return self.groups - self.min_groups + self.members if not self.is_line else self.elements
+        return self.groups - self.min_groups + -(-self.members // self.slot()) if not self.is_line else self.elements
 
     def kept_groups(self, mask: Tensor) -> Tensor:
         """Return the groups `(groups,)` bool of which a mask `(elements,)` keeps something."""
@@ -149,6 +159,7 @@ class GridRemoval:
     grid: Grid
     cost: GridCost
     target: tuple[int, int] = (0, 0)
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         self.remaining = torch.ones(self.grid.groups, self.grid.members, dtype=torch.bool)
@@ -168,51 +179,77 @@ class GridRemoval:
         """True if nothing remains, or just the target."""
         return not self.remaining.any() or (len(self.groups), self.members) == self.target
 
-    def cheapest(self, group_error: Callable[[int, Tensor], float], slot: Callable[[], Candidate]) -> Candidate:
+    @property
+    def slot(self) -> int:
+        """How many members of every group the next step removes that removes no group.
+
+        What remains is a multiple of that number in every step but the first.
+        """
+        size = self.grid.slot(self.multiple)
+        return self.members % size or size
+
+    def elements_of(self, group: int) -> Tensor:
+        """Return the remaining elements of a group, `(m,)` int64."""
+        return group * self.grid.members + self.remaining[group].nonzero().squeeze(1)
+
+    def cheapest(self, group_errors: Callable[[], Tensor], slot: Callable[[], Candidate]) -> Candidate:
         """Return the possible step that adds the least error per cost.
 
-        group_error: the error of removing a group, given its number and its remaining elements; slot: the best way to
-        remove one member of every remaining group.
+        group_errors: the errors of removing each of the remaining groups, `(g,)`; slot: the best way to remove `slot`
+        members of every remaining group.
         """
-        steps = list(self._candidates(group_error, slot))
+        steps = list(self._candidates(group_errors, slot))
         return min(steps, key=lambda step: step[0])[1]
 
     def _candidates(
-        self, group_error: Callable[[int, Tensor], float], slot: Callable[[], Candidate]
+        self, group_errors: Callable[[], Tensor], slot: Callable[[], Candidate]
     ) -> Iterator[tuple[float, Candidate]]:
         groups, members = len(self.groups), self.members
         now = self.cost.of(groups, members)
         if groups > max(self.grid.min_groups, self.target[0]):
             saved = now - self.cost.of(groups - 1, members)
-            for group in self.groups.tolist():
-                elements = group * self.grid.members + self.remaining[group].nonzero().squeeze(1)
-                error = group_error(group, elements)
-                yield error / max(saved, 1), (error, elements)
-        if members > max(self.target[1], 1) or (members == 1 and groups == self.grid.min_groups):
+            errors = group_errors()
+            best = int(errors.argmin())
+            error = float(errors[best])
+            yield error / max(saved, 1), (error, self.elements_of(int(self.groups[best])))
+        rest = members - self.slot
+        if rest >= max(self.target[1], 1) or (not rest and groups == self.grid.min_groups):
             error, elements = slot()
-            yield error / max(now - self.cost.of(groups, members - 1), 1), (error, elements)
+            yield error / max(now - self.cost.of(groups, rest), 1), (error, elements)
 
     def remove(self, elements: Tensor) -> None:
         """Remove elements `(k,)` int64."""
         self.remaining.view(-1)[elements] = False
 
 
-def chain_of_scores(scores: Tensor, grid: Grid, cost: GridCost) -> Partition:
+def chain_of_scores(
+    scores: Tensor, grid: Grid, cost: GridCost, multiple: int = 1, *, cumulative: bool = False
+) -> Partition:
     """Return the chain that removes the lowest score per cost in each step.
 
-    scores: `(elements,)`, which add up.
+    scores: `(elements,)`, which add up; if cumulative, the errors within a group by the time each member is removed.
     """
-    removal = GridRemoval(grid, cost)
+    removal = GridRemoval(grid, cost, multiple=multiple)
     removed_at = torch.zeros(grid.elements, dtype=torch.int64)
-    table = scores.double().view(grid.groups, grid.members)
-    steps = 0
+    table, steps = scores.double().view(grid.groups, grid.members), 0
+    order = table.argsort(1, stable=True)
+    added = table.gather(1, order)
+    if cumulative:
+        added = added.diff(dim=1, prepend=added.new_zeros(grid.groups, 1))
+
+    # In every remaining group, the same number of members has been removed: the first of its order.
+    def group_errors() -> Tensor:
+        return added[removal.groups, grid.members - removal.members :].sum(1)
 
     def slot() -> Candidate:
-        values, members = table.masked_fill(~removal.remaining, torch.inf)[removal.groups].min(1)
-        return float(values.sum()), removal.groups * grid.members + members
+        first = grid.members - removal.members
+        of_slot = slice(first, first + removal.slot)
+        members = order[removal.groups, of_slot]
+        elements = removal.groups[:, None] * grid.members + members
+        return float(added[removal.groups, of_slot].sum()), elements.flatten()
 
     while not removal.is_finished:
-        _, elements = removal.cheapest(lambda _, elements: float(scores[elements].sum()), slot)
+        _, elements = removal.cheapest(group_errors, slot)
         removed_at[elements] = steps
         removal.remove(elements)
         steps += 1

@@ -66,6 +66,10 @@ def chain_errors(
     errors = torch.full((grid.elements,), torch.inf, dtype=torch.float64)
     total = 0.0
 
+    def group_errors() -> Tensor:
+        groups = removal.groups.tolist()
+        return torch.tensor([problem.error_of(removal.elements_of(group)) for group in groups], dtype=torch.float64)
+
     def slot() -> Candidate:
         alone = torch.full((grid.elements,), torch.inf, dtype=torch.float64)
         alone[problem.remaining.cpu()] = problem.lone_errors().cpu()
@@ -74,7 +78,7 @@ def chain_errors(
         return problem.error_of(elements), elements
 
     while not removal.is_finished:
-        error, elements = removal.cheapest(lambda _, elements: problem.error_of(elements), slot)
+        error, elements = removal.cheapest(group_errors, slot)
         problem.remove(elements)
         removal.remove(elements)
         total = max(total + error, math.nextafter(total, math.inf))

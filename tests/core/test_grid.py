@@ -233,7 +233,9 @@ def test_a_target_is_hit_exactly(grid: Grid, cost: GridCost, data: st.DataObject
     for _ in range(grid.chain_length + grid.elements):
         if removal.is_finished:
             break
-        _, elements = removal.cheapest(lambda _, elements: float(scores[elements].sum()), slot)
+        _, elements = removal.cheapest(
+            lambda: torch.stack([scores[removal.elements_of(group)].sum() for group in removal.groups.tolist()]), slot
+        )
         removal.remove(elements)
         assert grid.is_regular(removal.remaining.flatten())
     assert removal.is_finished
@@ -246,7 +248,7 @@ def test_without_a_target_a_removal_ends_with_nothing(grid: Grid) -> None:
     steps = 0
     while not removal.is_finished:
         _, elements = removal.cheapest(
-            lambda *_: 1.0,
+            lambda: torch.ones(len(removal.groups)),
             lambda: (1.0, removal.groups * grid.members + removal.remaining[removal.groups].long().argmax(1)),
         )
         removal.remove(elements)

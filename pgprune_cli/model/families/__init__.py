@@ -8,15 +8,18 @@ from collections.abc import Sequence
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.families.adapter import ModelFamily, dense_type
 from pgprune_cli.model.families.gemma import GEMMA, GEMMA2
+from pgprune_cli.model.families.gemma import GEMMA
+from pgprune_cli.model.families.gpt_oss import GPT_OSS
 from pgprune_cli.model.families.granite import GRANITE
 from pgprune_cli.model.families.llama import LLAMA
+from pgprune_cli.model.families.mixtral import MIXTRAL, QWEN3_MOE
 from pgprune_cli.model.families.olmo import OLMO
 from pgprune_cli.model.families.phi3 import PHI3
 from pgprune_cli.model.families.qwen3_5 import QWEN3_5
 from pgprune_cli.model.families.smollm3 import SMOLLM3
 from pgprune_cli.model.families.wrapper import WRAPPERS
 
-FAMILIES: tuple[ModelFamily, ...] = (LLAMA, SMOLLM3, GRANITE, OLMO, GEMMA, GEMMA2, PHI3, QWEN3_5)
+FAMILIES: tuple[ModelFamily, ...] = (LLAMA, SMOLLM3, GRANITE, OLMO, GEMMA, GEMMA2, PHI3, QWEN3_5, MIXTRAL, QWEN3_MOE, GPT_OSS)
 
 
 def family_of(model_type: str) -> ModelFamily:

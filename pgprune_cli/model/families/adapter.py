@@ -114,6 +114,24 @@ class Block:
         return f"{self.module}.", *(f"{norm}." for norm in self.norms)
 
 
+Matrices = dict[str, tuple[Tensor, tuple[Part, ...]]]
+"""By name, the weights of a block as matrices `(out, in)`, and what their rows are."""
+
+
+@dataclass(frozen=True)
+class FilePiece:
+    """What a tensor of a model's files holds: a tensor of the model, or one group's rows of one of its parts.
+
+    tensor: its name in the model; template: its name in files, with {layer} and {group} for their numbers; group, part:
+    None if the file holds the whole tensor.
+    """
+
+    tensor: str
+    template: str
+    group: int | None = None
+    part: int | None = None
+
+
 @dataclass(frozen=True)
 class GgufArchitectures:
     """llama.cpp's architectures for one model type.
@@ -175,8 +193,10 @@ class ModelFamily(ABC):
         return tuple(block for block in (*attention, self.ffn) if _has_parameters(layer, block.module))
 
     def linears(self, layer: nn.Module) -> Iterator[tuple[Block, str, nn.Linear]]:
-        """Yield every prunable linear layer of a decoder layer with its block and its name in it."""
+        """Yield every prunable linear layer of a decoder layer with its block and its name in it. Experts have none."""
         for block in self.blocks_of(layer):
+            if self.groups_per_token(layer, block) is not None:
+                continue
             for projection, linear in zip(block.projections, block.linears(layer), strict=True):
                 yield block, projection, linear
 
@@ -186,6 +206,27 @@ class ModelFamily(ABC):
         The block as a whole can be removed in any case.
         """
         return ""
+
+    def groups_per_token(self, layer: nn.Module, block: Block) -> int | None:
+        """Return how many groups of a block a token uses if a router chooses them (experts), None if it uses all."""
+        return None
+
+    def matrices(self, layer: nn.Module, block: Block) -> Matrices:
+        """Return the weights of a block, the output projection last. What its columns are is not said."""
+        parts = {tensor.module: tensor.parts for tensor in self.unit_tensors(layer, block)}
+        linears = zip(block.projections, block.linears(layer), strict=True)
+        return {name: (linear.weight, parts[name]) for name, linear in linears}
+
+    def output_weights(self, block: Block) -> tuple[str, ...]:
+        """Return the names, inside a layer, that the weight of a block's output projection may have."""
+        return (f"{block.output_path}.weight",)
+
+    def file_piece(self, name: str) -> FilePiece:
+        """Return what the tensor `name` of a model's files holds."""
+        prefix = f"{self.layers}."
+        layer, _, path = name.removeprefix(prefix).partition(".")
+        in_layer = name.startswith(prefix) and layer.isdecimal()
+        return FilePiece(name, f"{prefix}{{layer}}.{path}" if in_layer else name)
 
     @abstractmethod
     def grid(self, layer: nn.Module, block: Block) -> Grid:
