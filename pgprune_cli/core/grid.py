@@ -4,13 +4,14 @@ The attention block is a grid of KV heads × query heads per KV head, a dense FF
 experts a grid of experts × channels per expert. Kernels and formats need every kept group to have the same number of
 members, so a mask over the elements is *regular*: it keeps `members` elements of each of `groups` groups.
 
-If a block has several groups of several members, a step removes a whole group, or one member of every group (of
-experts, which have thousands, some at a time). The *chain* is a sequence of such steps from the whole grid to nothing. Its steps are the units of a width search, so that
-every width is a regular mask. Unit 0 is removed last.
+If a block has several groups of several members, a step removes a whole group, or one member of every group (experts,
+which have thousands of members, lose some at a time). The *chain* is a sequence of such steps from the whole grid to
+nothing. Its steps are the units of a width search, so that every width is a regular mask. Unit 0 is removed last.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,9 +19,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-
 SLOTS = 16
-"""How many steps remove the channels of experts, if they remove no experts."""
+"""How many steps it takes at most to remove all channels of experts."""
+
+ALIGNMENT = 8
+"""Kernels that multiply the matrices of all experts at once need rows of 16 bytes, or of a multiple of that."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,11 @@ class Grid:
         return self.members == 1 or (self.groups == 1 and not self.shared_rows)
 
     def slot(self, multiple: int = 1) -> int:
-        """Return how many members of every group a step removes: experts keep a multiple of `multiple` channels."""
-        return max(-(-self.members // (SLOTS * multiple)), 1) * multiple if self.separate else 1
+        """Return how many members of every group a step removes: separate groups keep a multiple of `multiple`."""
+        if not self.separate:
+            return 1
+        multiple = math.lcm(multiple, ALIGNMENT)
+        return -(-self.members // (SLOTS * multiple)) * multiple
 
     @property
     def chain_length(self) -> int:
@@ -109,6 +115,11 @@ Partition = Tensor
 def one_unit_per_group(grid: Grid) -> Partition:
     """Return the partition into whole groups; the elements of a group without rows of its own are units themselves."""
     return torch.arange(grid.elements) // (1 if grid.is_line else grid.members)
+
+
+def unit_multiple(grid: Grid, multiple: int) -> int:
+    """Return how many units of a block are `multiple` of its elements: in a grid, the chain sees to that already."""
+    return multiple if grid.is_line else 1
 
 
 def chain_of_removal(removed_at: Tensor) -> Partition:
@@ -232,7 +243,7 @@ def chain_of_scores(
     removal = GridRemoval(grid, cost, multiple=multiple)
     removed_at = torch.zeros(grid.elements, dtype=torch.int64)
     table, steps = scores.double().view(grid.groups, grid.members), 0
-    order = table.argsort(1, stable=True)
+    order = table.argsort(dim=1, stable=True)
     added = table.gather(1, order)
     if cumulative:
         added = added.diff(dim=1, prepend=added.new_zeros(grid.groups, 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -159,7 +159,7 @@ class Budget:
         return tuple(int(bound[constraint.units].sum()) for constraint in self.constraints)
 
 
-_NO_MULTIPLES: Mapping[str, int] = {}
+_NO_MULTIPLES: Mapping[str, int | Sequence[int]] = {}
 
 
 def budget_of(
@@ -167,7 +167,7 @@ def budget_of(
     sparsity: float,
     scope: str,
     min_keep: float = 0.0,
-    multiples: Mapping[str, int] = _NO_MULTIPLES,
+    multiples: Mapping[str, int | Sequence[int]] = _NO_MULTIPLES,
 ) -> Budget:
     """Return the budget that removes the fraction `sparsity` of the cost.
 
@@ -178,7 +178,7 @@ def budget_of(
         scope: the fraction applies to every family (`per-family`), to every layer of every family (`per-layer`), or to
             all units together (`global`).
         min_keep: the least fraction of units that every layer of every family keeps, rounded up.
-        multiples: by family name, what its widths are multiples of.
+        multiples: by family name, what its widths are multiples of: in all layers, or layer by layer.
     """
     if scope == "per-family":
         spans = [(f.name, space.slice_of(f.name)) for f in space.families]
@@ -195,7 +195,10 @@ def budget_of(
     )
     # In float64, 0.07 · 100 is a little more than 7. It means 7.
     least = [math.ceil(min_keep * count - 1e-9) for family in space.families for count in family.counts]
-    widths = [multiples.get(family.name, 1) for family in space.families for _ in family.counts]
+    widths: list[int] = []
+    for family in space.families:
+        multiple = multiples.get(family.name, 1)
+        widths += [multiple] * len(family.counts) if isinstance(multiple, int) else multiple
     return Budget(constraints, tuple(least), tuple(widths))
 
 

@@ -14,6 +14,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from pgprune_cli.forward.expert_moments import ExpertMoments, ExpertSums, mean_square
 from pgprune_cli.forward.layerwise import LayerwiseRun, Observers
 from pgprune_cli.model.families.adapter import Block, ModelFamily
 
@@ -32,12 +33,23 @@ class Moments:
 
 
 class MomentCollector:
-    """Observes one layer, batch after batch, and sums the moments of some of its blocks."""
+    """Observes one layer, batch after batch, and sums the moments of some of its blocks.
 
-    def __init__(self, family: ModelFamily, blocks: Sequence[Block]) -> None:
+    experts: if given, what a router chooses among, `(g,)` int64. All experts by default.
+    """
+
+    def __init__(
+        self, family: ModelFamily, layer: nn.Module, blocks: Sequence[Block], experts: Tensor | None = None
+    ) -> None:
+        self.experts = {
+            block.name: ExpertSums(family, layer, block, experts)
+            for block in blocks
+            if family.groups_per_token(layer, block) is not None
+        }
         self.paths = {
             block.name: (family.residual, block.output_path, *([block.post_norm] if block.post_norm else []))
             for block in blocks
+            if block.name not in self.experts
         }
         self.sums: dict[str, Moments] = {}
         self.tokens: Counter[str] = Counter()
@@ -45,17 +57,20 @@ class MomentCollector:
     @property
     def observers(self) -> Observers:
         """What a layer-wise run has to call."""
-        return {paths: partial(self._add, name) for name, paths in self.paths.items()}
+        dense = {paths: partial(self._add, name) for name, paths in self.paths.items()}
+        return dense | {sums.paths: sums.add for sums in self.experts.values()}
 
-    def moments(self, block: str) -> Moments:
+    def moments(self, block: str) -> Moments | ExpertMoments:
         """Return the moments of one block, and drop them here."""
+        if block in self.experts:
+            return self.experts.pop(block).moments()
         sums = self.sums.pop(block)
         return Moments(sums.second.div_(sums.weight), sums.first / sums.weight, sums.weight / self.tokens.pop(block))
 
     def _add(self, block: str, residual: Tensor, inputs: Tensor, block_output: Tensor | None = None) -> None:
-        weight = _mean_square(residual).reciprocal()
+        weight = mean_square(residual).reciprocal()
         if block_output is not None:
-            weight = weight / _mean_square(block_output)
+            weight = weight / mean_square(block_output)
         x = inputs.flatten(0, -2).float()
         weighted = x * weight
         batch = Moments((weighted.T @ x).double(), weighted.sum(0).double(), weight.sum().double())
@@ -68,11 +83,6 @@ class MomentCollector:
         self.tokens[block] += len(weight)
 
 
-def _mean_square(states: Tensor) -> Tensor:
-    """Return the mean square of every token's vector in states `(B, T, hidden)`: `(B · T, 1)` float32."""
-    return states.flatten(0, -2).float().square().mean(-1, keepdim=True).clamp_min(1e-12)
-
-
 def block_root(family: ModelFamily, layer: nn.Module, block: Block, root: Tensor) -> Tensor:
     """Return R for an error of a block's output projection, given R `(hidden, hidden)` for the residual stream.
 
@@ -83,11 +93,13 @@ def block_root(family: ModelFamily, layer: nn.Module, block: Block, root: Tensor
     return root * family.norm_weight(layer.get_submodule(block.post_norm)).to(root)
 
 
-def observe_moments(run: LayerwiseRun, index: int, family: ModelFamily, block: Block) -> Moments:
+def observe_moments(
+    run: LayerwiseRun, index: int, family: ModelFamily, block: Block, experts: Tensor | None = None
+) -> Moments | ExpertMoments:
     """Return the moments of one block of layer `index` over all batches of a layer-wise run.
 
-    The layer runs as it is now, and the run does not advance.
+    The layer runs as it is now, and the run does not advance. experts: as in `MomentCollector`.
     """
-    collector = MomentCollector(family, [block])
+    collector = MomentCollector(family, run.layers[index], [block], experts)
     run.observe(index, collector.observers)
     return collector.moments(block.name)

@@ -156,8 +156,9 @@ def _repaired(context: SearchContext, model_mask: ModelMask) -> Repaired:
     settings = context.recipe.repair
     if settings.method == "none":
         return Repaired(model_mask, {})
+    notes: list[str] = []
     with context.progress.layers("repairing the kept weights", len(model_mask)) as layers:
-        return repair(
+        repaired = repair(
             context.model,
             model_mask,
             repair_batches(context.recipe, context.text),
@@ -165,4 +166,8 @@ def _repaired(context: SearchContext, model_mask: ModelMask) -> Repaired:
             settings.damping,
             reselect=reselects(context.recipe),
             progress=layers,
+            note=notes.append,
         )
+    for note in notes:
+        context.progress.say(note)
+    return repaired

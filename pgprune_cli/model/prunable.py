@@ -193,18 +193,27 @@ def _parameter_cost(family: ModelFamily, layer: nn.Module, block: Block) -> Grid
     return grid_cost(family.grid(layer, block), layer.get_submodule(block.module), family.unit_tensors(layer, block))
 
 
-def grid_cost(grid: Grid, module: nn.Module, tensors: Sequence[UnitTensor]) -> GridCost:
-    """Return how many parameters an element has in these tensors of a block, and how many a group shares."""
-    element = group = 0
+def grid_cost(
+    grid: Grid, module: nn.Module, tensors: Sequence[UnitTensor], groups_per_token: int | None = None
+) -> GridCost:
+    """Return how many parameters an element has in these tensors of a block, how many a group shares, and a member.
+
+    groups_per_token: if given, count the parameters that one token uses, of which so many groups of members take part.
+    """
+    element = group = member = 0
+    routed = {tensor.module for tensor in tensors if tensor.stacked}
     for tensor in tensors:
         shape = tensor_shape(module, tensor.name)
         per_row = shape.numel() // shape[tensor.axis] // (shape[0] if tensor.stacked else 1)
         for part in tensor.parts:
-            if tensor.stacked or part.runs == grid.elements:
-                element += part.width * per_row
+            rows = part.width * per_row
+            if groups_per_token is not None and tensor.module in routed:
+                member += groups_per_token * rows * tensor.stacked  # what a group shares counts the same at any width
+            elif tensor.stacked or part.runs == grid.elements:
+                element += rows
             else:
-                group += part.width * per_row
-    return GridCost(element, group)
+                group += rows
+    return GridCost(element, group, member)
 
 
 def unit_tensors(model: PrunableModel) -> dict[str, UnitTensor]:

@@ -45,6 +45,11 @@ def _of_families(recipe: Recipe) -> Iterator[str]:
             f"budget.measure: the family {without_cache[0]} has no KV cache, so a kv-cache budget cannot limit it. "
             f"Set units.families to [{', '.join(others)}]."
         )
+    if budget.measure == "active-parameters" and "ffn" in families and recipe.search.policy == "units":
+        yield (
+            "budget.measure: a unit search removes whole experts, which changes no active-parameters. "
+            "Set budget.measure to parameters or search.policy to widths."
+        )
 
 
 def _of_min_keep(recipe: Recipe) -> Iterator[str]:

@@ -73,7 +73,7 @@ Length = Annotated[int, Range(2, COUNT_LIMIT)]
 Positive = Annotated[float, Range(0, above=True)]
 Fraction = Annotated[float, Range(0, 1)]
 Family = Literal["attention", "ffn", "attention-block", "ffn-block", "layer"]
-Measure = Literal["parameters", "flops", "kv-cache", "latency"]
+Measure = Literal["parameters", "active-parameters", "flops", "kv-cache", "latency"]
 MetricName = Literal["wanda-sp", "flap", "obs", "taylor", "magnitude", "random", "uniform"]
 Bos = Literal["auto", True, False]
 RepairMethod = Literal["none", "bias", "least-squares", "least-squares-bias"]
@@ -116,7 +116,8 @@ class BudgetSettings:
 
     # The fraction of the `measure` to remove. 0.3 removes 30 % of the prunable parameters, FLOPs, KV cache or latency.
     sparsity: Fraction
-    # What `sparsity` is a fraction of. Latency is measured on the device before the search.
+    # What `sparsity` is a fraction of. `active-parameters` are those that one token uses: in a mixture of experts, only
+    # as many experts as the router picks for a token count. Latency is measured on the device before the search.
     measure: Measure = "parameters"
     # Where the sparsity holds: over all units together, in each family, or in each layer of each family.
     scope: Literal["per-family", "global", "per-layer"] = "global"

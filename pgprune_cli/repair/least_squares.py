@@ -8,26 +8,36 @@ does not excite is changed. The kept units of a block can be chosen again on the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
-from pgprune_cli.errors import RunError
 from pgprune_cli.forward.curvature import error_roots
+from pgprune_cli.forward.expert_moments import ExpertMoments
 from pgprune_cli.forward.layerwise import LayerwiseRun, start_layerwise
 from pgprune_cli.forward.masked import shrunk_block
 from pgprune_cli.forward.moments import Moments, block_root, observe_moments
 from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.masks import LayerMask, ModelMask, Output, Outputs, columns_of
 from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.repair.equations import cholesky as cholesky
+from pgprune_cli.repair.equations import compensated_output, repaired_output
+from pgprune_cli.repair.experts import has_too_few_tokens, repaired_experts, reselected_experts
 from pgprune_cli.scores.obs import chain_errors, removal_order, units_per_round
 
 PASSES = 2
 """Forward passes over its text that a repair takes at most: one to observe each block, one to advance."""
+
+
+Note = Callable[[str], None]
+
+
+def _no_note(text: str) -> None:
+    """Drop a note."""
 
 
 class Repaired(NamedTuple):
@@ -46,6 +56,7 @@ def repair(
     *,
     reselect: bool = False,
     progress: LayerProgress = NO_PROGRESS,
+    note: Note = _no_note,
 ) -> Repaired:
     """Repair the output projection of every block that loses units, from the first layer on.
 
@@ -57,6 +68,7 @@ def repair(
         method: `least-squares`, `least-squares-bias` or `bias`.
         damping: λ as a fraction of the mean of C's diagonal.
         reselect: keep as many units per block as `model_mask` does, but choose them again with `obs`.
+        note: called with what a user should know about single layers, a line each.
     """
     roots = error_roots(model, batches, progress) if reselect else None
     run = start_layerwise(model, batches)
@@ -70,29 +82,33 @@ def repair(
                 if mask.all():
                     continue
                 if mask.any():
-                    moments = _moments_behind(model, run, index, block)
-                    if roots:
-                        root = block_root(model.family, layer, block, roots[index])
-                        mask = masks[block.name] = _reselected(model, index, block, mask, moments, root)
-                    outputs[index, block.name] = _repaired(layer, block, mask, moments, method, damping)
-                    del moments  # before those of the next block exist
-                output = outputs.get((index, block.name))
-                undo.enter_context(shrunk_block(model.family, layer, block, mask, output))
+                    root = block_root(model.family, layer, block, roots[index]) if roots else None
+                    solve = _repaired_experts if model.shape.grids[block.name][index].separate else _repaired
+                    mask, output = solve(model, run, index, block, mask, root, method, damping, note)
+                    masks[block.name] = mask
+                    if output is not None:
+                        outputs[index, block.name] = output
+                undo.enter_context(shrunk_block(model.family, layer, block, mask, outputs.get((index, block.name))))
             run.advance(index)
         layer_masks.append(LayerMask(**masks))
         progress.layer_done()
     return Repaired(tuple(layer_masks), outputs)
 
 
-def _moments_behind(model: PrunableModel, run: LayerwiseRun, index: int, block: Block) -> Moments:
-    """Observe a block behind the pruned layers. The blocks after it in the same layer need not run."""
+def _moments_behind(
+    model: PrunableModel, run: LayerwiseRun, index: int, block: Block, experts: Tensor | None = None
+) -> Moments | ExpertMoments:
+    """Observe a block behind the pruned layers. The blocks after it in the same layer need not run.
+
+    experts: what a router chooses among, `(g,)` int64. All of them by default.
+    """
     family, layer = model.family, model.layers[index]
     with ExitStack() as undo:
         blocks = family.blocks_of(layer)
         for later in blocks[blocks.index(block) + 1 :]:
             nothing = torch.zeros(model.shape.elements[later.name][index], dtype=torch.bool)
             undo.enter_context(shrunk_block(family, layer, later, nothing, None))
-        return observe_moments(run, index, family, block)
+        return observe_moments(run, index, family, block, experts)
 
 
 def _reselected(model: PrunableModel, index: int, block: Block, mask: Tensor, moments: Moments, root: Tensor) -> Tensor:
@@ -112,60 +128,59 @@ def _reselected(model: PrunableModel, index: int, block: Block, mask: Tensor, mo
     return reselected
 
 
-def _repaired(layer: nn.Module, block: Block, mask: Tensor, moments: Moments, method: str, damping: float) -> Output:
-    linear = block.output_linear(layer)
+def _repaired(
+    model: PrunableModel,
+    run: LayerwiseRun,
+    index: int,
+    block: Block,
+    mask: Tensor,
+    root: Tensor | None,
+    method: str,
+    damping: float,
+    _: Note,
+) -> tuple[Tensor, Output]:
+    """Return the mask of a block, chosen again if R is given, and its repaired output projection."""
+    moments = _moments_behind(model, run, index, block)
+    assert isinstance(moments, Moments)
+    if root is not None:
+        mask = _reselected(model, index, block, mask, moments, root)
+    linear = block.output_linear(model.layers[index])
     weight = linear.weight
     columns = columns_of(mask.nonzero().squeeze(1).to(weight.device), weight.shape[1] // len(mask))
     if method == "bias":
-        return compensated_output(weight, linear.bias, moments, columns)
+        return mask, compensated_output(weight, linear.bias, moments, columns)
     with_bias = method == "least-squares-bias"
-    return repaired_output(weight, linear.bias, moments, columns, damping, with_bias=with_bias)
+    return mask, repaired_output(weight, linear.bias, moments, columns, damping, with_bias=with_bias)
 
 
-def repaired_output(
-    weight: Tensor, bias: Tensor | None, moments: Moments, columns: Tensor, damping: float, *, with_bias: bool
-) -> Output:
-    """Return the output projection on its kept `columns` (int64, ascending), refitted to `weight` `(hidden, in)`.
+def _repaired_experts(
+    model: PrunableModel,
+    run: LayerwiseRun,
+    index: int,
+    block: Block,
+    mask: Tensor,
+    root: Tensor | None,
+    method: str,
+    damping: float,
+    note: Note,
+) -> tuple[Tensor, Output | None]:
+    """Return the mask of a block of experts, chosen again if R is given, and their repaired output projections.
 
-    damping: λ as a fraction of the mean of C's diagonal; with_bias: fit a constant too (the moments are centred). The
-    computation is in float64. The weighted squared error on the text of the moments is at most that of no repair.
+    They are fitted to the tokens that the router sends to each of them once the others are removed.
     """
-    full = weight.double()
-    second = moments.second
-    if with_bias:
-        second = second - torch.outer(moments.first, moments.first)
-    ridge = damping * second.diagonal().mean().clamp_min(1e-30)
-    system = second[columns][:, columns] + ridge * torch.eye(len(columns), dtype=torch.float64, device=second.device)
-    right = second[columns] @ full.T + ridge * full[:, columns].T
-    solution = torch.cholesky_solve(right, cholesky(system)).T
-    if not with_bias:
-        return Output(solution.to(weight.dtype), bias)
-    constant = full @ moments.first - solution @ moments.first[columns]
-    constant = constant if bias is None else constant + bias.double()
-    return Output(solution.to(weight.dtype), constant.to(weight.dtype))
-
-
-def compensated_output(weight: Tensor, bias: Tensor | None, moments: Moments, columns: Tensor) -> Output:
-    """Return FLAP's repair (An et al. 2024): the kept columns unchanged, and the mean of the removed ones as a bias."""
-    removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
-    removed[columns] = False
-    constant = weight[:, removed].double() @ moments.first[removed]
-    constant = constant if bias is None else constant + bias.double()
-    return Output(weight[:, columns].clone(), constant.to(weight.dtype))
-
-
-def cholesky(system: Tensor) -> Tensor:
-    """Return the lower Cholesky factor. Moments in float32 can be slightly indefinite: then the ridge is increased.
-
-    Raises RunError if the system is not finite.
-    """
-    if not system.isfinite().all():
-        raise RunError("the activations on the calibration text are not finite. Try dtype float32 or bfloat16.")
-    factor: Tensor
-    factor, failed = torch.linalg.cholesky_ex(system)
-    extra = system.diagonal().mean() * 1e-6
-    while failed:
-        system = system + extra * torch.eye(len(system), dtype=system.dtype, device=system.device)
-        factor, failed = torch.linalg.cholesky_ex(system)
-        extra = extra * 10
-    return factor
+    grid, layer = model.shape.grids[block.name][index], model.layers[index]
+    if root is not None:
+        moments = _moments_behind(model, run, index, block)
+        assert isinstance(moments, ExpertMoments)
+        mask = reselected_experts(model.family, layer, mask, grid, moments, root)
+    if not method.startswith("least-squares") or grid.kept(mask)[1] == grid.members:
+        return mask, None  # an expert that keeps all its channels needs no repair
+    if root is None or not grid.kept_groups(mask).all():
+        experts = grid.kept_groups(mask).nonzero().squeeze(1)
+        moments = _moments_behind(model, run, index, block, experts)
+        assert isinstance(moments, ExpertMoments)
+    if few := has_too_few_tokens(moments, mask, grid):
+        kept = grid.kept(mask)[0]
+        names = ", ".join(map(str, few))
+        note(f"layer {index}: {len(few)} of {kept} experts saw too few tokens and keep their weights: {names}")
+    return mask, repaired_experts(model.family, layer, mask, grid, moments, damping)

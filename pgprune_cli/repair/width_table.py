@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
-from pgprune_cli.core.grid import Partition
+from pgprune_cli.core.grid import Partition, unit_multiple
 from pgprune_cli.core.space import MaskSpace
 from pgprune_cli.forward.curvature import error_roots
+from pgprune_cli.forward.expert_moments import ExpertMoments
 from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.moments import MomentCollector, Moments, block_root
 from pgprune_cli.model.masks import ModelMask, Output, Outputs, columns_of
 from pgprune_cli.model.prunable import Partitions, PrunableModel
-from pgprune_cli.repair.least_squares import cholesky
+from pgprune_cli.repair.equations import solve_prefixes
+from pgprune_cli.repair.experts import solve_expert_widths
 
 WIDTH_STEPS = 16
 """How many widths of a block a search chooses among: multiples of a sixteenth of its units."""
@@ -40,7 +42,7 @@ class BlockWidths:
     errors: of keeping 0, 1, … units, `(units + 1,)` float64, relative to the residual stream, interpolated between the
     solved widths; order: the units `(units,)` in which they are kept, first to last; weights: by the number of kept
     elements at a solved width, the output projection on the first units of the order, transposed: `(inputs, hidden)`,
-    inputs ascending. Empty without repair.
+    inputs ascending; of experts, as the model stores it, and only where they lose channels. Empty without repair.
     """
 
     errors: Tensor
@@ -109,7 +111,7 @@ class WidthTable:
         outputs: dict[tuple[int, str], Output] = {}
         for (index, name), by_width in self.outputs.items():
             mask = model_mask[index].of(name)
-            if mask.any() and not mask.all():
+            if mask.any() and not mask.all() and int(mask.sum()) in by_width:
                 outputs[index, name] = by_width[int(mask.sum())]
         return outputs
 
@@ -129,11 +131,12 @@ def table_bytes(model: PrunableModel, partitions: Partitions, multiples: Mapping
         for block in model.family.blocks_of(layer):
             if (index, block.name) not in partitions:
                 continue
+            grid = model.shape.grids[block.name][index]
             elements = partitions[index, block.name].bincount().cumsum(0).tolist()
-            linear = block.output_linear(layer)
-            solved = range(0, len(elements), width_step(len(elements), multiples.get(block.name, 1)))
+            multiple = unit_multiple(grid, multiples.get(block.name, 1))
+            solved = range(0, len(elements), width_step(len(elements), multiple))
             kept = sum(elements[width - 1] for width in solved if width)
-            total += kept * linear.in_features // elements[-1] * linear.out_features
+            total += kept * model.family.output_size(layer, block) // elements[-1]
     return total * model.dtype.itemsize
 
 
@@ -171,18 +174,22 @@ def solve_layers(
                 run.advance(index)
             continue
         blocks = [block for block in family.blocks_of(layer) if (index, block.name) in ranks]
-        collector = MomentCollector(family, blocks)
+        collector = MomentCollector(family, layer, blocks)
         run.advance(index, collector.observers)
         solved: dict[str, BlockWidths] = {}
         for block in blocks:
             order = ranks[index, block.name].argsort(descending=True, stable=True)
-            step = width_step(len(order), multiples.get(block.name, 1))
-            moments = collector.moments(block.name)
-            root, linear = block_root(family, layer, block, roots[index]), block.output_linear(layer)
-            solved[block.name] = _solve_widths(
-                linear, moments, order, partitions[index, block.name], step, root, damping, solve=solve
-            )
+            multiple = unit_multiple(model.shape.grids[block.name][index], multiples.get(block.name, 1))
+            widths = sorted({*range(0, len(order), width_step(len(order), multiple)), len(order)})
+            moments, root = collector.moments(block.name), block_root(family, layer, block, roots[index])
+            problem = order, partitions[index, block.name], widths, root, damping
+            if isinstance(moments, ExpertMoments):
+                errors, weights = solve_expert_widths(family, layer, moments, *problem, solve=solve)
+            else:
+                errors, weights = _solve_widths(block.output_linear(layer), moments, *problem, solve=solve)
             del moments  # before those of the next layer exist
+            errors = _interpolated(torch.tensor(widths), errors, len(order))
+            solved[block.name] = BlockWidths(errors, order, weights)
         yield index, solved
 
 
@@ -191,41 +198,20 @@ def _solve_widths(
     moments: Moments,
     order: Tensor,
     partition: Partition,
-    step: int,
+    widths: Sequence[int],
     root: Tensor,
     damping: float,
     *,
     solve: bool,
-) -> BlockWidths:
-    dtype, weight, count = linear.weight.dtype, linear.weight.double(), len(order)
-    second, root = moments.second, root.to(weight.device)
-    width = weight.shape[1] // len(partition)
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Return the errors of the widths `(widths,)`, and the projections by number of kept elements: see BlockWidths."""
+    width = linear.weight.shape[1] // len(partition)
     elements = order.argsort()[partition].argsort(stable=True)  # unit after unit, in the order in which they are kept
     elements_at = [0, *partition.bincount()[order].cumsum(0).tolist()]  # by width
-    columns = columns_of(elements.to(second.device), width)
-    ridge = damping * second.diagonal().mean().clamp_min(1e-30)
-    ordered = second[columns][:, columns] + ridge * torch.eye(len(columns), dtype=torch.float64, device=second.device)
-    ordered_weight = weight[:, columns]
-    weighted = root @ ordered_weight
-    whole = (weighted @ ordered * weighted).sum()
-    factor = cholesky(ordered)
-    forward = torch.linalg.solve_triangular(factor, ordered @ ordered_weight.T, upper=False)  # (in, hidden)
-    explained = (forward @ root).square().sum(1).cumsum(0)
-    widths = sorted({*range(0, count, step), count})
-    errors, weights = [], {}
-    for kept in widths:
-        inputs = elements_at[kept] * width
-        if solve:
-            errors.append(whole - explained[inputs - 1] if inputs else whole)
-            if 0 < kept < count:
-                solution = torch.linalg.solve_triangular(factor[:inputs, :inputs].T, forward[:inputs], upper=True)
-                ascending = columns[:inputs].argsort()
-                weights[elements_at[kept]] = solution[ascending].to(dtype).cpu()
-        else:
-            rest = weighted[:, inputs:]
-            errors.append((rest @ ordered[inputs:, inputs:] * rest).sum())
-    relative = (torch.stack(errors) * moments.weight).cpu()
-    return BlockWidths(_interpolated(torch.tensor(widths), relative, count), order, weights)
+    columns = columns_of(elements.to(moments.second.device), width)
+    counts = [elements_at[kept] * width for kept in widths]
+    errors, weights = solve_prefixes(linear.weight, moments.second, columns, counts, root, damping, solve=solve)
+    return (errors * moments.weight).cpu(), {inputs // width: weight for inputs, weight in weights.items()}
 
 
 def _close_to(device: torch.device, weight: Tensor) -> Tensor:

@@ -92,13 +92,19 @@ def score_name(layer: int, block: str) -> str:
 
 
 def partitions(
-    shape: Shape, families: Sequence[str], by_group: bool, costs: BlockCosts, scores: Mapping[str, Tensor], metric: str
+    shape: Shape,
+    families: Sequence[str],
+    by_group: bool,
+    costs: BlockCosts,
+    scores: Mapping[str, Tensor],
+    metric: str,
+    ffn_multiple: int = 1,
 ) -> Partitions:
     """Return the units of every block that the families name: by (layer, block), the unit of each element.
 
     The elements of a line are units. In a grid, the units are whole groups (KV heads, experts) if `by_group`, or if
     single elements cost nothing in the measure of `costs`. Otherwise they are the steps of the chain that the scores
-    say, from the last to the first.
+    say, from the last to the first. Experts keep a multiple of `ffn_multiple` channels.
     """
     result: dict[tuple[int, str], Partition] = {}
     for block in families:
@@ -107,10 +113,12 @@ def partitions(
         for layer, (grid, cost) in enumerate(zip(shape.grids[block], costs[block], strict=True)):
             if grid.is_line or by_group or not (cost.element or cost.member):
                 result[layer, block] = one_unit_per_group(grid)
-            elif metric in CUMULATIVE:
+            elif metric in CUMULATIVE and not grid.separate:
                 result[layer, block] = chain_of_removal(scores[score_name(layer, block)])
             else:
-                result[layer, block] = chain_of_scores(scores[score_name(layer, block)], grid, cost)
+                result[layer, block] = chain_of_scores(
+                    scores[score_name(layer, block)], grid, cost, ffn_multiple, cumulative=metric in CUMULATIVE
+                )
     return result
 
 

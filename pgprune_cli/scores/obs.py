@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.core.grid import Candidate, Grid, GridCost, GridRemoval
+from pgprune_cli.forward.expert_moments import ExpertMoments
 from pgprune_cli.model.masks import columns_of
 from pgprune_cli.scores.statistics import BlockStatistics
 
 DAMPING = 1e-2
 """Ridge, relative to the mean of H's diagonal, as in SparseGPT. Without it, H may be singular (inputs that are never
 active, fewer tokens than inputs), and columns that are collinear on the calibration text would look free to remove."""
+
+EXPERT_ROUNDS = 32
+"""In how many rounds the channels of an expert are removed. They are removed a sixteenth at a time in any case."""
 
 
 def obs(block: BlockStatistics) -> Tensor:
@@ -28,9 +32,11 @@ def obs(block: BlockStatistics) -> Tensor:
     The elements of a line are removed in greedy order. In a grid of several groups with several members, a step removes
     a whole group or one member of every group, whichever adds less error per parameter, and its elements have the same
     error. Errors are relative to the residual stream, so that layers can be compared, and weighted by how much the loss
-    feels each direction (forward/curvature.py). NaN if the covariance is not finite. Raises ValueError without a
-    covariance.
+    feels each direction (forward/curvature.py). The errors of experts are those within each expert, whose last element
+    has the error of the whole expert. NaN if the covariance is not finite. Raises ValueError without a covariance.
     """
+    if block.experts is not None:
+        return expert_errors(block, block.experts)
     if block.covariance is None or block.error_root is None:
         raise ValueError("obs needs calibration text")
     elements = block.grid.elements
@@ -41,6 +47,45 @@ def obs(block: BlockStatistics) -> Tensor:
         order, errors = removal_order(weight, block.covariance, elements, units_per_round(elements))
         return torch.empty_like(errors).scatter_(0, order, errors)
     return chain_errors(weight, block.covariance, block.grid, block.cost)
+
+
+def expert_errors(block: BlockStatistics, moments: ExpertMoments) -> Tensor:
+    """Return the error of each expert by the time each of its channels is removed: `(experts · channels,)` float64."""
+    if block.error_root is None:
+        raise ValueError("obs needs calibration text")
+    if not moments.second.isfinite().all():
+        return torch.full((block.grid.elements,), torch.nan, dtype=torch.float64)
+    weights = block.output_weight.unflatten(1, (block.grid.groups, block.grid.members))
+    root = block.error_root.to(weights.device)
+    errors = torch.empty(block.grid.groups, block.grid.members, dtype=torch.float64)
+    for expert in range(block.grid.groups):
+        order, values = expert_order(root @ weights[:, expert].double(), moments, expert)
+        errors[expert, order] = values
+        if block.output_bias is not None:  # it is removed with the expert's last channel
+            errors[expert, order[-1]] = values[-1] + bias_error(
+                weights[:, expert], block.output_bias, moments, expert, root
+            )
+    return errors.flatten()
+
+
+def expert_order(weight: Tensor, moments: ExpertMoments, expert: int) -> tuple[Tensor, Tensor]:
+    """Return the order in which channels of an expert are removed, and the errors: `(channels,)` each, on the CPU.
+
+    weight: R W `(hidden, channels)` float64 of the expert.
+    """
+    channels = weight.shape[1]
+    order, errors = removal_order(weight, moments.second[expert], channels, max(1, channels // EXPERT_ROUNDS))
+    return order.cpu(), errors.cpu()
+
+
+def bias_error(weight: Tensor, bias: Tensor, moments: ExpertMoments, expert: int, root: Tensor) -> float:
+    """Return what an expert's output bias adds to the error of removing the expert, at least 0.
+
+    weight: `(hidden, channels)`; bias: `(experts, hidden)`; root: R.
+    """
+    mean = root @ (weight.double() @ moments.first[expert].double())
+    own = root @ bias[expert].double()
+    return max(0.0, float(2 * own @ mean + moments.weight[expert].double() * own.square().sum()))
 
 
 def chain_errors(

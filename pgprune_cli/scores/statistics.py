@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -14,9 +14,11 @@ from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
 from pgprune_cli.core.grid import Grid, GridCost
 from pgprune_cli.forward.batch_splitting import BatchSplitter
 from pgprune_cli.forward.curvature import error_roots
+from pgprune_cli.forward.expert_moments import ExpertMoments, gated_inputs
 from pgprune_cli.forward.layerwise import start_layerwise
-from pgprune_cli.forward.moments import MomentCollector, block_root
-from pgprune_cli.model.families.adapter import Part
+from pgprune_cli.forward.moments import MomentCollector, Moments, block_root
+from pgprune_cli.model.families.adapter import Block, ModelFamily, Part
+from pgprune_cli.model.families.experts import ExpertsFamily
 from pgprune_cli.model.prunable import PrunableModel
 
 Statistic = Literal["input_norms", "fluctuations", "covariance", "gradients"]
@@ -35,6 +37,10 @@ class BlockStatistics:
     mean square of the residual stream, not centred, with error_root `(hidden, hidden)` float64, the weight of an output
     error in each direction. And gradients: by projection, ∂L/∂W of the mean loss in nats per token, with the shape and
     dtype of the weight.
+
+    Experts count as one block whose inputs are those of all experts, times their gates: its output projection is
+    `(hidden, experts · in)`. Instead of a covariance they have `experts`, the moments of each, and output_bias
+    `(experts, hidden)`, if they have biases.
     """
 
     grid: Grid
@@ -47,6 +53,8 @@ class BlockStatistics:
     covariance: Tensor | None = None
     error_root: Tensor | None = None
     gradients: dict[str, Tensor] | None = None
+    experts: ExpertMoments | None = None
+    output_bias: Tensor | None = None
 
     @property
     def output_weight(self) -> Tensor:
@@ -152,37 +160,61 @@ def statistics(
             continue
         collectors: dict[str, Collector] = {}
         blocks = family.blocks_of(layer)
-        moments = MomentCollector(family, blocks)
+        moments = MomentCollector(family, layer, blocks)
         if roots and run:
             run.advance(index, moments.observers)
         elif collector and run:
             collectors = {block.name: collector() for block in blocks}
-            run.advance(index, {(block.output_path,): collectors[block.name].add for block in blocks})
+            run.advance(index, dict(_observer(family, layer, block, collectors[block.name]) for block in blocks))
         for place, block in enumerate(blocks):
-            linears = dict(zip(block.projections, block.linears(layer), strict=True))
+            matrices = family.matrices(layer, block)
             values: dict[str, Any] = {}
             if roots:
-                block_moments = moments.moments(block.name)
-                covariance = block_moments.second.mul_(block_moments.weight)
-                values = {"covariance": covariance, "error_root": block_root(family, layer, block, roots[index])}
-                del block_moments, covariance
+                values = {"error_root": block_root(family, layer, block, roots[index])}
+                values |= _second_moments(family, layer, moments.moments(block.name))
             elif needed and collectors:
                 values[needed] = collectors.pop(block.name).value()
             elif gradients is not None:
-                values["gradients"] = {key: gradients.pop(linear) for key, linear in linears.items()}
+                linears = zip(block.projections, block.linears(layer), strict=True)
+                values["gradients"] = {key: gradients.pop(linear) for key, linear in linears}
             yield (
                 block.name,
                 index,
                 BlockStatistics(
                     grid=model.shape.grids[block.name][index],
                     cost=model.shape.parameters[block.name][index],
-                    weights={key: linear.weight for key, linear in linears.items()},
-                    parts={tensor.module: tensor.parts for tensor in family.unit_tensors(layer, block)},
+                    weights={name: weight for name, (weight, _) in matrices.items()},
+                    parts={name: parts for name, (_, parts) in matrices.items()},
                     seed=block_seed(seed, index, place),
                     **values,
                 ),
             )
             values.clear()  # this generator keeps none of it alive
+            matrices.clear()
+
+
+def _observer(
+    family: ModelFamily, layer: nn.Module, block: Block, collector: Collector
+) -> tuple[tuple[str, ...], Callable[[Tensor], None]]:
+    """Return what a layer-wise run has to call to collect a statistic of a block, and with the inputs of which module."""
+    if family.groups_per_token(layer, block) is None:
+        return (block.output_path,), collector.add
+    assert isinstance(family, ExpertsFamily)
+    experts = family
+
+    def add(inputs: Tensor) -> None:
+        for gated in gated_inputs(experts, layer, block, inputs):
+            collector.add(gated)
+
+    return (block.module,), add
+
+
+def _second_moments(family: ModelFamily, layer: nn.Module, moments: Moments | ExpertMoments) -> dict[str, Any]:
+    """Return the fields of `BlockStatistics` with the second moments of a block. May overwrite its argument."""
+    if isinstance(moments, Moments):
+        return {"covariance": moments.second.mul_(moments.weight)}
+    assert isinstance(family, ExpertsFamily)
+    return {"experts": moments, "output_bias": family.output_parts(layer)[1]}
 
 
 def loss_gradients(

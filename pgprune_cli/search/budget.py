@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from pgprune_cli.core.grid import unit_multiple
 from pgprune_cli.core.space import Budget, MaskSpace, budget_of
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.prunable import BlockCosts, Partitions, Shape
@@ -15,7 +16,7 @@ from pgprune_cli.run.layout import COSTS_FILE
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.scores.metrics import partitions, score_name
 from pgprune_cli.search.context import SearchContext
-from pgprune_cli.search.costs import flops, kv_cache, latency_of_run
+from pgprune_cli.search.costs import active_parameters, flops, kv_cache, latency_of_run
 
 
 def budget_for(context: SearchContext, scores: Scores) -> tuple[MaskSpace, Budget, Partitions]:
@@ -26,18 +27,23 @@ def budget_for(context: SearchContext, scores: Scores) -> tuple[MaskSpace, Budge
     recipe, shape = context.recipe, context.model.shape
     settings = recipe.budget
     costs = _costs(context)
+    if recipe.search.policy == "units" and any(cost.member for by_layer in costs.values() for cost in by_layer):
+        raise UserError(
+            f"budget.measure: {settings.measure} of this model depend on the channels of its experts, and a unit search "
+            "removes only whole experts. Set search.policy to widths, or budget.measure to parameters."
+        )
     partitions = units_of(recipe, shape, costs, scores.tensors, scores.metric)
     space = shape.space(recipe.units.families, partitions, costs)
-    multiples = {"ffn": settings.ffn_multiple}
+    multiples = {"ffn": tuple(unit_multiple(grid, settings.ffn_multiple) for grid in shape.grids["ffn"])}
     budget = budget_of(space, settings.sparsity, settings.scope, settings.min_keep, multiples)
-    _refuse_impossible(recipe, space, budget)
+    _refuse_impossible(recipe, shape, space, budget)
     return space, budget, partitions
 
 
 def units_of(recipe: Recipe, shape: Shape, costs: BlockCosts, scores: Mapping[str, Tensor], metric: str) -> Partitions:
     """Return the units of a recipe's search: those of a unit search are whole groups (KV heads, experts) of a grid."""
     by_group = recipe.search.policy == "units"
-    return partitions(shape, recipe.units.families, by_group, costs, scores, metric)
+    return partitions(shape, recipe.units.families, by_group, costs, scores, metric, recipe.budget.ffn_multiple)
 
 
 def estimated_units(recipe: Recipe, shape: Shape) -> Partitions:
@@ -55,6 +61,8 @@ def _costs(context: SearchContext) -> BlockCosts:
     match settings.measure:
         case "flops":
             return flops(model, settings.context)
+        case "active-parameters":
+            return active_parameters(model)
         case "kv-cache":
             return kv_cache(model, settings.context)
         case "latency":
@@ -63,7 +71,7 @@ def _costs(context: SearchContext) -> BlockCosts:
     return model.shape.parameters
 
 
-def _refuse_impossible(recipe: Recipe, space: MaskSpace, budget: Budget) -> None:
+def _refuse_impossible(recipe: Recipe, shape: Shape, space: MaskSpace, budget: Budget) -> None:
     """Raise UserError for a budget that this model's sizes cannot meet; the reader has refused what no model could."""
     settings = recipe.budget
     multiple = f" and multiples of {settings.ffn_multiple}" if settings.ffn_multiple > 1 else ""
@@ -77,14 +85,16 @@ def _refuse_impossible(recipe: Recipe, space: MaskSpace, budget: Budget) -> None
     for family in space.families:
         if family.name != "ffn" or settings.ffn_multiple == 1:
             continue
-        if settings.ffn_multiple > max(family.counts):
+        grids = shape.grids["ffn"]
+        channels = max(grid.members for grid in grids)
+        if settings.ffn_multiple > channels:
             raise UserError(
-                f"budget.ffn_multiple: {settings.ffn_multiple} is more than the {max(family.counts)} channels "
-                "of a layer. Lower it."
+                f"budget.ffn_multiple: {settings.ffn_multiple} is more than the {channels} channels of a layer. Lower it."
             )
-        if not any(
-            int(family.layer_costs(layer)[: settings.ffn_multiple].sum()) <= kept
-            for layer, kept in enumerate(_kept_by_layer(space, budget, "ffn"))
+        kept = _kept_by_layer(space, budget, "ffn")
+        lines = [layer for layer, grid in enumerate(grids) if grid.is_line]  # experts lose channels in larger steps
+        if lines and not any(
+            int(family.layer_costs(layer)[: settings.ffn_multiple].sum()) <= kept[layer] for layer in lines
         ):
             raise UserError(
                 f"budget.ffn_multiple: budget.sparsity {settings.sparsity} leaves no room for even "

@@ -49,10 +49,32 @@ def flops(model: PrunableModel, context: int) -> BlockCosts:
             block = present[name]
             module = layer.get_submodule(block.module)
             matrices = [
-                tensor for tensor in family.unit_tensors(layer, block) if len(tensor_shape(module, tensor.name)) > 1
+                tensor
+                for tensor in family.unit_tensors(layer, block)
+                if len(tensor_shape(module, tensor.name)) - tensor.stacked > 1
             ]
-            weights = grid_cost(shape.grids[name][index], module, matrices)
-            costs[name].append(GridCost(2 * weights.element + attention.get(name, 0), 2 * weights.group))
+            weights = grid_cost(shape.grids[name][index], module, matrices, family.groups_per_token(layer, block))
+            products = GridCost(2 * weights.element + attention.get(name, 0), 2 * weights.group, 2 * weights.member)
+            costs[name].append(products)
+    return {name: tuple(by_layer) for name, by_layer in costs.items()}
+
+
+def active_parameters(model: PrunableModel) -> BlockCosts:
+    """Return the parameters that one token uses: of a mixture of experts, those of the experts that a router picks.
+
+    Their number stays the same while experts are removed, so an expert costs just its router row.
+    """
+    family, shape = model.family, model.shape
+    costs: dict[str, list[GridCost]] = {block.name: [] for block in family.blocks}
+    for index, layer in enumerate(model.layers):
+        for name in costs:
+            block = shape.blocks[index].get(name)
+            if block is None:
+                costs[name].append(GridCost(0))
+                continue
+            module, tensors = layer.get_submodule(block.module), family.unit_tensors(layer, block)
+            used = family.groups_per_token(layer, block)
+            costs[name].append(grid_cost(shape.grids[name][index], module, tensors, used))
     return {name: tuple(by_layer) for name, by_layer in costs.items()}
 
 
@@ -115,7 +137,9 @@ def latency_of_run(run: Path, model: PrunableModel, context: int, fingerprint: s
     if not path.exists():
         costs = measure_latency(model, context)
         device = torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu"
-        rows = {name: [[cost.element, cost.group] for cost in by_layer] for name, by_layer in costs.items()}
+        rows = {
+            name: [[cost.element, cost.group, cost.member] for cost in by_layer] for name, by_layer in costs.items()
+        }
         write_record(path, about | {"device": device} | rows)
         return costs
     record = read_record(path)
@@ -124,15 +148,16 @@ def latency_of_run(run: Path, model: PrunableModel, context: int, fingerprint: s
         raise UserError(
             f"{path}: damaged, or measured on another model or context. Remove the run directory to start over."
         )
-    return {name: tuple(GridCost(element, group) for element, group in record[name]) for name in names}
+    return {name: tuple(GridCost(*cost) for cost in record[name]) for name in names}
 
 
 def _is_cost_list(values: object, layers: int) -> bool:
     return (
         isinstance(values, list)
         and len(values) == layers
-        and all(isinstance(pair, list) and len(pair) == 2 for pair in values)
-        and all(type(element) is int and type(group) is int and element > 0 <= group for element, group in values)
+        and all(isinstance(cost, list) and len(cost) == 3 for cost in values)
+        and all(type(part) is int and part >= 0 for cost in values for part in cost)
+        and all(element or member for element, _, member in values)
     )
 
 
@@ -142,9 +167,12 @@ def _nanoseconds(
     """Time the blocks of the layer at which the run stands, by block name."""
     kept = {
         "whole": {name: (grid.groups, grid.members) for name, grid in grids.items()},
-        "groups": {name: (max(grid.groups // 2, 1), grid.members) for name, grid in grids.items()},
+        "groups": {name: (max(grid.groups // 2, grid.min_groups), grid.members) for name, grid in grids.items()},
         "members": {name: (grid.groups, max(grid.members // 2, 1)) for name, grid in grids.items()},
     }
+    kept["both"] = {name: (kept["groups"][name][0], kept["members"][name][1]) for name in grids}
+    if not any(grid.separate for grid in grids.values()):
+        del kept["both"]
     times: dict[str, list[dict[str, int]]] = {part: [] for part in kept}
     for _ in range(WARM_UPS + REPEATS):
         for part, sizes in kept.items():
@@ -153,15 +181,28 @@ def _nanoseconds(
     costs = {}
     for name, grid in grids.items():
         median = {part: statistics.median(row[name] for row in rows[WARM_UPS:]) for part, rows in times.items()}
-        fewer_members = grid.groups * (grid.members - kept["members"][name][1])
-        fewer_groups = grid.groups - kept["groups"][name][0]
-        by_member = (median["whole"] - median["members"]) / fewer_members if fewer_members else 0.0
-        by_group = (median["whole"] - median["groups"]) / fewer_groups if fewer_groups else 0.0
-        if grid.members == 1:
-            costs[name] = GridCost(max(1, round(by_group)))
-        else:
-            costs[name] = GridCost(max(1, round(by_member)), max(0, round(by_group - by_member * grid.members)))
+        fewer = grid.groups - kept["groups"][name][0], grid.members - kept["members"][name][1]
+        costs[name] = (_cost_of_experts if grid.separate else _cost_of_grid)(median, grid, *fewer)
     return costs
+
+
+def _cost_of_grid(median: Mapping[str, float], grid: Grid, fewer_groups: int, fewer_members: int) -> GridCost:
+    by_member = (median["whole"] - median["members"]) / (grid.groups * fewer_members) if fewer_members else 0.0
+    by_group = (median["whole"] - median["groups"]) / fewer_groups if fewer_groups else 0.0
+    if grid.members == 1:
+        return GridCost(max(1, round(by_group)))
+    return GridCost(max(1, round(by_member)), max(0, round(by_group - by_member * grid.members)))
+
+
+def _cost_of_experts(median: Mapping[str, float], grid: Grid, fewer_groups: int, fewer_members: int) -> GridCost:
+    """Return the costs of experts: products depend on the channels alone, weights to be read on experts × channels."""
+    both = fewer_groups * fewer_members
+    by_element = (median["whole"] - median["groups"] - median["members"] + median["both"]) / both if both else 0.0
+    element = max(0, round(by_element))
+    by_group = (median["whole"] - median["groups"]) / fewer_groups if fewer_groups else 0.0
+    by_member = (median["whole"] - median["members"]) / fewer_members if fewer_members else 0.0
+    group, member = by_group - element * grid.members, by_member - element * grid.groups
+    return GridCost(element, max(1, round(group)), max(1, round(member)))
 
 
 def _block_times(run: LayerwiseRun, family: ModelFamily, masks: Mapping[str, Tensor], clock: Clock) -> dict[str, int]:

@@ -22,7 +22,7 @@ from pgprune_cli.data.bos import bos_token
 from pgprune_cli.data.tokens import check_vocabulary
 from pgprune_cli.data.windows import Batches, CalibrationText, calibration_text, spread
 from pgprune_cli.forward.curvature import curvature_windows
-from pgprune_cli.model.families import begins_with_bos
+from pgprune_cli.model.families import begins_with_bos, refuse_for_experts
 from pgprune_cli.model.loading import check_prunable, load_tokenizer, read_config
 from pgprune_cli.model.source import Source
 from pgprune_cli.recipe.schema import Recipe
@@ -41,6 +41,13 @@ def load_text(recipe: Recipe, source: Source, progress: Progress = SILENT) -> Ca
     """
     check_prunable(source, recipe.units.families)
     config = read_config(source)
+    refuse_for_experts(
+        config.model_type,
+        recipe.weight_format,
+        recipe.scores.metric,
+        recipe.units.families,
+        recipe.repair.method,
+    )
     settings = recipe.calibration
     with progress.working(f"reading {settings.corpus}"):
         tokenizer = load_tokenizer(source)

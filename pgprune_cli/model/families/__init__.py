@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.families.adapter import ModelFamily, dense_type
+from pgprune_cli.model.families.experts import ExpertsFamily
 from pgprune_cli.model.families.gemma import GEMMA, GEMMA2
-from pgprune_cli.model.families.gemma import GEMMA
 from pgprune_cli.model.families.gpt_oss import GPT_OSS
 from pgprune_cli.model.families.granite import GRANITE
 from pgprune_cli.model.families.llama import LLAMA
@@ -19,7 +19,19 @@ from pgprune_cli.model.families.qwen3_5 import QWEN3_5
 from pgprune_cli.model.families.smollm3 import SMOLLM3
 from pgprune_cli.model.families.wrapper import WRAPPERS
 
-FAMILIES: tuple[ModelFamily, ...] = (LLAMA, SMOLLM3, GRANITE, OLMO, GEMMA, GEMMA2, PHI3, QWEN3_5, MIXTRAL, QWEN3_MOE, GPT_OSS)
+FAMILIES: tuple[ModelFamily, ...] = (
+    LLAMA,
+    SMOLLM3,
+    GRANITE,
+    OLMO,
+    GEMMA,
+    GEMMA2,
+    PHI3,
+    QWEN3_5,
+    MIXTRAL,
+    QWEN3_MOE,
+    GPT_OSS,
+)
 
 
 def family_of(model_type: str) -> ModelFamily:
@@ -63,3 +75,22 @@ def refuse_units(model_type: str, families: Sequence[str]) -> None:
         if reason := family.refusal(model_type, name):
             others = [other for other in families if other != name] or [f"{name}-block"]
             raise UserError(f"units.families: {reason} Set units.families to [{', '.join(others)}].")
+
+
+def refuse_for_experts(model_type: str, weight_format: str, metric: str, families: Sequence[str], repair: str) -> None:
+    """Raise UserError for settings that a mixture of experts does not support: its experts are no linear layers."""
+    if not isinstance(family_of(model_type), ExpertsFamily):
+        return
+    if weight_format != "full":
+        raise UserError(
+            f"weight_format: {weight_format} does not store the experts of {model_type}. Set weight_format to full."
+        )
+    if metric == "taylor":
+        raise UserError(
+            f"scores.metric: taylor has no gradients of the experts of {model_type}. Choose another one, such as obs."
+        )
+    if repair in ("bias", "least-squares-bias") and "ffn" in families:
+        raise UserError(
+            f"repair.method: {repair} would give the experts of {model_type} biases, which its class does not have. "
+            "Set repair.method to least-squares or none."
+        )

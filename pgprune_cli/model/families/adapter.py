@@ -217,6 +217,11 @@ class ModelFamily(ABC):
         linears = zip(block.projections, block.linears(layer), strict=True)
         return {name: (linear.weight, parts[name]) for name, linear in linears}
 
+    def output_size(self, layer: nn.Module, block: Block) -> int:
+        """Return the number of weights of a block's output projection."""
+        linear = block.output_linear(layer)
+        return linear.in_features * linear.out_features
+
     def output_weights(self, block: Block) -> tuple[str, ...]:
         """Return the names, inside a layer, that the weight of a block's output projection may have."""
         return (f"{block.output_path}.weight",)

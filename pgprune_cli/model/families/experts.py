@@ -22,6 +22,9 @@ from pgprune_cli.model.families.llama import FFN, LlamaFamily
 
 EXPERTS = replace(FFN, element_name="expert channels", group_name="experts")
 
+ROW_BYTES = 16
+"""transformers' grouped kernels need rows of a multiple of this number of bytes."""
+
 
 class Routed(NamedTuple):
     """The tokens of one expert: their places `(n,)` int64, their gates `(n,)`, and the expert's activations `(n, I)`.
@@ -96,8 +99,14 @@ class ExpertsFamily(LlamaFamily):
         values = {"num_experts": groups, "top_k": min(top_k, groups)}
         values |= {"intermediate_dim": members, "intermediate_size": members}
         module = layer.get_submodule(block.module)
-        owners = (module, self._router(layer), module.get_submodule("experts"))
-        return [(owner, name, value) for owner in owners for name, value in values.items() if hasattr(owner, name)]
+        experts: Any = module.get_submodule("experts")
+        owners = (module, self._router(layer), experts)
+        settings: list[tuple[nn.Module, str, Any]] = [
+            (owner, name, value) for owner in owners for name, value in values.items() if hasattr(owner, name)
+        ]
+        if members * experts.down_proj.element_size() % ROW_BYTES:
+            settings.append((experts.config, "_experts_implementation", "eager"))
+        return settings
 
     def activation_width(self, block: Block, hidden: int, inner: tuple[int, ...], inputs: int) -> int:
         if block == self.ffn and len(inner) > 2:  # a token's hidden state and output exist once for each of its experts
@@ -149,6 +158,11 @@ class ExpertsFamily(LlamaFamily):
         """Return output projections `(experts, hidden, channels)` as the model stores them."""
         return weight.movedim(2, self._channel_axis).contiguous()
 
+    def output_size(self, layer: nn.Module, block: Block) -> int:
+        if self.groups_per_token(layer, block) is None:
+            return super().output_size(layer, block)
+        return self._tensor(layer, self.output).numel()
+
     def output_weights(self, block: Block) -> tuple[str, ...]:
         dense = super().output_weights(block)
         return (*dense, f"{block.module}.{self.output}") if block == self.ffn else dense
@@ -174,7 +188,9 @@ class ExpertsFamily(LlamaFamily):
             return super().file_piece(name)
         match = re.fullmatch(r"experts\.(\d+)\.(\w+)\.weight", path.removeprefix(module))
         if match is None or match[2] not in self.files:
-            return FilePiece(f"{prefix}{self.ffn.module}.{path.removeprefix(module)}", f"{self.layers}.{{layer}}.{path}")
+            return FilePiece(
+                f"{prefix}{self.ffn.module}.{path.removeprefix(module)}", f"{self.layers}.{{layer}}.{path}"
+            )
         tensor, part = self.files[match[2]]
         template = f"{self.layers}.{{layer}}.{module}experts.{{group}}.{match[2]}.weight"
         return FilePiece(f"{prefix}{self.ffn.module}.{tensor}", template, int(match[1]), part)
