@@ -8,7 +8,7 @@ an error of its output is divided by the length of that output, so the token is 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -32,20 +32,19 @@ class Moments:
     weight: Tensor
 
 
+NO_EXPERTS: Mapping[str, ExpertSums] = {}
+
+
 class MomentCollector:
     """Observes one layer, batch after batch, and sums the moments of some of its blocks.
 
-    experts: if given, what a router chooses among, `(g,)` int64. All experts by default.
+    experts: the sums of those blocks that are mixtures of experts, by name.
     """
 
     def __init__(
-        self, family: ModelFamily, layer: nn.Module, blocks: Sequence[Block], experts: Tensor | None = None
+        self, family: ModelFamily, blocks: Sequence[Block], experts: Mapping[str, ExpertSums] = NO_EXPERTS
     ) -> None:
-        self.experts = {
-            block.name: ExpertSums(family, layer, block, experts)
-            for block in blocks
-            if family.groups_per_token(layer, block) is not None
-        }
+        self.experts = dict(experts)
         self.paths = {
             block.name: (family.residual, block.output_path, *([block.post_norm] if block.post_norm else []))
             for block in blocks
@@ -53,6 +52,14 @@ class MomentCollector:
         }
         self.sums: dict[str, Moments] = {}
         self.tokens: Counter[str] = Counter()
+
+    @classmethod
+    def of(
+        cls, family: ModelFamily, layer: nn.Module, blocks: Sequence[Block], experts: Tensor | None = None
+    ) -> MomentCollector:
+        """Return the collector for blocks of a layer. experts: what a router chooses among, `(g,)` int64, or all."""
+        routed = [block for block in blocks if family.groups_per_token(layer, block) is not None]
+        return cls(family, blocks, {block.name: ExpertSums(family, layer, block, experts) for block in routed})
 
     @property
     def observers(self) -> Observers:
@@ -98,8 +105,8 @@ def observe_moments(
 ) -> Moments | ExpertMoments:
     """Return the moments of one block of layer `index` over all batches of a layer-wise run.
 
-    The layer runs as it is now, and the run does not advance. experts: as in `MomentCollector`.
+    The layer runs as it is now, and the run does not advance. experts: as in `MomentCollector.of`.
     """
-    collector = MomentCollector(family, run.layers[index], [block], experts)
+    collector = MomentCollector.of(family, run.layers[index], [block], experts)
     run.observe(index, collector.observers)
     return collector.moments(block.name)

@@ -178,7 +178,7 @@ def _repaired_experts(
     if root is None or not grid.kept_groups(mask).all():
         experts = grid.kept_groups(mask).nonzero().squeeze(1)
         moments = _moments_behind(model, run, index, block, experts)
-        assert isinstance(moments, ExpertMoments)
+    assert isinstance(moments, ExpertMoments)
     if few := has_too_few_tokens(moments, mask, grid):
         kept = grid.kept(mask)[0]
         names = ", ".join(map(str, few))

@@ -21,6 +21,7 @@ from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.forward.expert_moments import ExpertMoments
 from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.moments import MomentCollector, Moments, block_root
+from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.masks import ModelMask, Output, Outputs, columns_of
 from pgprune_cli.model.prunable import Partitions, PrunableModel
 from pgprune_cli.repair.equations import solve_prefixes
@@ -75,11 +76,11 @@ class WidthTable:
                 widths = solved[name]
                 errors[key], orders[key] = widths.errors, widths.order
                 if widths.weights:
-                    linear = model.shape.blocks[index][name].output_linear(model.layers[index])
-                    device = next(linear.parameters()).device
+                    make = _expert_output if model.shape.grids[name][index].separate else _linear_output
+                    layer, block = model.layers[index], model.shape.blocks[index][name]
+                    device = next(layer.parameters()).device
                     outputs[key] = {
-                        kept: Output(_close_to(device, weight).T, linear.bias)
-                        for kept, weight in widths.weights.items()
+                        kept: make(layer, block, _close_to(device, weight)) for kept, weight in widths.weights.items()
                     }
         return cls(errors, orders, outputs)
 
@@ -174,7 +175,7 @@ def solve_layers(
                 run.advance(index)
             continue
         blocks = [block for block in family.blocks_of(layer) if (index, block.name) in ranks]
-        collector = MomentCollector(family, layer, blocks)
+        collector = MomentCollector.of(family, layer, blocks)
         run.advance(index, collector.observers)
         solved: dict[str, BlockWidths] = {}
         for block in blocks:
@@ -212,6 +213,14 @@ def _solve_widths(
     counts = [elements_at[kept] * width for kept in widths]
     errors, weights = solve_prefixes(linear.weight, moments.second, columns, counts, root, damping, solve=solve)
     return (errors * moments.weight).cpu(), {inputs // width: weight for inputs, weight in weights.items()}
+
+
+def _linear_output(layer: nn.Module, block: Block, weight: Tensor) -> Output:
+    return Output(weight.T, block.output_linear(layer).bias)
+
+
+def _expert_output(_: nn.Module, __: Block, weight: Tensor) -> Output:
+    return Output(weight, None)
 
 
 def _close_to(device: torch.device, weight: Tensor) -> Tensor:

@@ -160,7 +160,7 @@ def statistics(
             continue
         collectors: dict[str, Collector] = {}
         blocks = family.blocks_of(layer)
-        moments = MomentCollector(family, layer, blocks)
+        moments = MomentCollector.of(family, layer, blocks)
         if roots and run:
             run.advance(index, moments.observers)
         elif collector and run:
@@ -196,7 +196,7 @@ def statistics(
 def _observer(
     family: ModelFamily, layer: nn.Module, block: Block, collector: Collector
 ) -> tuple[tuple[str, ...], Callable[[Tensor], None]]:
-    """Return what a layer-wise run has to call to collect a statistic of a block, and with the inputs of which module."""
+    """Return whose inputs a layer-wise run has to show to collect a statistic of a block, and to what function."""
     if family.groups_per_token(layer, block) is None:
         return (block.output_path,), collector.add
     assert isinstance(family, ExpertsFamily)

@@ -29,8 +29,8 @@ def budget_for(context: SearchContext, scores: Scores) -> tuple[MaskSpace, Budge
     costs = _costs(context)
     if recipe.search.policy == "units" and any(cost.member for by_layer in costs.values() for cost in by_layer):
         raise UserError(
-            f"budget.measure: {settings.measure} of this model depend on the channels of its experts, and a unit search "
-            "removes only whole experts. Set search.policy to widths, or budget.measure to parameters."
+            f"budget.measure: the {settings.measure} of this model depend on the channels of its experts, but a unit "
+            "search removes only whole experts. Set search.policy to widths, or budget.measure to parameters."
         )
     partitions = units_of(recipe, shape, costs, scores.tensors, scores.metric)
     space = shape.space(recipe.units.families, partitions, costs)
@@ -89,7 +89,8 @@ def _refuse_impossible(recipe: Recipe, shape: Shape, space: MaskSpace, budget: B
         channels = max(grid.members for grid in grids)
         if settings.ffn_multiple > channels:
             raise UserError(
-                f"budget.ffn_multiple: {settings.ffn_multiple} is more than the {channels} channels of a layer. Lower it."
+                f"budget.ffn_multiple: {settings.ffn_multiple} is more than the {channels} channels "
+                "of a layer. Lower it."
             )
         kept = _kept_by_layer(space, budget, "ffn")
         lines = [layer for layer, grid in enumerate(grids) if grid.is_line]  # experts lose channels in larger steps
