@@ -246,12 +246,33 @@ def _check_sizes(name: str, base: DenseModel, model_mask: ModelMask) -> None:
 
 def _check_tensors(name: str, base: DenseModel, model: nn.Module) -> None:
     """Raise UserError unless the files hold the tensors of `model`, which was built from the config."""
-    stored, head = base.tensors, base.shape.family.head_weight
+    family = base.shape.family
+    pieces = {family.file_piece(key): (key, tensor.shape) for key, tensor in base.tensors.items()}
+    stored = {(piece.tensor, piece.group, piece.part): found for piece, found in pieces.items()}
+    in_pieces = {piece.tensor for piece in pieces if piece.group is not None}
     for key, tensor in model.state_dict().items():
-        if key == head and key not in stored and base.config.tie_word_embeddings:
+        if key == family.head_weight and (key, None, None) not in stored and base.config.tie_word_embeddings:
             continue
-        if key not in stored or stored[key].shape != tensor.shape:
-            fault = "is missing" if key not in stored else f"has the shape {tuple(stored[key].shape)}"
-            raise UserError(
-                f"{name}: the tensor {key} {fault}. According to config.json, its shape is {tuple(tensor.shape)}."
-            )
+        expected: dict[tuple[str, int | None, int | None], torch.Size] = {(key, None, None): tensor.shape}
+        if key in in_pieces:
+            expected = {(key, *place): shape for place, shape in _piece_shapes(base.unit_tensors[key], tensor.shape)}
+        for place, shape in expected.items():
+            found, found_shape = stored.get(place, (_piece_name(*place), None))
+            if found_shape != shape:
+                fault = "is missing" if found_shape is None else f"has the shape {tuple(found_shape)}"
+                raise UserError(
+                    f"{name}: the tensor {found} {fault}. According to config.json, its shape is {tuple(shape)}."
+                )
+
+
+def _piece_shapes(tensor: UnitTensor, shape: torch.Size) -> Iterator[tuple[tuple[int, int], torch.Size]]:
+    """Yield the shape of every matrix of every expert in a tensor that files hold in pieces, by (expert, part)."""
+    for group in range(shape[0]):
+        for number, part in enumerate(tensor.parts):
+            sizes = list(shape[1:])
+            sizes[tensor.axis - 1] = part.rows
+            yield (group, number), torch.Size(sizes)
+
+
+def _piece_name(tensor: str, group: int | None, part: int | None) -> str:
+    return tensor if group is None else f"of part {part} of expert {group} of {tensor}"

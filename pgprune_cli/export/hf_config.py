@@ -29,10 +29,11 @@ def export_config(base: DenseModel, surgery: Surgery, dtype: str | None) -> dict
     for name in family.layer_lists:
         if values := getattr(base.config, name, None):
             result[name] = [values[layer] for layer in layers]
+    result |= family.renumbered(base.config, shapes.layers)
     stock = None
     if shapes.uniform and not _output_biases(base, surgery):
         stock = _stock_config(base, shapes)
-    result |= _pruned_config(base, surgery) if stock is None else _dense_class(base) | stock
+    result |= _pruned_config(base, surgery) if stock is None else _dense_class(base) | _as_named(base, stock)
     return result if base.wrapper is None else _wrapped(base.wrapper, result, is_stock=stock is not None)
 
 
@@ -62,6 +63,14 @@ def _stock_config(base: DenseModel, shapes: RuntimeShapes) -> dict[str, Any] | N
         return None
     recurrent = (kept[family.attention.name][0] for layer, kept in pairs if shapes.dense.is_recurrent(layer))
     return stock | next((family.recurrent_config(base.config, groups) for groups in recurrent), {})
+
+
+def _as_named(base: DenseModel, changes: dict[str, Any]) -> dict[str, Any]:
+    """Return changes of the config under the names that the base's config.json has for them: some keys have two."""
+    aliases = dict(getattr(type(base.config), "attribute_map", {}))
+    aliases |= {second: first for first, second in aliases.items()}
+    names = {key: aliases[key] for key in changes if key not in base.json and aliases.get(key) in base.json}
+    return {names.get(key, key): value for key, value in changes.items()}
 
 
 def _output_biases(base: DenseModel, surgery: Surgery) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.export.shapes import RuntimeShapes, output_columns
-from pgprune_cli.model.families.adapter import Block, KeptElements, UnitTensor, gather, kept_shape
+from pgprune_cli.model.families.adapter import Block, FilePiece, KeptElements, UnitTensor, gather, kept_shape
 from pgprune_cli.model.masks import Outputs
 from pgprune_cli.model.prunable import Shape
 
@@ -96,7 +96,8 @@ class Surgery:
 
     def _edits_of(self, name: str) -> Iterator[TensorEdit]:
         """Yield the edits that use the base model's tensor `name`: none if it is removed."""
-        match = re.fullmatch(re.escape(self.family.layers) + r"\.(\d+)\.(.+)", name)
+        piece = self.family.file_piece(name)
+        match = re.fullmatch(re.escape(self.family.layers) + r"\.(\d+)\.(.+)", piece.tensor)
         if match is None:
             yield self._edit(name, name, self.tensors[name].shape, _unchanged)
         elif (layer := int(match[1])) in self.shapes.layers:
@@ -104,19 +105,55 @@ class Surgery:
                 path = match[2]
                 written = self.shapes.written[layer].of(block.name)
                 if path.startswith(block.tensor_prefixes()) and written.any():
-                    yield from self._edits_in_block(name, layer, path, block)
+                    if piece.group is None:
+                        yield from self._edits_in_block(name, layer, path, block, piece)
+                    else:
+                        yield from self._edits_of_expert(name, layer, block, piece)
 
-    def _edits_in_block(self, name: str, layer: int, path: str, block: Block) -> Iterator[TensorEdit]:
+    def _edits_of_expert(self, name: str, layer: int, block: Block, piece: FilePiece) -> Iterator[TensorEdit]:
+        """Yield the edit of a matrix of one expert, none if the expert is removed."""
+        assert piece.group is not None and piece.part is not None
+        grid, tensor = self.shapes.dense.grids[block.name][layer], self.unit_tensors[piece.tensor]
+        written, kept = (
+            masks[layer].of(block.name).view(grid.groups, grid.members)
+            for masks in (self.shapes.written, self.shapes.kept)
+        )
+        if not written[piece.group].any():
+            return
+        own = UnitTensor(piece.tensor, tensor.axis - 1, (tensor.parts[piece.part],))
+        target = piece.template.format(
+            layer=self.shapes.layers.index(layer), group=int(written[: piece.group].any(1).sum())
+        )
+        shape = kept_shape(own, self.tensors[name].shape, written[piece.group])
+        if piece.tensor.endswith(self.family.output_weights(block)):
+            row = int(kept[: piece.group].any(1).sum())
+            make = self._expert_columns((layer, block.name), own, kept[piece.group], written[piece.group], row)
+            yield self._edit(target, name, shape, make)
+        else:
+            yield self._edit(target, name, shape, _rows(own, written[piece.group]))
+
+    def _expert_columns(
+        self, key: tuple[int, str], tensor: UnitTensor, kept: Tensor, written: Tensor, row: int
+    ) -> Callable[[Tensor], Tensor]:
+        """Return what makes the output projection of one expert, which is `row` of the repaired ones."""
+
+        def make(dense: Tensor) -> Tensor:
+            output = self.outputs.get(key) if kept.any() else None
+            return output_columns(dense, tensor, kept, written, output.weight[row] if output else None)
+
+        return make
+
+    def _edits_in_block(self, name: str, layer: int, path: str, block: Block, piece: FilePiece) -> Iterator[TensorEdit]:
         """Yield the edits of the tensor `name`, found at `path` inside its layer, which belongs to a written block."""
         shape = self.tensors[name].shape
         written = self.shapes.written[layer].of(block.name)
-        target = f"{self.family.layers}.{self.shapes.layers.index(layer)}.{path}"
-        bias_path, unit_tensor = output_bias_path(block), self.unit_tensors.get(name)
+        target = piece.template.format(layer=self.shapes.layers.index(layer))
+        bias_path, unit_tensor = output_bias_path(block), self.unit_tensors.get(piece.tensor)
         if path == bias_path and unit_tensor is None:  # added to the residual stream, so it belongs to no element
             yield self._edit(target, name, shape, self._bias(layer, block.name))
         elif unit_tensor is None:  # a norm, which all elements share
             yield self._edit(target, name, shape, _unchanged)
-        elif path.removesuffix(".weight") == block.output_path:
+        elif path in self.family.output_weights(block):
             columns = kept_shape(unit_tensor, shape, written)
             yield self._edit(target, name, columns, self._columns(layer, block.name, unit_tensor))
             if block.name in self.new_biases and name.removesuffix(path) + bias_path not in self.tensors:

@@ -48,6 +48,8 @@ class Family(NamedTuple):
     oldest: int = 5
     """The oldest major version of transformers that computes the family as this file needs it."""
     mlp_returns_pair: bool = False
+    files_differ: bool = False
+    """Whether files have other names than the model: one matrix per expert, which transformers puts together."""
 
 
 DENSE = {
@@ -64,8 +66,8 @@ DENSE = {
     "gemma3_text": Family("gemma3", "Gemma3", AROUND, text="Text"),
     "olmo2": Family("olmo2", "Olmo2", AFTER),
     "olmo3": Family("olmo3", "Olmo3", AFTER),
-    "mixtral": Family("mixtral", "Mixtral"),
-    "qwen3_moe": Family("qwen3_moe", "Qwen3Moe"),
+    "mixtral": Family("mixtral", "Mixtral", files_differ=True),
+    "qwen3_moe": Family("qwen3_moe", "Qwen3Moe", files_differ=True),
     "gpt_oss": Family("gpt_oss", "GptOss", mlp_returns_pair=True),
     "qwen3_5_text": Family("qwen3_5", "Qwen3_5", text="Text"),
 }
@@ -252,6 +254,14 @@ def register(causal) -> None:
     causal.register_for_auto_class("AutoModelForCausalLM")
 
 
+def register_names_in_files(model_type: str) -> None:
+    """Let transformers read the files of a pruned model as those of the dense one."""
+    from transformers import conversion_mapping
+
+    names_in_files = conversion_mapping.get_checkpoint_conversion_mapping(model_type)
+    conversion_mapping.register_checkpoint_conversion_mapping(f"pruned_{model_type}", names_in_files, overwrite=True)
+
+
 FAMILIES: dict[str, type[PreTrainedModel]] = {}
 """The pruned causal model, by the model type of the dense one. Lacks families that transformers is too old for."""
 
@@ -262,6 +272,8 @@ for dense_type, described in DENSE.items():
         except ImportError:
             continue
         register(FAMILIES[dense_type])
+        if described.files_differ:
+            register_names_in_files(dense_type)
 
 
 class PrunedWrapperConfig:
@@ -275,14 +287,13 @@ class PrunedWrapperConfig:
 
 def define_wrapper(model_type: str, name: str) -> type[PreTrainedModel]:
     """Define and register the config and the model of text and images around a pruned decoder; return the model."""
-    from transformers import AutoModelForImageTextToText, conversion_mapping
+    from transformers import AutoModelForImageTextToText
 
     module = importlib.import_module(f"transformers.models.{model_type}")
     pruned, base, dense = f"pruned_{model_type}", f"{name}Config", f"{name}ForConditionalGeneration"
     config = strict(define(f"Pruned{base}", (PrunedWrapperConfig, getattr(module, base)), model_type=pruned))
     wrapper = define(f"Pruned{dense}", (getattr(module, dense),), config_class=config)
-    names_in_files = conversion_mapping.get_checkpoint_conversion_mapping(model_type)
-    conversion_mapping.register_checkpoint_conversion_mapping(pruned, names_in_files, overwrite=True)
+    register_names_in_files(model_type)
     AutoConfig.register(pruned, config, exist_ok=True)
     AutoModelForImageTextToText.register(config, wrapper, exist_ok=True)
     config.register_for_auto_class()

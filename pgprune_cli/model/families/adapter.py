@@ -226,6 +226,10 @@ class ModelFamily(ABC):
         """Return the names, inside a layer, that the weight of a block's output projection may have."""
         return (f"{block.output_path}.weight",)
 
+    def renumbered(self, config: Any, layers: Sequence[int]) -> dict[str, Any]:
+        """Return what changes in the config if just these `layers` are written, apart from `layer_lists`."""
+        return {}
+
     def file_piece(self, name: str) -> FilePiece:
         """Return what the tensor `name` of a model's files holds."""
         prefix = f"{self.layers}."

@@ -7,7 +7,7 @@ the same number of channels, because their weights share one tensor.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -177,6 +177,17 @@ class ExpertsFamily(LlamaFamily):
         count, width = self.expert_sizes
         top_k = min(config.num_experts_per_tok, experts)
         return sizes | {count: experts, width: channels, "num_experts_per_tok": top_k}
+
+    def renumbered(self, config: Any, layers: Sequence[int]) -> dict[str, Any]:
+        if not hasattr(config, "mlp_only_layers"):
+            return {}
+        is_dense = [i in config.mlp_only_layers or bool((i + 1) % config.decoder_sparse_step) for i in layers]
+        return {"mlp_only_layers": [place for place, dense in enumerate(is_dense) if dense], "decoder_sparse_step": 1}
+
+    def stock_config(self, config: Any, kept: Mapping[str, tuple[int, int]]) -> dict[str, Any] | None:
+        # With dense layers, the layers do not have the same sizes even in the base model.
+        has_dense_layers = getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) > 1
+        return None if has_dense_layers else super().stock_config(config, kept)
 
     def file_piece(self, name: str) -> FilePiece:
         layer, path = _layer_path(self.layers, name)
