@@ -12,7 +12,7 @@ import pytest
 
 pytest.register_assert_rewrite("helpers")  # before anything imports it
 
-from helpers.models import ARCHITECTURES, save_tokenizer, tiny_model
+from helpers.models import ARCHITECTURES, EXPERT_ARCHITECTURES, save_tokenizer, tiny_model
 from helpers.recipes import COMMAND, SMALL, WIDTH_SEARCH
 
 from pgprune_cli.recipe.reader import find, load
@@ -32,6 +32,12 @@ def default_sighup_handler():
 @pytest.fixture(params=ARCHITECTURES)
 def architecture(request) -> str:
     """Each of the architectures of the tiny models in turn."""
+    return request.param
+
+
+@pytest.fixture(params=(*ARCHITECTURES, *EXPERT_ARCHITECTURES))
+def any_architecture(request) -> str:
+    """Each of the architectures of the tiny models in turn, mixtures of experts included."""
     return request.param
 
 

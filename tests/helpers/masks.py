@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from helpers.experts import WIDTH_MULTIPLE, mask_experts
 from helpers.models import VOCABULARY
 from pgprune_cli.core.grid import Grid, first_elements
+from pgprune_cli.model.families.adapter import Block, UnitTensor, kept_shape
 from pgprune_cli.model.masks import LayerMask, ModelMask, Output, Outputs
 from pgprune_cli.model.prunable import PrunableModel
 
@@ -48,6 +51,8 @@ def size_of(grid: Grid, block: str, count: Count, whole_only: bool = False) -> t
         else:
             groups = grid.groups
             members = count if grid.groups == 1 else -(-count * grid.members // CHANNELS)
+    if grid.separate:
+        members = -(-members // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     return min(max(groups, grid.min_groups), grid.groups), min(members, grid.members)
 
 
@@ -95,6 +100,8 @@ def random_mask(
             grid = grids_of(model, block)[index]
             groups = _random(max(grid.min_groups, 1), grid.groups - (grid.groups > grid.min_groups), generator)
             members = _random(1, grid.members - (grid.groups == 1 and grid.members > 1), generator)
+            if grid.separate:
+                members = -(-members // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
             if is_refused(model, block):
                 groups, members = grid.groups, grid.members
             masks.append(random_elements(grid, groups * (index not in empty), members, generator))
@@ -164,7 +171,8 @@ def masked(model: nn.Module, model_mask: ModelMask) -> Iterator[nn.Module]:
     A block that keeps nothing adds nothing, so its output bias is removed too.
     """
     prunable = PrunableModel.of(model)
-    handles = []
+    handles: list[Any] = []
+    undo: list[Callable[[], None]] = []
 
     def zero_inputs(linear: nn.Module, mask: Tensor) -> None:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -187,7 +195,9 @@ def masked(model: nn.Module, model_mask: ModelMask) -> Iterator[nn.Module]:
     for layer, layer_mask in zip(prunable.layers, model_mask, strict=True):
         for block in prunable.family.blocks_of(layer):
             mask = layer_mask.of(block.name)
-            if mask.any():
+            if mask.any() and prunable.family.groups_per_token(layer, block) is not None:
+                undo += mask_experts(layer, mask)
+            elif mask.any():
                 zero_inputs(layer.get_submodule(block.output_path), mask)
             else:
                 zero_output(layer.get_submodule(block.module))
@@ -196,6 +206,13 @@ def masked(model: nn.Module, model_mask: ModelMask) -> Iterator[nn.Module]:
     finally:
         for handle in handles:
             handle.remove()
+        for step in undo:
+            step()
+
+
+def _output_tensor(prunable: PrunableModel, layer: nn.Module, block: Block) -> tuple[UnitTensor, torch.Size]:
+    tensor = prunable.family.unit_tensors(layer, block)[-1]
+    return tensor, layer.get_submodule(block.module).get_parameter(tensor.name).shape
 
 
 def random_outputs(model: nn.Module, model_mask: ModelMask, bias: bool) -> Outputs:
@@ -204,8 +221,12 @@ def random_outputs(model: nn.Module, model_mask: ModelMask, bias: bool) -> Outpu
     generator, outputs = torch.Generator().manual_seed(0), {}
     for index, (layer, layer_mask) in enumerate(zip(prunable.layers, model_mask, strict=True)):
         for block in prunable.family.blocks_of(layer):
-            mask, linear = layer_mask.of(block.name), block.output_linear(layer)
-            if mask.any():
+            mask = layer_mask.of(block.name)
+            if mask.any() and prunable.family.groups_per_token(layer, block) is not None:
+                shape = kept_shape(*_output_tensor(prunable, layer, block), mask)
+                outputs[index, block.name] = Output(0.3 * torch.randn(shape, generator=generator), None)
+            elif mask.any():
+                linear = block.output_linear(layer)
                 inputs = int(mask.sum()) * linear.in_features // len(mask)
                 hidden = linear.out_features
                 weight = 0.3 * torch.randn(hidden, inputs, generator=generator)

@@ -52,9 +52,9 @@ def recipe_for(model: nn.Module, folder: Path, *overrides: str) -> Recipe:
 
 
 @pytest.fixture
-def base(architecture: str, tmp_path: Path) -> tuple[nn.Module, Callable[..., Recipe]]:
+def base(any_architecture: str, tmp_path: Path) -> tuple[nn.Module, Callable[..., Recipe]]:
     """A saved tiny model, and a function that returns a recipe for it."""
-    model = tiny_model(architecture)
+    model = tiny_model(any_architecture)
     save(model, tmp_path)
     return model, lambda *overrides: recipe_for(model, tmp_path, *overrides)
 

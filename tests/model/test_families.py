@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.models import ARCHITECTURES, tiny_config, tiny_model
+from helpers.models import ARCHITECTURES, EXPERT_ARCHITECTURES, tiny_config, tiny_model
 from torch import nn
 
 import pgprune_cli
@@ -17,7 +17,7 @@ from pgprune_cli.model.prunable import PrunableModel
 
 
 def test_every_supported_model_type_is_tested() -> None:
-    tested = {tiny_config(architecture).model_type for architecture in ARCHITECTURES}
+    tested = {tiny_config(architecture).model_type for architecture in (*ARCHITECTURES, *EXPERT_ARCHITECTURES)}
     assert tested == {model_type for family in FAMILIES for model_type in family.model_types}
 
 
