@@ -81,6 +81,7 @@ class DirectoryPlan(Plan):
             layers=self.shapes.kept,
             parameters_before=self.parameters_before,
             parameters_after=self.parameters_after,
+            auto_class="AutoModelForCausalLM" if self.base.wrapper is None else "AutoModelForImageTextToText",
             padded_sparsity=self.sparsity if self.shapes.padded else None,
             needs_code=not self.stock,
             loads_in_mlx="model_file" in self.config,

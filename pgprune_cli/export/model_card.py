@@ -21,9 +21,9 @@ class ModelCard:
     """What the card says beyond the decision.
 
     title: name of the directory; dense: the shape of the base model; layers: the masks of every layer of the base
-    model; padded_sparsity: the sparsity if padding counts as kept, None without padding; needs_code: True if loading
-    runs modeling_pruned.py; loads_in_mlx: True if modeling_mlx.py is in the directory; measured: the results of
-    `pgprune eval`.
+    model; auto_class: the class of transformers that loads the export; padded_sparsity: the sparsity if padding counts
+    as kept, None without padding; needs_code: True if loading runs modeling_pruned.py; loads_in_mlx: True if
+    modeling_mlx.py is in the directory; measured: the results of `pgprune eval`.
     """
 
     title: str
@@ -31,6 +31,7 @@ class ModelCard:
     layers: ModelMask
     parameters_before: int
     parameters_after: int
+    auto_class: str
     padded_sparsity: float | None
     needs_code: bool
     loads_in_mlx: bool
@@ -74,8 +75,8 @@ class ModelCard:
         trust = ", trust_remote_code=True" if self.needs_code else ""
         lines = [
             *("## How to load it", ""),
-            *("```python", "from transformers import AutoModelForCausalLM, AutoTokenizer", ""),
-            f'model = AutoModelForCausalLM.from_pretrained("{self.title}"{trust})',
+            *("```python", f"from transformers import {self.auto_class}, AutoTokenizer", ""),
+            f'model = {self.auto_class}.from_pretrained("{self.title}"{trust})',
             *(f'tokenizer = AutoTokenizer.from_pretrained("{self.title}")', "```"),
         ]
         if self.needs_code:

@@ -85,11 +85,16 @@ def distill(settings: DistillationSettings) -> None:
     as the pruned model does, with the same modelling file and the same dtype.
 
     Raises:
-        UserError: `out` exists, the teacher has another vocabulary, or the text is shorter than one batch.
+        UserError: `out` exists, the model has a vision tower, the teacher has another vocabulary, or the text is
+            shorter than one batch.
     """
     if settings.out.exists():
         raise UserError(f"{settings.out}: already exists. Choose another output directory.")
     source = resolve(settings.model)
+    if source.is_wrapped:
+        raise UserError(
+            f"{settings.model}: has a vision tower, which would be lost. Recover models of text only."
+        )
     tokenizer = load_tokenizer(source)
     student: Any = load_model(source, "auto", "cpu")
     teacher = load_model(resolve(settings.teacher), "bfloat16", "cpu")

@@ -23,6 +23,7 @@ CARD = ModelCard(
     layers=MASKS,
     parameters_before=1000,
     parameters_after=800,
+    auto_class="AutoModelForCausalLM",
     padded_sparsity=None,
     needs_code=False,
     loads_in_mlx=False,

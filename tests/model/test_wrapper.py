@@ -14,7 +14,7 @@ from helpers.models import save_tokenizer, tiny_config
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pgprune_cli.export import hf
+from pgprune_cli.export import gguf, hf
 from pgprune_cli.export.plan import Options
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.families.wrapper import decoder_name
@@ -115,6 +115,7 @@ def test_an_export_is_the_shrunk_model_and_its_vision_is_untouched(wrapped: Path
     assert others == {name for name in after if decoder_name(name) == name}
     assert len(others) > 10 and all(torch.equal(before[name], after[name]) for name in others)
     old, new = (json.loads((path / "config.json").read_text()) for path in (wrapped, tmp_path / "out"))
+    assert "AutoModelForImageTextToText.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
     assert old["vision_config"] == new["vision_config"] and (tmp_path / "out" / "preprocessor_config.json").exists()
 
 
@@ -146,6 +147,24 @@ def test_files_with_the_names_of_the_modules_are_read_too(wrapped: Path, tmp_pat
             assert torch.equal(logits(model.module), expected)
     export(wrapped, tmp_path / "out", "equal")
     assert load_file(tmp_path / "out" / "model.safetensors").keys() <= renamed.keys()
+
+
+def test_a_gguf_file_holds_the_decoder_alone(wrapped: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    source, mask = resolve(str(wrapped)), mask_of([(4, 2, 24)] * 4)
+    decision = Decision(mask, str(wrapped), source.fingerprint(), 0.5, "dtype: float32", 10, 80, 9, 2.5)
+    plan = gguf.plan(source, decision, Options())
+    assert {edit.name.split(".")[0] for edit in plan.edits} <= {"token_embd", "blk", "output_norm", "output"}
+    assert any("vision" in note for note in plan.notes)
+
+
+def test_a_model_of_text_and_images_is_not_recovered(wrapped: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    from pgprune_cli.recover.distillation import DistillationSettings, distill
+
+    settings = DistillationSettings(str(wrapped), str(wrapped), "text.txt", tmp_path / "out")
+    with refused("vision tower"):
+        distill(settings)
 
 
 def test_a_wrapper_around_another_decoder_is_refused(wrapped: Path) -> None:

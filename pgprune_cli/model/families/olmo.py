@@ -16,7 +16,7 @@ class OlmoFamily(LlamaFamily):
     """The adapter of OLMo 2 and OLMo 3."""
 
     def refusal(self, model_type: str, block: str) -> str:
-        if block == self.ffn.name:
+        if block != self.attention.name:
             return ""
         fact = f"q and k of {model_type} are normalised over all heads together"
         return f"{fact}, so removing a head would change the others."
