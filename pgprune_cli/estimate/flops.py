@@ -14,7 +14,7 @@ from torch import Tensor
 
 from pgprune_cli.estimate.sizes import BlockSizes, Sizes, Texts, tokens_in
 from pgprune_cli.forward.curvature import SHARE, curvature_windows
-from pgprune_cli.scores.obs import units_per_round
+from pgprune_cli.scores.obs import EXPERT_ROUNDS, units_per_round
 
 Flops = Counter[torch.dtype]
 """By the dtype of the computation: devices differ most in float64."""
@@ -72,10 +72,11 @@ def width_table(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
     count[sizes.dtype] += dense(sizes, batches)
     for block in sizes.blocks:
         n, h = block.inputs, block.outputs
-        count[torch.float64] += n**3 // 3 + 4 * n * h * h + 5 * n * n * h
+        total = n**3 // 3 + 4 * n * h * h + 5 * n * n * h
         for kept in range(0, block.units, block.width_step):
-            inputs = n // block.units * kept
-            count[torch.float64] += h * inputs**2 if sizes.solves else 2 * h * (n - inputs) ** 2
+            inputs = n * kept // block.units
+            total += h * inputs**2 if sizes.solves else 2 * h * (n - inputs) ** 2
+        count[torch.float64] += block.experts * total
     return count
 
 
@@ -95,7 +96,7 @@ def repair(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
         if kept < n and sizes.has_table:
             count[torch.float64] += removal(block)
         if kept < n and sizes.solves:
-            count[torch.float64] += 2 * kept * n * h + kept**3 // 3 + 2 * kept**2 * h
+            count[torch.float64] += block.experts * (2 * kept * n * h + kept**3 // 3 + 2 * kept**2 * h)
     return count
 
 
@@ -109,13 +110,15 @@ def pruned(sizes: Sizes, batches: Sequence[Tensor], only: str = "") -> int:
     total = 0.0
     for length, tokens in _by_length(batches).items():
         for block, cost in zip(sizes.blocks, sizes.flops_per_token(length), strict=True):
-            total += tokens * cost * block.keep_fraction * (only in ("", block.block.name))
+            fraction = block.keep_fraction if block.experts == 1 else 1.0  # fewer experts take as long
+            total += tokens * cost * fraction * (only in ("", block.block.name))
     return round(total)
 
 
 def moments(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
     """Return the FLOPs of the moments of every output projection's inputs (forward/moments.py)."""
-    return Flops({torch.float32: 2 * tokens_in(batches) * sum(block.inputs**2 for block in sizes.blocks)})
+    per_token = sum(block.experts_per_token * block.inputs**2 for block in sizes.blocks)
+    return Flops({torch.float32: 2 * tokens_in(batches) * per_token})
 
 
 def error_roots(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
@@ -132,18 +135,21 @@ def error_roots(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
 
 def removal(block: BlockSizes) -> int:
     """Return the FLOPs of `obs` for a block: R W, an inverse, and one update of the remaining inputs per round."""
-    width, remaining = block.inputs // block.elements, block.inputs
+    width, remaining = block.experts * block.inputs // block.elements, block.inputs
     total = 2 * block.outputs**2 * block.inputs + block.inputs**3
-    per_round = (
-        units_per_round(block.elements) * width if block.units == block.elements else block.inputs // block.units
-    )
+    if block.experts > 1:
+        per_round = max(1, block.inputs // EXPERT_ROUNDS)
+    elif block.units == block.elements:
+        per_round = units_per_round(block.elements) * width
+    else:
+        per_round = max(1, block.inputs // block.units)
     while remaining:
         removed = min(per_round, remaining)
         if width > 1:  # the cost of each unit alone
             total += 2 * remaining * width * (block.outputs + width)
         remaining -= removed
         total += (2 * removed * remaining + removed * removed) * (remaining + block.outputs)
-    return total
+    return block.experts * total
 
 
 def _by_length(batches: Sequence[Tensor]) -> Counter[int]:

@@ -114,7 +114,8 @@ def slice_bytes(sizes: Sizes, block: BlockSizes) -> int:
     if sizes.recipe.weight_format == "fp8":
         repaired = block.inputs * block.outputs * (sizes.dtype.itemsize - 1) if sizes.repairs else 0
         return block.nbytes // sizes.dtype.itemsize + max(block.largest, repaired)
-    return block.nbytes + (block.largest if sizes.recipe.weight_format == "int8" else 0)
+    gathered_twice = 2 * block.nbytes // 3 if block.experts > 1 else 0  # first the experts, then their channels
+    return block.nbytes + gathered_twice + (block.largest if sizes.recipe.weight_format == "int8" else 0)
 
 
 def unpacked_bytes(sizes: Sizes) -> int:
@@ -127,13 +128,23 @@ def unpacked_bytes(sizes: Sizes) -> int:
 def solving_bytes(sizes: Sizes) -> int:
     """Return the bytes of solving: four float64 matrices `(in, in)`, and some of the size of the weights or of R."""
     inputs, hidden = max(block.inputs for block in sizes.blocks), sizes.hidden
-    return 8 * (4 * inputs**2 + 3 * inputs * hidden + 3 * hidden**2)
+    return 8 * (4 * inputs**2 + 3 * inputs * hidden + 3 * hidden**2) + expert_moment_bytes(sizes)
 
 
 def observing_bytes(sizes: Sizes, tokens: int) -> int:
     """Return the bytes of adding a batch: float64 sums, its products in both precisions, its float32 inputs twice."""
-    inputs = max(block.inputs for block in sizes.blocks)
-    return 20 * inputs**2 + tokens * (8 * inputs + (inputs + 4 * sizes.hidden) * sizes.dtype.itemsize)
+    inputs = max(block.experts_per_token * block.inputs for block in sizes.blocks)
+    products = max(block.inputs for block in sizes.blocks if block.experts == 1) ** 2
+    return (
+        expert_moment_bytes(sizes)
+        + 20 * products
+        + tokens * (8 * inputs + (inputs + 4 * sizes.hidden) * sizes.dtype.itemsize)
+    )
+
+
+def expert_moment_bytes(sizes: Sizes) -> int:
+    """Return the bytes of the float32 moments of all experts of a layer."""
+    return max((4 * block.experts * block.inputs**2 for block in sizes.blocks if block.experts > 1), default=0)
 
 
 def backward_bytes(sizes: Sizes, tokens: Tensor) -> int:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from pgprune_cli.core.grid import unit_count
+from pgprune_cli.core.grid import unit_count, unit_multiple
 from pgprune_cli.core.space import BLOCKS_OF
 from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.prunable import Partitions, PrunableModel
@@ -41,7 +41,9 @@ class BlockSizes:
 
     block: where its projections are; elements: how many it has; units: of the search; inputs, outputs: widths of its
     output projection; inner: output widths of its other projections; nbytes: of its weights, in the model's dtype;
-    keep_fraction: what the recipe keeps of it; width_step: distance between the widths in the table.
+    keep_fraction: what the recipe keeps of it; width_step: distance between the widths in the table. experts: how many
+    output projections it has, of `inputs` each, of which a token uses experts_per_token; inner: the outputs of the
+    others for one token.
     """
 
     block: Block
@@ -53,6 +55,8 @@ class BlockSizes:
     nbytes: int
     keep_fraction: float
     width_step: int
+    experts: int = 1
+    experts_per_token: int = 1
 
     @property
     def largest(self) -> int:
@@ -95,21 +99,28 @@ class Sizes:
             for block in self.model.family.blocks_of(layer):
                 partition = self.partitions.get((index, block.name))
                 units = 1 if partition is None else unit_count(partition)
-                *inner, output = linears = block.linears(layer)
-                blocks.append(
-                    BlockSizes(
-                        block,
-                        self.model.shape.elements[block.name][index],
-                        units,
-                        output.in_features,
-                        output.out_features,
-                        tuple(linear.out_features for linear in inner),
-                        sum(linear.weight.nbytes for linear in linears),
-                        kept if block.name in pruned else 1.0,
-                        width_step(units, self.multiples.get(block.name, 1)),
-                    )
-                )
+                grid = self.model.shape.grids[block.name][index]
+                fraction = kept if block.name in pruned else 1.0
+                step = width_step(units, unit_multiple(grid, self.multiples.get(block.name, 1)))
+                used = self.model.family.groups_per_token(layer, block)
+                sizes = self._linears if used is None else self._experts
+                blocks.append(BlockSizes(block, grid.elements, units, *sizes(layer, block), fraction, step))
+                if used is not None:
+                    blocks[-1] = replace(blocks[-1], experts=grid.groups, experts_per_token=used)
         return blocks
+
+    def _linears(self, layer: nn.Module, block: Block) -> tuple[int, int, tuple[int, ...], int]:
+        """Return inputs, outputs, inner and nbytes of a block of linear layers."""
+        *inner, output = linears = block.linears(layer)
+        widths = tuple(linear.out_features for linear in inner)
+        return output.in_features, output.out_features, widths, sum(linear.weight.nbytes for linear in linears)
+
+    def _experts(self, layer: nn.Module, block: Block) -> tuple[int, int, tuple[int, ...], int]:
+        """Return the same of a block of experts."""
+        family, module = self.model.family, layer.get_submodule(block.module)
+        channels, used = family.grid(layer, block).members, family.groups_per_token(layer, block) or 1
+        nbytes = sum(module.get_parameter(tensor.name).nbytes for tensor in family.unit_tensors(layer, block))
+        return channels, self.hidden, (2 * channels,) * used, nbytes
 
     def flops_per_token(self, context: int) -> list[int]:
         """Return the FLOPs of every dense block for one token of a window of `context`."""

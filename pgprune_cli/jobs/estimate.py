@@ -16,7 +16,13 @@ from pgprune_cli.model.devices import devices_of
 from pgprune_cli.model.loading import check_prunable, empty_model
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.search.texts import calibration_forward_passes, empty_text, repair_batches, scoring_batches
+from pgprune_cli.search.texts import (
+    calibration_forward_passes,
+    empty_text,
+    refuse_unsupported,
+    repair_batches,
+    scoring_batches,
+)
 
 BASIS = (
     "These are estimates from the shapes of the model and the recipe, for a corpus with as much text as the recipe "
@@ -32,7 +38,9 @@ def estimate(recipe: Recipe, *, progress: Progress = SILENT) -> dict[str, Any]:
     """
     devices = devices_of(recipe.device)
     check_prunable(resolve(recipe.model, weights=False), recipe.units.families)
-    sizes = Sizes(empty_model(recipe.model, recipe.dtype, recipe.weight_format), recipe)
+    model = empty_model(recipe.model, recipe.dtype, recipe.weight_format)
+    refuse_unsupported(recipe, model.config.model_type)
+    sizes = Sizes(model, recipe)
     text = empty_text(recipe)
     step = text.search[: recipe.calibration.batch]
     texts = Texts(scoring_batches(recipe, text), repair_batches(recipe, text), step, text.heldout)

@@ -15,6 +15,7 @@ from torch import Tensor
 from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
 from pgprune_cli.core.grid import (
     Grid,
+    GridCost,
     Partition,
     chain_of_removal,
     chain_of_scores,
@@ -111,15 +112,20 @@ def partitions(
         if block in WHOLE_FAMILIES:
             continue
         for layer, (grid, cost) in enumerate(zip(shape.grids[block], costs[block], strict=True)):
-            if grid.is_line or by_group or not (cost.element or cost.member):
-                result[layer, block] = one_unit_per_group(grid)
-            elif metric in CUMULATIVE and not grid.separate:
-                result[layer, block] = chain_of_removal(scores[score_name(layer, block)])
-            else:
-                result[layer, block] = chain_of_scores(
-                    scores[score_name(layer, block)], grid, cost, ffn_multiple, cumulative=metric in CUMULATIVE
-                )
+            own = scores[score_name(layer, block)]
+            result[layer, block] = partition_of(grid, cost, by_group, own, metric, ffn_multiple)
     return result
+
+
+def partition_of(
+    grid: Grid, cost: GridCost, by_group: bool, scores: Tensor, metric: str, ffn_multiple: int
+) -> Partition:
+    """Return the units of one block, as `partitions` does. scores: `(elements,)`."""
+    if grid.is_line or by_group or not (cost.element or cost.member):
+        return one_unit_per_group(grid)
+    if metric in CUMULATIVE and not grid.separate:
+        return chain_of_removal(scores)
+    return chain_of_scores(scores, grid, cost, ffn_multiple, cumulative=metric in CUMULATIVE)
 
 
 def unit_scores(scores: Tensor, partition: Partition, metric: str) -> Tensor:

@@ -7,14 +7,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pgprune_cli.core.grid import unit_multiple
-from pgprune_cli.core.space import Budget, MaskSpace, budget_of
+from pgprune_cli.core.grid import Grid, GridCost, Partition, unit_multiple
+from pgprune_cli.core.space import WHOLE_FAMILIES, Budget, MaskSpace, budget_of
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.prunable import BlockCosts, Partitions, Shape
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.layout import COSTS_FILE
 from pgprune_cli.run.scores import Scores
-from pgprune_cli.scores.metrics import partitions, score_name
+from pgprune_cli.scores.metrics import partition_of, partitions
 from pgprune_cli.search.context import SearchContext
 from pgprune_cli.search.costs import active_parameters, flops, kv_cache, latency_of_run
 
@@ -48,12 +48,18 @@ def units_of(recipe: Recipe, shape: Shape, costs: BlockCosts, scores: Mapping[st
 
 def estimated_units(recipe: Recipe, shape: Shape) -> Partitions:
     """Return units of the same number and total cost as a search will have. For estimates, before there are scores."""
-    evenly = {
-        score_name(layer, block): torch.arange(grid.elements) + 1.0
-        for block, grids in shape.grids.items()
-        for layer, grid in enumerate(grids)
-    }
-    return units_of(recipe, shape, shape.parameters, evenly, "magnitude")
+    made: dict[tuple[Grid, GridCost], Partition] = {}
+    by_group = recipe.search.policy == "units"
+    units: dict[tuple[int, str], Partition] = {}
+    for block in recipe.units.families:
+        if block in WHOLE_FAMILIES:
+            continue
+        for layer, key in enumerate(zip(shape.grids[block], shape.parameters[block], strict=True)):
+            if key not in made:  # layers that are alike have the same units
+                evenly = torch.arange(key[0].elements) + 1.0
+                made[key] = partition_of(*key, by_group, evenly, "magnitude", recipe.budget.ffn_multiple)
+            units[layer, block] = made[key]
+    return units
 
 
 def _costs(context: SearchContext) -> BlockCosts:

@@ -41,13 +41,7 @@ def load_text(recipe: Recipe, source: Source, progress: Progress = SILENT) -> Ca
     """
     check_prunable(source, recipe.units.families)
     config = read_config(source)
-    refuse_for_experts(
-        config.model_type,
-        recipe.weight_format,
-        recipe.scores.metric,
-        recipe.units.families,
-        recipe.repair.method,
-    )
+    refuse_unsupported(recipe, config.model_type)
     settings = recipe.calibration
     with progress.working(f"reading {settings.corpus}"):
         tokenizer = load_tokenizer(source)
@@ -56,6 +50,12 @@ def load_text(recipe: Recipe, source: Source, progress: Progress = SILENT) -> Ca
     if source.gguf is None:  # a GGUF file holds its own tokenizer
         check_vocabulary(text.stream, settings.corpus, config.vocab_size, bos)
     return text
+
+
+def refuse_unsupported(recipe: Recipe, model_type: str) -> None:
+    """Raise UserError for settings that a model of this type does not support."""
+    families, metric, method = recipe.units.families, recipe.scores.metric, recipe.repair.method
+    refuse_for_experts(model_type, recipe.weight_format, metric, families, method)
 
 
 def empty_text(recipe: Recipe) -> CalibrationText:

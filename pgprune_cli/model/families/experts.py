@@ -109,8 +109,10 @@ class ExpertsFamily(LlamaFamily):
         return settings
 
     def activation_width(self, block: Block, hidden: int, inner: tuple[int, ...], inputs: int) -> int:
-        if block == self.ffn and len(inner) > 2:  # a token's hidden state and output exist once for each of its experts
-            return 4 * hidden + 3 * inputs + hidden * len(inner)
+        if (
+            block == self.ffn and inner[0] == 2 * inputs
+        ):  # a token's hidden state and output exist for each of its experts
+            return 4 * hidden + len(inner) * max(hidden + 4 * inputs, 4 * hidden)
         return super().activation_width(block, hidden, inner, inputs)
 
     def matrices(self, layer: nn.Module, block: Block) -> Matrices:
