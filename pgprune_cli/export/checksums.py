@@ -18,7 +18,7 @@ MODEL_CARD = "README.md"
 """Not listed in SHA256SUMS, because people may edit it."""
 
 CODE = {
-    "modeling_pruned.py": "7412ea469b53c826c4f913d03bd8212e2c41e56b160600f883596ac8a37f7519",
+    "modeling_pruned.py": "4fe0ccd80d3d2f7711fe70af47cf96440e27312134b90358b31c552b3f479f63",
     "modeling_mlx.py": "fa2b6b2f9254027caff2d3e3486889b7c36d0fcc48cdbe19353e7774d8323461",
 }
 """The sha256 of each file that runs when an export is loaded."""

@@ -153,6 +153,15 @@ class Pruned:
     def _can_set_experts_implementation(cls) -> bool:
         return cls.dense._can_set_experts_implementation()
 
+    def _grouped_mm_can_dispatch(self) -> bool:
+        """Raise ValueError if grouped_mm, the default of transformers, does not compute experts of these sizes."""
+        super()._grouped_mm_can_dispatch()
+        for layer in vars(self.config).get("whole", self.config).of_layers():
+            width = getattr(layer, "moe_intermediate_size", layer.intermediate_size)
+            if width % 8:  # rows of 16-bit weights must be multiples of 16 bytes
+                raise ValueError(f"experts of {width} channels: grouped_mm needs a multiple of 8")
+        return True
+
 
 class PrunedModel(Pruned):
     """The decoder of transformers, with every layer built from its own config."""
