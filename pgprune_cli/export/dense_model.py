@@ -20,12 +20,13 @@ from torch import Tensor, nn
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.export.safetensors_file import DTYPES
-from pgprune_cli.model.families.adapter import ModelFamily, UnitTensor
+from pgprune_cli.model.families.adapter import ModelFamily
 from pgprune_cli.model.families.wrapper import SECTION, decoder_name, decoder_prefixes
 from pgprune_cli.model.loading import load_model, load_tokenizer, read_config
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import PrunableModel, Shape, unit_tensors
 from pgprune_cli.model.source import Source
+from pgprune_cli.model.unit_tensors import UnitTensor
 from pgprune_cli.model.weights import reason_of
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import DECISION_RECORD

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from pgprune_cli.core.grid import Grid
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.families.adapter import Block, KeptElements, UnitTensor, gather, kept_shape
+from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.masks import LayerMask, ModelMask, columns_of
 from pgprune_cli.model.prunable import Shape
+from pgprune_cli.model.unit_tensors import KeptElements, UnitTensor, gather, kept_shape
 from pgprune_cli.run.layout import DECISION_RECORD
 
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.export.shapes import RuntimeShapes, output_columns
-from pgprune_cli.model.families.adapter import Block, FilePiece, KeptElements, UnitTensor, gather, kept_shape
+from pgprune_cli.model.families.adapter import Block, FilePiece
 from pgprune_cli.model.masks import Outputs
 from pgprune_cli.model.prunable import Shape
+from pgprune_cli.model.unit_tensors import KeptElements, UnitTensor, gather, kept_shape
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,11 @@ from torch.nn import functional
 
 from pgprune_cli.forward.batch_splitting import BatchSplitter
 from pgprune_cli.model.families import find_family
-from pgprune_cli.model.families.adapter import Block, KeptElements, ModelFamily, UnitTensor, gather
+from pgprune_cli.model.families.adapter import Block, ModelFamily
 from pgprune_cli.model.masks import ModelMask, Output, Outputs
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import Int8Linear, QuantizedLinear, Rows
+from pgprune_cli.model.unit_tensors import KeptElements, UnitTensor, gather
 
 LOGIT_ROWS = 512
 """Positions whose logits exist at the same time: 131 MB in bfloat16 for a vocabulary of 128k."""

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from pgprune_cli.core.grid import NO_ELEMENTS, Grid, GridCost, Partition, one_unit_per_group, unit_costs, unit_count
 from pgprune_cli.core.space import BLOCKS_OF, WHOLE_FAMILIES, Family, MaskSpace
 from pgprune_cli.model.families import family_of
-from pgprune_cli.model.families.adapter import Block, ModelFamily, UnitTensor, tensor_shape
+from pgprune_cli.model.families.adapter import Block, ModelFamily, tensor_shape
 from pgprune_cli.model.families.layout import check_layout
 from pgprune_cli.model.masks import LayerMask, ModelMask
+from pgprune_cli.model.unit_tensors import UnitTensor
 
 BlockCosts = Mapping[str, tuple[GridCost, ...]]
 """What the elements and groups of a block cost, by block name, layer by layer: whole numbers of whatever is counted."""

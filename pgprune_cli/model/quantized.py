@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from pgprune_cli.errors import UserError, in_short
 from pgprune_cli.model.families import family_of
-from pgprune_cli.model.families.adapter import KeptElements, UnitTensor, gather
+from pgprune_cli.model.unit_tensors import KeptElements, UnitTensor, gather
 
 ROWS_AT_A_TIME = 256
 """Rows that are rounded at a time, in float32."""

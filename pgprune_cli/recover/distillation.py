@@ -92,9 +92,7 @@ def distill(settings: DistillationSettings) -> None:
         raise UserError(f"{settings.out}: already exists. Choose another output directory.")
     source = resolve(settings.model)
     if source.is_wrapped:
-        raise UserError(
-            f"{settings.model}: has a vision tower, which would be lost. Recover models of text only."
-        )
+        raise UserError(f"{settings.model}: has a vision tower, which would be lost. Recover models of text only.")
     tokenizer = load_tokenizer(source)
     student: Any = load_model(source, "auto", "cpu")
     teacher = load_model(resolve(settings.teacher), "bfloat16", "cpu")

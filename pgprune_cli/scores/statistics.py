@@ -17,9 +17,10 @@ from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.forward.expert_moments import ExpertMoments, gated_inputs
 from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.moments import MomentCollector, Moments, block_root
-from pgprune_cli.model.families.adapter import Block, ModelFamily, Part
+from pgprune_cli.model.families.adapter import Block, ModelFamily
 from pgprune_cli.model.families.experts import ExpertsFamily
 from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.model.unit_tensors import Part
 
 Statistic = Literal["input_norms", "fluctuations", "covariance", "gradients"]
 """The fields of `BlockStatistics` that need calibration text. Only the one a metric asks for is collected."""

@@ -25,9 +25,9 @@ from subject import SHAPES, arguments, headline, in_turn, seconds, table
 from torch import Tensor
 from torch.nn import functional
 
-from pgprune_cli.model.families.adapter import gather_runs
 from pgprune_cli.model.loading import devices_of
 from pgprune_cli.model.masks import columns_of
+from pgprune_cli.model.unit_tensors import gather_runs
 
 
 class Tile(NamedTuple):

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from pgprune_cli.core.grid import Grid, GridCost, first_elements
 from pgprune_cli.errors import UserError
 from pgprune_cli.export.shapes import RuntimeShapes, ShapeRequirements, output_columns, runtime_shapes
-from pgprune_cli.model.families.adapter import KeptElements, Part, UnitTensor, gather
 from pgprune_cli.model.families.llama import LLAMA
 from pgprune_cli.model.masks import LayerMask, ModelMask
 from pgprune_cli.model.prunable import Shape
+from pgprune_cli.model.unit_tensors import KeptElements, Part, UnitTensor, gather
 
 ATTENTION, FFN = Grid(4, 2), Grid(1, 10, shared_rows=False)
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from pgprune_cli.errors import RunError
 from pgprune_cli.forward import masked as masked
 from pgprune_cli.forward.masked import Evaluator, summed_loss
-from pgprune_cli.model.families.adapter import kept_shape
 from pgprune_cli.model.masks import ModelMask, Outputs
 from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.model.unit_tensors import kept_shape
 
 
 def snapshot(model: nn.Module) -> dict[str, Tensor]:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from helpers.experts import WIDTH_MULTIPLE, mask_experts
 from helpers.models import VOCABULARY
 from pgprune_cli.core.grid import Grid, first_elements
-from pgprune_cli.model.families.adapter import Block, UnitTensor, kept_shape
+from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.masks import LayerMask, ModelMask, Output, Outputs
 from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.model.unit_tensors import UnitTensor, kept_shape
 
 KV_HEADS, CHANNELS, LAYERS = 4, 24, 4
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from pgprune_cli.core.grid import Grid
-from pgprune_cli.model.families.adapter import KeptElements, Part, UnitTensor, gather, gather_runs, kept_shape
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import Fp8Linear, Int8Linear
+from pgprune_cli.model.unit_tensors import KeptElements, Part, UnitTensor, gather, gather_runs, kept_shape
 
 
 def kept_rows(tensor: UnitTensor, grid: Grid, mask: Tensor) -> list[int]:

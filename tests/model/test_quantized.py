@@ -30,7 +30,6 @@ from pgprune_cli.jobs.estimate import estimate
 from pgprune_cli.jobs.export import export, options_of
 from pgprune_cli.jobs.search import search
 from pgprune_cli.model import loading, quantized, weights
-from pgprune_cli.model.families.adapter import kept_shape
 from pgprune_cli.model.families.llama import LLAMA
 from pgprune_cli.model.loading import WeightFormat, empty_model, load_model, load_prunable
 from pgprune_cli.model.masks import ModelMask
@@ -45,6 +44,7 @@ from pgprune_cli.model.quantized import (
     quantize_projections,
 )
 from pgprune_cli.model.source import DEMO_MODEL, INDEX, resolve
+from pgprune_cli.model.unit_tensors import kept_shape
 from pgprune_cli.repair.least_squares import repair
 from pgprune_cli.repair.width_table import WidthTable, solve_layers
 from pgprune_cli.run.decision import Decision

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from pgprune_cli.core.grid import Grid, GridCost, chain_of_removal, chain_of_scores
 from pgprune_cli.forward.curvature import error_roots
-from pgprune_cli.model.families.adapter import Block, UnitTensor
+from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.model.unit_tensors import UnitTensor
 from pgprune_cli.recipe import schema as recipe
 from pgprune_cli.scores.metrics import CALIBRATED, METRICS, NEEDS, flat_scores, partitions, score, unit_ranks
 from pgprune_cli.scores.obs import chain_errors, removal_order

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pgprune_cli.core.grid import Grid
-from pgprune_cli.model.families.adapter import UnitTensor
 from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.model.unit_tensors import UnitTensor
 from pgprune_cli.scores.metrics import score
 
 

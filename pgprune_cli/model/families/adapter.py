@@ -10,13 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pgprune_cli.core.grid import Grid
+from pgprune_cli.model.unit_tensors import Part, UnitTensor
 
 PRUNED = "pruned_"
 """What the model type of an export with unequal layers begins with."""
@@ -25,44 +25,6 @@ PRUNED = "pruned_"
 def dense_type(model_type: str) -> str:
     """Return the model type of the dense model that a model of this type was pruned from, possibly itself."""
     return model_type.removeprefix(PRUNED)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Consecutive rows of a tensor: `runs` runs of `width` rows, one run per element or one per group of a block."""
-
-    runs: int
-    width: int
-
-    @property
-    def rows(self) -> int:
-        """The number of rows."""
-        return self.runs * self.width
-
-
-@dataclass(frozen=True)
-class UnitTensor:
-    """A weight or bias whose rows belong to the elements of a block.
-
-    name: its name inside the block's module; axis: the axis along which the rows lie; parts: what they are, in order
-    (a fused projection of queries, keys and values has three parts); stacked: True if the first axis holds the groups
-    instead, so that `axis` holds the members of each group, and a part has one run per member.
-    """
-
-    name: str
-    axis: int
-    parts: tuple[Part, ...]
-    stacked: bool = False
-
-    @property
-    def module(self) -> str:
-        """Path of the module that holds the tensor, inside the block's module."""
-        return self.name.rpartition(".")[0]
-
-    @property
-    def key(self) -> str:
-        """Name of the tensor inside its own module: `weight` or `bias`."""
-        return self.name.rpartition(".")[2]
 
 
 @dataclass(frozen=True)
@@ -334,85 +296,3 @@ def tensor_shape(module: nn.Module, name: str) -> torch.Size:
     if key == "weight" and isinstance(owner, nn.Linear):
         return torch.Size((owner.out_features, owner.in_features))
     return owner.get_parameter(key).shape
-
-
-class KeptElements:
-    """The elements that a regular mask keeps, as indices of the runs of any tensor. Each index is made once.
-
-    mask: `(elements,)` bool, on the host.
-    """
-
-    def __init__(self, mask: Tensor) -> None:
-        self.mask = mask
-        self._indices: dict[tuple[int, torch.device], Tensor] = {}
-
-    def runs(self, runs: int, device: torch.device) -> Tensor:
-        """Return the kept runs of a part with `runs` runs, ascending int64, on a device.
-
-        From pinned memory, the host does not wait for the copy.
-        """
-        key = (runs, device)
-        if key not in self._indices:
-            index = self.mask.view(runs, -1).any(1).nonzero().squeeze(1)
-            on_host = index.pin_memory() if device.type == "cuda" else index
-            self._indices[key] = on_host.to(device, non_blocking=True)
-        return self._indices[key]
-
-    def members(self, groups: int) -> tuple[Tensor, Tensor]:
-        """Return the kept groups `(g,)` and the kept members of each of them `(g, m)`, int64, on the host."""
-        by_group = self.mask.view(groups, -1)
-        kept = by_group.any(1).nonzero().squeeze(1)
-        return kept, by_group[kept].nonzero()[:, 1].view(len(kept), -1)
-
-
-def kept_shape(tensor: UnitTensor, shape: Sequence[int], mask: Tensor) -> torch.Size:
-    """Return the shape of a unit tensor of `shape` with only the rows that a regular mask `(elements,)` keeps."""
-    sizes = list(shape)
-    if tensor.stacked:
-        groups, members = KeptElements(mask).members(sizes[0])
-        sizes[0], sizes[tensor.axis] = len(groups), sum(part.width * members.shape[1] for part in tensor.parts)
-    else:
-        sizes[tensor.axis] = sum(part.width * int(mask.view(part.runs, -1).any(1).sum()) for part in tensor.parts)
-    return torch.Size(sizes)
-
-
-def gather(values: Tensor, tensor: UnitTensor, kept: KeptElements) -> Tensor:
-    """Return the kept rows of a weight or bias as a new tensor. values: the dense tensor, or anything with its rows."""
-    if tensor.stacked:
-        return _gather_stacked(values, tensor, kept)
-    sizes = [part.rows for part in tensor.parts]
-    picked = [
-        gather_runs(rows, tensor.axis, kept.runs(part.runs, values.device), part.runs)
-        for part, rows in zip(tensor.parts, values.split(sizes, tensor.axis), strict=True)
-    ]
-    return picked[0] if len(picked) == 1 else torch.cat(picked, tensor.axis)
-
-
-def gather_runs(tensor: Tensor, axis: int, kept: Tensor, runs: int) -> Tensor:
-    """Return the kept runs of a tensor whose `axis` holds `runs` runs of equal width.
-
-    kept: indices of runs (int64, ascending) on the tensor's device. The result is a new tensor with
-    `len(kept) · width` entries along `axis`.
-    """
-    width = tensor.shape[axis] // runs
-    if width == 1:
-        # Rows of the transposed matrix are contiguous: on a CPU that is three times as fast as picking columns.
-        picked: Tensor = tensor.movedim(axis, 0).index_select(0, kept).movedim(0, axis)
-        return picked
-    unflattened = tensor.unflatten(axis, (runs, width))
-    gathered: Tensor = unflattened.index_select(axis, kept).flatten(axis, axis + 1)
-    return gathered
-
-
-def _gather_stacked(values: Tensor, tensor: UnitTensor, kept: KeptElements) -> Tensor:
-    """Gather from a tensor whose first axis holds the groups: the kept members of every kept group."""
-    groups, members = kept.members(values.shape[0])
-    starts = [0, *accumulate(part.rows for part in tensor.parts)]
-    rows = [
-        start + (members[:, :, None] * part.width + torch.arange(part.width)).flatten(1)
-        for start, part in zip(starts, tensor.parts, strict=False)
-    ]
-    index = torch.cat(rows, 1).to(values.device)
-    chosen = values.index_select(0, groups.to(values.device)).movedim(tensor.axis, 1)
-    expanded = index.view(*index.shape, *(1,) * (chosen.dim() - 2)).expand(-1, -1, *chosen.shape[2:])
-    return chosen.gather(1, expanded).movedim(1, tensor.axis).contiguous()

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pgprune_cli.core.grid import Grid
-from pgprune_cli.model.families.adapter import Block, FilePiece, Matrices, Part, UnitTensor
+from pgprune_cli.model.families.adapter import Block, FilePiece, Matrices
 from pgprune_cli.model.families.llama import FFN, LlamaFamily
+from pgprune_cli.model.unit_tensors import Part, UnitTensor
 
 EXPERTS = replace(FFN, element_name="expert channels", group_name="experts")
 

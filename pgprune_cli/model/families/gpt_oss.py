@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.model.families.adapter import Block, GgufArchitectures, Part, UnitTensor
+from pgprune_cli.model.families.adapter import Block, GgufArchitectures
 from pgprune_cli.model.families.experts import ExpertsFamily
+from pgprune_cli.model.unit_tensors import Part, UnitTensor
 
 
 class NoExperts(nn.Module):

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from torch import nn
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.families.adapter import Block, ModelFamily, UnitTensor, tensor_shape
+from pgprune_cli.model.families.adapter import Block, ModelFamily, tensor_shape
+from pgprune_cli.model.unit_tensors import UnitTensor
 
 
 def check_layout(family: ModelFamily, model_type: str, layers: Sequence[nn.Module]) -> None:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.core.grid import Grid
-from pgprune_cli.model.families.adapter import Block, GgufArchitectures, ModelFamily, Part, UnitTensor, dense_type
+from pgprune_cli.model.families.adapter import Block, GgufArchitectures, ModelFamily, dense_type
+from pgprune_cli.model.unit_tensors import Part, UnitTensor
 
 
 class NoAttention(nn.Module):

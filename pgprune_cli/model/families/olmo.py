@@ -8,8 +8,9 @@ from dataclasses import replace
 
 from torch import nn
 
-from pgprune_cli.model.families.adapter import Block, GgufArchitectures, UnitTensor
+from pgprune_cli.model.families.adapter import Block, GgufArchitectures
 from pgprune_cli.model.families.llama import ATTENTION, FFN, LlamaFamily
+from pgprune_cli.model.unit_tensors import UnitTensor
 
 
 class OlmoFamily(LlamaFamily):

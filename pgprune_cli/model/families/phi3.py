@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from pgprune_cli.model.families.adapter import Block, GgufArchitectures, Part
+from pgprune_cli.model.families.adapter import Block, GgufArchitectures
 from pgprune_cli.model.families.llama import ATTENTION, FFN, LlamaFamily
+from pgprune_cli.model.unit_tensors import Part
 
 
 class Phi3Family(LlamaFamily):

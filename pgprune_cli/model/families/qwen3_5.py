@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.core.grid import Grid
-from pgprune_cli.model.families.adapter import Block, GgufArchitectures, Part, UnitTensor
+from pgprune_cli.model.families.adapter import Block, GgufArchitectures
 from pgprune_cli.model.families.llama import LlamaFamily
+from pgprune_cli.model.unit_tensors import Part, UnitTensor
 
 
 class NoDeltaNet(nn.Module):

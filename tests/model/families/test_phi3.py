@@ -10,8 +10,8 @@ from torch import nn
 
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.families import family_of
-from pgprune_cli.model.families.adapter import Part
 from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.model.unit_tensors import Part
 
 FAMILY = family_of("phi3")
 
