@@ -112,7 +112,7 @@ def partitions(
         if block in WHOLE_FAMILIES:
             continue
         for layer, (grid, cost) in enumerate(zip(shape.grids[block], costs[block], strict=True)):
-            own = scores[score_name(layer, block)]
+            own = scores.get(score_name(layer, block), torch.zeros(0))  # not read for elements and whole groups
             result[layer, block] = partition_of(grid, cost, by_group, own, metric, ffn_multiple)
     return result
 
