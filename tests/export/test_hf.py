@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.export import hf, safetensors_file
+from pgprune_cli.export import hf, hf_config, safetensors_file
 from pgprune_cli.export.plan import Options
 from pgprune_cli.export.shapes import ShapeRequirements
 from pgprune_cli.forward.masked import Evaluator
@@ -31,6 +32,7 @@ from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import resolve
 from pgprune_cli.repair.least_squares import repair
 from pgprune_cli.run.decision import Decision
+from pgprune_cli.serving import modeling_pruned
 
 LAYERS = 4
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-4}
@@ -185,6 +187,14 @@ def test_rope_parameters_that_transformers_4_would_ignore_are_refused(llama, tmp
     config.rope_theta = 10000.0  # what transformers 4 would use, which does not know rope_parameters
     with pytest.raises(ValueError, match="transformers 5"):
         AutoModelForCausalLM.from_config(config)
+
+
+def test_layers_of_different_sizes_are_refused_if_transformers_cannot_load_them(llama, tmp_path, monkeypatch):
+    model, base = llama
+    monkeypatch.setattr(modeling_pruned, "FAMILIES", {"qwen2": modeling_pruned.FAMILIES["qwen2"]})
+    monkeypatch.setattr(hf_config, "transformers", SimpleNamespace(__version__="5.0.0"))
+    with refused("model type llama", "transformers 5.0.0", "budget.scope: per-layer", "qwen2"):
+        export(base, tmp_path / "out", draw(model, DECISIONS["mixed sizes"]))
 
 
 @torch.inference_mode()

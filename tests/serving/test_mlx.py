@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.masks import draw
-from helpers.models import tiny_model
+from helpers.models import ARCHITECTURES, tiny_config, tiny_model
 from helpers.runtimes import SIZES, greedy, prompts, write_pruned
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +23,7 @@ mx = pytest.importorskip(
 )
 mlx_lm = pytest.importorskip("mlx_lm", reason="mlx-lm is not installed: make test-serving, or pgprune[mlx]")
 COUNT = 20
+SERVED = [architecture for architecture in ARCHITECTURES if tiny_config(architecture).model_type in mlx.FAMILIES]
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,7 @@ def assert_mlx_agrees(model, directory: Path) -> None:
 
 @pytest.mark.parametrize("biases", [(), ("attention", "mlp")], ids=["", "output biases"])
 @pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("architecture", SERVED)
 def test_mlx_agrees_with_transformers_on_layers_of_any_size(architecture, name, biases, tmp_path):
     model = write_pruned(architecture, SIZES[name], tmp_path, biases)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -55,6 +57,7 @@ def test_mlx_agrees_with_transformers_on_layers_of_any_size(architecture, name, 
 
 
 @pytest.mark.parametrize("uniform", [True, False])
+@pytest.mark.parametrize("architecture", SERVED)
 def test_mlx_agrees_with_transformers_on_an_export_with_its_own_rope(architecture, uniform, tmp_path):
     """If all layers are alike, transformers loads the export as a stock model."""
     dense = tiny_model(architecture)
