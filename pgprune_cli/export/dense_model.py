@@ -238,7 +238,7 @@ def _check_sizes(name: str, base: DenseModel, model_mask: ModelMask) -> None:
     """Raise UserError unless the decision has the layers and units of the base model."""
     decided = {block: tuple(len(layer.of(block)) for layer in model_mask) for block in base.shape.elements}
     if decided != base.shape.elements:
-        units = " or ".join(block.element_name for block in base.shape.family.blocks)
+        units = " or ".join(block.element_name for block in base.shape.family.kinds)
         raise UserError(
             f"{name}: its number of layers, {units} differs from {DECISION_RECORD}. "
             "Export the run that searched this model."

@@ -51,7 +51,7 @@ class ModelCard:
 
     def _summary(self, decision: Decision) -> str:
         fewer = 1 - self.parameters_after / self.parameters_before
-        units = " and ".join(name for block in self.dense.family.blocks for name in _counted(block))
+        units = " and ".join(name for block in self.dense.family.kinds for name in _counted(block))
         sentences = [
             f"This is {_base_name(decision)} after structured pruning with pgprune, which removed some of its {units}.",
             f"It has {self.parameters_after:,} parameters, {fewer:.1%} fewer than the {self.parameters_before:,} of "
@@ -126,17 +126,20 @@ class ModelCard:
 
     def _kept_units(self) -> str:
         rows = []
-        blocks, grids = self.dense.family.blocks, self.dense.grids
+        kinds, grids = self.dense.family.kinds, self.dense.grids
         for index, kept in enumerate(self.dense.kept(self.layers)):
             cells: list[str] = []
-            for block in blocks:
+            for block in kinds:
+                if self.dense.blocks[index].get(block.name, block) != block:  # the layer has the other attention block
+                    cells += [""] * len(_counted(block))
+                    continue
                 (groups, members), grid = kept[block.name], grids[block.name][index]
                 if block.group_name:
                     cells.append(f"{groups} of {grid.groups}")
                 cells.append(f"{groups * members} of {grid.elements}")
             removed = "" if any(groups for groups, _ in kept.values()) else " (layer removed)"
             rows.append((f"{index}{removed}", *cells))
-        names = [name for block in blocks for name in _counted(block)]
+        names = [name for block in kinds for name in _counted(block)]
         return "## What was kept\n\n" + _table(("layer of the base model", *names), rows)
 
 

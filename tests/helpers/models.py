@@ -23,14 +23,12 @@ ARCHITECTURES = (
     "gemma2",
     "gemma3_text",
     "phi3",
+    "qwen3_5_text",
 )
 """The families that pgprune prunes. Every test of the families runs over them."""
 
 EXPERT_ARCHITECTURES = ("mixtral", "qwen3_moe", "gpt_oss")
 """Mixtures of experts. Tests that look at linear layers do not run over them."""
-
-NEW_ARCHITECTURES = ("qwen3_5_text",)
-"""Families that modeling_pruned.py can load and that have no adapter yet. Their names move to ARCHITECTURES."""
 
 VOCABULARY = 96
 

@@ -136,6 +136,11 @@ class ModelFamily(ABC):
         """The blocks of a layer, in the order in which they run. Some layers have `recurrent` for their attention."""
         return (self.attention, self.ffn)
 
+    @property
+    def kinds(self) -> tuple[Block, ...]:
+        """Every block that a layer may have. A layer has one attention block of two."""
+        return (self.attention, *(() if self.recurrent is None else (self.recurrent,)), self.ffn)
+
     def block(self, name: str) -> Block:
         """Return the block of that name. Raises KeyError."""
         return {block.name: block for block in self.blocks}[name]
@@ -151,8 +156,7 @@ class ModelFamily(ABC):
 
     def blocks_of(self, layer: nn.Module) -> tuple[Block, ...]:
         """Return the blocks that a layer has, in the order in which they run. A pruned model may lack one or both."""
-        attention = (self.attention,) if self.recurrent is None else (self.attention, self.recurrent)
-        return tuple(block for block in (*attention, self.ffn) if _has_parameters(layer, block.module))
+        return tuple(block for block in self.kinds if _has_parameters(layer, block.module))
 
     def linears(self, layer: nn.Module) -> Iterator[tuple[Block, str, nn.Linear]]:
         """Yield every prunable linear layer of a decoder layer with its block and its name in it. Experts have none."""

@@ -15,7 +15,7 @@ def check_layout(family: ModelFamily, model_type: str, layers: Sequence[nn.Modul
     """Raise UserError if a layer lacks what its adapter describes, or has weights that the adapter does not know."""
     for index, layer in enumerate(layers):
         if fault := _fault(family, layer):
-            known = " and ".join(f"{block.module} ({', '.join(block.projections)})" for block in family.blocks)
+            known = " and ".join(f"{block.module} ({', '.join(block.projections)})" for block in family.kinds)
             raise UserError(
                 f"layer {index} of this {model_type} {fault}. pgprune prunes layers that consist of {known}."
             )
