@@ -59,8 +59,14 @@ def check_prunable(source: Source, families: Sequence[str] = ()) -> None:
         return
     config = read_config(source)
     refuse_units(config.model_type, families)
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(f"{source.name}: holds quantised weights, which cannot be pruned. Prune the original model.")
+    if (quantization := getattr(config, "quantization_config", None)) is not None:
+        advice = "Prune the original model."
+        if quantization.get("quant_method") == "mxfp4":  # transformers can unpack it, on a CPU too
+            advice = (
+                "Unpack them first: AutoModelForCausalLM.from_pretrained(NAME, quantization_config=Mxfp4Config("
+                "dequantize=True)).save_pretrained(DIRECTORY), and save the tokenizer there, too."
+            )
+        raise UserError(f"{source.name}: holds quantised weights, which cannot be pruned. {advice}")
     PrunableModel.of(_build_empty(source, "auto"))
 
 

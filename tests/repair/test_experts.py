@@ -8,7 +8,7 @@ from helpers.blocks import batches, model_unchanged
 from helpers.experts import output_of, router_of
 from helpers.masks import keep_first, random_elements
 from helpers.models import EXPERT_ARCHITECTURES, tiny_model
-from helpers.units import ranks_of
+from helpers.units import chain_units, ranks_of
 from torch import Tensor, nn
 
 from pgprune_cli.forward.expert_moments import ExpertMoments
@@ -119,7 +119,8 @@ def test_widths_of_experts_have_the_errors_of_their_masks(architecture: str, sol
     prunable, moments = PrunableModel.of(model), moments_of(model)
     family, layer, grid = prunable.family, prunable.layers[0], prunable.shape.grids["ffn"][0]
     assert isinstance(family, ExpertsFamily)
-    ranks, partitions = ranks_of(prunable, batches())
+    _, partitions = chain_units(prunable.shape)
+    ranks = ranks_of(prunable.shape, partitions)
     partition, order = partitions[0, "ffn"], ranks[0, "ffn"].argsort(descending=True)
     widths, root = list(range(len(order) + 1)), torch.eye(32, dtype=torch.float64)
     errors, weights = solve_expert_widths(family, layer, moments, order, partition, widths, root, DAMPING, solve=solve)
