@@ -72,7 +72,7 @@ def width_table(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
     count[sizes.dtype] += dense(sizes, batches)
     for block in sizes.blocks:
         n, h = block.inputs, block.outputs
-        total = n**3 // 3 + 4 * n * h * h + 5 * n * n * h
+        total = n**3 // 3 + 4 * n * h * h + 5 * n * n * h if sizes.solves else 2 * n * h * h
         for kept in range(0, block.units, block.width_step):
             inputs = n * kept // block.units
             total += h * inputs**2 if sizes.solves else 2 * h * (n - inputs) ** 2

@@ -91,7 +91,8 @@ class RuntimeShapes:
 def runtime_shapes(dense: Shape, model_mask: ModelMask, requirements: ShapeRequirements) -> RuntimeShapes:
     """Return the shapes with the least padding that meets the requirements.
 
-    The padding of a block is its first removed elements; which ones they are does not change the logits. If every
+    The padding of a block is its first removed elements; which ones they are does not change the logits. A layer
+    without query heads gets as few per KV head as any other layer has, so that equal layers remain possible. If every
     layer had a recurrent block, one without any block is written too: transformers counts the tokens in its cache.
     Raises UserError if the decision keeps nothing.
     """
@@ -104,27 +105,29 @@ def runtime_shapes(dense: Shape, model_mask: ModelMask, requirements: ShapeRequi
         removed = [layer for layer in range(dense.layers) if layer not in layers]
         layers = tuple(sorted((*layers, *removed[:1])))
     written = list(model_mask)
+    attention_sizes = [dense.grids["attention"][index].kept(model_mask[index].attention) for index in layers]
+    fewest = min((members for _, members in attention_sizes if members), default=1)
     for index in layers:
         needs_head = requirements.attention == "every" or (requirements.attention == "first" and index == layers[0])
         attention, ffn = (dense.grids[name][index] for name in ("attention", "ffn"))
         written[index] = LayerMask(
-            _padded(model_mask[index].attention, attention, int(needs_head), requirements.pad_kv_heads, 1),
-            _padded(model_mask[index].ffn, ffn, int(requirements.ffn == "every"), 1, requirements.pad_ffn),
+            _padded(model_mask[index].attention, attention, int(needs_head), fewest, requirements.pad_kv_heads, 1),
+            _padded(model_mask[index].ffn, ffn, int(requirements.ffn == "every"), 1, 1, requirements.pad_ffn),
         )
     return RuntimeShapes(dense, layers, model_mask, tuple(written))
 
 
-def _padded(mask: Tensor, grid: Grid, minimum: int, group_multiple: int, member_multiple: int) -> Tensor:
+def _padded(mask: Tensor, grid: Grid, minimum: int, fewest: int, group_multiple: int, member_multiple: int) -> Tensor:
     """Return a regular mask `(elements,)` with elements added, to at least `minimum` groups.
 
     Then the numbers of groups and of members per group are multiples, or all of the grid's. A block without elements
-    gets the fewest members.
+    gets groups of `fewest` members.
     """
     groups, members = grid.kept(mask)
     if not max(groups, minimum):
         return mask
     if not groups:
-        groups, members = max(minimum, grid.min_groups), 1
+        groups, members = max(minimum, grid.min_groups), min(fewest, grid.members)
     by_group = mask.view(grid.groups, grid.members).clone()
     target = min(-(-groups // group_multiple) * group_multiple, grid.groups)
     kept = by_group.any(1)

@@ -30,6 +30,9 @@ MAX_CELLS = 48
 ELEMENT = {"attention": "query head", "ffn": "FFN channel"}
 """What an element of a block is called. Every other family has one unit per layer."""
 
+GROUP = {"attention": "KV head"}
+"""What a unit of a unit search is called where it is a group of several elements."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -172,8 +175,8 @@ def kept_cells(run: Run) -> dict[str, list[dict[str, Any]]]:
 
 def unit_name(run: Run, family: str) -> str:
     """Return what a unit of a unit search is called: a KV head takes its query heads along. "" for a whole layer."""
-    if family == "attention" and run.units[family] != run.elements[family]:
-        return "KV head"
+    if family in GROUP and run.units[family] != run.elements[family]:
+        return GROUP[family]
     return ELEMENT.get(family, "")
 
 

@@ -176,7 +176,7 @@ def test_channels_are_padded_to_the_blocks_of_q8_0_and_to_the_users_multiple(tmp
     requirements = ShapeRequirements("every", pad_kv_heads=2, pad_ffn=48)
     planned = export(tmp_path / "base", tmp_path / "wide.gguf", model_mask, requirements=requirements)
     assert fields(tmp_path / "wide.gguf")["deci.feed_forward_length"] == [80] * 4
-    expected = [((2, 2), 80), ((4, 2), 80), ((2, 1), 80), ((4, 2), 80)]
+    expected = [((2, 2), 80), ((4, 2), 80), ((2, 2), 80), ((4, 2), 80)]
     assert planned.shapes.sizes() == [{"attention": heads, "ffn": (1, channels)} for heads, channels in expected]
 
 

@@ -40,13 +40,15 @@ def mask_of_first(order: Tensor, kept: int, partition: Tensor | None = None) -> 
     return mask if partition is None else mask[partition]
 
 
-def observed_inputs(model: nn.Module, index: int, name: str, text: list[Tensor] | None = None) -> tuple[Tensor, Tensor]:
+def observed_inputs(
+    model: nn.Module | PrunableModel, index: int, name: str, text: list[Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the inputs `(N, in)` of an output projection on all batches, float64, and the tokens' weights `(N,)`.
 
     A weight is 1 / mean square of the residual stream after the attention, and if a norm follows the block, also
     1 / mean square of the block's output.
     """
-    prunable = PrunableModel.of(model)
+    prunable = model if isinstance(model, PrunableModel) else PrunableModel.of(model)
     family, layer = prunable.family, prunable.layers[index]
     block = prunable.shape.blocks[index][name]
     paths = [block.output_path, family.residual, *([block.post_norm] if block.post_norm else [])]
@@ -59,7 +61,7 @@ def observed_inputs(model: nn.Module, index: int, name: str, text: list[Tensor] 
     ]
     with torch.no_grad():
         for tokens in text or batches():
-            model(input_ids=tokens, use_cache=False)
+            prunable.module(input_ids=tokens, use_cache=False)
     for handle in handles:
         handle.remove()
     inputs, *divisors = map(torch.cat, recorded)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pgprune_cli.core.space import WHOLE_FAMILIES, MaskSpace
 from pgprune_cli.model.prunable import BlockCosts, Partitions, Shape
+from pgprune_cli.recipe.schema import MetricName
 from pgprune_cli.scores.metrics import partitions, score_name, unit_ranks
 
 FAMILIES = ("attention", "ffn")
@@ -33,20 +34,26 @@ def group_units(
 
 
 def chain_units(
-    shape: Shape, families: Sequence[str] = FAMILIES, scores: Mapping[str, Tensor] | None = None
+    shape: Shape,
+    families: Sequence[str] = FAMILIES,
+    scores: Mapping[str, Tensor] | None = None,
+    metric: MetricName = "magnitude",
 ) -> tuple[MaskSpace, Partitions]:
     """Return the units of a width search: the steps of the chains that scores say, random ones by default."""
-    units = partitions(shape, families, False, shape.parameters, scores or random_scores(shape), "magnitude")
+    units = partitions(shape, families, False, shape.parameters, scores or random_scores(shape), metric)
     return shape.space(families, units), units
 
 
 def ranks_of(
-    shape: Shape, units: Partitions, scores: Mapping[str, Tensor] | None = None
+    shape: Shape,
+    units: Partitions,
+    scores: Mapping[str, Tensor] | None = None,
+    metric: MetricName = "magnitude",
 ) -> dict[tuple[int, str], Tensor]:
     """Return a number for every unit of a width search: units are removed by rising number."""
     scores = scores or random_scores(shape)
     return {
-        (layer, block): unit_ranks(scores[score_name(layer, block)], partition, shape.grids[block][layer], "magnitude")
+        (layer, block): unit_ranks(scores[score_name(layer, block)], partition, shape.grids[block][layer], metric)
         for (layer, block), partition in units.items()
         if block not in WHOLE_FAMILIES
     }

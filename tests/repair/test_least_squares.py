@@ -154,10 +154,9 @@ def behind(model: nn.Module, keep: ModelMask, outputs: Outputs, index: int, name
         )
         for place, (kept, dense) in enumerate(zip(keep, dense_mask(model), strict=True))
     )
-    with Evaluator(PrunableModel.of(model)).shrunk(
-        front, {key: output for key, output in outputs.items() if key in before}
-    ):
-        return observed_inputs(model, index, name)
+    prunable = PrunableModel.of(model)
+    with Evaluator(prunable).shrunk(front, {key: output for key, output in outputs.items() if key in before}):
+        return observed_inputs(prunable, index, name)
 
 
 @pytest.mark.parametrize("reselect", [False, True])

@@ -20,6 +20,7 @@ from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair.least_squares import repaired_output
 from pgprune_cli.repair.width_table import NO_MULTIPLES, WidthTable, solve_layers, width_step
+from pgprune_cli.scores.metrics import score
 from pgprune_cli.search.policies import Policy, UnitPolicy, WidthPolicy
 
 CHANNELS, LAYERS = 24, 4
@@ -38,6 +39,16 @@ def model() -> nn.Module:
     return tiny_model("llama-biased")
 
 
+OBS_SCORES: dict[int, dict[str, Tensor]] = {}
+
+
+def obs_scores(model: PrunableModel) -> dict[str, Tensor]:
+    """Return the scores of a width search, computed once for a model."""
+    if id(model.module) not in OBS_SCORES:
+        OBS_SCORES[id(model.module)] = score(model, "obs", batches(), 0)
+    return OBS_SCORES[id(model.module)]
+
+
 def layer_policy(
     model: nn.Module,
     sparsity: float = 0.4,
@@ -46,10 +57,10 @@ def layer_policy(
     multiples: Mapping[str, int] = NO_MULTIPLES,
 ) -> WidthPolicy:
     prunable = PrunableModel.of(model)
-    space, units = chain_units(prunable.shape)
-    solved = solve_layers(
-        prunable, ranks_of(prunable.shape, units), units, batches(), DAMPING, solve=solve, multiples=multiples
-    )
+    scores = obs_scores(prunable)
+    space, units = chain_units(prunable.shape, scores=scores, metric="obs")
+    ranks = ranks_of(prunable.shape, units, scores, "obs")
+    solved = solve_layers(prunable, ranks, units, batches(), DAMPING, solve=solve, multiples=multiples)
     table = WidthTable.of(prunable, dict(solved))
     return WidthPolicy(table, table.priorities(space), space, budget_of(space, sparsity, scope, 0.0, multiples))
 
@@ -64,8 +75,12 @@ def unit_policy(model: nn.Module, sparsity: float = 0.4, scope: str = "global") 
 
 def model_mask_of(policy: Policy, model: nn.Module, mask: Tensor) -> ModelMask:
     """Return a mask over the policy's units as the masks of every layer."""
-    shape = PrunableModel.of(model).shape
-    _, units = (chain_units if isinstance(policy, WidthPolicy) else group_units)(shape)
+    prunable = PrunableModel.of(model)
+    shape = prunable.shape
+    if isinstance(policy, WidthPolicy):
+        _, units = chain_units(shape, scores=obs_scores(prunable), metric="obs")
+    else:
+        _, units = group_units(shape)
     return shape.model_mask(policy.space, mask, units)
 
 
