@@ -267,8 +267,9 @@ def register_names_in_files(model_type: str) -> None:
     """Let transformers read the files of a pruned model as those of the dense one."""
     from transformers import conversion_mapping
 
-    names_in_files = conversion_mapping.get_checkpoint_conversion_mapping(model_type)
-    conversion_mapping.register_checkpoint_conversion_mapping(f"pruned_{model_type}", names_in_files, overwrite=True)
+    names = conversion_mapping.get_checkpoint_conversion_mapping(model_type)
+    if names is not None:
+        conversion_mapping.register_checkpoint_conversion_mapping(f"pruned_{model_type}", names, overwrite=True)
 
 
 FAMILIES: dict[str, type[PreTrainedModel]] = {}
@@ -314,4 +315,5 @@ WRAPPERS: dict[str, type[PreTrainedModel]] = {}
 """The models of text and images around a pruned decoder, by the model type of the dense one."""
 
 if int(transformers.__version__.split(".")[0]) >= 5:
-    WRAPPERS |= {kind: define_wrapper(kind, name) for kind, name in (("mistral3", "Mistral3"), ("gemma3", "Gemma3"))}
+    for kind, name in (("mistral3", "Mistral3"), ("gemma3", "Gemma3"), ("qwen3_5", "Qwen3_5")):
+        WRAPPERS[kind] = define_wrapper(kind, name)

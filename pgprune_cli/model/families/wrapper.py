@@ -11,7 +11,7 @@ from typing import Any
 
 from pgprune_cli.model.families.adapter import dense_type
 
-WRAPPERS = ("mistral3", "gemma3")
+WRAPPERS = ("mistral3", "gemma3", "qwen3_5")
 """The model types of wrappers."""
 
 SECTION = "text_config"
