@@ -75,7 +75,7 @@ SLIDING = ["sliding_attention", "sliding_attention", "sliding_attention", "full_
 
 
 def _new_config(architecture: str, sizes: dict):
-    """Return the config of one of NEW_ARCHITECTURES. sizes: what the families have in common."""
+    """Return the config of a family that is not a Llama. sizes: what the families have in common."""
     import transformers as tf
 
     yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 16}

@@ -12,14 +12,14 @@ import sys
 import pytest
 import torch
 from helpers.cut import VARIANTS, dense_and_pruned
-from helpers.models import ARCHITECTURES, EXPERT_ARCHITECTURES, NEW_ARCHITECTURES, VOCABULARY, tiny_config
+from helpers.models import ARCHITECTURES, EXPERT_ARCHITECTURES, VOCABULARY, tiny_config
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from pgprune_cli.serving import modeling_pruned
 from pgprune_cli.serving.modeling_pruned import FAMILIES, Nothing
 
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-4}
-ALL = [name for name in ARCHITECTURES + EXPERT_ARCHITECTURES + NEW_ARCHITECTURES if name != "llama-mha"]
+ALL = [name for name in ARCHITECTURES + EXPERT_ARCHITECTURES if name != "llama-mha"]
 # Not llama-mha, because its KV heads have one query head each.
 
 every_family = pytest.mark.parametrize("name", ALL)
