@@ -81,7 +81,8 @@ def active_parameters(model: PrunableModel) -> BlockCosts:
 def kv_cache(model: PrunableModel, context: int) -> BlockCosts:
     """Return the bytes of the KV cache that a sequence of `context` tokens fills, in the model's dtype.
 
-    Every KV head needs as much, however many query heads share it. A sliding window limits it. An FFN needs none.
+    Every KV head needs as much, however many query heads share it. A sliding window limits it. An FFN needs none. The
+    state of a recurrent layer counts too: it is the same for every number of tokens.
     """
     family = model.family
     costs: dict[str, list[GridCost]] = {block.name: [] for block in family.blocks}

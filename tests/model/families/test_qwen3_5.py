@@ -11,11 +11,15 @@ import torch
 import transformers as tf
 from helpers.exports import export
 from helpers.masks import draw, logits_of, masked, random_tokens
+from helpers.medium import medium_recipe, random_batches
+from helpers.memory import Allocations
 from helpers.models import save_tokenizer, tiny_config, tiny_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pgprune_cli.forward.masked import Evaluator
+from pgprune_cli.estimate.memory import layer_bytes
+from pgprune_cli.estimate.sizes import Sizes
+from pgprune_cli.forward.masked import Evaluator, summed_loss
 from pgprune_cli.model.families.wrapper import decoder_name
 from pgprune_cli.model.loading import check_prunable, load_prunable
 from pgprune_cli.model.prunable import PrunableModel
@@ -66,6 +70,18 @@ def test_states_of_constant_size_and_their_updates_are_counted() -> None:
         assert full.group == 2 * 8 * 4 * context
         weights = 32 * 32 + 32 * 4 + 16 * 32 + 2 * 2 * 32 + 16 * 32
         assert flops(model, context)["attention"][0].element == 2 * weights + 6 * 2 * 8 * 8
+
+
+def test_dense_forward_allocates_what_is_estimated() -> None:
+    config = tiny_config("qwen3_5_text")
+    for name, value in {"hidden_size": 64, "linear_key_head_dim": 16, "linear_value_head_dim": 16}.items():
+        setattr(config, name, value)
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
+    (tokens,) = random_batches(windows=4, length=64, batches=1)
+    expected = layer_bytes(Sizes(PrunableModel.of(model), medium_recipe()), tokens.numel(), 64)
+    with Allocations() as seen:
+        summed_loss(model, tokens)
+    assert seen.peak == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize(
