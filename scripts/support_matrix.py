@@ -27,7 +27,7 @@ HEAD = ("model type", "units that are removed", "transformers", "vLLM plugin", "
 
 def units(family: ModelFamily, model_type: str) -> str:
     """Return what is removed from a model of this type, in words."""
-    parts = [part for block in family.blocks for part in _units_of(family, model_type, block)]
+    parts = [part for block in family.kinds for part in _units_of(family, model_type, block)]
     return ", ".join(parts)
 
 
