@@ -35,7 +35,7 @@ from pgprune_cli.run.decision import Decision
 from pgprune_cli.serving import modeling_pruned
 
 LAYERS = 4
-TOLERANCE = {"atol": 2e-4, "rtol": 1e-4}
+TOLERANCE = {"atol": 5e-4, "rtol": 1e-4}
 
 
 def load(directory: Path):
@@ -89,7 +89,9 @@ def test_export_has_the_logits_of_the_masked_dense_model(saved, tmp_path, name):
     assert torch.equal(load(tmp_path / "again")(tokens).logits, pruned(tokens).logits)
     pruned.set_attn_implementation("eager")  # SDPA returns no attention weights
     weights = pruned(tokens, output_attentions=True).attentions
-    heads = [int(layer.attention.sum()) for layer in model_mask if layer.attention.any()]
+    dense = written.shapes.dense
+    masks = [layer.attention for index, layer in enumerate(model_mask) if not dense.is_recurrent(index)]
+    heads = [int(mask.sum()) for mask in masks if mask.any()]
     assert [w.shape[1] for w in weights if w is not None] == heads
     with masked(model, model_mask):
         torch.testing.assert_close(pruned(tokens).logits, model(tokens).logits, **TOLERANCE)

@@ -64,7 +64,7 @@ def test_shrunk_model_equals_the_dense_one_with_removed_units_silenced(watched: 
     with Evaluator(PrunableModel.of(watched)).shrunk(model_mask) as shrunk:
         got = logits_of(shrunk, tokens)
         again = logits_of(shrunk, tokens)
-    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got, expected, atol=5e-4, rtol=1e-4)
     assert torch.equal(got, again)
     if not is_dense(model_mask):
         assert (got - logits_of(watched, tokens)).abs().max() > 1e-2
@@ -82,7 +82,7 @@ def test_removed_elements_are_not_computed(watched: nn.Module) -> None:
     handles, expected = [], {}
     for block in model.family.blocks_of(layer):
         for tensor in model.family.unit_tensors(layer, block):
-            linear = layer.get_submodule(f"{block.module}.{tensor.module}")
+            linear = layer.get_submodule(f"{block.module}.{tensor.module}".rstrip("."))
             if tensor.key == "weight" and isinstance(linear, nn.Linear):
                 expected[tensor.module] = tuple(kept_shape(tensor, linear.weight.shape, model_mask[1].of(block.name)))
                 handles.append(linear.register_forward_pre_hook(partial(look, name=tensor.module)))
@@ -239,7 +239,8 @@ def memory_for(model: nn.Module, windows: int) -> Iterator[list[int]]:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     prunable = PrunableModel.of(model)
-    handle = prunable.family.attention.output_linear(prunable.layers[2]).register_forward_pre_hook(fail)
+    attention = prunable.shape.blocks[2]["attention"]
+    handle = attention.output_linear(prunable.layers[2]).register_forward_pre_hook(fail)
     try:
         yield sizes
     finally:

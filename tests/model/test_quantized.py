@@ -335,7 +335,7 @@ def test_every_product_of_a_shrunk_fp8_model_uses_rounded_inputs_and_weights(
 
     for linear in linears_of(model):
         linear.register_forward_hook(check)
-    torch.testing.assert_close(Evaluator(model).losses([model_mask], tokens, [outputs]), expected, rtol=0.03, atol=0)
+    torch.testing.assert_close(Evaluator(model).losses([model_mask], tokens, [outputs]), expected, rtol=0.06, atol=0)
     expected_shapes = list(shapes_of_running_projections(model, model_mask))
     assert shapes == expected_shapes
     assert scaled_mm.calls == len(expected_shapes) - len(outputs)

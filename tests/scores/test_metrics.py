@@ -129,7 +129,8 @@ def test_magnitude_sums_the_squared_weights_of_the_element_in_every_projection(a
     scores = score(prunable, "magnitude", [], seed=0)
     for name, layer, block, grid in blocks_of(model):
         module, output = layer.get_submodule(block.module), block.output_linear(layer)
-        inner = [tensor for tensor in prunable.family.unit_tensors(layer, block)[:-1] if tensor.key == "weight"]
+        tensors = prunable.family.unit_tensors(layer, block)[:-1]
+        inner = [tensor for tensor in tensors if tensor.key == "weight" and tensor.module in block.projections]
         for element in range(grid.elements):
             columns = list(columns_of_element(output, grid, element))
             expected = float(output.weight[:, columns].square().sum())

@@ -36,7 +36,7 @@ def weights_of(model: nn.Module) -> Iterator[tuple[str, str, UnitTensor, Grid]]:
     for index, layer in enumerate(prunable.layers):
         for block in prunable.family.blocks_of(layer):
             for tensor in prunable.family.unit_tensors(layer, block):
-                if tensor.key == "weight":
+                if tensor.key == "weight" and tensor.module in block.projections:
                     name = f"{prunable.family.layers}.{index}.{block.module}.{tensor.name}"
                     yield f"layers.{index}.{block.name}", name, tensor, prunable.shape.grids[block.name][index]
 
