@@ -171,10 +171,17 @@ def _check_repair(run: Path, decision: Decision) -> Iterator[str]:
     for (index, block), output in decision.outputs.items():
         place = f"{run / REPAIR_FILE}: layers.{index}.{block}"
         kept = int(decision.model_mask[index].of(block).sum()) if index < len(decision.model_mask) else 0
-        if output.weight.dim() != 2 or not kept or output.weight.shape[1] % kept:
+        if not kept or not _fits(output.weight, kept):
             yield f"{place} does not fit the {kept} kept units."
         elif any(part is not None and not part.isfinite().all() for part in output):
             yield f"{place} contains NaN or infinity."
+
+
+def _fits(weight: Tensor, kept: int) -> bool:
+    """Return whether an output projection has columns for `kept` elements: a matrix, or one for each kept expert."""
+    if weight.dim() == 3:
+        return any(len(weight) * channels == kept for channels in weight.shape[1:])
+    return weight.dim() == 2 and weight.shape[1] % kept == 0
 
 
 def _check_record(name: str) -> Check:
