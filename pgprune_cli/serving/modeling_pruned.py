@@ -60,6 +60,7 @@ DENSE = {
     "smollm3": Family("smollm3", "SmolLM3"),
     "granite": Family("granite", "Granite"),
     "ministral3": Family("ministral3", "Ministral3"),
+    "seed_oss": Family("seed_oss", "SeedOss"),
     "phi3": Family("phi3", "Phi3"),
     "gemma": Family("gemma", "Gemma"),
     "gemma2": Family("gemma2", "Gemma2", AROUND),

@@ -45,6 +45,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list, str, float]] = {
         2e-4,
     ),
     "ministral3, unequal": ("ministral3", {"rope_parameters": MINISTRAL}, EMPTY, "deci", 2e-4),
+    "seed_oss": ("seed_oss", {}, EQUAL, "deci", 2e-4),
+    "seed_oss, unequal": ("seed_oss", {}, EMPTY, "deci", 2e-4),
     "phi3, all heads": ("phi3", {"sliding_window": None}, WHOLE_HEADS, "phi3", 2e-4),
     "phi3": ("phi3", {"sliding_window": None}, EQUAL, "deci", 2e-4),
     "phi3, unequal": ("phi3", {"sliding_window": None}, EMPTY, "deci", 2e-4),

@@ -17,6 +17,7 @@ ARCHITECTURES = (
     "smollm3",
     "granite",
     "ministral3",
+    "seed_oss",
     "olmo2",
     "olmo3",
     "gemma",
@@ -36,8 +37,8 @@ VOCABULARY = 96
 def tiny_config(architecture: str):
     """Return a transformers config of 4 layers with 24 channels and 4 KV heads of 2 query heads (1 in `llama-mha`).
 
-    `llama-gqa`, `qwen3` and the Gemmas tie their embeddings; `llama-biased` has biases everywhere, `qwen2` on q, k
-    and v. Mixtures of experts have 8 experts of 12 channels, of which every token uses 2.
+    `llama-gqa`, `qwen3` and the Gemmas tie their embeddings; `llama-biased` has biases everywhere, `qwen2` and
+    `seed_oss` on q, k and v. Mixtures of experts have 8 experts of 12 channels, of which every token uses 2.
     """
     from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
@@ -95,6 +96,8 @@ def _new_config(architecture: str, sizes: dict):
                 "mscale_all_dim": 1.0,
             }
             return tf.Ministral3Config(**sizes, rope_parameters=yarn | scaling | {"mscale": 1.0, "mscale_all_dim": 1.0})
+        case "seed_oss":
+            return tf.SeedOssConfig(**sizes)
         case "phi3":
             rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
             return tf.Phi3Config(**sizes, rope_parameters=rope, sliding_window=16)

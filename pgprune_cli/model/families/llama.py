@@ -1,4 +1,7 @@
-"""Llama, Mistral, Ministral 3, Qwen2 and Qwen3: q, k, v, o and gate, up, down projections, a norm before each block."""
+"""Llama, Mistral, Ministral 3, Qwen2, Qwen3 and Seed-OSS.
+
+They have q, k, v, o and gate, up, down projections, and a norm before each block.
+"""
 
 from __future__ import annotations
 
@@ -149,7 +152,7 @@ class LlamaFamily(ModelFamily):
 
 
 LLAMA = LlamaFamily(
-    model_types=("llama", "mistral", "qwen2", "qwen3", "ministral3"),
+    model_types=("llama", "mistral", "qwen2", "qwen3", "ministral3", "seed_oss"),
     # `deci` is llama.cpp's Llama whose layers have their own sizes, and `openelm` its Qwen3 with tied embeddings.
     gguf={
         "llama": GgufArchitectures("llama", "deci"),
@@ -157,5 +160,6 @@ LLAMA = LlamaFamily(
         "qwen2": GgufArchitectures("qwen2", "deci"),
         "qwen3": GgufArchitectures("qwen3", "openelm"),
         "ministral3": GgufArchitectures("mistral3", "deci"),
+        "seed_oss": GgufArchitectures(None, "deci"),
     },
 )
