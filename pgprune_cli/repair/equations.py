@@ -89,7 +89,7 @@ def solve_prefixes(
     whole = (weighted @ ordered * weighted).sum()
     factor = cholesky(ordered)
     forward = torch.linalg.solve_triangular(factor, ordered @ ordered_weight.T, upper=False)  # (in, hidden)
-    explained = (forward @ root).square().sum(1).cumsum(0)
+    explained = (forward @ root.T).square().sum(1).cumsum(0)  # R is not symmetric if a norm follows the block
     errors, weights = [], {}
     for kept in counts:
         errors.append(whole - explained[kept - 1] if kept else whole)
