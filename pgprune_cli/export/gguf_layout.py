@@ -73,10 +73,21 @@ class Layout:
                 reasons.append(f"the {name} architecture {reason}")
         sizes = "" if surgery.shapes.uniform else " whose layers have different sizes"
         why = "; ".join(reasons) or f"llama.cpp has no architecture for a {dense_type(config.model_type)} model{sizes}"
-        advice = "Export it with --format hf."
-        if not surgery.shapes.uniform and names.equal in ARCHITECTURES:
-            advice = "Export it with --format hf, or search with budget.scope: per-layer."
-        raise UserError(f"--format gguf: {why}. {advice}")
+        advice = "Export it with --format hf"
+        if not surgery.shapes.uniform and cls._expresses(names.equal, config, surgery):
+            advice += ", or search with budget.scope: per-layer"
+        raise UserError(f"--format gguf: {why}. {advice}.")
+
+    @classmethod
+    def _expresses(cls, name: str | None, config: Any, surgery: Surgery) -> bool:
+        """Return True if an architecture could hold the model, were its layers of the same sizes."""
+        if name not in ARCHITECTURES:
+            return False
+        try:
+            cls._of(ARCHITECTURES[name], config, surgery)
+        except InexpressibleError:
+            return False
+        return True
 
     @classmethod
     def _of(cls, architecture: Architecture, config: Any, surgery: Surgery) -> Layout:
