@@ -27,6 +27,7 @@ from pgprune_cli.forward import masked
 from pgprune_cli.forward.masked import Evaluator, summed_loss
 from pgprune_cli.jobs import search
 from pgprune_cli.model.masks import Output
+from pgprune_cli.model.prunable import Partitions
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.repair.least_squares import Repaired
 from pgprune_cli.repair.width_table import WidthTable, width_step
@@ -63,18 +64,21 @@ class Watch:
         self.begin()
 
 
-def placeholder_table(context: SearchContext, scores: Mapping[tuple[int, str], Tensor], *_: Any) -> WidthTable:
+def placeholder_table(
+    context: SearchContext, ranks: Mapping[tuple[int, str], Tensor], partitions: Partitions, *_: Any
+) -> WidthTable:
     """Return a table of evenly rising errors, whose repairs are columns of the dense projections."""
     model = context.model
     blocks = {block.name: block for block in model.family.blocks}
     errors, orders, outputs = {}, {}, {}
-    for (index, name), values in scores.items():
+    for (index, name), values in ranks.items():
         projection = blocks[name].output_linear(model.layers[index])
         units = len(values)
-        orders[index, name] = values.argsort(descending=True)
+        orders[index, name] = order = values.argsort(descending=True)
+        elements = [0, *partitions[index, name].bincount()[order].cumsum(0).tolist()]  # kept at every width
         errors[index, name] = torch.linspace(1.0, 0.0, units + 1, dtype=torch.float64).square()
-        widths = range(width_step(units), units, width_step(units))
-        columns = {kept: projection.weight[:, : kept * projection.in_features // units] for kept in widths}
+        widths = [elements[kept] for kept in range(width_step(units), units, width_step(units))]
+        columns = {kept: projection.weight[:, : kept * projection.in_features // elements[-1]] for kept in widths}
         outputs[index, name] = {kept: Output(weight.clone().cpu(), None) for kept, weight in columns.items()}
     return WidthTable(errors, orders, outputs)
 

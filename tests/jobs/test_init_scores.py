@@ -26,7 +26,7 @@ def test_every_unit_gets_a_finite_score(metric, small, tmp_path) -> None:
     assert (read.metric, read.fingerprint) == (metric, made.fingerprint) == (metric, resolve("demo").fingerprint())
     config = load_model(resolve("demo"), "float32", "cpu").config
     for layer in range(config.num_hidden_layers):
-        assert read.tensors[f"layers.{layer}.attention"].shape == (config.num_key_value_heads,)
+        assert read.tensors[f"layers.{layer}.attention"].shape == (config.num_attention_heads,)
         assert read.tensors[f"layers.{layer}.ffn"].shape == (config.intermediate_size,)
     assert len(read.tensors) == 2 * config.num_hidden_layers
     for name, values in read.tensors.items():
@@ -76,7 +76,7 @@ def test_the_text_matters_to_a_calibrated_metric(small, tmp_path) -> None:
 def test_scores_that_are_no_numbers_fail_the_run_and_leave_the_old_ones(small, tmp_path, monkeypatch) -> None:
     init_scores(small("scores.metric=magnitude"), tmp_path)
     before = (tmp_path / SCORES_FILE).read_bytes()
-    bad = torch.tensor([1.0, 1.0, float("nan"), 1.0], dtype=torch.float64)
+    bad = torch.tensor([1.0, 1.0, float("nan"), *[1.0] * 5], dtype=torch.float64)
     monkeypatch.setattr(scoring, "score", lambda *_: {"layers.0.attention": bad})
     with refused("layers.0.attention", "obs", "NaN", error=RunError):
         init_scores(small(), tmp_path)
@@ -130,5 +130,5 @@ def test_scores_of_a_newer_pgprune_are_refused(small, tmp_path, monkeypatch) -> 
 
 
 def test_the_same_scores_are_the_same_bytes(tmp_path) -> None:
-    scores = Scores({"layers.0.ffn": torch.arange(3.0, dtype=torch.float64)}, "uniform", "0123")
+    scores = Scores({"layers.0.ffn": torch.arange(3.0, dtype=torch.float64)}, "uniform", "0123", {"ffn": [3]})
     assert len({scores.save(tmp_path).read_bytes() for _ in range(20)}) == 1

@@ -37,7 +37,7 @@ def test_new_recipe_needs_no_weights(config_only: str) -> None:
 
 def test_new_recipe_explains_its_values_in_comments(config_only: str) -> None:
     _, text = new_recipe(config_only)
-    assert "4 layers of 4 KV heads and 24 FFN channels" in text
+    assert "4 layers of 4 KV heads, 8 query heads and 24 FFN channels" in text
     assert len(text.splitlines()) < 30
 
 

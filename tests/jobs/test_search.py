@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -248,7 +249,7 @@ def test_scores_changed_under_a_search_are_refused(stopped, small) -> None:
 
 def test_scores_of_another_model_are_refused(small, tmp_path) -> None:
     scores = init_scores(small(), tmp_path)
-    Scores(scores.tensors, scores.metric, "0" * 64).save(tmp_path)
+    replace(scores, fingerprint="0" * 64).save(tmp_path)
     refuse(small(), tmp_path, SCORES_FILE, "another model", "pgprune init-scores")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -144,17 +145,17 @@ def test_scores_with_nan_or_without_a_layer_are_found(run: Path) -> None:
     tensors = load_file(run / SCORES_FILE)
     scores = Scores.load(run)
     with_nan = {**tensors, "layers.0.ffn": tensors["layers.0.ffn"] * float("nan")}
-    Scores(with_nan, scores.metric, scores.fingerprint).save(run)
+    replace(scores, tensors=with_nan).save(run)
     (fault,) = faults(run)
     says(fault, str(run / SCORES_FILE), "layers.0.ffn", "NaN")
     del tensors["layers.0.ffn"]
-    Scores(tensors, scores.metric, scores.fingerprint).save(run)
+    replace(scores, tensors=tensors).save(run)
     says(faults(run / SCORES_FILE)[0], str(run / SCORES_FILE), "every layer")
 
 
 def test_scores_of_another_model_are_found(run: Path) -> None:
     scores = Scores.load(run)
-    Scores(scores.tensors, scores.metric, "0" * 64).save(run)
+    replace(scores, fingerprint="0" * 64).save(run)
     (fault,) = faults(run)
     says(fault, str(run), SCORES_FILE, DECISION_RECORD)
 

@@ -1,6 +1,7 @@
 """Unit costs: FLOPs as torch counts them, bytes as transformers caches them, and latency by a simulated clock."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -79,12 +80,19 @@ def test_a_sliding_window_bounds_what_attention_costs() -> None:
     assert kv_cache(model, 64)["attention"][0] == GridCost(0, 2 * 8 * 4 * 16)
 
 
+def bytes_of(layer: Any) -> int:
+    """Return the bytes of a layer of the cache: keys and values, or the states of a DeltaNet."""
+    if hasattr(layer, "keys"):
+        return layer.keys.nbytes + layer.values.nbytes
+    return sum(state.nbytes for states in (layer.conv_states, layer.recurrent_states) for state in states.values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kv_cache_bytes_are_those_of_a_real_cache(architecture: str, dtype: torch.dtype) -> None:
     model = tiny_model(architecture).to(dtype)
     with torch.no_grad():
         cache = model(input_ids=torch.arange(CONTEXT).unsqueeze(0), use_cache=True).past_key_values
-    real = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers if hasattr(layer, "keys")]
+    real = [bytes_of(layer) for layer in cache.layers]
     costs = kv_cache(PrunableModel.of(model), CONTEXT)
     assert [4 * cost.group for cost in costs["attention"] if cost.group] == real
     assert all(cost.element == 0 for cost in costs["attention"])
