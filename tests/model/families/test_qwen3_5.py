@@ -74,7 +74,8 @@ def test_states_of_constant_size_and_their_updates_are_counted() -> None:
 
 def test_dense_forward_allocates_what_is_estimated() -> None:
     config = tiny_config("qwen3_5_text")
-    for name, value in {"hidden_size": 64, "linear_key_head_dim": 16, "linear_value_head_dim": 16}.items():
+    sizes = {"vocab_size": 200, "hidden_size": 64, "linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    for name, value in sizes.items():
         setattr(config, name, value)
     model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval().requires_grad_(False)
     (tokens,) = random_batches(windows=4, length=64, batches=1)
