@@ -15,7 +15,7 @@ from torch import Tensor
 from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.data.bos import adds_bos
 from pgprune_cli.data.corpora import Purpose, documents, text_identity
-from pgprune_cli.errors import UserError
+from pgprune_cli.errors import UserError, in_short
 from pgprune_cli.storage.atomic import write_bytes
 from pgprune_cli.storage.records import CHECKSUM, metadata, read_tensors
 
@@ -99,12 +99,18 @@ def _tokenizer_identity(tokenizer: Any) -> str:
 def _tokenize(documents: Iterator[str], tokenizer: Any, at_least: int | None, drop_bos: bool) -> Tensor:
     """Return the tokens of the documents in order, each tokenized by itself and, if so asked, without its first token.
 
-    Special tokens other than BOS stay as the tokenizer adds them.
+    Special tokens other than BOS stay as the tokenizer adds them. Raises UserError if the tokenizer fails.
     """
     pieces: list[list[int]] = []
     total = 0
     while texts := [document for _, document in zip(range(DOCUMENTS_PER_CALL), documents, strict=False)]:
-        for ids in tokenizer(texts, verbose=False)["input_ids"]:
+        try:
+            tokenized = tokenizer(texts, verbose=False)["input_ids"]
+        except Exception as error:  # the library raises a bare Exception, for example for a vocabulary without <unk>
+            raise UserError(
+                f"the model's tokenizer does not work ({in_short(error)}). Fetch its files again."
+            ) from error
+        for ids in tokenized:
             pieces.append(ids[1:] if drop_bos else ids)
             total += len(pieces[-1])
         if at_least is not None and total >= at_least:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.inputs import JSON_VALUES, altered_json, damaged, examples, tried, with_altered_header, write
+from helpers.masks import keep_first
 from helpers.models import ARCHITECTURES, TEXT, save_tokenizer, tiny_config, tiny_model
 from helpers.readers import Changed, read_everything
 from hypothesis import given
@@ -145,7 +146,8 @@ def test_a_file_of_nonsense_is_accepted_or_refused(file: str, content: bytes | N
 def test_the_unchanged_models_are_accepted(architecture: str, folder: Path) -> None:
     """The tests above have restored every file, and their models would have been read."""
     kind = f"models, unchanged {architecture}"
-    read_everything(folder / architecture, kind)
+    mask = keep_first(tiny_model(architecture), [(4 - layer, 9 + layer) for layer in range(4)])
+    read_everything(folder / architecture, kind, mask)
     assert [tried[f"{kind}{reader}, refused"] for reader in ("", ", doctor", ", export")] == [0, 0, 0]
 
 
