@@ -15,6 +15,7 @@ from pgprune_cli.estimate.memory import memory
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.model.devices import devices_of
 from pgprune_cli.model.families import refuse_units
+from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.loading import check_prunable, empty_model
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import resolve
@@ -128,14 +129,23 @@ def _parameters(model: PrunableModel) -> int:
 
 def _text(settings: Sequence[Setting], model: PrunableModel, sparsity: float) -> str:
     """Return the recipe as YAML: a comment that describes it, then the settings, section by section."""
-    grids, (attention, ffn) = model.shape.grids, model.family.blocks
-    kv_heads, heads = (max(getattr(grid, size) for grid in grids[attention.name]) for size in ("groups", "elements"))
-    channels = max(grid.elements for grid in grids[ffn.name])
+    *units, last = [part for block in model.family.kinds for part in _counts(model, block)]
     lines = [
         f"# {settings[0].value} with {sparsity:.0%} of its prunable parameters removed.",
-        f"# {_parameters(model) / 1e6:,.1f} M parameters; {model.shape.layers} layers of {kv_heads} KV heads, {heads} "
-        f"query heads and {channels:,} FFN channels.",
+        f"# {_parameters(model) / 1e6:,.1f} M parameters; {model.shape.layers} layers of {', '.join(units)} "
+        f"and {last}.",
         "#     pgprune search THIS_FILE",
         f"extends: {BASE}  # every key that is not here keeps its value there: pgprune recipes show THIS_FILE",
     ]
     return "\n".join([*lines, *yaml_lines(settings)]) + "\n"
+
+
+def _counts(model: PrunableModel, block: Block) -> list[str]:
+    """Return how many groups, if they have a name, and elements a block has at most, in words."""
+    layers = [index for index, blocks in enumerate(model.shape.blocks) if block in blocks.values()]
+    grids = [model.shape.grids[block.name][layer] for layer in layers]
+    counts = {
+        block.group_name: max((grid.groups for grid in grids), default=0),
+        block.element_name: max((grid.elements for grid in grids), default=0),
+    }
+    return [f"{count:,} {name}" for name, count in counts.items() if name]

@@ -35,6 +35,7 @@ from pgprune_cli.run.layout import (
 )
 from pgprune_cli.run.resume import refuse_other_decision
 from pgprune_cli.run.scores import Scores
+from pgprune_cli.search.costs import is_cost_list
 from pgprune_cli.storage.records import read_record
 
 BLOCKS = ("attention", "ffn")
@@ -139,9 +140,8 @@ def _check_metrics(run: Path) -> Iterator[str]:
 def _check_costs(run: Path) -> Iterator[str]:
     record = read_record(run / COSTS_FILE)
     for block in BLOCKS:
-        costs = record.get(block)
-        if not isinstance(costs, list) or not costs or not all(type(cost) is int and cost > 0 for cost in costs):
-            yield f"{run / COSTS_FILE}: {block} is not a list of positive integers (nanoseconds per unit)."
+        if not is_cost_list(record.get(block)):
+            yield f"{run / COSTS_FILE}: {block} is not a list of costs (nanoseconds, three integers per layer)."
 
 
 def _check_decision(run: Path) -> Iterator[str]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -144,7 +145,7 @@ def latency_of_run(run: Path, model: PrunableModel, context: int, fingerprint: s
         write_record(path, about | {"device": device} | rows)
         return costs
     record = read_record(path)
-    whole = all(_is_cost_list(record.get(name), model.shape.layers) for name in names)
+    whole = all(is_cost_list(record.get(name)) and len(record[name]) == model.shape.layers for name in names)
     if not whole or any(record.get(key) != value for key, value in about.items()):
         raise UserError(
             f"{path}: damaged, or measured on another model or context. Remove the run directory to start over."
@@ -152,10 +153,10 @@ def latency_of_run(run: Path, model: PrunableModel, context: int, fingerprint: s
     return {name: tuple(GridCost(*cost) for cost in record[name]) for name in names}
 
 
-def _is_cost_list(values: object, layers: int) -> bool:
+def is_cost_list(values: Any) -> bool:
+    """Return whether a value from a record is a list of costs, layer by layer: of an element, a group and a member."""
     return (
         isinstance(values, list)
-        and len(values) == layers
         and all(isinstance(cost, list) and len(cost) == 3 for cost in values)
         and all(type(part) is int and part >= 0 for cost in values for part in cost)
         and all(element or member for element, _, member in values)

@@ -41,7 +41,9 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
         patch.setenv("PGPRUNE_CACHE", str(folder / "cache"))
         search(load(find("demo"), [*SMALL, "repair.method=bias"]), folder / "run")
         export_job.export(folder / "run", folder / "out")
-    (folder / "run" / COSTS_FILE).write_text(json.dumps({"attention": [3, 4], "ffn": [1, 1]}))
+    (folder / "run" / COSTS_FILE).write_text(
+        json.dumps({"attention": [[3, 1, 0], [4, 0, 0]], "ffn": [[1, 0, 0], [1, 0, 0]]})
+    )
     (folder / "run" / EVALUATION_FILE).write_text('{"perplexity": []}')
     shutil.rmtree(folder / "cache")
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

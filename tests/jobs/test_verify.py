@@ -67,7 +67,7 @@ def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("PGPRUNE_CACHE", str(run.parent / "cache"))
         search(load(find("demo"), [*SMALL, "search.checkpoint_every=2", "repair.method=bias"]), run)
     write_record(run / EVALUATION_FILE, {})
-    write_record(run / COSTS_FILE, {"attention": [3, 4], "ffn": [1, 1]})
+    write_record(run / COSTS_FILE, {"attention": [[3, 1, 0], [4, 0, 0]], "ffn": [[1, 0, 0], [1, 0, 0]]})
     return run
 
 
@@ -164,7 +164,7 @@ def test_an_empty_line_of_the_history_and_a_cost_of_zero_are_found(run: Path) ->
     shutil.rmtree(run / "checkpoints")  # they hold a checksum of the history
     rows = (run / METRICS_FILE).read_text().splitlines()
     (run / METRICS_FILE).write_text("\n".join([rows[0], " " * len(rows[1]), *rows[2:]]) + "\n")
-    write_record(run / COSTS_FILE, {"attention": [0], "ffn": [2]})
+    write_record(run / COSTS_FILE, {"attention": [[0, 0, 0]], "ffn": [[2, 0, 0]]})
     history, costs = faults(run)
     says(history, f"{run / METRICS_FILE}:2", "'step'")
     says(costs, str(run / COSTS_FILE), "attention")
@@ -172,7 +172,7 @@ def test_an_empty_line_of_the_history_and_a_cost_of_zero_are_found(run: Path) ->
 
 @pytest.mark.parametrize("part", [COSTS_FILE, EVALUATION_FILE, MEASURED_FILE])
 def test_a_changed_digit_in_a_record_is_found(part: str, run: Path) -> None:
-    write_record(run / part, {"attention": [3, 4], "ffn": [5, 6]})
+    write_record(run / part, {"attention": [[3, 0, 0], [4, 0, 0]], "ffn": [[5, 0, 0], [6, 0, 0]]})
     assert faults(run) == faults(run / part) == []
     (run / part).write_text((run / part).read_text().replace("6", "7", 1))
     (fault,) = faults(run)
