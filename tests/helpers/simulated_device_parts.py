@@ -102,7 +102,9 @@ def forward_passes() -> None:
                 with waiting_is_an_error():
                     actual = simulated._summed(model_mask, tokens.to(SIMULATED), repaired_outputs)
                 expected = host._summed(model_mask, tokens, repaired_outputs)
-                torch.testing.assert_close(actual.cpu(), expected, rtol=1e-4, atol=0)  # norms behind blocks magnify rounding
+                torch.testing.assert_close(
+                    actual.cpu(), expected, rtol=1e-4, atol=0
+                )  # norms behind blocks magnify rounding
 
 
 def scores() -> None:

@@ -7,16 +7,25 @@ import pytest
 import torch
 from helpers.masks import keep_first
 from helpers.messages import refused
-from helpers.models import tiny_config, tiny_model
+from helpers.models import EXPERT_ARCHITECTURES, tiny_config, tiny_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pgprune_cli.core.grid import GridCost
+from pgprune_cli.core.grid import GridCost, first_elements
 from pgprune_cli.errors import UserError
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.model.unit_tensors import kept_shape
 from pgprune_cli.run.layout import COSTS_FILE
-from pgprune_cli.search.costs import REPEATS, WARM_UPS, flops, kv_cache, latency_of_run, measure_latency
+from pgprune_cli.search.costs import (
+    REPEATS,
+    WARM_UPS,
+    active_parameters,
+    flops,
+    kv_cache,
+    latency_of_run,
+    measure_latency,
+)
 from pgprune_cli.storage.records import read_record, write_record
 
 CONTEXT = 12
@@ -253,3 +262,22 @@ def test_truncated_latency_costs_are_refused(tmp_path) -> None:
     (tmp_path / COSTS_FILE).write_text('{"of": "lat')
     with pytest.raises(UserError, match=r"costs\.json: cannot be read"):
         latency_of_run(tmp_path, PrunableModel.of(tiny_model("llama-gqa")), CONTEXT, "abc")
+
+
+@pytest.mark.parametrize("architecture", EXPERT_ARCHITECTURES)
+@pytest.mark.parametrize(("experts", "channels"), [(8, 12), (5, 12), (8, 8), (2, 4)])
+def test_active_parameters_are_those_that_one_token_uses(architecture: str, experts: int, channels: int) -> None:
+    """Counted by hand: every router row, and the tensors of the experts that a token is sent to."""
+    model = tiny_model(architecture)
+    prunable = PrunableModel.of(model)
+    layer, family, shape = prunable.layers[0], prunable.family, prunable.shape
+    grid, cost = shape.grids["ffn"][0], active_parameters(prunable)["ffn"][0]
+    kept = first_elements(grid, experts, channels)
+    counted = 0
+    for tensor in family.unit_tensors(layer, family.ffn):
+        shape_kept = kept_shape(tensor, layer.mlp.get_parameter(tensor.name).shape, kept)
+        if tensor.name.startswith("experts."):
+            counted += shape_kept.numel() // experts * model.config.num_experts_per_tok
+        else:
+            counted += shape_kept.numel()
+    assert cost.of_mask(grid, kept) == counted
