@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 
 import pytest
 import torch
@@ -39,14 +40,10 @@ def model() -> nn.Module:
     return tiny_model("llama-biased")
 
 
-OBS_SCORES: dict[int, dict[str, Tensor]] = {}
-
-
-def obs_scores(model: PrunableModel) -> dict[str, Tensor]:
+@cache
+def obs_scores(model: nn.Module) -> dict[str, Tensor]:
     """Return the scores of a width search, computed once for a model."""
-    if id(model.module) not in OBS_SCORES:
-        OBS_SCORES[id(model.module)] = score(model, "obs", batches(), 0)
-    return OBS_SCORES[id(model.module)]
+    return score(PrunableModel.of(model), "obs", batches(), 0)
 
 
 def layer_policy(
@@ -57,7 +54,7 @@ def layer_policy(
     multiples: Mapping[str, int] = NO_MULTIPLES,
 ) -> WidthPolicy:
     prunable = PrunableModel.of(model)
-    scores = obs_scores(prunable)
+    scores = obs_scores(model)
     space, units = chain_units(prunable.shape, scores=scores, metric="obs")
     ranks = ranks_of(prunable.shape, units, scores, "obs")
     solved = solve_layers(prunable, ranks, units, batches(), DAMPING, solve=solve, multiples=multiples)
@@ -78,7 +75,7 @@ def model_mask_of(policy: Policy, model: nn.Module, mask: Tensor) -> ModelMask:
     prunable = PrunableModel.of(model)
     shape = prunable.shape
     if isinstance(policy, WidthPolicy):
-        _, units = chain_units(shape, scores=obs_scores(prunable), metric="obs")
+        _, units = chain_units(shape, scores=obs_scores(model), metric="obs")
     else:
         _, units = group_units(shape)
     return shape.model_mask(policy.space, mask, units)
