@@ -29,6 +29,8 @@ def test_every_unit_gets_a_finite_score(metric, small, tmp_path) -> None:
         assert read.tensors[f"layers.{layer}.attention"].shape == (config.num_attention_heads,)
         assert read.tensors[f"layers.{layer}.ffn"].shape == (config.intermediate_size,)
     assert len(read.tensors) == 2 * config.num_hidden_layers
+    heads, channels = config.num_key_value_heads, config.intermediate_size
+    assert read.units == {name: [count] * 6 for name, count in (("attention", heads), ("ffn", channels))}
     for name, values in read.tensors.items():
         assert values.dtype == torch.float64
         assert values.isfinite().all()
