@@ -154,7 +154,7 @@ MODELS = (
         *("gpt-oss-20b", "gpt-oss-20b", "openai/gpt-oss-20b", "gpt_oss", 20915),
         notes=(
             EXPERTS,
-            "The hub has the experts in MXFP4. They are unpacked when the model is read.",
+            "The hub has the experts in MXFP4. Unpack them first: `pgprune search` prints how.",
             several_gpus(42),
         ),
         settings=(repair_of_experts(4, 32),),
