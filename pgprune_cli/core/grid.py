@@ -87,7 +87,7 @@ class GridCost:
     member: int = 0
 
     def of(self, groups: int, members: int) -> int:
-        """Return the cost of so many groups with so many members each. A block without elements costs nothing."""
+        """Return the cost of `groups` groups with `members` members each. A block without elements costs nothing."""
         if not groups or not members:
             return 0
         return self.element * groups * members + self.group * groups + self.member * members
@@ -265,8 +265,3 @@ def chain_of_scores(
         removal.remove(elements)
         steps += 1
     return chain_of_removal(removed_at)
-
-
-def default_chain(grid: Grid, cost: GridCost) -> Partition:
-    """Return a chain for estimates, before there are scores."""
-    return chain_of_scores(torch.arange(grid.elements, dtype=torch.float64) + 1.0, grid, cost)

@@ -199,7 +199,7 @@ def grid_cost(
 ) -> GridCost:
     """Return how many parameters an element has in these tensors of a block, how many a group shares, and a member.
 
-    groups_per_token: if given, count the parameters that one token uses, of which so many groups of members take part.
+    groups_per_token: how many groups one token uses. If given, only their members are counted, as for one token.
     """
     element = group = member = 0
     routed = {tensor.module for tensor in tensors if tensor.stacked}

@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from pgprune_cli.core.grid import Partition
 from pgprune_cli.errors import RunError
 from pgprune_cli.forward.moments import Moments
 from pgprune_cli.model.masks import Output
+
+
+class WidthProblem(NamedTuple):
+    """A block to be solved at several widths.
+
+    order: the units `(units,)` in which they are kept, first to last; partition: the unit of every element; widths:
+    ascending numbers of units kept from the front of the order; root: R, float64, an output error e costs ‖R e‖²;
+    damping: as in `repaired_output`.
+    """
+
+    order: Tensor
+    partition: Partition
+    widths: Sequence[int]
+    root: Tensor
+    damping: float
 
 
 def repaired_output(

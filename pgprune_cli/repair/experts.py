@@ -6,22 +6,20 @@ none on all others.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.core.grid import Grid, Partition
+from pgprune_cli.core.grid import Grid
 from pgprune_cli.forward.expert_moments import ExpertMoments
 from pgprune_cli.forward.moments import Moments
 from pgprune_cli.model.families.adapter import ModelFamily
 from pgprune_cli.model.families.experts import ExpertsFamily
 from pgprune_cli.model.masks import Output
-from pgprune_cli.repair.equations import repaired_output, solve_prefixes
+from pgprune_cli.repair.equations import WidthProblem, repaired_output, solve_prefixes
 from pgprune_cli.scores.obs import bias_error, expert_order
 
 CHANNELS_PER_TOKEN = 4
-"""An expert is repaired if it has seen at least one token per so many of its channels."""
+"""An expert is repaired if it has seen at least one token for every CHANNELS_PER_TOKEN of its channels."""
 
 
 def has_enough_tokens(moments: ExpertMoments) -> Tensor:
@@ -85,21 +83,18 @@ def solve_expert_widths(
     family: ModelFamily,
     layer: nn.Module,
     moments: ExpertMoments,
-    order: Tensor,
-    partition: Partition,
-    widths: Sequence[int],
-    root: Tensor,
-    damping: float,
+    problem: WidthProblem,
     *,
     solve: bool,
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Solve all experts of a layer at `widths`, which are numbers of units kept from the front of `order` `(units,)`.
+    """Solve all experts of a layer at the widths of a problem. solve: as in `solve_layers`.
 
-    partition: the unit of every element; solve, damping: as in `solve_layers`. Returns the errors `(widths,)` float64
+    Returns the errors `(widths,)` float64
     on the CPU, and by the number of kept elements the output projections as the model stores them, on the CPU, for
     widths at which experts lose channels.
     """
     assert isinstance(family, ExpertsFamily)
+    order, partition, widths, root, damping = problem
     weights, bias = family.output_parts(layer)
     experts, _, channels = weights.shape
     rank = order.argsort()[partition].view(experts, channels)  # the place of every element's unit in the order

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
+from pgprune_cli.core.grid import Grid
 from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.forward.expert_moments import ExpertMoments
 from pgprune_cli.forward.layerwise import LayerwiseRun, start_layerwise
@@ -24,7 +26,6 @@ from pgprune_cli.forward.moments import Moments, block_root, observe_moments
 from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.masks import LayerMask, ModelMask, Output, Outputs, columns_of
 from pgprune_cli.model.prunable import PrunableModel
-from pgprune_cli.repair.equations import cholesky as cholesky
 from pgprune_cli.repair.equations import compensated_output, repaired_output
 from pgprune_cli.repair.experts import has_too_few_tokens, repaired_experts, reselected_experts
 from pgprune_cli.scores.obs import chain_errors, removal_order, units_per_round
@@ -83,8 +84,7 @@ def repair(
                     continue
                 if mask.any():
                     root = block_root(model.family, layer, block, roots[index]) if roots else None
-                    solve = _repaired_experts if model.shape.grids[block.name][index].separate else _repaired
-                    mask, output = solve(model, run, index, block, mask, root, method, damping, note)
+                    mask, output = _BlockRepair(model, run, index, block, method, damping, note).solve(mask, root)
                     masks[block.name] = mask
                     if output is not None:
                         outputs[index, block.name] = output
@@ -95,92 +95,86 @@ def repair(
     return Repaired(tuple(layer_masks), outputs)
 
 
-def _moments_behind(
-    model: PrunableModel, run: LayerwiseRun, index: int, block: Block, experts: Tensor | None = None
-) -> Moments | ExpertMoments:
-    """Observe a block behind the pruned layers. The blocks after it in the same layer need not run.
+@dataclass(frozen=True)
+class _BlockRepair:
+    """The repair of one block of layer `index`, behind the already pruned layers. See `repair` for the other fields."""
 
-    experts: what a router chooses among, `(g,)` int64. All of them by default.
-    """
-    family, layer = model.family, model.layers[index]
-    with ExitStack() as undo:
-        blocks = family.blocks_of(layer)
-        for later in blocks[blocks.index(block) + 1 :]:
-            nothing = torch.zeros(model.shape.elements[later.name][index], dtype=torch.bool)
-            undo.enter_context(shrunk_block(family, layer, later, nothing, None))
-        return observe_moments(run, index, family, block, experts)
+    model: PrunableModel
+    run: LayerwiseRun
+    index: int
+    block: Block
+    method: str
+    damping: float
+    note: Note
 
+    @property
+    def layer(self) -> nn.Module:
+        return self.model.layers[self.index]
 
-def _reselected(model: PrunableModel, index: int, block: Block, mask: Tensor, moments: Moments, root: Tensor) -> Tensor:
-    """Return a mask of as many elements as `mask` `(elements,)` keeps: the last ones that `obs` would remove.
+    @property
+    def grid(self) -> Grid:
+        return self.model.shape.grids[self.block.name][self.index]
 
-    In a grid of several groups with several members, it keeps as many groups and as many members of each.
-    """
-    weight = block.output_linear(model.layers[index]).weight
-    weighted = root.to(weight.device) @ weight.double()
-    grid = model.shape.grids[block.name][index]
-    if not grid.is_line:
-        cost, target = model.shape.parameters[block.name][index], grid.kept(mask)
-        return chain_errors(weighted, moments.second, grid, cost, target).isinf()
-    order, _ = removal_order(weighted, moments.second, len(mask), units_per_round(len(mask)))
-    reselected = torch.zeros_like(mask)
-    reselected[order[len(mask) - int(mask.sum()) :].cpu()] = True
-    return reselected
+    def solve(self, mask: Tensor, root: Tensor | None) -> tuple[Tensor, Output | None]:
+        """Return the mask `(elements,)`, chosen again if R is given, and the repaired output projection, if any."""
+        return self._experts(mask, root) if self.grid.separate else self._one_projection(mask, root)
 
+    def _one_projection(self, mask: Tensor, root: Tensor | None) -> tuple[Tensor, Output]:
+        moments = self._moments()
+        assert isinstance(moments, Moments)
+        if root is not None:
+            mask = self._reselected(mask, moments, root)
+        linear = self.block.output_linear(self.layer)
+        weight = linear.weight
+        columns = columns_of(mask.nonzero().squeeze(1).to(weight.device), weight.shape[1] // len(mask))
+        if self.method == "bias":
+            return mask, compensated_output(weight, linear.bias, moments, columns)
+        with_bias = self.method == "least-squares-bias"
+        return mask, repaired_output(weight, linear.bias, moments, columns, self.damping, with_bias=with_bias)
 
-def _repaired(
-    model: PrunableModel,
-    run: LayerwiseRun,
-    index: int,
-    block: Block,
-    mask: Tensor,
-    root: Tensor | None,
-    method: str,
-    damping: float,
-    _: Note,
-) -> tuple[Tensor, Output]:
-    """Return the mask of a block, chosen again if R is given, and its repaired output projection."""
-    moments = _moments_behind(model, run, index, block)
-    assert isinstance(moments, Moments)
-    if root is not None:
-        mask = _reselected(model, index, block, mask, moments, root)
-    linear = block.output_linear(model.layers[index])
-    weight = linear.weight
-    columns = columns_of(mask.nonzero().squeeze(1).to(weight.device), weight.shape[1] // len(mask))
-    if method == "bias":
-        return mask, compensated_output(weight, linear.bias, moments, columns)
-    with_bias = method == "least-squares-bias"
-    return mask, repaired_output(weight, linear.bias, moments, columns, damping, with_bias=with_bias)
-
-
-def _repaired_experts(
-    model: PrunableModel,
-    run: LayerwiseRun,
-    index: int,
-    block: Block,
-    mask: Tensor,
-    root: Tensor | None,
-    method: str,
-    damping: float,
-    note: Note,
-) -> tuple[Tensor, Output | None]:
-    """Return the mask of a block of experts, chosen again if R is given, and their repaired output projections.
-
-    They are fitted to the tokens that the router sends to each of them once the others are removed.
-    """
-    grid, layer = model.shape.grids[block.name][index], model.layers[index]
-    if root is not None:
-        moments = _moments_behind(model, run, index, block)
+    def _experts(self, mask: Tensor, root: Tensor | None) -> tuple[Tensor, Output | None]:
+        """Fit each expert to the tokens that the router sends to it once the others are removed."""
+        family, layer, grid = self.model.family, self.layer, self.grid
+        if root is not None:
+            moments = self._moments()
+            assert isinstance(moments, ExpertMoments)
+            mask = reselected_experts(family, layer, mask, grid, moments, root)
+        if not self.method.startswith("least-squares") or grid.kept(mask)[1] == grid.members:
+            return mask, None  # an expert that keeps all its channels needs no repair
+        if root is None or not grid.kept_groups(mask).all():
+            moments = self._moments(grid.kept_groups(mask).nonzero().squeeze(1))
         assert isinstance(moments, ExpertMoments)
-        mask = reselected_experts(model.family, layer, mask, grid, moments, root)
-    if not method.startswith("least-squares") or grid.kept(mask)[1] == grid.members:
-        return mask, None  # an expert that keeps all its channels needs no repair
-    if root is None or not grid.kept_groups(mask).all():
-        experts = grid.kept_groups(mask).nonzero().squeeze(1)
-        moments = _moments_behind(model, run, index, block, experts)
-    assert isinstance(moments, ExpertMoments)
-    if few := has_too_few_tokens(moments, mask, grid):
-        kept = grid.kept(mask)[0]
-        names = ", ".join(map(str, few))
-        note(f"layer {index}: {len(few)} of {kept} experts saw too few tokens and keep their weights: {names}")
-    return mask, repaired_experts(model.family, layer, mask, grid, moments, damping)
+        if few := has_too_few_tokens(moments, mask, grid):
+            kept, names = grid.kept(mask)[0], ", ".join(map(str, few))
+            self.note(
+                f"layer {self.index}: {len(few)} of {kept} experts saw too few tokens and keep their weights: {names}"
+            )
+        return mask, repaired_experts(family, layer, mask, grid, moments, self.damping)
+
+    def _moments(self, experts: Tensor | None = None) -> Moments | ExpertMoments:
+        """Observe the block as it will run. The blocks after it in the same layer need not run.
+
+        experts: what a router chooses among, `(g,)` int64. All of them by default.
+        """
+        family = self.model.family
+        with ExitStack() as undo:
+            blocks = family.blocks_of(self.layer)
+            for later in blocks[blocks.index(self.block) + 1 :]:
+                nothing = torch.zeros(self.model.shape.elements[later.name][self.index], dtype=torch.bool)
+                undo.enter_context(shrunk_block(family, self.layer, later, nothing, None))
+            return observe_moments(self.run, self.index, family, self.block, experts)
+
+    def _reselected(self, mask: Tensor, moments: Moments, root: Tensor) -> Tensor:
+        """Return a mask of as many elements as `mask` `(elements,)` keeps: the last ones that `obs` would remove.
+
+        In a grid of several groups with several members, it keeps as many groups and as many members of each.
+        """
+        weight = self.block.output_linear(self.layer).weight
+        weighted = root.to(weight.device) @ weight.double()
+        if not self.grid.is_line:
+            cost, target = self.model.shape.parameters[self.block.name][self.index], self.grid.kept(mask)
+            return chain_errors(weighted, moments.second, self.grid, cost, target).isinf()
+        order, _ = removal_order(weighted, moments.second, len(mask), units_per_round(len(mask)))
+        reselected = torch.zeros_like(mask)
+        reselected[order[len(mask) - int(mask.sum()) :].cpu()] = True
+        return reselected

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
-from pgprune_cli.core.grid import Partition, unit_multiple
+from pgprune_cli.core.grid import unit_multiple
 from pgprune_cli.core.space import MaskSpace
 from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.forward.expert_moments import ExpertMoments
@@ -24,7 +24,7 @@ from pgprune_cli.forward.moments import MomentCollector, Moments, block_root
 from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.masks import ModelMask, Output, Outputs, columns_of
 from pgprune_cli.model.prunable import Partitions, PrunableModel
-from pgprune_cli.repair.equations import solve_prefixes
+from pgprune_cli.repair.equations import WidthProblem, solve_prefixes
 from pgprune_cli.repair.experts import solve_expert_widths
 
 WIDTH_STEPS = 16
@@ -183,11 +183,11 @@ def solve_layers(
             multiple = unit_multiple(model.shape.grids[block.name][index], multiples.get(block.name, 1))
             widths = sorted({*range(0, len(order), width_step(len(order), multiple)), len(order)})
             moments, root = collector.moments(block.name), block_root(family, layer, block, roots[index])
-            problem = order, partitions[index, block.name], widths, root, damping
+            problem = WidthProblem(order, partitions[index, block.name], widths, root, damping)
             if isinstance(moments, ExpertMoments):
-                errors, weights = solve_expert_widths(family, layer, moments, *problem, solve=solve)
+                errors, weights = solve_expert_widths(family, layer, moments, problem, solve=solve)
             else:
-                errors, weights = _solve_widths(block.output_linear(layer), moments, *problem, solve=solve)
+                errors, weights = _solve_widths(block.output_linear(layer), moments, problem, solve=solve)
             del moments  # before those of the next layer exist
             errors = _interpolated(torch.tensor(widths), errors, len(order))
             solved[block.name] = BlockWidths(errors, order, weights)
@@ -195,17 +195,10 @@ def solve_layers(
 
 
 def _solve_widths(
-    linear: nn.Linear,
-    moments: Moments,
-    order: Tensor,
-    partition: Partition,
-    widths: Sequence[int],
-    root: Tensor,
-    damping: float,
-    *,
-    solve: bool,
+    linear: nn.Linear, moments: Moments, problem: WidthProblem, *, solve: bool
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Return the errors of the widths `(widths,)`, and the projections by number of kept elements: see BlockWidths."""
+    order, partition, widths, root, damping = problem
     width = linear.weight.shape[1] // len(partition)
     elements = order.argsort()[partition].argsort(stable=True)  # unit after unit, in the order in which they are kept
     elements_at = [0, *partition.bincount()[order].cumsum(0).tolist()]  # by width

@@ -36,6 +36,7 @@ from pgprune_cli.serving import modeling_pruned
 
 LAYERS = 4
 TOLERANCE = {"atol": 5e-4, "rtol": 1e-4}
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def load(directory: Path):
@@ -43,15 +44,6 @@ def load(directory: Path):
     model, info = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
     assert not any(info.values()), info
     return model.eval()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are slower with several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ class Kept:
 
 
 def kept(kv_heads: tuple[int, ...], members: tuple[int, ...], channels: int, experts: int, width: int) -> Kept:
-    """Return a layer with these KV heads, of each these query heads, and so many channels, experts and widths."""
+    """Return a layer with the given KV heads, query heads of each, and numbers of channels, experts and widths."""
     order = torch.Generator().manual_seed(17 * channels + experts)
 
     def some(count: int, of: int) -> tuple[int, ...]:

@@ -58,7 +58,7 @@ def size_of(grid: Grid, block: str, count: Count, whole_only: bool = False) -> t
 
 
 def random_elements(grid: Grid, groups: int, members: int, generator: torch.Generator) -> Tensor:
-    """Return a random regular mask `(elements,)` that keeps so many members of so many groups."""
+    """Return a random regular mask `(elements,)` that keeps `members` members of `groups` groups."""
     mask = torch.zeros(grid.groups, grid.members, dtype=torch.bool)
     for group in torch.randperm(grid.groups, generator=generator)[:groups].tolist():
         mask[group, torch.randperm(grid.members, generator=generator)[:members]] = True

@@ -17,6 +17,7 @@ from pgprune_cli.forward.moments import observe_moments
 from pgprune_cli.model.families.experts import ExpertsFamily
 from pgprune_cli.model.masks import LayerMask
 from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.repair.equations import WidthProblem
 from pgprune_cli.repair.experts import has_enough_tokens, repaired_experts, reselected_experts, solve_expert_widths
 from pgprune_cli.repair.least_squares import repair
 
@@ -123,7 +124,9 @@ def test_widths_of_experts_have_the_errors_of_their_masks(architecture: str, sol
     ranks = ranks_of(prunable.shape, partitions)
     partition, order = partitions[0, "ffn"], ranks[0, "ffn"].argsort(descending=True)
     widths, root = list(range(len(order) + 1)), torch.eye(32, dtype=torch.float64)
-    errors, weights = solve_expert_widths(family, layer, moments, order, partition, widths, root, DAMPING, solve=solve)
+    errors, weights = solve_expert_widths(
+        family, layer, moments, WidthProblem(order, partition, widths, root, DAMPING), solve=solve
+    )
     assert (errors.diff() <= 1e-9).all() and float(errors[-1]) == pytest.approx(0.0, abs=1e-6)
     enough = has_enough_tokens(moments)
     for width in widths[1:-1]:

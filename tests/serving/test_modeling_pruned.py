@@ -25,16 +25,7 @@ ALL = [name for name in ARCHITECTURES + EXPERT_ARCHITECTURES if name != "llama-m
 every_family = pytest.mark.parametrize("name", ALL)
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 # transformers says that its fast kernels of linear attention are not installed.
-pytestmark = pytest.mark.filterwarnings("ignore:.*falling back")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Models this small are slower with several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore:.*falling back")]
 
 
 def tokens(rows: int = 2, length: int = 30) -> torch.Tensor:

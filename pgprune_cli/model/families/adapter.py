@@ -213,7 +213,7 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def settings(self, layer: nn.Module, block: Block, groups: int, members: int) -> list[tuple[nn.Module, str, Any]]:
-        """Return the attributes (module, name, value) that a block has with so many groups and members.
+        """Return the attributes (module, name, value) of a block with this number of groups and of members in each.
 
         Only what its forward pass does not read off its tensors.
         """
@@ -268,7 +268,7 @@ class ModelFamily(ABC):
         """
 
     def recurrent_config(self, config: Any, groups: int) -> dict[str, int]:
-        """Return the sizes of a `recurrent` block that keeps so many groups, under the config's own keys."""
+        """Return the sizes of a `recurrent` block with this number of kept groups, under the config's own keys."""
         return {}
 
     @abstractmethod
