@@ -2,7 +2,7 @@
 
 The decision is replayed on the base model's weights, one tensor at a time. A model whose layers all have the same sizes
 becomes a stock one; any other takes `modeling_pruned.py` along. Either way its logits are those of the masked dense
-model, with the repaired outputs if there was a repair.
+model, with the repaired weights if there was a repair.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class DirectoryPlan(Plan):
             self.base.write_auxiliary_files(directory)
             for file in self.code:
                 shutil.copyfile(file, directory / file.name)
-            # Without the repaired outputs, which the weights hold already: they could double the size.
-            dataclasses.replace(self.decision, outputs={}).save(directory)
+            # Without the repaired blocks, which the weights hold already: they could double the size.
+            dataclasses.replace(self.decision, repaired={}).save(directory)
             write_bytes(directory / "README.md", self._model_card(out.name).text(self.decision).encode())
             write_checksums(directory)
 

@@ -62,7 +62,7 @@ class ModelCard:
                 "Some blocks are padded to sizes that runtimes need, with units whose output weights are zero. If this "
                 f"padding counts as kept, {self.padded_sparsity:.1%} were removed."
             )
-        if decision.outputs:
+        if decision.repaired:
             sentences.append(
                 "The output projections of pruned blocks were refitted on calibration text. All other kept weights are "
                 "those of the base model, and nothing was retrained."

@@ -158,7 +158,7 @@ def prepare(
     if decoder_only:
         base = base.decoder_alone()
     shapes = runtime_shapes(base.shape, decision.model_mask, requirements)
-    return base, Surgery(base.shape, base.unit_tensors, shapes, decision.outputs, base.tensors, dtype)
+    return base, Surgery(base.shape, base.unit_tensors, shapes, decision.repaired, base.tensors, dtype)
 
 
 def check_new(out: Path, directory: bool) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from pgprune_cli.errors import UserError
 from pgprune_cli.export.shapes import RuntimeShapes, output_columns
 from pgprune_cli.model.families.adapter import Block, FilePiece
-from pgprune_cli.model.masks import Outputs
+from pgprune_cli.model.masks import RepairedBlocks
 from pgprune_cli.model.prunable import Shape
 from pgprune_cli.model.unit_tensors import KeptElements, UnitTensor, gather, kept_shape
 
@@ -63,7 +63,7 @@ class Surgery:
     """Turns the tensors of the base model into those of the export.
 
     shape: of the base model; unit_tensors: its tensors whose rows belong to elements, by name; shapes: of the export;
-    outputs: repaired output projections; tensors: the base model's, on the meta device; dtype: of the exported tensors,
+    repaired: the repaired blocks; tensors: the base model's, on the meta device; dtype: of the exported tensors,
     None to keep the base model's.
     """
 
@@ -72,20 +72,20 @@ class Surgery:
         shape: Shape,
         unit_tensors: Mapping[str, UnitTensor],
         shapes: RuntimeShapes,
-        outputs: Outputs,
+        repaired: RepairedBlocks,
         tensors: Mapping[str, Tensor],
         dtype: torch.dtype | None = None,
     ) -> None:
         self.family = family = shape.family
         self.unit_tensors = unit_tensors
         self.shapes = shapes
-        self.outputs = outputs
+        self.repaired = repaired
         self.tensors = tensors
         self.dtype = dtype
         self.new_biases = {
             block
-            for (layer, block), output in outputs.items()
-            if output.bias is not None
+            for (layer, block), own in repaired.items()
+            if own.bias is not None
             and f"{family.layers}.{layer}.{output_bias_path(shape.blocks[layer][block])}" not in tensors
         }
         """Names of the blocks that get an output bias which the base model lacks. Every layer gets one, zero where the
@@ -139,8 +139,8 @@ class Surgery:
         """Return what makes the output projection of one expert, which is `row` of the repaired ones."""
 
         def make(dense: Tensor) -> Tensor:
-            output = self.outputs.get(key) if kept.any() else None
-            return output_columns(dense, tensor, kept, written, output.weight[row] if output else None)
+            repaired = self.repaired.get(key) if kept.any() else None
+            return output_columns(dense, tensor, kept, written, repaired.weight[row] if repaired else None)
 
         return make
 
@@ -170,9 +170,9 @@ class Surgery:
         """Return what makes the output projection of a block. A repaired one is read only when it is called."""
 
         def make(dense: Tensor) -> Tensor:
-            output = self.outputs.get((layer, block))
+            repaired = self.repaired.get((layer, block))
             kept, written = (masks[layer].of(block) for masks in (self.shapes.kept, self.shapes.written))
-            return output_columns(dense, tensor, kept, written, output.weight if output else None)
+            return output_columns(dense, tensor, kept, written, repaired.weight if repaired else None)
 
         return make
 
@@ -180,9 +180,9 @@ class Surgery:
         """Return what makes the output bias of a block, from the base model's bias or else its output projection."""
 
         def make(dense: Tensor) -> Tensor:
-            output = self.outputs.get((layer, block))
-            if output is not None and output.bias is not None:
-                return output.bias
+            repaired = self.repaired.get((layer, block))
+            if repaired is not None and repaired.bias is not None:
+                return repaired.bias
             # A block that is all padding must add nothing, so it drops the base model's bias too.
             keeps_bias = dense.dim() == 1 and bool(self.shapes.kept[layer].of(block).any())
             return dense if keeps_bias else dense.new_zeros(dense.shape[0])

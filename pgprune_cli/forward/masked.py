@@ -20,7 +20,7 @@ from torch.nn import functional
 from pgprune_cli.forward.batch_splitting import BatchSplitter
 from pgprune_cli.model.families import find_family
 from pgprune_cli.model.families.adapter import Block, ModelFamily
-from pgprune_cli.model.masks import ModelMask, Output, Outputs
+from pgprune_cli.model.masks import ModelMask, RepairedBlock, RepairedBlocks
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import Int8Linear, QuantizedLinear, Rows
 from pgprune_cli.model.unit_tensors import KeptElements, UnitTensor, gather
@@ -98,59 +98,59 @@ class Evaluator:
         self.splitter = BatchSplitter()
 
     def losses(
-        self, model_masks: Sequence[ModelMask], tokens: Tensor, outputs: Sequence[Outputs] | None = None
+        self, model_masks: Sequence[ModelMask], tokens: Tensor, repaired: Sequence[RepairedBlocks] | None = None
     ) -> Tensor:
         """Return the mean next-token loss on `tokens` `(B, T)` int64 under K masks: `(K,)` float64, nats per token.
 
-        outputs: the repaired output projections of each mask. A loss that overflows is returned as it is (inf or NaN).
+        repaired: the repaired blocks of each mask. A loss that overflows is returned as it is (inf or NaN).
         Raises RunError if memory does not suffice for one window.
         """
         tokens = tokens.to(self.model.device)
-        pairs = zip(model_masks, outputs or [{} for _ in model_masks], strict=True)
-        losses = [self._summed(model_mask, tokens, repaired) for model_mask, repaired in pairs]
+        pairs = zip(model_masks, repaired or [{} for _ in model_masks], strict=True)
+        losses = [self._summed(model_mask, tokens, own) for model_mask, own in pairs]
         if not losses:
             return torch.zeros(0, dtype=torch.float64)
         return torch.stack(losses).cpu() / (tokens.shape[0] * (tokens.shape[1] - 1))
 
-    def _summed(self, model_mask: ModelMask, tokens: Tensor, outputs: Outputs) -> Tensor:
+    def _summed(self, model_mask: ModelMask, tokens: Tensor, repaired: RepairedBlocks) -> Tensor:
         """Return the loss of one mask summed over all predictions: a float64 scalar on the model's device."""
         parts: list[Tensor] = []
 
         def run(windows: slice) -> None:
             # Shrunk anew for each slice: a block whose gathering ran out of memory is half swapped.
-            with self.shrunk(model_mask, outputs) as model:
+            with self.shrunk(model_mask, repaired) as model:
                 parts.append(summed_loss(model, tokens[windows]))
 
         self.splitter.run_slices(len(tokens), run)
         return torch.stack(parts).double().sum()
 
     @contextmanager
-    def shrunk(self, model_mask: ModelMask, outputs: Outputs | None = None) -> Iterator[nn.Module]:
+    def shrunk(self, model_mask: ModelMask, repaired: RepairedBlocks | None = None) -> Iterator[nn.Module]:
         """Shrink the model to a mask inside the `with`; it is dense again on every way out."""
         family = self.model.family
         with ExitStack() as undo:
             for index, (layer, layer_mask) in enumerate(zip(self.model.layers, model_mask, strict=True)):
                 for block in family.blocks_of(layer):
-                    output = (outputs or {}).get((index, block.name))
-                    undo.enter_context(shrunk_block(family, layer, block, layer_mask.of(block.name), output))
+                    own = (repaired or {}).get((index, block.name))
+                    undo.enter_context(shrunk_block(family, layer, block, layer_mask.of(block.name), own))
             yield self.model.module
 
 
 def shrunk_block(
-    family: ModelFamily, layer: nn.Module, block: Block, mask: Tensor, output: Output | None
+    family: ModelFamily, layer: nn.Module, block: Block, mask: Tensor, repaired: RepairedBlock | None
 ) -> AbstractContextManager[None]:
     """Run one block of a layer on its kept elements inside the `with`.
 
-    mask: `(elements,)` bool, regular; output: the repaired output projection, if there is one.
+    mask: `(elements,)` bool, regular; repaired: its repaired weights, if there are any.
     A block that keeps nothing is replaced by a placeholder.
     """
     if mask.any():
         module = layer.get_submodule(block.module)
-        is_dense = mask.all() and output is None
+        is_dense = mask.all() and repaired is None
         # int8 weights are unpacked when they are gathered, outside of what a latency measurement times.
         if is_dense and not any(isinstance(part, Int8Linear) for part in module.modules()):
             return nullcontext()
-        return _gathered(family, layer, block, mask, output)
+        return _gathered(family, layer, block, mask, repaired)
     return _replaced(layer, block.module, family.placeholder(block))
 
 
@@ -166,13 +166,15 @@ def _replaced(layer: nn.Module, name: str, placeholder: nn.Module) -> Iterator[N
 
 @contextmanager
 def _gathered(
-    family: ModelFamily, layer: nn.Module, block: Block, mask: Tensor, output: Output | None
+    family: ModelFamily, layer: nn.Module, block: Block, mask: Tensor, repaired: RepairedBlock | None
 ) -> Iterator[None]:
     """Inside the `with`, every forward pass of the block runs on the rows of its kept elements."""
     module = layer.get_submodule(block.module)
     tensors = family.unit_tensors(layer, block)
     settings = family.settings(layer, block, *family.grid(layer, block).kept(mask))
     kept = KeptElements(mask)
+    refitted = _refitted(block, tensors[-1].name, repaired)
+    device = next(module.parameters()).device
     undo: list[Callable[[], None]] = []
 
     def put(name: str, value: Tensor | Rows) -> None:
@@ -195,15 +197,11 @@ def _gathered(
         for owner, attribute, value in settings:
             undo.append(partial(setattr, owner, attribute, getattr(owner, attribute)))
             setattr(owner, attribute, value)
-        for tensor in tensors if output is None else tensors[:-1]:
-            put(tensor.name, _kept_values(module, tensor, kept))
-        if output is not None:
-            owner = module.get_submodule(tensors[-1].module)
-            like = owner if isinstance(owner, QuantizedLinear) else owner.get_parameter(tensors[-1].key)
-            device = next(module.parameters()).device
-            for name, value in zip((tensors[-1].name, block.output_bias), output, strict=True):
-                if value is not None:
-                    put(name, value.to(device, like.dtype, non_blocking=True))
+        for tensor in tensors:
+            if tensor.name not in refitted:
+                put(tensor.name, _kept_values(module, tensor, kept))
+        for name, value in refitted.items():
+            put(name, value.to(device, _dtype(module, name), non_blocking=True))
 
     def restore(*_: object) -> None:
         while undo:
@@ -217,6 +215,24 @@ def _gathered(
         for handle in handles:
             handle.remove()
         restore()
+
+
+def _refitted(block: Block, output_weight: str, repaired: RepairedBlock | None) -> dict[str, Tensor]:
+    """Return the refitted tensors of a block by their names inside its module. output_weight: that of its output's."""
+    if repaired is None:
+        return {}
+    bias = {} if repaired.bias is None else {block.output_bias: repaired.bias}
+    return {**repaired.inner, output_weight: repaired.weight, **bias}
+
+
+def _dtype(module: nn.Module, name: str) -> torch.dtype:
+    """Return the dtype that a block computes in with a weight or bias, which it may lack."""
+    path, _, key = name.rpartition(".")
+    owner = module.get_submodule(path)
+    if isinstance(owner, QuantizedLinear):
+        return owner.dtype
+    parameter: Tensor | None = getattr(owner, key)
+    return owner.get_parameter("weight").dtype if parameter is None else parameter.dtype
 
 
 def _kept_values(module: nn.Module, tensor: UnitTensor, kept: KeptElements) -> Tensor | Rows:

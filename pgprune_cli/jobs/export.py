@@ -79,7 +79,7 @@ def plan(run: Path, options: Options | None = None, format: str = "hf") -> Plan:
 
     Raises UserError as `Decision.load` and the format's `plan` do.
     """
-    if (run / "config.json").exists():  # an export holds its decision too, but not the repaired outputs
+    if (run / "config.json").exists():  # an export holds its decision too, but not the repaired blocks
         raise UserError(f"{run}: an exported model, not a run. Give the run directory that it was exported from.")
     decision = Decision.load(run)
     evaluation = run / EVALUATION_FILE

@@ -118,8 +118,8 @@ def _decide(problem: Problem, loop: LoopState) -> Decision:
     """Repair the mask that the search ended with, measure it on held-out text, and describe it."""
     context, recipe = problem.context, problem.context.recipe
     mask = problem.policy.final_mask(loop.policy_state)
-    model_mask, outputs = _repaired(context, problem.model_mask(mask))
-    heldout_loss = problem.heldout_loss(model_mask, outputs)
+    model_mask, repaired = _repaired(context, problem.model_mask(mask))
+    heldout_loss = problem.heldout_loss(model_mask, repaired)
     dense_loss = problem.heldout_loss(problem.model_mask(torch.ones_like(mask)), {})
     return Decision(
         model_mask=model_mask,
@@ -133,7 +133,7 @@ def _decide(problem: Problem, loop: LoopState) -> Decision:
         heldout_loss=finite(heldout_loss),
         dense_loss=finite(dense_loss),
         bos=context.text.bos is not None,
-        outputs=outputs,
+        repaired=repaired,
         budget={
             "measure": recipe.budget.measure,
             "kept": int(problem.space.costs[mask].sum()) / int(problem.space.costs.sum()),

@@ -16,7 +16,7 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs.evaluation_request import Corpus
 from pgprune_cli.model.loading import load_model, load_prunable, load_tokenizer
-from pgprune_cli.model.masks import ModelMask, Outputs
+from pgprune_cli.model.masks import ModelMask, RepairedBlocks
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import Source, resolve
 from pgprune_cli.recipe.reader import UnknownKeys, load, parse
@@ -32,7 +32,7 @@ class Target:
     Attributes:
         model: for a run directory, the base model as a PrunableModel; for any other model, the transformers model.
         model_mask: what a run keeps of its base model; None for any other model.
-        outputs: the repaired output projections of a run.
+        repaired: the repaired blocks of a run.
         evaluation: what the recipe of a run or of an exported model says to evaluate, otherwise the defaults. Its `bos`
             is the one asked for, if any was.
         base: the model that this one was pruned from, by its name in the decision; None for a dense model.
@@ -42,7 +42,7 @@ class Target:
     source: Source
     model: PrunableModel | nn.Module
     model_mask: ModelMask | None
-    outputs: Outputs
+    repaired: RepairedBlocks
     evaluation: EvaluationSettings
     base: str | None
 
@@ -55,7 +55,7 @@ class Target:
     def ready(self) -> Iterator[nn.Module]:
         """Yield the model to measure: for a run, the base model, shrunk to the mask inside the `with`."""
         if isinstance(self.model, PrunableModel) and self.model_mask is not None:
-            with Evaluator(self.model).shrunk(self.model_mask, self.outputs) as model:
+            with Evaluator(self.model).shrunk(self.model_mask, self.repaired) as model:
                 yield model
         else:
             yield self.module
@@ -121,7 +121,7 @@ def _open_run(
     evaluation = _checked(recipe.evaluation, bos, source, uses_recipe)
     with progress.working(f"loading {name}"):
         model = load_prunable(source, dtype or recipe.dtype, device or recipe.device)
-    return Target(name, source, model, decision.model_mask, decision.outputs, evaluation, source.name)
+    return Target(name, source, model, decision.model_mask, decision.repaired, evaluation, source.name)
 
 
 def _checked(recorded: EvaluationSettings, bos: Bos | None, source: Source, uses_recipe: bool) -> EvaluationSettings:

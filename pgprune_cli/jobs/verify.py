@@ -168,12 +168,12 @@ def _check_belongs(run: Path, decision: Decision) -> Iterable[str]:
 
 def _check_repair(run: Path, decision: Decision) -> Iterator[str]:
     """Check that the repaired output projections fit the kept units and are finite."""
-    for (index, block), output in decision.outputs.items():
+    for (index, block), repaired in decision.repaired.items():
         place = f"{run / REPAIR_FILE}: layers.{index}.{block}"
         kept = int(decision.model_mask[index].of(block).sum()) if index < len(decision.model_mask) else 0
-        if not kept or not _fits(output.weight, kept):
+        if not kept or not _fits(repaired.weight, kept):
             yield f"{place} does not fit the {kept} kept units."
-        elif any(part is not None and not part.isfinite().all() for part in output):
+        elif not all(part is None or part.isfinite().all() for part in (repaired.weight, repaired.bias)):
             yield f"{place} contains NaN or infinity."
 
 

@@ -1,9 +1,10 @@
-"""Masks over the units of a model, layer by layer, and the repaired output projections that go with them."""
+"""Masks over the units of a model, layer by layer, and the repaired weights that go with them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -27,18 +28,22 @@ ModelMask = tuple[LayerMask, ...]
 """The masks of every layer of a model."""
 
 
-class Output(NamedTuple):
-    """An output projection on its kept inputs: weight `(hidden, kept)`, and bias `(hidden,)` or None.
+class RepairedBlock(NamedTuple):
+    """The refitted weights of a block that keeps only some of its units.
 
-    Of a mixture of experts: weight `(kept experts, hidden, kept channels)`, as the family stores it.
+    weight: of the output projection on its kept inputs, `(hidden, kept)`, or for a mixture of experts `(kept experts,
+    hidden, kept channels)` as the family stores it; bias: of the output, `(hidden,)`, or None; inner: by their names
+    inside the block's module, such as `q_proj.weight`, further refitted tensors with just their kept rows, in the order
+    in which `gather` returns them. Every other tensor keeps the weights of the base model.
     """
 
     weight: Tensor
     bias: Tensor | None
+    inner: Mapping[str, Tensor] = MappingProxyType({})
 
 
-Outputs = Mapping[tuple[int, str], Output]
-"""Repaired output projections by (layer, block name). A block without an entry keeps the weights of the base model."""
+RepairedBlocks = Mapping[tuple[int, str], RepairedBlock]
+"""Repaired blocks by (layer, block name). A block without an entry keeps the weights of the base model."""
 
 
 def columns_of(elements: Tensor, width: int) -> Tensor:

@@ -148,7 +148,7 @@ class Fp8Linear(QuantizedLinear):
     LARGEST = torch.finfo(FP8).max
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(self.kept, Tensor):  # a repaired output projection, which is not rounded
+        if isinstance(self.kept, Tensor):  # a repaired weight, which is not rounded
             return functional.linear(input, self.kept, self.bias)
         product = fp8_product(input, *self._rows())
         return product if self.bias is None else product + self.bias

@@ -11,7 +11,7 @@ from torch import Tensor
 from pgprune_cli.core.grid import Partition
 from pgprune_cli.errors import RunError
 from pgprune_cli.forward.moments import Moments
-from pgprune_cli.model.masks import Output
+from pgprune_cli.model.masks import RepairedBlock
 
 
 class WidthProblem(NamedTuple):
@@ -31,7 +31,7 @@ class WidthProblem(NamedTuple):
 
 def repaired_output(
     weight: Tensor, bias: Tensor | None, moments: Moments, columns: Tensor, damping: float, *, with_bias: bool
-) -> Output:
+) -> RepairedBlock:
     """Return the output projection on its kept `columns` (int64, ascending), refitted to `weight` `(hidden, in)`.
 
     damping: λ as a fraction of the mean of C's diagonal; with_bias: fit a constant too (the moments are centred). The
@@ -46,19 +46,19 @@ def repaired_output(
     right = second[columns] @ full.T + ridge * full[:, columns].T
     solution = torch.cholesky_solve(right, cholesky(system)).T
     if not with_bias:
-        return Output(solution.to(weight.dtype), bias)
+        return RepairedBlock(solution.to(weight.dtype), bias)
     constant = full @ moments.first - solution @ moments.first[columns]
     constant = constant if bias is None else constant + bias.double()
-    return Output(solution.to(weight.dtype), constant.to(weight.dtype))
+    return RepairedBlock(solution.to(weight.dtype), constant.to(weight.dtype))
 
 
-def compensated_output(weight: Tensor, bias: Tensor | None, moments: Moments, columns: Tensor) -> Output:
+def compensated_output(weight: Tensor, bias: Tensor | None, moments: Moments, columns: Tensor) -> RepairedBlock:
     """Return FLAP's repair (An et al. 2024): the kept columns unchanged, and the mean of the removed ones as a bias."""
     removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
     removed[columns] = False
     constant = weight[:, removed].double() @ moments.first[removed]
     constant = constant if bias is None else constant + bias.double()
-    return Output(weight[:, columns].clone(), constant.to(weight.dtype))
+    return RepairedBlock(weight[:, columns].clone(), constant.to(weight.dtype))
 
 
 def cholesky(system: Tensor) -> Tensor:

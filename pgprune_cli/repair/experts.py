@@ -14,7 +14,7 @@ from pgprune_cli.forward.expert_moments import ExpertMoments
 from pgprune_cli.forward.moments import Moments
 from pgprune_cli.model.families.adapter import ModelFamily
 from pgprune_cli.model.families.experts import ExpertsFamily
-from pgprune_cli.model.masks import Output
+from pgprune_cli.model.masks import RepairedBlock
 from pgprune_cli.repair.equations import WidthProblem, repaired_output, solve_prefixes
 from pgprune_cli.scores.obs import bias_error, expert_order
 
@@ -35,7 +35,7 @@ def has_too_few_tokens(moments: ExpertMoments, mask: Tensor, grid: Grid) -> list
 
 def repaired_experts(
     family: ModelFamily, layer: nn.Module, mask: Tensor, grid: Grid, moments: ExpertMoments, damping: float
-) -> Output:
+) -> RepairedBlock:
     """Return the output projections of the kept experts on their kept channels, as the model stores them.
 
     mask: `(experts · channels,)` bool, regular; damping: λ as a fraction of the mean of each expert's diagonal. The
@@ -52,7 +52,7 @@ def repaired_experts(
             solved.append(repaired_output(weights[expert], None, own, columns, damping, with_bias=False).weight)
         else:
             solved.append(weights[expert][:, columns])
-    return Output(family.stored_output(torch.stack(solved)), None)
+    return RepairedBlock(family.stored_output(torch.stack(solved)), None)
 
 
 def reselected_experts(

@@ -24,7 +24,7 @@ from pgprune_cli.forward.layerwise import LayerwiseRun, start_layerwise
 from pgprune_cli.forward.masked import shrunk_block
 from pgprune_cli.forward.moments import Moments, block_root, observe_moments
 from pgprune_cli.model.families.adapter import Block
-from pgprune_cli.model.masks import LayerMask, ModelMask, Output, Outputs, columns_of
+from pgprune_cli.model.masks import LayerMask, ModelMask, RepairedBlock, RepairedBlocks, columns_of
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair.equations import compensated_output, repaired_output
 from pgprune_cli.repair.experts import has_too_few_tokens, repaired_experts, reselected_experts
@@ -42,10 +42,10 @@ def _no_note(text: str) -> None:
 
 
 class Repaired(NamedTuple):
-    """A mask, and the repaired output projections of every block that keeps some but not all of its units."""
+    """A mask, and the repaired weights of every block that keeps some but not all of its units."""
 
     model_mask: ModelMask
-    outputs: Outputs
+    blocks: RepairedBlocks
 
 
 def repair(
@@ -73,7 +73,7 @@ def repair(
     """
     roots = error_roots(model, batches, progress) if reselect else None
     run = start_layerwise(model, batches)
-    outputs: dict[tuple[int, str], Output] = {}
+    repaired: dict[tuple[int, str], RepairedBlock] = {}
     layer_masks = []
     for index, layer in enumerate(model.layers):
         masks = dict(vars(model_mask[index]))
@@ -84,15 +84,15 @@ def repair(
                     continue
                 if mask.any():
                     root = block_root(model.family, layer, block, roots[index]) if roots else None
-                    mask, output = _BlockRepair(model, run, index, block, method, damping, note).solve(mask, root)
+                    mask, own = _BlockRepair(model, run, index, block, method, damping, note).solve(mask, root)
                     masks[block.name] = mask
-                    if output is not None:
-                        outputs[index, block.name] = output
-                undo.enter_context(shrunk_block(model.family, layer, block, mask, outputs.get((index, block.name))))
+                    if own is not None:
+                        repaired[index, block.name] = own
+                undo.enter_context(shrunk_block(model.family, layer, block, mask, repaired.get((index, block.name))))
             run.advance(index)
         layer_masks.append(LayerMask(**masks))
         progress.layer_done()
-    return Repaired(tuple(layer_masks), outputs)
+    return Repaired(tuple(layer_masks), repaired)
 
 
 @dataclass(frozen=True)
@@ -115,11 +115,11 @@ class _BlockRepair:
     def grid(self) -> Grid:
         return self.model.shape.grids[self.block.name][self.index]
 
-    def solve(self, mask: Tensor, root: Tensor | None) -> tuple[Tensor, Output | None]:
+    def solve(self, mask: Tensor, root: Tensor | None) -> tuple[Tensor, RepairedBlock | None]:
         """Return the mask `(elements,)`, chosen again if R is given, and the repaired output projection, if any."""
         return self._experts(mask, root) if self.grid.separate else self._one_projection(mask, root)
 
-    def _one_projection(self, mask: Tensor, root: Tensor | None) -> tuple[Tensor, Output]:
+    def _one_projection(self, mask: Tensor, root: Tensor | None) -> tuple[Tensor, RepairedBlock]:
         moments = self._moments()
         assert isinstance(moments, Moments)
         if root is not None:
@@ -132,7 +132,7 @@ class _BlockRepair:
         with_bias = self.method == "least-squares-bias"
         return mask, repaired_output(weight, linear.bias, moments, columns, self.damping, with_bias=with_bias)
 
-    def _experts(self, mask: Tensor, root: Tensor | None) -> tuple[Tensor, Output | None]:
+    def _experts(self, mask: Tensor, root: Tensor | None) -> tuple[Tensor, RepairedBlock | None]:
         """Fit each expert to the tokens that the router sends to it once the others are removed."""
         family, layer, grid = self.model.family, self.layer, self.grid
         if root is not None:

@@ -22,7 +22,7 @@ from pgprune_cli.forward.expert_moments import ExpertMoments
 from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.moments import MomentCollector, Moments, block_root
 from pgprune_cli.model.families.adapter import Block
-from pgprune_cli.model.masks import ModelMask, Output, Outputs, columns_of
+from pgprune_cli.model.masks import ModelMask, RepairedBlock, RepairedBlocks, columns_of
 from pgprune_cli.model.prunable import Partitions, PrunableModel
 from pgprune_cli.repair.equations import WidthProblem, solve_prefixes
 from pgprune_cli.repair.experts import solve_expert_widths
@@ -55,18 +55,18 @@ class BlockWidths:
 class WidthTable:
     """Every block at many widths, as if it alone were pruned: the error of each width, and its repaired projection.
 
-    errors, orders: by (layer, block), as in `BlockWidths`; outputs: by (layer, block) and number of kept elements, the
+    errors, orders: by (layer, block), as in `BlockWidths`; repaired: by (layer, block) and number of kept elements, the
     projection on the first units of the order. Empty without repair.
     """
 
     errors: Mapping[tuple[int, str], Tensor]
     orders: Mapping[tuple[int, str], Tensor]
-    outputs: Mapping[tuple[int, str], Mapping[int, Output]]
+    repaired: Mapping[tuple[int, str], Mapping[int, RepairedBlock]]
 
     @classmethod
     def of(cls, model: PrunableModel, layers: Mapping[int, Mapping[str, BlockWidths]]) -> WidthTable:
         """Collect the solved blocks of a model, layer by layer."""
-        errors, orders, outputs = {}, {}, {}
+        errors, orders, repaired = {}, {}, {}
         for index, solved in layers.items():
             for name in model.shape.grids:
                 key = (index, name)
@@ -79,10 +79,10 @@ class WidthTable:
                     make = _expert_output if model.shape.grids[name][index].separate else _linear_output
                     layer, block = model.layers[index], model.shape.blocks[index][name]
                     device = next(layer.parameters()).device
-                    outputs[key] = {
+                    repaired[key] = {
                         kept: make(layer, block, _close_to(device, weight)) for kept, weight in widths.weights.items()
                     }
-        return cls(errors, orders, outputs)
+        return cls(errors, orders, repaired)
 
     def priorities(self, space: MaskSpace) -> Tensor:
         """Return log(error that removing a unit adds / its cost), `(n,)` float64, falling along every layer's order.
@@ -106,15 +106,15 @@ class WidthTable:
         keys = [(index, family.name) for family in space.families for index in range(len(family.counts))]
         return torch.stack([self.errors[key][width] for key, width in zip(keys, widths, strict=True)], dim=1)
 
-    def outputs_for(self, model_mask: ModelMask) -> Outputs:
+    def repaired_for(self, model_mask: ModelMask) -> RepairedBlocks:
         """Return the repaired projections for a mask along the orders, at solved widths. Whole and empty blocks have
         none."""
-        outputs: dict[tuple[int, str], Output] = {}
-        for (index, name), by_width in self.outputs.items():
+        repaired: dict[tuple[int, str], RepairedBlock] = {}
+        for (index, name), by_width in self.repaired.items():
             mask = model_mask[index].of(name)
             if mask.any() and not mask.all() and int(mask.sum()) in by_width:
-                outputs[index, name] = by_width[int(mask.sum())]
-        return outputs
+                repaired[index, name] = by_width[int(mask.sum())]
+        return repaired
 
 
 def width_step(units: int, multiple: int = 1) -> int:
@@ -208,12 +208,12 @@ def _solve_widths(
     return (errors * moments.weight).cpu(), {inputs // width: weight for inputs, weight in weights.items()}
 
 
-def _linear_output(layer: nn.Module, block: Block, weight: Tensor) -> Output:
-    return Output(weight.T, block.output_linear(layer).bias)
+def _linear_output(layer: nn.Module, block: Block, weight: Tensor) -> RepairedBlock:
+    return RepairedBlock(weight.T, block.output_linear(layer).bias)
 
 
-def _expert_output(_: nn.Module, __: Block, weight: Tensor) -> Output:
-    return Output(weight, None)
+def _expert_output(_: nn.Module, __: Block, weight: Tensor) -> RepairedBlock:
+    return RepairedBlock(weight, None)
 
 
 def _close_to(device: torch.device, weight: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 
 from pgprune_cli import __version__
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.masks import LayerMask, ModelMask, Output, Outputs
+from pgprune_cli.model.masks import LayerMask, ModelMask, RepairedBlock, RepairedBlocks
 from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, RECOVERY_RECORD, REPAIR_FILE, refuse_unfinished
 from pgprune_cli.storage.atomic import write_bytes
 from pgprune_cli.storage.records import checksum, read_record, read_tensors, refuse_newer, write_record
@@ -33,7 +33,7 @@ class Decision:
     fraction of the prunable parameters; recipe: the resolved recipe as YAML; forward_passes: run by the search;
     calibration_forward_passes: run for scores and repair, counted in batches of the search; heldout_loss: loss of the
     pruned and repaired model on held-out calibration text, in nats per token; dense_loss: the same for the dense model;
-    outputs: the repaired output projections; budget: the budgeted `measure` and the fraction of it that is `kept`; bos:
+    repaired: the repaired blocks; budget: the budgeted `measure` and the fraction of it that is `kept`; bos:
     whether the windows of the calibration text begin with the BOS token, also those of the two losses; ancestors: the
     earlier decisions that made the base model, oldest first, if it was pruned already (see `ancestry`).
     """
@@ -47,7 +47,7 @@ class Decision:
     forward_passes: int
     calibration_forward_passes: int
     heldout_loss: float | None
-    outputs: Outputs = field(default_factory=dict)
+    repaired: RepairedBlocks = field(default_factory=dict)
     budget: dict[str, str | float] = field(default_factory=dict)
     dense_loss: float | None = None
     bos: bool = False
@@ -63,9 +63,9 @@ class Decision:
             tensors[f"layers.{index}.ffn"] = layer.ffn
         write_bytes(run / DECISION_MASKS, save(tensors))
         record = {name: getattr(self, name) for name in self._recorded()}
-        if self.outputs:
-            write_bytes(run / REPAIR_FILE, save(_flat(self.outputs)))
-        record["repair_sha256"] = checksum(run / REPAIR_FILE) if self.outputs else None
+        if self.repaired:
+            write_bytes(run / REPAIR_FILE, save(_flat(self.repaired)))
+        record["repair_sha256"] = checksum(run / REPAIR_FILE) if self.repaired else None
         record["kept"] = [{"attention": int(x.attention.sum()), "ffn": int(x.ffn.sum())} for x in self.model_mask]
         record["masks_sha256"] = checksum(run / DECISION_MASKS)
         record["pgprune"] = __version__
@@ -74,13 +74,13 @@ class Decision:
 
     @classmethod
     def _recorded(cls) -> list[str]:
-        return [entry.name for entry in fields(cls) if entry.name not in ("model_mask", "outputs")]
+        return [entry.name for entry in fields(cls) if entry.name not in ("model_mask", "repaired")]
 
     @classmethod
     def load(cls, run: Path, with_repair: bool = True) -> Decision:
         """Read the decision of a run.
 
-        The checksum of a repair takes a while on a large model. Without `with_repair`, `outputs` is empty.
+        The checksum of a repair takes a while on a large model. Without `with_repair`, `repaired` is empty.
 
         Raises:
             UserError: the decision is missing or damaged, or its files do not belong together.
@@ -94,8 +94,8 @@ class Decision:
                 for i in range(len(record["kept"]))
             )
             values = {name: record[name] for name in cls._recorded()}
-            outputs = _load_outputs(run, record) if with_repair else {}
-            return cls(model_mask, **values, outputs=outputs)
+            repaired = _load_repaired(run, record) if with_repair else {}
+            return cls(model_mask, **values, repaired=repaired)
         except KeyError as missing:
             raise _incomplete(run, missing) from None
 
@@ -163,17 +163,17 @@ def _incomplete(run: Path, missing: KeyError) -> UserError:
     return UserError(f"{run / DECISION_RECORD}: damaged: {missing} is missing.")
 
 
-def _flat(outputs: Outputs) -> dict[str, torch.Tensor]:
+def _flat(repaired: RepairedBlocks) -> dict[str, torch.Tensor]:
     """Return the repaired weights and biases by their names in the repair file."""
     flat = {}
-    for (index, name), output in outputs.items():
-        for key, value in zip(("weight", "bias"), output, strict=True):
+    for (index, name), block in repaired.items():
+        for key, value in (("weight", block.weight), ("bias", block.bias), *block.inner.items()):
             if value is not None:
                 flat[f"layers.{index}.{name}.{key}"] = value.cpu().contiguous()
     return flat
 
 
-def _load_outputs(run: Path, record: dict[str, Any]) -> Outputs:
+def _load_repaired(run: Path, record: dict[str, Any]) -> RepairedBlocks:
     expected_checksum = record["repair_sha256"]
     if expected_checksum is None:
         return {}
@@ -184,8 +184,8 @@ def _load_outputs(run: Path, record: dict[str, Any]) -> Outputs:
     return RepairFile(run / REPAIR_FILE)
 
 
-class RepairFile(Mapping[tuple[int, str], Output]):
-    """The repaired outputs in a file. Each one is read when it is needed, because together they can be very large."""
+class RepairFile(Mapping[tuple[int, str], RepairedBlock]):
+    """The repaired blocks in a file. Each one is read when it is needed, because together they can be very large."""
 
     def __init__(self, path: Path) -> None:
         from safetensors import safe_open
@@ -194,14 +194,14 @@ class RepairFile(Mapping[tuple[int, str], Output]):
         with safe_open(path, framework="pt") as file:
             self._names = set(file.keys())
 
-    def __getitem__(self, key: tuple[int, str]) -> Output:
+    def __getitem__(self, key: tuple[int, str]) -> RepairedBlock:
         from safetensors import safe_open
 
         weight, bias = (f"layers.{key[0]}.{key[1]}.{part}" for part in ("weight", "bias"))
         if weight not in self._names:
             raise KeyError(key)
         with safe_open(self.path, framework="pt") as file:
-            return Output(file.get_tensor(weight), file.get_tensor(bias) if bias in self._names else None)
+            return RepairedBlock(file.get_tensor(weight), file.get_tensor(bias) if bias in self._names else None)
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         for name in sorted(self._names):

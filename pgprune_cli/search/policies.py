@@ -20,7 +20,7 @@ from pgprune_cli.core.projection import Bundles, bundled, coarser, hard_mask, ma
 from pgprune_cli.core.space import Budget, MaskSpace
 from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
-from pgprune_cli.model.masks import ModelMask, Outputs
+from pgprune_cli.model.masks import ModelMask, RepairedBlocks
 from pgprune_cli.repair.width_table import WidthTable, width_step
 
 State = TypeVar("State", SearchState, WidthState)
@@ -51,8 +51,8 @@ class Policy(Protocol[State]):
     def final_mask(self, state: State) -> Tensor:
         """Return the mask `(n,)` to be written, at the full resolution of the budget."""
 
-    def outputs(self, model_mask: ModelMask) -> Outputs:
-        """Return the repaired output projections with which a proposed mask is evaluated."""
+    def repaired(self, model_mask: ModelMask) -> RepairedBlocks:
+        """Return the repaired blocks with which a proposed mask is evaluated."""
 
     def rate(self, state: State) -> float | None:
         """Return the learning rate of the next update, or None if the policy has none."""
@@ -88,7 +88,7 @@ class UnitPolicy:
 
     final_mask = mask
 
-    def outputs(self, model_mask: ModelMask) -> Outputs:
+    def repaired(self, model_mask: ModelMask) -> RepairedBlocks:
         return {}
 
     def rate(self, state: SearchState) -> float:
@@ -128,8 +128,8 @@ class WidthPolicy:
     def final_mask(self, state: WidthState) -> Tensor:
         return hard_mask(widths.priorities(self.origin, state.mean, self.space), self.space, self.budget)
 
-    def outputs(self, model_mask: ModelMask) -> Outputs:
-        return self.table.outputs_for(model_mask)
+    def repaired(self, model_mask: ModelMask) -> RepairedBlocks:
+        return self.table.repaired_for(model_mask)
 
     def rate(self, state: WidthState) -> None:
         return None

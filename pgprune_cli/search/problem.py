@@ -10,7 +10,7 @@ from torch import Tensor
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.space import WHOLE_FAMILIES, Budget, MaskSpace
 from pgprune_cli.data.windows import Batches
-from pgprune_cli.model.masks import ModelMask, Outputs
+from pgprune_cli.model.masks import ModelMask, RepairedBlocks
 from pgprune_cli.model.prunable import Partitions
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.scores.metrics import flat_scores, score_name, unit_ranks
@@ -47,16 +47,16 @@ class Problem:
         ranks = self.context.ranks
         ranks.check_same(masks, tokens)
         model_masks = [self.model_mask(masks[index]) for index in ranks.share(len(masks))]
-        outputs = [self.policy.outputs(model_mask) for model_mask in model_masks]
-        own_losses = self.context.evaluator.losses(model_masks, tokens, outputs)
+        repaired = [self.policy.repaired(model_mask) for model_mask in model_masks]
+        own_losses = self.context.evaluator.losses(model_masks, tokens, repaired)
         return ranks.gather(own_losses, len(masks))
 
-    def heldout_loss(self, model_mask: ModelMask, outputs: Outputs) -> float:
+    def heldout_loss(self, model_mask: ModelMask, repaired: RepairedBlocks) -> float:
         """Return the loss of one mask on text that the search never reads, in nats per token."""
         heldout, ranks = self.context.text.heldout, self.context.ranks
         batches = heldout.split(self.context.recipe.calibration.batch)
         share = [batches[index] for index in ranks.share(len(batches))]
-        own = [float(self.context.evaluator.losses([model_mask], tokens, [outputs])[0]) for tokens in share]
+        own = [float(self.context.evaluator.losses([model_mask], tokens, [repaired])[0]) for tokens in share]
         losses: list[float] = ranks.gather(torch.tensor(own, dtype=torch.float64), len(batches)).tolist()
         return sum(loss * len(tokens) for loss, tokens in zip(losses, batches, strict=True)) / len(heldout)
 

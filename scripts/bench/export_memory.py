@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from pgprune_cli.export.plan import Options
 from pgprune_cli.jobs.export import export
-from pgprune_cli.model.masks import LayerMask, Output
+from pgprune_cli.model.masks import LayerMask, RepairedBlock
 from pgprune_cli.model.source import INDEX, resolve
 from pgprune_cli.run.decision import Decision
 
@@ -77,13 +77,13 @@ def make(folder: Path, layers: int, hidden: int, dtype: torch.dtype) -> Model:
         LayerMask(heads % 2 == 0, (channels % 2 == 0) | (channels < 8 * (index == layers - 1)))
         for index in range(layers)
     )
-    outputs = {}
+    repaired = {}
     for index, layer in enumerate(model_mask):
         for name, width in (("attention", int(layer.attention.sum()) * 128), ("ffn", int(layer.ffn.sum()))):
-            outputs[index, name] = Output(draw((hidden, width)).clone(), None)
+            repaired[index, name] = RepairedBlock(draw((hidden, width)).clone(), None)
     fingerprint = resolve(str(checkpoint)).fingerprint()
     recipe = f"dtype: {str(dtype).removeprefix('torch.')}"
-    Decision(model_mask, str(checkpoint), fingerprint, 0.5, recipe, 0, 0, 0, None, outputs).save(run)
+    Decision(model_mask, str(checkpoint), fingerprint, 0.5, recipe, 0, 0, 0, None, repaired).save(run)
     return Model(checkpoint, run, sum(tensor.nbytes for tensor in tensors.values()))
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from pgprune_cli.forward import masked
 from pgprune_cli.forward.masked import Evaluator, summed_loss
 from pgprune_cli.jobs import search
-from pgprune_cli.model.masks import Output
+from pgprune_cli.model.masks import RepairedBlock
 from pgprune_cli.model.prunable import Partitions
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.repair.least_squares import Repaired
@@ -70,7 +70,7 @@ def placeholder_table(
     """Return a table of evenly rising errors, whose repairs are columns of the dense projections."""
     model = context.model
     blocks = {block.name: block for block in model.family.blocks}
-    errors, orders, outputs = {}, {}, {}
+    errors, orders, repaired = {}, {}, {}
     for (index, name), values in ranks.items():
         projection = blocks[name].output_linear(model.layers[index])
         units = len(values)
@@ -79,8 +79,8 @@ def placeholder_table(
         errors[index, name] = torch.linspace(1.0, 0.0, units + 1, dtype=torch.float64).square()
         widths = [elements[kept] for kept in range(width_step(units), units, width_step(units))]
         columns = {kept: projection.weight[:, : kept * projection.in_features // elements[-1]] for kept in widths}
-        outputs[index, name] = {kept: Output(weight.clone().cpu(), None) for kept, weight in columns.items()}
-    return WidthTable(errors, orders, outputs)
+        repaired[index, name] = {kept: RepairedBlock(weight.clone().cpu(), None) for kept, weight in columns.items()}
+    return WidthTable(errors, orders, repaired)
 
 
 def watched_steps(evaluator: Evaluator, overrides: list[str], tokens: Tensor) -> list[tuple[float, float, float, int]]:

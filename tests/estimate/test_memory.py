@@ -22,7 +22,7 @@ from pgprune_cli.estimate.memory import (
 )
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.forward.masked import Evaluator, summed_loss
-from pgprune_cli.model.masks import Output
+from pgprune_cli.model.masks import RepairedBlock
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import quantize_projections
 from pgprune_cli.repair.least_squares import repair
@@ -83,7 +83,7 @@ def test_a_pruned_forward_allocates_no_more_than_one_blocks_slices_on_top(weight
         quantize_projections(model, weights)
     keep = keep_first(model, [(1, 480)] * 3)
     (tokens,) = random_batches(windows=1, length=16, batches=1)
-    repaired = {(index, "ffn"): Output(torch.zeros(64, 480, dtype=torch.float64), None) for index in range(3)}
+    blocks = {(index, "ffn"): RepairedBlock(torch.zeros(64, 480, dtype=torch.float64), None) for index in range(3)}
     sizes = Sizes(
         PrunableModel.of(model),
         medium_recipe(f"weight_format={weights}", "search.policy=units", f"repair.method={method}"),
@@ -92,8 +92,8 @@ def test_a_pruned_forward_allocates_no_more_than_one_blocks_slices_on_top(weight
     evaluator = Evaluator(PrunableModel.of(model))
     fp8 = 3 + 1 if method == "none" else 2 + 4
     assert expected.slices == 512 * 64 * {"full": 3 * 4, "int8": 3 * 4 + 1, "fp8": fp8}[weights]
-    outputs = [{} if method == "none" else repaired] * 3
-    seen = peak(lambda: evaluator.losses([keep] * 3, tokens, outputs))
+    repaired = [{} if method == "none" else blocks] * 3
+    seen = peak(lambda: evaluator.losses([keep] * 3, tokens, repaired))
     assert 0.9 * expected.slices < seen < 1.05 * (expected.slices + expected.activations)
 
 

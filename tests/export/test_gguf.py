@@ -21,7 +21,7 @@ from pgprune_cli.export import gguf as writer
 from pgprune_cli.export.plan import Options
 from pgprune_cli.export.shapes import ShapeRequirements
 from pgprune_cli.model.loading import load_model, load_tokenizer
-from pgprune_cli.model.masks import LayerMask, Output
+from pgprune_cli.model.masks import LayerMask, RepairedBlock
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run.decision import Decision
 
@@ -332,7 +332,8 @@ def test_a_model_that_gguf_cannot_hold_is_refused_before_writing(architecture, c
 def test_a_qwen3_with_fitted_biases_is_refused(tmp_path):
     model = saved("qwen3", tmp_path / "base")
     decision = dataclasses.replace(
-        decide(tmp_path / "base", draw(model, ALIKE)), outputs={(1, "ffn"): Output(torch.zeros(32, 6), torch.zeros(32))}
+        decide(tmp_path / "base", draw(model, ALIKE)),
+        repaired={(1, "ffn"): RepairedBlock(torch.zeros(32, 6), torch.zeros(32))},
     )
     with refused("qwen3", "output biases", "--format hf"):
         export(tmp_path / "base", tmp_path / "out.gguf", draw(model, ALIKE), decision=decision)
@@ -454,7 +455,7 @@ def test_llama_cpp_adds_the_biases_fitted_by_a_repair(architecture, tmp_path):
     model = saved(architecture, tmp_path / "base")
     models, references = [], []
     for number, counts in enumerate((DECISIONS["two layers without heads, two without channels"], ALIKE)):
-        model_mask, outputs, repairs = draw(model, counts), {}, []
+        model_mask, repaired, repairs = draw(model, counts), {}, []
         generator = torch.Generator().manual_seed(number)
         for index, layer in enumerate(model_mask):
             for block, linear in (
@@ -465,11 +466,11 @@ def test_llama_cpp_adds_the_biases_fitted_by_a_repair(architecture, tmp_path):
                 columns = mask.repeat_interleave(linear.in_features // len(mask))
                 if mask.any():
                     weight = torch.randn(32, int(columns.sum()), generator=generator) * 0.3
-                    outputs[index, block] = Output(weight, torch.randn(32, generator=generator))
-                    repairs.append((linear, columns, outputs[index, block]))
+                    repaired[index, block] = RepairedBlock(weight, torch.randn(32, generator=generator))
+                    repairs.append((linear, columns, repaired[index, block]))
         base = tmp_path / "base"
         decision = Decision(
-            model_mask, str(base), resolve(str(base)).fingerprint(), 0.5, "dtype: float32", 1, 2, 3, 2.5, outputs
+            model_mask, str(base), resolve(str(base)).fingerprint(), 0.5, "dtype: float32", 1, 2, 3, 2.5, repaired
         )
         models.append(tmp_path / f"{number}.gguf")
         export(base, models[-1], model_mask, decision=decision)

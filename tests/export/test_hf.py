@@ -359,11 +359,11 @@ def repaired(base: Path, model, method: str, reselect: bool = False, uniform: bo
     """Return a repaired decision and the text that the repair saw. Some layers keep whole blocks, without a repair."""
     tokens = torch.randint(VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
     counts = [((3, 1), 16)] * LAYERS if uniform else [((3, 2), 16), (4, 16), ((4, 1), 16), (4, 16)]
-    model_mask, outputs = repair(
+    model_mask, repaired = repair(
         PrunableModel.of(model), draw(model, counts), [tokens], method, 1e-3, reselect=reselect
     )
     fingerprint = resolve(str(base)).fingerprint()
-    return Decision(model_mask, str(base), fingerprint, 0.3, "dtype: float32", 1, 2, 3, 2.5, outputs), tokens
+    return Decision(model_mask, str(base), fingerprint, 0.3, "dtype: float32", 1, 2, 3, 2.5, repaired), tokens
 
 
 @pytest.mark.parametrize("uniform", [False, True])
@@ -379,7 +379,7 @@ def test_an_export_has_the_repaired_weights(saved, tmp_path, method, reselect, u
     written = replay(decision, tmp_path / "small")
     exported = load(tmp_path / "small")
     evaluator = Evaluator(PrunableModel.of(model))
-    with evaluator.shrunk(decision.model_mask, decision.outputs) as shrunk:
+    with evaluator.shrunk(decision.model_mask, decision.repaired) as shrunk:
         expected = shrunk(tokens).logits
     with evaluator.shrunk(decision.model_mask) as unrepaired:
         without_repair = unrepaired(tokens).logits
@@ -390,7 +390,7 @@ def test_an_export_has_the_repaired_weights(saved, tmp_path, method, reselect, u
     has_biases = getattr(model.config, "mlp_bias", False)
     fitted = "bias" in method and not has_biases
     config = json.loads((tmp_path / "small" / "config.json").read_text())
-    repaired_blocks = {name for _, name in decision.outputs}
+    repaired_blocks = {name for _, name in decision.repaired}
     biases = [block.config_name for block in PrunableModel.of(model).family.blocks if block.name in repaired_blocks]
     assert config.get("output_biases") == (biases if fitted else None)
     assert written.parameters_after == sum(parameter.numel() for parameter in exported.parameters())
@@ -405,8 +405,8 @@ def test_a_bias_fitted_in_one_layer_is_zero_in_the_others(llama, tmp_path):
     model, base = llama
     tokens = torch.randint(VOCABULARY, (4, 16))
     model_mask = draw(model, [(4, 24), (0, 9), (4, 24), (4, 0)])
-    outputs = repair(PrunableModel.of(model), model_mask, [tokens], "bias", 1e-3).outputs
-    decision = dataclasses.replace(decide(base, model_mask), outputs=outputs)
+    repaired = repair(PrunableModel.of(model), model_mask, [tokens], "bias", 1e-3).blocks
+    decision = dataclasses.replace(decide(base, model_mask), repaired=repaired)
     replay(decision, tmp_path / "small")
     pruned = load(tmp_path / "small")
     assert pruned.config.output_biases == ["mlp"]
@@ -414,7 +414,7 @@ def test_a_bias_fitted_in_one_layer_is_zero_in_the_others(llama, tmp_path):
         "model.layers.1.mlp.down_proj.bias"
     }
     assert sum(name.endswith("bias") for name, _ in pruned.named_parameters()) == 3
-    with Evaluator(PrunableModel.of(model)).shrunk(model_mask, outputs) as shrunk:
+    with Evaluator(PrunableModel.of(model)).shrunk(model_mask, repaired) as shrunk:
         torch.testing.assert_close(pruned(tokens).logits, shrunk(tokens).logits, **TOLERANCE)
 
 
@@ -433,8 +433,8 @@ def test_padding_does_not_change_the_logits(saved, tmp_path, requirements, metho
     model, base = saved
     model_mask = draw(model, [(0, 9), ((2, 1), 24), (3, 0), (1, 5)])
     tokens = torch.randint(3, VOCABULARY, (2, 20))
-    outputs = {} if method == "none" else repair(PrunableModel.of(model), model_mask, [tokens], method, 1e-3).outputs
-    decision = dataclasses.replace(decide(base, model_mask), outputs=outputs)
+    repaired = {} if method == "none" else repair(PrunableModel.of(model), model_mask, [tokens], method, 1e-3).blocks
+    decision = dataclasses.replace(decide(base, model_mask), repaired=repaired)
     planned = replay(decision, tmp_path / "out", requirements=PADDED[requirements])
     pruned = load(tmp_path / "out")
     kept, written = (planned.base.shape.kept(mask) for mask in (planned.shapes.kept, planned.shapes.written))
@@ -443,7 +443,7 @@ def test_padding_does_not_change_the_logits(saved, tmp_path, requirements, metho
         assert [(grid.elements and grid.groups, grid.elements and grid.members) for grid in grids] == [
             size[name] for size in written
         ]
-    with Evaluator(PrunableModel.of(model)).shrunk(model_mask, outputs) as shrunk:
+    with Evaluator(PrunableModel.of(model)).shrunk(model_mask, repaired) as shrunk:
         torch.testing.assert_close(pruned(tokens).logits, shrunk(tokens).logits, **TOLERANCE)
     assert planned.parameters_after == sum(parameter.numel() for parameter in pruned.parameters())
     card = (tmp_path / "out" / "README.md").read_text()

@@ -10,7 +10,7 @@ from helpers.masks import keep_first
 from helpers.models import tiny_model
 
 from pgprune_cli.export.model_card import ModelCard
-from pgprune_cli.model.masks import Output
+from pgprune_cli.model.masks import RepairedBlock
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.run.decision import Decision
 
@@ -65,7 +65,7 @@ def test_card_mentions_code_only_if_loading_needs_it() -> None:
 def test_card_mentions_repair_padding_and_search_only_if_they_happened() -> None:
     plain = CARD.text(DECISION)
     assert "refitted" not in plain and "padded" not in plain and "recover" not in plain
-    repaired = dataclasses.replace(DECISION, outputs={(0, "ffn"): Output(torch.zeros(2, 7), None)})
+    repaired = dataclasses.replace(DECISION, repaired={(0, "ffn"): RepairedBlock(torch.zeros(2, 7), None)})
     assert "refitted on calibration text" in CARD.text(repaired)
     assert "counts as kept, 12.5% were removed" in dataclasses.replace(CARD, padded_sparsity=0.125).text(DECISION)
     assert "without a search" in CARD.text(dataclasses.replace(DECISION, steps=0, forward_passes=0))

@@ -133,7 +133,7 @@ def table_of(model: nn.Module) -> list[Tensor]:
 
 def repair_of(model: nn.Module) -> list[Tensor]:
     repaired = repair(PrunableModel.of(model), half(model), text(), "least-squares", 1e-2)
-    return [output.weight for output in repaired.outputs.values()]
+    return [output.weight for output in repaired.blocks.values()]
 
 
 PASSES = {metric: scores_by(metric) for metric in ("wanda-sp", "flap", "obs", "taylor")} | {

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.masks import MODEL_MASKS, random_outputs, random_tokens
+from helpers.masks import MODEL_MASKS, random_repair, random_tokens
 from helpers.memory import Allocations
 from helpers.models import tiny_model
 from torch import Tensor, nn
@@ -55,14 +55,14 @@ def test_what_reads_a_value_is_seen(read: Callable[[Tensor], object]) -> None:
 
 @pytest.mark.parametrize("weights", ["dtype", "int8", "fp8"])
 @pytest.mark.parametrize("name", ["dense", "random", "an empty layer"])
-@pytest.mark.parametrize("repaired", [False, True], ids=["as it is", "repaired"])
-def test_a_forward_reads_no_value_back(name: str, repaired: bool, weights: str, architecture: str) -> None:
+@pytest.mark.parametrize("with_repair", [False, True], ids=["as it is", "repaired"])
+def test_a_forward_reads_no_value_back(name: str, with_repair: bool, weights: str, architecture: str) -> None:
     model, tokens = tiny_model(architecture), random_tokens()
     keep = MODEL_MASKS[name](model)
-    outputs = random_outputs(model, keep, bias=True) if repaired else {}
+    repaired = random_repair(model, keep, bias=True) if with_repair else {}
     if weights != "dtype":
         quantize_projections(model, weights)
-    with Evaluator(PrunableModel.of(model)).shrunk(keep, outputs):
+    with Evaluator(PrunableModel.of(model)).shrunk(keep, repaired):
         expected = summed_loss(model, tokens)
         with Reads():
             loss = summed_loss(model, tokens)
@@ -93,11 +93,11 @@ def test_nothing_the_size_of_the_weights_is_copied() -> None:
     """A step allocates one block's slices at a time, with repaired projections too, and no copy of dense weights."""
     model = tiny_model("llama-mha")
     keep, tokens = MODEL_MASKS["random"](model), random_tokens()[:1, :4]
-    outputs = random_outputs(model, keep, bias=False)
+    repaired = random_repair(model, keep, bias=False)
     evaluator = Evaluator(PrunableModel.of(model))
     block = max(sum(parameter.nbytes for parameter in part.parameters()) for part in model.model.layers[0].children())
     with Allocations() as seen:
-        evaluator.losses([keep] * 3, tokens, [outputs] * 3)
+        evaluator.losses([keep] * 3, tokens, [repaired] * 3)
     assert seen.peak < block + 16_000 < sum(parameter.nbytes for parameter in model.parameters()) / 3
 
 

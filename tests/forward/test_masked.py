@@ -14,7 +14,7 @@ from helpers.masks import (
     is_dense,
     logits_of,
     random_mask,
-    random_outputs,
+    random_repair,
     random_tokens,
 )
 from helpers.masks import masked as silenced
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pgprune_cli.errors import RunError
 from pgprune_cli.forward import masked as masked
 from pgprune_cli.forward.masked import Evaluator, summed_loss
-from pgprune_cli.model.masks import ModelMask, Outputs
+from pgprune_cli.model.masks import ModelMask, RepairedBlocks
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.unit_tensors import kept_shape
 
@@ -103,11 +103,11 @@ def test_removed_elements_are_not_computed(watched: nn.Module) -> None:
         }
 
 
-def with_outputs_by_hand(model: nn.Module, model_mask: ModelMask, outputs: Outputs) -> nn.Module:
+def repaired_by_hand(model: nn.Module, model_mask: ModelMask, repaired: RepairedBlocks) -> nn.Module:
     """Return a copy with replaced output projections, with zeros for the removed inputs."""
     copied = copy.deepcopy(model)
     prunable = PrunableModel.of(copied)
-    for (index, name), output in outputs.items():
+    for (index, name), output in repaired.items():
         block, mask = prunable.shape.blocks[index][name], model_mask[index].of(name)
         path, _, key = block.output_path.rpartition(".")
         inputs = block.output_linear(prunable.layers[index]).in_features
@@ -124,11 +124,11 @@ def with_outputs_by_hand(model: nn.Module, model_mask: ModelMask, outputs: Outpu
 @pytest.mark.parametrize("name", ["dense", "random", "an empty layer", "one channel left", "one query head left"])
 def test_repaired_outputs_replace_those_of_the_model(watched: nn.Module, name: str, bias: bool) -> None:
     model_mask, tokens = MODEL_MASKS[name](watched), random_tokens()
-    outputs = random_outputs(watched, model_mask, bias)
-    by_hand = with_outputs_by_hand(watched, model_mask, outputs)
+    repaired = random_repair(watched, model_mask, bias)
+    by_hand = repaired_by_hand(watched, model_mask, repaired)
     with silenced(by_hand, model_mask):
         expected = logits_of(by_hand, tokens)
-    with Evaluator(PrunableModel.of(watched)).shrunk(model_mask, outputs) as shrunk:
+    with Evaluator(PrunableModel.of(watched)).shrunk(model_mask, repaired) as shrunk:
         got = logits_of(shrunk, tokens)
         again = logits_of(shrunk, tokens)
     torch.testing.assert_close(got, expected, atol=5e-4, rtol=1e-4)  # a norm behind a block magnifies rounding
@@ -140,12 +140,12 @@ def test_repaired_outputs_replace_those_of_the_model(watched: nn.Module, name: s
 def test_losses_use_the_repaired_outputs_of_each_mask(watched: nn.Module) -> None:
     tokens = random_tokens()
     model_masks = [MODEL_MASKS[name](watched) for name in ("random", "an empty layer")]
-    outputs = [random_outputs(watched, model_mask, bias=True) for model_mask in model_masks]
+    repaired = [random_repair(watched, model_mask, bias=True) for model_mask in model_masks]
     alone = []
-    for model_mask, repaired in zip(model_masks, outputs, strict=True):
-        with Evaluator(PrunableModel.of(watched)).shrunk(model_mask, repaired):
+    for model_mask, own in zip(model_masks, repaired, strict=True):
+        with Evaluator(PrunableModel.of(watched)).shrunk(model_mask, own):
             alone.append(direct_loss(watched, tokens))
-    assert Evaluator(PrunableModel.of(watched)).losses(model_masks, tokens, outputs).tolist() == pytest.approx(
+    assert Evaluator(PrunableModel.of(watched)).losses(model_masks, tokens, repaired).tolist() == pytest.approx(
         alone, rel=1e-4
     )
 
@@ -168,10 +168,10 @@ def test_model_is_restored_when_a_forward_pass_with_repaired_outputs_fails(watch
         raise RuntimeError("out of memory")
 
     model_mask = random_mask(watched, 8)
-    outputs = random_outputs(watched, model_mask, bias=True)
+    repaired = random_repair(watched, model_mask, bias=True)
     handle = place_in(watched, place).register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        Evaluator(PrunableModel.of(watched)).losses([model_mask], random_tokens(), [outputs])
+        Evaluator(PrunableModel.of(watched)).losses([model_mask], random_tokens(), [repaired])
     handle.remove()
 
 
@@ -250,11 +250,11 @@ def memory_for(model: nn.Module, windows: int) -> Iterator[list[int]]:
 def test_batch_runs_in_parts_when_memory_runs_out(watched: nn.Module) -> None:
     tokens = random_tokens(rows=7)
     model_masks = [MODEL_MASKS[name](watched) for name in ("random", "another random")]
-    outputs = [random_outputs(watched, model_mask, bias=False) for model_mask in model_masks]
-    expected = Evaluator(PrunableModel.of(watched)).losses(model_masks, tokens, outputs)
+    repaired = [random_repair(watched, model_mask, bias=False) for model_mask in model_masks]
+    expected = Evaluator(PrunableModel.of(watched)).losses(model_masks, tokens, repaired)
     evaluator = Evaluator(PrunableModel.of(watched))
     with memory_for(watched, 2) as sizes:
-        losses = evaluator.losses(model_masks, tokens, outputs)
+        losses = evaluator.losses(model_masks, tokens, repaired)
         evaluator.losses(model_masks[:1], tokens[:1])
     assert sizes == [7, 4, 2, 2, 2, 1, 2, 2, 2, 1, 1]  # no other part fails
     torch.testing.assert_close(losses, expected, rtol=1e-6, atol=0)

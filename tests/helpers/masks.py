@@ -1,4 +1,4 @@
-"""Regular masks of the tiny models, tokens to evaluate them on, and repaired outputs to evaluate them with."""
+"""Regular masks of the tiny models, tokens to evaluate them on, and repaired blocks to evaluate them with."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from helpers.experts import WIDTH_MULTIPLE, mask_experts
 from helpers.models import VOCABULARY
 from pgprune_cli.core.grid import Grid, first_elements
 from pgprune_cli.model.families.adapter import Block
-from pgprune_cli.model.masks import LayerMask, ModelMask, Output, Outputs
+from pgprune_cli.model.masks import LayerMask, ModelMask, RepairedBlock, RepairedBlocks
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.unit_tensors import UnitTensor, kept_shape
 
@@ -216,21 +216,21 @@ def _output_tensor(prunable: PrunableModel, layer: nn.Module, block: Block) -> t
     return tensor, layer.get_submodule(block.module).get_parameter(tensor.name).shape
 
 
-def random_outputs(model: nn.Module, model_mask: ModelMask, bias: bool) -> Outputs:
+def random_repair(model: nn.Module, model_mask: ModelMask, bias: bool) -> RepairedBlocks:
     """Return a random output projection for every block that keeps at least one element, dense blocks included."""
     prunable = PrunableModel.of(model)
-    generator, outputs = torch.Generator().manual_seed(0), {}
+    generator, repaired = torch.Generator().manual_seed(0), {}
     for index, (layer, layer_mask) in enumerate(zip(prunable.layers, model_mask, strict=True)):
         for block in prunable.family.blocks_of(layer):
             mask = layer_mask.of(block.name)
             if mask.any() and prunable.family.groups_per_token(layer, block) is not None:
                 shape = kept_shape(*_output_tensor(prunable, layer, block), mask)
-                outputs[index, block.name] = Output(0.3 * torch.randn(shape, generator=generator), None)
+                repaired[index, block.name] = RepairedBlock(0.3 * torch.randn(shape, generator=generator), None)
             elif mask.any():
                 linear = block.output_linear(layer)
                 inputs = int(mask.sum()) * linear.in_features // len(mask)
                 hidden = linear.out_features
                 weight = 0.3 * torch.randn(hidden, inputs, generator=generator)
                 own = torch.randn(hidden, generator=generator) if bias else linear.bias
-                outputs[index, block.name] = Output(weight, own)
-    return outputs
+                repaired[index, block.name] = RepairedBlock(weight, own)
+    return repaired

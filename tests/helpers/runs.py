@@ -21,7 +21,7 @@ def finished_run(run: Path) -> None:
     model.save_pretrained("base")
     save_tokenizer(Path("base"))
     model_mask = keep_first(model, [(4 - layer, 9 + layer) for layer in range(4)])
-    outputs = repair(PrunableModel.of(model), model_mask, [torch.arange(64).view(4, 16)], "least-squares", 1e-3).outputs
-    Decision(model_mask, "base", resolve("base").fingerprint(), 0.5, "dtype: float32\n", 1, 2, 3, 2.5, outputs).save(
+    repaired = repair(PrunableModel.of(model), model_mask, [torch.arange(64).view(4, 16)], "least-squares", 1e-3).blocks
+    Decision(model_mask, "base", resolve("base").fingerprint(), 0.5, "dtype: float32\n", 1, 2, 3, 2.5, repaired).save(
         run
     )

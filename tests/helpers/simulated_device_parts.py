@@ -80,7 +80,7 @@ def refusals() -> None:
 
 def forward_passes() -> None:
     """Every architecture and weight format, repaired or not, gives the host's losses without making the host wait."""
-    from helpers.masks import MODEL_MASKS, random_outputs, random_tokens
+    from helpers.masks import MODEL_MASKS, random_repair, random_tokens
     from helpers.models import ARCHITECTURES, tiny_model
     from pgprune_cli.forward.masked import Evaluator
     from pgprune_cli.model.prunable import PrunableModel
@@ -93,15 +93,15 @@ def forward_passes() -> None:
         for weight_format in ("full", "int8", "fp8"):
             model = tiny_model(architecture)
             model_mask = MODEL_MASKS["an empty layer"](model)
-            outputs = random_outputs(model, model_mask, bias=True)
+            repaired = random_repair(model, model_mask, bias=True)
             if weight_format != "full":
                 quantize_projections(model, weight_format)
             host = Evaluator(PrunableModel.of(model))
             simulated = Evaluator(PrunableModel.of(copy.deepcopy(model).to(SIMULATED)))
-            for repaired_outputs in ({}, outputs):
+            for own in ({}, repaired):
                 with waiting_is_an_error():
-                    actual = simulated._summed(model_mask, tokens.to(SIMULATED), repaired_outputs)
-                expected = host._summed(model_mask, tokens, repaired_outputs)
+                    actual = simulated._summed(model_mask, tokens.to(SIMULATED), own)
+                expected = host._summed(model_mask, tokens, own)
                 torch.testing.assert_close(
                     actual.cpu(), expected, rtol=1e-4, atol=0
                 )  # norms behind blocks magnify rounding
@@ -137,7 +137,7 @@ def compare_searches(*overrides: str, device: str = SIMULATED) -> None:
 
 def untied_on_two() -> None:
     """A model with an untied head has the host's losses when it is spread over two devices."""
-    from helpers.masks import MODEL_MASKS, random_outputs, random_tokens
+    from helpers.masks import MODEL_MASKS, random_repair, random_tokens
     from helpers.models import tiny_model
     from pgprune_cli.forward.masked import Evaluator
     from pgprune_cli.model.loading import load_model
@@ -150,8 +150,8 @@ def untied_on_two() -> None:
             Evaluator(PrunableModel.of(load_model(resolve(folder), "float32", device))) for device in ("cpu", BOTH)
         )
         assert {str(parameter.device) for parameter in simulated.model.module.parameters()} == set(BOTH.split(","))
-        outputs = random_outputs(host.model.module, model_mask, bias=True)
-        actual, expected = (evaluator.losses([model_mask], tokens, [outputs]) for evaluator in (simulated, host))
+        repaired = random_repair(host.model.module, model_mask, bias=True)
+        actual, expected = (evaluator.losses([model_mask], tokens, [repaired]) for evaluator in (simulated, host))
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
 
 

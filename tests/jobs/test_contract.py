@@ -76,7 +76,7 @@ def assert_exported(run: Path, model: Path, decision: Decision) -> None:
     exported = AutoModelForCausalLM.from_pretrained(run / "small", dtype=torch.float32).eval()
     tokens, prompt = random_tokens(length=30) % 93 + 3, torch.arange(3, 12)[None]
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    with torch.inference_mode(), Evaluator(prunable).shrunk(decision.model_mask, decision.outputs) as shrunk:
+    with torch.inference_mode(), Evaluator(prunable).shrunk(decision.model_mask, decision.repaired) as shrunk:
         torch.testing.assert_close(exported(tokens).logits, shrunk(tokens).logits, atol=2e-4, rtol=1e-4)
         expected = greedily(shrunk, prompt, 12)
         generated = exported.generate(prompt, attention_mask=torch.ones_like(prompt), **options)

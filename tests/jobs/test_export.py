@@ -167,13 +167,13 @@ def test_a_repair_is_read_on_every_access(run):
     decision = Decision.load(run)
     with safe_open(run / REPAIR_FILE, framework="pt") as file:
         names = {name for name in file.keys() if name.endswith("weight")}  # noqa: SIM118
-    assert {f"layers.{index}.{block}.weight" for index, block in decision.outputs} == names
-    assert len(decision.outputs) == len(names)
-    first = decision.outputs[1, "ffn"]
-    assert first.weight is not decision.outputs[1, "ffn"].weight
+    assert {f"layers.{index}.{block}.weight" for index, block in decision.repaired} == names
+    assert len(decision.repaired) == len(names)
+    first = decision.repaired[1, "ffn"]
+    assert first.weight is not decision.repaired[1, "ffn"].weight
     assert first.bias is None
     with pytest.raises(KeyError):
-        decision.outputs[9, "ffn"]
+        decision.repaired[9, "ffn"]
 
 
 def test_an_exported_model_is_refused_as_a_run(run, pgprune):

@@ -58,10 +58,10 @@ def test_second_decision_gives_the_masked_model(pruned: Path, tmp_path: Path) ->
         LayerMask(half(attention), half(ffn)) for attention, ffn in zip(grids["attention"], grids["ffn"], strict=True)
     )
     repaired = repair(model, second, [tokens], "least-squares", 1e-3)
-    decision = replace(decide(pruned, second), outputs=repaired.outputs)
+    decision = replace(decide(pruned, second), repaired=repaired.blocks)
     replay(decision, tmp_path / "again")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
-    with torch.no_grad(), Evaluator(model).shrunk(second, repaired.outputs) as masked:
+    with torch.no_grad(), Evaluator(model).shrunk(second, repaired.blocks) as masked:
         expected = masked(tokens).logits
         torch.testing.assert_close(loaded(tokens).logits, expected, atol=1e-4, rtol=1e-4)
     parameters = sum(parameter.numel() for parameter in loaded.parameters())

@@ -263,8 +263,8 @@ def broken_losses(monkeypatch):
     def install(how: Callable[[int], list[float | None]]) -> None:
         original, calls = Evaluator.losses, []
 
-        def losses(self, keeps, tokens, outputs=None):
-            actual = original(self, keeps, tokens, outputs)
+        def losses(self, keeps, tokens, repaired=None):
+            actual = original(self, keeps, tokens, repaired)
             if len(keeps) > 1:
                 for index, value in enumerate(how(len(calls))):
                     if value is not None:
@@ -469,9 +469,9 @@ def test_the_repair_lowers_the_loss_and_is_what_the_decision_carries(small, tmp_
     assert (repaired.sparsity, repaired.budget) == (plain.sparsity, plain.budget)
     for left, right in zip(repaired.model_mask, plain.model_mask, strict=True):  # the units that were searched
         assert torch.equal(left.attention, right.attention) and torch.equal(left.ffn, right.ffn)
-    again = Decision.load(tmp_path / "repaired").outputs
-    assert again.keys() == repaired.outputs.keys() != set()
-    assert all(torch.equal(again[key].weight, repaired.outputs[key].weight) for key in again)
+    again = Decision.load(tmp_path / "repaired").repaired
+    assert again.keys() == repaired.repaired.keys() != set()
+    assert all(torch.equal(again[key].weight, repaired.repaired[key].weight) for key in again)
     evaluator = Evaluator(load_prunable(resolve("demo"), "float32", "cpu"))
     heldout = load_text(recipe, resolve("demo")).heldout
     with evaluator.shrunk(Decision.load(tmp_path / "repaired").model_mask, again) as model, torch.inference_mode():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.masks import MODEL_MASKS, dense_mask, logits_of, random_outputs, random_tokens
+from helpers.masks import MODEL_MASKS, dense_mask, logits_of, random_repair, random_tokens
 from helpers.memory import Allocations
 from helpers.messages import refused, says
 from helpers.models import save_tokenizer, tiny_model
@@ -215,17 +215,17 @@ def test_int8_forward_pass_uses_the_rounded_weights() -> None:
 # --- readers of weights
 
 
-@pytest.mark.parametrize("repaired", [False, True], ids=["not repaired", "repaired"])
+@pytest.mark.parametrize("with_repair", [False, True], ids=["not repaired", "repaired"])
 @pytest.mark.parametrize("name", MODEL_MASKS)
-def test_shrunk_model_uses_the_rounded_weights(pair, name: str, repaired: bool) -> None:
+def test_shrunk_model_uses_the_rounded_weights(pair, name: str, with_repair: bool) -> None:
     model, twin = pair
     model_mask, tokens = MODEL_MASKS[name](twin.module), random_tokens()
-    outputs = random_outputs(twin.module, model_mask, bias=True) if repaired else {}
+    repaired = random_repair(twin.module, model_mask, bias=True) if with_repair else {}
     before = {key: value.clone() for key, value in model.module.state_dict().items()}
     dense = logits_of(model.module, tokens)
     with (
-        Evaluator(model).shrunk(model_mask, outputs) as shrunk,
-        Evaluator(twin).shrunk(model_mask, outputs) as expected,
+        Evaluator(model).shrunk(model_mask, repaired) as shrunk,
+        Evaluator(twin).shrunk(model_mask, repaired) as expected,
     ):
         torch.testing.assert_close(logits_of(shrunk, tokens), logits_of(expected, tokens), rtol=1e-5, atol=1e-5)
     after = model.module.state_dict()
@@ -265,16 +265,16 @@ def test_width_table_is_that_of_the_rounded_weights(pair) -> None:
     )
     for key in ranks:
         torch.testing.assert_close(table.errors[key], expected.errors[key], rtol=1e-3, atol=1e-6)
-        for width, output in expected.outputs[key].items():
-            torch.testing.assert_close(table.outputs[key][width].weight, output.weight, rtol=1e-3, atol=1e-3)
+        for width, output in expected.repaired[key].items():
+            torch.testing.assert_close(table.repaired[key][width].weight, output.weight, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("method", ["bias", "least-squares", "least-squares-bias"])
 def test_repair_is_fitted_to_the_rounded_weights(pair, method: str) -> None:
     repaired, expected = (repair(model, MODEL_MASKS["random"](model.module), TEXT, method, 1e-2) for model in pair)
-    assert repaired.outputs.keys() == expected.outputs.keys()
-    for key, output in expected.outputs.items():
-        torch.testing.assert_close(repaired.outputs[key].weight, output.weight, rtol=1e-3, atol=1e-3)
+    assert repaired.blocks.keys() == expected.blocks.keys()
+    for key, output in expected.blocks.items():
+        torch.testing.assert_close(repaired.blocks[key].weight, output.weight, rtol=1e-3, atol=1e-3)
 
 
 def test_shape_and_parameter_counts_do_not_change(pair) -> None:
@@ -311,15 +311,15 @@ def test_an_evaluation_converts_the_weights_of_one_block_at_a_time() -> None:
 # --- fp8: a single input that is rounded differently changes everything after it, so products are compared one by one
 
 
-@pytest.mark.parametrize("repaired", [False, True], ids=["not repaired", "repaired"])
+@pytest.mark.parametrize("with_repair", [False, True], ids=["not repaired", "repaired"])
 @pytest.mark.parametrize("name", MODEL_MASKS)
 def test_every_product_of_a_shrunk_fp8_model_uses_rounded_inputs_and_weights(
-    architecture: str, name: str, repaired: bool, scaled_mm: StrictScaledMM
+    architecture: str, name: str, with_repair: bool, scaled_mm: StrictScaledMM
 ) -> None:
     module, tokens = tiny_model(architecture), random_tokens()
     model_mask = MODEL_MASKS[name](module)
-    outputs = random_outputs(module, model_mask, bias=True) if repaired else {}
-    expected = Evaluator(PrunableModel.of(module)).losses([model_mask], tokens, [outputs])
+    repaired = random_repair(module, model_mask, bias=True) if with_repair else {}
+    expected = Evaluator(PrunableModel.of(module)).losses([model_mask], tokens, [repaired])
     quantize_projections(module, "fp8")
     model = PrunableModel.of(module)
     before = {key: value.clone() for key, value in module.state_dict().items()}
@@ -335,10 +335,10 @@ def test_every_product_of_a_shrunk_fp8_model_uses_rounded_inputs_and_weights(
 
     for linear in linears_of(model):
         linear.register_forward_hook(check)
-    torch.testing.assert_close(Evaluator(model).losses([model_mask], tokens, [outputs]), expected, rtol=0.06, atol=0)
+    torch.testing.assert_close(Evaluator(model).losses([model_mask], tokens, [repaired]), expected, rtol=0.06, atol=0)
     expected_shapes = list(shapes_of_running_projections(model, model_mask))
     assert shapes == expected_shapes
-    assert scaled_mm.calls == len(expected_shapes) - len(outputs)
+    assert scaled_mm.calls == len(expected_shapes) - len(repaired)
     after = module.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
 
@@ -369,8 +369,8 @@ def test_fp8_repair_is_nearly_as_good_as_one_on_the_original_weights() -> None:
     model_mask, heldout = MODEL_MASKS["random"](plain.module), random_tokens(9, rows=8)
     losses = []
     for model in (plain, fp8):
-        outputs = repair(model, model_mask, TEXT, "least-squares", 1e-2).outputs
-        losses.append(float(Evaluator(plain).losses([model_mask], heldout, [outputs])))
+        repaired = repair(model, model_mask, TEXT, "least-squares", 1e-2).blocks
+        losses.append(float(Evaluator(plain).losses([model_mask], heldout, [repaired])))
     assert losses[1] == pytest.approx(losses[0], rel=0.01) and losses[1] != losses[0]
 
 

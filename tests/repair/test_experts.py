@@ -76,9 +76,11 @@ def test_experts_with_too_few_tokens_keep_their_weights_and_are_named(architectu
     model_mask = keep_first(model, [((4, 2), (8, 8))] + [((4, 2), (8, 12))] * 3)
     notes: list[str] = []
     with model_unchanged(model):
-        _, outputs = repair(PrunableModel.of(model), model_mask, batches(), "least-squares", DAMPING, note=notes.append)
-    assert set(outputs) == {(0, "ffn")}
-    weight = outputs[0, "ffn"].weight[3]
+        _, repaired = repair(
+            PrunableModel.of(model), model_mask, batches(), "least-squares", DAMPING, note=notes.append
+        )
+    assert set(repaired) == {(0, "ffn")}
+    weight = repaired[0, "ffn"].weight[3]
     dense, _ = output_of(model.model.layers[0], 3)
     assert torch.equal(weight.T if architecture == "gpt_oss" else weight, dense[:, :8])
     assert len(notes) == 1 and notes[0].startswith("layer 0: ") and "3" in notes[0].rpartition(": ")[2]
@@ -89,8 +91,8 @@ def test_experts_with_too_few_tokens_keep_their_weights_and_are_named(architectu
 def test_experts_that_keep_all_channels_are_not_repaired(architecture: str) -> None:
     model = tiny_model(architecture)
     model_mask = keep_first(model, [((4, 2), (3, 12))] * 4)
-    kept, outputs = repair(PrunableModel.of(model), model_mask, batches(), "least-squares", DAMPING, reselect=True)
-    assert outputs == {}
+    kept, repaired = repair(PrunableModel.of(model), model_mask, batches(), "least-squares", DAMPING, reselect=True)
+    assert repaired == {}
     assert all(PrunableModel.of(model).shape.grids["ffn"][0].kept(layer.ffn) == (3, 12) for layer in kept)
 
 

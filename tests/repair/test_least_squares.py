@@ -26,7 +26,7 @@ from pgprune_cli.errors import RunError
 from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.forward.moments import Moments, observe_moments
-from pgprune_cli.model.masks import LayerMask, ModelMask, Outputs
+from pgprune_cli.model.masks import LayerMask, ModelMask, RepairedBlocks
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair import least_squares
 from pgprune_cli.repair.least_squares import compensated_output, repair, repaired_output
@@ -144,7 +144,7 @@ def test_a_compensated_output_adds_the_mean_of_what_is_gone(columns: list[int]) 
 # --- a model
 
 
-def behind(model: nn.Module, keep: ModelMask, outputs: Outputs, index: int, name: str) -> tuple[Tensor, Tensor]:
+def behind(model: nn.Module, keep: ModelMask, repaired: RepairedBlocks, index: int, name: str) -> tuple[Tensor, Tensor]:
     """`seen` where everything in front of this block is pruned and repaired, and the block and what follows is not."""
     before = BLOCKS[: BLOCKS.index((index, name))]
     front = tuple(
@@ -155,7 +155,7 @@ def behind(model: nn.Module, keep: ModelMask, outputs: Outputs, index: int, name
         for place, (kept, dense) in enumerate(zip(keep, dense_mask(model), strict=True))
     )
     prunable = PrunableModel.of(model)
-    with Evaluator(prunable).shrunk(front, {key: output for key, output in outputs.items() if key in before}):
+    with Evaluator(prunable).shrunk(front, {key: output for key, output in repaired.items() if key in before}):
         return observed_inputs(prunable, index, name)
 
 
@@ -165,15 +165,15 @@ def test_no_block_is_worse_for_its_repair_on_the_text(architecture: str, method:
     model = tiny_model(architecture)
     with model_unchanged(model):
         before = some_mask(model)
-        keep, outputs = repair(PrunableModel.of(model), before, batches(), method, DAMPING, reselect=reselect)
+        keep, repaired = repair(PrunableModel.of(model), before, batches(), method, DAMPING, reselect=reselect)
     assert reselect or same_masks(keep, before)
-    assert sorted(outputs) == repaired_blocks(model, before)  # nothing for whole and for empty blocks
-    for (index, name), output in outputs.items():
+    assert sorted(repaired) == repaired_blocks(model, before)  # nothing for whole and for empty blocks
+    for (index, name), output in repaired.items():
         linear, mask = output_linear(model, index, name), keep[index].of(name)
         columns = columns_of(mask, linear.in_features)
         assert output.weight.shape == (32, len(columns))
         assert output.weight.dtype == torch.float32
-        x, weights = behind(model, keep, outputs, index, name)
+        x, weights = behind(model, keep, repaired, index, name)
         own = 0.0 if linear.bias is None else linear.bias.double()
         expected = x @ linear.weight.double().T + own
         unrepaired = x[:, columns] @ linear.weight[:, columns].double().T + own
@@ -195,10 +195,10 @@ def test_no_block_is_worse_for_its_repair_on_the_text(architecture: str, method:
 def test_a_model_that_loses_nothing_is_not_repaired(architecture: str, reselect: bool) -> None:
     model = tiny_model(architecture)
     with model_unchanged(model):
-        keep, outputs = repair(
+        keep, repaired = repair(
             PrunableModel.of(model), dense_mask(model), batches()[:1], "least-squares", DAMPING, reselect=reselect
         )
-    assert outputs == {}
+    assert repaired == {}
     assert same_masks(keep, dense_mask(model))
 
 
@@ -209,7 +209,7 @@ def test_units_that_are_chosen_again_are_those_that_obs_keeps_behind_the_pruned_
     """As many as before in every block; and by the loss's directions a line loses no more than before."""
     model = tiny_model(architecture)
     prunable, masks = PrunableModel.of(model), some_mask(model)
-    keep, outputs = repair(prunable, masks, batches(), method, DAMPING, reselect=True)
+    keep, repaired = repair(prunable, masks, batches(), method, DAMPING, reselect=True)
     roots = error_roots(prunable, batches())
     changed = 0
     for index, name in BLOCKS:
@@ -220,7 +220,7 @@ def test_units_that_are_chosen_again_are_those_that_obs_keeps_behind_the_pruned_
             assert torch.equal(mask, before)
             continue
         linear = output_linear(model, index, name)
-        x, weights = behind(model, keep, outputs, index, name)
+        x, weights = behind(model, keep, repaired, index, name)
         moments = moments_by_hand(x, weights)
         felt = error_root_of(model, index, name, roots[index]) @ linear.weight.double()
         if grid.is_line:
@@ -244,7 +244,7 @@ def test_chosen_again_from_the_same_text_nothing_changes() -> None:
     once = repair(PrunableModel.of(model), some_mask(model), batches(), "least-squares", DAMPING, reselect=True)
     twice = repair(PrunableModel.of(model), once.model_mask, batches(), "least-squares", DAMPING, reselect=True)
     assert same_masks(once.model_mask, twice.model_mask)
-    assert all(torch.equal(once.outputs[key].weight, twice.outputs[key].weight) for key in REPAIRED)
+    assert all(torch.equal(once.blocks[key].weight, twice.blocks[key].weight) for key in REPAIRED)
 
 
 @pytest.mark.parametrize("place", ["0.self_attn.o_proj", "1.mlp.down_proj", "2.mlp.act_fn", "3.self_attn"])

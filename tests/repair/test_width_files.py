@@ -154,10 +154,10 @@ def assert_same(left: WidthTable, right: WidthTable) -> None:
     for key in BLOCKS:
         assert torch.equal(left.errors[key], right.errors[key])
         assert torch.equal(left.orders[key], right.orders[key])
-        assert list(left.outputs[key]) == list(right.outputs[key])
-        for kept, output in left.outputs[key].items():
-            assert torch.equal(output.weight, right.outputs[key][kept].weight)
-            assert output.bias is right.outputs[key][kept].bias
+        assert list(left.repaired[key]) == list(right.repaired[key])
+        for kept, output in left.repaired[key].items():
+            assert torch.equal(output.weight, right.repaired[key][kept].weight)
+            assert output.bias is right.repaired[key][kept].bias
 
 
 def test_a_table_is_solved_once(model: nn.Module, tmp_path: Path, solved) -> None:
@@ -169,13 +169,13 @@ def test_a_table_is_solved_once(model: nn.Module, tmp_path: Path, solved) -> Non
 
 def test_what_is_damaged_is_solved_again_and_nothing_else(model: nn.Module, tmp_path: Path, solved) -> None:
     first = table(model, tmp_path)
-    before = {key: {kept: out.weight.clone() for kept, out in outs.items()} for key, outs in first.outputs.items()}
+    before = {key: {kept: out.weight.clone() for kept, out in outs.items()} for key, outs in first.repaired.items()}
     flipped(tmp_path / WIDTHS_FOLDER / "layer-00002.safetensors")
     (tmp_path / WIDTHS_FOLDER / "layer-00000.safetensors").unlink()
     again = table(model, tmp_path)
     assert solved == [list(range(LAYERS)), [0, 2]]
-    for key, outputs in again.outputs.items():
-        assert all(torch.equal(output.weight, before[key][kept]) for kept, output in outputs.items())
+    for key, repaired in again.repaired.items():
+        assert all(torch.equal(output.weight, before[key][kept]) for kept, output in repaired.items())
 
 
 @pytest.mark.parametrize("changed", ["recipe", "text", "model", "chain"])

@@ -75,7 +75,7 @@ def test_a_table_holds_what_every_width_would_be_repaired_to(architecture: str) 
     model = tiny_model(architecture)
     with model_unchanged(model):
         table = width_table(model, 1e-3, solve=True)
-    assert sorted(table.outputs) == sorted(table.orders) == sorted(table.errors) == sorted(BLOCKS)
+    assert sorted(table.repaired) == sorted(table.orders) == sorted(table.errors) == sorted(BLOCKS)
     shape, (_, units) = PrunableModel.of(model).shape, units_of(model)
     ranks = ranks_of(shape, units)
     for key in BLOCKS:
@@ -84,10 +84,10 @@ def test_a_table_holds_what_every_width_would_be_repaired_to(architecture: str) 
         moments = moments_by_hand(*observed_inputs(model, *key))
         widths = range(width_step(count), count, width_step(count))
         masks = [mask_of_first(order, kept, units[key]) for kept in widths]
-        assert sorted(table.outputs[key]) == [int(mask.sum()) for mask in masks]
+        assert sorted(table.repaired[key]) == [int(mask.sum()) for mask in masks]
         for mask in masks:
             assert shape.grids[key[1]][key[0]].is_regular(mask)
-            output = table.outputs[key][int(mask.sum())]
+            output = table.repaired[key][int(mask.sum())]
             columns = columns_of(mask, linear.in_features)
             expected = repaired_output(linear.weight, linear.bias, moments, columns, 1e-3, with_bias=False)
             torch.testing.assert_close(output.weight, expected.weight, rtol=1e-3, atol=1e-3)
@@ -100,7 +100,7 @@ def test_errors_are_what_the_text_loses_at_every_width(architecture: str, solve:
     model = tiny_model(architecture)
     table = width_table(model, 1e-9, solve=solve)
     roots, (_, units) = error_roots(PrunableModel.of(model), batches()), units_of(model)
-    assert solve or table.outputs == {}
+    assert solve or table.repaired == {}
     for key in [(0, "attention"), (2, "ffn"), (3, "attention"), (3, "ffn")]:
         errors, order, linear = table.errors[key], table.orders[key], output_linear(model, *key)
         assert errors.shape == (len(order) + 1,)
@@ -130,7 +130,7 @@ def test_only_blocks_with_units_are_solved(families: tuple[str, ...]) -> None:
     whole = width_table(model, DAMPING, solve=True)
     table = width_table(model, DAMPING, families=families, solve=True)
     chosen = {key for key in BLOCKS if key[1] in families}
-    assert set(table.outputs) == chosen == {key for key in table.errors if len(table.orders[key])}
+    assert set(table.repaired) == chosen == {key for key in table.errors if len(table.orders[key])}
     for key in chosen:
         torch.testing.assert_close(table.errors[key], whole.errors[key])
 
@@ -147,14 +147,14 @@ def test_whole_and_empty_blocks_have_no_outputs() -> None:
     )
     actual = table.outputs_for((*every[:2], nothing[2], first_units))
     assert actual.keys() == {attention, ffn}
-    assert actual[attention] is table.outputs[attention][int(first_units.attention.sum())]
-    assert actual[ffn] is table.outputs[ffn][10]
+    assert actual[attention] is table.repaired[attention][int(first_units.attention.sum())]
+    assert actual[ffn] is table.repaired[ffn][10]
 
 
 def test_table_bytes_are_those_of_the_projections_that_are_solved(architecture: str) -> None:
     model = tiny_model(architecture)
     table, (_, units) = width_table(model, DAMPING, solve=True), units_of(model)
-    held = sum(output.weight.nbytes for by_width in table.outputs.values() for output in by_width.values())
+    held = sum(output.weight.nbytes for by_width in table.repaired.values() for output in by_width.values())
     assert table_bytes(PrunableModel.of(model), units) == held
 
 

@@ -199,10 +199,10 @@ def test_every_sample_is_repaired_for_the_very_units_it_keeps(model: nn.Module) 
     _, masks = searched(policy, 0)
     for mask in masks[::4]:
         keep = model_mask_of(policy, model, mask)
-        outputs = policy.outputs(keep)
+        repaired = policy.repaired(keep)
         partly = {(i, n) for i in range(LAYERS) for n in FAMILIES if 0 < keep[i].of(n).float().mean() < 1}
-        assert outputs.keys() == partly
-        for (index, name), output in outputs.items():
+        assert repaired.keys() == partly
+        for (index, name), output in repaired.items():
             stays, linear = keep[index].of(name), output_linear(model, index, name)
             assert shape.grids[name][index].is_regular(stays)
             columns = stays.repeat_interleave(linear.in_features // len(stays)).nonzero().flatten()
@@ -218,7 +218,7 @@ def test_nothing_is_repaired_where_nothing_was_solved(model: nn.Module) -> None:
     width_policy, units = layer_policy(model, solve=False), unit_policy(model)
     for policy in (width_policy, units):
         state, _ = searched(policy, 0)
-        assert policy.outputs(model_mask_of(policy, model, policy.mask(state))) == {}
+        assert policy.repaired(model_mask_of(policy, model, policy.mask(state))) == {}
 
 
 def test_samples_keep_to_the_multiple_that_the_budget_asks_for(model: nn.Module) -> None:
@@ -231,7 +231,7 @@ def test_samples_keep_to_the_multiple_that_the_budget_asks_for(model: nn.Module)
     assert len(widths) > 2
     for mask in masks:
         keep = model_mask_of(policy, model, mask)
-        for (index, name), output in policy.outputs(keep).items():
+        for (index, name), output in policy.repaired(keep).items():
             assert output.weight.shape[1] == int(keep[index].of(name).sum()) * (1 if name == "ffn" else 8)
 
 
