@@ -178,8 +178,8 @@ def test_no_block_is_worse_for_its_repair_on_the_text(architecture: str, method:
         expected = x @ linear.weight.double().T + own
         unrepaired = x[:, columns] @ linear.weight[:, columns].double().T + own
         bias = 0.0 if output.bias is None else output.bias.double()
-        repaired = x[:, columns] @ output.weight.double().T + bias
-        before, after = weighted_error(expected, unrepaired, weights), weighted_error(expected, repaired, weights)
+        refitted = x[:, columns] @ output.weight.double().T + bias
+        before, after = weighted_error(expected, unrepaired, weights), weighted_error(expected, refitted, weights)
         assert after <= before
         if method.startswith("least-squares"):
             moments = moments_by_hand(x, weights)
