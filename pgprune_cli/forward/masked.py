@@ -43,8 +43,7 @@ def summed_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     if family is None:  # `eval` measures any model, but only a family's adapter knows what follows the head
         logits = causal(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
         return _cross_entropy(logits, tokens[:, 1:].flatten().to(logits.device))
-    with _one_sequence_per_row():
-        hidden_states = causal.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+    hidden_states = last_hidden_states(model, tokens)
     head = causal.get_output_embeddings()
     rows = hidden_states[:, :-1].reshape(-1, hidden_states.shape[-1])
     targets = tokens[:, 1:].reshape(-1).to(rows.device)
@@ -52,6 +51,14 @@ def summed_loss(model: nn.Module, tokens: Tensor) -> Tensor:
     for part, part_targets in zip(rows.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
         total += _cross_entropy(family.finish_logits(causal.config, head(part)), part_targets)
     return total
+
+
+def last_hidden_states(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the hidden states `(B, T, hidden)` of a causal model behind its final norm, for `tokens` `(B, T)`."""
+    causal: Any = model
+    with _one_sequence_per_row():
+        hidden_states: Tensor = causal.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+    return hidden_states
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

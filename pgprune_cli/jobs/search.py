@@ -119,8 +119,8 @@ def _decide(problem: Problem, loop: LoopState) -> Decision:
     context, recipe = problem.context, problem.context.recipe
     mask = problem.policy.final_mask(loop.policy_state)
     model_mask, repaired = _repaired(context, problem.model_mask(mask))
-    heldout_loss = problem.heldout_loss(model_mask, repaired)
-    dense_loss = problem.heldout_loss(problem.model_mask(torch.ones_like(mask)), {})
+    heldout_loss = problem.objective.on_heldout(model_mask, repaired).loss
+    dense_loss = problem.objective.on_heldout(problem.model_mask(torch.ones_like(mask)), {}).loss
     return Decision(
         model_mask=model_mask,
         model=recipe.model,

@@ -76,6 +76,7 @@ Family = Literal["attention", "ffn", "attention-block", "ffn-block", "layer"]
 Measure = Literal["parameters", "active-parameters", "flops", "kv-cache", "latency"]
 MetricName = Literal["wanda-sp", "flap", "obs", "taylor", "magnitude", "random", "uniform"]
 Bos = Literal["auto", True, False]
+Objective = Literal["loss", "kl", "kl-hidden"]
 RepairMethod = Literal["none", "bias", "least-squares", "least-squares-bias"]
 GRADIENT_METRICS = ("taylor",)
 """The metrics that need a backward pass."""
@@ -159,6 +160,10 @@ class SearchSettings:
 
     # What is searched: the width of each block (`widths`), or every unit on its own (`units`, as in the paper).
     policy: Literal["widths", "units"] = "widths"
+    # What the search minimises on the calibration text: the next-token loss (`loss`), the divergence KL(dense ‖ pruned)
+    # of the predictions from those of the dense model (`kl`), or that plus the relative squared error of the residual
+    # stream behind the first, the middle and the last layer (`kl-hidden`).
+    objective: Objective = "loss"
     # Total number of forward passes.
     forward_passes: Natural = 320
     # Masks per step. Their losses are compared with each other, so at least two are needed.

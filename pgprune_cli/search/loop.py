@@ -123,7 +123,7 @@ def _take_step(problem: Problem, loop: LoopState) -> Row:
     heldout_loss = None
     if mask is not None:
         model_mask = problem.model_mask(mask)
-        heldout_loss = finite(problem.heldout_loss(model_mask, policy.repaired(model_mask)))
+        heldout_loss = finite(problem.objective.on_heldout(model_mask, policy.repaired(model_mask)).loss)
     return Row(
         step=loop.step,
         losses=[finite(float(loss)) for loss in losses],

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.space import WHOLE_FAMILIES, Budget, MaskSpace
 from pgprune_cli.data.windows import Batches
-from pgprune_cli.model.masks import ModelMask, RepairedBlocks
+from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import Partitions
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.scores.metrics import flat_scores, score_name, unit_ranks
 from pgprune_cli.search.context import SearchContext
+from pgprune_cli.search.objective import Objective
 from pgprune_cli.search.policies import Policy, UnitPolicy, WidthPolicy
 from pgprune_cli.search.table import solve_table
 from pgprune_cli.search.texts import step_batches
@@ -28,6 +28,7 @@ class Problem:
     space: MaskSpace
     partitions: Partitions
     policy: Policy  # type: ignore[type-arg]  # of whichever state it began with
+    objective: Objective
     batches: Batches
 
     def model_mask(self, mask: Tensor) -> ModelMask:
@@ -43,29 +44,20 @@ class Problem:
         }
 
     def losses(self, masks: Tensor, tokens: Tensor) -> Tensor:
-        """Return the losses of masks `(K, n)` on one batch, repaired as the policy says: `(K,)` nats per token."""
+        """Return the objective of masks `(K, n)` on one batch, repaired as the policy says: `(K,)` nats per token."""
         ranks = self.context.ranks
         ranks.check_same(masks, tokens)
         model_masks = [self.model_mask(masks[index]) for index in ranks.share(len(masks))]
         repaired = [self.policy.repaired(model_mask) for model_mask in model_masks]
-        own_losses = self.context.evaluator.losses(model_masks, tokens, repaired)
+        own_losses = self.objective.values(model_masks, tokens, repaired)
         return ranks.gather(own_losses, len(masks))
-
-    def heldout_loss(self, model_mask: ModelMask, repaired: RepairedBlocks) -> float:
-        """Return the loss of one mask on text that the search never reads, in nats per token."""
-        heldout, ranks = self.context.text.heldout, self.context.ranks
-        batches = heldout.split(self.context.recipe.calibration.batch)
-        share = [batches[index] for index in ranks.share(len(batches))]
-        own = [float(self.context.evaluator.losses([model_mask], tokens, [repaired])[0]) for tokens in share]
-        losses: list[float] = ranks.gather(torch.tensor(own, dtype=torch.float64), len(batches)).tolist()
-        return sum(loss * len(tokens) for loss, tokens in zip(losses, batches, strict=True)) / len(heldout)
 
 
 def set_up(context: SearchContext, space: MaskSpace, budget: Budget, partitions: Partitions, scores: Scores) -> Problem:
     """Build the problem of a search. A width search solves its table here, which takes minutes."""
     build = _unit_policy if context.recipe.search.policy == "units" else _width_policy
     policy = build(context, space, budget, partitions, scores)
-    return Problem(context, space, partitions, policy, step_batches(context.recipe, context.text))
+    return Problem(context, space, partitions, policy, Objective(context), step_batches(context.recipe, context.text))
 
 
 def _unit_policy(
