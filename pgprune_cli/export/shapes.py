@@ -19,7 +19,7 @@ from torch import Tensor
 from pgprune_cli.core.grid import Grid
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.families.adapter import Block
-from pgprune_cli.model.masks import LayerMask, ModelMask, columns_of
+from pgprune_cli.model.masks import LayerMask, ModelMask
 from pgprune_cli.model.prunable import Shape
 from pgprune_cli.model.unit_tensors import KeptElements, UnitTensor, gather, kept_shape
 from pgprune_cli.run.layout import DECISION_RECORD
@@ -149,16 +149,38 @@ def output_columns(dense: Tensor, tensor: UnitTensor, kept: Tensor, written: Ten
         repaired = gather(dense, tensor, KeptElements(kept))
     if torch.equal(kept, written):
         return repaired
-    shape = kept_shape(tensor, dense.shape, written)
-    columns = repaired.new_zeros(shape)
-    (part,) = tensor.parts
+    return _placed(repaired, repaired.new_zeros(kept_shape(tensor, dense.shape, written)), tensor, kept, written)
+
+
+def inner_rows(dense: Tensor, tensor: UnitTensor, kept: Tensor, written: Tensor, repaired: Tensor | None) -> Tensor:
+    """Return an inner tensor of a block on its written elements. The rows of the padding are those of the base model.
+
+    Arguments as for `output_columns`.
+    """
+    if repaired is not None and torch.equal(kept, written):
+        return repaired
+    rows = gather(dense, tensor, KeptElements(written))
+    if repaired is None:
+        return rows
+    return _placed(repaired, rows.to(torch.promote_types(rows.dtype, repaired.dtype)), tensor, kept, written)
+
+
+def _placed(repaired: Tensor, rows: Tensor, tensor: UnitTensor, kept: Tensor, written: Tensor) -> Tensor:
+    """Return `rows`, which are those of the written elements, with the repaired rows of the kept elements in place."""
+    kept_rows, written_rows, repaired = _rows_of(tensor, kept), _rows_of(tensor, written), repaired.to(rows.dtype)
+    if not tensor.stacked:
+        return rows.index_copy_(tensor.axis, kept_rows[written_rows].nonzero().squeeze(1), repaired)
+    sources = iter(repaired)
+    groups = written_rows.any(1)
+    for target, ours, all_rows in zip(rows, kept_rows[groups], written_rows[groups], strict=True):
+        if ours.any():
+            target.index_copy_(tensor.axis - 1, ours[all_rows].nonzero().squeeze(1), next(sources))
+    return rows
+
+
+def _rows_of(tensor: UnitTensor, mask: Tensor) -> Tensor:
+    """Return which rows of a unit tensor a mask `(elements,)` keeps: `(rows,)` bool, `(groups, rows)` if stacked."""
     if tensor.stacked:
-        for row, group in enumerate(written.view(dense.shape[0], -1).any(1).nonzero().squeeze(1).tolist()):
-            ours = kept.view(dense.shape[0], -1)[group]
-            if ours.any():
-                place = columns_of(ours[written.view(dense.shape[0], -1)[group]].nonzero().squeeze(1), part.width)
-                source = int(kept.view(dense.shape[0], -1)[:group].any(1).sum())
-                columns[row].index_copy_(tensor.axis - 1, place, repaired[source])
-        return columns
-    place = columns_of(kept[written].nonzero().squeeze(1), part.width)
-    return columns.index_copy_(tensor.axis, place, repaired)
+        by_group = mask.view(-1, tensor.parts[0].runs)
+        return torch.cat([by_group.repeat_interleave(part.width, 1) for part in tensor.parts], 1)
+    return torch.cat([mask.view(part.runs, -1).any(1).repeat_interleave(part.width) for part in tensor.parts])

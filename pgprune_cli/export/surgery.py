@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.export.shapes import RuntimeShapes, output_columns
+from pgprune_cli.export.shapes import RuntimeShapes, inner_rows, output_columns
 from pgprune_cli.model.families.adapter import Block, FilePiece
 from pgprune_cli.model.masks import RepairedBlocks
 from pgprune_cli.model.prunable import Shape
-from pgprune_cli.model.unit_tensors import KeptElements, UnitTensor, gather, kept_shape
+from pgprune_cli.model.unit_tensors import UnitTensor, kept_shape
 
 
 @dataclass(frozen=True)
@@ -121,17 +121,17 @@ class Surgery:
         )
         if not written[piece.group].any():
             return
-        own = UnitTensor(piece.tensor, tensor.axis - 1, (tensor.parts[piece.part],))
+        own = UnitTensor(tensor.name, tensor.axis - 1, (tensor.parts[piece.part],))
         target = piece.template.format(
             layer=self.shapes.layers.index(layer), group=int(written[: piece.group].any(1).sum())
         )
         shape = kept_shape(own, self.tensors[name].shape, written[piece.group])
+        row = int(kept[: piece.group].any(1).sum())
         if piece.tensor.endswith(self.family.output_weights(block)):
-            row = int(kept[: piece.group].any(1).sum())
             make = self._expert_columns((layer, block.name), own, kept[piece.group], written[piece.group], row)
-            yield self._edit(target, name, shape, make)
         else:
-            yield self._edit(target, name, shape, _rows(own, written[piece.group]))
+            make = self._expert_rows((layer, block.name), own, kept[piece.group], written[piece.group], row, piece.part)
+        yield self._edit(target, name, shape, make)
 
     def _expert_columns(
         self, key: tuple[int, str], tensor: UnitTensor, kept: Tensor, written: Tensor, row: int
@@ -141,6 +141,19 @@ class Surgery:
         def make(dense: Tensor) -> Tensor:
             repaired = self.repaired.get(key) if kept.any() else None
             return output_columns(dense, tensor, kept, written, repaired.weight[row] if repaired else None)
+
+        return make
+
+    def _expert_rows(
+        self, key: tuple[int, str], tensor: UnitTensor, kept: Tensor, written: Tensor, row: int, part: int
+    ) -> Callable[[Tensor], Tensor]:
+        """Return what makes a part of an inner tensor of one expert, which is `row` of the repaired ones."""
+
+        def make(dense: Tensor) -> Tensor:
+            repaired = self._inner(key, tensor.name) if kept.any() else None
+            if repaired is not None:
+                repaired = repaired[row].split(int(kept.sum()) * tensor.parts[0].width, tensor.axis)[part]
+            return inner_rows(dense, tensor, kept, written, repaired)
 
         return make
 
@@ -161,7 +174,8 @@ class Surgery:
                 bias = target.removesuffix(path) + bias_path
                 yield self._edit(bias, name, shape[:1], self._bias(layer, block.name))
         else:
-            yield self._edit(target, name, kept_shape(unit_tensor, shape, written), _rows(unit_tensor, written))
+            make = self._rows(layer, block.name, unit_tensor)
+            yield self._edit(target, name, kept_shape(unit_tensor, shape, written), make)
 
     def _edit(self, name: str, source: str, shape: torch.Size, make: Callable[[Tensor], Tensor]) -> TensorEdit:
         return TensorEdit(name, shape, self.dtype or self.tensors[source].dtype, source, make)
@@ -175,6 +189,20 @@ class Surgery:
             return output_columns(dense, tensor, kept, written, repaired.weight if repaired else None)
 
         return make
+
+    def _rows(self, layer: int, block: str, tensor: UnitTensor) -> Callable[[Tensor], Tensor]:
+        """Return what makes an inner tensor of a block. A repaired one is read only when it is called."""
+
+        def make(dense: Tensor) -> Tensor:
+            kept, written = (masks[layer].of(block) for masks in (self.shapes.kept, self.shapes.written))
+            return inner_rows(dense, tensor, kept, written, self._inner((layer, block), tensor.name))
+
+        return make
+
+    def _inner(self, key: tuple[int, str], name: str) -> Tensor | None:
+        """Return the repaired rows of an inner tensor of a block, if it was refitted."""
+        repaired = self.repaired.get(key)
+        return None if repaired is None else repaired.inner.get(name)
 
     def _bias(self, layer: int, block: str) -> Callable[[Tensor], Tensor]:
         """Return what makes the output bias of a block, from the base model's bias or else its output projection."""
@@ -197,7 +225,3 @@ def output_bias_path(block: Block) -> str:
 
 def _unchanged(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _rows(unit_tensor: UnitTensor, written: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: gather(tensor, unit_tensor, KeptElements(written))

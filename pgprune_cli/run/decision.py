@@ -2,8 +2,11 @@
 
 `decision.safetensors` holds two bool tensors per layer, `layers.<l>.attention` (query heads) and `layers.<l>.ffn`
 (channels). `decision.json` records where the decision comes from and the checksum of the masks. If the kept weights
-were repaired, `repair.safetensors` holds the output projections, such as `layers.<l>.attention.weight` (hidden, kept
-inputs), and `decision.json` records its checksum.
+were repaired, `repair.safetensors` holds the refitted ones: of an output projection `layers.<l>.<block>.weight`
+(hidden, kept inputs) and `layers.<l>.<block>.bias`, of any other tensor of a block its kept rows under its name in the
+block, such as `layers.<l>.attention.q_proj.weight`. `decision.json` records the checksum of this file too.
+
+Version 1 had refitted output projections only, under the same names.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, RECOVERY_REC
 from pgprune_cli.storage.atomic import write_bytes
 from pgprune_cli.storage.records import checksum, read_record, read_tensors, refuse_newer, write_record
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -197,15 +200,17 @@ class RepairFile(Mapping[tuple[int, str], RepairedBlock]):
     def __getitem__(self, key: tuple[int, str]) -> RepairedBlock:
         from safetensors import safe_open
 
-        weight, bias = (f"layers.{key[0]}.{key[1]}.{part}" for part in ("weight", "bias"))
-        if weight not in self._names:
+        prefix = f"layers.{key[0]}.{key[1]}."
+        names = sorted(name for name in self._names if name.startswith(prefix))
+        if f"{prefix}weight" not in names:
             raise KeyError(key)
         with safe_open(self.path, framework="pt") as file:
-            return RepairedBlock(file.get_tensor(weight), file.get_tensor(bias) if bias in self._names else None)
+            parts = {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+        return RepairedBlock(parts.pop("weight"), parts.pop("bias", None), parts)
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         for name in sorted(self._names):
-            _, index, block, part = name.split(".")
+            _, index, block, part = name.split(".", 3)
             if part == "weight":
                 yield int(index), block
 

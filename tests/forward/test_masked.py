@@ -1,6 +1,5 @@
 """The shrunk model equals the dense one with removed units silenced, and the model is unchanged after every call."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -16,6 +15,7 @@ from helpers.masks import (
     random_mask,
     random_repair,
     random_tokens,
+    repaired_by_hand,
 )
 from helpers.masks import masked as silenced
 from helpers.models import ARCHITECTURES, VOCABULARY, tiny_model
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from pgprune_cli.errors import RunError
 from pgprune_cli.forward import masked as masked
 from pgprune_cli.forward.masked import Evaluator, summed_loss
-from pgprune_cli.model.masks import ModelMask, RepairedBlocks
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.unit_tensors import kept_shape
 
@@ -103,26 +102,9 @@ def test_removed_elements_are_not_computed(watched: nn.Module) -> None:
         }
 
 
-def repaired_by_hand(model: nn.Module, model_mask: ModelMask, repaired: RepairedBlocks) -> nn.Module:
-    """Return a copy with replaced output projections, with zeros for the removed inputs."""
-    copied = copy.deepcopy(model)
-    prunable = PrunableModel.of(copied)
-    for (index, name), output in repaired.items():
-        block, mask = prunable.shape.blocks[index][name], model_mask[index].of(name)
-        path, _, key = block.output_path.rpartition(".")
-        inputs = block.output_linear(prunable.layers[index]).in_features
-        linear = nn.Linear(inputs, output.weight.shape[0], bias=output.bias is not None).requires_grad_(False)
-        linear.weight.zero_()
-        linear.weight[:, mask.repeat_interleave(inputs // len(mask))] = output.weight
-        if output.bias is not None:
-            linear.bias.copy_(output.bias)
-        setattr(prunable.layers[index].get_submodule(path), key, linear)
-    return copied
-
-
 @pytest.mark.parametrize("bias", [False, True], ids=["without a bias", "with a bias"])
 @pytest.mark.parametrize("name", ["dense", "random", "an empty layer", "one channel left", "one query head left"])
-def test_repaired_outputs_replace_those_of_the_model(watched: nn.Module, name: str, bias: bool) -> None:
+def test_repaired_weights_replace_those_of_the_model(watched: nn.Module, name: str, bias: bool) -> None:
     model_mask, tokens = MODEL_MASKS[name](watched), random_tokens()
     repaired = random_repair(watched, model_mask, bias)
     by_hand = repaired_by_hand(watched, model_mask, repaired)
@@ -137,7 +119,7 @@ def test_repaired_outputs_replace_those_of_the_model(watched: nn.Module, name: s
         assert (got - logits_of(unrepaired, tokens)).abs().max() > 1e-2
 
 
-def test_losses_use_the_repaired_outputs_of_each_mask(watched: nn.Module) -> None:
+def test_losses_use_the_repaired_weights_of_each_mask(watched: nn.Module) -> None:
     tokens = random_tokens()
     model_masks = [MODEL_MASKS[name](watched) for name in ("random", "an empty layer")]
     repaired = [random_repair(watched, model_mask, bias=True) for model_mask in model_masks]
@@ -163,7 +145,7 @@ def place_in(model: nn.Module, place: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_model_is_restored_when_a_forward_pass_with_repaired_outputs_fails(watched: nn.Module, place: str) -> None:
+def test_model_is_restored_when_a_forward_pass_with_repaired_weights_fails(watched: nn.Module, place: str) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -211,26 +212,64 @@ def masked(model: nn.Module, model_mask: ModelMask) -> Iterator[nn.Module]:
             step()
 
 
-def _output_tensor(prunable: PrunableModel, layer: nn.Module, block: Block) -> tuple[UnitTensor, torch.Size]:
-    tensor = prunable.family.unit_tensors(layer, block)[-1]
-    return tensor, layer.get_submodule(block.module).get_parameter(tensor.name).shape
-
-
 def random_repair(model: nn.Module, model_mask: ModelMask, bias: bool) -> RepairedBlocks:
-    """Return a random output projection for every block that keeps at least one element, dense blocks included."""
+    """Return random refitted weights for every block that keeps at least one element, dense blocks included.
+
+    Besides the output projection, every second other tensor is refitted, so that two layers refit each of them.
+    """
     prunable = PrunableModel.of(model)
     generator, repaired = torch.Generator().manual_seed(0), {}
     for index, (layer, layer_mask) in enumerate(zip(prunable.layers, model_mask, strict=True)):
         for block in prunable.family.blocks_of(layer):
             mask = layer_mask.of(block.name)
-            if mask.any() and prunable.family.groups_per_token(layer, block) is not None:
-                shape = kept_shape(*_output_tensor(prunable, layer, block), mask)
-                repaired[index, block.name] = RepairedBlock(0.3 * torch.randn(shape, generator=generator), None)
-            elif mask.any():
+            if not mask.any():
+                continue
+            *others, output = [
+                (tensor.name, 0.3 * torch.randn(kept_shape(tensor, values.shape, mask), generator=generator))
+                for tensor, values in _unit_tensors(prunable, layer, block)
+            ]
+            own = None
+            if prunable.family.groups_per_token(layer, block) is None:
                 linear = block.output_linear(layer)
-                inputs = int(mask.sum()) * linear.in_features // len(mask)
-                hidden = linear.out_features
-                weight = 0.3 * torch.randn(hidden, inputs, generator=generator)
-                own = torch.randn(hidden, generator=generator) if bias else linear.bias
-                repaired[index, block.name] = RepairedBlock(weight, own)
+                own = torch.randn(linear.out_features, generator=generator) if bias else linear.bias
+            repaired[index, block.name] = RepairedBlock(output[1], own, dict(others[index % 2 :: 2]))
     return repaired
+
+
+def _unit_tensors(prunable: PrunableModel, layer: nn.Module, block: Block) -> list[tuple[UnitTensor, Tensor]]:
+    module = layer.get_submodule(block.module)
+    return [(tensor, module.get_parameter(tensor.name)) for tensor in prunable.family.unit_tensors(layer, block)]
+
+
+def repaired_by_hand(model: nn.Module, model_mask: ModelMask, repaired: RepairedBlocks) -> nn.Module:
+    """Return a dense copy of a model with the refitted weights in the rows of the kept elements. To be `masked`."""
+    copied = copy.deepcopy(model)
+    prunable = PrunableModel.of(copied)
+    for (index, name), own in repaired.items():
+        block, layer = prunable.shape.blocks[index][name], prunable.layers[index]
+        tensors = _unit_tensors(prunable, layer, block)
+        for tensor, values in tensors:
+            refitted = own.weight if tensor is tensors[-1][0] else own.inner.get(tensor.name)
+            if refitted is not None:
+                _put_rows(values, tensor, model_mask[index].of(name), refitted)
+        if own.bias is not None:
+            block.output_linear(layer).bias = nn.Parameter(own.bias.clone(), requires_grad=False)
+    return copied
+
+
+def _put_rows(dense: Tensor, tensor: UnitTensor, mask: Tensor, refitted: Tensor) -> None:
+    """Write the refitted rows of the kept elements into a dense tensor, run by run."""
+    if tensor.stacked:
+        by_group = [(values, own) for values, own in zip(dense, mask.view(len(dense), -1), strict=True) if own.any()]
+        for (values, own), rows in zip(by_group, refitted, strict=True):
+            _put_rows(values, UnitTensor(tensor.name, tensor.axis - 1, tensor.parts), own, rows)
+        return
+    target, source = dense.movedim(tensor.axis, 0), refitted.movedim(tensor.axis, 0)
+    place = taken = 0
+    for part in tensor.parts:
+        for run in mask.view(part.runs, -1).any(1).tolist():
+            if run:
+                target[place : place + part.width] = source[taken : taken + part.width]
+                taken += part.width
+            place += part.width
+    assert (place, taken) == (len(target), len(source))
