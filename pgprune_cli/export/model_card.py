@@ -10,7 +10,7 @@ from typing import Any
 
 from pgprune_cli import __version__
 from pgprune_cli.model.families.adapter import Block
-from pgprune_cli.model.masks import ModelMask
+from pgprune_cli.model.masks import ModelMask, RepairedBlocks
 from pgprune_cli.model.prunable import Shape
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD
@@ -64,12 +64,21 @@ class ModelCard:
             )
         if decision.repaired:
             sentences.append(
-                "The output projections of pruned blocks were refitted on calibration text. All other kept weights are "
+                f"{self._refitted(decision.repaired)} were refitted on calibration text. All other kept weights are "
                 "those of the base model, and nothing was retrained."
             )
         else:
             sentences.append("The kept weights are those of the base model, and nothing was retrained.")
         return " ".join(sentences)
+
+    def _refitted(self, repaired: RepairedBlocks) -> str:
+        """Return which weights were refitted, as the subject of a sentence."""
+        inner = dict.fromkeys(name for block in repaired.values() for name in block.inner)
+        if not inner:
+            return "The output projections of pruned blocks"
+        outputs = dict.fromkeys(self.dense.blocks[layer][block].output for layer, block in repaired)
+        projections = dict.fromkeys([*(name.removesuffix(".weight").removesuffix(".bias") for name in inner), *outputs])
+        return f"The weights of pruned blocks ({', '.join(projections)})"
 
     def _loading(self) -> str:
         trust = ", trust_remote_code=True" if self.needs_code else ""

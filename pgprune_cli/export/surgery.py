@@ -15,6 +15,7 @@ from pgprune_cli.model.families.adapter import Block, FilePiece
 from pgprune_cli.model.masks import RepairedBlocks
 from pgprune_cli.model.prunable import Shape
 from pgprune_cli.model.unit_tensors import UnitTensor, kept_shape
+from pgprune_cli.run.layout import REPAIR_FILE
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class Surgery:
         }
         """Names of the blocks that get an output bias which the base model lacks. Every layer gets one, zero where the
         repair fitted none."""
+        _check_names(shape, unit_tensors, repaired)
 
     def edits(self) -> list[TensorEdit]:
         """Return an edit for every tensor of the export, in the order of the base model's tensors."""
@@ -216,6 +218,17 @@ class Surgery:
             return dense if keeps_bias else dense.new_zeros(dense.shape[0])
 
         return make
+
+
+def _check_names(shape: Shape, unit_tensors: Mapping[str, UnitTensor], repaired: RepairedBlocks) -> None:
+    """Raise UserError if the repair refits a tensor that the base model does not have."""
+    for (layer, block), own in repaired.items():
+        module = f"{shape.family.layers}.{layer}.{shape.blocks[layer][block].module}"
+        for name in own.inner:
+            if f"{module}.{name}" not in unit_tensors:
+                raise UserError(
+                    f"{REPAIR_FILE}: refits {module}.{name}, which the base model does not have. Search again."
+                )
 
 
 def output_bias_path(block: Block) -> str:

@@ -167,14 +167,16 @@ def _check_belongs(run: Path, decision: Decision) -> Iterable[str]:
 
 
 def _check_repair(run: Path, decision: Decision) -> Iterator[str]:
-    """Check that the repaired output projections fit the kept units and are finite."""
+    """Check that the refitted weights are finite, and that the output projections fit the kept units."""
     for (index, block), repaired in decision.repaired.items():
         place = f"{run / REPAIR_FILE}: layers.{index}.{block}"
         kept = int(decision.model_mask[index].of(block).sum()) if index < len(decision.model_mask) else 0
         if not kept or not _fits(repaired.weight, kept):
             yield f"{place} does not fit the {kept} kept units."
-        elif not all(part is None or part.isfinite().all() for part in (repaired.weight, repaired.bias)):
-            yield f"{place} contains NaN or infinity."
+        parts = {"weight": repaired.weight, "bias": repaired.bias, **repaired.inner}
+        tensors = ((f"{index}.{block}.{name}", part) for name, part in parts.items() if part is not None)
+        for name in _non_finite(tensors):
+            yield f"{run / REPAIR_FILE}: layers.{name} contains NaN or infinity."
 
 
 def _fits(weight: Tensor, kept: int) -> bool:

@@ -36,7 +36,7 @@ TENSORBOARD_FOLDER = "tensorboard"
 DECISION_MASKS = "decision.safetensors"
 DECISION_RECORD = "decision.json"
 RECOVERY_RECORD = "recovery.json"  # in a model directory: how it was trained after pruning
-REPAIR_FILE = "repair.safetensors"  # repaired output projections
+REPAIR_FILE = "repair.safetensors"  # refitted weights
 
 # After the search
 EVALUATION_FILE = "evaluation.json"  # by `pgprune eval RUN`

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers import llamacpp
 from helpers.exports import DECISIONS, decide
-from helpers.masks import KV_HEADS, LAYERS, draw, masked
+from helpers.masks import KV_HEADS, LAYERS, draw, masked, random_repair, repaired_by_hand
 from helpers.messages import refused
 from helpers.models import TEXT, VOCABULARY, save_tokenizer, tiny_config, tiny_model
 
@@ -87,12 +87,16 @@ def halves(rows: torch.Tensor, heads: int) -> torch.Tensor:
     return rows[order]
 
 
+@pytest.mark.parametrize("refitted", [False, True], ids=["", "refitted"])
 @pytest.mark.parametrize("name", DECISIONS)
 @pytest.mark.parametrize("architecture", DIFFERING)
-def test_tensors_are_those_of_the_masked_dense_model(architecture, name, tmp_path, multiples_of_8):
+def test_tensors_are_those_of_the_masked_dense_model(architecture, name, refitted, tmp_path, multiples_of_8):
     model = saved(architecture, tmp_path / "base")
     model_mask = draw(model, DECISIONS[name])
-    planned = export(tmp_path / "base", tmp_path / "out.gguf", model_mask, "float32")
+    repaired = random_repair(model, model_mask, bias=False) if refitted else {}
+    decision = dataclasses.replace(decide(tmp_path / "base", model_mask), repaired=repaired)
+    planned = export(tmp_path / "base", tmp_path / "out.gguf", model_mask, "float32", decision)
+    model = repaired_by_hand(model, model_mask, repaired)
     tensors, meta = values(tmp_path / "out.gguf"), fields(tmp_path / "out.gguf")
     dense, config = model.state_dict(), model.config
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 from helpers import llamacpp
 from helpers.exports import decide
-from helpers.masks import LAYERS, draw, masked
+from helpers.masks import LAYERS, draw, masked, random_repair, repaired_by_hand
 from helpers.messages import refused
 from helpers.models import VOCABULARY, save_tokenizer, tiny_config
 
 from pgprune_cli.export import gguf as writer
 from pgprune_cli.export.plan import Options
+from pgprune_cli.model.masks import RepairedBlocks
 from pgprune_cli.model.source import resolve
 
 pytest.importorskip("gguf", reason="no gguf: pip install 'pgprune[gguf]'")
@@ -72,6 +74,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], list, str, float]] = {
 }
 """By name: the tiny model, changes to its config, what each layer keeps, llama.cpp's architecture, the tolerance."""
 
+REFITTED = ("qwen3, unequal", "granite, unequal", "phi3, all heads", "phi3", "gemma2", "olmo2")
+"""Those that are also tried with refitted weights: projections fused or split, heads in halves or pairs, post norms."""
+
 
 def saved(architecture: str, directory: Path, **changes: Any):
     """Save a random model with 64 channels, and heads that are as wide together as the residual stream."""
@@ -90,22 +95,28 @@ def saved(architecture: str, directory: Path, **changes: Any):
     return model
 
 
-def write(model: Any, base: Path, out: Path, counts: list) -> writer.FilePlan:
-    planned = writer.plan(resolve(str(base)), decide(base, draw(model, counts)), Options())
+def write(model: Any, base: Path, out: Path, counts: list, repaired: RepairedBlocks | None = None) -> writer.FilePlan:
+    decision = replace(decide(base, draw(model, counts)), repaired=repaired or {})
+    planned = writer.plan(resolve(str(base)), decision, Options())
     planned.write(out, lambda _: None)
     return planned
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_llama_cpp_has_the_outputs_of_the_masked_dense_model(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "refitted"), [*((name, False) for name in FAMILIES), *((name, True) for name in REFITTED)]
+)
+def test_llama_cpp_has_the_outputs_of_the_masked_dense_model(name, refitted, tmp_path):
     llamacpp.require()
     architecture, changes, counts, expected, tolerance = FAMILIES[name]
     model = saved(architecture, tmp_path / "base", **changes)
-    planned = write(model, tmp_path / "base", tmp_path / "out.gguf", counts)
+    model_mask = draw(model, counts)
+    repaired = random_repair(model, model_mask, bias=False) if refitted else {}
+    planned = write(model, tmp_path / "base", tmp_path / "out.gguf", counts, repaired)
+    model = repaired_by_hand(model, model_mask, repaired)
     assert planned.architecture == expected
     prompt = torch.randint(3, VOCABULARY, (9,), generator=torch.Generator().manual_seed(1)).tolist()
     [(ids, log_probabilities)] = llamacpp.generate([tmp_path / "out.gguf"], prompt, 12, VOCABULARY)
-    with torch.inference_mode(), masked(model, draw(model, counts)):
+    with torch.inference_mode(), masked(model, model_mask):
         logits = model(torch.tensor([prompt + ids]), use_cache=False).logits[0, len(prompt) - 1 : -1]
     assert (log_probabilities - logits.log_softmax(-1)).abs().max() < tolerance
 

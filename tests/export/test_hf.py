@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from helpers.exports import DECISIONS, decide, export, replay
-from helpers.masks import draw, masked
+from helpers.masks import draw, masked, random_repair, repaired_by_hand
 from helpers.messages import refused
 from helpers.models import VOCABULARY, tiny_model
 from safetensors import safe_open
@@ -28,6 +28,7 @@ from pgprune_cli.export import hf, hf_config, safetensors_file
 from pgprune_cli.export.plan import Options
 from pgprune_cli.export.shapes import ShapeRequirements
 from pgprune_cli.forward.masked import Evaluator
+from pgprune_cli.model.masks import RepairedBlock
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import resolve
 from pgprune_cli.repair.least_squares import repair
@@ -427,13 +428,18 @@ PADDED = {
 
 
 @pytest.mark.parametrize("requirements", PADDED)
-@pytest.mark.parametrize("method", ["none", "least-squares", "least-squares-bias"])
+@pytest.mark.parametrize("method", ["none", "least-squares", "least-squares-bias", "every tensor"])
 @torch.inference_mode()
 def test_padding_does_not_change_the_logits(saved, tmp_path, requirements, method):
     model, base = saved
     model_mask = draw(model, [(0, 9), ((2, 1), 24), (3, 0), (1, 5)])
     tokens = torch.randint(3, VOCABULARY, (2, 20))
-    repaired = {} if method == "none" else repair(PrunableModel.of(model), model_mask, [tokens], method, 1e-3).blocks
+    if method == "every tensor":
+        repaired = random_repair(model, model_mask, bias=True)
+    elif method == "none":
+        repaired = {}
+    else:
+        repaired = repair(PrunableModel.of(model), model_mask, [tokens], method, 1e-3).blocks
     decision = dataclasses.replace(decide(base, model_mask), repaired=repaired)
     planned = replay(decision, tmp_path / "out", requirements=PADDED[requirements])
     pruned = load(tmp_path / "out")
@@ -461,6 +467,46 @@ def test_padding_can_make_a_stock_model(llama, tmp_path):
     tokens = torch.randint(3, VOCABULARY, (2, 30))
     with masked(model, model_mask):
         torch.testing.assert_close(load(tmp_path / "out")(tokens).logits, model(tokens).logits, **TOLERANCE)
+
+
+@torch.inference_mode()
+def test_padding_has_the_rows_of_the_base_model_around_refitted_ones(llama, tmp_path):
+    """So fine-tuning can make use of it."""
+    model, base = llama
+    model_mask = draw(model, [((2, 1), 5)] * LAYERS)
+    repaired = random_repair(model, model_mask, bias=False)
+    decision = dataclasses.replace(decide(base, model_mask), repaired=repaired)
+    planned = replay(decision, tmp_path / "out", requirements=ShapeRequirements(pad_kv_heads=4, pad_ffn=8))
+    by_hand = repaired_by_hand(model, model_mask, repaired).state_dict()
+    tensors, written = load_file(tmp_path / "out" / "model.safetensors"), planned.shapes.written
+    for index in range(LAYERS):
+        for name, mask, width in (
+            ("mlp.up_proj", written[index].ffn, 1),
+            ("self_attn.q_proj", written[index].attention, 8),
+        ):
+            full = f"model.layers.{index}.{name}.weight"
+            assert torch.equal(tensors[full], by_hand[full][mask.repeat_interleave(width)])
+
+
+def test_a_repair_of_a_tensor_that_the_model_lacks_is_refused(llama, tmp_path):
+    model, base = llama
+    model_mask = draw(model, [((2, 1), 5)] * LAYERS)
+    repaired = {(1, "attention"): RepairedBlock(torch.zeros(32, 16), None, {"q_proj.bias": torch.zeros(16)})}
+    with refused("repair.safetensors: ", "model.layers.1.self_attn.q_proj.bias", "Search again"):
+        replay(dataclasses.replace(decide(base, model_mask), repaired=repaired), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("value", "facts"), [(torch.nan, ("up_proj.weight", "NaN")), (1e6, ("up_proj.weight", "1e+06"))]
+)
+def test_refitted_weights_that_no_file_can_hold_are_refused(llama, tmp_path, value, facts):
+    model, base = llama
+    model_mask = draw(model, [((2, 1), 5)] * LAYERS)
+    own = RepairedBlock(torch.zeros(32, 5), None, {"up_proj.weight": torch.full((5, 32), value)})
+    decision = dataclasses.replace(decide(base, model_mask), repaired={(1, "ffn"): own})
+    with refused("model.layers.1.mlp.up_proj.weight: ", *facts):
+        replay(decision, tmp_path / "out", dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

@@ -66,6 +66,10 @@ def test_card_mentions_repair_padding_and_search_only_if_they_happened() -> None
     plain = CARD.text(DECISION)
     assert "refitted" not in plain and "padded" not in plain and "recover" not in plain
     repaired = dataclasses.replace(DECISION, repaired={(0, "ffn"): RepairedBlock(torch.zeros(2, 7), None)})
-    assert "refitted on calibration text" in CARD.text(repaired)
+    assert "The output projections of pruned blocks were refitted on calibration text" in CARD.text(repaired)
+    inner = {"gate_proj.weight": torch.zeros(7, 2), "up_proj.weight": torch.zeros(7, 2)}
+    blocks = {(0, "ffn"): RepairedBlock(torch.zeros(2, 7), None, inner)}
+    text = CARD.text(dataclasses.replace(DECISION, repaired=blocks))
+    assert "weights of pruned blocks (gate_proj, up_proj, down_proj) were refitted on calibration text" in text
     assert "counts as kept, 12.5% were removed" in dataclasses.replace(CARD, padded_sparsity=0.125).text(DECISION)
     assert "without a search" in CARD.text(dataclasses.replace(DECISION, steps=0, forward_passes=0))

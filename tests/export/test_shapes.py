@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pgprune_cli.core.grid import Grid, GridCost, first_elements
 from pgprune_cli.errors import UserError
-from pgprune_cli.export.shapes import RuntimeShapes, ShapeRequirements, output_columns, runtime_shapes
+from pgprune_cli.export.shapes import RuntimeShapes, ShapeRequirements, inner_rows, output_columns, runtime_shapes
 from pgprune_cli.model.families.llama import LLAMA
 from pgprune_cli.model.masks import LayerMask, ModelMask
 from pgprune_cli.model.prunable import Shape
@@ -180,3 +180,27 @@ def test_stacked_output_columns_of_padding_are_zero(with_repair: bool, axis: int
     assert columns.shape == (2, 3, 7)
     assert torch.equal(columns[0, 1:], expected)
     assert not columns[0, 0].any() and not columns[1].any()
+
+
+def test_inner_rows_of_padding_are_those_of_the_base_model() -> None:
+    """A fused projection of 4 query heads in 2 groups: queries of 3 rows each, keys and values of 3 rows a group."""
+    kept, written = torch.tensor([0, 0, 0, 1], dtype=torch.bool), torch.tensor([0, 1, 1, 1], dtype=torch.bool)
+    tensor = UnitTensor("qkv.weight", 0, (Part(4, 3), Part(2, 3), Part(2, 3)))
+    dense, repaired = torch.randn(24, 7), torch.randn(9, 7)
+    rows = inner_rows(dense, tensor, kept, written, repaired).unflatten(0, (7, 3))
+    runs, own = dense.unflatten(0, (8, 3)), repaired.unflatten(0, (3, 3))
+    assert torch.equal(rows, torch.stack([runs[1], runs[2], own[0], runs[4], own[1], runs[6], own[2]]))
+    assert torch.equal(inner_rows(dense, tensor, kept, written, None), gather(dense, tensor, KeptElements(written)))
+    assert torch.equal(inner_rows(dense, tensor, kept, kept, repaired), repaired)
+
+
+def test_stacked_inner_rows_of_padding_are_those_of_the_base_model() -> None:
+    """Three experts of four channels: expert 0 has none, expert 1 is kept and padded, expert 2 is all padding."""
+    kept = torch.tensor([[0, 0, 0, 0], [0, 1, 0, 1], [0, 0, 0, 0]], dtype=torch.bool)
+    written = torch.tensor([[0, 0, 0, 0], [1, 1, 0, 1], [1, 1, 1, 0]], dtype=torch.bool)
+    tensor = UnitTensor("gate_up", 1, (Part(4, 1), Part(4, 1)), stacked=True)
+    dense, repaired = torch.randn(3, 8, 7), torch.randn(1, 4, 7)
+    rows = inner_rows(dense, tensor, kept.flatten(), written.flatten(), repaired)
+    (own,) = repaired
+    assert torch.equal(rows[0], torch.stack([dense[1, 0], own[0], own[1], dense[1, 4], own[2], own[3]]))
+    assert torch.equal(rows[1], dense[2, [0, 1, 2, 4, 5, 6]])

@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers.masks import is_refused, random_tokens
+from helpers.exports import decide
+from helpers.masks import (
+    LAYERS,
+    Count,
+    draw,
+    is_refused,
+    logits_of,
+    masked,
+    random_repair,
+    random_tokens,
+    repaired_by_hand,
+)
 from helpers.models import EXPERT_ARCHITECTURES, save_tokenizer, tiny_config, tiny_model
 from helpers.recipes import SMALL, WIDTH_SEARCH
 from helpers.searches import PowerCut, after_step, cut_power
@@ -20,6 +32,7 @@ from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.verify import verify
 from pgprune_cli.model.loading import load_prunable
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import Recipe
@@ -124,6 +137,23 @@ def test_a_search_on_int8_weights_is_close_to_one_on_full_weights(base, any_arch
     export(tmp_path / "int8", tmp_path / "small")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32)
     assert exported.num_parameters() < model.num_parameters()
+
+
+EQUAL: list[tuple[Count, Count]] = [((2, 1), 8)] * LAYERS
+UNEQUAL: list[tuple[Count, Count]] = [((2, 1), 8), ((3, 2), 24), ((4, 1), 4), (4, 16)]
+
+
+@pytest.mark.parametrize("counts", [EQUAL, UNEQUAL], ids=["equal", "unequal"])
+def test_every_refitted_weight_reaches_the_export(counts, base, tmp_path: Path) -> None:
+    model, _ = base
+    model_mask, tokens = draw(model, counts), random_tokens(length=30)
+    decision = replace(decide(tmp_path / "model", model_mask), repaired=random_repair(model, model_mask, bias=False))
+    decision.save(tmp_path / "run")
+    read = Decision.load(tmp_path / "run")
+    by_hand = repaired_by_hand(model, model_mask, decision.repaired)
+    with Evaluator(PrunableModel.of(model)).shrunk(model_mask, read.repaired) as shrunk, masked(by_hand, model_mask):
+        torch.testing.assert_close(logits_of(shrunk, tokens), logits_of(by_hand, tokens), atol=5e-4, rtol=1e-4)
+    assert_exported(tmp_path / "run", tmp_path / "model", read)
 
 
 # --- one KV head

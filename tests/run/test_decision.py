@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.messages import refused, says
+from safetensors import safe_open
 from safetensors.torch import save
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.masks import LayerMask
+from pgprune_cli.model.masks import LayerMask, RepairedBlock
 from pgprune_cli.run.decision import Decision
-from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, RECIPE_FILE
+from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, RECIPE_FILE, REPAIR_FILE
 from pgprune_cli.storage.records import checksum, read_record, write_record
 
 
@@ -50,6 +51,58 @@ def test_decision_is_read_back_equal(tmp_path, loss):
     decision.save(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [DECISION_RECORD, DECISION_MASKS]
     assert_equal(Decision.load(tmp_path), decision)
+
+
+REPAIRED = {
+    (1, "attention"): RepairedBlock(
+        torch.randn(7, 4), None, {"q_proj.weight": torch.randn(4, 7), "k_proj.bias": torch.randn(4).bfloat16()}
+    ),
+    (1, "ffn"): RepairedBlock(torch.randn(7, 4).half(), torch.randn(7)),
+    (2, "ffn"): RepairedBlock(torch.randn(2, 7, 3), None, {"experts.gate_up_proj": torch.randn(2, 6, 7)}),
+}
+
+
+def assert_same_repair(run: Path) -> None:
+    repaired = Decision.load(run).repaired
+    assert sorted(repaired) == sorted(REPAIRED)
+    for key, own in REPAIRED.items():
+        assert torch.equal(repaired[key].weight, own.weight) and repaired[key].weight.dtype == own.weight.dtype
+        assert repaired[key].inner.keys() == own.inner.keys()
+        assert all(torch.equal(repaired[key].inner[name], values) for name, values in own.inner.items())
+        bias = repaired[key].bias
+        assert bias is own.bias if own.bias is None or bias is None else torch.equal(bias, own.bias)
+
+
+def test_refitted_weights_are_read_back_equal_in_every_tensor_of_a_block(tmp_path):
+    decision = replace(a_decision(), repaired=REPAIRED)
+    decision.save(tmp_path)
+    with safe_open(tmp_path / REPAIR_FILE, framework="pt") as file:
+        assert {"layers.1.attention.weight", "layers.1.attention.q_proj.weight", "layers.1.ffn.bias"} < set(file.keys())
+    assert_same_repair(tmp_path)
+    replace(decision, repaired=Decision.load(tmp_path).repaired).save(tmp_path / "again")
+    assert (tmp_path / "again" / REPAIR_FILE).read_bytes() == (tmp_path / REPAIR_FILE).read_bytes()
+
+
+def test_a_changed_weight_of_a_repair_is_refused(tmp_path):
+    replace(a_decision(), repaired=REPAIRED).save(tmp_path)
+    content = bytearray((tmp_path / REPAIR_FILE).read_bytes())
+    with safe_open(tmp_path / REPAIR_FILE, framework="pt") as file:
+        wanted = file.get_tensor("layers.1.attention.q_proj.weight").numpy().tobytes()
+    content[content.index(wanted) + 3] ^= 1
+    (tmp_path / REPAIR_FILE).write_bytes(content)
+    with refused(f"{tmp_path / REPAIR_FILE}: ", DECISION_RECORD):
+        Decision.load(tmp_path)
+
+
+def test_a_decision_of_version_1_is_read(tmp_path):
+    """Its repair holds output projections only."""
+    outputs = {key: RepairedBlock(own.weight, own.bias) for key, own in REPAIRED.items()}
+    replace(a_decision(), repaired=outputs).save(tmp_path)
+    write_record(tmp_path / DECISION_RECORD, read_record(tmp_path / DECISION_RECORD) | {"version": 1})
+    read = Decision.load(tmp_path)
+    assert_equal(replace(read, repaired={}), a_decision())
+    assert all(torch.equal(read.repaired[key].weight, own.weight) for key, own in outputs.items())
+    assert not any(own.inner for own in read.repaired.values())
 
 
 def test_decision_record_shows_the_kept_counts_and_the_origin(run):
@@ -179,6 +232,6 @@ def test_decision_is_refused_without_a_checksum(run):
 
 
 def test_decision_is_refused_when_a_newer_pgprune_wrote_it(run):
-    write_record(run / DECISION_RECORD, read_record(run / DECISION_RECORD) | {"version": 2})
-    with refused(f"{run / DECISION_RECORD}: ", "newer pgprune", "version 2", "reads 1"):
+    write_record(run / DECISION_RECORD, read_record(run / DECISION_RECORD) | {"version": 3})
+    with refused(f"{run / DECISION_RECORD}: ", "newer pgprune", "version 3", "reads 2"):
         Decision.load(run)
