@@ -19,7 +19,6 @@ import yaml
 from torch import Tensor, nn
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.export.safetensors_file import DTYPES
 from pgprune_cli.model.families.adapter import ModelFamily
 from pgprune_cli.model.families.wrapper import SECTION, decoder_name, decoder_prefixes
 from pgprune_cli.model.loading import load_model, load_tokenizer, read_config
@@ -31,6 +30,7 @@ from pgprune_cli.model.weights import reason_of
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import DECISION_RECORD
 from pgprune_cli.storage.records import read_json, write_json
+from pgprune_cli.storage.safetensors_file import DTYPES
 
 AUXILIARY_FILES = (
     *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from pgprune_cli.export import safetensors_file
 from pgprune_cli.export.checksums import write_checksums
 from pgprune_cli.export.hf_config import export_config
 from pgprune_cli.export.model_card import ModelCard
@@ -25,6 +24,7 @@ from pgprune_cli.export.surgery import TensorEdit
 from pgprune_cli.model.source import INDEX, Source
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.serving import modeling_pruned
+from pgprune_cli.storage import safetensors_file
 from pgprune_cli.storage.atomic import new_directory, write_bytes
 from pgprune_cli.storage.records import write_json
 

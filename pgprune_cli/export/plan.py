@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.export import safetensors_file
 from pgprune_cli.export.dense_model import DenseModel, open_dense_model
 from pgprune_cli.export.shapes import RuntimeShapes, ShapeRequirements, runtime_shapes
 from pgprune_cli.export.surgery import Surgery, TensorEdit
 from pgprune_cli.model.source import Source
 from pgprune_cli.run.decision import Decision
+from pgprune_cli.storage import safetensors_file
 
 DTYPES = ("float32", "float16", "bfloat16")
 

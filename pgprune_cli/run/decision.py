@@ -22,8 +22,9 @@ from pgprune_cli import __version__
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.masks import LayerMask, ModelMask, RepairedBlock, RepairedBlocks
 from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, RECOVERY_RECORD, REPAIR_FILE, refuse_unfinished
-from pgprune_cli.storage.atomic import write_bytes
+from pgprune_cli.storage.atomic import new_file, write_bytes
 from pgprune_cli.storage.records import checksum, read_record, read_tensors, refuse_newer, write_record
+from pgprune_cli.storage.safetensors_file import write_tensors
 
 VERSION = 2
 
@@ -67,7 +68,8 @@ class Decision:
         write_bytes(run / DECISION_MASKS, save(tensors))
         record = {name: getattr(self, name) for name in self._recorded()}
         if self.repaired:
-            write_bytes(run / REPAIR_FILE, save(_flat(self.repaired)))
+            with new_file(run / REPAIR_FILE) as temporary:
+                write_tensors(temporary, _flat(self.repaired))
         record["repair_sha256"] = checksum(run / REPAIR_FILE) if self.repaired else None
         record["kept"] = [{"attention": int(x.attention.sum()), "ffn": int(x.ffn.sum())} for x in self.model_mask]
         record["masks_sha256"] = checksum(run / DECISION_MASKS)
@@ -172,7 +174,7 @@ def _flat(repaired: RepairedBlocks) -> dict[str, torch.Tensor]:
     for (index, name), block in repaired.items():
         for key, value in (("weight", block.weight), ("bias", block.bias), *block.inner.items()):
             if value is not None:
-                flat[f"layers.{index}.{name}.{key}"] = value.cpu().contiguous()
+                flat[f"layers.{index}.{name}.{key}"] = value
     return flat
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import NamedTuple
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pgprune_cli.export import safetensors_file as weights
+from pgprune_cli.storage import safetensors_file as weights
 
 
 class Entry(NamedTuple):
@@ -44,6 +45,22 @@ def test_a_file_of_one_dtype_equals_the_librarys_byte_for_byte(tmp_path):
     weights.write(tmp_path / "ours", entries, tensors.values())
     save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+def test_tensors_of_several_dtypes_are_in_the_librarys_order(tmp_path):
+    tensors = some_tensors() | {"odd": torch.ones(3, dtype=torch.float16)}
+    weights.write_tensors(tmp_path / "ours", tensors)
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, tmp_path / "theirs", metadata={"format": "pt"})
+    ours, theirs = (list(header_of(tmp_path / name)) for name in ("ours", "theirs"))
+    assert ours == theirs
+    stored = load_file(tmp_path / "ours")
+    assert all(torch.equal(stored[name], tensor) for name, tensor in tensors.items())
+
+
+def header_of(path):
+    content = path.read_bytes()
+    return json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
 
 
 def test_tensors_are_written_one_by_one(tmp_path):

@@ -1,4 +1,4 @@
-"""Writes safetensors files one tensor at a time, so that only one tensor of the export is in memory.
+"""Writes safetensors files one tensor at a time, so that no more than one is in memory because of the file.
 
 The library's own writer takes all tensors of a file at once. A file consists of the length of its JSON header as 8
 bytes, the header, and the bytes of the tensors without gaps (https://huggingface.co/docs/safetensors).
@@ -7,9 +7,9 @@ bytes, the header, and the bytes of the tensors without gaps (https://huggingfac
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,12 @@ class Entry(Protocol):
     def shape(self) -> torch.Size: ...
     @property
     def dtype(self) -> torch.dtype: ...
+
+
+class _Named(NamedTuple):
+    name: str
+    shape: torch.Size
+    dtype: torch.dtype
 
 
 def bytes_of(entry: Entry) -> int:
@@ -53,12 +59,22 @@ def header(entries: Sequence[Entry]) -> bytes:
 
 
 def write(path: Path, entries: Sequence[Entry], tensors: Iterable[Tensor]) -> None:
-    """Write the new file `path`, whose tensors come in the order of their entries. The caller syncs it to disk.
+    """Write the file `path`, whose tensors come in the order of their entries. The caller syncs it to disk.
 
     Raises OSError.
     """
-    with path.open("xb") as file:
+    with path.open("wb") as file:
         file.write(header(entries))
         for entry, tensor in zip(entries, tensors, strict=True):
             assert (tensor.shape, tensor.dtype) == (entry.shape, entry.dtype), entry.name
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write the tensors, which may be on any device, to the file `path`, in the library's order. Raises OSError.
+
+    The widest dtypes come first, so that every tensor begins at a multiple of its own width.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    entries = [_Named(name, tensors[name].shape, tensors[name].dtype) for name in names]
+    write(path, entries, (tensors[name].cpu().contiguous() for name in names))
