@@ -21,6 +21,7 @@ from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.verify import verify
 from pgprune_cli.recipe.reader import find, load
+from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import (
     COMPARISON_RECORD,
     COSTS_FILE,
@@ -130,6 +131,23 @@ def test_a_flipped_bit_of_a_decision_is_found(part: str, run: Path) -> None:
     flip(run / part)
     (fault,) = faults(run)
     assert str(run / part) in fault
+
+
+def test_nan_in_any_refitted_weight_and_a_weight_that_does_not_fit_are_found(run: Path) -> None:
+    decision = Decision.load(run)
+    key = next(iter(decision.repaired))
+    own, place = decision.repaired[key], f"layers.{key[0]}.{key[1]}"
+    for changed, facts in (
+        (own._replace(inner={"up_proj.weight": torch.ones(2, 3)}), ()),
+        (own._replace(inner={"up_proj.weight": torch.full((2, 3), torch.nan)}), (f"{place}.up_proj.weight", "NaN")),
+        (own._replace(weight=torch.full_like(own.weight, torch.inf)), (f"{place}.weight", "infinity")),
+        (own._replace(weight=own.weight[:, 1:]), (place, "does not fit")),
+    ):
+        replace(decision, repaired={key: changed}).save(run)
+        lines = faults(run)
+        assert len(lines) == bool(facts)
+        if facts:
+            says(lines[0], str(run / REPAIR_FILE), *facts)
 
 
 def test_every_damaged_checkpoint_is_named(run: Path) -> None:
