@@ -139,13 +139,13 @@ def test_whole_and_empty_blocks_have_no_outputs() -> None:
     model = tiny_model("qwen2")
     table, (_, units) = width_table(model, DAMPING, solve=True), units_of(model)
     every, nothing = dense_mask(model), keep_first(model, [(0, 0)] * LAYERS)
-    assert table.outputs_for(every) == {}
-    assert table.outputs_for(nothing) == {}
+    assert table.repaired_for(every) == {}
+    assert table.repaired_for(nothing) == {}
     attention, ffn = ((3, name) for name in ("attention", "ffn"))
     first_units = LayerMask(
         mask_of_first(table.orders[attention], 3, units[attention]), mask_of_first(table.orders[ffn], 10)
     )
-    actual = table.outputs_for((*every[:2], nothing[2], first_units))
+    actual = table.repaired_for((*every[:2], nothing[2], first_units))
     assert actual.keys() == {attention, ffn}
     assert actual[attention] is table.repaired[attention][int(first_units.attention.sum())]
     assert actual[ffn] is table.repaired[ffn][10]
