@@ -30,6 +30,7 @@ RECIPE = [
     "search.masks_per_step=3",
     f"search.forward_passes={3 * STEPS}",
     "search.policy=widths",
+    "search.objective=kl-hidden",
 ]
 RECIPE += ["repair.method=least-squares", "repair.windows=8", "search.checkpoint_every=2"]
 TIMING = ("seconds", "tokens_per_second", "memory_bytes")

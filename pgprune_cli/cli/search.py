@@ -98,17 +98,19 @@ def search(
         "decision": str(run / DECISION_MASKS),
         "sparsity": decision.sparsity,
         "steps": decision.steps,
+        "best_step": decision.best_step,
         "forward_passes": decision.forward_passes,
         "heldout_loss": decision.heldout_loss,
         "dense_loss": decision.dense_loss,
         "bos": decision.bos,
     }
     loss = "not finite" if decision.heldout_loss is None else f"{decision.heldout_loss:.4f} nats per token"
+    best = "" if decision.best_step is None else f", best at step {decision.best_step}"
     dense = "" if decision.dense_loss is None else f" (dense model {decision.dense_loss:.4f})"
     print_result(
         result,
         as_json,
-        f"{run / DECISION_MASKS}: sparsity {decision.sparsity:.4f} after {decision.steps} steps, "
+        f"{run / DECISION_MASKS}: sparsity {decision.sparsity:.4f} after {decision.steps} steps{best}, "
         f"{decision.forward_passes} forward passes; held-out loss {loss}{dense}{with_bos(decision.bos)}",
     )
     if not quiet:

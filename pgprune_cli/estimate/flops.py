@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pgprune_cli.estimate.sizes import BlockSizes, Sizes, Texts, tokens_in
 from pgprune_cli.forward.curvature import SHARE, curvature_windows
+from pgprune_cli.forward.divergence import MASKS
 from pgprune_cli.scores.obs import EXPERT_ROUNDS, units_per_round
 
 Flops = Counter[torch.dtype]
@@ -25,14 +26,16 @@ EIGH = 9
 
 def flops(sizes: Sizes, texts: Texts) -> dict[str, Flops]:
     """Return the FLOPs by phase of a search, in order."""
-    schedule = sizes.recipe.search
-    steps = range(1, schedule.steps + 1)
-    evaluations = sum(step % schedule.evaluate_every == 0 or step in (1, schedule.steps) for step in steps)
+    schedule, diverges = sizes.recipe.search, sizes.recipe.search.objective != "loss"
+    evaluations = sum(map(schedule.evaluates, range(schedule.steps + 1)))
+    groups = -(-schedule.masks_per_step // MASKS)
     parts = {
         "scoring": scoring(sizes, texts.scoring),
         "width table": width_table(sizes, texts.fitting),
-        "search": forward_passes(sizes, texts.step, schedule.steps * schedule.masks_per_step),
-        "held-out text": forward_passes(sizes, texts.heldout, evaluations + 1),
+        "search": forward_passes(sizes, texts.step, schedule.steps * schedule.masks_per_step)
+        + dense_passes(sizes, texts.step, schedule.steps * diverges, schedule.steps * diverges * groups),
+        "held-out text": forward_passes(sizes, texts.heldout, evaluations + 1)
+        + dense_passes(sizes, texts.heldout, 1 + diverges, 1 + diverges * (evaluations + 2)),
         "repair": repair(sizes, texts.fitting),
     }
     return {name: part for name, part in parts.items() if part.total()}
@@ -47,6 +50,14 @@ def forward_passes(sizes: Sizes, tokens: Tensor, times: int) -> Flops:
     """Return the FLOPs of `times` losses of the pruned model on `tokens` `(B, T)`."""
     predictions = tokens.shape[0] * (tokens.shape[1] - 1)
     return Flops({sizes.dtype: times * (pruned(sizes, [tokens]) + 2 * predictions * sizes.hidden * sizes.vocabulary)})
+
+
+def dense_passes(sizes: Sizes, tokens: Tensor, times: int, times_head: int) -> Flops:
+    """Return the FLOPs of running the dense layers `times` times on `tokens` `(B, T)`, and its head `times_head`
+    times."""
+    predictions = tokens.shape[0] * (tokens.shape[1] - 1)
+    head = 2 * predictions * sizes.hidden * sizes.vocabulary
+    return Flops({sizes.dtype: times * dense(sizes, [tokens]) + times_head * head})
 
 
 def scoring(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from pgprune_cli.estimate.sizes import BlockSizes, Sizes, Texts, tokens_in
+from pgprune_cli.forward.divergence import MASKS, ROWS, stream_places
 from pgprune_cli.forward.masked import LOGIT_ROWS, SOFTMAX_ROWS
 from pgprune_cli.repair.width_table import table_bytes
 
@@ -57,11 +58,17 @@ def memory(sizes: Sizes, texts: Texts) -> Memory:
     solved = fits or sizes.statistic == "covariance"
     return Memory(
         weights=sum(parameter.nbytes for parameter in sizes.model.module.parameters()),
-        activations=max(layer_bytes(sizes, max(largest, texts.step.numel()), context), logit_bytes(sizes, texts.step)),
+        activations=max(
+            layer_bytes(sizes, max(largest, texts.step.numel()), context),
+            logit_bytes(sizes, texts.step),
+            divergence_bytes(sizes, texts.step),
+        ),
         slices=max(slice_bytes(sizes, block) for block in sizes.blocks),
         covariances=max(solving_bytes(sizes), observing_bytes(sizes, largest)) + unpacked_bytes(sizes) if solved else 0,
         gradients=backward_bytes(sizes, texts.scoring[0]) if sizes.statistic == "gradients" else 0,
-        hidden_states=max(tokens_in(layerwise), tokens_in(fitted)) * sizes.hidden * sizes.dtype.itemsize,
+        hidden_states=(max(tokens_in(layerwise), tokens_in(fitted)) + dense_states(sizes) * texts.heldout.numel())
+        * sizes.hidden
+        * sizes.dtype.itemsize,
         written_widths=2 * table // sizes.layers,
         width_table=table,
     )
@@ -103,6 +110,28 @@ def logit_bytes(sizes: Sizes, tokens: Tensor) -> int:
     return (
         rows * sizes.dtype.itemsize + in_float32
     ) * sizes.vocabulary + 2 * tokens.numel() * sizes.hidden * sizes.dtype.itemsize
+
+
+def dense_states(sizes: Sizes) -> int:
+    """Return how many hidden states of the dense model are kept for a token, as the objective needs them."""
+    objective = sizes.recipe.search.objective
+    return 0 if objective == "loss" else 1 + (len(stream_places(sizes.layers)) if objective == "kl-hidden" else 0)
+
+
+def divergence_bytes(sizes: Sizes, tokens: Tensor) -> int:
+    """Return the bytes of the divergence from the dense model, 0 if the objective does not need it.
+
+    Kept are the hidden states of the dense model and of some masks. To them comes a forward pass, and later the logits:
+    some rows of the dense model in float32, of one mask, and part of both with their log-softmax.
+    """
+    if not (kept := dense_states(sizes)):
+        return 0
+    state = tokens.numel() * sizes.hidden * sizes.dtype.itemsize
+    masks = min(MASKS, sizes.recipe.search.masks_per_step)
+    rows = min(ROWS, tokens.shape[0] * (tokens.shape[1] - 1))
+    logits = (rows * (4 + sizes.dtype.itemsize) + 8 * min(SOFTMAX_ROWS, rows)) * sizes.vocabulary
+    forward = layer_bytes(sizes, tokens.numel(), tokens.shape[1]) + kept * state
+    return (kept + masks) * state + max(forward, logits)
 
 
 def slice_bytes(sizes: Sizes, block: BlockSizes) -> int:

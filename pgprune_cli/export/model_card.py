@@ -191,6 +191,8 @@ def _provenance(decision: Decision) -> str:
             f"pgprune {__version__} searched for {decision.steps:,} steps with {decision.forward_passes:,} forward "
             f"passes of {base}, and exported the result."
         )
+        if decision.best_step is not None and decision.best_step < decision.steps:
+            searched += f" The result is the decision of step {decision.best_step}, the best on held-out text."
     else:
         searched = f"pgprune {__version__} kept the units of {base} with the highest scores, without a search."
     lines = [

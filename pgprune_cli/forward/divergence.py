@@ -64,8 +64,7 @@ class Divergence:
     def __init__(self, evaluator: Evaluator, hidden_weight: float = 0.0) -> None:
         self.evaluator, self.model = evaluator, evaluator.model
         self.hidden_weight = hidden_weight
-        layers = len(self.model.layers)
-        self.places = sorted({0, layers // 2, layers - 1}) if hidden_weight else []
+        self.places = stream_places(len(self.model.layers)) if hidden_weight else []
         self.rows = BatchSplitter()
         self.rows.max_windows = ROWS
 
@@ -176,6 +175,11 @@ class Divergence:
         for part, out in zip(logits.split(SOFTMAX_ROWS), result.split(SOFTMAX_ROWS), strict=True):
             torch.log_softmax(part.float(), -1, out=out)
         return result
+
+
+def stream_places(layers: int) -> list[int]:
+    """Return the indices of the first, the middle and the last of a number of layers, without repetition."""
+    return sorted({0, layers // 2, layers - 1})
 
 
 def divergence_and_loss(reference: Tensor, logits: Tensor, targets: Tensor, buffers: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ def runs_in(folder: Path) -> list[dict[str, Any]]:
 def _row(run: Path) -> dict[str, Any]:
     """Return the row of one run. `target` is the recipe's sparsity, `sparsity` the decision's; None if unknown."""
     row: dict[str, Any] = {"run": str(run), "state": "scored", "fault": None}
-    row |= dict.fromkeys(("model", "target", "sparsity", "step", "steps", "heldout_loss", "bos"))
+    row |= dict.fromkeys(("model", "target", "sparsity", "step", "steps", "best_step", "heldout_loss", "bos"))
     row["perplexity"] = []
     try:
         if (run / RECIPE_FILE).exists():
@@ -45,7 +45,7 @@ def _row(run: Path) -> dict[str, Any]:
         if (run / DECISION_RECORD).exists() and (run / DECISION_MASKS).exists():
             record = read_json(run / DECISION_RECORD)
             row |= {"state": "finished", "sparsity": record["sparsity"], "heldout_loss": record["heldout_loss"]}
-            row["bos"] = record["bos"]
+            row |= {"bos": record["bos"], "best_step": record["best_step"]}
         row["perplexity"] = (read_measured(run) or {"perplexity": []})["perplexity"]
     except (UserError, KeyError, ValueError) as error:
         fault = str(error) if isinstance(error, UserError) else f"{run}: damaged ({error!r})."
@@ -78,4 +78,7 @@ def cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
 
 
 def _state(row: dict[str, Any]) -> str:
-    return f"unfinished, step {row['step']} of {row['steps']}" if row["state"] == "searching" else str(row["state"])
+    if row["state"] == "searching":
+        return f"unfinished, step {row['step']} of {row['steps']}"
+    best = "" if row["best_step"] is None else f", best at step {row['best_step']} of {row['steps']}"
+    return f"{row['state']}{best}"

@@ -115,12 +115,16 @@ def _begin(context: SearchContext, scores: Scores) -> tuple[MaskSpace, Budget, P
 
 
 def _decide(problem: Problem, loop: LoopState) -> Decision:
-    """Repair the mask that the search ended with, measure it on held-out text, and describe it."""
+    """Repair the best decision that the search evaluated, measure it on held-out text, and describe it.
+
+    A search without steps, or without a finite held-out objective, decides on what it ended with.
+    """
     context, recipe = problem.context, problem.context.recipe
-    mask = problem.policy.final_mask(loop.policy_state)
+    policy, best = problem.policy, loop.best
+    mask = policy.final_mask(policy.centre(loop.policy_state) if best is None else best.centre)
     model_mask, repaired = _repaired(context, problem.model_mask(mask))
-    heldout_loss = problem.objective.on_heldout(model_mask, repaired).loss
-    dense_loss = problem.objective.on_heldout(problem.model_mask(torch.ones_like(mask)), {}).loss
+    heldout = problem.objective.on_heldout(model_mask, repaired)
+    dense = problem.objective.on_heldout(problem.model_mask(torch.ones_like(mask)), {})
     return Decision(
         model_mask=model_mask,
         model=recipe.model,
@@ -130,8 +134,10 @@ def _decide(problem: Problem, loop: LoopState) -> Decision:
         steps=loop.step,
         forward_passes=loop.forward_passes,
         calibration_forward_passes=calibration_forward_passes(recipe, context.text),
-        heldout_loss=finite(heldout_loss),
-        dense_loss=finite(dense_loss),
+        heldout_loss=finite(heldout.loss),
+        dense_loss=finite(dense.loss),
+        heldout_objective=finite(heldout.objective),
+        best_step=None if best is None else best.step,
         bos=context.text.bos is not None,
         repaired=repaired,
         budget={

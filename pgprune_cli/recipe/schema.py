@@ -78,6 +78,8 @@ MetricName = Literal["wanda-sp", "flap", "obs", "taylor", "magnitude", "random",
 Bos = Literal["auto", True, False]
 Objective = Literal["loss", "kl", "kl-hidden"]
 RepairMethod = Literal["none", "bias", "least-squares", "least-squares-bias"]
+EVALUATIONS = 8
+"""About how often a search evaluates its decision, besides the start, if the recipe leaves it open."""
 GRADIENT_METRICS = ("taylor",)
 """The metrics that need a backward pass."""
 
@@ -177,13 +179,19 @@ class SearchSettings:
     schedule: Literal["cosine", "constant"] = "cosine"
     # Steps between checkpoints.
     checkpoint_every: Count = 100
-    # Steps between evaluations of the current decision on the held-out windows.
-    evaluate_every: Count = 100
+    # Steps between evaluations of the current decision on the held-out windows. The best decision seen is written.
+    # 0 chooses it so that there are about 8 evaluations.
+    evaluate_every: Natural = 0
 
     @property
     def steps(self) -> int:
         """Number of policy updates. Forward passes that do not fill a whole step are not used."""
         return self.forward_passes // self.masks_per_step
+
+    def evaluates(self, step: int) -> bool:
+        """Return whether the decision after `step` steps is evaluated. That of the start (0) and the last one are."""
+        every = self.evaluate_every or max(1, -(-self.steps // EVALUATIONS))
+        return self.steps > 0 and (step % every == 0 or step == self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)

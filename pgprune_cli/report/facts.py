@@ -11,6 +11,7 @@ from typing import Any
 
 from pgprune_cli.report.gather import Run
 from pgprune_cli.run.evaluation import measurements, with_bos
+from pgprune_cli.run.history import best_row
 from pgprune_cli.run.layout import RECIPE_FILE
 
 
@@ -64,14 +65,16 @@ def _facts(run: Run) -> dict[str, str]:
         "model": recipe.model,
         "budget": f"removes {recipe.budget.sparsity:.0%} of {recipe.budget.measure}, {recipe.budget.scope}",
         "start": f"{recipe.scores.metric}, seed {recipe.seed}",
-        "search": f"{recipe.search.policy}, {recipe.search.masks_per_step} masks per step",
+        "search": f"{recipe.search.policy} on {recipe.search.objective}, {recipe.search.masks_per_step} masks per step",
         "repair": recipe.repair.method,
         "computed in": f"{recipe.dtype}{quantized}",
     }
     if decision is not None:
         facts["sparsity"] = f"{decision.sparsity:.4f} of the prunable parameters"
+        if decision.best_step is not None:
+            facts["decision"] = f"of step {decision.best_step} of {decision.steps}, the best on held-out text"
         facts["forward passes"] = (
-            f"{decision.forward_passes} for the search, {decision.calibration_forward_passes} for scoring and repair"
+            f"{decision.forward_passes} for the search, {decision.calibration_forward_passes} for calibration"
         )
         if decision.heldout_loss is not None:
             facts[f"held-out loss{with_bos(run.bos)}"] = _nats(decision.heldout_loss)
@@ -79,12 +82,13 @@ def _facts(run: Run) -> dict[str, str]:
             facts[f"held-out loss of the dense model{with_bos(run.bos)}"] = _nats(decision.dense_loss)
     elif run.rows:
         facts["forward passes"] = f"{run.forward_passes[-1]} so far"
-        losses = [row.heldout_loss for row in run.rows if row.heldout_loss is not None]
-        if losses:
-            facts[f"held-out loss{with_bos(run.bos)}"] = f"{_nats(losses[-1])}, so far"
-    if run.rows:
+        if (best := best_row(run.rows)) is not None and best.heldout_loss is not None:
+            facts[f"held-out loss{with_bos(run.bos)}"] = (
+                f"{_nats(best.heldout_loss)}, the best so far, at step {best.step}"
+            )
+    if run.rows and run.rows[-1].step:
         facts["search time"] = _duration(run.rows[-1].seconds)
-        facts["speed"] = f"{median(row.tokens_per_second for row in run.rows):,.0f} tokens/s"
+        facts["speed"] = f"{median(row.tokens_per_second for row in run.rows if row.losses):,.0f} tokens/s"
         facts["peak memory"] = f"{max(row.memory_bytes for row in run.rows) / 1e9:.1f} GB"
     return facts
 

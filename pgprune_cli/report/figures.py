@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import altair as alt
 
@@ -14,6 +14,13 @@ from pgprune_cli.report.pareto import Measure
 from pgprune_cli.run.evaluation import with_bos
 
 Chart = Any  # altair has a class for each kind of chart, and its methods are typed to return any of them
+
+OBJECTIVES = {
+    "loss": "loss",
+    "kl": "divergence from the dense model",
+    "kl-hidden": "divergence from the dense model, with its residual stream",
+}
+"""What a search minimises, in words, by `search.objective`."""
 
 HEIGHT = 260
 """Pixels. Every plot is as wide as the page allows."""
@@ -34,9 +41,9 @@ def figures_of(run: Run, prefix: str) -> Iterator[Figure]:
     if run.rows:
         yield Figure(
             f"{prefix}-loss",
-            "Loss",
-            "The loss of the sampled masks on their batches (mean and range), and the loss of the current decision on "
-            "held-out text.",
+            OBJECTIVES[run.recipe.search.objective].capitalize(),
+            f"The {OBJECTIVES[run.recipe.search.objective]} of the sampled masks on their batches (mean and range), "
+            "and that of the current decision on held-out text.",
             _spec(_losses(run)),
         )
     kept = "kept units" if run.decision else "units kept at the last evaluation"
@@ -100,30 +107,31 @@ def _losses(run: Run) -> Chart:
     x = _forward_passes_axis()
     left = alt.Axis(title="nats per token")
     right = alt.Axis(title="perplexity", orient="right", grid=False, labelExpr="format(exp(datum.value), ',.3~r')")
+    names = dict(step="step:Q", forward_passes="forward_passes:Q", loss="loss:Q", perplexity="perplexity:Q")
+    if run.recipe.search.objective != "loss":  # it has no perplexity
+        right = alt.Axis(title=None, orient="right", grid=False, labels=False, ticks=False)
+        names = {"step": "step:Q", "forward_passes": "forward_passes:Q", "objective": "loss:Q"}
     scale = alt.Scale(zero=False, nice=False, padding=8)
     data = alt.Data(values=means)
     band = alt.Chart(data).mark_area(opacity=0.2).encode(x, alt.Y("low:Q", scale=scale, axis=left), y2="high:Q")
     line = alt.Chart(data).mark_line(point=len(means) < 2).encode(x, alt.Y("loss:Q", scale=scale, axis=right))
-    points = [point | {"of": heldout} for point in _heldout(run)]
+    points = [point | {"of": heldout} for point in _heldout(run, "heldout_objective")]
     evaluated = alt.Chart(alt.Data(values=points)).mark_line(point=True)
     evaluated = evaluated.encode(x, alt.Y("loss:Q", scale=scale, axis=None))
     colour = alt.Color("of:N", title=None, scale=alt.Scale(domain=[sampled, heldout]))
-    tip = _tip(step="step:Q", forward_passes="forward_passes:Q", loss="loss:Q", perplexity="perplexity:Q")
+    tip = _tip(**names)
     layers = [band.encode(colour), line.encode(colour, tooltip=tip), evaluated.encode(colour, tooltip=tip)]
     return alt.layer(*layers).resolve_axis(y="independent").properties(width="container", height=HEIGHT)
 
 
-def _heldout(run: Run) -> list[dict[str, Any]]:
-    """Return the held-out losses against forward passes. The last one is that of the written decision."""
-    rows = zip(run.rows, run.forward_passes, strict=True)
-    points = [
-        _loss(row.heldout_loss, forward_passes, row.step)
-        for row, forward_passes in rows
-        if row.heldout_loss is not None
+def _heldout(run: Run, measure: Literal["heldout_loss", "heldout_objective"] = "heldout_loss") -> list[dict[str, Any]]:
+    """Return what was measured on held-out text against forward passes, last of all of the written decision."""
+    values = [
+        (getattr(row, measure), passes, row.step) for row, passes in zip(run.rows, run.forward_passes, strict=True)
     ]
-    if run.decision is not None and run.decision.heldout_loss is not None:
-        points.append(_loss(run.decision.heldout_loss, run.decision.forward_passes, run.decision.steps))
-    return points
+    if (decision := run.decision) is not None:
+        values.append((getattr(decision, measure), decision.forward_passes, decision.steps))
+    return [_loss(*value) for value in values if value[0] is not None]
 
 
 def _loss(loss: float | None, forward_passes: int, step: int) -> dict[str, Any]:

@@ -24,23 +24,40 @@ from pgprune_cli.run.layout import CHECKPOINT_RECORD, CHECKPOINT_TENSORS, checkp
 from pgprune_cli.storage.atomic import new_directory, write_bytes
 from pgprune_cli.storage.records import checksum, read_record, read_tensors, write_record
 
-VERSION = 1
+VERSION = 2
 KEPT = 2
 """How many checkpoints a run keeps."""
+BEST_CENTRE = "best_centre"
+"""Name of the tensor `Best.centre`."""
 STATES: dict[str, type[SearchState] | type[WidthState]] = {"units": SearchState, "widths": WidthState}
 """The state of each policy."""
+
+
+@dataclass(frozen=True)
+class Best:
+    """The decision with the lowest objective on held-out text so far.
+
+    step: steps done when it was evaluated; objective: in nats per token; centre: what the policy makes it from, a
+    float64 tensor.
+    """
+
+    step: int
+    objective: float
+    centre: Tensor
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """Everything that a search needs to resume.
 
-    state: of the policy, with its step and random generator; data_position: batches drawn so far; bad_steps: steps in a
-    row without a finite loss; forward_passes: model evaluations so far; seconds: search time so far; history: the part
-    of the history that belongs to this checkpoint; identity: digest of the recipe, model and scores.
+    state: of the policy, with its step and random generator; best: the best decision seen, None before the first one;
+    data_position: batches drawn so far; bad_steps: steps in a row without a finite loss; forward_passes: model
+    evaluations so far; seconds: search time so far; history: the part of the history that belongs to this checkpoint;
+    identity: digest of the recipe, model and scores.
     """
 
     state: SearchState | WidthState
+    best: Best | None
     data_position: int
     bad_steps: int
     forward_passes: int
@@ -61,12 +78,16 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
         return folder
     values = {entry.name: getattr(state, entry.name) for entry in fields(state)}
     tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    best = checkpoint.best
+    if best is not None:
+        tensors[BEST_CENTRE] = best.centre.clone()  # it may be the state's own
     with new_directory(folder) as temporary:
         write_bytes(temporary / CHECKPOINT_TENSORS, save(tensors))
         record = {
             "version": VERSION,
             "policy": next(name for name, kind in STATES.items() if isinstance(state, kind)),
             **{name: value for name, value in values.items() if name not in tensors},
+            "best": None if best is None else {"step": best.step, "objective": best.objective},
             "data_position": checkpoint.data_position,
             "bad_steps": checkpoint.bad_steps,
             "forward_passes": checkpoint.forward_passes,
@@ -146,8 +167,10 @@ def _checkpoint_of(folder: Path, record: dict[str, Any]) -> Checkpoint:
         raise UserError(f"{CHECKPOINT_TENSORS} is missing or does not match its checksum")
     kind = STATES[record["policy"]]
     values: dict[str, Any] = record | read_tensors(tensors_path)
+    best = record["best"]
     return Checkpoint(
         state=kind(**{entry.name: values[entry.name] for entry in fields(kind)}),
+        best=None if best is None else Best(best["step"], best["objective"], values[BEST_CENTRE]),
         data_position=record["data_position"],
         bad_steps=record["bad_steps"],
         forward_passes=record["forward_passes"],

@@ -35,8 +35,10 @@ class Decision:
 
     model: the name in the recipe; fingerprint: identifies the base model's config and weights; sparsity: the removed
     fraction of the prunable parameters; recipe: the resolved recipe as YAML; forward_passes: run by the search;
-    calibration_forward_passes: run for scores and repair, counted in batches of the search; heldout_loss: loss of the
-    pruned and repaired model on held-out calibration text, in nats per token; dense_loss: the same for the dense model;
+    calibration_forward_passes: run for scores, repair and the dense model, in batches of the search; heldout_loss: loss
+    of the pruned and repaired model on held-out calibration text, in nats per token; dense_loss: the same for the dense
+    model; heldout_objective: the objective of the search (`search.objective`) on that text; best_step: after how many
+    steps the search made this decision, the best of those it evaluated on that text, or None if it evaluated none;
     repaired: the repaired blocks; budget: the budgeted `measure` and the fraction of it that is `kept`; bos:
     whether the windows of the calibration text begin with the BOS token, also those of the two losses; ancestors: the
     earlier decisions that made the base model, oldest first, if it was pruned already (see `ancestry`).
@@ -54,6 +56,8 @@ class Decision:
     repaired: RepairedBlocks = field(default_factory=dict)
     budget: dict[str, str | float] = field(default_factory=dict)
     dense_loss: float | None = None
+    heldout_objective: float | None = None
+    best_step: int | None = None
     bos: bool = False
     ancestors: list[dict[str, Any]] = field(default_factory=list)
 

@@ -1,11 +1,11 @@
-"""`metrics.jsonl`: the history of a search, one row per step."""
+"""`metrics.jsonl`: the history of a search, one row per step, and one for the start."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,10 +18,12 @@ from pgprune_cli.storage.atomic import sync_directory
 
 @dataclass(frozen=True)
 class Row:
-    """One row of `metrics.jsonl`: a step of the search. Losses are in nats per token; a non-finite loss is None.
+    """One row of `metrics.jsonl`: a step of the search, or the start as step 0, which has no masks.
 
-    kept: how many query heads, channels or blocks of every layer the current decision keeps, by family; None at steps
-    without an evaluation on held-out text. bos: whether the windows begin with the BOS token.
+    losses: the objective of every mask, in nats per token as all losses here; a non-finite one is None. heldout_loss,
+    heldout_objective: of the current decision on held-out text; kept: how many query heads, channels or blocks of every
+    layer it keeps, by family. These three are None at steps without an evaluation. bos: whether the windows begin with
+    the BOS token.
     """
 
     step: int
@@ -36,12 +38,19 @@ class Row:
     seconds: float
     kept: dict[str, list[int]] | None
     bos: bool = False
+    heldout_objective: float | None = None
 
     @property
     def mean_loss(self) -> float | None:
         """The mean of the finite losses, or None without one."""
         finite = [loss for loss in self.losses if loss is not None]
         return sum(finite) / len(finite) if finite else None
+
+
+def best_row(rows: Iterable[Row]) -> Row | None:
+    """Return the row of the decision with the lowest objective on held-out text, None before the first evaluation."""
+    evaluated = [row for row in rows if row.heldout_objective is not None]
+    return min(evaluated, key=lambda row: row.heldout_objective or 0.0, default=None)
 
 
 class Written(NamedTuple):

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from pgprune_cli.run.history import Row
+from pgprune_cli.run.history import Row, best_row
 
 BARS = "▁▂▃▄▅▆▇█"
 EMPTY_COLOUR, FULL_COLOUR = (150, 158, 176), (47, 111, 237)
@@ -28,13 +28,25 @@ RECENT_STEPS = 20
 
 
 class LiveView:
-    """A renderable for a search of `steps` steps; `units`: of every layer before pruning, by family."""
+    """A renderable for a search of `steps` steps.
 
-    def __init__(self, steps: int, units: Mapping[str, Sequence[int]], budget: str, rows: Sequence[Row] = ()) -> None:
+    units: of every layer before pruning, by family; objective: name of what the search minimises.
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        units: Mapping[str, Sequence[int]],
+        budget: str,
+        rows: Sequence[Row] = (),
+        objective: str = "loss",
+    ) -> None:
+        self.objective = objective
         self.units = units
         self.budget = budget
         self.losses: list[float] = []
         self.heldout_losses: list[float] = []
+        self.best: Row | None = None
         self.kept: Mapping[str, Sequence[int]] | None = None
         self.recent: deque[Row] = deque(maxlen=RECENT_STEPS + 1)
         self.saved_step = rows[-1].step if rows else 0
@@ -55,14 +67,16 @@ class LiveView:
             self.losses.append(row.mean_loss)
         if row.heldout_loss is not None:
             self.heldout_losses.append(row.heldout_loss)
+        self.best = best_row([self.best, row] if self.best else [row])
         self.kept = row.kept or self.kept
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.bar
         width = max(MIN_COLUMNS, min(MAX_COLUMNS, options.max_width - 22))
         table = Table.grid(padding=(0, 2))
-        overflows = bool(self.recent) and self.recent[-1].mean_loss is None
-        table.add_row("loss", "not finite" if overflows else _nats(self.losses), curve(self.losses, width))
+        last = self.recent[-1] if self.recent else None
+        overflows = last is not None and bool(last.losses) and last.mean_loss is None
+        table.add_row(self.objective, "not finite" if overflows else _nats(self.losses), curve(self.losses, width))
         table.add_row("held-out", _nats(self.heldout_losses), curve(self.heldout_losses, width))
         for family, kept in (self.kept or {}).items():
             counts = self.units[family]
@@ -81,6 +95,7 @@ class LiveView:
                 parts.append(f"{passes / (row.seconds - first.seconds):,.1f} passes/s")
             parts += [f"{row.tokens_per_second:,.0f} tok/s", f"{row.memory_bytes / 1e9:.1f} GB"]
             parts += [f"skipped {row.skipped}"] if row.skipped else []
+        parts += [f"best at step {self.best.step}"] if self.best else []
         parts.append(f"saved at step {self.saved_step}" if self.saved_step else "not saved yet")
         return " · ".join(parts)
 

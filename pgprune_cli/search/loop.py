@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from types import FrameType
@@ -18,9 +18,10 @@ from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import RunError
-from pgprune_cli.run.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from pgprune_cli.run.checkpoint import Best, Checkpoint, latest_checkpoint, save_checkpoint
 from pgprune_cli.run.history import History, Row, Written, read_history
 from pgprune_cli.run.resume import resume
+from pgprune_cli.search.objective import HeldOut
 from pgprune_cli.search.problem import Problem
 from pgprune_cli.search.progress import SearchProgress, memory_in_use
 from pgprune_cli.search.trackers import TrackerName, tracking
@@ -46,6 +47,7 @@ class LoopState:
     """Where a search stands: what a checkpoint holds."""
 
     policy_state: SearchState | WidthState
+    best: Best | None = None
     data_position: int = 0
     bad_steps: int = 0
     forward_passes: int = 0
@@ -85,6 +87,12 @@ def run_steps(
     with log as track, view, writer as history, _stop_signals(ranks) as signals:
         if loop.step:
             view.say(f"resuming from step {loop.step} of {settings.steps}")
+        elif settings.evaluates(0):
+            row = _row(problem, loop)
+            track(row)
+            view.show(row)
+            if history:
+                history.append(row)
         while loop.step < settings.steps:
             row = _take_step(problem, loop)
             track(row)
@@ -118,26 +126,57 @@ def _take_step(problem: Problem, loop: LoopState) -> Row:
     loop.forward_passes += len(masks)
     loop.bad_steps = 0 if losses.isfinite().any() else loop.bad_steps + 1
     _refuse_overflow(problem, loop)
-    due = loop.step % settings.evaluate_every == 0 or loop.step in (1, settings.steps)
-    mask = policy.mask(loop.policy_state) if due else None
-    heldout_loss = None
-    if mask is not None:
-        model_mask = problem.model_mask(mask)
-        heldout_loss = finite(problem.objective.on_heldout(model_mask, policy.repaired(model_mask)).loss)
+    return _row(
+        problem,
+        loop,
+        losses=[finite(float(loss)) for loss in losses],
+        learning_rate=rate,
+        tokens_per_second=len(masks) * tokens.numel() / spent,
+    )
+
+
+def _row(
+    problem: Problem,
+    loop: LoopState,
+    losses: Sequence[float | None] = (),
+    learning_rate: float | None = None,
+    tokens_per_second: float = 0.0,
+) -> Row:
+    """Return the row of the step just done, or of the start. Evaluates the current decision if that is due."""
+    due = problem.context.recipe.search.evaluates(loop.step)
+    kept, heldout = _evaluate(problem, loop) if due else (None, None)
+    state = loop.policy_state
     return Row(
         step=loop.step,
-        losses=[finite(float(loss)) for loss in losses],
-        baseline=loop.policy_state.baseline if isinstance(loop.policy_state, SearchState) else None,
-        learning_rate=rate,
-        entropy=policy.entropy(loop.policy_state),
-        heldout_loss=heldout_loss,
-        skipped=loop.policy_state.skipped,
-        tokens_per_second=len(masks) * tokens.numel() / spent,
+        losses=list(losses),
+        baseline=state.baseline if isinstance(state, SearchState) else None,
+        learning_rate=learning_rate,
+        entropy=problem.policy.entropy(state),
+        heldout_loss=None if heldout is None else finite(heldout.loss),
+        skipped=state.skipped,
+        tokens_per_second=tokens_per_second,
         memory_bytes=memory_in_use(),
         seconds=loop.elapsed(),
-        kept=None if mask is None else problem.kept(mask),
+        kept=kept,
         bos=problem.context.text.bos is not None,
+        heldout_objective=None if heldout is None else finite(heldout.objective),
     )
+
+
+def _evaluate(problem: Problem, loop: LoopState) -> tuple[dict[str, list[int]], HeldOut]:
+    """Evaluate the current decision on held-out text, and remember it in `loop` if it is the best so far.
+
+    Returns what it keeps of every layer, by family, and what it costs.
+    """
+    policy = problem.policy
+    centre = policy.centre(loop.policy_state)
+    mask = policy.mask(centre)
+    model_mask = problem.model_mask(mask)
+    heldout = problem.objective.on_heldout(model_mask, policy.repaired(model_mask))
+    lowest = math.inf if loop.best is None else loop.best.objective
+    if heldout.objective < lowest:  # never for NaN
+        loop.best = Best(loop.step, heldout.objective, centre)
+    return problem.kept(mask), heldout
 
 
 def _refuse_overflow(problem: Problem, loop: LoopState) -> None:
@@ -162,7 +201,8 @@ def _view(problem: Problem) -> SearchProgress:
     elements = problem.kept(torch.ones(problem.space.n, dtype=torch.bool))
     budget = f"removing {recipe.budget.sparsity:.0%} of {recipe.budget.measure}"
     rows = read_history(context.run) if writer else ()
-    return SearchProgress(recipe.search.steps, elements, budget, rows, context.progress if writer else SILENT)
+    progress = context.progress if writer else SILENT
+    return SearchProgress(recipe.search.steps, elements, budget, rows, progress, recipe.search.objective)
 
 
 def _loop_state(problem: Problem, checkpoint: Checkpoint | None) -> LoopState:
@@ -171,6 +211,7 @@ def _loop_state(problem: Problem, checkpoint: Checkpoint | None) -> LoopState:
         return LoopState(problem.policy.begin(problem.context.recipe.seed))
     return LoopState(
         checkpoint.state,
+        checkpoint.best,
         checkpoint.data_position,
         checkpoint.bad_steps,
         checkpoint.forward_passes,
@@ -181,6 +222,7 @@ def _loop_state(problem: Problem, checkpoint: Checkpoint | None) -> LoopState:
 def _checkpoint(loop: LoopState, history: Written, identity: str) -> Checkpoint:
     return Checkpoint(
         state=loop.policy_state,
+        best=loop.best,
         data_position=loop.data_position,
         bad_steps=loop.bad_steps,
         forward_passes=loop.forward_passes,

@@ -45,10 +45,13 @@ class Policy(Protocol[State]):
     def update(self, state: State, draws: Tensor, losses: Tensor) -> State:
         """Return the state after learning from the losses `(K,)` of the draws."""
 
-    def mask(self, state: State) -> Tensor:
-        """Return the mask `(n,)` that the search would decide on now."""
+    def centre(self, state: State) -> Tensor:
+        """Return what a decision is made from: θ `(n,)`, or the mean offsets `(J,)`, float64."""
 
-    def final_mask(self, state: State) -> Tensor:
+    def mask(self, centre: Tensor) -> Tensor:
+        """Return the mask `(n,)` with which a decision is evaluated during the search."""
+
+    def final_mask(self, centre: Tensor) -> Tensor:
         """Return the mask `(n,)` to be written, at the full resolution of the budget."""
 
     def repaired(self, model_mask: ModelMask) -> RepairedBlocks:
@@ -83,8 +86,11 @@ class UnitPolicy:
     def update(self, state: SearchState, draws: Tensor, losses: Tensor) -> SearchState:
         return units.update(state, draws, losses, self.space, self.budget, self.estimator, self.rate(state))
 
-    def mask(self, state: SearchState) -> Tensor:
-        return hard_mask(state.theta, self.space, self.budget)
+    def centre(self, state: SearchState) -> Tensor:
+        return state.theta
+
+    def mask(self, centre: Tensor) -> Tensor:
+        return hard_mask(centre, self.space, self.budget)
 
     final_mask = mask
 
@@ -122,11 +128,14 @@ class WidthPolicy:
     def update(self, state: WidthState, draws: Tensor, losses: Tensor) -> WidthState:
         return widths.update(state, draws, losses, self.space)
 
-    def mask(self, state: WidthState) -> Tensor:
-        return self._mask(state.mean)
+    def centre(self, state: WidthState) -> Tensor:
+        return state.mean
 
-    def final_mask(self, state: WidthState) -> Tensor:
-        return hard_mask(widths.priorities(self.origin, state.mean, self.space), self.space, self.budget)
+    def mask(self, centre: Tensor) -> Tensor:
+        return self._mask(centre)
+
+    def final_mask(self, centre: Tensor) -> Tensor:
+        return hard_mask(widths.priorities(self.origin, centre, self.space), self.space, self.budget)
 
     def repaired(self, model_mask: ModelMask) -> RepairedBlocks:
         return self.table.repaired_for(model_mask)

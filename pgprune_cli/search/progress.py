@@ -22,7 +22,8 @@ PLAIN_LINES = 10
 class SearchProgress:
     """Shows history rows as they come. Use it as a context manager.
 
-    units: of every layer before pruning, by family; budget: in words; rows: of the search so far, if it is resumed.
+    units: of every layer before pruning, by family; budget: in words; rows: of the search so far, if it is resumed;
+    objective: name of what the search minimises.
     """
 
     def __init__(
@@ -32,11 +33,13 @@ class SearchProgress:
         budget: str,
         rows: Sequence[Row] = (),
         progress: Progress = SILENT,
+        objective: str = "loss",
     ) -> None:
         self.steps = steps
         self.progress = progress
+        self.objective = objective
         self.heldout = "…"
-        self.view = LiveView(steps, units, budget, rows)
+        self.view = LiveView(steps, units, budget, rows, objective)
         self.live: Live | None = None
 
     def __enter__(self) -> SearchProgress:
@@ -61,14 +64,17 @@ class SearchProgress:
         """Show a step that has been done."""
         self.view.add(row)
         if row.heldout_loss is not None:
-            self.heldout = f"{row.heldout_loss:.3f}"
+            best = self.view.best
+            earlier = "" if best in (None, row) else f" (best {best.heldout_loss:.3f} at step {best.step})"
+            self.heldout = f"{row.heldout_loss:.3f}{earlier}"
         due = row.step % max(1, self.steps // PLAIN_LINES) == 0 or row.step in (1, self.steps)
         if due and self.live is None:
             loss = "not finite" if row.mean_loss is None else f"{row.mean_loss:.3f}"
             skipped = f" skipped {row.skipped}" if row.skipped else ""
-            speed = f"{row.tokens_per_second:,.0f} tok/s {row.memory_bytes / 1e9:.1f} GB"
-            losses = f"loss {loss} held-out {self.heldout}"
-            self.say(f"step {row.step}/{self.steps} {losses} {speed}{skipped} {row.seconds:.0f} s")
+            losses = f"{self.objective} {loss} held-out {self.heldout}" if row.losses else f"held-out {self.heldout}"
+            speed = f"{row.tokens_per_second:,.0f} tok/s " if row.losses else ""
+            memory = f"{row.memory_bytes / 1e9:.1f} GB"
+            self.say(f"step {row.step}/{self.steps} {losses} {speed}{memory}{skipped} {row.seconds:.0f} s")
 
     def saved(self, step: int) -> None:
         """Show that a checkpoint has been written."""

@@ -98,7 +98,10 @@ def reselects(recipe: Recipe) -> bool:
 
 
 def calibration_forward_passes(recipe: Recipe, text: CalibrationText) -> int:
-    """Return the forward passes over calibration text besides those of the steps, in batches of the search."""
+    """Return the forward passes over calibration text besides those of the masks, in batches of the search.
+
+    They are those of scores, width table and repair, and one of the dense model per step if the objective needs it.
+    """
     repairs = recipe.repair.method != "none"
     scoring = scoring_batches(recipe, text)
     batches: list[Tensor] = [*scoring]
@@ -111,4 +114,5 @@ def calibration_forward_passes(recipe: Recipe, text: CalibrationText) -> int:
         batches += PASSES * repairing
     if repairs and reselects(recipe):
         batches += curvature_windows(repairing)
-    return math.ceil(sum(map(Tensor.numel, batches)) / (recipe.calibration.batch * recipe.calibration.seqlen))
+    passes = math.ceil(sum(map(Tensor.numel, batches)) / (recipe.calibration.batch * recipe.calibration.seqlen))
+    return passes + (recipe.search.steps if recipe.search.objective != "loss" else 0)

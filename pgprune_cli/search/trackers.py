@@ -68,10 +68,11 @@ def tracking(
 
 
 def metrics_of(row: Row) -> dict[str, float]:
-    """Return a row as named numbers: `loss` is the mean over the step's masks, `kept/<family>` counts kept units."""
+    """Return a row as named numbers: `loss` is the mean objective of the step's masks, `kept/<family>` a count."""
     numbers = {
         "loss": row.mean_loss,
         "heldout_loss": row.heldout_loss,
+        "heldout_objective": row.heldout_objective,
         "baseline": row.baseline,
         "learning_rate": row.learning_rate,
         "entropy": row.entropy,

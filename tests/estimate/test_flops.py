@@ -14,8 +14,19 @@ from helpers.units import ranks_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pgprune_cli.estimate.flops import EIGH, Flops, flops, forward_passes, repair, scoring, seconds, width_table
+from pgprune_cli.estimate.flops import (
+    EIGH,
+    Flops,
+    dense_passes,
+    flops,
+    forward_passes,
+    repair,
+    scoring,
+    seconds,
+    width_table,
+)
 from pgprune_cli.estimate.sizes import Sizes, Texts
+from pgprune_cli.forward.divergence import Divergence
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import PrunableModel
@@ -126,10 +137,27 @@ def test_the_parts_of_a_search_and_how_often_it_looks_at_the_text_held_out(model
     few = parts("search.policy=units", "repair.method=none", "scores.metric=magnitude")
     assert list(few) == ["search", "held-out text"]
     once = forward_passes(Sizes(PrunableModel.of(model), medium_recipe()), text[1], 1).total()
-    for steps, every, looks in ((0, 5, 1), (1, 5, 2), (20, 5, 6), (21, 5, 7), (3, 100, 3)):
-        actual = parts(f"search.forward_passes={16 * steps}", f"search.evaluate_every={every}")
-        assert actual["held-out text"].total() == looks * once
+    sizes = Sizes(PrunableModel.of(model), medium_recipe())
+    layers, head = (dense_passes(sizes, text[1], *times).total() for times in ((1, 0), (0, 1)))
+    # The start, every so many steps, and the last step; then the repaired decision, and the dense model.
+    for steps, every, looks in ((0, 5, 0), (1, 5, 2), (20, 5, 5), (21, 5, 6), (3, 100, 2), (16, 0, 9), (17, 0, 7)):
+        settings = (f"search.forward_passes={16 * steps}", f"search.evaluate_every={every}")
+        actual, kl = parts(*settings), parts(*settings, "search.objective=kl")
+        assert actual["held-out text"].total() == (looks + 1) * once + layers + head
+        assert kl["held-out text"].total() == (looks + 1) * once + 2 * layers + (looks + 3) * head
         assert actual.get("search", Flops()).total() == 16 * steps * once
+        assert kl.get("search", Flops()).total() == 16 * steps * once + steps * (layers + 2 * head)
+
+
+@pytest.mark.parametrize("objective", ["kl", "kl-hidden"])
+def test_the_divergence_of_a_step(objective: str, model: nn.Module) -> None:
+    (text,) = random_batches(batches=1)
+    divergence = Divergence(Evaluator(PrunableModel.of(model)), float(objective == "kl-hidden"))
+    masks = [half(model)] * 10
+    expected = counted(lambda: divergence.values(masks, text, [{}] * 10, divergence.dense_states(text)))
+    sizes = Sizes(PrunableModel.of(model), medium_recipe(f"search.objective={objective}"))
+    total = forward_passes(sizes, text, 10) + dense_passes(sizes, text, 1, 2)
+    assert total.total() == pytest.approx(expected, rel=0.01)
 
 
 def test_dtypes_are_counted_apart_and_take_their_own_time() -> None:

@@ -14,13 +14,16 @@ from helpers.units import ranks_of
 
 from pgprune_cli.estimate.memory import (
     Memory,
+    divergence_bytes,
     layer_bytes,
     logit_bytes,
     memory,
+    slice_bytes,
     solving_bytes,
     unpacked_bytes,
 )
 from pgprune_cli.estimate.sizes import Sizes, Texts
+from pgprune_cli.forward.divergence import Divergence
 from pgprune_cli.forward.masked import Evaluator, summed_loss
 from pgprune_cli.model.masks import RepairedBlock
 from pgprune_cli.model.prunable import PrunableModel
@@ -73,6 +76,22 @@ def test_dense_forward_of_other_families_allocates_what_is_estimated(architectur
     sizes = Sizes(PrunableModel.of(model), medium_recipe())
     expected = max(layer_bytes(sizes, tokens.numel(), 64), logit_bytes(sizes, tokens))
     assert expected == pytest.approx(peak(lambda: summed_loss(model, tokens)), rel=0.1)
+
+
+@pytest.mark.parametrize("objective", ["kl", "kl-hidden"])
+@pytest.mark.parametrize("shape", [{"intermediate_size": 192}, {"vocab_size": 3000}], ids=["wide", "vocabulary"])
+def test_what_the_divergence_from_the_dense_model_allocates(shape: dict[str, int], objective: str) -> None:
+    model = medium_model(**shape)
+    (tokens,) = random_batches(windows=4, length=64, batches=1)
+    sizes = Sizes(PrunableModel.of(model), medium_recipe(f"search.objective={objective}", "search.masks_per_step=4"))
+    divergence = Divergence(Evaluator(sizes.model), float(objective == "kl-hidden"))
+    masks = [keep_first(model, [(2, 190)] * 3)] * 4
+
+    def step() -> None:
+        divergence.values(masks, tokens, [{}] * 4, divergence.dense_states(tokens))
+
+    seen, slices = peak(step), max(slice_bytes(sizes, block) for block in sizes.blocks)
+    assert 0.9 * divergence_bytes(sizes, tokens) < seen < 1.05 * (divergence_bytes(sizes, tokens) + slices)
 
 
 @pytest.mark.parametrize("method", ["none", "least-squares"])

@@ -27,7 +27,9 @@ def test_runs_in_tells_the_states_apart_and_skips_exported_models(tmp_path: Path
     write_unfinished_run(tmp_path / "b" / "deep", 7)
     write_unfinished_run(tmp_path / "c", 20)
     (tmp_path / "c" / DECISION_MASKS).touch()
-    (tmp_path / "c" / DECISION_RECORD).write_text('{"sparsity": 0.49, "heldout_loss": null, "bos": false}')
+    (tmp_path / "c" / DECISION_RECORD).write_text(
+        '{"sparsity": 0.49, "heldout_loss": null, "bos": false, "best_step": 5}'
+    )
     (tmp_path / "d").mkdir()
     (tmp_path / "d" / RECIPE_FILE).write_text("model: [")
     (tmp_path / "e").mkdir()  # an exported model
@@ -48,7 +50,7 @@ def test_runs_in_tells_the_states_apart_and_skips_exported_models(tmp_path: Path
     assert [line[1] for line in cells(list(rows.values()))[1]] == [
         "scored",
         "unfinished, step 7 of 20",
-        "finished",
+        "finished, best at step 5 of 20",
         "damaged",
     ]
 

@@ -59,13 +59,14 @@ def test_recipe_has_the_defaults_of_the_schema() -> None:
     assert got.start == recipe.StartSettings(mapping="sigmap", temperature=1.0)
     assert got.search == recipe.SearchSettings(
         policy="widths",
+        objective="loss",
         forward_passes=320,
         masks_per_step=16,
         estimator="rloo",
         learning_rate=0.0,
         schedule="cosine",
         checkpoint_every=100,
-        evaluate_every=100,
+        evaluate_every=0,
     )
     assert got.repair == recipe.RepairSettings(method="least-squares", windows=384, damping=1e-3)
     assert got.evaluation == recipe.EvaluationSettings(corpora=("wikitext2",), seqlen=(128, 2048))
@@ -576,7 +577,7 @@ def test_shipped_recipe_is_valid(path: Path) -> None:
 
 
 def test_shipped_recipes_have_the_search_settings_of_the_base() -> None:
-    assert load(find("llama2-13b-30")).search == recipe.SearchSettings(checkpoint_every=5, evaluate_every=5)
+    assert load(find("llama2-13b-30")).search == recipe.SearchSettings(checkpoint_every=5)
 
 
 @pytest.mark.parametrize("percent", [20, 30, 50])

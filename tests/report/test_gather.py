@@ -35,7 +35,7 @@ def test_read_run_returns_what_the_search_wrote(policy, finished) -> None:
     assert run.units == {"attention": [KV_HEADS] * LAYERS, "ffn": [CHANNELS] * LAYERS}
     assert run.elements == {"attention": [HEADS] * LAYERS, "ffn": [CHANNELS] * LAYERS}
     assert [row.losses for row in run.rows] == [row["losses"] for row in written]
-    assert run.forward_passes == [2, 4, 6, 8, 10, 12]
+    assert run.forward_passes == [0, 2, 4, 6, 8, 10, 12]
     assert run.forward_passes[-1] == run.decision.forward_passes
     decided = Decision.load(finished[policy]).model_mask
     assert run.widths == {
@@ -47,7 +47,8 @@ def test_read_run_returns_what_the_search_wrote(policy, finished) -> None:
 def test_the_history_has_the_kept_units_of_every_evaluation(finished) -> None:
     rows = read_run(finished["units"], "it").rows
     assert [row.step for row in rows if row.kept] == [row.step for row in rows if row.heldout_loss is not None]
-    assert rows[-1].kept == read_run(finished["units"], "it").widths  # a unit search decides what it evaluated last
+    best = min((row for row in rows if row.kept), key=lambda row: row.heldout_objective)
+    assert best.kept == read_run(finished["units"], "it").widths  # a unit search writes the best that it evaluated
 
 
 def test_theta_cells_cover_every_unit_once(finished) -> None:
@@ -142,7 +143,7 @@ def test_the_tables_show_search_evaluation_commands_and_environment(finished) ->
     runs = read_runs(list(finished.values()))
     facts = {row[0]: row[1:] for row in summary(runs).rows}
     assert summary(runs).headings == ["", "units", "widths"]
-    assert facts["search"] == ["units, 2 masks per step", "widths, 2 masks per step"]
+    assert facts["search"] == ["units on loss, 2 masks per step", "widths on loss, 2 masks per step"]
     assert facts["forward passes"][0].startswith("12 for the search, ")
     assert facts["computed in"] == ["float32", "float32"]
     int8 = replace(runs[0], recipe=replace(runs[0].recipe, weight_format="int8"))

@@ -15,7 +15,7 @@ from pgprune_cli.core.space import Family, MaskSpace
 from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState, begin, propose, update
 from pgprune_cli.errors import UserError
-from pgprune_cli.run.checkpoint import Checkpoint, latest_checkpoint, save_checkpoint
+from pgprune_cli.run.checkpoint import Best, Checkpoint, latest_checkpoint, save_checkpoint
 from pgprune_cli.run.history import Written
 from pgprune_cli.run.layout import CHECKPOINT_RECORD, CHECKPOINT_TENSORS, CHECKPOINTS_FOLDER
 from pgprune_cli.storage.records import read_json, write_record
@@ -29,15 +29,20 @@ def a_checkpoint(step: int = 3) -> Checkpoint:
     theta = torch.rand(50, generator=generator, dtype=torch.float64)
     theta[:3] = torch.tensor([0.0, 1.0, 5e-324], dtype=torch.float64)
     state = SearchState(theta, 1 / 3 + step, step, 2, generator.get_state())
-    return Checkpoint(state, step + 4, 1, 2 * step, 1.1, HISTORY, "an identity")
+    return Checkpoint(state, Best(step - 1, 1 / 7, theta / 3), step + 4, 1, 2 * step, 1.1, HISTORY, "an identity")
 
 
 def assert_same(left: Checkpoint, right: Checkpoint) -> None:
     assert left.state.theta.dtype == right.state.theta.dtype == torch.float64
     assert left.state.theta.numpy().tobytes() == right.state.theta.numpy().tobytes()
+    assert left.best.centre.dtype == right.best.centre.dtype == torch.float64
+    assert left.best.centre.numpy().tobytes() == right.best.centre.numpy().tobytes()
     assert left.state.rng.dtype == torch.uint8 and left.state.rng.equal(right.state.rng)
     nothing = torch.empty(0)
-    plain_one, plain_other = (replace(x, state=replace(x.state, theta=nothing, rng=nothing)) for x in (left, right))
+    plain_one, plain_other = (
+        replace(x, state=replace(x.state, theta=nothing, rng=nothing), best=replace(x.best, centre=nothing))
+        for x in (left, right)
+    )
     assert repr(plain_one) == repr(plain_other)  # repr: 1 and 1.0 differ, and every bit of a float shows
 
 
@@ -84,10 +89,16 @@ def test_checkpoint_of_a_width_search_resumes_bit_for_bit(tmp_path, steps):
     state = begin(SPACE, 7)
     for _ in range(steps):
         state = a_step(state)
-    checkpoint = Checkpoint(state, steps + 4, 1, 2 * steps, 1.1, HISTORY, "an identity")
+    best = None if steps == 1 else Best(steps, 0.1, state.mean)
+    checkpoint = Checkpoint(state, best, steps + 4, 1, 2 * steps, 1.1, HISTORY, "an identity")
     save_checkpoint(tmp_path, checkpoint)
     loaded = latest_checkpoint(tmp_path)
-    assert replace(loaded, state=None) == replace(checkpoint, state=None)
+    assert replace(loaded, state=None, best=None) == replace(checkpoint, state=None, best=None)
+    if checkpoint.best is None:
+        assert loaded.best is None
+    else:
+        assert (loaded.best.step, loaded.best.objective) == (steps, 0.1)
+        assert torch.equal(loaded.best.centre, checkpoint.best.centre)
     for left, right in ((loaded.state, state), (a_step(loaded.state), a_step(state))):
         assert isinstance(left, WidthState)
         for entry in fields(WidthState):
@@ -145,7 +156,7 @@ def test_checkpoint_contains_no_pickle(tmp_path, monkeypatch):
         CHECKPOINT_RECORD,
         CHECKPOINT_TENSORS,
     ]
-    assert load((folder / CHECKPOINT_TENSORS).read_bytes()).keys() == {"theta", "rng"}
+    assert load((folder / CHECKPOINT_TENSORS).read_bytes()).keys() == {"theta", "rng", "best_centre"}
     json.loads((folder / CHECKPOINT_RECORD).read_text())
 
 
@@ -276,7 +287,7 @@ def test_no_checkpoint_is_removed_when_both_are_damaged(run):
     assert folders(run) == ["step-00000003", "step-00000006"]
 
 
-@pytest.mark.parametrize("version", [0, 2])
+@pytest.mark.parametrize("version", [1, 3])
 @pytest.mark.parametrize("skip", [False, True])
 def test_checkpoint_of_another_version_is_refused_and_never_skipped(run, version, skip):
     newest = run / CHECKPOINTS_FOLDER / "step-00000006"

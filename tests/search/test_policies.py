@@ -95,6 +95,11 @@ def searched(policy: Policy, seed: int, steps: int = 5):
     return state, torch.cat(masks)
 
 
+def decided(policy: Policy, state) -> Tensor:
+    """The mask that would be written."""
+    return policy.final_mask(policy.centre(state))
+
+
 def rooms(mask: Tensor, space: MaskSpace, budget: Budget) -> list[tuple[int, int]]:
     """Of every constraint the cost that is left, and that of the cheapest unit that could be kept next.
 
@@ -117,8 +122,8 @@ def test_the_decision_spends_the_budget_to_the_last_unit(
 ) -> None:
     policy = build(model, sparsity, scope)
     state, _ = searched(policy, 0)
-    assert all(0 <= room < cheapest for room, cheapest in rooms(policy.final_mask(state), policy.space, policy.budget))
-    assert all(room >= 0 for room, _ in rooms(policy.mask(state), policy.space, policy.budget))
+    assert all(0 <= room < cheapest for room, cheapest in rooms(decided(policy, state), policy.space, policy.budget))
+    assert all(room >= 0 for room, _ in rooms(policy.mask(policy.centre(state)), policy.space, policy.budget))
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -161,14 +166,14 @@ def test_the_layers_policy_gives_more_to_a_layer_that_the_loss_feels(model: nn.M
     """Losses that are five times the error of one layer's FFN, and of all others once."""
     policy = layer_policy(model, 0.5)
     state = policy.begin(0)
-    before, worth = policy.final_mask(state), torch.ones(2 * LAYERS, dtype=torch.float64)
+    before, worth = decided(policy, state), torch.ones(2 * LAYERS, dtype=torch.float64)
     worth[LAYERS + 2] = 5.0
     entropies = [policy.entropy(state)]
     for _ in range(15):
         state, draws, _ = policy.propose(state, 6)
         state = policy.update(state, draws, draws @ worth)
         entropies.append(policy.entropy(state))
-    of_layer = [int(policy.space.per_layer(mask, "ffn")[2].sum()) for mask in (before, policy.final_mask(state))]
+    of_layer = [int(policy.space.per_layer(mask, "ffn")[2].sum()) for mask in (before, decided(policy, state))]
     assert of_layer[1] > of_layer[0]
     assert int(state.mean.argmax()) == LAYERS + 2
     assert ((state.spread >= LEAST_SPREAD) & (state.spread <= SPREAD)).all()
@@ -182,7 +187,7 @@ def test_the_same_seed_gives_the_same_search(build: Callable[..., UnitPolicy | W
     left, masks = searched(build(model), 3)
     right, again = searched(build(model), 3)
     assert torch.equal(masks, again)
-    assert torch.equal(build(model).final_mask(left), build(model).final_mask(right))
+    assert torch.equal(decided(build(model), left), decided(build(model), right))
     assert not torch.equal(searched(build(model), 4)[1], masks)
     policy = build(model)
     assert policy.entropy(left) == policy.entropy(right)
@@ -218,7 +223,7 @@ def test_nothing_is_repaired_where_nothing_was_solved(model: nn.Module) -> None:
     width_policy, units = layer_policy(model, solve=False), unit_policy(model)
     for policy in (width_policy, units):
         state, _ = searched(policy, 0)
-        assert policy.repaired(model_mask_of(policy, model, policy.mask(state))) == {}
+        assert policy.repaired(model_mask_of(policy, model, policy.mask(policy.centre(state)))) == {}
 
 
 def test_samples_keep_to_the_multiple_that_the_budget_asks_for(model: nn.Module) -> None:
@@ -226,7 +231,7 @@ def test_samples_keep_to_the_multiple_that_the_budget_asks_for(model: nn.Module)
     policy = layer_policy(model, multiples={"ffn": 5})
     state, masks = searched(policy, 0)
     space = policy.space
-    widths = {int(part.sum()) for mask in [*masks, policy.final_mask(state)] for part in space.per_layer(mask, "ffn")}
+    widths = {int(part.sum()) for mask in [*masks, decided(policy, state)] for part in space.per_layer(mask, "ffn")}
     assert widths <= {0, 5, 10, 15, 20, 24}
     assert len(widths) > 2
     for mask in masks:
@@ -240,7 +245,7 @@ def test_query_heads_are_removed_by_a_width_search_and_kv_heads_by_a_unit_search
     for name, build in POLICIES.items():
         policy = build(model, 0.5)
         state, masks = searched(policy, 0)
-        for mask in [*masks, policy.mask(state), policy.final_mask(state)]:
+        for mask in [*masks, policy.mask(policy.centre(state)), decided(policy, state)]:
             for layer in PrunableModel.of(model).shape.kept(model_mask_of(policy, model, mask)):
                 sizes[name].add(layer["attention"])
     assert {members for _, members in sizes["units"]} <= {0, 2}
