@@ -108,13 +108,14 @@ class Divergence:
         self, model_mask: ModelMask, tokens: Tensor, repaired: RepairedBlocks, dense: States
     ) -> tuple[Tensor, Tensor]:
         """Return the predicting states of one mask, and the mean relative squared error of its residual stream."""
-        parts, errors = [], [torch.zeros((), dtype=torch.float64)]
+        parts, errors = [], []
         for windows, states in self._states(model_mask, tokens, repaired):
             parts.append(states.predicting)
             for own, reference in zip(states.stream, dense.stream, strict=True):
                 errors.append(relative_error(own, reference[windows].to(own.device)))
-        home = parts[0].device
-        total = torch.stack([error.to(home, non_blocking=True) for error in errors]).sum()
+        total = torch.zeros((), dtype=torch.float64, device=parts[0].device)
+        for error in errors:
+            total += error.to(total.device, non_blocking=True)
         return torch.cat(parts) if len(parts) > 1 else parts[0], total / (tokens.numel() * max(1, len(self.places)))
 
     def _states(self, model_mask: ModelMask, tokens: Tensor, repaired: RepairedBlocks) -> list[tuple[slice, States]]:

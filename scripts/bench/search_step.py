@@ -92,7 +92,10 @@ def watched_steps(evaluator: Evaluator, overrides: list[str], tokens: Tensor) ->
     class TimedProgress(SearchProgress):
         def show(self, row: Row) -> None:
             super().show(row)
-            watch.end()
+            if row.losses:
+                watch.end()
+            else:  # the start, which is only evaluated
+                watch.begin()
 
     with ExitStack() as patched, tempfile.TemporaryDirectory() as folder:
         patched.enter_context(patch.object(search, "load_prunable", lambda *_: evaluator.model))

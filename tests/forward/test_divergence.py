@@ -100,3 +100,40 @@ def test_each_mask_has_the_same_value_alone_and_among_others() -> None:
     model_masks = [MODEL_MASKS[name](model) for name in NAMES]
     alone = [float(measured(model, [model_mask], tokens, 1.0).objective) for model_mask in model_masks]
     assert measured(model, model_masks, tokens, 1.0).objective.tolist() == alone
+
+
+def test_windows_run_in_parts_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = tiny_model("gemma2"), random_tokens(rows=7)
+    model_masks = [MODEL_MASKS[name](model) for name in NAMES]
+    whole, sizes, original = measured(model, model_masks, tokens, 1.0), [], divergences.last_hidden_states
+
+    def limited(causal: nn.Module, windows: Tensor) -> Tensor:
+        sizes.append(len(windows))
+        if len(windows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(causal, windows)
+
+    monkeypatch.setattr(divergences, "last_hidden_states", limited)
+    parts = measured(model, model_masks, tokens, 1.0)
+    assert sizes == [7, 4, *[2, 2, 2, 1] * 4]
+    for got, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
+
+
+def test_positions_run_in_parts_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The part that fails has counted one of the masks already."""
+    model, tokens = tiny_model("llama-gqa"), random_tokens()
+    model_masks = [MODEL_MASKS[name](model) for name in NAMES]
+    whole, calls, original = measured(model, model_masks, tokens), [], divergences.divergence_and_loss
+
+    def limited(reference: Tensor, *rest: Tensor) -> Tensor:
+        calls.append(len(reference))
+        if len(reference) > 20 and len(calls) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(reference, *rest)
+
+    monkeypatch.setattr(divergences, "divergence_and_loss", limited)
+    parts = measured(model, model_masks, tokens)
+    assert calls == [69, 69, 35, *[18] * 9, *[15] * 3]
+    for got, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.forward import masked
+from pgprune_cli.forward.divergence import Divergence
 from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs.search import search
@@ -82,6 +83,20 @@ def test_losses_on_the_gpu_equal_those_on_the_cpu(on_both) -> None:
     on_cpu, on_gpu = (Evaluator(model).losses(masks, random_tokens()) for model in on_both)
     torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-4, atol=0)
     assert len(set(on_gpu.tolist())) == len(masks)
+
+
+def test_divergence_on_the_gpu_equals_that_on_the_cpu_without_waiting(on_both) -> None:
+    masks, tokens = some_masks(on_both[0]), random_tokens()
+    on_cpu, on_gpu = (Divergence(Evaluator(model), 1.0) for model in on_both)
+    expected, actual = (
+        own.values(masks, tokens, [{}] * len(masks), own.dense_states(tokens)) for own in (on_cpu, on_gpu)
+    )
+    torch.testing.assert_close(actual.objective, expected.objective, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(actual.loss, expected.loss, rtol=1e-4, atol=0)
+    on_device, dense = tokens.cuda(), on_gpu.dense_states(tokens)
+    with waiting_is_an_error():
+        states, _ = on_gpu._run(masks[0], on_device, {}, dense)
+        on_gpu._against_dense([states], dense.predicting, on_device[:, 1:].flatten())
 
 
 def test_int8_losses_on_the_gpu_equal_those_on_the_cpu_without_waiting(on_both) -> None:

@@ -139,6 +139,7 @@ def untied_on_two() -> None:
     """A model with an untied head has the host's losses when it is spread over two devices."""
     from helpers.masks import MODEL_MASKS, random_repair, random_tokens
     from helpers.models import tiny_model
+    from pgprune_cli.forward.divergence import Divergence
     from pgprune_cli.forward.masked import Evaluator
     from pgprune_cli.model.loading import load_model
     from pgprune_cli.model.source import resolve
@@ -152,6 +153,11 @@ def untied_on_two() -> None:
         assert {str(parameter.device) for parameter in simulated.model.module.parameters()} == set(BOTH.split(","))
         repaired = random_repair(host.model.module, model_mask, bias=True)
         actual, expected = (evaluator.losses([model_mask], tokens, [repaired]) for evaluator in (simulated, host))
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
+        on_both = (Divergence(evaluator, 1.0) for evaluator in (simulated, host))
+        actual, expected = (
+            own.values([model_mask], tokens, [repaired], own.dense_states(tokens).to("cpu")) for own in on_both
+        )
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
 
 

@@ -12,6 +12,7 @@ from helpers.units import group_units
 from safetensors.torch import load_file, save_file
 
 from pgprune_cli.errors import UserError
+from pgprune_cli.forward.divergence import Divergence
 from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model import loading, weights
@@ -152,6 +153,9 @@ def test_a_spread_model_gives_the_same_losses_as_on_one_device():
     model_mask = single.shape.model_mask(space, torch.arange(space.n) % 3 > 0, units)
     tokens = torch.arange(48).view(2, 24)
     assert torch.equal(Evaluator(hooked).losses([model_mask], tokens), Evaluator(single).losses([model_mask], tokens))
+    own = [Divergence(Evaluator(model), 1.0) for model in (single, hooked)]
+    left, right = (each.values([model_mask], tokens, [{}], each.dense_states(tokens)) for each in own)
+    assert torch.equal(left.objective, right.objective) and torch.equal(left.loss, right.loss)
     runs = [start_layerwise(model, [tokens]) for model in (single, hooked)]
     for run in runs:
         run.advance(0)
