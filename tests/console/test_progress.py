@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import pytest
 from helpers.recipes import WIDTH_SEARCH
@@ -43,6 +44,18 @@ def test_in_a_pipe_a_search_prints_a_few_plain_lines(capsys: pytest.CaptureFixtu
     assert lines[-1] == ""
     assert "\x1b" not in err
     assert "" not in lines[:-1]
+
+
+def test_the_best_decision_so_far_is_shown_with_its_step(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [row(step, [] if step == 0 else [0.5], heldout) for step, heldout in enumerate((3.0, 2.5, 2.75))]
+    rows = [replace(row, heldout_objective=row.heldout_loss / 10) for row in rows]
+    with SearchProgress(2, UNITS, BUDGET, progress=StderrProgress(), objective="kl") as view:
+        for each in rows:
+            view.show(each)
+    start, first, second = capsys.readouterr().err.splitlines()
+    assert start == "step 0/2 held-out 3.000 2.5 GB 60 s"
+    assert first.startswith("step 1/2 kl 0.500 held-out 2.500 1,234 tok/s")
+    assert second.startswith("step 2/2 kl 0.500 held-out 2.750 (best 2.500 at step 1) 1,234 tok/s")
 
 
 def test_a_short_search_prints_every_step(capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,6 +56,13 @@ def test_front_matter_names_a_base_model_on_the_hub_and_no_local_path(tmp_path) 
     assert "base_model" not in text.split("---")[1] and str(tmp_path) not in text and tmp_path.name in text
 
 
+def test_card_says_which_step_the_decision_is_of_if_it_is_not_the_last() -> None:
+    assert "of step 4, the best on held-out text" in CARD.text(dataclasses.replace(DECISION, best_step=4))
+    assert all(
+        "best on held-out" not in CARD.text(dataclasses.replace(DECISION, best_step=step)) for step in (None, 10)
+    )
+
+
 def test_card_mentions_code_only_if_loading_needs_it() -> None:
     assert "trust_remote_code" not in CARD.text(DECISION) and "mlx" not in CARD.text(DECISION)
     assert "trust_remote_code=True)" in dataclasses.replace(CARD, needs_code=True).text(DECISION)

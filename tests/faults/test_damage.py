@@ -182,7 +182,7 @@ def test_compare_accepts_a_history_whose_last_line_is_half_written(base, tmp_pat
         history.write('{"step": 6, "los')
     compare(recipe, tmp_path, only=["metric-start"], max_windows=2)
     assert (run / DECISION_RECORD).exists()
-    assert [json.loads(line)["step"] for line in (run / METRICS_FILE).read_text().splitlines()] == [1, 2, 3, 4, 5]
+    assert [json.loads(line)["step"] for line in (run / METRICS_FILE).read_text().splitlines()] == [0, 1, 2, 3, 4, 5]
 
 
 # --- the base model

@@ -144,6 +144,8 @@ def test_the_tables_show_search_evaluation_commands_and_environment(finished) ->
     facts = {row[0]: row[1:] for row in summary(runs).rows}
     assert summary(runs).headings == ["", "units", "widths"]
     assert facts["search"] == ["units on loss, 2 masks per step", "widths on loss, 2 masks per step"]
+    steps = [run.decision.best_step for run in runs]
+    assert facts["decision"] == [f"of step {step} of 6, the best on held-out text" for step in steps]
     assert facts["forward passes"][0].startswith("12 for the search, ")
     assert facts["computed in"] == ["float32", "float32"]
     int8 = replace(runs[0], recipe=replace(runs[0].recipe, weight_format="int8"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -72,6 +73,17 @@ def test_the_view_goes_on_where_the_search_does() -> None:
     lines = plain(view)
     assert lines[1].split() == ["loss", "not", "finite", "▁▁▁"]
     assert lines[-1].rstrip().endswith("saved at step 4")
+
+
+def test_the_view_shows_the_start_and_the_step_of_the_best_decision() -> None:
+    view = LiveView(10, UNITS, "50% of parameters go", objective="kl")
+    view.add(replace(row(0, {"ffn": [24, 0]}, losses=()), heldout_objective=0.5))
+    assert plain(view)[1].split() == ["kl", "…"]
+    view.add(replace(row(1, {"ffn": [24, 0]}), heldout_objective=0.25))
+    view.add(replace(row(2, {"ffn": [24, 0]}), heldout_objective=0.75))
+    lines = plain(view, 120)
+    assert lines[1].split() == ["kl", "3.500", "▁▁"]
+    assert "best at step 1 ·" in lines[-1]
 
 
 @pytest.mark.parametrize("width", [30, 80, 200])
