@@ -13,7 +13,7 @@ from pgprune_cli.core.grid import unit_count, unit_multiple
 from pgprune_cli.core.space import BLOCKS_OF
 from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.prunable import Partitions, PrunableModel
-from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.recipe.schema import FITTED, Recipe
 from pgprune_cli.repair.width_table import width_step
 from pgprune_cli.scores.metrics import CALIBRATED, NEEDS
 from pgprune_cli.scores.statistics import Statistic
@@ -149,7 +149,7 @@ class Sizes:
     @property
     def solves(self) -> bool:
         """Whether repaired projections are solved for."""
-        return self.recipe.repair.method.startswith("least-squares")
+        return self.recipe.repair.method in FITTED
 
     @property
     def repairs(self) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,24 @@ from pgprune_cli.model.prunable import PrunableModel
 Observers = Mapping[tuple[str, ...], Callable[..., None]]
 """By the paths of submodules inside the layer: a function to call with the first input `(B, T, in)` of each, batch
 after batch, once the layer has run. If it raises, it must not have recorded anything of that batch."""
+
+NO_OBSERVERS: Observers = {}
+
+
+class ModuleCall(NamedTuple):
+    """One call of a submodule: its first argument `(B, T, in)`, the others, and the first thing it returned."""
+
+    inputs: Tensor
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
+
+
+Watchers = Mapping[str, Callable[[ModuleCall], None]]
+"""By the path of a submodule inside the layer: a function that is told of each of its calls, once the layer has run. It
+must not allocate memory on the layer's device."""
+
+NO_WATCHERS: Watchers = {}
 
 
 class LayerArguments(NamedTuple):
@@ -75,24 +93,31 @@ class LayerwiseRun:
     splitter: BatchSplitter
     position: int = 0
 
-    def observe(self, index: int, observers: Observers) -> None:
-        """Run layer `index` on all batches and discard its outputs: only what the observers see counts.
+    def observe(self, index: int, observers: Observers, watchers: Watchers = NO_WATCHERS) -> None:
+        """Run layer `index` on all batches and discard its outputs: only what observers and watchers see counts.
 
         Raises ValueError if the hidden states are not the inputs of that layer.
         """
-        for _ in self._outputs(index, observers):
+        for _ in self._outputs(index, observers, watchers):
             pass
 
-    def advance(self, index: int, observers: Observers | None = None) -> None:
+    def call(self, index: int, path: str, windows: int) -> ModuleCall:
+        """Return how layer `index` calls a submodule for its first `windows` windows, at most those of one batch."""
+        calls: list[ModuleCall] = []
+        part = replace(self, hidden_states=[self.hidden_states[0][:windows]])
+        part.observe(index, {}, {path: calls.append})
+        return calls[0]
+
+    def advance(self, index: int, observers: Observers = NO_OBSERVERS) -> None:
         """Run layer `index` on all batches and replace the hidden states by its outputs.
 
         Raises ValueError as `observe` does. After an error inside the layer the run cannot be used any more.
         """
-        for place, output in enumerate(self._outputs(index, observers or {})):
+        for place, output in enumerate(self._outputs(index, observers, NO_WATCHERS)):
             self.hidden_states[place] = output.to(self.hidden_states[place].device)
         self.position += 1
 
-    def _outputs(self, index: int, observers: Observers) -> Iterator[Tensor]:
+    def _outputs(self, index: int, observers: Observers, watchers: Watchers) -> Iterator[Tensor]:
         if index != self.position:
             raise ValueError(f"the hidden states are inputs of layer {self.position}, not of layer {index}")
         layer = self.layers[index]
@@ -103,6 +128,14 @@ class LayerwiseRun:
                 lambda _, arguments, path=path: inputs.update({path: arguments[0]})
             )
             for path in {path for paths in observers for path in paths}
+        ]
+        calls: dict[str, ModuleCall] = {}
+        handles += [
+            layer.get_submodule(path).register_forward_hook(
+                lambda _, args, kwargs, output, path=path: calls.update({path: _call(args, kwargs, output)}),
+                with_kwargs=True,
+            )
+            for path in watchers
         ]
         try:
             for batch in self.hidden_states:
@@ -116,6 +149,8 @@ class LayerwiseRun:
                     for paths, observe in observers.items():
                         self._show(observe, [inputs[path] for path in paths])
                     inputs.clear()
+                    for path, watch in watchers.items():
+                        watch(calls.pop(path))
                     parts.append(output[0] if isinstance(output, tuple) else output)
 
                 self.splitter.run_slices(len(batch), run)
@@ -127,6 +162,13 @@ class LayerwiseRun:
     def _show(self, observe: Callable[..., None], inputs: Sequence[Tensor]) -> None:
         """Call an observer, in parts if it needs more memory than the forward pass, which is not repeated for it."""
         self.splitter.run_slices(len(inputs[0]), lambda windows: observe(*(tensor[windows] for tensor in inputs)))
+
+
+def _call(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> ModuleCall:
+    """Return a call of a submodule. Its first argument may have been passed by name."""
+    first, *others = args or (kwargs["hidden_states"],)
+    rest = {name: value for name, value in kwargs.items() if args or name != "hidden_states"}
+    return ModuleCall(first, tuple(others), rest, output[0] if isinstance(output, tuple) else output)
 
 
 def start_layerwise(

@@ -15,7 +15,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from pgprune_cli.forward.expert_moments import ExpertMoments, ExpertSums, mean_square
-from pgprune_cli.forward.layerwise import LayerwiseRun, Observers
+from pgprune_cli.forward.layerwise import NO_OBSERVERS, NO_WATCHERS, LayerwiseRun, Observers, Watchers
 from pgprune_cli.model.families.adapter import Block, ModelFamily
 
 
@@ -75,9 +75,7 @@ class MomentCollector:
         return Moments(sums.second.div_(sums.weight), sums.first / sums.weight, sums.weight / self.tokens.pop(block))
 
     def _add(self, block: str, residual: Tensor, inputs: Tensor, block_output: Tensor | None = None) -> None:
-        weight = mean_square(residual).reciprocal()
-        if block_output is not None:
-            weight = weight / mean_square(block_output)
+        weight = token_weights(residual, block_output)
         x = inputs.flatten(0, -2).float()
         weighted = x * weight
         batch = Moments((weighted.T @ x).double(), weighted.sum(0).double(), weight.sum().double())
@@ -88,6 +86,15 @@ class MomentCollector:
             sums.first.add_(batch.first)
             sums.weight.add_(batch.weight)
         self.tokens[block] += len(weight)
+
+
+def token_weights(residual: Tensor, block_output: Tensor | None = None) -> Tensor:
+    """Return the weights of tokens `(B · T, 1)` float32.
+
+    residual: the stream between the blocks `(B, T, hidden)`; block_output: what passes the norm behind the block.
+    """
+    weight = mean_square(residual).reciprocal()
+    return weight if block_output is None else weight / mean_square(block_output)
 
 
 def block_root(family: ModelFamily, layer: nn.Module, block: Block, root: Tensor) -> Tensor:
@@ -101,12 +108,19 @@ def block_root(family: ModelFamily, layer: nn.Module, block: Block, root: Tensor
 
 
 def observe_moments(
-    run: LayerwiseRun, index: int, family: ModelFamily, block: Block, experts: Tensor | None = None
+    run: LayerwiseRun,
+    index: int,
+    family: ModelFamily,
+    block: Block,
+    experts: Tensor | None = None,
+    observers: Observers = NO_OBSERVERS,
+    watchers: Watchers = NO_WATCHERS,
 ) -> Moments | ExpertMoments:
     """Return the moments of one block of layer `index` over all batches of a layer-wise run.
 
-    The layer runs as it is now, and the run does not advance. experts: as in `MomentCollector.of`.
+    The layer runs as it is now, and the run does not advance. experts: as in `MomentCollector.of`; observers, watchers:
+    see the same passes.
     """
     collector = MomentCollector.of(family, run.layers[index], [block], experts)
-    run.observe(index, collector.observers)
+    run.observe(index, {**collector.observers, **observers}, watchers)
     return collector.moments(block.name)

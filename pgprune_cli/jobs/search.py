@@ -170,6 +170,7 @@ def _repaired(context: SearchContext, model_mask: ModelMask) -> Repaired:
             repair_batches(context.recipe, context.text),
             settings.method,
             settings.damping,
+            epochs=settings.epochs,
             reselect=reselects(context.recipe),
             progress=layers,
             note=notes.append,

@@ -77,9 +77,11 @@ Measure = Literal["parameters", "active-parameters", "flops", "kv-cache", "laten
 MetricName = Literal["wanda-sp", "flap", "obs", "taylor", "magnitude", "random", "uniform"]
 Bos = Literal["auto", True, False]
 Objective = Literal["loss", "kl", "kl-hidden"]
-RepairMethod = Literal["none", "bias", "least-squares", "least-squares-bias"]
+RepairMethod = Literal["none", "bias", "least-squares", "least-squares-bias", "sublayer"]
 EVALUATIONS = 8
 """About how often a search evaluates its decision, besides the start, if the recipe leaves it open."""
+FITTED: tuple[RepairMethod, ...] = ("least-squares", "least-squares-bias", "sublayer")
+"""The repairs that refit the output projections in closed form, at every width of the width table."""
 GRADIENT_METRICS = ("taylor",)
 """The metrics that need a backward pass."""
 
@@ -196,10 +198,14 @@ class SearchSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class RepairSettings:
-    """The closed-form repair of the kept output projections (attention o, FFN down). It needs forward passes only."""
+    """The repair of the kept weights. It needs forward passes through the model only."""
 
-    # What is refitted: nothing, biases only, weights by least squares, or weights and biases.
-    method: RepairMethod = "least-squares"
+    # What is refitted: nothing (`none`); the output's bias (`bias`); the output projections (attention o, FFN down) in
+    # closed form (`least-squares`), with a bias (`least-squares-bias`); or from there on every kept weight of one block
+    # at a time, with AdamW (`sublayer`).
+    method: RepairMethod = "sublayer"
+    # How many times `sublayer` reads the text of each block.
+    epochs: Count = 3
     # Windows of `calibration.seqlen` tokens that the repair is fitted to.
     windows: Count = 384
     # Regularisation, relative to the mean second moment. Higher values stay closer to the original weights.

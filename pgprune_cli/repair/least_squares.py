@@ -18,16 +18,19 @@ from torch import Tensor, nn
 
 from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
 from pgprune_cli.core.grid import Grid
+from pgprune_cli.forward.block_text import BlockRunner, BlockText
 from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.forward.expert_moments import ExpertMoments
-from pgprune_cli.forward.layerwise import LayerwiseRun, start_layerwise
+from pgprune_cli.forward.layerwise import NO_OBSERVERS, NO_WATCHERS, LayerwiseRun, start_layerwise
 from pgprune_cli.forward.masked import shrunk_block
 from pgprune_cli.forward.moments import Moments, block_root, observe_moments
 from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.masks import LayerMask, ModelMask, RepairedBlock, RepairedBlocks, columns_of
 from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.model.unit_tensors import KeptElements, UnitTensor, gather
 from pgprune_cli.repair.equations import compensated_output, repaired_output
 from pgprune_cli.repair.experts import has_too_few_tokens, repaired_experts, reselected_experts
+from pgprune_cli.repair.sublayer import SublayerFit
 from pgprune_cli.scores.obs import chain_errors, removal_order, units_per_round
 
 PASSES = 2
@@ -55,6 +58,7 @@ def repair(
     method: str,
     damping: float,
     *,
+    epochs: int = 0,
     reselect: bool = False,
     progress: LayerProgress = NO_PROGRESS,
     note: Note = _no_note,
@@ -66,11 +70,14 @@ def repair(
 
     Args:
         batches: tokens `(B, T)`.
-        method: `least-squares`, `least-squares-bias` or `bias`.
+        method: `least-squares`, `least-squares-bias`, `bias` or `sublayer`.
         damping: λ as a fraction of the mean of C's diagonal.
+        epochs: how many times `sublayer` reads the text of each block.
         reselect: keep as many units per block as `model_mask` does, but choose them again with `obs`.
         note: called with what a user should know about single layers, a line each.
     """
+    if method != "sublayer":
+        epochs = 0
     roots = error_roots(model, batches, progress) if reselect else None
     run = start_layerwise(model, batches)
     repaired: dict[tuple[int, str], RepairedBlock] = {}
@@ -84,7 +91,7 @@ def repair(
                     continue
                 if mask.any():
                     root = block_root(model.family, layer, block, roots[index]) if roots else None
-                    mask, own = _BlockRepair(model, run, index, block, method, damping, note).solve(mask, root)
+                    mask, own = _BlockRepair(model, run, index, block, method, damping, epochs, note).solve(mask, root)
                     masks[block.name] = mask
                     if own is not None:
                         repaired[index, block.name] = own
@@ -105,6 +112,7 @@ class _BlockRepair:
     block: Block
     method: str
     damping: float
+    epochs: int
     note: Note
 
     @property
@@ -120,17 +128,40 @@ class _BlockRepair:
         return self._experts(mask, root) if self.grid.separate else self._one_projection(mask, root)
 
     def _one_projection(self, mask: Tensor, root: Tensor | None) -> tuple[Tensor, RepairedBlock]:
-        moments = self._moments()
+        text = BlockText(self.run, self.model.family, self.block) if self.epochs else None
+        moments = self._moments(text=text)
         assert isinstance(moments, Moments)
         if root is not None:
             mask = self._reselected(mask, moments, root)
+        repaired = self._output(mask, moments)
+        del moments  # the fit needs its memory
+        return mask, repaired if text is None else self._whole_block(mask, repaired, text)
+
+    def _whole_block(self, mask: Tensor, repaired: RepairedBlock, text: BlockText) -> RepairedBlock:
+        """Refit every kept weight of the block, from its repaired output projection on."""
+        family, layer = self.model.family, self.layer
+        module, kept = layer.get_submodule(self.block.module), KeptElements(mask)
+        *inner, output = family.unit_tensors(layer, self.block)
+        start = {tensor.name: gather(_tensor(module, tensor), tensor, kept) for tensor in inner}
+        start[output.name] = repaired.weight
+        runner = BlockRunner(self.run, self.index, family, self.block)
+        fit = SublayerFit(runner, text, self.epochs, self.index)
+        solved = fit.solve(start, self.grid.kept(mask))
+        if solved is start:
+            return repaired
+        return repaired._replace(
+            weight=solved[output.name], inner={tensor.name: solved[tensor.name] for tensor in inner}
+        )
+
+    def _output(self, mask: Tensor, moments: Moments) -> RepairedBlock:
+        """Return the repaired output projection on the kept elements."""
         linear = self.block.output_linear(self.layer)
         weight = linear.weight
         columns = columns_of(mask.nonzero().squeeze(1).to(weight.device), weight.shape[1] // len(mask))
         if self.method == "bias":
-            return mask, compensated_output(weight, linear.bias, moments, columns)
+            return compensated_output(weight, linear.bias, moments, columns)
         with_bias = self.method == "least-squares-bias"
-        return mask, repaired_output(weight, linear.bias, moments, columns, self.damping, with_bias=with_bias)
+        return repaired_output(weight, linear.bias, moments, columns, self.damping, with_bias=with_bias)
 
     def _experts(self, mask: Tensor, root: Tensor | None) -> tuple[Tensor, RepairedBlock | None]:
         """Fit each expert to the tokens that the router sends to it once the others are removed."""
@@ -139,7 +170,7 @@ class _BlockRepair:
             moments = self._moments()
             assert isinstance(moments, ExpertMoments)
             mask = reselected_experts(family, layer, mask, grid, moments, root)
-        if not self.method.startswith("least-squares") or grid.kept(mask)[1] == grid.members:
+        if self.method == "bias" or grid.kept(mask)[1] == grid.members:
             return mask, None  # an expert that keeps all its channels needs no repair
         if root is None or not grid.kept_groups(mask).all():
             moments = self._moments(grid.kept_groups(mask).nonzero().squeeze(1))
@@ -151,10 +182,10 @@ class _BlockRepair:
             )
         return mask, repaired_experts(family, layer, mask, grid, moments, self.damping)
 
-    def _moments(self, experts: Tensor | None = None) -> Moments | ExpertMoments:
+    def _moments(self, experts: Tensor | None = None, text: BlockText | None = None) -> Moments | ExpertMoments:
         """Observe the block as it will run. The blocks after it in the same layer need not run.
 
-        experts: what a router chooses among, `(g,)` int64. All of them by default.
+        experts: what a router chooses among, `(g,)` int64, all of them by default; text: filled on the same pass.
         """
         family = self.model.family
         with ExitStack() as undo:
@@ -162,7 +193,8 @@ class _BlockRepair:
             for later in blocks[blocks.index(self.block) + 1 :]:
                 nothing = torch.zeros(self.model.shape.elements[later.name][self.index], dtype=torch.bool)
                 undo.enter_context(shrunk_block(family, self.layer, later, nothing, None))
-            return observe_moments(self.run, self.index, family, self.block, experts)
+            observers, watchers = (text.observers, text.watchers) if text else (NO_OBSERVERS, NO_WATCHERS)
+            return observe_moments(self.run, self.index, family, self.block, experts, observers, watchers)
 
     def _reselected(self, mask: Tensor, moments: Moments, root: Tensor) -> Tensor:
         """Return a mask of as many elements as `mask` `(elements,)` keeps: the last ones that `obs` would remove.
@@ -178,3 +210,9 @@ class _BlockRepair:
         reselected = torch.zeros_like(mask)
         reselected[order[len(mask) - int(mask.sum()) :].cpu()] = True
         return reselected
+
+
+def _tensor(module: nn.Module, tensor: UnitTensor) -> Tensor:
+    """Return a tensor of a block. A rounded weight is returned in the model's dtype."""
+    value: Tensor = getattr(module.get_submodule(tensor.module), tensor.key)
+    return value.data

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from pgprune_cli.model.prunable import Partitions
+from pgprune_cli.recipe.schema import FITTED
 from pgprune_cli.repair.width_files import has_layer, load_layer, refuse_full_disk, save_layer
 from pgprune_cli.repair.width_table import WidthTable, solve_layers, table_bytes
 from pgprune_cli.search.context import SearchContext
@@ -28,7 +29,7 @@ def solve_table(
     """
     recipe, run, model, ranks = context.recipe, context.run, context.model, context.ranks
     batches = repair_batches(recipe, context.text)
-    solve = recipe.repair.method.startswith("least-squares")
+    solve = recipe.repair.method in FITTED
     multiples = {"ffn": recipe.budget.ffn_multiple}
     settings = (fingerprint, recipe.dtype, recipe.weight_format, solve, recipe.repair.damping, multiples["ffn"])
     keys = sorted(ranks_of_units)
