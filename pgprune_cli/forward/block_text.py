@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 
 from pgprune_cli.forward.layerwise import LayerwiseRun, ModuleCall, Observers, Watchers
 from pgprune_cli.forward.moments import token_weights
 from pgprune_cli.model.families.adapter import Block, ModelFamily
-from pgprune_cli.model.quantized import QuantizedLinear
 
 
 class BlockText:
@@ -47,47 +48,56 @@ class BlockText:
 
 
 class BlockRunner:
-    """Runs one block of layer `index` on given weights, without its layer.
+    """Runs one block of layer `index` on given weights, without its layer. The block itself must be dense.
 
-    Inside `with runner.sized(groups, members)`, the block has that number of groups and of members in each.
+    size: the number of groups, and of members in each, that the weights are for.
     """
 
-    def __init__(self, run: LayerwiseRun, index: int, family: ModelFamily, block: Block) -> None:
-        self.run, self.index, self.family, self.block = run, index, family, block
+    def __init__(self, run: LayerwiseRun, index: int, family: ModelFamily, block: Block, size: tuple[int, int]) -> None:
+        self.run, self.index, self.block = run, index, block
         self.layer = run.layers[index]
         self.module = self.layer.get_submodule(block.module)
+        self.settings = family.settings(self.layer, block, *size)
         self._calls: dict[int, ModuleCall] = {}
-
-    @contextmanager
-    def sized(self, groups: int, members: int) -> Iterator[None]:
-        """Set the attributes of the block that depend on its size."""
-        with ExitStack() as undo:
-            for owner, attribute, value in self.family.settings(self.layer, self.block, groups, members):
-                undo.callback(setattr, owner, attribute, getattr(owner, attribute))
-                setattr(owner, attribute, value)
-            yield
-
-    def observe(self, windows: int) -> None:
-        """Find out how the layer calls the block for so many windows. The block must be dense."""
-        if windows not in self._calls:
-            self._calls[windows] = self.run.call(self.index, self.block.module, windows)
 
     def output(self, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """Return the output `(B, T, hidden)` of the block for `inputs` of the same shape, with a graph.
 
-        weights: by their names inside the block's module, on its device. `observe` must have seen as many windows.
+        It is computed in the dtype of the inputs. weights: in that dtype, by their names inside the block's module, on
+        its device. The other tensors of the block are the model's own.
         """
-        call = self._calls[len(inputs)]
-        parameters = {}
+        call = self._call(len(inputs))
+        own = dict(self.module.named_parameters())
+        parameters = {
+            name: _converted(value, call.inputs.dtype, inputs.dtype)
+            for name, value in own.items()
+            if name not in weights and inputs.dtype != call.inputs.dtype
+        }
+        args, kwargs = tree_map(
+            lambda value: _converted(value, call.inputs.dtype, inputs.dtype), (call.args, call.kwargs)
+        )
         with ExitStack() as undo:
+            for owner, attribute, value in self.settings:
+                undo.callback(setattr, owner, attribute, getattr(owner, attribute))
+                setattr(owner, attribute, value)
             for name, weight in weights.items():
-                path, _, key = name.rpartition(".")
-                owner: nn.Module = self.module.get_submodule(path)
-                if key == "weight" and isinstance(owner, QuantizedLinear):
-                    undo.callback(setattr, owner, "kept", None)
-                    owner.kept = weight
-                else:
+                if name in own:
                     parameters[name] = weight
-            output = functional_call(self.module, parameters, (inputs, *call.args), call.kwargs)
+                else:  # a rounded weight
+                    linear = self.module.get_submodule(name.rpartition(".")[0])
+                    undo.callback(setattr, linear, "kept", None)
+                    linear.kept = weight
+            output = functional_call(self.module, parameters, (inputs, *args), kwargs)
         first: Tensor = output[0] if isinstance(output, tuple) else output
         return first
+
+    def _call(self, windows: int) -> ModuleCall:
+        """Return how the layer calls the block for so many windows. Raises torch.OutOfMemoryError."""
+        if windows not in self._calls:
+            self._calls[windows] = self.run.call(self.index, self.block.module, windows)
+        return self._calls[windows]
+
+
+def _converted(value: Any, source: torch.dtype, target: torch.dtype) -> Any:
+    """Return a tensor of one dtype in another, and anything else as it is."""
+    return value.to(target) if isinstance(value, Tensor) and value.dtype == source else value

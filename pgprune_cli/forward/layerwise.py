@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -102,11 +102,14 @@ class LayerwiseRun:
             pass
 
     def call(self, index: int, path: str, windows: int) -> ModuleCall:
-        """Return how layer `index` calls a submodule for its first `windows` windows, at most those of one batch."""
-        calls: list[ModuleCall] = []
-        part = replace(self, hidden_states=[self.hidden_states[0][:windows]])
-        part.observe(index, {}, {path: calls.append})
-        return calls[0]
+        """Return how layer `index` calls a submodule for so many windows, each of them the run's first.
+
+        Unlike in the other passes, running out of memory is an error: torch.OutOfMemoryError.
+        """
+        layer = self._layer(index)
+        with _recorded_modules(layer, (), (path,)) as (_, calls):
+            self._run(layer, index, self.hidden_states[0][:1].expand(windows, -1, -1))
+        return calls[path]
 
     def advance(self, index: int, observers: Observers = NO_OBSERVERS) -> None:
         """Run layer `index` on all batches and replace the hidden states by its outputs.
@@ -118,50 +121,67 @@ class LayerwiseRun:
         self.position += 1
 
     def _outputs(self, index: int, observers: Observers, watchers: Watchers) -> Iterator[Tensor]:
-        if index != self.position:
-            raise ValueError(f"the hidden states are inputs of layer {self.position}, not of layer {index}")
-        layer = self.layers[index]
-        device = next(layer.parameters()).device
-        inputs: dict[str, Tensor] = {}
-        handles = [
-            layer.get_submodule(path).register_forward_pre_hook(
-                lambda _, arguments, path=path: inputs.update({path: arguments[0]})
-            )
-            for path in {path for paths in observers for path in paths}
-        ]
-        calls: dict[str, ModuleCall] = {}
-        handles += [
-            layer.get_submodule(path).register_forward_hook(
-                lambda _, args, kwargs, output, path=path: calls.update({path: _call(args, kwargs, output)}),
-                with_kwargs=True,
-            )
-            for path in watchers
-        ]
-        try:
+        layer = self._layer(index)
+        paths = {path for paths in observers for path in paths}
+        with _recorded_modules(layer, paths, watchers) as (inputs, calls):
             for batch in self.hidden_states:
                 parts: list[Tensor] = []
 
                 def run(windows: slice, batch: Tensor = batch, parts: list[Tensor] = parts) -> None:
-                    call = self.calls.for_shape(batch[windows].shape[:2])[index]
-                    # no_grad, not inference_mode: a repair may compute with these tensors outside of it.
-                    with torch.no_grad():
-                        output = layer(batch[windows].to(device), *call.args, **call.kwargs)
+                    output = self._run(layer, index, batch[windows])
                     for paths, observe in observers.items():
                         self._show(observe, [inputs[path] for path in paths])
                     inputs.clear()
                     for path, watch in watchers.items():
                         watch(calls.pop(path))
-                    parts.append(output[0] if isinstance(output, tuple) else output)
+                    parts.append(output)
 
                 self.splitter.run_slices(len(batch), run)
                 yield torch.cat(parts) if len(parts) > 1 else parts[0]
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    def _layer(self, index: int) -> nn.Module:
+        if index != self.position:
+            raise ValueError(f"the hidden states are inputs of layer {self.position}, not of layer {index}")
+        return self.layers[index]
+
+    def _run(self, layer: nn.Module, index: int, hidden_states: Tensor) -> Tensor:
+        """Return the output of a layer. no_grad, not inference_mode: a repair may compute with it outside of it."""
+        call = self.calls.for_shape(hidden_states.shape[:2])[index]
+        with torch.no_grad():
+            output = layer(hidden_states.to(next(layer.parameters()).device), *call.args, **call.kwargs)
+        first: Tensor = output[0] if isinstance(output, tuple) else output
+        return first
 
     def _show(self, observe: Callable[..., None], inputs: Sequence[Tensor]) -> None:
         """Call an observer, in parts if it needs more memory than the forward pass, which is not repeated for it."""
         self.splitter.run_slices(len(inputs[0]), lambda windows: observe(*(tensor[windows] for tensor in inputs)))
+
+
+@contextmanager
+def _recorded_modules(
+    layer: nn.Module, observed: Iterable[str], watched: Iterable[str]
+) -> Iterator[tuple[dict[str, Tensor], dict[str, ModuleCall]]]:
+    """Inside the `with`, yield the newest first inputs of the observed submodules and calls of the watched, by path."""
+    inputs: dict[str, Tensor] = {}
+    calls: dict[str, ModuleCall] = {}
+    handles = [
+        layer.get_submodule(path).register_forward_pre_hook(
+            lambda _, arguments, path=path: inputs.update({path: arguments[0]})
+        )
+        for path in observed
+    ]
+    handles += [
+        layer.get_submodule(path).register_forward_hook(
+            lambda _, args, kwargs, output, path=path: calls.update({path: _call(args, kwargs, output)}),
+            with_kwargs=True,
+        )
+        for path in watched
+    ]
+    try:
+        yield inputs, calls
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _call(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> ModuleCall:

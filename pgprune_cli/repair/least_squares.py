@@ -144,9 +144,8 @@ class _BlockRepair:
         *inner, output = family.unit_tensors(layer, self.block)
         start = {tensor.name: gather(_tensor(module, tensor), tensor, kept) for tensor in inner}
         start[output.name] = repaired.weight
-        runner = BlockRunner(self.run, self.index, family, self.block)
-        fit = SublayerFit(runner, text, self.epochs, self.index)
-        solved = fit.solve(start, self.grid.kept(mask))
+        runner = BlockRunner(self.run, self.index, family, self.block, self.grid.kept(mask))
+        solved = SublayerFit(runner, text, self.epochs, self.index).solve(start)
         if solved is start:
             return repaired
         return repaired._replace(

@@ -13,7 +13,7 @@ memory is that of one block. Some windows are set aside, and the weights that ar
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -54,41 +54,36 @@ class SublayerFit:
     epochs: int
     seed: int
 
-    def solve(self, start: Weights, size: tuple[int, int]) -> Weights:
+    def solve(self, start: Weights) -> Weights:
         """Return weights with which the block's output is closest to that of the dense block, or `start` itself.
 
-        start: in the dtype in which they will be stored, on the block's device; size: how many groups, and members of
-        each, they are for. On the whole text, the error of the result is never above that of `start`.
+        start: in the dtype in which they will be stored, on the block's device. On the whole text, the error of the
+        result is never above that of `start`. One window cannot be set aside from itself: then nothing is fitted.
         """
         set_aside, trained = self._split()
+        if not len(set_aside):
+            return start
         everything = torch.cat([set_aside, trained])
-        for part in (*self._parts(set_aside), *self._parts(trained), *self._parts(everything)):
-            self.runner.observe(len(part))
-        with self.runner.sized(*size):
-            best, least = start, self.error(start, set_aside)
-            for weights in self._passed_through(start, trained):
-                error = self.error(weights, set_aside)
-                if error < least:
-                    best, least = weights, error
-            is_better = best is not start and self.error(best, everything) < self.error(start, everything)
+        best, least = start, self.error(start, set_aside)
+        for weights in self._passed_through(start, trained):
+            error = self.error(weights, set_aside)
+            if error < least:
+                best, least = weights, error
+        is_better = best is not start and self.error(best, everything) < self.error(start, everything)
         return best if is_better else start
 
     @torch.no_grad()
     def error(self, weights: Weights, windows: Tensor) -> float:
-        """Return the squared error of the block relative to its squared output, both weighted, on some windows `(n,)`.
-
-        The block must have the size of the weights.
-        """
+        """Return the squared error of the block relative to its squared output, both weighted, on some windows `(n,)`."""
         computed = self._in_compute_dtype(weights)
-        error = size = 0.0
+        errors: list[float] = []
         for part in self._parts(windows):
-            error += float(self._squared_errors(computed, part).double().sum())
-            size += self._squared_outputs(part)
-        return error / max(size, 1e-30)
+            self._run_slices(part, lambda own: errors.append(float(self._squared_errors(computed, own).double().sum())))
+        return sum(errors) / max(sum(map(self._squared_outputs, self._parts(windows))), 1e-30)
 
     def _passed_through(self, start: Weights, trained: Tensor) -> Iterator[Weights]:
         """Train, and yield the weights CHECKS times, the last time at the end."""
-        moved = {name: weight.float().requires_grad_() for name, weight in start.items()}
+        moved = {name: weight.to(torch.float32, copy=True).requires_grad_() for name, weight in start.items()}
         optimizer = torch.optim.AdamW(moved.values(), lr=LEARNING_RATE, betas=BETAS, weight_decay=0.0, eps=1e-10)
         generator = torch.Generator().manual_seed(self.seed)
         steps = [
@@ -101,15 +96,29 @@ class SublayerFit:
         for step, part in enumerate(steps):
             for group in optimizer.param_groups:
                 group["lr"] = LEARNING_RATE * scheduled(step, len(steps))
-            with torch.enable_grad():
-                loss = self._squared_errors(self._in_compute_dtype(moved), part).sum() * (scale / len(part))
-                gradients = torch.autograd.grad(loss, list(moved.values()))
-            for weight, gradient in zip(moved.values(), gradients, strict=True):
-                weight.grad = gradient
+            self._set_gradients(moved, part, scale / len(part))
             torch.nn.utils.clip_grad_norm_(moved.values(), 1.0)
             optimizer.step()
             if step + 1 in checks:
-                yield {name: weight.detach().to(start[name].dtype) for name, weight in moved.items()}
+                yield {name: weight.detach().to(start[name].dtype, copy=True) for name, weight in moved.items()}
+
+    def _set_gradients(self, moved: Weights, windows: Tensor, scale: float) -> None:
+        """Set the gradients of `scale` times the sum of the squared errors in some windows `(n,)`."""
+        for weight in moved.values():
+            weight.grad = None
+
+        def add(part: Tensor) -> None:
+            with torch.enable_grad():
+                loss = self._squared_errors(self._in_compute_dtype(moved), part).sum() * scale
+                gradients = torch.autograd.grad(loss, list(moved.values()))
+            for weight, gradient in zip(moved.values(), gradients, strict=True):
+                weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+
+        self._run_slices(windows, add)
+
+    def _run_slices(self, windows: Tensor, run: Callable[[Tensor], None]) -> None:
+        """Call `run` on windows `(n,)`, in parts once memory has run out."""
+        self.runner.run.splitter.run_slices(len(windows), lambda part: run(windows[part]))
 
     def _split(self) -> tuple[Tensor, Tensor]:
         """Return the windows that are set aside and those that are trained on."""
