@@ -47,6 +47,13 @@ def read_config(source: Source) -> Any:
     return decoder_config(config)
 
 
+def model_type_of(source: Source) -> str:
+    """Return the model type that transformers gives a model. Of a GGUF file only the header is read, which is quick."""
+    if source.gguf is None:
+        return str(read_config(source).model_type)
+    return model_type_of_gguf(read_header(source.directory / source.gguf).architecture)
+
+
 def check_prunable(source: Source, families: Sequence[str] = ()) -> None:
     """Raise UserError for a model that cannot be pruned. Reads no weights, and of a GGUF file only the header.
 

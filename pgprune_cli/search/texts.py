@@ -23,7 +23,7 @@ from pgprune_cli.data.tokens import check_vocabulary
 from pgprune_cli.data.windows import Batches, CalibrationText, calibration_text, spread
 from pgprune_cli.forward.curvature import curvature_windows
 from pgprune_cli.model.families import begins_with_bos, refuse_for_experts
-from pgprune_cli.model.loading import check_prunable, load_tokenizer, read_config
+from pgprune_cli.model.loading import check_prunable, load_tokenizer, model_type_of, read_config
 from pgprune_cli.model.source import Source
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.repair.least_squares import PASSES
@@ -40,15 +40,15 @@ def load_text(recipe: Recipe, source: Source, progress: Progress = SILENT) -> Ca
     read, or if its tokenizer does not fit.
     """
     check_prunable(source, recipe.units.families)
-    config = read_config(source)
-    refuse_unsupported(recipe, config.model_type)
+    model_type = model_type_of(source)
+    refuse_unsupported(recipe, model_type)
     settings = recipe.calibration
     with progress.working(f"reading {settings.corpus}"):
         tokenizer = load_tokenizer(source)
-        bos = bos_token(settings.bos, tokenizer, begins_with_bos(config.model_type), source.name)
+        bos = bos_token(settings.bos, tokenizer, begins_with_bos(model_type), source.name)
         text = calibration_text(settings.corpus, tokenizer, settings.windows, settings.heldout, settings.seqlen, bos)
     if source.gguf is None:  # a GGUF file holds its own tokenizer
-        check_vocabulary(text.stream, settings.corpus, config.vocab_size, bos)
+        check_vocabulary(text.stream, settings.corpus, read_config(source).vocab_size, bos)
     return text
 
 
