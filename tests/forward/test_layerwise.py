@@ -5,7 +5,7 @@ import torch
 from helpers.models import VOCABULARY, tiny_config, tiny_model
 from torch import Tensor, nn
 
-from pgprune_cli.forward.layerwise import start_layerwise
+from pgprune_cli.forward.layerwise import ModuleCall, start_layerwise
 from pgprune_cli.model.prunable import PrunableModel
 
 LAYERS = 4
@@ -81,6 +81,47 @@ def test_observers_get_the_inputs_of_every_batch(architecture: str) -> None:
         torch.testing.assert_close(observed, own, rtol=1e-6, atol=1e-6)
 
 
+def test_watchers_see_every_call_of_a_module_as_the_layer_makes_it(architecture: str) -> None:
+    model = tiny_model(architecture)
+    prunable = PrunableModel.of(model)
+    run, calls = start_layerwise(prunable, batches()), []
+    run.advance(0)
+    path = prunable.family.blocks_of(prunable.layers[1])[0].module
+    module = prunable.layers[1].get_submodule(path)
+    run.observe(1, {}, {path: calls.append})
+    assert [len(call.inputs) for call in calls] == [len(tokens) for tokens in batches()]
+    for call in calls:
+        with torch.no_grad():
+            again = module(call.inputs, *call.args, **call.kwargs)
+        assert torch.equal(again[0] if isinstance(again, tuple) else again, call.output)
+        assert not call.output.requires_grad
+    for windows in (1, 2, 5):  # the last are more than a batch has
+        told = run.call(1, path, windows)
+        assert told.inputs.shape == (windows, *calls[0].inputs.shape[1:])
+        torch.testing.assert_close(told.inputs[:1], calls[0].inputs[:1], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(told.output[-1:], calls[0].output[:1], rtol=1e-4, atol=1e-5)
+    assert run.position == 1
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_watchers_see_each_window_once_when_memory_runs_out() -> None:
+    model = tiny_model("mistral")
+    run, calls = start_layerwise(PrunableModel.of(model), batches()), []
+
+    def fail(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        if len(inputs[0]) > 1:  # behind the attention, which has been called by then
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = model.model.layers[0].mlp.register_forward_pre_hook(fail)
+    run.observe(0, {}, {"self_attn": calls.append})
+    assert [len(call.inputs) for call in calls] == [1] * sum(map(len, batches()))
+    with pytest.raises(torch.OutOfMemoryError):
+        run.call(0, "self_attn", 2)
+    assert isinstance(run.call(0, "self_attn", 1), ModuleCall)
+    handle.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
 def test_layers_run_in_order_only() -> None:
     run = start_layerwise(PrunableModel.of(tiny_model("mistral")), batches())
     with pytest.raises(ValueError, match="inputs of layer 0, not of layer 1"):
@@ -88,6 +129,8 @@ def test_layers_run_in_order_only() -> None:
     run.advance(0)
     with pytest.raises(ValueError, match="inputs of layer 1, not of layer 0"):
         run.observe(0, {})
+    with pytest.raises(ValueError, match="inputs of layer 1, not of layer 3"):
+        run.call(3, "mlp", 1)
 
 
 def test_layerwise_run_without_text_is_refused() -> None:

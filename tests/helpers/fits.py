@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from helpers.models import VOCABULARY
 from pgprune_cli.forward.block_text import BlockRunner, BlockText
 from pgprune_cli.forward.layerwise import LayerwiseRun, start_layerwise
 from pgprune_cli.model.families.adapter import Block
@@ -18,9 +17,13 @@ LENGTH = 20
 """Tokens of a window: more than the sliding windows of the tiny models."""
 
 
-def windows(count: int = 7) -> list[Tensor]:
+WORDS = 8
+"""Different tokens: so few that a fit to some windows is good on others."""
+
+
+def windows(count: int = 16) -> list[Tensor]:
     """Return batches of tokens `(≤ 4, LENGTH)` with `count` windows in all."""
-    tokens = torch.randint(VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(WORDS, (count, LENGTH), generator=torch.Generator().manual_seed(0))
     return list(tokens.split(4))
 
 
