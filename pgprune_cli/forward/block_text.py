@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
 from pgprune_cli.forward.layerwise import LayerwiseRun, ModuleCall, Observers, Watchers
 from pgprune_cli.forward.moments import token_weights
 from pgprune_cli.model.families.adapter import Block, ModelFamily
+
+Settings = Sequence[tuple[nn.Module, str, Any]]
+"""Attributes of modules, and the values that they have while something runs."""
 
 
 class BlockText:
@@ -47,24 +50,23 @@ class BlockText:
         self._weighed = rows.stop
 
 
-class BlockRunner:
-    """Runs one block of layer `index` on given weights, without its layer. The block itself must be dense.
+class ModuleRunner:
+    """Runs a submodule of layer `index` on given weights, without the rest of the layer. The module must be dense.
 
-    size: the number of groups, and of members in each, that the weights are for.
+    path: of the module inside the layer, "" for the layer itself; settings: the attributes (owner, name, value) that it
+    has while it runs, because they depend on the size of the weights.
     """
 
-    def __init__(self, run: LayerwiseRun, index: int, family: ModelFamily, block: Block, size: tuple[int, int]) -> None:
-        self.run, self.index, self.block = run, index, block
-        self.layer = run.layers[index]
-        self.module = self.layer.get_submodule(block.module)
-        self.settings = family.settings(self.layer, block, *size)
+    def __init__(self, run: LayerwiseRun, index: int, path: str, settings: Settings) -> None:
+        self.run, self.index, self.path, self.settings = run, index, path, settings
+        self.module = run.layers[index].get_submodule(path)
         self._calls: dict[int, ModuleCall] = {}
 
     def output(self, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-        """Return the output `(B, T, hidden)` of the block for `inputs` of the same shape, with a graph.
+        """Return the output `(B, T, hidden)` of the module for `inputs` of the same shape, with a graph.
 
-        It is computed in the dtype of the inputs. weights: in that dtype, by their names inside the block's module, on
-        its device. The other tensors of the block are the model's own.
+        It is computed in the dtype of the inputs. weights: in that dtype, by their names inside the module, on its
+        device. The other tensors of the module are the model's own.
         """
         call = self._call(len(inputs))
         own = dict(self.module.named_parameters())
@@ -92,10 +94,17 @@ class BlockRunner:
         return first
 
     def _call(self, windows: int) -> ModuleCall:
-        """Return how the layer calls the block for so many windows. Raises torch.OutOfMemoryError."""
+        """Return how the module is called for so many windows. Raises torch.OutOfMemoryError."""
         if windows not in self._calls:
-            self._calls[windows] = self.run.call(self.index, self.block.module, windows)
+            self._calls[windows] = self.run.call(self.index, self.path, windows)
         return self._calls[windows]
+
+
+class BlockRunner(ModuleRunner):
+    """Runs a dense block of layer `index`. size: the number of groups, and of members in each, of the weights."""
+
+    def __init__(self, run: LayerwiseRun, index: int, family: ModelFamily, block: Block, size: tuple[int, int]) -> None:
+        super().__init__(run, index, block.module, family.settings(run.layers[index], block, *size))
 
 
 def _converted(value: Any, source: torch.dtype, target: torch.dtype) -> Any:

@@ -171,6 +171,7 @@ def _repaired(context: SearchContext, model_mask: ModelMask) -> Repaired:
             settings.method,
             settings.damping,
             epochs=settings.epochs,
+            predictions=settings.last_layer == "predictions",
             reselect=reselects(context.recipe),
             progress=layers,
             note=notes.append,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -27,10 +27,11 @@ from pgprune_cli.forward.moments import Moments, block_root, observe_moments
 from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.masks import LayerMask, ModelMask, RepairedBlock, RepairedBlocks, columns_of
 from pgprune_cli.model.prunable import PrunableModel
-from pgprune_cli.model.unit_tensors import KeptElements, UnitTensor, gather
 from pgprune_cli.repair.equations import compensated_output, repaired_output
 from pgprune_cli.repair.experts import has_too_few_tokens, repaired_experts, reselected_experts
+from pgprune_cli.repair.last_layer import dense_states, fit_last_layer, last_layer_batches
 from pgprune_cli.repair.sublayer import SublayerFit
+from pgprune_cli.repair.whole_block import block_of, kept_weights
 from pgprune_cli.scores.obs import chain_errors, removal_order, units_per_round
 
 PASSES = 2
@@ -59,6 +60,7 @@ def repair(
     damping: float,
     *,
     epochs: int = 0,
+    predictions: bool = False,
     reselect: bool = False,
     progress: LayerProgress = NO_PROGRESS,
     note: Note = _no_note,
@@ -73,11 +75,15 @@ def repair(
         method: `least-squares`, `least-squares-bias`, `bias` or `sublayer`.
         damping: λ as a fraction of the mean of C's diagonal.
         epochs: how many times `sublayer` reads the text of each block.
+        predictions: fit the last layer to the dense model's predictions in the end, for `sublayer`.
         reselect: keep as many units per block as `model_mask` does, but choose them again with `obs`.
         note: called with what a user should know about single layers, a line each.
     """
     if method != "sublayer":
         epochs = 0
+    predicted = None
+    if method == "sublayer" and predictions:
+        predicted = dense_states(model, [batches[index] for index in last_layer_batches(batches)])
     roots = error_roots(model, batches, progress) if reselect else None
     run = start_layerwise(model, batches)
     repaired: dict[tuple[int, str], RepairedBlock] = {}
@@ -96,9 +102,16 @@ def repair(
                     if own is not None:
                         repaired[index, block.name] = own
                 undo.enter_context(shrunk_block(model.family, layer, block, mask, repaired.get((index, block.name))))
-            run.advance(index)
-        layer_masks.append(LayerMask(**masks))
+            layer_masks.append(LayerMask(**masks))
+            if index + 1 < len(model.layers):
+                run.advance(index)
         progress.layer_done()
+    if predicted is not None:
+        last = len(model.layers) - 1
+        blocks = {name: block for (index, name), block in repaired.items() if index == last}
+        read = replace(run, hidden_states=[run.hidden_states[index] for index in last_layer_batches(batches)])
+        fitted = fit_last_layer(read, model, layer_masks[-1], blocks, predicted, epochs)
+        repaired |= {(last, name): block for name, block in fitted.items()}
     return Repaired(tuple(layer_masks), repaired)
 
 
@@ -140,17 +153,10 @@ class _BlockRepair:
     def _whole_block(self, mask: Tensor, repaired: RepairedBlock, text: BlockText) -> RepairedBlock:
         """Refit every kept weight of the block, from its repaired output projection on."""
         family, layer = self.model.family, self.layer
-        module, kept = layer.get_submodule(self.block.module), KeptElements(mask)
-        *inner, output = family.unit_tensors(layer, self.block)
-        start = {tensor.name: gather(_tensor(module, tensor), tensor, kept) for tensor in inner}
-        start[output.name] = repaired.weight
+        start = kept_weights(family, layer, self.block, mask, repaired)
         runner = BlockRunner(self.run, self.index, family, self.block, self.grid.kept(mask))
         solved = SublayerFit(runner, text, self.epochs, self.index).solve(start)
-        if solved is start:
-            return repaired
-        return repaired._replace(
-            weight=solved[output.name], inner={tensor.name: solved[tensor.name] for tensor in inner}
-        )
+        return repaired if solved is start else block_of(family, layer, self.block, solved, repaired.bias)
 
     def _output(self, mask: Tensor, moments: Moments) -> RepairedBlock:
         """Return the repaired output projection on the kept elements."""
@@ -209,9 +215,3 @@ class _BlockRepair:
         reselected = torch.zeros_like(mask)
         reselected[order[len(mask) - int(mask.sum()) :].cpu()] = True
         return reselected
-
-
-def _tensor(module: nn.Module, tensor: UnitTensor) -> Tensor:
-    """Return a tensor of a block. A rounded weight is returned in the model's dtype."""
-    value: Tensor = getattr(module.get_submodule(tensor.module), tensor.key)
-    return value.data

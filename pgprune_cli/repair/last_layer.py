@@ -1,0 +1,172 @@
+"""Fit of the last layer to the dense model's predictions.
+
+Behind the last layer there are only the final norm and the unembedding, so its blocks need not imitate what the dense
+blocks write: their weights can be fitted to what the dense model predicts. AdamW minimises KL(dense ‖ pruned) of the
+next-token distributions, in nats per token, over the weights of the repaired blocks of the last layer. Everything
+before it is fixed: nothing is back-propagated beyond this layer, and the memory is that of one layer and of the logits
+of a few hundred positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pgprune_cli.forward.block_text import ModuleRunner
+from pgprune_cli.forward.layerwise import LayerwiseRun
+from pgprune_cli.forward.masked import last_hidden_states, shrunk_block
+from pgprune_cli.model.masks import LayerMask, RepairedBlock
+from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.repair.training import Weights, add_gradients, epochs_of, parts, set_aside_and_trained, trained
+from pgprune_cli.repair.whole_block import block_of, kept_weights
+
+LEARNING_RATE = 5e-4
+"""Largest learning rate of AdamW."""
+
+TOKENS = 65_536
+"""Tokens that the fit reads in each epoch, at most."""
+
+ROWS = 256
+"""Positions whose logits exist at the same time."""
+
+
+def last_layer_batches(batches: Sequence[Tensor]) -> list[int]:
+    """Return the indices of the batches `(B, T)` that the fit reads: TOKENS tokens at most, spread over the text."""
+    count = min(len(batches), max(1, TOKENS // batches[0].numel()))
+    return [index * len(batches) // count for index in range(count)]
+
+
+@torch.no_grad()
+def dense_states(model: PrunableModel, batches: Sequence[Tensor]) -> list[Tensor]:
+    """Return the dense model's hidden states behind the final norm, batch by batch `(B, T, hidden)`, on the host."""
+    return [last_hidden_states(model.module, tokens.to(model.device)).cpu() for tokens in batches]
+
+
+def fit_last_layer(
+    run: LayerwiseRun,
+    model: PrunableModel,
+    mask: LayerMask,
+    repaired: Mapping[str, RepairedBlock],
+    predicted: Sequence[Tensor],
+    epochs: int,
+) -> dict[str, RepairedBlock]:
+    """Return the repaired blocks of the last layer, refitted to the dense model's predictions if that helps.
+
+    Args:
+        run: at the last layer, over the batches of text to read. The layer is dense.
+        mask, repaired: of the last layer, the blocks by name. Blocks of experts, and blocks that keep all of their
+            units, stay as they are.
+        predicted: the dense model's hidden states on the same batches, see `dense_states`.
+        epochs: how many times the text is read.
+    """
+    index = len(model.layers) - 1
+    layer, family, shape = model.layers[index], model.family, model.shape
+    settings: list[tuple[nn.Module, str, Any]] = []
+    start: dict[str, Tensor] = {}
+    with ExitStack() as undo:
+        for block in family.blocks_of(layer):
+            own, grid = repaired.get(block.name), shape.grids[block.name][index]
+            if own is None or grid.separate:
+                undo.enter_context(shrunk_block(family, layer, block, mask.of(block.name), own))
+                continue
+            settings += family.settings(layer, block, *grid.kept(mask.of(block.name)))
+            weights = kept_weights(family, layer, block, mask.of(block.name), own)
+            start |= {f"{block.module}.{name}": weight for name, weight in weights.items()}
+        runner = ModuleRunner(run, index, "", settings)
+        solved = _Fit(model, runner, torch.cat(run.hidden_states), torch.cat(list(predicted)), epochs).solve(start)
+    if solved is start:
+        return dict(repaired)
+    fitted = dict(repaired)
+    for block in family.blocks_of(layer):
+        prefix = f"{block.module}."
+        weights = {name.removeprefix(prefix): value for name, value in solved.items() if name.startswith(prefix)}
+        if weights:
+            fitted[block.name] = block_of(family, layer, block, weights, repaired[block.name].bias)
+    return fitted
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """One fit: inputs of the last layer and hidden states of the dense model, each `(windows, T, hidden)`."""
+
+    model: PrunableModel
+    runner: ModuleRunner
+    inputs: Tensor
+    predicted: Tensor
+    epochs: int
+
+    def solve(self, start: Weights) -> Weights:
+        """Return weights that predict more like the dense model does on the windows set aside, or `start` itself."""
+        set_aside, rest = set_aside_and_trained(len(self.inputs), seed=0)
+        if not start or not len(set_aside):
+            return start
+        best, least = start, self.divergence(start, set_aside)
+        steps = epochs_of(rest, self.inputs.shape[1], self.epochs, seed=0)
+        for weights in trained(start, steps, LEARNING_RATE, self._set_gradients):
+            divergence = self.divergence(weights, set_aside)
+            if divergence < least:
+                best, least = weights, divergence
+        return best
+
+    @torch.no_grad()
+    def divergence(self, weights: Weights, windows: Tensor) -> float:
+        """Return KL(dense ‖ pruned) on some windows `(n,)`, in nats per token."""
+        computed = self._in_compute_dtype(weights)
+        total = 0.0
+        for part in parts(windows, self.inputs.shape[1]):
+            states, wanted = self._states(computed, part), self._wanted(part)
+            for own, dense in zip(states.split(ROWS), wanted.split(ROWS), strict=True):
+                total += float(self._summed_divergence(own, dense))
+        return total / (windows.numel() * self.inputs.shape[1])
+
+    def _set_gradients(self, weights: Weights, windows: Tensor) -> None:
+        """Add the gradients of the mean divergence on the windows of a step."""
+
+        def add(rows: slice) -> None:
+            part = windows[rows]
+            with torch.enable_grad():
+                states = self._states(self._in_compute_dtype(weights), part)
+                slopes: list[Tensor] = []
+                for own, dense in zip(states.split(ROWS), self._wanted(part).split(ROWS), strict=True):
+                    leaf = own.detach().requires_grad_()
+                    slopes += torch.autograd.grad(self._summed_divergence(leaf, dense), [leaf])
+                gradients = torch.autograd.grad(states, list(weights.values()), torch.cat(slopes) / windows.numel())
+            add_gradients(weights, gradients)
+
+        self.runner.run.splitter.run_slices(len(windows), add)
+
+    def _states(self, weights: Weights, windows: Tensor) -> Tensor:
+        """Return the hidden states behind the final norm `(n · T, hidden)`, with a graph."""
+        device = next(iter(weights.values())).device
+        output = self.runner.output(weights, self.inputs[windows].to(device, self._compute_dtype))
+        norm, head = self.model.final_norm, self.model.head
+        own = next(norm.parameters())
+        states: Tensor = norm(output.to(own.device, own.dtype))
+        return states.flatten(0, 1).to(next(head.parameters()).device)
+
+    def _wanted(self, windows: Tensor) -> Tensor:
+        """Return the dense model's hidden states `(n · T, hidden)`."""
+        return self.predicted[windows].flatten(0, 1).to(next(self.model.head.parameters()).device)
+
+    def _summed_divergence(self, states: Tensor, dense: Tensor) -> Tensor:
+        """Return the summed divergence of some rows of hidden states: a float32 scalar."""
+        log_probabilities = self._logits(states).log_softmax(-1)
+        with torch.no_grad():
+            reference = self._logits(dense).log_softmax(-1)
+        return (reference.exp() * (reference - log_probabilities)).sum()
+
+    def _logits(self, states: Tensor) -> Tensor:
+        return self.model.family.finish_logits(self.model.config, self.model.head(states)).float()
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        """The dtype of the passes through the layer. Gradients can be too small for float16."""
+        return torch.float32 if self.inputs.dtype == torch.float16 else self.inputs.dtype
+
+    def _in_compute_dtype(self, weights: Weights) -> Weights:
+        return {name: weight.to(self._compute_dtype) for name, weight in weights.items()}

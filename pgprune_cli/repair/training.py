@@ -1,0 +1,91 @@
+"""The AdamW of the repairs that train one block or one layer at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+WARM_UP = 0.1
+"""Fraction of the steps during which the learning rate rises."""
+
+BETAS = (0.9, 0.95)
+"""Decay of AdamW's running means of the gradient and of its square."""
+
+TOKENS_PER_STEP = 1024
+
+SET_ASIDE = 1 / 16
+"""Fraction of the windows that are not trained on, to choose among the weights that a fit passes through."""
+
+CHECKS = 4
+"""How many times a fit looks at the windows set aside."""
+
+Weights = Mapping[str, Tensor]
+"""Weights by their names inside the module that is trained."""
+
+
+def trained(
+    start: Weights,
+    steps: Sequence[Tensor],
+    learning_rate: float,
+    set_gradients: Callable[[Weights, Tensor], None],
+) -> Iterator[Weights]:
+    """Train float32 copies of weights, and yield them CHECKS times in their own dtypes, the last time at the end.
+
+    Args:
+        steps: the windows `(n,)` of each step.
+        learning_rate: the largest. It rises linearly during the first steps and then falls to 0 along a cosine.
+        set_gradients: sets the gradients of the float32 weights for the windows of a step.
+    """
+    moved = {name: weight.to(torch.float32, copy=True).requires_grad_() for name, weight in start.items()}
+    optimizer = torch.optim.AdamW(moved.values(), lr=learning_rate, betas=BETAS, weight_decay=0.0, eps=1e-10)
+    checks = {round(len(steps) * (check + 1) / CHECKS) for check in range(CHECKS)}
+    for step, windows in enumerate(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * scheduled(step, len(steps))
+        for weight in moved.values():
+            weight.grad = None
+        set_gradients(moved, windows)
+        torch.nn.utils.clip_grad_norm_(moved.values(), 1.0)
+        optimizer.step()
+        if step + 1 in checks:
+            yield {name: weight.detach().to(start[name].dtype, copy=True) for name, weight in moved.items()}
+
+
+def add_gradients(weights: Weights, gradients: Sequence[Tensor]) -> None:
+    """Add gradients to those of the weights."""
+    for weight, gradient in zip(weights.values(), gradients, strict=True):
+        weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+
+
+def set_aside_and_trained(windows: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the windows that are set aside and those that are trained on. One window cannot be set aside."""
+    order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
+    count = min(max(1, int(windows * SET_ASIDE)), windows - 1)
+    return order[:count], order[count:]
+
+
+def parts(windows: Tensor, seqlen: int) -> tuple[Tensor, ...]:
+    """Split windows `(n,)` of `seqlen` tokens into those of single steps."""
+    split: tuple[Tensor, ...] = windows.split(max(1, TOKENS_PER_STEP // seqlen))
+    return split
+
+
+def epochs_of(windows: Tensor, seqlen: int, epochs: int, seed: int) -> list[Tensor]:
+    """Return the windows of every step, in a new order in every epoch."""
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        part
+        for _ in range(epochs)
+        for part in parts(windows[torch.randperm(len(windows), generator=generator)], seqlen)
+    ]
+
+
+def scheduled(step: int, steps: int) -> float:
+    """Return the fraction of the largest learning rate at a step: a linear rise, then a cosine to 0."""
+    warm_up = max(1, round(WARM_UP * steps))
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
