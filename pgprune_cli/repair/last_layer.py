@@ -29,7 +29,7 @@ LEARNING_RATE = 5e-4
 """Largest learning rate of AdamW."""
 
 TOKENS = 65_536
-"""Tokens that the fit reads in each epoch, at most."""
+"""Tokens that the fit reads, at most. It reads them once."""
 
 ROWS = 256
 """Positions whose logits exist at the same time."""
@@ -53,7 +53,6 @@ def fit_last_layer(
     mask: LayerMask,
     repaired: Mapping[str, RepairedBlock],
     predicted: Sequence[Tensor],
-    epochs: int,
 ) -> dict[str, RepairedBlock]:
     """Return the repaired blocks of the last layer, refitted to the dense model's predictions if that helps.
 
@@ -62,7 +61,6 @@ def fit_last_layer(
         mask, repaired: of the last layer, the blocks by name. Blocks of experts, and blocks that keep all of their
             units, stay as they are.
         predicted: the dense model's hidden states on the same batches, see `dense_states`.
-        epochs: how many times the text is read.
     """
     index = len(model.layers) - 1
     layer, family, shape = model.layers[index], model.family, model.shape
@@ -78,7 +76,7 @@ def fit_last_layer(
             weights = kept_weights(family, layer, block, mask.of(block.name), own)
             start |= {f"{block.module}.{name}": weight for name, weight in weights.items()}
         runner = ModuleRunner(run, index, "", settings)
-        solved = _Fit(model, runner, torch.cat(run.hidden_states), torch.cat(list(predicted)), epochs).solve(start)
+        solved = _Fit(model, runner, torch.cat(run.hidden_states), torch.cat(list(predicted))).solve(start)
     if solved is start:
         return dict(repaired)
     fitted = dict(repaired)
@@ -98,7 +96,6 @@ class _Fit:
     runner: ModuleRunner
     inputs: Tensor
     predicted: Tensor
-    epochs: int
 
     def solve(self, start: Weights) -> Weights:
         """Return weights that predict more like the dense model does on the windows set aside, or `start` itself."""
@@ -106,7 +103,7 @@ class _Fit:
         if not start or not len(set_aside):
             return start
         best, least = start, self.divergence(start, set_aside)
-        steps = epochs_of(rest, self.inputs.shape[1], self.epochs, seed=0)
+        steps = epochs_of(rest, self.inputs.shape[1], epochs=1, seed=0)
         for weights in trained(start, steps, LEARNING_RATE, self._set_gradients):
             divergence = self.divergence(weights, set_aside)
             if divergence < least:

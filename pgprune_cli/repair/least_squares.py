@@ -110,7 +110,7 @@ def repair(
         last = len(model.layers) - 1
         blocks = {name: block for (index, name), block in repaired.items() if index == last}
         read = replace(run, hidden_states=[run.hidden_states[index] for index in last_layer_batches(batches)])
-        fitted = fit_last_layer(read, model, layer_masks[-1], blocks, predicted, epochs)
+        fitted = fit_last_layer(read, model, layer_masks[-1], blocks, predicted)
         repaired |= {(last, name): block for name, block in fitted.items()}
     return Repaired(tuple(layer_masks), repaired)
 
