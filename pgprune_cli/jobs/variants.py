@@ -114,7 +114,7 @@ def _changed(
     searched: "nothing" takes the units by their scores, "repaired error" takes the widths by the repair's error;
     neither needs a forward pass of the search. uniform: all layers get the same width.
     """
-    units = replace(recipe.search, policy="units", masks_per_step=2, estimator="paper")
+    units = replace(recipe.search, policy="units", objective="loss", masks_per_step=2, estimator="paper")
     widths = replace(recipe.search, policy="widths")
     searches = {
         "nothing": replace(units, forward_passes=0),

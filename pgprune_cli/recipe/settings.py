@@ -37,7 +37,7 @@ def size_settings(parameters: int, longest: int) -> list[Setting]:
             Setting("scores.windows", 384),
             Setting("scores.seqlen", min(128, longest), "the same length as the windows of the search"),
             Setting("search.forward_passes", 256),
-            Setting("repair.windows", 1024, "a small model affords more text"),
+            Setting("repair.windows", 512, "a small model affords more text"),
         ]
     elif longest < 1024:
         settings.append(Setting("scores.seqlen", longest, "the model reads no more tokens at once"))
