@@ -58,22 +58,25 @@ def fit_last_layer(
 
     Args:
         run: at the last layer, over the batches of text to read. The layer is dense.
-        mask, repaired: of the last layer, the blocks by name. Blocks of experts, and blocks that keep all of their
-            units, stay as they are.
+        mask, repaired: of the last layer, the blocks by name. A block that keeps all of its units stays as it is, and
+            so does a whole layer with experts.
         predicted: the dense model's hidden states on the same batches, see `dense_states`.
     """
     index = len(model.layers) - 1
-    layer, family, shape = model.layers[index], model.family, model.shape
+    layer, family = model.layers[index], model.family
+    grids = {block.name: model.shape.grids[block.name][index] for block in family.blocks_of(layer)}
+    if any(grid.separate for grid in grids.values()):
+        return dict(repaired)
     settings: list[tuple[nn.Module, str, Any]] = []
     start: dict[str, Tensor] = {}
     with ExitStack() as undo:
         for block in family.blocks_of(layer):
-            own, grid = repaired.get(block.name), shape.grids[block.name][index]
-            if own is None or grid.separate:
-                undo.enter_context(shrunk_block(family, layer, block, mask.of(block.name), own))
+            own, kept = repaired.get(block.name), mask.of(block.name)
+            if own is None:
+                undo.enter_context(shrunk_block(family, layer, block, kept, None))
                 continue
-            settings += family.settings(layer, block, *grid.kept(mask.of(block.name)))
-            weights = kept_weights(family, layer, block, mask.of(block.name), own)
+            settings += family.settings(layer, block, *grids[block.name].kept(kept))
+            weights = kept_weights(family, layer, block, kept, own)
             start |= {f"{block.module}.{name}": weight for name, weight in weights.items()}
         runner = ModuleRunner(run, index, "", settings)
         solved = _Fit(model, runner, torch.cat(run.hidden_states), torch.cat(list(predicted))).solve(start)
@@ -123,6 +126,7 @@ class _Fit:
 
     def _set_gradients(self, weights: Weights, windows: Tensor) -> None:
         """Add the gradients of the mean divergence on the windows of a step."""
+        tokens = windows.numel() * self.inputs.shape[1]
 
         def add(rows: slice) -> None:
             part = windows[rows]
@@ -132,7 +136,7 @@ class _Fit:
                 for own, dense in zip(states.split(ROWS), self._wanted(part).split(ROWS), strict=True):
                     leaf = own.detach().requires_grad_()
                     slopes += torch.autograd.grad(self._summed_divergence(leaf, dense), [leaf])
-                gradients = torch.autograd.grad(states, list(weights.values()), torch.cat(slopes) / windows.numel())
+                gradients = torch.autograd.grad(states, list(weights.values()), torch.cat(slopes) / tokens)
             add_gradients(weights, gradients)
 
         self.runner.run.splitter.run_slices(len(windows), add)

@@ -18,10 +18,11 @@ from pgprune_cli.model.masks import LayerMask, ModelMask, RepairedBlock, Repaire
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import quantize_projections
 from pgprune_cli.model.unit_tensors import KeptElements, gather, kept_shape
-from pgprune_cli.repair import sublayer
+from pgprune_cli.repair import sublayer, training
 from pgprune_cli.repair.equations import repaired_output
 from pgprune_cli.repair.least_squares import Repaired, repair
-from pgprune_cli.repair.sublayer import SublayerFit, scheduled
+from pgprune_cli.repair.sublayer import SublayerFit
+from pgprune_cli.repair.training import scheduled
 
 DAMPING = 1e-3
 
@@ -32,7 +33,7 @@ COUNTS = [((2, 1), 11), (4, 13), (0, 9), ((1, 1), 0)]
 @pytest.fixture(autouse=True)
 def _small_steps(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
     """Several steps an epoch, of four windows each."""
-    monkeypatch.setattr(sublayer, "TOKENS_PER_STEP", 80)
+    monkeypatch.setattr(training, "TOKENS_PER_STEP", 80)
     monkeypatch.setattr(sublayer, "LEARNING_RATE", 1e-2)
 
 
@@ -213,7 +214,7 @@ def test_gradients_are_those_of_the_masked_dense_block(architecture: str, index:
     read = read_block(model, index, name)
     moved = {key: weight.requires_grad_() for key, weight in read.weights(mask).items()}
     chosen = torch.tensor([4, 1])
-    SublayerFit(read.runner(mask), read.text, 1, 0)._set_gradients(moved, chosen, 0.5)
+    SublayerFit(read.runner(mask), read.text, 1, 0)._add_gradients(moved, chosen, 0.5)
 
     copied = repaired_by_hand(model, model_mask, {})
     prunable = PrunableModel.of(copied)
@@ -244,7 +245,7 @@ def test_gradients_are_the_slopes_of_the_error() -> None:
     fit, weights, chosen = SublayerFit(read.runner(mask), read.text, 1, 0), read.weights(mask), torch.arange(3)
     moved = {key: weight.requires_grad_() for key, weight in weights.items()}
     size = float((read.text.outputs[chosen].square().sum(-1) * read.text.weights[chosen]).sum())
-    fit._set_gradients(moved, chosen, 1 / size)
+    fit._add_gradients(moved, chosen, 1 / size)
     torch.manual_seed(0)
     way = {key: torch.randn_like(weight) for key, weight in weights.items()}
     step = 1e-3

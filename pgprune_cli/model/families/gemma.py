@@ -24,7 +24,10 @@ class Gemma2Family(GemmaFamily):
 
     def finish_logits(self, config: Any, logits: Tensor) -> Tensor:
         cap = config.final_logit_softcapping
-        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+        if cap is None:
+            return logits
+        capped = logits.div_(cap).tanh_()
+        return capped * cap if capped.requires_grad else capped.mul_(cap)  # the gradient needs the tanh
 
     def logit_slopes(self, config: Any, logits: Tensor) -> Tensor | None:
         cap = config.final_logit_softcapping
