@@ -1,12 +1,14 @@
 """compare: the paper's tables on your model: other methods, and what metric, start, widths and repair contribute.
 
 Every variant is the recipe with a few keys changed, run once per seed in a directory of its own. Finished runs are not
-repeated and interrupted ones resume, so the same command can be given until the table is complete.
+repeated and interrupted ones resume, so the same command can be given until the table is complete. Scores and width
+tables are computed once for all variants that need the same ones.
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
 import statistics
 import time
 from collections.abc import Sequence
@@ -26,14 +28,14 @@ from pgprune_cli.jobs.variants import Variant, select_variants, variants_of
 from pgprune_cli.model.loading import check_prunable
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.contradictions import refuse_contradictions
-from pgprune_cli.recipe.schema import Bos, Recipe
+from pgprune_cli.recipe.schema import FITTED, Bos, Recipe
 from pgprune_cli.recipe.strict_yaml import to_yaml
 from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.evaluation import perplexity_name
-from pgprune_cli.run.layout import COMPARISON_RECORD, COMPARISON_TABLE, MEASURED_FILE, SCORES_FILE
+from pgprune_cli.run.layout import COMPARISON_RECORD, COMPARISON_TABLE, MEASURED_FILE, SCORES_FILE, TABLES_FOLDER
 from pgprune_cli.run.lock import locked
-from pgprune_cli.run.resume import refuse_other_recipe
-from pgprune_cli.storage.atomic import write_bytes
+from pgprune_cli.run.resume import refuse_other_recipe, with_dtype
+from pgprune_cli.storage.atomic import make_directory, write_bytes
 from pgprune_cli.storage.records import read_record, write_record
 
 
@@ -113,6 +115,7 @@ def compare(
     Raises UserError for an unknown variant, a missing text, or an `out` that holds another comparison, and whatever
     `search` and `evaluate` raise.
     """
+    recipe = with_dtype(recipe)
     variants, selected = variants_of(recipe), select_variants(recipe, only)
     for variant in selected:
         refuse_contradictions(variant.recipe, f"variant {variant.name}")
@@ -130,6 +133,7 @@ def compare(
                 table["rows"] = [rows[name] for name in names if name in rows]
                 write_record(out / COMPARISON_RECORD, table)
                 write_bytes(out / COMPARISON_TABLE, markdown(table).encode())
+        shutil.rmtree(out / TABLES_FOLDER, ignore_errors=True)
     return table
 
 
@@ -186,7 +190,7 @@ def _run(
     progress.say(f"{variant.name}, seed {recipe.seed}: {variant.shows}")
     _share_scores(recipe, run, out, progress)
     earlier_seconds, start = _seconds_of_interrupted_search(run), time.monotonic()
-    decision = search(recipe, run, progress=progress)
+    decision = search(recipe, run, shared_widths=_shared_widths(recipe, out), progress=progress)
     seconds = earlier_seconds + time.monotonic() - start
     target = open_target(str(run), bos=recipe.evaluation.bos, progress=progress)
     measurements = _measure(target, recipe, conditions, progress) | {
@@ -208,6 +212,18 @@ def _share_scores(recipe: Recipe, run: Path, out: Path, progress: Progress) -> N
     if not (shared / SCORES_FILE).exists():
         init_scores(recipe, shared, progress=progress)
     write_bytes(run / SCORES_FILE, (shared / SCORES_FILE).read_bytes())
+
+
+def _shared_widths(recipe: Recipe, out: Path) -> Path | None:
+    """Return the directory of the width table that a run shares: one table has repaired projections, one has none.
+
+    None for a unit search. A search that finds the table of another one solves its own in its place.
+    """
+    if recipe.search.policy == "units":
+        return None
+    folder = out / TABLES_FOLDER / ("repaired" if recipe.repair.method in FITTED else "unrepaired")
+    make_directory(folder)
+    return folder
 
 
 def _seconds_of_interrupted_search(run: Path) -> float:
@@ -235,14 +251,14 @@ def _mean(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def cells(table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows of text: a row for each variant, with the mean and, in brackets, its seeds."""
+    """Return headings and a row of text for each variant: its mean, ± the standard deviation over several seeds."""
     perplexities = [perplexity_name(cell) for cell in table["rows"][0]["mean"]["perplexity"]]
     rows = []
     for row in table["rows"]:
         texts = [row["name"], row["shows"]]
         for index, cell in enumerate(row["mean"]["perplexity"]):
-            seeds = [f"{run['perplexity'][index]['ppl']:,.2f}" for run in row["runs"]]
-            texts.append(f"{cell['ppl']:,.2f}" + (f" ({', '.join(seeds)})" if len(seeds) > 1 else ""))
+            seeds = [run["perplexity"][index]["ppl"] for run in row["runs"]]
+            texts.append(f"{cell['ppl']:,.2f}" + (f" ± {statistics.stdev(seeds):,.2f}" if len(seeds) > 1 else ""))
         mean = row["mean"]
         texts.append(f"{mean['forward_passes']:.0f} + {mean['calibration_forward_passes']:.0f}")
         texts.append(f"{mean['seconds']:,.0f}")

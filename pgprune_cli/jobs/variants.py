@@ -1,7 +1,7 @@
 """The variants that `pgprune compare` runs: the recipe with a few keys changed.
 
 First come other published methods, then an ablation of the recipe itself: metric, start, widths and repair, each with
-and without.
+and without, and another objective.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Literal
 
 from pgprune_cli.console.suggest import nearest
 from pgprune_cli.errors import UserError
-from pgprune_cli.recipe.schema import MetricName, Recipe, RepairMethod
+from pgprune_cli.recipe.schema import MetricName, Objective, Recipe, RepairMethod
 
 Searched = Literal["nothing", "repaired error", "units", "widths"]
 
@@ -90,6 +90,7 @@ def _ablation(recipe: Recipe) -> list[Variant]:
     def searched(name: str, shows: str, over: Searched, repair: RepairMethod, start: MetricName = metric) -> Variant:
         return row(name, shows, _changed(recipe, over, repair, start))
 
+    least_squares = searched("widths-least-squares", "width search, repaired in closed form", "widths", "least-squares")
     by_error = _changed(recipe, "repaired error", repair)
     return [
         scored("metric-uniform", f"{metric} only, the same width in every layer", "none", uniform=True),
@@ -102,8 +103,18 @@ def _ablation(recipe: Recipe) -> list[Variant]:
         searched("metric-start", "the paper's search from the metric", "units", "none"),
         searched("metric-start-repaired", "metric-start, repaired", "units", repair),
         searched("widths", "width search, without repair", "widths", "none"),
+        *([least_squares] if repair != "least-squares" else []),
         searched("widths-repaired", "width search, with repair", "widths", repair),
+        _with_other_objective(_changed(recipe, "widths", repair)),
     ]
+
+
+def _with_other_objective(recipe: Recipe) -> Variant:
+    """Return the row that minimises KL to the dense model instead of the loss, or the loss if the recipe does."""
+    objective: Objective = "loss" if recipe.search.objective == "kl" else "kl"
+    shows = {"kl": "widths-repaired, minimising KL to the dense model", "loss": "widths-repaired, minimising the loss"}
+    changed = replace(recipe, search=replace(recipe.search, objective=objective))
+    return Variant(f"widths-{objective}", shows[objective], changed, seeded=True)
 
 
 def _changed(

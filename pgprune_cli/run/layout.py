@@ -42,9 +42,10 @@ REPAIR_FILE = "repair.safetensors"  # refitted weights
 EVALUATION_FILE = "evaluation.json"  # by `pgprune eval RUN`
 REPORT_FILE = "report.html"  # by `pgprune report`
 
-# A comparison: these two in its directory, and one file in each of its runs
+# A comparison: these in its directory, and one file in each of its runs
 COMPARISON_RECORD = "comparison.json"
 COMPARISON_TABLE = "comparison.md"
+TABLES_FOLDER = "tables"  # the width tables that its searches share, until all are finished
 MEASURED_FILE = "measured.json"  # the perplexities of one run
 
 

@@ -20,7 +20,8 @@ class SearchContext:
     """What every phase of a search works with.
 
     recipe: resolved; run: the run directory; source: the model's files; model: loaded; text: what the search reads, cut
-    into windows; ranks: this process among those of the search; progress: where it reports.
+    into windows; ranks: this process among those of the search; progress: where it reports; shared_widths: the
+    directory of a width table that several searches share, None for one in the run directory.
     """
 
     recipe: Recipe
@@ -30,6 +31,7 @@ class SearchContext:
     text: CalibrationText
     ranks: Ranks
     progress: Progress
+    shared_widths: Path | None = None
 
     @cached_property
     def fingerprint(self) -> str:

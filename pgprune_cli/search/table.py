@@ -1,6 +1,7 @@
 """The width table of a width search: solved once, divided among the processes, and kept in the run directory.
 
-It is kept there until the search is finished, so that a resumed search does not solve it again.
+It is kept there until the search is finished, so that a resumed search does not solve it again. The searches of a
+comparison share one.
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from pgprune_cli.search.texts import repair_batches
 def solve_table(
     context: SearchContext, ranks_of_units: Mapping[tuple[int, str], Tensor], partitions: Partitions, fingerprint: str
 ) -> WidthTable:
-    """Solve the width table of a search, or what is missing of it in the run directory, and load it.
+    """Solve the width table of a search, or what is missing of it on disk, and load it.
 
     ranks_of_units, partitions: as in `solve_layers`. Each process solves its share of the layers and reads all of them,
     so the number of processes changes nothing. Raises RunError if the disk is too small or another process died,
     OSError if it fails.
     """
-    recipe, run, model, ranks = context.recipe, context.run, context.model, context.ranks
+    recipe, model, ranks = context.recipe, context.model, context.ranks
+    folder = context.shared_widths or context.run
     batches = repair_batches(recipe, context.text)
     solve = recipe.repair.method in FITTED
     multiples = {"ffn": recipe.budget.ffn_multiple}
@@ -36,11 +38,11 @@ def solve_table(
     units = [tensor for key in keys for tensor in (ranks_of_units[key], partitions[key])]
     identity = _digest(repr((*settings, keys)), [*batches, *units])
     own_layers = ranks.share(model.shape.layers)
-    missing = [index for index in own_layers if not has_layer(run, index, identity)]
+    missing = [index for index in own_layers if not has_layer(folder, index, identity)]
     done = len(own_layers) - len(missing)
     with context.progress.layers("solving every layer's widths", len(own_layers), done) as layers:
         if missing:
-            refuse_full_disk(run, model.shape.layers, table_bytes(model, partitions, multiples) if solve else 0)
+            refuse_full_disk(folder, model.shape.layers, table_bytes(model, partitions, multiples) if solve else 0)
             damping = recipe.repair.damping
             solved = solve_layers(
                 model,
@@ -54,10 +56,10 @@ def solve_table(
                 progress=layers,
             )
             for index, blocks in solved:
-                save_layer(run, index, blocks, identity)
+                save_layer(folder, index, blocks, identity)
                 layers.layer_done()
         ranks.barrier()  # by now every process has written its layers
-        return WidthTable.of(model, {index: load_layer(run, index) for index in range(model.shape.layers)})
+        return WidthTable.of(model, {index: load_layer(folder, index) for index in range(model.shape.layers)})
 
 
 def _digest(settings: str, tensors: Sequence[Tensor]) -> str:

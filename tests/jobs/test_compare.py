@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from helpers.messages import refused
@@ -10,7 +12,9 @@ from helpers.messages import refused
 from pgprune_cli.jobs import compare as job
 from pgprune_cli.jobs.compare import EvaluationConditions, compare
 from pgprune_cli.jobs.variants import select_variants, variants_of
-from pgprune_cli.run.layout import COMPARISON_RECORD, COMPARISON_TABLE, MEASURED_FILE
+from pgprune_cli.repair.width_table import solve_layers
+from pgprune_cli.run.layout import COMPARISON_RECORD, COMPARISON_TABLE, DECISION_MASKS, MEASURED_FILE, TABLES_FOLDER
+from pgprune_cli.search import table
 from pgprune_cli.storage.records import read_record, write_record
 
 NAMES = ["metric-uniform", "metric-repaired", "widths-repaired"]
@@ -40,16 +44,68 @@ def test_a_method_that_equals_a_row_of_the_ablation_has_no_row(small, metric, me
     assert (methods | {f"{name}-uniform" for name in methods}) - names == in_ablation
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["repair.method=sublayer", "search.objective=loss"],
+            {"widths-least-squares": ("least-squares", "loss"), "widths-kl": ("sublayer", "kl")},
+        ),
+        (["repair.method=least-squares", "search.objective=loss"], {"widths-kl": ("least-squares", "kl")}),
+        (
+            ["repair.method=sublayer", "search.objective=kl"],
+            {"widths-least-squares": ("least-squares", "kl"), "widths-loss": ("sublayer", "loss")},
+        ),
+    ],
+)
+def test_the_ablation_has_a_row_for_another_repair_and_another_objective(small, overrides, expected) -> None:
+    rows = {variant.name: variant.recipe for variant in variants_of(small(*overrides))}
+    others = {"widths-least-squares", "widths-kl", "widths-loss"} & rows.keys()
+    assert {name: (rows[name].repair.method, rows[name].search.objective) for name in others} == expected
+    assert {rows[name].search.policy for name in others} == {"widths"}
+
+
+def test_searches_with_the_same_repair_share_one_width_table(recipe, tmp_path, monkeypatch) -> None:
+    solved = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        solved.append(kwargs["solve"])
+        return solve_layers(*args, **kwargs)
+
+    monkeypatch.setattr(table, "solve_layers", counted)
+    names = ["error-widths-repaired", "widths", "widths-repaired"]
+    compared = compare(recipe, tmp_path / "shared", seeds=[0, 1], only=names, max_windows=2)
+    assert sorted(solved) == [False, True]
+    assert not (tmp_path / "shared" / TABLES_FOLDER).exists()
+
+    compare(recipe, tmp_path / "alone", only=["widths-repaired"], max_windows=2)
+    shared, alone = (tmp_path / name / "widths-repaired" / "seed-0" / DECISION_MASKS for name in ("shared", "alone"))
+    assert shared.read_bytes() == alone.read_bytes()
+    assert [len(row["runs"]) for row in compared["rows"]] == [1, 1, 2, 2]
+
+
+def test_a_cell_shows_the_mean_and_the_standard_deviation_over_the_seeds() -> None:
+    def row(name: str, *values: float) -> dict[str, Any]:
+        cell = {"corpus": "demo", "seqlen": 32, "bos": False}
+        counts = {"forward_passes": 4, "calibration_forward_passes": 2, "seconds": 1.0}
+        runs = [{"perplexity": [cell | {"ppl": value}]} for value in values]
+        mean = {"perplexity": [cell | {"ppl": statistics.fmean(values)}]} | counts
+        return {"name": name, "shows": "", "runs": runs, "mean": mean}
+
+    _, (one, several) = job.cells({"rows": [row("dense", 1500.0), row("widths", 9.0, 10.0, 11.5)]})
+    assert (one[2], several[2]) == ("1,500.00", "10.17 ± 1.26")
+
+
 def test_a_comparison_writes_a_table_and_repeats_no_finished_run(recipe, tmp_path, monkeypatch) -> None:
-    table = compare(recipe, tmp_path, seeds=[0, 1], only=NAMES, max_windows=2)
-    assert [row["name"] for row in table["rows"]] == ["dense", *NAMES]
-    assert [len(row["runs"]) for row in table["rows"]] == [1, 1, 1, 2]
-    assert {run["max_windows"] for row in table["rows"] for run in row["runs"]} == {table["max_windows"]} == {2}
-    assert read_record(tmp_path / COMPARISON_RECORD) == table
-    searched = table["rows"][-1]
+    result = compare(recipe, tmp_path, seeds=[0, 1], only=NAMES, max_windows=2)
+    assert [row["name"] for row in result["rows"]] == ["dense", *NAMES]
+    assert [len(row["runs"]) for row in result["rows"]] == [1, 1, 1, 2]
+    assert {run["max_windows"] for row in result["rows"] for run in row["runs"]} == {result["max_windows"]} == {2}
+    assert read_record(tmp_path / COMPARISON_RECORD) == result
+    searched = result["rows"][-1]
     perplexities = [run["perplexity"][0]["ppl"] for run in searched["runs"]]
     assert searched["mean"]["perplexity"][0]["ppl"] == pytest.approx(sum(perplexities) / 2)
-    assert all(run["parameters"] < table["rows"][0]["runs"][0]["parameters"] for run in searched["runs"])
+    assert all(run["parameters"] < result["rows"][0]["runs"][0]["parameters"] for run in searched["runs"])
     lines = (tmp_path / COMPARISON_TABLE).read_text().splitlines()
     assert [line.split(" | ")[0].removeprefix("| ") for line in lines[4:]] == ["dense", *NAMES]
 
@@ -58,8 +114,8 @@ def test_a_comparison_writes_a_table_and_repeats_no_finished_run(recipe, tmp_pat
 
     monkeypatch.setattr(job, "search", fail)
     monkeypatch.setattr(job, "open_target", fail)
-    assert compare(recipe, tmp_path, seeds=[0, 1], only=NAMES, max_windows=2) == table
-    assert compare(recipe, tmp_path, seeds=[0, 1], only=NAMES[:1], max_windows=2) == table  # the other rows are kept
+    assert compare(recipe, tmp_path, seeds=[0, 1], only=NAMES, max_windows=2) == result
+    assert compare(recipe, tmp_path, seeds=[0, 1], only=NAMES[:1], max_windows=2) == result  # the other rows are kept
     with refused("sparsity is 0.5, not 0.25", "--out"):
         other = replace(recipe, budget=replace(recipe.budget, sparsity=0.25))
         compare(other, tmp_path, seeds=[0, 1], only=NAMES, max_windows=2)
