@@ -114,7 +114,7 @@ MODELS = (
             "The model is small enough for a laptop CPU. scripts/fetch_smollm2.sh downloads a GGUF file into {1}.",
             "{0} works too.",
         ),
-        settings=(Setting("dtype", "float32", "five times as fast as bfloat16 on CPUs without bfloat16 instructions"),),
+        settings=(Setting("dtype", "fastest", "bfloat16 on machines with instructions for it, float32 on others"),),
         paper=(),
     ),
     Model("mistral-7b", "Mistral-7B", "mistralai/Mistral-7B-v0.1", "mistral", 7242, access=MAYBE_GATED, paper=()),

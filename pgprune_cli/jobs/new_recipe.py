@@ -13,7 +13,7 @@ import torch
 
 from pgprune_cli.estimate.memory import memory
 from pgprune_cli.estimate.sizes import Sizes, Texts
-from pgprune_cli.model.devices import devices_of
+from pgprune_cli.model.devices import devices_of, fastest_dtype
 from pgprune_cli.model.families import refuse_units
 from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.loading import check_prunable, empty_model
@@ -65,13 +65,11 @@ def run_name(model: str, sparsity: float) -> str:
 
 
 def _dtype() -> Setting:
-    """Choose bfloat16 where the device computes in it; on other CPUs float32 is five times as fast."""
-    if devices_of("auto")[0].type == "cuda":
-        return Setting("dtype", "bfloat16")
-    has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-    if has_bfloat16:
-        return Setting("dtype", "bfloat16", "this CPU has bfloat16 instructions")
-    return Setting("dtype", "float32", "this CPU has no bfloat16 instructions, float32 is faster")
+    device, dtype = devices_of("auto")[0], fastest_dtype("auto")
+    name = "CPU" if device.type == "cpu" else "GPU"
+    if dtype == "float32":
+        return Setting("dtype", dtype, f"this {name} has no bfloat16 instructions, float32 is faster")
+    return Setting("dtype", dtype, "this CPU has bfloat16 instructions" if name == "CPU" else "")
 
 
 def _text_settings(model: str, calibration: str | None) -> list[Setting]:

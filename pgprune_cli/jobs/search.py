@@ -25,7 +25,7 @@ from pgprune_cli.run.decision import Decision, ancestry
 from pgprune_cli.run.layout import COSTS_FILE, DECISION_RECORD, RECIPE_FILE
 from pgprune_cli.run.lock import locked
 from pgprune_cli.run.provenance import record_command
-from pgprune_cli.run.resume import identity_of, load_finished, refuse_other_recipe
+from pgprune_cli.run.resume import identity_of, load_finished, refuse_other_recipe, with_dtype
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.search.budget import budget_for
 from pgprune_cli.search.context import SearchContext
@@ -43,6 +43,7 @@ def search(
     *,
     skip_corrupt_checkpoint: bool = False,
     tracker: TrackerName | None = None,
+    shared_widths: Path | None = None,
     progress: Progress = SILENT,
 ) -> Decision:
     """Search as the recipe says, or resume an interrupted search, and write the decision into `run`.
@@ -52,18 +53,22 @@ def search(
     Args:
         skip_corrupt_checkpoint: if the newest checkpoint is damaged, resume from the one before it.
         tracker: logs every step.
+        shared_widths: a directory that keeps the width table for other searches. By default it is in `run`, and removed
+            when the search is finished.
 
     Raises:
         UserError: the run directory belongs to another recipe, is damaged or in use; the recipe does not fit the model.
         RunError: the losses are never finite, or another process of the search has died.
         Interrupted: a signal stopped the search; its state is saved.
     """
+    recipe = with_dtype(recipe, run)
     if (run / DECISION_RECORD).exists():
         return load_finished(run, recipe)
     if tracker is not None:
         check_installed(tracker)
     with join() as ranks, locked(run) if ranks.is_writer else nullcontext():
         context = _open(recipe, run, ranks, progress if ranks.is_writer else SILENT)
+        context = replace(context, shared_widths=shared_widths)
         decision = _search(context, skip_corrupt_checkpoint, tracker)
         if ranks.is_writer:
             remove_widths(run)  # every process has computed the final loss: nobody reads them any more

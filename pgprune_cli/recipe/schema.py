@@ -233,8 +233,9 @@ class Recipe:
 
     # A hub name, a model directory, a GGUF file or its directory, or `demo`.
     model: str
-    # Data type of the weights and of the computation. `auto` uses the model's own.
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "bfloat16"
+    # Data type of the weights and of the computation. `auto` uses the model's own, `fastest` uses bfloat16 if the
+    # device has instructions for it and float32 if not. A run keeps the one that it began with.
+    dtype: Literal["auto", "fastest", "float32", "float16", "bfloat16"] = "bfloat16"
     # How the weights of the decoder layers are stored during the search. `full` stores them in `dtype`. `int8` and
     # `fp8` round them to one byte per weight, to save memory; `fp8` also multiplies in fp8. Exports always start from
     # the original weights.

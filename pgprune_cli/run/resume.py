@@ -15,12 +15,27 @@ import yaml
 from torch import Tensor
 
 from pgprune_cli.errors import UserError
+from pgprune_cli.model.devices import fastest_dtype
 from pgprune_cli.recipe.reader import dump, parse
 from pgprune_cli.recipe.schema import EvaluationSettings, Recipe
 from pgprune_cli.run.checkpoint import Checkpoint, drop_old, latest_checkpoint
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.history import refuse_other_history
 from pgprune_cli.run.layout import DECISION_RECORD, METRICS_FILE, RECIPE_FILE
+
+
+def with_dtype(recipe: Recipe, run: Path | None = None) -> Recipe:
+    """Return the recipe with a dtype in place of `fastest`: that of the run, or of this machine if it is a new one.
+
+    So a search that is resumed on another machine goes on in the same dtype. Raises UserError if the run's recipe is
+    damaged, or if this machine does not have the recipe's device.
+    """
+    if recipe.dtype != "fastest":
+        return recipe
+    path = None if run is None else run / RECIPE_FILE
+    if path is not None and path.exists():
+        return replace(recipe, dtype=parse(path.read_text(encoding="utf-8"), f"{path}").dtype)
+    return replace(recipe, dtype=fastest_dtype(recipe.device))
 
 
 def identity_of(recipe: Recipe, fingerprint: str, origin: Tensor) -> str:

@@ -5,7 +5,7 @@ import torch
 from helpers.messages import refused
 from helpers.models import tiny_model
 
-from pgprune_cli.model.devices import device_map, devices_needed, devices_of
+from pgprune_cli.model.devices import device_map, devices_needed, devices_of, fastest_dtype
 from pgprune_cli.model.families.llama import LLAMA
 
 
@@ -47,6 +47,17 @@ def test_more_processes_than_gpus_are_refused(eight_gpus):
         devices_of("auto")
     with refused("9 processes", "1 CUDA device"):
         devices_of("cuda:3")
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_fastest_dtype_is_bfloat16_where_the_device_has_instructions_for_it(
+    device, has_bfloat16, eight_gpus, monkeypatch
+):
+    gpu, cpu = (has_bfloat16, False) if device == "auto" else (False, has_bfloat16)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: gpu or including_emulation)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: cpu)
+    assert fastest_dtype(device) == ("bfloat16" if has_bfloat16 else "float32")
 
 
 @pytest.mark.parametrize(
