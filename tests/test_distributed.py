@@ -21,6 +21,7 @@ from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, METRICS_FILE, REPAIR_FILE
 from pgprune_cli.run.scores import Scores
+from pgprune_cli.storage.records import read_record
 
 STEPS = 5
 # 3 masks a step leave one of 4 ranks without any, and 5 held-out windows make batches of 2, 2 and 1.
@@ -42,7 +43,8 @@ def result_of(run: Path) -> tuple:
     """All that must not depend on the number of processes: files bit for bit, the history without its clock."""
     rows = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
     history = [{key: value for key, value in row.items() if key not in TIMING} for row in rows]
-    decision = json.loads((run / DECISION_RECORD).read_text())
+    decision = read_record(run / DECISION_RECORD)
+    del decision["phases"]
     actual = latest_checkpoint(run)
     scores = {name: values.tolist() for name, values in Scores.load(run).tensors.items()}
     state = {name: value.tolist() if torch.is_tensor(value) else value for name, value in vars(actual.state).items()}

@@ -103,6 +103,7 @@ def search(
         "heldout_loss": decision.heldout_loss,
         "dense_loss": decision.dense_loss,
         "bos": decision.bos,
+        "phases": decision.phases,
     }
     loss = "not finite" if decision.heldout_loss is None else f"{decision.heldout_loss:.4f} nats per token"
     best = "" if decision.best_step is None else f", best at step {decision.best_step}"
@@ -113,6 +114,8 @@ def search(
         f"{run / DECISION_MASKS}: sparsity {decision.sparsity:.4f} after {decision.steps} steps{best}, "
         f"{decision.forward_passes} forward passes; held-out loss {loss}{dense}{with_bos(decision.bos)}",
     )
+    if decision.phases and not quiet:
+        print(f"seconds: {decision.seconds_by_phase()}", file=STDERR)
     if not quiet:
         print(f"next: pgprune export {run}, or pgprune eval {run}", file=STDERR)
 

@@ -30,6 +30,7 @@ from pgprune_cli.run.scores import Scores
 from pgprune_cli.search.budget import budget_for
 from pgprune_cli.search.context import SearchContext
 from pgprune_cli.search.loop import LoopState, finite, run_steps
+from pgprune_cli.search.phases import Stopwatch
 from pgprune_cli.search.problem import Problem, set_up
 from pgprune_cli.search.scoring import load_or_compute_scores
 from pgprune_cli.search.texts import calibration_forward_passes, load_text, repair_batches, reselects
@@ -67,26 +68,36 @@ def search(
     if tracker is not None:
         check_installed(tracker)
     with join() as ranks, locked(run) if ranks.is_writer else nullcontext():
-        context = _open(recipe, run, ranks, progress if ranks.is_writer else SILENT)
+        stopwatch = Stopwatch()
+        with stopwatch.timed("opening"):
+            context = _open(recipe, run, ranks, progress if ranks.is_writer else SILENT)
         context = replace(context, shared_widths=shared_widths)
-        decision = _search(context, skip_corrupt_checkpoint, tracker)
+        decision = _search(context, stopwatch, skip_corrupt_checkpoint, tracker)
         if ranks.is_writer:
             remove_widths(run)  # every process has computed the final loss: nobody reads them any more
             decision.save(run)
     return decision
 
 
-def _search(context: SearchContext, skip_corrupt_checkpoint: bool, tracker: TrackerName | None) -> Decision:
-    """Run the phases of a search in order: scores, problem, steps, repair."""
-    scores = load_or_compute_scores(context)
+def _search(
+    context: SearchContext, stopwatch: Stopwatch, skip_corrupt_checkpoint: bool, tracker: TrackerName | None
+) -> Decision:
+    """Run the phases of a search in order: scores, width table, steps, repair."""
+    with stopwatch.timed("scores"):
+        scores = load_or_compute_scores(context)
     # Record what was done: the scores may have been made with `init-scores --metric`.
     metric = replace(context.recipe.scores, metric=scores.metric)
     context = replace(context, recipe=replace(context.recipe, scores=metric))
-    space, budget, partitions = _begin(context, scores)
-    problem = set_up(context, space, budget, partitions, scores)
+    with stopwatch.timed("opening"):
+        space, budget, partitions = _begin(context, scores)
+    with stopwatch.timed("width table"):
+        problem = set_up(context, space, budget, partitions, scores)
     identity = identity_of(context.recipe, context.fingerprint, problem.policy.origin)
     loop = run_steps(problem, identity, skip_corrupt_checkpoint=skip_corrupt_checkpoint, tracker=tracker)
-    return _decide(problem, loop)
+    stopwatch.seconds["steps"] = loop.elapsed()
+    with stopwatch.timed("repair"):
+        decision = _decide(problem, loop)
+    return replace(decision, phases=stopwatch.seconds)
 
 
 def _open(recipe: Recipe, run: Path, ranks: Ranks, progress: Progress) -> SearchContext:

@@ -80,6 +80,8 @@ def _facts(run: Run) -> dict[str, str]:
             facts[f"held-out loss{with_bos(run.bos)}"] = _nats(decision.heldout_loss)
         if decision.dense_loss is not None:
             facts[f"held-out loss of the dense model{with_bos(run.bos)}"] = _nats(decision.dense_loss)
+        if decision.phases:
+            facts["seconds by phase"] = decision.seconds_by_phase()
     elif run.rows:
         facts["forward passes"] = f"{run.forward_passes[-1]} so far"
         if (best := best_row(run.rows)) is not None and best.heldout_loss is not None:

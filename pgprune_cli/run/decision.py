@@ -41,7 +41,9 @@ class Decision:
     steps the search made this decision, the best of those it evaluated on that text, or None if it evaluated none;
     repaired: the repaired blocks; budget: the budgeted `measure` and the fraction of it that is `kept`; bos:
     whether the windows of the calibration text begin with the BOS token, also those of the two losses; ancestors: the
-    earlier decisions that made the base model, oldest first, if it was pruned already (see `ancestry`).
+    earlier decisions that made the base model, oldest first, if it was pruned already (see `ancestry`); phases: seconds
+    by phase, in order (see `search/phases.py`). Those of the steps are of all starts of an interrupted search, the
+    others of the last one. Empty in older decisions.
     """
 
     model_mask: ModelMask
@@ -60,6 +62,7 @@ class Decision:
     best_step: int | None = None
     bos: bool = False
     ancestors: list[dict[str, Any]] = field(default_factory=list)
+    phases: dict[str, float] = field(default_factory=dict)
 
     def save(self, run: Path) -> None:
         """Write the decision into `run`. Every file is written atomically, and the record last. Raises OSError."""
@@ -80,6 +83,10 @@ class Decision:
         record["pgprune"] = __version__
         record["version"] = VERSION
         write_record(run / DECISION_RECORD, record)
+
+    def seconds_by_phase(self) -> str:
+        """Return the seconds of every phase as text: `opening 3, scores 40`."""
+        return ", ".join(f"{name} {seconds:,.0f}" for name, seconds in self.phases.items())
 
     @classmethod
     def _recorded(cls) -> list[str]:
@@ -102,7 +109,8 @@ class Decision:
                 LayerMask(tensors[f"layers.{i}.attention"].to(torch.bool), tensors[f"layers.{i}.ffn"].to(torch.bool))
                 for i in range(len(record["kept"]))
             )
-            values = {name: record[name] for name in cls._recorded()}
+            values = {name: record[name] for name in cls._recorded() if name != "phases"}
+            values["phases"] = record.get("phases", {})
             repaired = _load_repaired(run, record) if with_repair else {}
             return cls(model_mask, **values, repaired=repaired)
         except KeyError as missing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shlex
 import shutil
 import signal
@@ -160,8 +161,9 @@ def test_eval_prints_accuracies_beside_perplexity_as_json_and_as_a_table(pgprune
 
 
 def test_without_json_commands_print_a_line_or_a_table(pgprune) -> None:
-    code, out, _ = pgprune("search", "demo", *SET)
+    code, out, err = pgprune("search", "demo", *SET)
     assert code == 0
+    assert re.search(r"^seconds: opening \d+, scores \d+, width table \d+, steps \d+, repair \d+$", err, re.MULTILINE)
     assert out.startswith(f"runs/demo/{DECISION_MASKS}: sparsity 0.50")
     assert out.count("\n") == 1
     code, out, _ = pgprune(

@@ -25,7 +25,7 @@ search:
 repair: {{method: least-squares, windows: 4}}
 evaluation: {{corpora: [{base}/text.txt], seqlen: [16]}}
 """
-VARYING_KEYS = ("seconds", "tokens_per_second", "memory_bytes", "history_bytes", "history_sha256", "sha256")
+VARYING_KEYS = ("seconds", "tokens_per_second", "memory_bytes", "history_bytes", "history_sha256", "sha256", "phases")
 """Keys of records that differ between equal runs: times, memory, and the sizes and checksums that depend on them."""
 
 JOBS = {

@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers.messages import refused
 from helpers.models import save_tokenizer, tiny_model
+from helpers.recipes import WIDTH_SEARCH
 from helpers.searches import PowerCut, after_step, cut_power
 from helpers.units import group_units
 
@@ -159,6 +160,17 @@ def test_a_run_keeps_the_fastest_dtype_of_the_machine_that_began_it(small, tmp_p
     finished = search(recipe, tmp_path)
     assert "dtype: bfloat16" in finished.recipe
     assert search(recipe, tmp_path).recipe == finished.recipe
+
+
+@pytest.mark.parametrize("policy", [(), WIDTH_SEARCH])
+def test_the_seconds_of_every_phase_are_recorded_in_order(policy, small, tmp_path) -> None:
+    with after_step(1, kill_self(signal.SIGINT)), pytest.raises(Interrupted):
+        search(small(*policy), tmp_path)
+    before = latest_checkpoint(tmp_path).seconds
+    phases = search(small(*policy), tmp_path).phases
+    assert list(phases) == ["opening", "scores", "width table", "steps", "repair"]
+    assert min(phases.values()) >= 0 and phases["steps"] > before > 0  # the steps of both starts
+    assert search(small(*policy), tmp_path).phases == phases
 
 
 def test_the_seed_decides(small, whole) -> None:

@@ -27,8 +27,12 @@ def a_decision() -> Decision:
     )
     recipe = "model: owner/name\nseed: 0\n"
     budget: dict[str, str | float] = {"measure": "flops", "kept": 2 / 3}
+    counts, phases = (300, 600, 90), {"opening": 1.25, "steps": 1234.5}
     return Decision(
-        model_mask, "owner/name", "f" * 64, 1 / 3, recipe, 300, 600, 90, 0.1 + 0.2, budget=budget, dense_loss=0.1
+        *(model_mask, "owner/name", "f" * 64, 1 / 3, recipe, *counts, 0.1 + 0.2),
+        budget=budget,
+        dense_loss=0.1,
+        phases=phases,
     )
 
 
@@ -103,6 +107,17 @@ def test_a_decision_of_version_1_is_read(tmp_path):
     assert_equal(replace(read, repaired={}), a_decision())
     assert all(torch.equal(read.repaired[key].weight, own.weight) for key, own in outputs.items())
     assert not any(own.inner for own in read.repaired.values())
+
+
+def test_seconds_by_phase_are_shown_in_their_order(run):
+    assert Decision.load(run).seconds_by_phase() == "opening 1, steps 1,234"
+
+
+def test_a_decision_without_phases_is_read(run):
+    record = read_record(run / DECISION_RECORD)
+    del record["phases"]
+    write_record(run / DECISION_RECORD, record)
+    assert Decision.load(run).phases == {}
 
 
 def test_decision_record_shows_the_kept_counts_and_the_origin(run):
