@@ -15,6 +15,8 @@ from torch import Tensor
 from pgprune_cli.estimate.sizes import BlockSizes, Sizes, Texts, tokens_in
 from pgprune_cli.forward.curvature import SHARE, curvature_windows
 from pgprune_cli.forward.divergence import MASKS
+from pgprune_cli.repair.last_layer import last_layer_batches
+from pgprune_cli.repair.training import CHECKS, compute_dtype, set_aside
 from pgprune_cli.scores.obs import EXPERT_ROUNDS, units_per_round
 
 Flops = Counter[torch.dtype]
@@ -96,10 +98,9 @@ def repair(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
     if not sizes.repairs:
         return Flops()
     count = moments(sizes, batches)
-    # Attention is observed alone, the FFN behind the pruned attention; then the pruned layer advances.
-    count[sizes.dtype] += (
-        dense(sizes, batches) + pruned(sizes, batches) + pruned(sizes, batches, sizes.model.family.attention.name)
-    )
+    # Attention is observed alone, the FFN behind the pruned attention; then every pruned layer but the last advances.
+    count[sizes.dtype] += dense(sizes, batches) + pruned(sizes, batches) * (sizes.layers - 1) // sizes.layers
+    count[sizes.dtype] += pruned(sizes, batches, sizes.model.family.attention.name)
     if sizes.has_table:
         count += error_roots(sizes, batches)
     for block in sizes.blocks:
@@ -108,7 +109,48 @@ def repair(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
             count[torch.float64] += removal(block)
         if kept < n and sizes.solves:
             count[torch.float64] += block.experts * (2 * kept * n * h + kept**3 // 3 + 2 * kept**2 * h)
-    return count
+    if sizes.fits_blocks:
+        count += block_fits(sizes, batches)
+    return count + (last_layer_fit(sizes, batches) if sizes.fits_predictions else Flops())
+
+
+def block_fits(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
+    """Return the FLOPs of fitting whole blocks (repair/sublayer.py).
+
+    Training on a window takes a forward and a backward pass, which is twice as much except in the inner projections:
+    nobody needs the gradient of their inputs. Some windows are only looked at, and twice the whole text.
+    """
+    windows = sum(map(len, batches))
+    held = set_aside(windows)
+    trained = sizes.recipe.repair.epochs * (windows - held) / windows
+    looks = (1 + CHECKS) * held / windows + 2
+    total = 0.0
+    for length, tokens in _by_length(batches).items():
+        for block, cost in zip(sizes.blocks, sizes.flops_per_token(length), strict=True):
+            if held and block.experts == 1 and block.keep_fraction < 1:
+                inner = 2 * sizes.hidden * sum(block.inner)
+                total += tokens * block.keep_fraction * (looks * cost + trained * (3 * cost - inner))
+    return Flops({compute_dtype(sizes.dtype): round(total)})
+
+
+def last_layer_fit(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
+    """Return the FLOPs of fitting the last layer (repair/last_layer.py), with the dense model's hidden states.
+
+    Training reads the text once. The head runs on both models' hidden states, and backwards once.
+    """
+    text = [batches[index] for index in last_layer_batches(batches)]
+    windows = sum(map(len, text))
+    held = set_aside(windows)
+    trained, looks = (windows - held) / windows, (1 + CHECKS) * held / windows
+    head = 2 * sizes.hidden * sizes.vocabulary
+    total = 0.0
+    for length, tokens in _by_length(text).items():
+        costs = sizes.flops_per_token(length)[-len(sizes.last_blocks) :]
+        for place, (block, cost) in enumerate(zip(sizes.last_blocks, costs, strict=False)):
+            inner = 2 * sizes.hidden * sum(block.inner) * (place == 0)  # nobody needs the gradient of its inputs
+            total += tokens * block.keep_fraction * (looks * cost + trained * (3 * cost - inner))
+        total += tokens * head * (2 * looks + 3 * trained) * bool(sizes.last_blocks)
+    return Flops({sizes.dtype: dense(sizes, text)}) + Flops({compute_dtype(sizes.dtype): round(total * bool(held))})
 
 
 def dense(sizes: Sizes, batches: Sequence[Tensor]) -> int:

@@ -6,6 +6,7 @@ running model. What an allocator wastes and what CUDA itself takes come on top.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,6 +14,9 @@ from torch import Tensor
 from pgprune_cli.estimate.sizes import BlockSizes, Sizes, Texts, tokens_in
 from pgprune_cli.forward.divergence import MASKS, ROWS, stream_places
 from pgprune_cli.forward.masked import LOGIT_ROWS, SOFTMAX_ROWS
+from pgprune_cli.repair.last_layer import ROWS as LAST_ROWS
+from pgprune_cli.repair.last_layer import last_layer_batches
+from pgprune_cli.repair.training import TOKENS_PER_STEP, compute_dtype
 from pgprune_cli.repair.width_table import table_bytes
 
 
@@ -21,16 +25,19 @@ class Memory:
     """Bytes.
 
     On the device: weights; activations of one forward pass with its logits; slices of one block; covariances of one
-    layer, with the matrices they are solved in; gradients of the metric `taylor`, with everything that a backward pass
-    keeps. In the host's memory: hidden_states of the calibration text; written_widths, one layer's repaired projections
-    of all widths and their file while it is written. On disk: width_table, the projections of all layers. They move to
-    a GPU while half of it is free, and otherwise stay in the system's file cache as far as there is room.
+    layer, with the matrices they are solved in; block_fit, the fit of one block if whole blocks are fitted; gradients
+    of the metric `taylor`, with everything that a backward pass keeps. In the host's memory: hidden_states of the
+    calibration text, and what fits of whole blocks read; written_widths, one layer's
+    repaired projections of all widths and their file while it is written. On disk: width_table, the projections of all
+    layers. They move to a GPU while half of it is free, and otherwise stay in the system's file cache as far as there
+    is room.
     """
 
     weights: int
     activations: int
     slices: int
     covariances: int
+    block_fit: int
     gradients: int
     hidden_states: int
     written_widths: int
@@ -39,7 +46,7 @@ class Memory:
     @property
     def device(self) -> int:
         """What the device needs at the most demanding moment: a step, or the calibration before and after the steps."""
-        return self.weights + max(self.activations + self.slices, self.covariances, self.gradients)
+        return self.weights + max(self.activations + self.slices, self.covariances, self.block_fit, self.gradients)
 
     @property
     def host(self) -> int:
@@ -65,10 +72,12 @@ def memory(sizes: Sizes, texts: Texts) -> Memory:
         ),
         slices=max(slice_bytes(sizes, block) for block in sizes.blocks),
         covariances=max(solving_bytes(sizes), observing_bytes(sizes, largest)) + unpacked_bytes(sizes) if solved else 0,
+        block_fit=block_fit_bytes(sizes, context) if sizes.fits_blocks else 0,
         gradients=backward_bytes(sizes, texts.scoring[0]) if sizes.statistic == "gradients" else 0,
         hidden_states=(max(tokens_in(layerwise), tokens_in(fitted)) + dense_states(sizes) * texts.heldout.numel())
         * sizes.hidden
-        * sizes.dtype.itemsize,
+        * sizes.dtype.itemsize
+        + (block_text_bytes(sizes, fitted) if fitted and sizes.fits_blocks else 0),
         written_widths=2 * table // sizes.layers,
         width_table=table,
     )
@@ -169,6 +178,41 @@ def observing_bytes(sizes: Sizes, tokens: int) -> int:
         + 20 * products
         + tokens * (8 * inputs + (inputs + 4 * sizes.hidden) * sizes.dtype.itemsize)
     )
+
+
+def block_text_bytes(sizes: Sizes, batches: Sequence[Tensor]) -> int:
+    """Return the bytes of what one block reads and writes, with a float32 weight per token.
+
+    The dense model's hidden states on some of the text are kept beside that; in the end, when no block is read any
+    more, they exist twice, with the inputs of the last layer.
+    """
+    state, tokens = sizes.hidden * sizes.dtype.itemsize, tokens_in(batches)
+    predicted = tokens_in([batches[index] for index in last_layer_batches(batches)]) if sizes.fits_predictions else 0
+    return max(tokens * (2 * state + 4) + predicted * state, 3 * predicted * state)
+
+
+def block_fit_bytes(sizes: Sizes, context: int) -> int:
+    """Return the bytes of fitting a block that keeps nearly everything, in steps of windows of `context` tokens.
+
+    Per parameter: weights, gradients and two means in float32; the first, the best and the newest weights as they are
+    stored; weights and gradients in the dtype of the computation, if that is not float32. Per token: what the block
+    reads and writes, its error, and every activation inside it with its gradient, a little more than twice. The last
+    layer is fitted as a whole. With some rows of both models' logits in float32 and what a softmax makes of them there
+    are not yet gradients inside the layer.
+    """
+    stored, computed = sizes.dtype.itemsize, compute_dtype(sizes.dtype).itemsize
+    tokens = max(TOKENS_PER_STEP, context)
+    per_parameter = 16 + 3 * stored + (2 * computed if computed < 4 else 0)
+
+    def needed(block: BlockSizes) -> int:
+        per_token = 9 * sum((*block.inner, block.inputs)) * computed // 4 + sizes.hidden * (6 + 2 * computed)
+        per_token += 3 * score_bytes(sizes, block, context)
+        return block.nbytes // stored * per_parameter + tokens * per_token
+
+    one = max((needed(block) for block in sizes.blocks if block.experts == 1), default=0)
+    whole = sum(map(needed, sizes.last_blocks)) if sizes.fits_predictions else 0
+    logits = LAST_ROWS * sizes.vocabulary * (4 * 4 + stored) if whole else 0
+    return max(one, whole, 3 * whole // 5 + logits, layer_bytes(sizes, tokens, context))
 
 
 def expert_moment_bytes(sizes: Sizes) -> int:

@@ -152,6 +152,22 @@ class Sizes:
         return self.recipe.repair.method in FITTED
 
     @property
+    def fits_blocks(self) -> bool:
+        """Whether whole blocks are fitted after that. Experts are not."""
+        return self.recipe.repair.method == "sublayer"
+
+    @property
+    def fits_predictions(self) -> bool:
+        """Whether the last layer is fitted to the dense model's predictions in the end."""
+        return self.fits_blocks and self.recipe.repair.last_layer == "predictions"
+
+    @property
+    def last_blocks(self) -> list[BlockSizes]:
+        """The blocks of the last layer, none if it has experts, which are not fitted."""
+        last = self.blocks[-len(self.model.family.blocks_of(self.model.layers[-1])) :]
+        return [] if any(block.experts > 1 for block in last) else last
+
+    @property
     def repairs(self) -> bool:
         """Whether the kept weights are repaired."""
         return self.recipe.repair.method != "none"

@@ -22,7 +22,15 @@ from pgprune_cli.forward.layerwise import LayerwiseRun
 from pgprune_cli.forward.masked import last_hidden_states, shrunk_block
 from pgprune_cli.model.masks import LayerMask, RepairedBlock
 from pgprune_cli.model.prunable import PrunableModel
-from pgprune_cli.repair.training import Weights, add_gradients, epochs_of, parts, set_aside_and_trained, trained
+from pgprune_cli.repair.training import (
+    Weights,
+    add_gradients,
+    compute_dtype,
+    epochs_of,
+    parts,
+    set_aside_and_trained,
+    trained,
+)
 from pgprune_cli.repair.whole_block import block_of, kept_weights
 
 LEARNING_RATE = 5e-4
@@ -166,8 +174,7 @@ class _Fit:
 
     @property
     def _compute_dtype(self) -> torch.dtype:
-        """The dtype of the passes through the layer. Gradients can be too small for float16."""
-        return torch.float32 if self.inputs.dtype == torch.float16 else self.inputs.dtype
+        return compute_dtype(self.inputs.dtype)
 
     def _in_compute_dtype(self, weights: Weights) -> Weights:
         return {name: weight.to(self._compute_dtype) for name, weight in weights.items()}

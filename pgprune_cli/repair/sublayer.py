@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.forward.block_text import BlockRunner, BlockText
-from pgprune_cli.repair.training import Weights, add_gradients, epochs_of, parts, set_aside_and_trained, trained
+from pgprune_cli.repair.training import (
+    Weights,
+    add_gradients,
+    compute_dtype,
+    epochs_of,
+    parts,
+    set_aside_and_trained,
+    trained,
+)
 
 LEARNING_RATE = 4e-3
 """Largest learning rate of AdamW."""
@@ -98,9 +106,7 @@ class SublayerFit:
 
     @property
     def _compute_dtype(self) -> torch.dtype:
-        """The dtype of the passes through the block. Gradients can be too small for float16."""
-        dtype = self.text.inputs.dtype
-        return torch.float32 if dtype == torch.float16 else dtype
+        return compute_dtype(self.text.inputs.dtype)
 
     def _in_compute_dtype(self, weights: Weights) -> Weights:
         return {name: weight.to(self._compute_dtype) for name, weight in weights.items()}

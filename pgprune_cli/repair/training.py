@@ -63,8 +63,18 @@ def add_gradients(weights: Weights, gradients: Sequence[Tensor]) -> None:
 def set_aside_and_trained(windows: int, seed: int) -> tuple[Tensor, Tensor]:
     """Return the windows that are set aside and those that are trained on. One window cannot be set aside."""
     order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
-    count = min(max(1, int(windows * SET_ASIDE)), windows - 1)
+    count = set_aside(windows)
     return order[:count], order[count:]
+
+
+def set_aside(windows: int) -> int:
+    """Return how many windows are set aside."""
+    return min(max(1, int(windows * SET_ASIDE)), windows - 1)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of passes through a part of a model in `dtype`. Gradients can be too small for float16."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 def parts(windows: Tensor, seqlen: int) -> tuple[Tensor, ...]:

@@ -26,6 +26,7 @@ from pgprune_cli.model.families import begins_with_bos, refuse_for_experts
 from pgprune_cli.model.loading import check_prunable, load_tokenizer, model_type_of, read_config
 from pgprune_cli.model.source import Source
 from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.repair.last_layer import last_layer_batches
 from pgprune_cli.repair.least_squares import PASSES
 from pgprune_cli.scores.metrics import CALIBRATED, NEEDS
 
@@ -101,6 +102,8 @@ def calibration_forward_passes(recipe: Recipe, text: CalibrationText) -> int:
     """Return the forward passes over calibration text besides those of the masks, in batches of the search.
 
     They are those of scores, width table and repair, and one of the dense model per step if the objective needs it.
+    Passes through single blocks or the last layer, with which `repair.method: sublayer` fits them, are not passes
+    through the model and do not count.
     """
     repairs = recipe.repair.method != "none"
     scoring = scoring_batches(recipe, text)
@@ -112,6 +115,8 @@ def calibration_forward_passes(recipe: Recipe, text: CalibrationText) -> int:
         batches += repairing + curvature_windows(repairing)
     if repairs:
         batches += PASSES * repairing
+    if recipe.repair.method == "sublayer" and recipe.repair.last_layer == "predictions":
+        batches += [repairing[index] for index in last_layer_batches(repairing)]
     if repairs and reselects(recipe):
         batches += curvature_windows(repairing)
     passes = math.ceil(sum(map(Tensor.numel, batches)) / (recipe.calibration.batch * recipe.calibration.seqlen))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -17,9 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from pgprune_cli.estimate.flops import (
     EIGH,
     Flops,
+    block_fits,
     dense_passes,
     flops,
     forward_passes,
+    last_layer_fit,
     repair,
     scoring,
     seconds,
@@ -30,7 +33,10 @@ from pgprune_cli.forward.divergence import Divergence
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.repair import least_squares, training
 from pgprune_cli.repair.least_squares import repair as run_repair
+from pgprune_cli.repair.sublayer import SublayerFit
+from pgprune_cli.repair.training import Weights
 from pgprune_cli.repair.width_table import solve_layers
 from pgprune_cli.scores.metrics import score
 from pgprune_cli.search.budget import estimated_units
@@ -55,8 +61,22 @@ SOLVERS: dict[Any, Callable[..., int]] = {
 }
 
 
+class NoModules:
+    """Takes the place of torch's tracker of modules, which does not allow torch.autograd.grad."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
 def counted(run: Callable[[], object]) -> int:
-    with FlopCounterMode(display=False, custom_mapping=SOLVERS) as counter:
+    counter = FlopCounterMode(display=False, custom_mapping=SOLVERS)
+    counter.mod_tracker = NoModules()
+    with counter:
         run()
     return counter.get_total_flops()
 
@@ -96,13 +116,67 @@ def test_the_width_table(method: str, model: nn.Module) -> None:
 
 @pytest.mark.parametrize("policy", ["widths", "units"])
 def test_the_repair(policy: str, model: nn.Module) -> None:
-    text, sizes = random_batches(), Sizes(PrunableModel.of(model), medium_recipe(f"search.policy={policy}"))
+    recipe = medium_recipe(f"search.policy={policy}", "repair.method=least-squares")
+    text, sizes = random_batches(), Sizes(PrunableModel.of(model), recipe)
     expected = counted(
         lambda: run_repair(
             PrunableModel.of(model), half(model), text, "least-squares", 1e-3, reselect=policy == "widths"
         )
     )
     assert repair(sizes, text).total() == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("epochs", [1, 4])
+def test_the_fit_of_whole_blocks(epochs: int, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the fits are counted. Every look at the text finds something better, so each ends with two at all of it."""
+    monkeypatch.setattr(training, "TOKENS_PER_STEP", 64)
+    text, counts, looks = random_batches(windows=32), [], itertools.count()
+    recipe = medium_recipe(f"repair.epochs={epochs}", "repair.last_layer=outputs")
+    solve, error = SublayerFit.solve, SublayerFit.error
+
+    def count(fit: SublayerFit, start: Weights) -> Weights:
+        solved: list[Weights] = []
+        counts.append(counted(lambda: solved.append(solve(fit, start))))
+        assert solved[0] is not start
+        return solved[0]
+
+    def look(fit: SublayerFit, weights: Weights, windows: Tensor) -> float:
+        error(fit, weights, windows)
+        return -next(looks) if len(windows) < 64 else next(looks)
+
+    monkeypatch.setattr(SublayerFit, "solve", count)
+    monkeypatch.setattr(SublayerFit, "error", look)
+    run_repair(PrunableModel.of(model), half(model), text, "sublayer", 1e-3, epochs=epochs)
+    assert len(counts) == 6
+    sizes = Sizes(PrunableModel.of(model), recipe)
+    assert block_fits(sizes, text).total() == pytest.approx(sum(counts), rel=0.05)
+    closed = Sizes(PrunableModel.of(model), medium_recipe("repair.method=least-squares"))
+    assert repair(sizes, text) == repair(closed, text) + block_fits(sizes, text)
+    assert block_fits(sizes, text[:1])[torch.float32] > 0
+    assert block_fits(sizes, [text[0][:1]]).total() == 0  # nothing to set aside
+
+
+def test_the_fit_of_the_last_layer(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "TOKENS_PER_STEP", 64)
+    text, counts = random_batches(windows=32), []
+    fit, states = least_squares.fit_last_layer, least_squares.dense_states
+
+    def count(run: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(*arguments: object) -> Any:
+            results: list[Any] = []
+            counts.append(counted(lambda: results.append(run(*arguments))))
+            return results[0]
+
+        return counting
+
+    monkeypatch.setattr(least_squares, "fit_last_layer", count(fit))
+    monkeypatch.setattr(least_squares, "dense_states", count(states))
+    run_repair(PrunableModel.of(model), half(model), text, "sublayer", 1e-3, epochs=1, predictions=True)
+    assert len(counts) == 2
+    sizes = Sizes(PrunableModel.of(model), medium_recipe())
+    assert last_layer_fit(sizes, text).total() == pytest.approx(sum(counts), rel=0.05)
+    outputs = Sizes(PrunableModel.of(model), medium_recipe("repair.last_layer=outputs"))
+    assert repair(sizes, text) == repair(outputs, text) + last_layer_fit(sizes, text)
 
 
 def test_forwards(model: nn.Module) -> None:

@@ -14,6 +14,8 @@ from helpers.units import ranks_of
 
 from pgprune_cli.estimate.memory import (
     Memory,
+    block_fit_bytes,
+    block_text_bytes,
     divergence_bytes,
     layer_bytes,
     logit_bytes,
@@ -22,13 +24,17 @@ from pgprune_cli.estimate.memory import (
     solving_bytes,
     unpacked_bytes,
 )
-from pgprune_cli.estimate.sizes import Sizes, Texts
+from pgprune_cli.estimate.sizes import Sizes, Texts, tokens_in
+from pgprune_cli.forward.block_text import BlockText
 from pgprune_cli.forward.divergence import Divergence
 from pgprune_cli.forward.masked import Evaluator, summed_loss
 from pgprune_cli.model.masks import RepairedBlock
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import quantize_projections
+from pgprune_cli.repair import last_layer
 from pgprune_cli.repair.least_squares import repair
+from pgprune_cli.repair.sublayer import SublayerFit
+from pgprune_cli.repair.training import Weights
 from pgprune_cli.repair.width_table import solve_layers, table_bytes
 from pgprune_cli.scores.metrics import score
 from pgprune_cli.search.budget import estimated_units
@@ -140,6 +146,59 @@ def test_what_is_solved_for_calibration(part: str, shape: dict[str, int], weight
     assert 0.8 * seen < solving_bytes(sizes) + made + stays < 1.6 * seen
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [{}, {"intermediate_size": 384}, {"hidden_size": 128}], ids=str)
+def test_what_the_fit_of_a_block_allocates(
+    shape: dict[str, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text = medium_model(dtype, **shape), random_batches(windows=16, length=64)
+    keep = keep_first(model, [(2, shape.get("intermediate_size", 192) - 4)] * 3)
+    sizes = Sizes(PrunableModel.of(model), medium_recipe("repair.last_layer=outputs"))
+    solve, peaks = SublayerFit.solve, []
+
+    def count(fit: SublayerFit, start: Weights) -> Weights:
+        solved: list[Weights] = []
+        peaks.append(peak(lambda: solved.append(solve(fit, start))))
+        return solved[0]
+
+    monkeypatch.setattr(SublayerFit, "solve", count)
+    made: list[BlockText] = []
+    monkeypatch.setattr(BlockText, "__init__", recording(BlockText.__init__, made))
+    repair(PrunableModel.of(model), keep, text, "sublayer", 1e-3, epochs=1)
+    assert 0.9 < block_fit_bytes(sizes, 64) / max(peaks) < 1.2
+    whole, states = Sizes(PrunableModel.of(model), medium_recipe()), tokens_in(text) * sizes.hidden * dtype.itemsize
+    assert block_text_bytes(whole, text) == block_text_bytes(sizes, text) + states
+    held = sum(tensor.nbytes for tensor in (made[0].inputs, made[0].outputs, made[0].weights))
+    assert block_text_bytes(sizes, text) == held
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [{}, {"vocab_size": 3000}], ids=str)
+def test_what_the_fit_of_the_last_layer_allocates(
+    shape: dict[str, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text = medium_model(dtype, **shape), random_batches(windows=16, length=64)
+    keep = keep_first(model, [(2, 188), (2, 188), ((2, 3), 188)])
+    sizes, solve, peaks = Sizes(PrunableModel.of(model), medium_recipe()), last_layer._Fit.solve, []
+
+    def count(fit: object, start: Weights) -> Weights:
+        solved: list[Weights] = []
+        peaks.append(peak(lambda: solved.append(solve(fit, start))))
+        return solved[0]
+
+    monkeypatch.setattr(last_layer._Fit, "solve", count)
+    repair(PrunableModel.of(model), keep, text, "sublayer", 1e-3, epochs=1, predictions=True)
+    assert 0.9 < block_fit_bytes(sizes, 64) / max(peaks) < 1.3
+
+
+def recording(make: Callable[..., None], made: list[BlockText]) -> Callable[..., None]:
+    def init(self: BlockText, *arguments: object) -> None:
+        make(self, *arguments)
+        made.append(self)
+
+    return init
+
+
 def test_the_table_holds_what_it_is_said_to_hold() -> None:
     model, text = PrunableModel.of(medium_model()), random_batches()
     units = estimated_units(medium_recipe(), model.shape)
@@ -167,6 +226,7 @@ def test_what_a_recipe_does_not_do_takes_no_memory() -> None:
 
     bare = needed("search.policy=units", "repair.method=none", "scores.metric=magnitude")
     assert (bare.covariances, bare.gradients, bare.hidden_states, bare.width_table) == (0, 0, 0, 0)
+    assert bare.block_fit == needed("repair.method=least-squares").block_fit == 0
     assert bare.host == 0
     assert bare.device == bare.weights + bare.activations + bare.slices
     flap = needed("search.policy=units", "repair.method=none", "scores.metric=flap")
@@ -175,7 +235,9 @@ def test_what_a_recipe_does_not_do_takes_no_memory() -> None:
     assert taylor.gradients > sum(p.nbytes for p in medium_model().model.layers.parameters()) * 0.95
     assert taylor.device == taylor.weights + max(taylor.activations + taylor.slices, taylor.gradients)
     whole = needed()
-    assert min(whole.covariances, whole.hidden_states, whole.width_table) > 0
+    assert min(whole.covariances, whole.block_fit, whole.hidden_states, whole.width_table) > 0
+    closed = needed("repair.method=least-squares")
+    assert whole.hidden_states == closed.hidden_states + 2 * 4 * 16 * (3 * 64 * 4 + 4)
     assert whole.host == whole.hidden_states + 2 * whole.width_table // 3
 
 

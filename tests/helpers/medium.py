@@ -35,8 +35,8 @@ def medium_model(dtype: torch.dtype = torch.float32, **sizes: int) -> nn.Module:
 
 
 def medium_recipe(*overrides: str) -> Recipe:
-    """Return the demo's recipe with sparsity 0.5. Its budget suits the medium model."""
-    return load(find("demo"), ["budget.sparsity=0.5", *overrides])
+    """Return the demo's recipe with sparsity 0.5, which suits the medium model, and the loss as its objective."""
+    return load(find("demo"), ["budget.sparsity=0.5", "search.objective=loss", *overrides])
 
 
 def random_batches(windows: int = 4, length: int = 16, batches: int = 2) -> list[Tensor]:
