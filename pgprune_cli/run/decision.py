@@ -28,6 +28,9 @@ from pgprune_cli.storage.safetensors_file import write_tensors
 
 VERSION = 2
 
+LATER = ("heldout_objective", "best_step", "phases")
+"""Entries that records of version 1 lack."""
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -109,8 +112,7 @@ class Decision:
                 LayerMask(tensors[f"layers.{i}.attention"].to(torch.bool), tensors[f"layers.{i}.ffn"].to(torch.bool))
                 for i in range(len(record["kept"]))
             )
-            values = {name: record[name] for name in cls._recorded() if name != "phases"}
-            values["phases"] = record.get("phases", {})
+            values = {name: record[name] for name in cls._recorded() if name in record or name not in LATER}
             repaired = _load_repaired(run, record) if with_repair else {}
             return cls(model_mask, **values, repaired=repaired)
         except KeyError as missing:
