@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,15 +16,13 @@ from torch import Tensor
 from pgprune_cli.estimate.sizes import BlockSizes, Sizes, Texts, tokens_in
 from pgprune_cli.forward.curvature import SHARE, curvature_windows
 from pgprune_cli.forward.divergence import MASKS
+from pgprune_cli.forward.gram import block_rows
 from pgprune_cli.repair.last_layer import last_layer_batches
 from pgprune_cli.repair.training import CHECKS, compute_dtype, set_aside
-from pgprune_cli.scores.obs import EXPERT_ROUNDS, units_per_round
+from pgprune_cli.scores.obs import EXPERT_ROUNDS, must_shrink, units_per_round
 
 Flops = Counter[torch.dtype]
-"""By the dtype of the computation: devices differ most in float64."""
-
-EIGH = 9
-"""FLOPs of a symmetric eigendecomposition with its vectors, in n³ (Golub & Van Loan 2013, section 8.3)."""
+"""By the dtype of the computation."""
 
 
 def flops(sizes: Sizes, texts: Texts) -> dict[str, Flops]:
@@ -73,7 +72,7 @@ def scoring(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
     if sizes.statistic == "covariance":
         count += error_roots(sizes, batches) + moments(sizes, batches)
         for block in sizes.blocks:
-            count[torch.float64] += removal(block)
+            count[torch.float32] += removal(block)
     return count
 
 
@@ -85,11 +84,15 @@ def width_table(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
     count[sizes.dtype] += dense(sizes, batches)
     for block in sizes.blocks:
         n, h = block.inputs, block.outputs
-        total = n**3 // 3 + 4 * n * h * h + 5 * n * n * h if sizes.solves else 2 * n * h * h
-        for kept in range(0, block.units, block.width_step):
-            inputs = n * kept // block.units
-            total += h * inputs**2 if sizes.solves else 2 * h * (n - inputs) ** 2
-        count[torch.float64] += block.experts * total
+        total = n**3 // 3 if sizes.solves else 2 * n * h * h
+        kept = [n * units // block.units for units in range(0, block.units, block.width_step)]
+        for first, last in pairwise([*kept, n]):
+            run = last - first
+            if sizes.solves:
+                total += 2 * run * h * (run + h) + first * run * (first + 2 * h)
+            else:
+                total += 2 * run * (n - first) * h
+        count[torch.float32] += block.experts * total
     return count
 
 
@@ -101,14 +104,12 @@ def repair(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
     # Attention is observed alone, the FFN behind the pruned attention; then every pruned layer but the last advances.
     count[sizes.dtype] += dense(sizes, batches) + pruned(sizes, batches) * (sizes.layers - 1) // sizes.layers
     count[sizes.dtype] += pruned(sizes, batches, sizes.model.family.attention.name)
-    if sizes.has_table:
-        count += error_roots(sizes, batches)
     for block in sizes.blocks:
         n, h, kept = block.inputs, block.outputs, int(block.inputs * block.keep_fraction)
         if kept < n and sizes.has_table:
-            count[torch.float64] += removal(block)
+            count[torch.float32] += removal(block)
         if kept < n and sizes.solves:
-            count[torch.float64] += block.experts * (2 * kept * n * h + kept**3 // 3 + 2 * kept**2 * h)
+            count[torch.float32] += block.experts * (2 * kept * n * h + kept**3 // 3)
     if sizes.fits_blocks:
         count += block_fits(sizes, batches)
     return count + (last_layer_fit(sizes, batches) if sizes.fits_predictions else Flops())
@@ -170,18 +171,23 @@ def pruned(sizes: Sizes, batches: Sequence[Tensor], only: str = "") -> int:
 
 def moments(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
     """Return the FLOPs of the moments of every output projection's inputs (forward/moments.py)."""
-    per_token = sum(block.experts_per_token * block.inputs**2 for block in sizes.blocks)
-    return Flops({torch.float32: 2 * tokens_in(batches) * per_token})
+    tokens, count = tokens_in(batches), Flops()
+    for block in sizes.blocks:
+        if block.experts > 1:
+            count[torch.float32] += 2 * tokens * block.experts_per_token * block.inputs**2
+        else:
+            rows = block_rows(block.inputs)
+            dtype = sizes.dtype if sizes.dtype.itemsize == 2 else torch.float32
+            count[dtype] += 2 * tokens * sum((part.stop - part.start) * (block.inputs - part.start) for part in rows)
+    return count
 
 
 def error_roots(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
-    """Return the FLOPs of the curvature, its eigenvectors, and R of the later layers (forward/curvature.py)."""
+    """Return the FLOPs of the curvature and of R of the later layers (forward/curvature.py)."""
     windows, h = curvature_windows(batches), sizes.hidden
     tokens = tokens_in(windows)
     weighted_layers = sum(SHARE * (2 * index / max(1, sizes.layers - 1) - 1) > 0 for index in range(sizes.layers))
-    count = Flops(
-        {torch.float32: 2 * (tokens + sizes.vocabulary) * h * h, torch.float64: (EIGH + 2 * weighted_layers) * h**3}
-    )
+    count = Flops({torch.float32: 2 * (tokens + sizes.vocabulary) * h * h + weighted_layers * h**3 // 3})
     count[sizes.dtype] += dense(sizes, windows) + 4 * tokens * sizes.vocabulary * h
     return count
 
@@ -196,12 +202,15 @@ def removal(block: BlockSizes) -> int:
         per_round = units_per_round(block.elements) * width
     else:
         per_round = max(1, block.inputs // block.units)
+    stored = remaining
     while remaining:
         removed = min(per_round, remaining)
         if width > 1:  # the cost of each unit alone
-            total += 2 * remaining * width * (block.outputs + width)
+            total += remaining * width * (block.outputs + width // 3)
         remaining -= removed
-        total += (2 * removed * remaining + removed * removed) * (remaining + block.outputs)
+        total += (2 * removed * stored + removed * removed) * (stored + block.outputs)
+        if must_shrink(stored, remaining):
+            stored = remaining
     return block.experts * total
 
 

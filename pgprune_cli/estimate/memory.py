@@ -164,19 +164,22 @@ def unpacked_bytes(sizes: Sizes) -> int:
 
 
 def solving_bytes(sizes: Sizes) -> int:
-    """Return the bytes of solving: four float64 matrices `(in, in)`, and some of the size of the weights or of R."""
+    """Return the bytes of solving: four float32 matrices `(in, in)`, and some of the size of the weights or of R.
+
+    Where float32 does not suffice, which needs inputs that are all but collinear, it is twice that.
+    """
     inputs, hidden = max(block.inputs for block in sizes.blocks), sizes.hidden
-    return 8 * (4 * inputs**2 + 3 * inputs * hidden + 3 * hidden**2) + expert_moment_bytes(sizes)
+    return 4 * (4 * inputs**2 + 4 * inputs * hidden + 3 * hidden**2) + expert_moment_bytes(sizes)
 
 
 def observing_bytes(sizes: Sizes, tokens: int) -> int:
-    """Return the bytes of adding a batch: float64 sums, its products in both precisions, its float32 inputs twice."""
+    """Return the bytes of adding a batch: float32 sums, most of a matrix of products, float32 and rounded inputs."""
     inputs = max(block.experts_per_token * block.inputs for block in sizes.blocks)
     products = max(block.inputs for block in sizes.blocks if block.experts == 1) ** 2
     return (
         expert_moment_bytes(sizes)
-        + 20 * products
-        + tokens * (8 * inputs + (inputs + 4 * sizes.hidden) * sizes.dtype.itemsize)
+        + 8 * products
+        + tokens * (6 * inputs + (inputs + 4 * sizes.hidden) * sizes.dtype.itemsize)
     )
 
 

@@ -18,33 +18,45 @@ from torch import Tensor
 from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
 from pgprune_cli.errors import RunError
 from pgprune_cli.forward.batch_splitting import BatchSplitter
+from pgprune_cli.forward.gram import cholesky
 from pgprune_cli.model.prunable import PrunableModel
 
 SHARE = 0.7
 """Weight of G in the last layer's mixture with the identity. It falls linearly to 0 at the middle layer."""
 
 WINDOWS = 16
-"""How many windows of the calibration text the average is taken over, at least."""
+"""How many windows of the calibration text the average is taken over."""
 
 LOGIT_ROWS = 256
 """Positions whose logits exist at the same time."""
 
 
 def curvature_windows(batches: Sequence[Tensor]) -> list[Tensor]:
-    """Return the first windows of each of the batches `(B, T)`: those that the average is taken over."""
-    return [batch[: -(-WINDOWS // len(batches))] for batch in batches]
+    """Return WINDOWS windows, spread over the batches `(B, T)`, or all if there are fewer: what the average is over.
+
+    Windows of the same length are in one batch, as far as that holds no more tokens than the largest of the others.
+    """
+    windows = [window for batch in batches for window in batch]
+    count = min(WINDOWS, len(windows))
+    chosen = [windows[index * len(windows) // count] for index in range(count)]
+    lengths = dict.fromkeys(map(len, chosen))
+    most = max((batch.numel() for batch in batches), default=0)
+    return [
+        part
+        for length in lengths
+        for part in torch.stack([window for window in chosen if len(window) == length]).split(max(1, most // length))
+    ]
 
 
 class ErrorRoots:
-    """For each layer a matrix R `(hidden, hidden)` float64: an output error e costs ‖R e‖².
+    """For each layer a matrix R `(hidden, hidden)` float32: an output error e costs ‖R e‖².
 
-    R² is the layer's mixture of G and the identity. All mixtures share G's eigenvectors, so one decomposition serves
-    every layer, and R exists only while somebody uses it.
+    RᵀR is the layer's mixture of G and the identity. R exists only while somebody uses it.
     """
 
     def __init__(self, curvature: Tensor, layers: int) -> None:
-        self.layers = layers
-        self.values, self.vectors = torch.linalg.eigh(curvature)
+        self.layers, self.device = layers, curvature.device
+        self.curvature = curvature.float().cpu()  # a search keeps it
 
     def __len__(self) -> int:
         return self.layers
@@ -54,10 +66,10 @@ class ErrorRoots:
             raise IndexError(layer)
         share = SHARE * max(0.0, 2 * layer / max(1, self.layers - 1) - 1)
         if not share:
-            return torch.eye(len(self.values), dtype=torch.float64, device=self.values.device)
-        mixed = 1.0 + share * (self.values.clamp_min(0.0) - 1.0)
-        root: Tensor = (self.vectors * mixed.sqrt()) @ self.vectors.T
-        return root
+            return torch.eye(len(self.curvature), device=self.device)
+        mixture = share * self.curvature.to(self.device)
+        mixture.diagonal().add_(1.0 - share)
+        return cholesky(mixture).T
 
 
 def error_roots(model: PrunableModel, batches: Sequence[Tensor], progress: LayerProgress = NO_PROGRESS) -> ErrorRoots:
@@ -79,8 +91,9 @@ def output_curvature(model: PrunableModel, batches: Sequence[Tensor], progress: 
     expected = torch.zeros(unembedding.shape[1], unembedding.shape[1], device=unembedding.device)
     tokens = 0
     splitter = BatchSplitter()
-    for done, windows in enumerate(curvature_windows(batches)):
-        progress.batches_done(done, len(batches))
+    parts = curvature_windows(batches)
+    for done, windows in enumerate(parts):
+        progress.batches_done(done, len(parts))
         for rows in _hidden_states(model, windows, splitter).to(unembedding.device).split(LOGIT_ROWS):
             logits = model.family.finish_logits(model.config, rows @ unembedding.T).float()
             probability, slopes = logits.softmax(-1), model.family.logit_slopes(model.config, logits)
@@ -89,7 +102,7 @@ def output_curvature(model: PrunableModel, batches: Sequence[Tensor], progress: 
             mean = (sensitivity.to(unembedding.dtype) @ unembedding).float()
             expected += mean.T @ mean
             tokens += len(rows)
-    progress.batches_done(len(batches), len(batches))
+    progress.batches_done(len(parts), len(parts))
     weighted = torch.zeros_like(expected)
     for rows, mass in zip(unembedding.split(LOGIT_ROWS * 16), token_mass.split(LOGIT_ROWS * 16), strict=True):
         weighted += (rows.float() * mass[:, None]).T @ rows.float()

@@ -7,21 +7,22 @@ an error of its output is divided by the length of that output, so the token is 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from pgprune_cli.forward.expert_moments import ExpertMoments, ExpertSums, mean_square
+from pgprune_cli.forward.gram import GramSum
 from pgprune_cli.forward.layerwise import NO_OBSERVERS, NO_WATCHERS, LayerwiseRun, Observers, Watchers
 from pgprune_cli.model.families.adapter import Block, ModelFamily
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Weighted means over tokens of the inputs x of one output projection, float64.
+    """Weighted means over tokens of the inputs x of one output projection, float32.
 
     second: of x xᵀ `(in, in)`; first: of x `(in,)`; weight: the mean weight of a token, a scalar. An error times
     `weight` is relative to the residual stream.
@@ -30,6 +31,35 @@ class Moments:
     second: Tensor
     first: Tensor
     weight: Tensor
+
+
+class BlockSums:
+    """Sums the moments of one block over batches.
+
+    first and weight are float64, and their sums over a batch are float32.
+    """
+
+    def __init__(self, inputs: int, device: torch.device) -> None:
+        self.second = GramSum(torch.zeros(inputs, inputs, device=device))
+        self.first = torch.zeros(inputs, dtype=torch.float64, device=device)
+        self.weight = torch.zeros((), dtype=torch.float64, device=device)
+
+    def add(self, inputs: Tensor, weight: Tensor) -> None:
+        """Add a batch: inputs x `(..., in)`, and the weights of its tokens `(N, 1)` float32."""
+        root = weight.sqrt()
+        # √w on both sides: rounded or not, such a sum has no negative eigenvalues.
+        rows = inputs.flatten(0, -2) * root
+        first, products = rows.T @ root.squeeze(1), self.second.products(rows, inputs.dtype)
+        # All memory has been allocated: from here on nothing fails.
+        self.second.add(products)
+        self.first += first
+        self.weight += weight.sum()
+
+    def moments(self) -> Moments:
+        """Return the moments. This overwrites the sums."""
+        second = self.second.matrix().div_(self.weight)
+        first, weight = self.first / self.weight, self.weight / self.second.rows
+        return Moments(second, first.float(), weight.float())
 
 
 NO_EXPERTS: Mapping[str, ExpertSums] = {}
@@ -50,8 +80,7 @@ class MomentCollector:
             for block in blocks
             if block.name not in self.experts
         }
-        self.sums: dict[str, Moments] = {}
-        self.tokens: Counter[str] = Counter()
+        self.sums: dict[str, BlockSums] = {}
 
     @classmethod
     def of(
@@ -71,21 +100,13 @@ class MomentCollector:
         """Return the moments of one block, and drop them here."""
         if block in self.experts:
             return self.experts.pop(block).moments()
-        sums = self.sums.pop(block)
-        return Moments(sums.second.div_(sums.weight), sums.first / sums.weight, sums.weight / self.tokens.pop(block))
+        return self.sums.pop(block).moments()
 
     def _add(self, block: str, residual: Tensor, inputs: Tensor, block_output: Tensor | None = None) -> None:
         weight = token_weights(residual, block_output)
-        x = inputs.flatten(0, -2).float()
-        weighted = x * weight
-        batch = Moments((weighted.T @ x).double(), weighted.sum(0).double(), weight.sum().double())
-        # All memory has been allocated: from here on nothing fails.
-        sums = self.sums.setdefault(block, batch)
-        if sums is not batch:
-            sums.second.add_(batch.second)
-            sums.first.add_(batch.first)
-            sums.weight.add_(batch.weight)
-        self.tokens[block] += len(weight)
+        sums = self.sums.get(block) or BlockSums(inputs.shape[-1], inputs.device)
+        sums.add(inputs, weight)
+        self.sums[block] = sums
 
 
 def token_weights(residual: Tensor, block_output: Tensor | None = None) -> Tensor:

@@ -33,7 +33,7 @@ from pgprune_cli.search.loop import LoopState, finite, run_steps
 from pgprune_cli.search.phases import Stopwatch
 from pgprune_cli.search.problem import Problem, set_up
 from pgprune_cli.search.scoring import load_or_compute_scores
-from pgprune_cli.search.texts import calibration_forward_passes, load_text, repair_batches, reselects
+from pgprune_cli.search.texts import calibration_forward_passes, load_text, reselects
 from pgprune_cli.search.trackers import TrackerName, check_installed
 from pgprune_cli.storage.atomic import write_bytes
 
@@ -183,12 +183,13 @@ def _repaired(context: SearchContext, model_mask: ModelMask) -> Repaired:
         repaired = repair(
             context.model,
             model_mask,
-            repair_batches(context.recipe, context.text),
+            context.repair_batches,
             settings.method,
             settings.damping,
             epochs=settings.epochs,
             predictions=settings.last_layer == "predictions",
             reselect=reselects(context.recipe),
+            roots=context.error_roots if reselects(context.recipe) else None,
             progress=layers,
             note=notes.append,
         )

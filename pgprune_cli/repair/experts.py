@@ -69,7 +69,7 @@ def reselected_experts(
     chosen = torch.zeros(grid.groups, grid.members, dtype=torch.bool)
     saved = torch.zeros(grid.groups, dtype=torch.float64)
     for expert in range(grid.groups):
-        order, errors = expert_order(root @ weights[expert].double(), moments, expert)
+        order, errors = expert_order(root @ weights[expert].to(root.dtype), moments, expert)
         chosen[expert, order[removed:]] = True
         saved[expert] = errors[-1] - (errors[removed - 1] if removed else 0.0)
         if bias is not None:
@@ -105,9 +105,9 @@ def solve_expert_widths(
     for expert in range(experts):
         columns, weight = rank[expert].argsort(stable=True).to(weights.device), weights[expert]
         counts: list[int] = kept[:, expert].tolist()
-        second, refit = moments.second[expert].double(), solve and bool(enough[expert])
+        second, refit = moments.second[expert], solve and bool(enough[expert])
         own, fitted = solve_prefixes(weight, second, columns, counts, root, damping, solve=refit)
-        errors += own.cpu()
+        errors += own
         if bias is not None:
             errors[kept[:, expert] == 0] += bias_error(weight, bias, moments, expert, root.to(weight.device))
         for count, elements in zip(counts, kept.sum(1).tolist(), strict=True):
@@ -118,5 +118,5 @@ def solve_expert_widths(
 
 
 def _moments_of(moments: ExpertMoments, expert: int) -> Moments:
-    """Return the moments of one expert in float64."""
-    return Moments(*(part[expert].double() for part in (moments.second, moments.first, moments.weight)))
+    """Return the moments of one expert."""
+    return Moments(moments.second[expert], moments.first[expert], moments.weight[expert])

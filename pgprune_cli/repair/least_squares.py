@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
 from pgprune_cli.core.grid import Grid
 from pgprune_cli.forward.block_text import BlockRunner, BlockText
-from pgprune_cli.forward.curvature import error_roots
+from pgprune_cli.forward.curvature import ErrorRoots, error_roots
 from pgprune_cli.forward.expert_moments import ExpertMoments
 from pgprune_cli.forward.layerwise import NO_OBSERVERS, NO_WATCHERS, LayerwiseRun, start_layerwise
 from pgprune_cli.forward.masked import shrunk_block
@@ -62,6 +62,7 @@ def repair(
     epochs: int = 0,
     predictions: bool = False,
     reselect: bool = False,
+    roots: ErrorRoots | None = None,
     progress: LayerProgress = NO_PROGRESS,
     note: Note = _no_note,
 ) -> Repaired:
@@ -77,6 +78,7 @@ def repair(
         epochs: how many times `sublayer` reads the text of each block.
         predictions: fit the last layer to the dense model's predictions in the end, for `sublayer`.
         reselect: keep as many units per block as `model_mask` does, but choose them again with `obs`.
+        roots: what errors cost a choice, if that is known already.
         note: called with what a user should know about single layers, a line each.
     """
     if method != "sublayer":
@@ -84,7 +86,8 @@ def repair(
     predicted = None
     if method == "sublayer" and predictions:
         predicted = dense_states(model, [batches[index] for index in last_layer_batches(batches)])
-    roots = error_roots(model, batches, progress) if reselect else None
+    if reselect:
+        roots = roots or error_roots(model, batches, progress)
     run = start_layerwise(model, batches)
     repaired: dict[tuple[int, str], RepairedBlock] = {}
     layer_masks = []
@@ -96,7 +99,7 @@ def repair(
                 if mask.all():
                     continue
                 if mask.any():
-                    root = block_root(model.family, layer, block, roots[index]) if roots else None
+                    root = block_root(model.family, layer, block, roots[index]) if roots and reselect else None
                     mask, own = _BlockRepair(model, run, index, block, method, damping, epochs, note).solve(mask, root)
                     masks[block.name] = mask
                     if own is not None:
@@ -207,11 +210,11 @@ class _BlockRepair:
         In a grid of several groups with several members, it keeps as many groups and as many members of each.
         """
         weight = self.block.output_linear(self.layer).weight
-        weighted = root.to(weight.device) @ weight.double()
+        weighted = root.to(weight.device) @ weight.to(root.dtype)
         if not self.grid.is_line:
             cost, target = self.model.shape.parameters[self.block.name][self.index], self.grid.kept(mask)
             return chain_errors(weighted, moments.second, self.grid, cost, target).isinf()
         order, _ = removal_order(weighted, moments.second, len(mask), units_per_round(len(mask)))
         reselected = torch.zeros_like(mask)
-        reselected[order[len(mask) - int(mask.sum()) :].cpu()] = True
+        reselected[order[len(mask) - int(mask.sum()) :]] = True
         return reselected

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
 from pgprune_cli.core.grid import unit_multiple
 from pgprune_cli.core.space import MaskSpace
-from pgprune_cli.forward.curvature import error_roots
+from pgprune_cli.forward.curvature import ErrorRoots, error_roots
 from pgprune_cli.forward.expert_moments import ExpertMoments
 from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.moments import MomentCollector, Moments, block_root
@@ -151,6 +151,7 @@ def solve_layers(
     solve: bool,
     multiples: Mapping[str, int] = NO_MULTIPLES,
     only: Collection[int] | None = None,
+    roots: ErrorRoots | None = None,
     progress: LayerProgress = NO_PROGRESS,
 ) -> Iterator[tuple[int, dict[str, BlockWidths]]]:
     """Solve every block of the dense model at every width, from one pass over the text. Yields layer after layer.
@@ -165,9 +166,10 @@ def solve_layers(
         solve: fit the projections; without it, the errors are those of the removal alone.
         multiples: by block name, what its widths are multiples of.
         only: if given, solve just these layers.
+        roots: what errors cost, if that is known already.
     """
     family = model.family
-    roots = error_roots(model, batches, progress)
+    roots = roots or error_roots(model, batches, progress)
     run = start_layerwise(model, batches)
     for index, layer in enumerate(model.layers):
         if only is not None and index not in only:
@@ -177,13 +179,14 @@ def solve_layers(
         blocks = [block for block in family.blocks_of(layer) if (index, block.name) in ranks]
         collector = MomentCollector.of(family, layer, blocks)
         run.advance(index, collector.observers)
+        root = roots[index]
         solved: dict[str, BlockWidths] = {}
         for block in blocks:
             order = ranks[index, block.name].argsort(descending=True, stable=True)
             multiple = unit_multiple(model.shape.grids[block.name][index], multiples.get(block.name, 1))
             widths = sorted({*range(0, len(order), width_step(len(order), multiple)), len(order)})
-            moments, root = collector.moments(block.name), block_root(family, layer, block, roots[index])
-            problem = WidthProblem(order, partitions[index, block.name], widths, root, damping)
+            moments, own_root = collector.moments(block.name), block_root(family, layer, block, root)
+            problem = WidthProblem(order, partitions[index, block.name], widths, own_root, damping)
             if isinstance(moments, ExpertMoments):
                 errors, weights = solve_expert_widths(family, layer, moments, problem, solve=solve)
             else:
@@ -205,7 +208,7 @@ def _solve_widths(
     columns = columns_of(elements.to(moments.second.device), width)
     counts = [elements_at[kept] * width for kept in widths]
     errors, weights = solve_prefixes(linear.weight, moments.second, columns, counts, root, damping, solve=solve)
-    return (errors * moments.weight).cpu(), {inputs // width: weight for inputs, weight in weights.items()}
+    return errors * float(moments.weight), {inputs // width: weight for inputs, weight in weights.items()}
 
 
 def _linear_output(layer: nn.Module, block: Block, weight: Tensor) -> RepairedBlock:

@@ -8,7 +8,9 @@ columns of some units, and with the other columns free to make up for them, how 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,9 +20,14 @@ from pgprune_cli.forward.expert_moments import ExpertMoments
 from pgprune_cli.model.masks import columns_of
 from pgprune_cli.scores.statistics import BlockStatistics
 
+Solution = TypeVar("Solution")
+
 DAMPING = 1e-2
 """Ridge, relative to the mean of H's diagonal, as in SparseGPT. Without it, H may be singular (inputs that are never
 active, fewer tokens than inputs), and columns that are collinear on the calibration text would look free to remove."""
+
+SHRINK = 0.75
+"""The matrices of a removal are copied without what has been removed once only this fraction of them remains."""
 
 EXPERT_ROUNDS = 32
 """In how many rounds the channels of an expert are removed. They are removed a sixteenth at a time in any case."""
@@ -42,7 +49,7 @@ def obs(block: BlockStatistics) -> Tensor:
     elements = block.grid.elements
     if not block.covariance.isfinite().all():
         return torch.full((elements,), torch.nan, dtype=torch.float64)
-    weight = block.error_root.to(block.output_weight.device) @ block.output_weight.double()
+    weight = block.error_root.to(block.output_weight.device) @ block.output_weight.to(block.error_root.dtype)
     if block.grid.is_line:
         order, errors = removal_order(weight, block.covariance, elements, units_per_round(elements))
         return torch.empty_like(errors).scatter_(0, order, errors)
@@ -59,7 +66,7 @@ def expert_errors(block: BlockStatistics, moments: ExpertMoments) -> Tensor:
     root = block.error_root.to(weights.device)
     errors = torch.empty(block.grid.groups, block.grid.members, dtype=torch.float64)
     for expert in range(block.grid.groups):
-        order, values = expert_order(root @ weights[:, expert].double(), moments, expert)
+        order, values = expert_order(root @ weights[:, expert].to(root.dtype), moments, expert)
         errors[expert, order] = values
         if block.output_bias is not None:  # it is removed with the expert's last channel
             errors[expert, order[-1]] = values[-1] + bias_error(
@@ -71,11 +78,10 @@ def expert_errors(block: BlockStatistics, moments: ExpertMoments) -> Tensor:
 def expert_order(weight: Tensor, moments: ExpertMoments, expert: int) -> tuple[Tensor, Tensor]:
     """Return the order in which channels of an expert are removed, and the errors: `(channels,)` each, on the CPU.
 
-    weight: R W `(hidden, channels)` float64 of the expert.
+    weight: R W `(hidden, channels)` of the expert.
     """
     channels = weight.shape[1]
-    order, errors = removal_order(weight, moments.second[expert], channels, max(1, channels // EXPERT_ROUNDS))
-    return order.cpu(), errors.cpu()
+    return removal_order(weight, moments.second[expert], channels, max(1, channels // EXPERT_ROUNDS))
 
 
 def bias_error(weight: Tensor, bias: Tensor, moments: ExpertMoments, expert: int, root: Tensor) -> float:
@@ -83,6 +89,7 @@ def bias_error(weight: Tensor, bias: Tensor, moments: ExpertMoments, expert: int
 
     weight: `(hidden, channels)`; bias: `(experts, hidden)`; root: R.
     """
+    root = root.double()
     mean = root @ (weight.double() @ moments.first[expert].double())
     own = root @ bias[expert].double()
     return max(0.0, float(2 * own @ mean + moments.weight[expert].double() * own.square().sum()))
@@ -106,7 +113,14 @@ def chain_errors(
         grid, cost: the elements, and what their rows cost.
         target: where to stop.
     """
-    problem = Removal.start(weight, covariance, grid.elements, damping)
+
+    def solve(matrix: Tensor) -> Tensor:
+        return _chain_errors(Removal.start(weight, matrix, grid.elements, damping), grid, cost, target)
+
+    return _exactly_if_needed(covariance, solve)
+
+
+def _chain_errors(problem: Removal, grid: Grid, cost: GridCost, target: tuple[int, int]) -> Tensor:
     removal = GridRemoval(grid, cost, target)
     errors = torch.full((grid.elements,), torch.inf, dtype=torch.float64)
     total = 0.0
@@ -117,7 +131,7 @@ def chain_errors(
 
     def slot() -> Candidate:
         alone = torch.full((grid.elements,), torch.inf, dtype=torch.float64)
-        alone[problem.remaining.cpu()] = problem.lone_errors().cpu()
+        alone[problem.remaining.cpu()] = problem.lone_errors().cpu().double()
         members = alone.view(grid.groups, grid.members)[removal.groups].argmin(1)
         elements = removal.groups * grid.members + members
         return problem.error_of(elements), elements
@@ -152,82 +166,116 @@ def removal_order(
 
     Returns:
         order `(units,)` int64, first removed first, and errors `(units,)` float64, non-decreasing: after each removal
-        the least tr((W − W') H (W − W')ᵀ) over all W' that are zero in every removed column. Both are on the
-        covariance's device, where at most about two more float64 matrices `(in, in)` exist.
+        the least tr((W − W') H (W − W')ᵀ) over all W' that are zero in every removed column. Both are on the CPU. The
+        computation is in the dtype of the covariance, on its device, where at most three more such matrices exist.
     """
-    problem = Removal.start(weight, covariance, units, damping)
+
+    def solve(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        return _removal_order(Removal.start(weight, matrix, units, damping), per_round)
+
+    return _exactly_if_needed(covariance, solve)
+
+
+def _removal_order(problem: Removal, per_round: int) -> tuple[Tensor, Tensor]:
     order, steps = [], []
     while len(problem.remaining):
         cheapest = problem.lone_errors().argsort(stable=True)[:per_round]
         order.append(problem.remaining[cheapest])
         steps.append(problem.remove(problem.remaining[cheapest]))
-    return torch.cat(order), torch.cat(steps).cumsum(0)
+    return torch.cat(order).cpu(), torch.cat(steps).cpu().double().cumsum(0)
+
+
+def _exactly_if_needed(covariance: Tensor, solve: Callable[[Tensor], Solution]) -> Solution:
+    """Return what `solve` makes of a covariance, or of its copy in float64 where it is too ill-conditioned."""
+    try:
+        return solve(covariance)
+    except torch.linalg.LinAlgError:
+        if covariance.dtype == torch.float64:
+            raise
+    return solve(covariance.double())
 
 
 @dataclass
 class Removal:
     """An output projection without some of its elements, whose other columns make up for them.
 
-    columns: `(in', out)` float64, the refitted weight, a row per remaining input; inverse: `(in', in')` float64, H⁻¹ of
-    the remaining inputs; remaining: `(n,)` int64, the remaining elements, in order; width: inputs of an element.
+    Removed elements stay in the matrices for a while: copying what is left takes longer than computing with them.
+
+    columns: `(in', out)`, the refitted weight, a row per stored input; inverse: `(in', in')`, H⁻¹ of the remaining
+    inputs, zero for others, in the same dtype; stored: `(m,)` int64, the stored elements, in order; places: `(n,)`
+    int64, which of them remain, in order; width: inputs of an element.
     """
 
     columns: Tensor
     inverse: Tensor
-    remaining: Tensor
+    stored: Tensor
+    places: Tensor
     width: int
 
     @classmethod
     def start(cls, weight: Tensor, covariance: Tensor, elements: int, damping: float) -> Removal:
         """Begin with all elements. The arguments are those of `removal_order`."""
-        columns = weight.to(covariance.device).T.double()  # (in, out): one row per input
-        inverse = _damped_inverse(covariance, damping)
-        return cls(columns, inverse, torch.arange(elements, device=covariance.device), weight.shape[1] // elements)
+        columns = weight.to(covariance).T.clone(memory_format=torch.contiguous_format)  # (in, out): one row per input
+        every = torch.arange(elements, device=covariance.device)
+        return cls(columns, _damped_inverse(covariance, damping), every, every, weight.shape[1] // elements)
+
+    @property
+    def remaining(self) -> Tensor:
+        """The remaining elements `(n,)` int64, in order."""
+        return self.stored[self.places]
 
     def lone_errors(self) -> Tensor:
-        """Return the cost of removing each remaining element alone, `(n,)` float64."""
-        return _lone_errors(self.columns, self.inverse, self.width)
+        """Return the cost tr(W_g (H⁻¹_gg)⁻¹ W_gᵀ) of removing each remaining element g alone, `(n,)`."""
+        if self.width == 1:  # the same, without a Cholesky factor for every channel
+            return (self.columns.square().sum(1) / self.inverse.diagonal())[self.places]
+        # (width, width, stored): the last axis is where rows and columns are of the same element
+        own = self.inverse.unflatten(1, (-1, self.width)).unflatten(0, (-1, self.width)).diagonal(dim1=0, dim2=2)
+        factors = torch.linalg.cholesky(own.movedim(2, 0)[self.places])
+        columns = self.columns.unflatten(0, (-1, self.width))[self.places]
+        whitened = torch.linalg.solve_triangular(factors, columns, upper=False)
+        errors: Tensor = whitened.square().sum((1, 2))
+        return errors
 
     def error_of(self, elements: Tensor) -> float:
         """Return the cost of removing these remaining elements `(k,)` together."""
-        rows = columns_of(self._places(elements), self.width)
-        factor = torch.linalg.cholesky(self.inverse[rows[:, None], rows])
-        whitened = torch.linalg.solve_triangular(factor, self.columns[rows], upper=False)
+        _, _, whitened = self._whitened(elements)
         return float(whitened.square().sum())
 
     def remove(self, elements: Tensor) -> Tensor:
-        """Remove remaining elements `(k,)` one after the other, and return what each removal costs, `(k,)` float64."""
-        places = self._places(elements)
-        kept = torch.ones(len(self.remaining), dtype=torch.bool, device=self.remaining.device)
-        kept[places] = False
-        removed, rest = columns_of(places, self.width), columns_of(kept.nonzero().squeeze(1), self.width)
-        # With LLᵀ = H⁻¹ of the removed inputs, removing them one after the other costs ‖row‖² of L⁻¹W each.
-        factor = torch.linalg.cholesky(self.inverse[removed[:, None], removed])
-        whitened = torch.linalg.solve_triangular(factor, self.columns[removed], upper=False)
-        coupling = torch.linalg.solve_triangular(factor, self.inverse[removed[:, None], rest], upper=False)
+        """Remove remaining elements `(k,)` one after the other, and return what each removal costs, `(k,)`."""
+        rows, factor, whitened = self._whitened(elements)
+        coupling = torch.linalg.solve_triangular(factor, self.inverse[rows], upper=False)
         # The rest makes up for them (OBS), and its H⁻¹ becomes that of the smaller problem (Schur complement).
-        self.columns = self.columns[rest].addmm_(coupling.T, whitened, alpha=-1)
-        self.inverse = self.inverse[rest[:, None], rest].addmm_(coupling.T, coupling, alpha=-1)
-        self.remaining = self.remaining[kept]
+        self.columns.addmm_(coupling.T, whitened, alpha=-1)
+        self.inverse.addmm_(coupling.T, coupling, alpha=-1)
+        remain = ~torch.isin(self.remaining, elements.to(self.stored.device))
+        self.places = self.places[remain]
+        if must_shrink(len(self.stored), len(self.places)):
+            inputs = columns_of(self.places, self.width)
+            self.columns = self.columns[inputs]
+            self.inverse = self.inverse[inputs][:, inputs]
+            self.stored = self.stored[self.places]
+            self.places = torch.arange(len(self.stored), device=self.stored.device)
         costs: Tensor = whitened.square().sum(1).unflatten(0, (-1, self.width)).sum(1)
         return costs
 
-    def _places(self, elements: Tensor) -> Tensor:
-        """Return where elements are among those that remain."""
-        return torch.searchsorted(self.remaining, elements.to(self.remaining.device))
+    def _whitened(self, elements: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the inputs of remaining elements, L with LLᵀ their H⁻¹, and L⁻¹W.
+
+        Removing the inputs one after the other costs the squared length of one row of L⁻¹W each.
+        """
+        rows = columns_of(torch.searchsorted(self.stored, elements.to(self.stored.device)), self.width)
+        factor = torch.linalg.cholesky(self.inverse[rows[:, None], rows])
+        return rows, factor, torch.linalg.solve_triangular(factor, self.columns[rows], upper=False)
+
+
+def must_shrink(stored: int, remaining: int) -> bool:
+    """Return whether so many stored elements have to be replaced by those that remain."""
+    return remaining <= SHRINK * stored
 
 
 def _damped_inverse(covariance: Tensor, damping: float) -> Tensor:
-    hessian = covariance.double().clone()
+    hessian = covariance.clone()
     scale = hessian.diagonal().mean().clamp_min(1e-30)  # so that inputs that are all zero have an inverse, too
     hessian.diagonal().add_(damping * scale)
     return torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-
-
-def _lone_errors(columns: Tensor, inverse: Tensor, width: int) -> Tensor:
-    """Return tr(W_g (H⁻¹_gg)⁻¹ W_gᵀ), the cost of removing unit g alone: `(remaining units,)`."""
-    if width == 1:  # the same, without a Cholesky factor for every channel
-        return columns.square().sum(1) / inverse.diagonal()
-    runs = columns.unflatten(0, (-1, width))
-    own = torch.stack([inverse[i : i + width, i : i + width] for i in range(0, len(inverse), width)])
-    return torch.cholesky_solve(runs @ runs.mT, torch.linalg.cholesky(own)).diagonal(dim1=1, dim2=2).sum(1)

@@ -34,8 +34,8 @@ class BlockStatistics:
     last; parts: what the rows of each inner projection are; seed: this block's own, for metrics that draw random
     numbers. Everything else is None unless the metric asks for it. Over all
     calibration tokens, of the inputs of the output projection: input_norms `(in,)` float64, the L2 norm of each;
-    fluctuations `(in,)` float64, the variance of each; covariance `(in, in)` float64, the mean of x xᵀ divided by the
-    mean square of the residual stream, not centred, with error_root `(hidden, hidden)` float64, the weight of an output
+    fluctuations `(in,)` float64, the variance of each; covariance `(in, in)` float32, the mean of x xᵀ divided by the
+    mean square of the residual stream, not centred, with error_root `(hidden, hidden)` float32, the weight of an output
     error in each direction. And gradients: by projection, ∂L/∂W of the mean loss in nats per token, with the shape and
     dtype of the weight.
 
@@ -167,11 +167,12 @@ def statistics(
         elif collector and run:
             collectors = {block.name: collector() for block in blocks}
             run.advance(index, dict(_observer(family, layer, block, collectors[block.name]) for block in blocks))
+        root = roots[index] if roots else None
         for place, block in enumerate(blocks):
             matrices = family.matrices(layer, block)
             values: dict[str, Any] = {}
-            if roots:
-                values = {"error_root": block_root(family, layer, block, roots[index])}
+            if root is not None:
+                values = {"error_root": block_root(family, layer, block, root)}
                 values |= _second_moments(family, layer, moments.moments(block.name))
             elif needed and collectors:
                 values[needed] = collectors.pop(block.name).value()

@@ -6,13 +6,17 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from torch import Tensor
+
 from pgprune_cli.console.progress import Progress
 from pgprune_cli.data.windows import CalibrationText
 from pgprune_cli.distributed import Ranks
+from pgprune_cli.forward.curvature import ErrorRoots, error_roots
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import Source
 from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.search.texts import repair_batches
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,16 @@ class SearchContext:
     def fingerprint(self) -> str:
         """Fingerprint of the model's config and weights."""
         return self.source.fingerprint()
+
+    @cached_property
+    def repair_batches(self) -> list[Tensor]:
+        """The batches that the width table and the repair are fitted to."""
+        return repair_batches(self.recipe, self.text)
+
+    @cached_property
+    def error_roots(self) -> ErrorRoots:
+        """What errors cost, for the width table and the repair."""
+        return error_roots(self.model, self.repair_batches)
 
     @cached_property
     def evaluator(self) -> Evaluator:

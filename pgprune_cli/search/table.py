@@ -16,7 +16,6 @@ from pgprune_cli.recipe.schema import FITTED
 from pgprune_cli.repair.width_files import has_layer, load_layer, refuse_full_disk, save_layer
 from pgprune_cli.repair.width_table import WidthTable, solve_layers, table_bytes
 from pgprune_cli.search.context import SearchContext
-from pgprune_cli.search.texts import repair_batches
 
 
 def solve_table(
@@ -30,7 +29,7 @@ def solve_table(
     """
     recipe, model, ranks = context.recipe, context.model, context.ranks
     folder = context.shared_widths or context.run
-    batches = repair_batches(recipe, context.text)
+    batches = context.repair_batches
     solve = recipe.repair.method in FITTED
     multiples = {"ffn": recipe.budget.ffn_multiple}
     settings = (fingerprint, recipe.dtype, recipe.weight_format, solve, recipe.repair.damping, multiples["ffn"])
@@ -53,6 +52,7 @@ def solve_table(
                 solve=solve,
                 multiples=multiples,
                 only=missing,
+                roots=context.error_roots,
                 progress=layers,
             )
             for index, blocks in solved:

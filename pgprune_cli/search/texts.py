@@ -117,7 +117,5 @@ def calibration_forward_passes(recipe: Recipe, text: CalibrationText) -> int:
         batches += PASSES * repairing
     if recipe.repair.method == "sublayer" and recipe.repair.last_layer == "predictions":
         batches += [repairing[index] for index in last_layer_batches(repairing)]
-    if repairs and reselects(recipe):
-        batches += curvature_windows(repairing)
     passes = math.ceil(sum(map(Tensor.numel, batches)) / (recipe.calibration.batch * recipe.calibration.seqlen))
     return passes + (recipe.search.steps if recipe.search.objective != "loss" else 0)

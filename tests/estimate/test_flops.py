@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pgprune_cli.estimate.flops import (
-    EIGH,
     Flops,
     block_fits,
     dense_passes,
@@ -29,6 +28,7 @@ from pgprune_cli.estimate.flops import (
     width_table,
 )
 from pgprune_cli.estimate.sizes import Sizes, Texts
+from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.forward.divergence import Divergence
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.masks import ModelMask
@@ -56,7 +56,6 @@ SOLVERS: dict[Any, Callable[..., int]] = {
     aten.cholesky_inverse: lambda a, *x, **k: 2 * a[-1] ** 3 // 3,
     aten.linalg_solve_triangular: lambda a, b, *x, **k: _each(a) * a[-1] ** 2 * b[-1],
     aten.cholesky_solve: lambda b, a, *x, **k: _each(a) * 2 * a[-1] ** 2 * b[-1],
-    aten._linalg_eigh: lambda a, *x, **k: EIGH * a[-1] ** 3,
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, *x, **k: 2 * q[0] * q[1] * q[3] * q[2] * (q[2] + 1),
 }
 
@@ -116,12 +115,13 @@ def test_the_width_table(method: str, model: nn.Module) -> None:
 
 @pytest.mark.parametrize("policy", ["widths", "units"])
 def test_the_repair(policy: str, model: nn.Module) -> None:
+    """The roots are those of the width table."""
     recipe = medium_recipe(f"search.policy={policy}", "repair.method=least-squares")
     text, sizes = random_batches(), Sizes(PrunableModel.of(model), recipe)
+    prunable, reselect = PrunableModel.of(model), policy == "widths"
+    roots = error_roots(prunable, text)
     expected = counted(
-        lambda: run_repair(
-            PrunableModel.of(model), half(model), text, "least-squares", 1e-3, reselect=policy == "widths"
-        )
+        lambda: run_repair(prunable, half(model), text, "least-squares", 1e-3, reselect=reselect, roots=roots)
     )
     assert repair(sizes, text).total() == pytest.approx(expected, rel=0.01)
 
@@ -243,7 +243,7 @@ def test_dtypes_are_counted_apart_and_take_their_own_time() -> None:
     )
     assert {name: part.total() for name, part in low.items()} == {name: part.total() for name, part in full.items()}
     assert set(low["search"]) == {torch.bfloat16}
-    assert set(low["scoring"]) == {torch.bfloat16, torch.float32, torch.float64}
+    assert set(low["scoring"]) == {torch.bfloat16, torch.float32}
     rates = {torch.bfloat16: 4e9, torch.float32: 2e9, torch.float64: 1e9}
     parts = {"a": Flops({torch.bfloat16: 8, torch.float64: 3}), "b": Flops({torch.float32: 4})}
     assert seconds(parts, rates) == pytest.approx((2 + 3 + 2) / 1e9)

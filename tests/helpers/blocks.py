@@ -74,7 +74,7 @@ def observed_inputs(
 def error_root_of(model: nn.Module, index: int, name: str, root: Tensor) -> Tensor:
     """Return R of a block's output, given that of the residual stream: a norm in between multiplies with its weight."""
     prunable = PrunableModel.of(model)
-    path = prunable.shape.blocks[index][name].post_norm
+    path, root = prunable.shape.blocks[index][name].post_norm, root.double()
     if path is None:
         return root
     return root @ torch.diag(prunable.family.norm_weight(prunable.layers[index].get_submodule(path)).double())

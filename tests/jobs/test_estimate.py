@@ -18,7 +18,7 @@ from pgprune_cli.model.source import DEMO_MODEL, resolve
 
 @pytest.fixture(autouse=True)
 def _a_rate_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "matmul_rate", lambda device, dtype: {torch.float64: 1e9}.get(dtype, 2e9))
+    monkeypatch.setattr(job, "matmul_rate", lambda device, dtype: {torch.float32: 1e9}.get(dtype, 2e9))
 
 
 @pytest.mark.parametrize(
@@ -52,10 +52,10 @@ def test_no_weights_are_needed(small, tmp_path: Path) -> None:
 
 
 def test_time_is_flops_at_the_rates_measured(small) -> None:
-    said = estimate(small("dtype=float32"))
+    said = estimate(small("dtype=bfloat16"))
     by_dtype = [pair for part in said["flops"].values() for pair in part.items()]
-    assert said["seconds"] == pytest.approx(sum(n / (1e9 if dtype == "float64" else 2e9) for dtype, n in by_dtype))
-    assert said["flops_per_second"] == {"float32": 2e9, "float64": 1e9}
+    assert said["seconds"] == pytest.approx(sum(n / (1e9 if dtype == "float32" else 2e9) for dtype, n in by_dtype))
+    assert said["flops_per_second"] == {"bfloat16": 2e9, "float32": 1e9}
 
 
 @pytest.mark.parametrize(

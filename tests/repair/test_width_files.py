@@ -25,6 +25,7 @@ from pgprune_cli.repair import width_files
 from pgprune_cli.repair.width_files import has_layer, load_layer, refuse_full_disk, remove_widths, save_layer
 from pgprune_cli.repair.width_table import BlockWidths, WidthTable, solve_layers
 from pgprune_cli.run.layout import WIDTHS_FOLDER
+from pgprune_cli.search import context as contexts
 from pgprune_cli.search import table as job
 
 
@@ -131,7 +132,7 @@ def table(
     run.mkdir(exist_ok=True)
     context = replace(context_of(recipe, PrunableModel.of(model), run), ranks=ranks)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "repair_batches", lambda *_: text or batches())
+        patch.setattr(contexts, "repair_batches", lambda *_: text or batches())
         shape = context.model.shape
         _, units = chain_units(shape, scores=random_scores(shape, seed))
         return job.solve_table(context, ranks_of(shape, units), units, fingerprint)

@@ -108,7 +108,7 @@ def test_a_search_evaluates_the_start_the_end_and_about_eight_times(steps, every
 
 @pytest.mark.parametrize("objective", ["kl", "kl-hidden"])
 def test_the_dense_forward_passes_are_counted(objective: str, small, tmp_path) -> None:
-    plain = search(small(), tmp_path / "loss")
+    plain = search(small("search.objective=loss"), tmp_path / "loss")
     diverging = search(small(f"search.objective={objective}"), tmp_path / "kl")
     assert diverging.forward_passes == plain.forward_passes
     assert diverging.calibration_forward_passes == plain.calibration_forward_passes + plain.steps
