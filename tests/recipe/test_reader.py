@@ -68,7 +68,9 @@ def test_recipe_has_the_defaults_of_the_schema() -> None:
         checkpoint_every=100,
         evaluate_every=0,
     )
-    assert got.repair == recipe.RepairSettings(method="least-squares", windows=384, damping=1e-3)
+    assert got.repair == recipe.RepairSettings(
+        method="sublayer", epochs=3, last_layer="predictions", windows=384, damping=1e-3
+    )
     assert got.evaluation == recipe.EvaluationSettings(corpora=("wikitext2",), seqlen=(128, 2048))
 
 
@@ -577,7 +579,7 @@ def test_shipped_recipe_is_valid(path: Path) -> None:
 
 
 def test_shipped_recipes_have_the_search_settings_of_the_base() -> None:
-    assert load(find("llama2-13b-30")).search == recipe.SearchSettings(checkpoint_every=5)
+    assert load(find("llama2-13b-30")).search == recipe.SearchSettings(checkpoint_every=5, objective="kl")
 
 
 @pytest.mark.parametrize("percent", [20, 30, 50])
@@ -591,7 +593,7 @@ def test_paper_recipes_have_the_settings_of_the_paper(percent: int) -> None:
     )
     assert (got.search.learning_rate, got.search.schedule, got.dtype) == (2e-3, "cosine", "bfloat16")
     assert load(find(f"paper/llama3-8b-{percent}")).search.learning_rate == 6e-3
-    assert got.calibration == recipe.CalibrationSettings(corpus="c4", bos=False)
+    assert got.calibration == recipe.CalibrationSettings(corpus="c4", heldout=64, bos=False)
     assert got.evaluation.bos is False
     assert got.scores == recipe.ScoreSettings(metric="wanda-sp", windows=128, seqlen=1024)
     assert (got.start, got.budget.scope) == (recipe.StartSettings(), "per-family")
