@@ -4,7 +4,7 @@
 (channels). `decision.json` records where the decision comes from and the checksum of the masks. If the kept weights
 were repaired, `repair.safetensors` holds the refitted ones: of an output projection `layers.<l>.<block>.weight`
 (hidden, kept inputs) and `layers.<l>.<block>.bias`, of any other tensor of a block its kept rows under its name in the
-block, such as `layers.<l>.attention.q_proj.weight`. `decision.json` records the checksum of this file too.
+block, `layers.<l>.<block>.<name>`. `decision.json` records the checksum of this file too.
 
 Version 1 had refitted output projections only, under the same names.
 """

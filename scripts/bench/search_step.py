@@ -125,6 +125,7 @@ def main() -> None:
         f"search.policy={options.policy}",
         f"search.masks_per_step={options.masks_per_step}",
         f"search.forward_passes={options.masks_per_step * (options.repeats + 1)}",
+        "search.objective=loss",
         "scores.metric=magnitude",
     ]
     steps = watched_steps(evaluator, overrides, random_tokens(evaluator, options))

@@ -38,6 +38,7 @@ KEYS: dict[str, list[object]] = {
     "start.mapping": ["sigmap", "linear"],
     "start.temperature": [1e-300, 1e-9, 1.0, 1e300],
     "search.policy": ["widths", "units"],
+    "search.objective": ["loss", "kl", "kl-hidden"],
     "search.forward_passes": [0, 1, 5, 12],
     "search.masks_per_step": [2, 3, 10**6, 2**31 - 1],
     "search.estimator": ["paper", "rloo"],
@@ -45,7 +46,9 @@ KEYS: dict[str, list[object]] = {
     "search.schedule": ["cosine", "constant"],
     "search.checkpoint_every": HUGE,
     "search.evaluate_every": HUGE,
-    "repair.method": ["none", "bias", "least-squares", "least-squares-bias"],
+    "repair.method": ["none", "bias", "least-squares", "least-squares-bias", "sublayer"],
+    "repair.epochs": [1, 2],
+    "repair.last_layer": ["outputs", "predictions"],
     "repair.windows": [1, 2, 16, 10**30],
     "repair.damping": [1e-300, 1e-3, 1e300],
 }

@@ -211,7 +211,7 @@ def test_target_of_an_export_has_its_recipes_evaluation(run: Path, small, tmp_pa
 
 
 def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-9])
+    path.write_bytes(path.read_bytes()[:9])
 
 
 @pytest.mark.parametrize("part", [DECISION_RECORD, DECISION_MASKS])

@@ -307,7 +307,7 @@ def broken_losses(monkeypatch):
 
 def test_bad_losses_are_skipped_and_counted(small, tmp_path, broken_losses) -> None:
     broken_losses(lambda call: [float("nan"), None, float("inf")] if call == 1 else [None])
-    search(small("search.masks_per_step=4", "search.forward_passes=24"), tmp_path)
+    search(small("search.objective=loss", "search.masks_per_step=4", "search.forward_passes=24"), tmp_path)
     rows = rows_of(tmp_path)
     assert [row["skipped"] for row in rows] == [0, 0, 2, 2, 2, 2, 2]
     assert [loss is None for loss in rows[2]["losses"]] == [True, False, True, False]
@@ -317,7 +317,7 @@ def test_bad_losses_are_skipped_and_counted(small, tmp_path, broken_losses) -> N
 def test_a_search_whose_every_loss_is_bad_stops(small, tmp_path, broken_losses) -> None:
     broken_losses(lambda call: [float("nan")] * 2 if call >= 1 else [None])
     with refused(f"step {1 + BAD_STEPS}", f"{BAD_STEPS} steps", "float32", error=RunError):
-        search(small("search.forward_passes=60"), tmp_path)
+        search(small("search.objective=loss", "search.forward_passes=60"), tmp_path)
     assert not (tmp_path / DECISION_RECORD).exists()
 
 
