@@ -456,7 +456,7 @@ def test_the_metric_that_made_the_scores_is_what_is_recorded(small, tmp_path) ->
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.soak) for seed in (1, 2))])
 def test_the_shipped_demo_search_beats_the_metric_alone(seed, tmp_path) -> None:
-    """The whole recipe of `make demo`. Measured: from 1.506 to 1.061, 1.062 and 1.062 nats per token."""
+    """The whole recipe of `make demo`. Measured: from 1.486 to 1.037 nats per token with the seeds 0, 1 and 2."""
     alone = [f"seed={seed}", "search.forward_passes=0", "search.policy=units", "repair.method=none"]
     metric_only = search(load(find("demo"), alone), tmp_path / "metric")
     (tmp_path / "searched").mkdir()
