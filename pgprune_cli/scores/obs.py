@@ -278,4 +278,10 @@ def _damped_inverse(covariance: Tensor, damping: float) -> Tensor:
     hessian = covariance.clone()
     scale = hessian.diagonal().mean().clamp_min(1e-30)  # so that inputs that are all zero have an inverse, too
     hessian.diagonal().add_(damping * scale)
-    return torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    factor, failed = torch.linalg.cholesky_ex(hessian, check_errors=hessian.dtype != torch.float64)
+    if failed and not hessian.isfinite().all():
+        raise torch.linalg.LinAlgError("the covariance is not finite")
+    while failed:  # sums of rounded products can be slightly indefinite: then the ridge is increased
+        hessian.diagonal().add_(damping * scale)
+        factor, failed = torch.linalg.cholesky_ex(hessian)
+    return torch.cholesky_inverse(factor)
