@@ -94,7 +94,7 @@ class ModuleRunner:
         return first
 
     def _call(self, windows: int) -> ModuleCall:
-        """Return how the module is called for so many windows. Raises torch.OutOfMemoryError."""
+        """Return how the module is called for this number of windows. Raises torch.OutOfMemoryError."""
         if windows not in self._calls:
             self._calls[windows] = self.run.call(self.index, self.path, windows)
         return self._calls[windows]

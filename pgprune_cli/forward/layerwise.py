@@ -102,7 +102,7 @@ class LayerwiseRun:
             pass
 
     def call(self, index: int, path: str, windows: int) -> ModuleCall:
-        """Return how layer `index` calls a submodule for so many windows, each of them the run's first.
+        """Return how layer `index` calls a submodule for `windows` windows, each of them the run's first.
 
         Unlike in the other passes, running out of memory is an error: torch.OutOfMemoryError.
         """

@@ -25,7 +25,9 @@ from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair.training import (
     Weights,
     add_gradients,
+    best_of,
     compute_dtype,
+    converted,
     epochs_of,
     parts,
     set_aside_and_trained,
@@ -113,18 +115,14 @@ class _Fit:
         set_aside, rest = set_aside_and_trained(len(self.inputs), seed=0)
         if not start or not len(set_aside):
             return start
-        best, least = start, self.divergence(start, set_aside)
         steps = epochs_of(rest, self.inputs.shape[1], epochs=1, seed=0)
-        for weights in trained(start, steps, LEARNING_RATE, self._set_gradients):
-            divergence = self.divergence(weights, set_aside)
-            if divergence < least:
-                best, least = weights, divergence
-        return best
+        candidates = trained(start, steps, LEARNING_RATE, self._set_gradients)
+        return best_of(start, candidates, lambda weights: self.divergence(weights, set_aside))
 
     @torch.no_grad()
     def divergence(self, weights: Weights, windows: Tensor) -> float:
         """Return KL(dense ‖ pruned) on some windows `(n,)`, in nats per token."""
-        computed = self._in_compute_dtype(weights)
+        computed = converted(weights, self._compute_dtype)
         total = 0.0
         for part in parts(windows, self.inputs.shape[1]):
             states, wanted = self._states(computed, part), self._wanted(part)
@@ -139,7 +137,7 @@ class _Fit:
         def add(rows: slice) -> None:
             part = windows[rows]
             with torch.enable_grad():
-                states = self._states(self._in_compute_dtype(weights), part)
+                states = self._states(converted(weights, self._compute_dtype), part)
                 slopes: list[Tensor] = []
                 for own, dense in zip(states.split(ROWS), self._wanted(part).split(ROWS), strict=True):
                     leaf = own.detach().requires_grad_()
@@ -175,6 +173,3 @@ class _Fit:
     @property
     def _compute_dtype(self) -> torch.dtype:
         return compute_dtype(self.inputs.dtype)
-
-    def _in_compute_dtype(self, weights: Weights) -> Weights:
-        return {name: weight.to(self._compute_dtype) for name, weight in weights.items()}

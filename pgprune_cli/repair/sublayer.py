@@ -22,7 +22,9 @@ from pgprune_cli.forward.block_text import BlockRunner, BlockText
 from pgprune_cli.repair.training import (
     Weights,
     add_gradients,
+    best_of,
     compute_dtype,
+    converted,
     epochs_of,
     parts,
     set_aside_and_trained,
@@ -60,19 +62,16 @@ class SublayerFit:
         def set_gradients(weights: Weights, windows: Tensor) -> None:
             self._run_slices(windows, lambda part: self._add_gradients(weights, part, scale / len(windows)))
 
-        best, least = start, self.error(start, set_aside)
         steps = epochs_of(rest, self.text.inputs.shape[1], self.epochs, self.seed)
-        for weights in trained(start, steps, LEARNING_RATE, set_gradients):
-            error = self.error(weights, set_aside)
-            if error < least:
-                best, least = weights, error
+        candidates = trained(start, steps, LEARNING_RATE, set_gradients)
+        best = best_of(start, candidates, lambda weights: self.error(weights, set_aside))
         is_better = best is not start and self.error(best, everything) < self.error(start, everything)
         return best if is_better else start
 
     @torch.no_grad()
     def error(self, weights: Weights, windows: Tensor) -> float:
         """Return the weighted squared error relative to the weighted squared output, on some windows `(n,)`."""
-        computed = self._in_compute_dtype(weights)
+        computed = converted(weights, self._compute_dtype)
         errors: list[float] = []
         for part in self._parts(windows):
             self._run_slices(part, lambda own: errors.append(float(self._squared_errors(computed, own).double().sum())))
@@ -81,7 +80,7 @@ class SublayerFit:
     def _add_gradients(self, weights: Weights, windows: Tensor, scale: float) -> None:
         """Add the gradients of `scale` times the sum of the squared errors in some windows `(n,)`."""
         with torch.enable_grad():
-            loss = self._squared_errors(self._in_compute_dtype(weights), windows).sum() * scale
+            loss = self._squared_errors(converted(weights, self._compute_dtype), windows).sum() * scale
             gradients = torch.autograd.grad(loss, list(weights.values()))
         add_gradients(weights, gradients)
 
@@ -107,6 +106,3 @@ class SublayerFit:
     @property
     def _compute_dtype(self) -> torch.dtype:
         return compute_dtype(self.text.inputs.dtype)
-
-    def _in_compute_dtype(self, weights: Weights) -> Weights:
-        return {name: weight.to(self._compute_dtype) for name, weight in weights.items()}

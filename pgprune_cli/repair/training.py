@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -52,6 +52,20 @@ def trained(
         optimizer.step()
         if step + 1 in checks:
             yield {name: weight.detach().to(start[name].dtype, copy=True) for name, weight in moved.items()}
+
+
+def best_of(start: Weights, candidates: Iterable[Weights], error: Callable[[Weights], float]) -> Weights:
+    """Return the candidate with the least error, or `start` itself if none has less than it."""
+    best, least = start, error(start)
+    for weights in candidates:
+        if (own := error(weights)) < least:
+            best, least = weights, own
+    return best
+
+
+def converted(weights: Weights, dtype: torch.dtype) -> Weights:
+    """Return weights in another dtype."""
+    return {name: weight.to(dtype) for name, weight in weights.items()}
 
 
 def add_gradients(weights: Weights, gradients: Sequence[Tensor]) -> None:

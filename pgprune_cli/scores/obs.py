@@ -270,7 +270,7 @@ class Removal:
 
 
 def must_shrink(stored: int, remaining: int) -> bool:
-    """Return whether so many stored elements have to be replaced by those that remain."""
+    """Return whether `stored` stored elements have to be replaced by the `remaining` ones."""
     return remaining <= SHRINK * stored
 
 

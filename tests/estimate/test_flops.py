@@ -213,7 +213,7 @@ def test_the_parts_of_a_search_and_how_often_it_looks_at_the_text_held_out(model
     once = forward_passes(Sizes(PrunableModel.of(model), medium_recipe()), text[1], 1).total()
     sizes = Sizes(PrunableModel.of(model), medium_recipe())
     layers, head = (dense_passes(sizes, text[1], *times).total() for times in ((1, 0), (0, 1)))
-    # The start, every so many steps, and the last step; then the repaired decision, and the dense model.
+    # The start, the steps in between, and the last step; then the repaired decision, and the dense model.
     for steps, every, looks in ((0, 5, 0), (1, 5, 2), (20, 5, 5), (21, 5, 6), (3, 100, 2), (16, 0, 9), (17, 0, 7)):
         settings = (f"search.forward_passes={16 * steps}", f"search.evaluate_every={every}")
         actual, kl = parts(*settings), parts(*settings, "search.objective=kl")
