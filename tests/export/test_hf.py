@@ -361,9 +361,10 @@ def repaired(base: Path, model, method: str, reselect: bool = False, uniform: bo
     """Return a repaired decision and the text that the repair saw. Some layers keep whole blocks, without a repair."""
     tokens = torch.randint(VOCABULARY, (4, 16), generator=torch.Generator().manual_seed(0))
     counts = [((3, 1), 16)] * LAYERS if uniform else [((3, 2), 16), (4, 16), ((4, 1), 16), (4, 16)]
-    model_mask, repaired = repair(
-        PrunableModel.of(model), draw(model, counts), [tokens], method, 1e-3, reselect=reselect
-    )
+    with torch.inference_mode(False):  # whole blocks are trained
+        model_mask, repaired = repair(
+            PrunableModel.of(model), draw(model, counts), [tokens], method, 1e-3, epochs=3, reselect=reselect
+        )
     fingerprint = resolve(str(base)).fingerprint()
     return Decision(model_mask, str(base), fingerprint, 0.3, "dtype: float32", 1, 2, 3, 2.5, repaired), tokens
 
@@ -371,7 +372,13 @@ def repaired(base: Path, model, method: str, reselect: bool = False, uniform: bo
 @pytest.mark.parametrize("uniform", [False, True])
 @pytest.mark.parametrize(
     ("method", "reselect"),
-    [("least-squares", False), ("least-squares", True), ("least-squares-bias", False), ("bias", False)],
+    [
+        ("least-squares", False),
+        ("least-squares", True),
+        ("least-squares-bias", False),
+        ("bias", False),
+        ("sublayer", True),
+    ],
 )
 @torch.inference_mode()
 def test_an_export_has_the_repaired_weights(saved, tmp_path, method, reselect, uniform):

@@ -39,7 +39,7 @@ from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import DECISION_MASKS, REPAIR_FILE
 
-POLICIES = {"units": ("repair.method=least-squares", "repair.windows=4"), "widths": WIDTH_SEARCH}
+POLICIES = {"units": ("repair.method=sublayer", "repair.epochs=4", "repair.windows=8"), "widths": WIDTH_SEARCH}
 
 
 def save(model: nn.Module, folder: Path) -> None:
@@ -98,7 +98,9 @@ def assert_exported(run: Path, model: Path, decision: Decision) -> None:
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_search_resumes_bit_for_bit_and_its_export_generates(policy: str, base, tmp_path: Path) -> None:
+def test_a_search_resumes_bit_for_bit_and_its_export_generates(
+    policy: str, base, any_architecture: str, tmp_path: Path
+) -> None:
     _, recipe_of = base
     recipe = recipe_of(*POLICIES[policy])
     decision = search(recipe, tmp_path / "run")
@@ -110,6 +112,8 @@ def test_a_search_resumes_bit_for_bit_and_its_export_generates(policy: str, base
     assert again.heldout_loss == decision.heldout_loss
     assert 0.4 < decision.sparsity < 0.65
     loaded = Decision.load(tmp_path / "run")
+    if policy == "units" and any_architecture not in EXPERT_ARCHITECTURES:
+        assert any(block.inner for block in loaded.repaired.values())
     shape = load_prunable(resolve(str(tmp_path / "model")), "float32", "cpu").shape
     for index, layer in enumerate(loaded.model_mask):
         assert all(shape.grids[name][index].is_regular(layer.of(name)) for name in shape.grids)
