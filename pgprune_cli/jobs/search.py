@@ -13,6 +13,7 @@ from pgprune_cli.core.grid import GridCost
 from pgprune_cli.core.space import BLOCKS_OF, Budget, MaskSpace
 from pgprune_cli.distributed import Ranks, join
 from pgprune_cli.errors import UserError
+from pgprune_cli.model.gguf_parsing import parsed_once
 from pgprune_cli.model.loading import load_prunable
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import Partitions
@@ -102,11 +103,13 @@ def _search(
 
 def _open(recipe: Recipe, run: Path, ranks: Ranks, progress: Progress) -> SearchContext:
     """Read the text and load the model of a search."""
-    with ranks.run_writer_first():  # one process downloads and tokenises, the others find it done
+    with ranks.run_writer_first():
         source = resolve(recipe.model)
-        text = load_text(recipe, source, progress)
-    with progress.working(f"loading {recipe.model}"):
-        model = load_prunable(source, recipe.dtype, recipe.device, recipe.weight_format)
+    with parsed_once(source):
+        with ranks.run_writer_first():  # one process downloads and tokenises, the others find it done
+            text = load_text(recipe, source, progress)
+        with progress.working(f"loading {recipe.model}"):
+            model = load_prunable(source, recipe.dtype, recipe.device, recipe.weight_format)
     return SearchContext(recipe, run, source, model, text, ranks, progress)
 
 
