@@ -10,6 +10,7 @@ SMALL = (
     "scores.windows=4",
     "scores.seqlen=32",
     "search.policy=units",
+    "search.objective=loss",
     "search.forward_passes=12",
     "search.masks_per_step=2",
     "search.learning_rate=0.05",
