@@ -144,7 +144,7 @@ def test_the_tables_show_search_evaluation_commands_and_environment(finished) ->
     facts = {row[0]: row[1:] for row in summary(runs).rows}
     assert facts["seconds by phase"] == [run.decision.seconds_by_phase() for run in runs]
     assert summary(runs).headings == ["", "units", "widths"]
-    assert facts["search"] == ["units on kl, 2 masks per step", "widths on kl, 2 masks per step"]
+    assert facts["search"] == ["units on loss, 2 masks per step", "widths on loss, 2 masks per step"]
     steps = [run.decision.best_step for run in runs]
     assert facts["decision"] == [f"of step {step} of 6, the best on held-out text" for step in steps]
     assert facts["forward passes"][0].startswith("12 for the search, ")
