@@ -67,7 +67,7 @@ def print_estimate(estimate: dict[str, Any], as_json: bool) -> None:
     rows += [[f"TFLOP/s in {dtype}, measured now", f"{rate / 1e12:,.3f}"] for dtype, rate in rates.items()]
     rows.append(["time of these matrix products", f"{estimate['seconds']:,.0f} s"])
     grid((f"{estimate['model']}, {estimate['parameters'] / 1e6:,.1f} M parameters, {estimate['dtype']}", ""), rows, 1)
-    _console().print(estimate["basis"], highlight=False, markup=False)
+    _console().print(estimate["basis"], highlight=False)
 
 
 def export_line(summary: dict[str, Any]) -> str:
@@ -84,21 +84,23 @@ def grid(headings: Sequence[str], rows: Sequence[Sequence[str]], texts: int = 2)
     from rich.box import HEAVY_HEAD
     from rich.table import Table
 
+    from pgprune_cli.recipe.strict_yaml import one_line
+
     console = _console()
     terminal = console.is_terminal
     table = Table(box=HEAVY_HEAD if terminal else None, pad_edge=terminal)
     for place, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if place < texts else "right", overflow="fold")
+        table.add_column(one_line(heading), justify="left" if place < texts else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(one_line, row))  # names may come from files
     console.print(table)
 
 
 def _console() -> Console:
     """Return a console that folds lines at the edge of a terminal, but not in a pipe."""
-    from rich.console import Console
+    from pgprune_cli.console.terminal import plain_console
 
-    return Console(width=None if Console().is_terminal else PIPE_WIDTH)
+    return plain_console(width=None if plain_console().is_terminal else PIPE_WIDTH)
 
 
 def print_measured(results: list[dict[str, Any]]) -> None:

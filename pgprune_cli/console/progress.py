@@ -6,11 +6,9 @@ whether somebody is watching.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -22,8 +20,10 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.progress import Progress as RichProgress
+from rich.text import Text
 
 from pgprune_cli.console.stderr import STDERR
+from pgprune_cli.console.terminal import can_redraw, plain_console
 
 
 class LayerProgress:
@@ -77,13 +77,13 @@ class StderrProgress(Progress):
     shows = True
 
     def say(self, text: str) -> None:
-        Console(file=STDERR).print(text, highlight=False, markup=False, soft_wrap=True)
+        plain_console(STDERR).print(text, highlight=False, soft_wrap=True)
 
     @contextmanager
     def working(self, text: str) -> Iterator[None]:
-        console = Console(file=STDERR)
+        console = plain_console(STDERR)
         if can_redraw(console):
-            with console.status(text):
+            with console.status(Text(text)):
                 yield
         else:
             print(f"{text} …", file=STDERR)
@@ -103,12 +103,12 @@ class StderrProgress(Progress):
     @contextmanager
     def _bar(self, text: str, total: int, done: int, unit: str, *columns: ProgressColumn) -> Iterator[Bar | None]:
         """Draw a bar, or announce the task where lines cannot be redrawn; then there is no bar."""
-        console = Console(file=STDERR)
+        console = plain_console(STDERR)
         if not can_redraw(console):
             with self.working(text):
                 yield None
             return
-        before = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(16))
+        before = (SpinnerColumn(), TextColumn("{task.description}", markup=False), BarColumn(16))
         with RichProgress(*before, *columns, TextColumn("eta"), TimeRemainingColumn(), console=console) as drawing:
             bar = Bar(drawing, text, total, done, unit)
             yield bar
@@ -134,8 +134,3 @@ class Bar(LayerProgress):
             self.drawing.update(self.task, completed=done, total=total, unit="batches")
         else:  # reset the clock: a layer takes longer than a batch
             self.drawing.reset(self.task, completed=self.done, total=self.total, unit="layers")
-
-
-def can_redraw(console: Console) -> bool:
-    """Return whether lines can be drawn over: on a terminal that is neither dumb nor the log of a CI run."""
-    return console.is_interactive and not os.environ.get("CI")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pgprune_cli import __version__
+from pgprune_cli.console.markdown import markdown_table
 from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.masks import ModelMask, RepairedBlocks
 from pgprune_cli.model.prunable import Shape
@@ -113,7 +114,7 @@ class ModelCard:
             (row["corpus"], row["seqlen"], f"{row['ppl']:.2f}", f"{row['tokens']:,}", _yes_or_no(row["bos"]))
             for row in rows
         ]
-        return "## Perplexity\n\n" + _table(("corpus", "window (tokens)", "perplexity", "tokens", "BOS"), cells)
+        return "## Perplexity\n\n" + markdown_table(("corpus", "window (tokens)", "perplexity", "tokens", "BOS"), cells)
 
     def _tasks(self) -> str:
         rows = (self.measured or {}).get("tasks", [])
@@ -131,7 +132,8 @@ class ModelCard:
             )
             for row in rows
         ]
-        return "## Tasks\n\n" + _table(("task", "shots", "metric", "value", "standard error", "items", "BOS"), cells)
+        headings = ("task", "shots", "metric", "value", "standard error", "items", "BOS")
+        return "## Tasks\n\n" + markdown_table(headings, cells)
 
     def _kept_units(self) -> str:
         rows = []
@@ -149,7 +151,7 @@ class ModelCard:
             removed = "" if any(groups for groups, _ in kept.values()) else " (layer removed)"
             rows.append((f"{index}{removed}", *cells))
         names = [name for block in kinds for name in _counted(block)]
-        return "## What was kept\n\n" + _table(("layer of the base model", *names), rows)
+        return "## What was kept\n\n" + markdown_table(("layer of the base model", *names), rows)
 
 
 def _counted(block: Block) -> list[str]:
@@ -177,11 +179,6 @@ def _base_name(decision: Decision) -> str:
 
 def _yes_or_no(value: bool) -> str:
     return "yes" if value else "no"
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
-    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]])
 
 
 def _provenance(decision: Decision) -> str:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pgprune_cli.console.markdown import markdown_table
 from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.data.corpora import text_identity
 from pgprune_cli.errors import UserError
@@ -268,6 +269,4 @@ def cells(table: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def markdown(table: dict[str, Any]) -> str:
     """Return the table as Markdown."""
-    headings, rows = cells(table)
-    lines = [f"| {' | '.join(line)} |" for line in [headings, ["---"] * len(headings), *rows]]
-    return f"{table['model']}, sparsity {table['sparsity']}\n\n" + "\n".join(lines) + "\n"
+    return f"{table['model']}, sparsity {table['sparsity']}\n\n{markdown_table(*cells(table))}\n"

@@ -7,11 +7,11 @@ from types import TracebackType
 
 import psutil
 import torch
-from rich.console import Console
 from rich.live import Live
 
-from pgprune_cli.console.progress import SILENT, Progress, can_redraw
+from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.console.stderr import STDERR
+from pgprune_cli.console.terminal import can_redraw, plain_console
 from pgprune_cli.run.history import Row
 from pgprune_cli.search.live_view import LiveView
 
@@ -43,7 +43,7 @@ class SearchProgress:
         self.live: Live | None = None
 
     def __enter__(self) -> SearchProgress:
-        console = Console(file=STDERR)
+        console = plain_console(STDERR)
         if self.progress.shows and can_redraw(console):
             self.live = Live(self.view, console=console, refresh_per_second=1)
             self.live.start()
@@ -56,7 +56,7 @@ class SearchProgress:
     def say(self, text: str) -> None:
         """Print one line, above the live view if there is one."""
         if self.live is not None:
-            self.live.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.live.console.print(text, highlight=False, soft_wrap=True)
         else:
             self.progress.say(text)
 

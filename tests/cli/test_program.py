@@ -19,7 +19,7 @@ from helpers.commands import commands_of, parsed
 from helpers.messages import says
 from helpers.multiple_choice import items_of, task_file
 from helpers.recipes import SMALL
-from helpers.schemas import SCHEMAS, validate
+from helpers.schemas import SCHEMAS
 from helpers.waiting import lines_in, wait_until
 
 from pgprune_cli.cli import program as cli
@@ -33,25 +33,6 @@ SET = [word for override in SMALL for word in ("--set", override)]
 @pytest.fixture(autouse=True)
 def _in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture
-def pgprune(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
-    """Run the program in this process: (exit code, stdout, stderr). The output of --json must match its schema."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["pgprune", *arguments])
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as exit_of:
-            cli.main()
-        out, err = capfd.readouterr()
-        if "--json" in arguments and out:
-            verb = parsed(arguments)
-            dry = " --dry-run" if verb == "search" and "--dry-run" in arguments else ""
-            validate(verb + dry, json.loads(out))
-        return int(exit_of.value.code or 0), out, err
-
-    return run
 
 
 # --- help

@@ -88,9 +88,8 @@ def test_losses_that_are_not_finite_are_shown(capsys: pytest.CaptureFixture[str]
 def screen(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     """What a terminal of 80 columns without colours receives."""
     written = io.StringIO()
-    terminal = Console(file=written, force_terminal=True, force_interactive=True, width=80, no_color=True)
-    for module in ("console", "search"):
-        monkeypatch.setattr(f"pgprune_cli.{module}.progress.Console", lambda **_: terminal)
+    terminal = {"file": written, "force_terminal": True, "force_interactive": True, "width": 80, "no_color": True}
+    monkeypatch.setattr("pgprune_cli.console.terminal.Console", lambda **how: Console(**how | terminal))
     monkeypatch.delenv("CI", raising=False)
     return written
 
