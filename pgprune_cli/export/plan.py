@@ -17,7 +17,8 @@ from pgprune_cli.export.dense_model import DenseModel, open_dense_model
 from pgprune_cli.export.shapes import RuntimeShapes, ShapeRequirements, runtime_shapes
 from pgprune_cli.export.surgery import Surgery, TensorEdit
 from pgprune_cli.model.source import Source
-from pgprune_cli.run.decision import Decision
+from pgprune_cli.run.decision import Decision, refuse_other_base
+from pgprune_cli.run.layout import DECISION_RECORD
 from pgprune_cli.storage import safetensors_file
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -148,12 +149,7 @@ def prepare(
     Raises UserError if the decision was made for another model or keeps nothing, or if the model is quantised or
     incomplete.
     """
-    fingerprint = source.fingerprint()
-    if fingerprint != decision.fingerprint:
-        raise UserError(
-            f"{source.name}: not the model that was searched (fingerprint {fingerprint}, but the decision was made for "
-            f"{decision.fingerprint}). Restore the model's files or search again."
-        )
+    refuse_other_base(source, decision, DECISION_RECORD)
     base = open_dense_model(source, decision)
     if decoder_only:
         base = base.decoder_alone()

@@ -12,8 +12,10 @@ from pgprune_cli.jobs.perplexity import measure_perplexity
 from pgprune_cli.jobs.speed import measure_speed
 from pgprune_cli.jobs.targets import Target, open_target
 from pgprune_cli.jobs.tasks import load_tasks, measure_tasks
+from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.schema import Bos
-from pgprune_cli.run.layout import EVALUATION_FILE
+from pgprune_cli.run.decision import read_origin, refuse_other_base
+from pgprune_cli.run.layout import DECISION_RECORD, EVALUATION_FILE
 from pgprune_cli.run.provenance import record_command
 from pgprune_cli.storage.records import read_record, write_record
 
@@ -66,6 +68,8 @@ def _open_targets(request: EvaluationRequest, progress: Progress) -> list[Target
     target = load(request.model, request.bos if request.reads_text else "auto", uses_recipe=request.uses_recipe)
     baselines = list(request.baselines)
     if request.speed and target.base is not None and target.base not in baselines:
+        if (origin := read_origin(target.source.directory)) is not None:
+            refuse_other_base(resolve(target.base), origin, target.source.directory / DECISION_RECORD)
         baselines.append(target.base)
     return [target, *(load(name, target.evaluation.bos) for name in baselines)]
 

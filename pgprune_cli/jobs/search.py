@@ -148,6 +148,7 @@ def _decide(problem: Problem, loop: LoopState) -> Decision:
         model_mask=model_mask,
         model=recipe.model,
         fingerprint=context.fingerprint,
+        base=context.fingerprint_parts,
         sparsity=_sparsity(context, model_mask),
         recipe=dump(recipe),
         steps=loop.step,

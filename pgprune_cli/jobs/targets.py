@@ -12,7 +12,6 @@ from torch import nn
 
 from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.data.bos import bos_token
-from pgprune_cli.errors import UserError
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs.evaluation_request import Corpus
 from pgprune_cli.model.loading import load_model, load_prunable, load_tokenizer
@@ -21,7 +20,7 @@ from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import Source, resolve
 from pgprune_cli.recipe.reader import UnknownKeys, load, parse
 from pgprune_cli.recipe.schema import Bos, EvaluationSettings
-from pgprune_cli.run.decision import Decision, read_origin
+from pgprune_cli.run.decision import Decision, read_origin, refuse_other_base
 from pgprune_cli.run.layout import DECISION_RECORD, RECIPE_FILE, is_run
 
 
@@ -113,11 +112,7 @@ def _open_run(
     decision = Decision.load(run)
     recipe = load(run / RECIPE_FILE)
     source = resolve(recipe.model)
-    if source.fingerprint() != decision.fingerprint:
-        raise UserError(
-            f"{name}: {recipe.model} is not the model that was searched, because its files have changed. "
-            "Restore them or search again."
-        )
+    refuse_other_base(source, decision, run / DECISION_RECORD)
     evaluation = _checked(recipe.evaluation, bos, source, uses_recipe)
     with progress.working(f"loading {name}"):
         model = load_prunable(source, dtype or recipe.dtype, device or recipe.device)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.export import checksums, gguf_checksum
+from pgprune_cli.model.source import find_local
 from pgprune_cli.recipe.reader import load
 from pgprune_cli.recipe.strict_yaml import one_line
 from pgprune_cli.run.checkpoint import load_checkpoint
-from pgprune_cli.run.decision import Decision
+from pgprune_cli.run.decision import Decision, refuse_other_base
 from pgprune_cli.run.history import refuse_other_history
 from pgprune_cli.run.layout import (
     CHECKPOINT_RECORD,
@@ -148,6 +149,7 @@ def _check_decision(run: Path) -> Iterator[str]:
     decision = Decision.load(run)
     if (run / RECIPE_FILE).exists() and not list(_faults(_check_recipe, run)):
         yield from _faults(partial(_check_belongs, decision=decision), run)
+        yield from _faults(partial(_check_base, decision=decision), run)
     yield from _check_repair(run, decision)
     if (run / SCORES_FILE).exists() and not list(_faults(_check_scores, run)):
         scores = Scores.load(run)
@@ -163,6 +165,17 @@ def _check_decision(run: Path) -> Iterator[str]:
 
 def _check_belongs(run: Path, decision: Decision) -> Iterable[str]:
     refuse_other_decision(run, decision)
+    return []
+
+
+def _check_base(run: Path, decision: Decision) -> Iterable[str]:
+    """Check that the base model has not changed since the search, if it is on this machine."""
+    try:
+        source = find_local(decision.model)
+    except UserError:  # moved, or the run was
+        source = None
+    if source is not None:
+        refuse_other_base(source, decision, run / DECISION_RECORD)
     return []
 
 

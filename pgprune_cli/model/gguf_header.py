@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import mmap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from struct import Struct, error
@@ -32,15 +33,28 @@ UINT32, STRING, LIST = 4, 8, 9
 
 
 @dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in the file: the code of its type, its shape as GGUF has it, and where its bytes begin and end."""
+
+    type: int
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Header:
     """What a header says.
 
-    architecture: llama.cpp's name of it; layers: how many the model has; weights: how many all tensors hold together.
+    architecture: llama.cpp's name of it; layers: how many the model has; weights: how many all tensors hold together;
+    entries: by name, where in the file the type and value of a metadata entry begin and end; tensors: by name.
     """
 
     architecture: str
     layers: int
     weights: int
+    entries: Mapping[str, tuple[int, int]]
+    tensors: Mapping[str, StoredTensor]
 
 
 def read_header(path: Path) -> Header:
@@ -68,6 +82,7 @@ class _HeaderReader:
         self.content, self.position = content, 0
         self.numbers: dict[str, int] = {}
         self.texts: dict[str, str] = {}
+        self.entries: dict[str, tuple[int, int]] = {}
 
     def header(self) -> Header:
         if self.content[:4] != MAGIC:
@@ -81,13 +96,20 @@ class _HeaderReader:
         self.position = 24
         for _ in range(entries):
             self._read_entry()
-        weights = self._check_tensors(tensors)
+        by_name, weights = self._check_tensors(tensors)
         architecture = self.texts.get(ARCHITECTURE, "")
-        return Header(architecture, self.numbers.get(f"{architecture}.block_count", 0), weights)
+        layers = self.numbers.get(f"{architecture}.block_count", 0)
+        return Header(architecture, layers, weights, self.entries, by_name)
 
     def _read_entry(self) -> None:
-        """Read the name and value of a metadata entry, and keep the values that are used later."""
-        name, kind, begin = self._text(), self._number(U32), self.position
+        """Read a metadata entry, and keep its place."""
+        name, start = self._text(), self.position
+        self._read_value(name)
+        self.entries[name] = (start, self.position)
+
+    def _read_value(self, name: str) -> None:
+        """Read the type and value of a metadata entry, and keep the values that are used later."""
+        kind, begin = self._number(U32), self.position
         if kind != LIST:
             self._skip_values(name, kind, 1)
             if kind == STRING and name == ARCHITECTURE:
@@ -112,8 +134,11 @@ class _HeaderReader:
         else:
             raise _HeaderError(f"{name!r} has the unknown type {kind}")
 
-    def _check_tensors(self, count: int) -> int:
-        """Return how many weights the tensors hold, after checking that they fit the file and do not overlap."""
+    def _check_tensors(self, count: int) -> tuple[dict[str, StoredTensor], int]:
+        """Return the tensors by name, and how many weights they hold together.
+
+        They are checked to fit the file and not to overlap.
+        """
         from gguf import GGML_QUANT_SIZES
 
         sizes = {int(kind): size for kind, size in GGML_QUANT_SIZES.items()}
@@ -122,16 +147,18 @@ class _HeaderReader:
         if alignment not in [1 << power for power in range(3, 21)]:
             raise _HeaderError(f"its tensors are aligned to {alignment} bytes, not to a power of two from 8 to 2^20")
         begin = end = -(-self.position // alignment) * alignment
-        for offset, name, size, _ in sorted(tensors):
+        by_name = {}
+        for offset, name, size, kind, shape in sorted(tensors):
             if begin + offset < end:
                 raise _HeaderError(f"the tensor {name!r} overlaps another")
             end = begin + offset + size
             if end > len(self.content):
                 raise _HeaderError(f"the file ends before the end of its tensor {name!r}")
-        return sum(weights for *_, weights in tensors)
+            by_name[name] = StoredTensor(kind, shape, begin + offset, end)
+        return by_name, sum(math.prod(shape) for *_, shape in tensors)
 
-    def _tensor(self, sizes: dict[int, tuple[int, int]]) -> tuple[int, str, int, int]:
-        """Return the offset of a tensor in the data, its name, its size in bytes and its number of weights.
+    def _tensor(self, sizes: dict[int, tuple[int, int]]) -> tuple[int, str, int, int, tuple[int, ...]]:
+        """Return the offset of a tensor in the data, its name, its size in bytes, its type and its shape.
 
         sizes: by type, how many weights are stored together and in how many bytes.
         """
@@ -147,7 +174,7 @@ class _HeaderReader:
             raise _HeaderError(
                 f"the tensor {name!r} has the shape {tuple(reversed(shape))}, which is impossible for its type"
             )
-        return offset, name, weights // block * size, weights
+        return offset, name, weights // block * size, kind, tuple(shape)
 
     def _text(self) -> str:
         size = self._number(U64)

@@ -5,7 +5,6 @@ This is quick: of the files, only the index that lists the weight files is read.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,6 @@ DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 INDEX = "model.safetensors.index.json"
 DOWNLOADED = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
 """Patterns of the files that are downloaded from the hub: no pickles and no code."""
-SAMPLES = 64
-"""How many samples of a weight file go into its fingerprint."""
-SAMPLE_BYTES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -58,23 +54,18 @@ class Source:
             raise UserError(f"{self.name}: holds both model.safetensors and the weights listed in {INDEX}. Remove one.")
         return [self.directory / name for name in names]
 
-    def fingerprint(self) -> str:
-        """Return the sha256 of config.json and of the size and 64 samples of each weight file.
+    def fingerprint_parts(self) -> dict[str, str]:
+        """Return the parts of the model's fingerprint (`fingerprint.py`). Raises UserError for damaged files."""
+        # Imported late, because it imports torch, and finding a model's files must stay quick.
+        from pgprune_cli.model.fingerprint import parts_of
 
-        Samples are enough, because a retrained or re-quantised file differs in every one, and reading them is quick
-        even for 140 GB.
-        """
-        digest = hashlib.sha256()
-        if self.gguf is None:
-            digest.update((self.directory / "config.json").read_bytes())
-        for path in self.weight_files():
-            size = path.stat().st_size
-            digest.update(f"{path.name}:{size};".encode())
-            with path.open("rb") as file:
-                for sample in range(SAMPLES):
-                    file.seek(size * sample // SAMPLES)
-                    digest.update(file.read(SAMPLE_BYTES))
-        return digest.hexdigest()
+        return parts_of(self.directory, self.gguf, self.weight_files())
+
+    def fingerprint(self) -> str:
+        """Return the digest of config, tokenizer and weights. Raises UserError for damaged files."""
+        from pgprune_cli.model.fingerprint import digest
+
+        return digest(self.fingerprint_parts())
 
 
 def _files_in_index(index: Path) -> list[str]:

@@ -6,7 +6,9 @@ were repaired, `repair.safetensors` holds the refitted ones: of an output projec
 (hidden, kept inputs) and `layers.<l>.<block>.bias`, of any other tensor of a block its kept rows under its name in the
 block, `layers.<l>.<block>.<name>`. `decision.json` records the checksum of this file too.
 
-Version 1 had refitted output projections only, under the same names.
+Version 1 had refitted output projections only, under the same names. The fingerprints in versions 1 and 2 missed
+changes of single tensors. Such decisions are refused wherever the base model is read, because nothing shows any more
+whether it is the model that was searched.
 """
 
 from __future__ import annotations
@@ -20,15 +22,17 @@ import torch
 
 from pgprune_cli import __version__
 from pgprune_cli.errors import UserError
+from pgprune_cli.model.fingerprint import difference, digest
 from pgprune_cli.model.masks import LayerMask, ModelMask, RepairedBlock, RepairedBlocks
+from pgprune_cli.model.source import Source
 from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, RECOVERY_RECORD, REPAIR_FILE, refuse_unfinished
 from pgprune_cli.storage.atomic import new_file, write_bytes
 from pgprune_cli.storage.records import checksum, read_record, read_tensors, refuse_newer, write_record
 from pgprune_cli.storage.safetensors_file import write_tensors
 
-VERSION = 2
+VERSION = 3
 
-LATER = ("heldout_objective", "best_step", "phases")
+LATER = ("heldout_objective", "best_step", "phases", "base")
 """Entries that records of version 1 lack."""
 
 
@@ -46,7 +50,8 @@ class Decision:
     whether the windows of the calibration text begin with the BOS token, also those of the two losses; ancestors: the
     earlier decisions that made the base model, oldest first, if it was pruned already (see `ancestry`); phases: seconds
     by phase, in order (see `search/phases.py`). Those of the steps are of all starts of an interrupted search, the
-    others of the last one. Empty in older decisions.
+    others of the last one. Empty in older decisions; base: the parts of the fingerprint (see `model/fingerprint.py`),
+    to say what differs.
     """
 
     model_mask: ModelMask
@@ -66,6 +71,7 @@ class Decision:
     bos: bool = False
     ancestors: list[dict[str, Any]] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=dict)
+    base: dict[str, str] = field(default_factory=dict)
 
     def save(self, run: Path) -> None:
         """Write the decision into `run`. Every file is written atomically, and the record last. Raises OSError."""
@@ -121,10 +127,15 @@ class Decision:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an exported model comes from: the name of the base `model` and the resolved `recipe` as YAML."""
+    """Where an exported model comes from: the name of the base `model` and the resolved `recipe` as YAML.
+
+    fingerprint, base: of the base model, as in a Decision.
+    """
 
     model: str
     recipe: str
+    fingerprint: str
+    base: dict[str, str]
 
 
 def read_origin(model: Path) -> Origin | None:
@@ -139,9 +150,28 @@ def read_origin(model: Path) -> Origin | None:
         return None
     record = _read_record(model, "Export the model again.")
     try:
-        return Origin(record["model"], record["recipe"])
+        return Origin(record["model"], record["recipe"], record["fingerprint"], record.get("base", {}))
     except KeyError as missing:
         raise _incomplete(model, missing) from None
+
+
+def refuse_other_base(source: Source, decided: Decision | Origin, record: Path | str) -> None:
+    """Raise UserError unless `source` is the model that was searched, naming the parts that differ.
+
+    record: how to call the decision in the message.
+    """
+    parts = source.fingerprint_parts()
+    if digest(parts) == decided.fingerprint:
+        return
+    if not decided.base:
+        raise UserError(
+            f"{record}: made by an earlier version of pgprune, whose fingerprint missed changes of single tensors. "
+            f"Whether {source.name} is the model that was searched cannot be checked. Search again."
+        )
+    raise UserError(
+        f"{source.name}: not the model that was searched. What differs: {difference(decided.base, parts)}. "
+        "Restore the model's files or search again."
+    )
 
 
 ANCESTRY = ("model", "fingerprint", "sparsity", "recipe", "steps", "forward_passes", "budget")

@@ -13,6 +13,7 @@ from pgprune_cli.data.windows import CalibrationText
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.forward.curvature import ErrorRoots, error_roots
 from pgprune_cli.forward.masked import Evaluator
+from pgprune_cli.model.fingerprint import digest
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import Source
 from pgprune_cli.recipe.schema import Recipe
@@ -38,9 +39,14 @@ class SearchContext:
     shared_widths: Path | None = None
 
     @cached_property
+    def fingerprint_parts(self) -> dict[str, str]:
+        """The parts of the fingerprint of the model's config, tokenizer and weights."""
+        return self.source.fingerprint_parts()
+
+    @property
     def fingerprint(self) -> str:
-        """Fingerprint of the model's config and weights."""
-        return self.source.fingerprint()
+        """The fingerprint of the model's config, tokenizer and weights."""
+        return digest(self.fingerprint_parts)
 
     @cached_property
     def repair_batches(self) -> list[Tensor]:

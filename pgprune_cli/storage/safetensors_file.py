@@ -1,4 +1,6 @@
-"""Writes safetensors files one tensor at a time, so that no more than one is in memory because of the file.
+"""Reads the headers of safetensors files, and writes such files one tensor at a time.
+
+So no more than one tensor is in memory because of the file.
 
 The library's own writer takes all tensors of a file at once. A file consists of the length of its JSON header as 8
 bytes, the header, and the bytes of the tensors without gaps (https://huggingface.co/docs/safetensors).
@@ -13,6 +15,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from pgprune_cli.errors import UserError
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that weights may have, by their names in a safetensors header."""
@@ -31,6 +35,15 @@ class Entry(Protocol):
     def dtype(self) -> torch.dtype: ...
 
 
+class StoredTensor(NamedTuple):
+    """A tensor in a file: the name of its dtype, its shape, and where its bytes begin and end."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
 class _Named(NamedTuple):
     name: str
     shape: torch.Size
@@ -40,6 +53,25 @@ class _Named(NamedTuple):
 def bytes_of(entry: Entry) -> int:
     """Return the size of a tensor in its file."""
     return entry.shape.numel() * entry.dtype.itemsize
+
+
+def stored_tensors(path: Path) -> dict[str, StoredTensor]:
+    """Return the tensors of a file by name, without reading them. Raises UserError for a damaged file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):  # checks that the header fits the file
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: damaged or not safetensors ({error}). Fetch the model's files again.") from None
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        content = json.loads(file.read(size))
+    content.pop("__metadata__", None)
+    return {
+        name: StoredTensor(entry["dtype"], tuple(entry["shape"]), *(8 + size + end for end in entry["data_offsets"]))
+        for name, entry in content.items()
+    }
 
 
 def header(entries: Sequence[Entry]) -> bytes:

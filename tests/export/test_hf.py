@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pgprune_cli.errors import RunError, UserError
+from pgprune_cli.errors import RunError
 from pgprune_cli.export import hf, hf_config
 from pgprune_cli.export.plan import Options
 from pgprune_cli.export.shapes import ShapeRequirements
@@ -328,11 +328,18 @@ def test_another_model_than_the_searched_one_is_refused(llama, tmp_path):
     model, base = llama
     decision = decide(base, draw(model, DECISIONS["mixed sizes"]))
     tiny_model("llama-gqa", seed=1).save_pretrained(base)
-    changed = resolve(str(base))
-    with pytest.raises(UserError, match="not the model that was searched") as refusal:
-        hf.plan(changed, decision, Options())
-    for fact in (str(base), decision.fingerprint, changed.fingerprint()):
-        assert fact in str(refusal.value)
+    facts = "model.embed_tokens.weight, model.layers.0, model.layers.1 and 3 more"
+    with refused(f"{base}: not the model that was searched", facts):
+        hf.plan(resolve(str(base)), decision, Options())
+
+
+def test_a_base_model_with_a_single_edited_matrix_is_refused(llama, tmp_path):
+    model, base = llama
+    decision = decide(base, draw(model, DECISIONS["mixed sizes"]))
+    model.model.layers[1].mlp.down_proj.weight.data.mul_(-3)
+    model.save_pretrained(base)
+    with refused(f"{base}: not the model that was searched", "differs: model.layers.1."):
+        hf.plan(resolve(str(base)), decision, Options())
 
 
 def test_a_decision_of_other_sizes_or_without_units_is_refused(llama, tmp_path):

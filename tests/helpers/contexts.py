@@ -18,8 +18,8 @@ from pgprune_cli.search.context import SearchContext
 class FixedSource(Source):
     """A source without files, whose fingerprint is given by its name."""
 
-    def fingerprint(self) -> str:
-        return self.name
+    def fingerprint_parts(self) -> dict[str, str]:
+        return {"name": self.name}
 
 
 def context_of(

@@ -26,7 +26,19 @@ DECISIONS: dict[str, list[tuple[Count, Count]]] = {
 
 def decide(base: Path, model_mask: ModelMask) -> Decision:
     """Return the decision that keeps these units of the model in `base`."""
-    return Decision(model_mask, str(base), resolve(str(base)).fingerprint(), 0.5, "dtype: float32", 10, 80, 9, 2.5)
+    source = resolve(str(base))
+    return Decision(
+        model_mask,
+        str(base),
+        source.fingerprint(),
+        0.5,
+        "dtype: float32",
+        10,
+        80,
+        9,
+        2.5,
+        base=source.fingerprint_parts(),
+    )
 
 
 def export(

@@ -256,9 +256,28 @@ def test_evaluation_of_a_run_is_stored_and_written_into_the_model_card(run: Path
 
 
 def test_open_target_refuses_a_run_whose_base_model_changed(run: Path) -> None:
-    write_record(run / "decision.json", read_record(run / "decision.json") | {"fingerprint": "0" * 64})
-    with refused(f"{run}: ", "demo", "changed"):
+    record = read_record(run / "decision.json")
+    base = {name: part for name, part in record["base"].items() if name != "model.layers.1"}
+    write_record(run / "decision.json", record | {"fingerprint": "0" * 64, "base": base})
+    with refused("demo: not the model that was searched", "model.layers.1."):
         open_target(str(run), device="cpu")
+
+
+def test_open_target_refuses_a_decision_of_an_earlier_version(run: Path) -> None:
+    record = read_record(run / "decision.json")
+    del record["base"]
+    write_record(run / "decision.json", record | {"fingerprint": "0" * 64, "version": 2})
+    with refused(f"{run / 'decision.json'}: ", "earlier version"):
+        open_target(str(run), device="cpu")
+
+
+def test_speed_beside_a_base_model_that_changed_is_refused(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small"
+    export(run, out)
+    record = read_record(out / "decision.json")
+    write_record(out / "decision.json", record | {"fingerprint": "0" * 64, "base": record["base"] | {"x": "y"}})
+    with refused("demo: not the model that was searched", ": x."):
+        evaluate(EvaluationRequest(model=str(out), speed=True))
 
 
 def test_open_target_refuses_a_run_without_a_decision(run: Path) -> None:

@@ -17,9 +17,11 @@ from helpers.runs import finished_run
 from safetensors.torch import load_file, save
 
 from pgprune_cli.export import checksums, gguf_checksum
+from pgprune_cli.jobs import verify as verify_job
 from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.verify import verify
+from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import (
@@ -35,7 +37,7 @@ from pgprune_cli.run.layout import (
     SCORES_FILE,
 )
 from pgprune_cli.run.scores import Scores
-from pgprune_cli.storage.records import write_record
+from pgprune_cli.storage.records import read_record, write_record
 
 
 def flip(path: Path, place: float = 0.7) -> None:
@@ -176,6 +178,24 @@ def test_scores_of_another_model_are_found(run: Path) -> None:
     replace(scores, fingerprint="0" * 64).save(run)
     (fault,) = faults(run)
     says(fault, str(run), SCORES_FILE, DECISION_RECORD)
+
+
+def test_a_base_model_that_changed_since_the_search_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = Path("run")
+    finished_run(run)
+    (run / RECIPE_FILE).write_text("dtype: float32\n")
+    record = read_record(run / DECISION_RECORD) | {"base": resolve("base").fingerprint_parts()}
+    write_record(run / DECISION_RECORD, record)
+    monkeypatch.setattr(verify_job, "_check_recipe", lambda run: [])
+    assert faults(run / DECISION_RECORD) == []
+    weights = load_file("base/model.safetensors")
+    weights["model.layers.1.mlp.down_proj.weight"] *= -3
+    Path("base/model.safetensors").write_bytes(save(weights, metadata={"format": "pt"}))
+    [fault] = faults(run / DECISION_RECORD)
+    says(fault, "base: not the model that was searched", "differs: model.layers.1.")
+    shutil.rmtree("base")
+    assert faults(run / DECISION_RECORD) == []
 
 
 def test_an_empty_line_of_the_history_and_a_cost_of_zero_are_found(run: Path) -> None:

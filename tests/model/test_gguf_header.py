@@ -10,7 +10,7 @@ from helpers.messages import refused, says
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.model import gguf_header
-from pgprune_cli.model.gguf_header import MAX_ENTRIES, Header, read_header
+from pgprune_cli.model.gguf_header import MAX_ENTRIES, StoredTensor, read_header
 from pgprune_cli.model.safety import check_gguf
 
 pytest.importorskip("gguf", reason="no gguf: pip install 'pgprune[gguf]'")
@@ -55,7 +55,14 @@ def fault_in(path: Path) -> str:
 def test_header_has_the_architecture_the_layers_and_the_weights(tmp_path: Path) -> None:
     tensors = [tensor("b", (64, 2), Q8_0, 32), tensor("a", (4,), F32, 0)]
     path = write(tmp_path / "x.gguf", [LLAMA, LAYERS, TOKENS], tensors, 32 + 4 * 34)
-    assert read_header(path) == Header("llama", 7, 132)
+    header = read_header(path)
+    assert (header.architecture, header.layers, header.weights) == ("llama", 7, 132)
+    assert list(header.entries) == ["general.architecture", "llama.block_count", "tokenizer.ggml.tokens"]
+    start = path.stat().st_size - 32 - 4 * 34
+    assert header.tensors == {
+        "a": StoredTensor(F32, (4,), start, start + 16),
+        "b": StoredTensor(Q8_0, (64, 2), start + 32, start + 32 + 4 * 34),
+    }
     alignment = entry("general.alignment", 4, struct.pack("<I", 64))
     tensors = [tensor("a", (4,), F32, 0)]
     assert read_header(write(tmp_path / "y.gguf", [LLAMA, LAYERS, alignment], tensors, 16, 64)).weights == 4

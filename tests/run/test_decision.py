@@ -248,6 +248,6 @@ def test_decision_is_refused_without_a_checksum(run):
 
 
 def test_decision_is_refused_when_a_newer_pgprune_wrote_it(run):
-    write_record(run / DECISION_RECORD, read_record(run / DECISION_RECORD) | {"version": 3})
-    with refused(f"{run / DECISION_RECORD}: ", "newer pgprune", "version 3", "reads 2"):
+    write_record(run / DECISION_RECORD, read_record(run / DECISION_RECORD) | {"version": 4})
+    with refused(f"{run / DECISION_RECORD}: ", "newer pgprune", "version 4", "reads 3"):
         Decision.load(run)
