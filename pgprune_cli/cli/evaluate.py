@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pgprune_cli.cli.options import AsJson, MaxWindows, Quiet, examples, model_names, progress_of
+from pgprune_cli.cli.options import AsJson, BaseModel, MaxWindows, Quiet, examples, model_names, progress_of
 from pgprune_cli.cli.tables import print_measured
 
 EXAMPLES = examples(
@@ -78,6 +78,7 @@ def evaluate(
             autocompletion=model_names,
         ),
     ] = None,
+    base: BaseModel = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -109,6 +110,7 @@ def evaluate(
         max_items=max_items,
         speed=speed,
         baselines=baselines or [],
+        base=base,
         dtype=dtype,
         device=device,
         bos={None: None, "auto": "auto", "true": True, "false": False}[bos],

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pgprune_cli.cli.options import AsJson, Quiet, examples, progress_of, run_names
+from pgprune_cli.cli.options import AsJson, BaseModel, Quiet, examples, progress_of, run_names
 from pgprune_cli.cli.saved import saved_by_export
 from pgprune_cli.cli.stopping import resumable
 from pgprune_cli.cli.tables import export_line, print_plan, print_result
@@ -42,6 +42,7 @@ def export(
             help="hf for transformers and vLLM, gguf for llama.cpp, mlx for mlx-lm (transformers reads it too).",
         ),
     ] = "hf",
+    model: BaseModel = None,
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -102,11 +103,11 @@ def export(
     )
     out = job.target(run, out, format)
     if dry_run:
-        planned = job.plan(run, options, format)
+        planned = job.plan(run, options, format, model)
         print_plan(job.summary(planned, out), job.tensors(planned, out), as_json)
         return
     with resumable(lambda _: saved_by_export(out, push)):
-        written = job.export(run, out, options, format=format, progress=progress_of(quiet))
+        written = job.export(run, out, options, format=format, base=model, progress=progress_of(quiet))
         summary = job.summary(written, out, written=True)
         line = export_line(summary)
         if push is not None:

@@ -60,6 +60,10 @@ Out = Annotated[
     Path | None,
     typer.Option("--out", metavar="DIR", help="The run directory.  [default: <recipe> in runs or $PGPRUNE_RUNS]"),
 ]
+BaseModel = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help="Where the base model is now.  [default: where the search found it]"),
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe. Repeatable.")
 ]
@@ -93,6 +97,7 @@ def progress_of(quiet: bool) -> Progress:
 
 def is_model(name: str) -> bool:
     """Return whether a name stands for a model and not for a recipe: recipes come first, so `demo` is a recipe."""
+    from pgprune_cli.model.names import is_hub_name
     from pgprune_cli.model.source import find_local
     from pgprune_cli.recipe.reader import find
 
@@ -105,7 +110,7 @@ def is_model(name: str) -> bool:
     try:
         find_local(name, weights=False)
     except UserError:
-        return Path(name).expanduser().exists()
+        return Path(name).expanduser().exists() or is_hub_name(name)
     return True
 
 

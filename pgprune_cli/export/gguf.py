@@ -33,6 +33,7 @@ from pgprune_cli.model.families import family_of
 from pgprune_cli.model.families.adapter import dense_type
 from pgprune_cli.model.gguf_header import ALIGNMENT
 from pgprune_cli.model.loading import read_config
+from pgprune_cli.model.names import short_name
 from pgprune_cli.model.source import Source
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.storage.atomic import new_file, scratch_file
@@ -172,7 +173,7 @@ def _add_general(writer: Any, decision: Decision, layout: Layout, dtype: str, me
     import gguf
 
     kind = gguf_types.TYPES[dtype]
-    model = Path(decision.model).name
+    model = short_name(decision.model)
     writer.add_type("model")
     writer.add_name(f"{model}, pruned")
     writer.add_description(f"{model} without {decision.sparsity:.1%} of its prunable parameters (pgprune)")

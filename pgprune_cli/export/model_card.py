@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pgprune_cli import __version__
 from pgprune_cli.console.markdown import markdown_table
 from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.masks import ModelMask, RepairedBlocks
+from pgprune_cli.model.names import is_hub_name, short_name
 from pgprune_cli.model.prunable import Shape
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD
@@ -161,20 +161,16 @@ def _counted(block: Block) -> list[str]:
 
 def _front_matter(decision: Decision) -> str:
     # The hub accepts only names on the hub as base_model.
-    base = [] if _is_local(decision) else [f"base_model: {json.dumps(decision.model)}"]
+    base = [f"base_model: {json.dumps(decision.model)}"] if is_hub_name(decision.model) else []
     lines = ["library_name: transformers", *base, "pipeline_tag: text-generation", "tags:", "- pgprune", "- pruned"]
     return "\n".join(["---", *lines, "---"])
 
 
-def _is_local(decision: Decision) -> bool:
-    return decision.model == "demo" or Path(decision.model).expanduser().exists()
-
-
 def _base_name(decision: Decision) -> str:
     """Return the base model as Markdown: a link to the hub, or the name of a local directory without its path."""
-    if _is_local(decision):
-        return f"`{Path(decision.model).name}`"
-    return f"[{decision.model}](https://huggingface.co/{decision.model})"
+    if is_hub_name(decision.model):
+        return f"[{decision.model}](https://huggingface.co/{decision.model})"
+    return f"`{short_name(decision.model)}`"
 
 
 def _yes_or_no(value: bool) -> str:
@@ -212,7 +208,7 @@ def _ancestors(decision: Decision) -> list[str]:
     steps = []
     for earlier in decision.ancestors:
         steps.append(
-            f"`{Path(earlier['model']).name}` (fingerprint `{earlier['fingerprint']}`) lost {earlier['sparsity']:.1%} "
+            f"`{short_name(earlier['model'])}` (fingerprint `{earlier['fingerprint']}`) lost {earlier['sparsity']:.1%} "
             f"of its prunable parameters in a search of {earlier['forward_passes']:,} forward passes."
         )
         if recovery := earlier["recovery"]:

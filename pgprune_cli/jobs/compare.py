@@ -35,7 +35,8 @@ from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.evaluation import perplexity_name
 from pgprune_cli.run.layout import COMPARISON_RECORD, COMPARISON_TABLE, MEASURED_FILE, SCORES_FILE, TABLES_FOLDER
 from pgprune_cli.run.lock import locked
-from pgprune_cli.run.resume import refuse_other_recipe, with_dtype
+from pgprune_cli.run.resume import refuse_other_recipe
+from pgprune_cli.run.settled import settled
 from pgprune_cli.storage.atomic import make_directory, write_bytes
 from pgprune_cli.storage.records import read_record, write_record
 
@@ -116,7 +117,7 @@ def compare(
     Raises UserError for an unknown variant, a missing text, or an `out` that holds another comparison, and whatever
     `search` and `evaluate` raise.
     """
-    recipe = with_dtype(recipe)
+    recipe = settled(recipe)
     variants, selected = variants_of(recipe), select_variants(recipe, only)
     for variant in selected:
         refuse_contradictions(variant.recipe, f"variant {variant.name}")

@@ -55,6 +55,7 @@ class EvaluationRequest:
         max_items: only the first items of each task.
         speed: measure tokens per second and memory, also of the base model.
         baselines: further models to measure the same way.
+        base: where the base model of a run is now, or of an export whose speed is measured.
         dtype: load in this dtype instead of the stored one (for a run: the recipe's).
         device: run on this device instead of a GPU if there is one (for a run: the recipe's).
         bos: whether windows and prompts begin with BOS, as `evaluation.bos`; by default the recipe's setting, or auto.
@@ -69,6 +70,7 @@ class EvaluationRequest:
     max_items: int | None = None
     speed: bool = False
     baselines: Sequence[str] = ()
+    base: str | None = None
     dtype: str | None = None
     device: str | None = None
     bos: Bos | None = None
@@ -96,6 +98,13 @@ class EvaluationRequest:
             raise UserError(f"--dtype {self.dtype}: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
         for name in (self.model, *self.baselines):
             self._check_model(name)
+        if self.base is not None:
+            if not self.speed and not is_run(Path(self.model)):
+                raise UserError(
+                    f"--model {self.base}: says where the base model of a run is, or that of an export with --speed. "
+                    f"{self.model} is not a run. Leave this option out."
+                )
+            find_local(self.base)
         self.parsed_corpora()
 
     def _check_model(self, name: str) -> None:

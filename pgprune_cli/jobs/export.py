@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,9 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.export import gguf, hf, mlx
 from pgprune_cli.export.plan import DTYPES, Measured, Options, Plan, check_new
 from pgprune_cli.export.shapes import ShapeRequirements
-from pgprune_cli.model.source import Source, resolve
+from pgprune_cli.model.names import absolute_name
+from pgprune_cli.model.source import Source
+from pgprune_cli.run.base import find_base
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import EVALUATION_FILE
 from pgprune_cli.storage.records import read_record
@@ -74,28 +76,41 @@ def target(run: Path, out: Path | None, format: str) -> Path:
     return out
 
 
-def plan(run: Path, options: Options | None = None, format: str = "hf") -> Plan:
+def plan(run: Path, options: Options | None = None, format: str = "hf", base: str | None = None) -> Plan:
     """Return the plan of an export of the run directory `run`, with the results of `pgprune eval RUN` for its card.
 
-    Raises UserError as `Decision.load` and the format's `plan` do.
+    base: where the base model is now, if it is not where the run says. The export then names this place.
+
+    Raises UserError as `Decision.load`, `find_base` and the format's `plan` do.
     """
     if (run / "config.json").exists():  # an export holds its decision too, but not the repaired blocks
         raise UserError(f"{run}: an exported model, not a run. Give the run directory that it was exported from.")
     decision = Decision.load(run)
     evaluation = run / EVALUATION_FILE
     measured = read_record(evaluation) if evaluation.exists() else None
-    return FORMATS[format].plan(resolve(decision.model), decision, options or Options(), measured)
+    source = find_base(decision, run, base)
+    if base is not None:
+        decision = replace(decision, model=absolute_name(base))
+    return FORMATS[format].plan(source, decision, options or Options(), measured)
 
 
 def export(
-    run: Path, out: Path, options: Options | None = None, *, format: str = "hf", progress: Progress = SILENT
+    run: Path,
+    out: Path,
+    options: Options | None = None,
+    *,
+    format: str = "hf",
+    base: str | None = None,
+    progress: Progress = SILENT,
 ) -> Plan:
     """Write the pruned model of the run directory `run` to `out`, which must not exist, and return the plan.
+
+    base: as `plan` takes it.
 
     Raises UserError as `plan` and `Plan.write` do.
     """
     check_new(out.expanduser(), directory=not FORMATS[format].suffix)
-    export_plan = plan(run, options, format)
+    export_plan = plan(run, options, format, base)
     with progress.writing(f"writing {out}", export_plan.progress_bytes) as on_bytes:
         export_plan.write(out, on_bytes)
     return export_plan

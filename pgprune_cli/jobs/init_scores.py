@@ -11,8 +11,8 @@ from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.lock import locked
 from pgprune_cli.run.provenance import record_command
-from pgprune_cli.run.resume import with_dtype
 from pgprune_cli.run.scores import Scores
+from pgprune_cli.run.settled import settled
 from pgprune_cli.scores.metrics import CALIBRATED
 from pgprune_cli.search.scoring import compute_scores
 from pgprune_cli.search.texts import load_text, scoring_batches
@@ -20,7 +20,7 @@ from pgprune_cli.search.texts import load_text, scoring_batches
 
 def init_scores(recipe: Recipe, run: Path, *, progress: Progress = SILENT) -> Scores:
     """Score the recipe's model with its metric and write the scores into `run`. Raises UserError, RunError."""
-    recipe = with_dtype(recipe, run)
+    recipe = settled(recipe, run)
     with locked(run):
         source = resolve(recipe.model)
         check_prunable(source, recipe.units.families)

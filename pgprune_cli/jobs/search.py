@@ -26,8 +26,9 @@ from pgprune_cli.run.decision import Decision, ancestry
 from pgprune_cli.run.layout import COSTS_FILE, DECISION_RECORD, RECIPE_FILE
 from pgprune_cli.run.lock import locked
 from pgprune_cli.run.provenance import record_command
-from pgprune_cli.run.resume import identity_of, load_finished, refuse_other_recipe, with_dtype
+from pgprune_cli.run.resume import identity_of, load_finished, refuse_other_recipe
 from pgprune_cli.run.scores import Scores
+from pgprune_cli.run.settled import settled
 from pgprune_cli.search.budget import budget_for
 from pgprune_cli.search.context import SearchContext
 from pgprune_cli.search.loop import LoopState, finite, run_steps
@@ -63,7 +64,7 @@ def search(
         RunError: the losses are never finite, or another process of the search has died.
         Interrupted: a signal stopped the search; its state is saved.
     """
-    recipe = with_dtype(recipe, run)
+    recipe = settled(recipe, run)
     if (run / DECISION_RECORD).exists():
         return load_finished(run, recipe)
     if tracker is not None:
@@ -120,7 +121,7 @@ def _begin(context: SearchContext, scores: Scores) -> tuple[MaskSpace, Budget, P
     then nothing is written, and the corrected recipe is accepted.
     """
     with context.ranks.run_writer_first():  # one process measures latencies and writes, the others read
-        refuse_other_recipe(context.run, context.recipe)
+        refuse_other_recipe(context.run, context.recipe, same_model=True)  # the scores are of this model
         try:
             space, budget, partitions = budget_for(context, scores)
         except UserError:

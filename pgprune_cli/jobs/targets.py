@@ -20,6 +20,7 @@ from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import Source, resolve
 from pgprune_cli.recipe.reader import UnknownKeys, load, parse
 from pgprune_cli.recipe.schema import Bos, EvaluationSettings
+from pgprune_cli.run.base import find_base
 from pgprune_cli.run.decision import Decision, read_origin, refuse_other_base
 from pgprune_cli.run.layout import DECISION_RECORD, RECIPE_FILE, is_run
 
@@ -84,20 +85,23 @@ def open_target(
     device: str | None = None,
     bos: Bos | None = None,
     uses_recipe: bool = False,
+    base: str | None = None,
+    source: Source | None = None,
     progress: Progress = SILENT,
 ) -> Target:
     """Load a model to evaluate. `dtype` and `device` default to the recipe's for a run, and to auto for other models.
 
     bos: replaces the `bos` of the recipe; None keeps it. uses_recipe: the recipe's corpora will be evaluated, so check
-    that they exist before loading anything.
+    that they exist before loading anything. base: where the base model of a run is now, if not where the run says.
+    source: the files of a model other than a run, if they are found already.
 
     Raises:
         UserError: the model, its run or one of the recipe's corpora is damaged or does not exist, or windows should
             begin with BOS and the tokenizer has none.
     """
     if is_run(Path(name)):
-        return _open_run(name, dtype, device, bos, uses_recipe, progress)
-    source = resolve(name)
+        return _open_run(name, dtype, device, bos, uses_recipe, base, progress)
+    source = source or resolve(name)
     recorded, base = _evaluation_of_export(source, progress)
     evaluation = _checked(recorded, bos, source, uses_recipe)
     with progress.working(f"loading {name}"):
@@ -106,12 +110,18 @@ def open_target(
 
 
 def _open_run(
-    name: str, dtype: str | None, device: str | None, bos: Bos | None, uses_recipe: bool, progress: Progress
+    name: str,
+    dtype: str | None,
+    device: str | None,
+    bos: Bos | None,
+    uses_recipe: bool,
+    base: str | None,
+    progress: Progress,
 ) -> Target:
     run = Path(name)
     decision = Decision.load(run)
     recipe = load(run / RECIPE_FILE)
-    source = resolve(recipe.model)
+    source = find_base(decision, run, base)
     refuse_other_base(source, decision, run / DECISION_RECORD)
     evaluation = _checked(recipe.evaluation, bos, source, uses_recipe)
     with progress.working(f"loading {name}"):

@@ -5,12 +5,12 @@ This is quick: of the files, only the index that lists the weight files is read.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from pgprune_cli.console.hub_logging import quiet_hub
 from pgprune_cli.errors import UserError, in_short
+from pgprune_cli.model.names import DEMO, is_hub_name
 from pgprune_cli.model.safety import CONVERT, PICKLED, PICKLES_REFUSED, check_weight_name, refuse_links_out
 from pgprune_cli.storage.records import read_json
 
@@ -88,7 +88,7 @@ def resolve(name: str, weights: bool = True) -> Source:
 
 def find_local(name: str, weights: bool = True) -> Source | None:
     """Return where a model on this machine is, or None if `name` is a hub name. Raises UserError as `resolve` does."""
-    if name == "demo":
+    if name == DEMO:
         return Source(name, DEMO_MODEL, None)
     path = Path(name).expanduser()
     if path.is_file():
@@ -99,11 +99,35 @@ def find_local(name: str, weights: bool = True) -> Source | None:
         return Source(name, path.parent, path.name)
     if path.is_dir():
         return _in_directory(name, path, weights)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith((".", "models/", "runs/")):
+    if not is_hub_name(name):
         raise UserError(
             f"{name}: no such directory or .gguf file, and not a hub name (owner/name) either. Check the spelling."
         )
+    owner, _, model = name.partition("/")
+    if Path(owner).is_dir():  # a misspelt path must not become the name of a stranger's model
+        raise UserError(
+            f"{name}: {owner} is a directory here, but {model} is not in it. Check the spelling, or download the model "
+            f"of that name from the hub: hf download {name} --local-dir {name}"
+        )
     return None
+
+
+def resolve_recorded(name: str) -> Source:
+    """Return where the model is that a run or an export names. Raises UserError as `resolve` does.
+
+    Runs name local models by their absolute paths. Any other name is on the hub, whatever the working directory holds.
+    """
+    return _in_directory(name, _download(name, DOWNLOADED), True) if is_hub_name(name) else resolve(name)
+
+
+def find_recorded(name: str) -> Source | None:
+    """Return where the model is that a run names, or None if its files are not on this machine. Asks no hub."""
+    try:
+        if is_hub_name(name):
+            return _in_directory(name, _download(name, DOWNLOADED, local_files_only=True), True)
+        return find_local(name)
+    except UserError:
+        return None
 
 
 def _in_directory(name: str, directory: Path, weights: bool) -> Source:
@@ -122,15 +146,15 @@ def _in_directory(name: str, directory: Path, weights: bool) -> Source:
     )
 
 
-def _download(name: str, patterns: list[str]) -> Path:
+def _download(name: str, patterns: list[str], local_files_only: bool = False) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         with quiet_hub():
-            return Path(snapshot_download(name, allow_patterns=patterns))
+            return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_files_only))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
-            f"{name}: cannot be downloaded from the hub ({in_short(error)}). "
+            f"{name}: no such directory, and it cannot be downloaded from the hub ({in_short(error)}). "
             "Without access to the hub, give a local directory or a .gguf file as `model:`."
         ) from None

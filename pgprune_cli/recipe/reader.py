@@ -125,6 +125,18 @@ def dump(recipe: Recipe) -> str:
     return yaml.dump(asdict(recipe), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=10**6)
 
 
+def by_key(section: Any, prefix: str = "") -> dict[str, Any]:
+    """Return the values of a recipe or a section of it by dotted key, in the order of the schema. Tuples are lists."""
+    values: dict[str, Any] = {}
+    for entry in fields(section):
+        value = getattr(section, entry.name)
+        if is_dataclass(value):
+            values |= by_key(value, f"{prefix}{entry.name}.")
+        else:
+            values[prefix + entry.name] = list(value) if isinstance(value, tuple) else value
+    return values
+
+
 def summary(path: Path) -> str:
     """Return the first line of a recipe's opening comment, or "" without one.
 

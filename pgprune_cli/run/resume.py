@@ -6,6 +6,7 @@ A directory that is damaged or belongs to another search is refused. Nothing in 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -15,76 +16,107 @@ import yaml
 from torch import Tensor
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.devices import fastest_dtype
-from pgprune_cli.recipe.reader import dump, parse
+from pgprune_cli.model.source import find_recorded
+from pgprune_cli.recipe.reader import by_key, parse
 from pgprune_cli.recipe.schema import EvaluationSettings, Recipe
+from pgprune_cli.recipe.strict_yaml import to_yaml
 from pgprune_cli.run.checkpoint import Checkpoint, drop_old, latest_checkpoint
-from pgprune_cli.run.decision import Decision
+from pgprune_cli.run.decision import Decision, refuse_other_base
 from pgprune_cli.run.history import refuse_other_history
 from pgprune_cli.run.layout import DECISION_RECORD, METRICS_FILE, RECIPE_FILE
-
-
-def with_dtype(recipe: Recipe, run: Path | None = None) -> Recipe:
-    """Return the recipe with a dtype in place of `fastest`: that of the run, or of this machine if it is a new one.
-
-    So a search that is resumed on another machine goes on in the same dtype. Raises UserError if the run's recipe is
-    damaged, or if this machine does not have the recipe's device.
-    """
-    if recipe.dtype != "fastest":
-        return recipe
-    path = None if run is None else run / RECIPE_FILE
-    if path is not None and path.exists():
-        return replace(recipe, dtype=parse(path.read_text(encoding="utf-8"), f"{path}").dtype)
-    return replace(recipe, dtype=fastest_dtype(recipe.device))
+from pgprune_cli.run.settled import with_absolute_paths
 
 
 def identity_of(recipe: Recipe, fingerprint: str, origin: Tensor) -> str:
     """Return a digest of what a checkpoint depends on: the recipe, the model and the start of the policy."""
-    return hashlib.sha256(_comparable(recipe).encode() + fingerprint.encode() + origin.numpy().tobytes()).hexdigest()
-
-
-def _comparable(recipe: Recipe) -> str:
-    """Return the recipe as YAML, without the settings that change no result: device, checkpoints and evaluation."""
-    search = replace(recipe.search, checkpoint_every=1)
-    return dump(replace(recipe, device="auto", evaluation=EvaluationSettings(), search=search))
+    settings = json.dumps(_deciding(recipe)).encode()
+    return hashlib.sha256(settings + fingerprint.encode() + origin.numpy().tobytes()).hexdigest()
 
 
 def load_finished(run: Path, recipe: Recipe) -> Decision:
-    """Return the decision of a finished run. Raise UserError if it is damaged or belongs to another recipe."""
+    """Return the decision of a finished run.
+
+    Raises:
+        UserError: it is damaged, belongs to another recipe, or to another model than the recipe's if that one is on
+            this machine.
+    """
     decision = Decision.load(run)
-    refuse_other_recipe(run, recipe)
     refuse_other_decision(run, decision)
+    searched = parse(decision.recipe, f"{run / DECISION_RECORD}: its recipe")
+    _refuse_changes(run, searched, recipe)
+    source = find_recorded(recipe.model)
+    if source is not None:
+        try:
+            refuse_other_base(source, decision, run / DECISION_RECORD)
+        except UserError as error:
+            if changed := _changed({"model": decision.model}, {"model": recipe.model}):
+                raise _other_recipe(run, changed) from None
+            raise UserError(f"{run}: finished, but its base model has changed since. {error}") from None
     return decision
 
 
 def refuse_other_decision(run: Path, decision: Decision) -> None:
     """Raise UserError if the decision was made with another recipe than the one in the run directory."""
-    if (run / RECIPE_FILE).exists() and _search_settings((run / RECIPE_FILE).read_text()) != _search_settings(
-        decision.recipe
-    ):
+    path = run / RECIPE_FILE
+    if not path.exists():
+        return
+    decided, recorded = _search_settings(decision.recipe), _search_settings(path.read_text(encoding="utf-8"))
+    if changed := _changed(decided, recorded):
         raise UserError(
-            f"{run / DECISION_RECORD}: does not belong to the {RECIPE_FILE} in this directory. "
+            f"{run / DECISION_RECORD}: does not belong to the {RECIPE_FILE} in this directory ({', '.join(changed)}). "
             f"Restore the matching {DECISION_RECORD}."
         )
 
 
 def _search_settings(recipe: str) -> dict[str, Any]:
-    """Return the settings of a resolved recipe that the decision depends on."""
-    return {key: value for key, value in yaml.safe_load(recipe).items() if key not in ("device", "evaluation")}
+    """Return the settings of a resolved recipe that the decision depends on, by dotted key."""
+    settings: dict[str, Any] = {}
+    for name, value in yaml.safe_load(recipe).items():
+        if isinstance(value, dict):
+            settings |= {f"{name}.{key}": entry for key, entry in value.items()}
+        else:
+            settings[name] = value
+    return {key: value for key, value in settings.items() if key != "device" and not key.startswith("evaluation.")}
 
 
-def refuse_other_recipe(run: Path, recipe: Recipe) -> None:
-    """Raise UserError if the run was started with a recipe that gives another result."""
-    if not (run / RECIPE_FILE).exists():
-        return
-    before = _comparable(parse((run / RECIPE_FILE).read_text(encoding="utf-8"), f"{run / RECIPE_FILE}")).splitlines()
-    now = _comparable(recipe).splitlines()
-    changed = [f"{old.strip()} → {new.strip()}" for old, new in zip(before, now, strict=True) if old != new]
-    if changed:
-        raise UserError(
-            f"{run}: belongs to another recipe ({', '.join(changed)}). Choose another directory with --out, "
-            "or remove this one to start over."
-        )
+def refuse_other_recipe(run: Path, recipe: Recipe, *, same_model: bool = False) -> None:
+    """Raise UserError if the run was started with a recipe that gives another result.
+
+    same_model: the model is known to be that of the run, wherever it is now.
+    """
+    if (run / RECIPE_FILE).exists():
+        before = parse((run / RECIPE_FILE).read_text(encoding="utf-8"), f"{run / RECIPE_FILE}")
+        if not same_model and (names := _changed({"model": before.model}, {"model": recipe.model})):
+            raise _other_recipe(run, names)
+        _refuse_changes(run, before, recipe)
+
+
+def _refuse_changes(run: Path, before: Recipe, now: Recipe) -> None:
+    if changed := _changed(_deciding(before), _deciding(now)):
+        raise _other_recipe(run, changed)
+
+
+def _other_recipe(run: Path, changed: list[str]) -> UserError:
+    return UserError(
+        f"{run}: belongs to another recipe ({', '.join(changed)}). Choose another directory with --out, or remove this "
+        "one to start over."
+    )
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return how settings differ, as `section.key: old → new`."""
+    keys = [key for key in before | now if before.get(key) != now.get(key)]
+    return [f"{key}: {to_yaml(before.get(key))} → {to_yaml(now.get(key))}" for key in keys]
+
+
+def _deciding(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings that a decision depends on besides the model, by dotted key.
+
+    The model is known by its fingerprint. No result depends on the device, the checkpoints or the evaluation.
+    """
+    search = replace(recipe.search, checkpoint_every=1)
+    compared = replace(with_absolute_paths(recipe), device="auto", evaluation=EvaluationSettings(), search=search)
+    return {key: value for key, value in by_key(compared).items() if key != "model"}
 
 
 def resume(run: Path, identity: str, skip_corrupt_checkpoint: bool = False) -> Checkpoint | None:

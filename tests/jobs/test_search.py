@@ -30,7 +30,7 @@ from pgprune_cli.model.loading import load_prunable, load_tokenizer
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.run import resume
+from pgprune_cli.run import settled as settling
 from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import (
@@ -150,13 +150,13 @@ def test_a_finished_run_answers_without_a_model(small, tmp_path, monkeypatch) ->
 
 def test_a_run_keeps_the_fastest_dtype_of_the_machine_that_began_it(small, tmp_path, monkeypatch) -> None:
     recipe = small("dtype=fastest", "search.forward_passes=4")
-    monkeypatch.setattr(resume, "fastest_dtype", lambda _: "bfloat16")
+    monkeypatch.setattr(settling, "fastest_dtype", lambda _: "bfloat16")
     with after_step(1, kill_self(signal.SIGINT)), pytest.raises(Interrupted):
         search(recipe, tmp_path)
     assert load(tmp_path / RECIPE_FILE).dtype == "bfloat16"
 
-    monkeypatch.setattr(resume, "fastest_dtype", lambda _: "float32")  # another machine
-    assert resume.with_dtype(recipe).dtype == "float32"
+    monkeypatch.setattr(settling, "fastest_dtype", lambda _: "float32")  # another machine
+    assert settling.settled(recipe).dtype == "float32"
     finished = search(recipe, tmp_path)
     assert "dtype: bfloat16" in finished.recipe
     assert search(recipe, tmp_path).recipe == finished.recipe
