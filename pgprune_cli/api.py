@@ -37,6 +37,7 @@ class Pruned:
         max_items: int | None = None,
         speed: bool = False,
         baselines: Sequence[str] = (),
+        base: str | None = None,
         progress: bool = False,
     ) -> dict[str, Any]:
         """Measure the pruned model, as `evaluate` does. Complete results are stored in the run directory.
@@ -55,6 +56,7 @@ class Pruned:
             max_items=max_items,
             speed=speed,
             baselines=baselines,
+            base=base,
             progress=progress,
         )
 
@@ -68,9 +70,12 @@ class Pruned:
         pad_empty_attention: bool = False,
         pad_kv_heads: int = 1,
         pad_ffn: int = 1,
+        base: str | None = None,
         progress: bool = False,
     ) -> Path:
         """Write the smaller model to the new path `out` and return it. The options are those of `pgprune export`.
+
+        base: where the base model is now, if it is not where the search found it.
 
         Raises:
             UserError: an option is wrong, or `out` already exists.
@@ -86,7 +91,7 @@ class Pruned:
             pad_ffn=pad_ffn,
         )
         path = target(self.directory, Path(out), format)
-        export(self.directory, path, options, format=format, progress=_progress(progress))
+        export(self.directory, path, options, format=format, base=base, progress=_progress(progress))
         return path
 
 
@@ -134,6 +139,7 @@ def evaluate(
     max_items: int | None = None,
     speed: bool = False,
     baselines: Sequence[str] = (),
+    base: str | None = None,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Measure perplexity, task accuracies and speed, and return the object that `pgprune eval --json` prints.
@@ -148,6 +154,7 @@ def evaluate(
         max_items: only the first items of each task.
         speed: measure tokens per second and memory of an exported or dense model, and of its base model.
         baselines: further models to measure the same way. Their results are under the key `baselines`.
+        base: where the base model is now, if a run or an export does not find it where the search did.
         progress: report progress on stderr.
 
     Raises:
@@ -167,6 +174,7 @@ def evaluate(
         max_items=max_items,
         speed=speed,
         baselines=baselines,
+        base=base,
     )
     return with_baselines(evaluate(request, progress=_progress(progress)))
 

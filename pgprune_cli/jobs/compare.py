@@ -45,10 +45,11 @@ from pgprune_cli.storage.records import read_record, write_record
 class EvaluationConditions:
     """What a model is evaluated on. Only rows with the same conditions can stand in one table.
 
-    texts: for every corpus in order [name, digest of the text's identity]; seqlen: window lengths; bos: the recipe's
-    setting; dtype: of the dense model; max_windows: as `evaluate` takes it.
+    fingerprint: of the dense model; texts: for every corpus in order [name, digest of the text's identity]; seqlen:
+    window lengths; bos: the recipe's setting; dtype: of the dense model; max_windows: as `evaluate` takes it.
     """
 
+    fingerprint: str
     texts: list[list[str]]
     seqlen: list[int]
     bos: Bos
@@ -57,13 +58,14 @@ class EvaluationConditions:
 
     @classmethod
     def of(cls, recipe: Recipe, max_windows: int | None) -> EvaluationConditions:
-        """Return the conditions of a recipe. Raises UserError if a text does not exist."""
+        """Return the conditions of a recipe. Raises UserError if a text or the model does not exist."""
         texts = []
         for corpus in Corpus.of(recipe.evaluation):
             identity = text_identity(corpus.text, "evaluation")
             texts.append([corpus.name, hashlib.sha256(identity.encode()).hexdigest()])
         evaluation = recipe.evaluation
-        return cls(texts, list(evaluation.seqlen), evaluation.bos, recipe.dtype, max_windows)
+        fingerprint = resolve(recipe.model).fingerprint()
+        return cls(fingerprint, texts, list(evaluation.seqlen), evaluation.bos, recipe.dtype, max_windows)
 
     def write(self, path: Path, measurements: dict[str, Any]) -> None:
         """Write measurements together with these conditions."""
@@ -78,12 +80,15 @@ class EvaluationConditions:
         for key, value in current.items():
             if recorded[key] != value:
                 difference = _difference(key, recorded[key], value)
-                raise UserError(f"{path}: measured {difference}. Use the same settings, or another --out.")
+                same = "files" if key == "fingerprint" else "settings"
+                raise UserError(f"{path}: measured {difference}. Use the same {same}, or another --out.")
         return measurements | {"max_windows": self.max_windows}
 
 
 def _difference(key: str, recorded: Any, current: Any) -> str:
     """Describe how two values of a condition differ."""
+    if key == "fingerprint":
+        return "before the model's files changed"
     if key == "max_windows":
         before, now = ("without --max-windows" if n is None else f"with --max-windows {n}" for n in (recorded, current))
         return f"{before}, not {now}"
@@ -158,9 +163,10 @@ def _earlier_rows(recipe: Recipe, out: Path, variants: Sequence[Variant]) -> dic
     if not path.exists():
         return {}
     record = read_record(path)
-    for key, value in {"model": recipe.model, "sparsity": recipe.budget.sparsity}.items():
-        if record.get(key) != value:
-            raise UserError(f"{path}: its {key} is {record.get(key)}, not {value}. Use another --out.")
+    asked = {"model": ("model", recipe.model), "sparsity": ("budget.sparsity", recipe.budget.sparsity)}
+    for name, (key, value) in asked.items():
+        if record.get(name) != value:
+            raise UserError(f"{path}: its {key} is {record.get(name)}, not {value}. Use another --out.")
     rows = {row["name"]: row for row in record["rows"]}
     for variant in variants:
         for run in rows.get(variant.name, {"runs": []})["runs"]:

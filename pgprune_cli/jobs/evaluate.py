@@ -85,10 +85,10 @@ def _open_targets(request: EvaluationRequest, progress: Progress) -> list[Target
 def _base_of_export(request: EvaluationRequest, progress: Progress) -> Source | None:
     """Return the base model of the exported model to evaluate, or None for a dense model.
 
-    If it is not where the export says, or has changed since, say so and return None: the export is measured alone.
+    If it is not where the export says, say so and return None: the export is measured alone.
 
     Raises:
-        UserError: `request.base` is not the base model, or the model has none.
+        UserError: what is there is not the base model, or `request.base` is given and there is none.
     """
     export = resolve(request.model).directory
     origin = read_origin(export)
@@ -98,13 +98,13 @@ def _base_of_export(request: EvaluationRequest, progress: Progress) -> Source | 
         return None
     try:
         source = find_base(origin, export, request.base)
-        refuse_other_base(source, origin, export / DECISION_RECORD)
-        return source
     except UserError as error:
         if request.base is not None:
             raise
-        progress.say(f"{error} The speed of {request.model} is measured alone.")
+        progress.say(f"{error} Only the speed of {request.model} itself is measured.")
         return None
+    refuse_other_base(source, origin, export / DECISION_RECORD)
+    return source
 
 
 def remember(target: Target, result: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.export import checksums, gguf_checksum
-from pgprune_cli.model.source import find_local
+from pgprune_cli.model.source import find_recorded
 from pgprune_cli.recipe.reader import load
 from pgprune_cli.recipe.strict_yaml import one_line
 from pgprune_cli.run.checkpoint import load_checkpoint
@@ -170,11 +170,7 @@ def _check_belongs(run: Path, decision: Decision) -> Iterable[str]:
 
 def _check_base(run: Path, decision: Decision) -> Iterable[str]:
     """Check that the base model has not changed since the search, if it is on this machine."""
-    try:
-        source = find_local(decision.model)
-    except UserError:  # moved, or the run was
-        source = None
-    if source is not None:
+    if (source := find_recorded(decision.model)) is not None:
         refuse_other_base(source, decision, run / DECISION_RECORD)
     return []
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pgprune_cli.console.hub_logging import quiet_hub
 from pgprune_cli.errors import UserError, in_short
-from pgprune_cli.model.names import DEMO, is_hub_name
+from pgprune_cli.model.names import DEMO, WEIGHT_FILES, is_hub_name
 from pgprune_cli.model.safety import CONVERT, PICKLED, PICKLES_REFUSED, check_weight_name, refuse_links_out
 from pgprune_cli.storage.records import read_json
 
@@ -99,6 +99,8 @@ def find_local(name: str, weights: bool = True) -> Source | None:
         return Source(name, path.parent, path.name)
     if path.is_dir():
         return _in_directory(name, path, weights)
+    if name.endswith(WEIGHT_FILES):
+        raise UserError(f"{name}: no such file. Check the spelling.")
     if not is_hub_name(name):
         raise UserError(
             f"{name}: no such directory or .gguf file, and not a hub name (owner/name) either. Check the spelling."
@@ -148,12 +150,12 @@ def _in_directory(name: str, directory: Path, weights: bool) -> Source:
 
 def _download(name: str, patterns: list[str], local_files_only: bool = False) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         with quiet_hub():
             return Path(snapshot_download(name, allow_patterns=patterns, local_files_only=local_files_only))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{name}: no such directory, and it cannot be downloaded from the hub ({in_short(error)}). "
             "Without access to the hub, give a local directory or a .gguf file as `model:`."

@@ -51,7 +51,7 @@ def load_finished(run: Path, recipe: Recipe) -> Decision:
         except UserError as error:
             if changed := _changed({"model": decision.model}, {"model": recipe.model}):
                 raise _other_recipe(run, changed) from None
-            raise UserError(f"{run}: finished, but its base model has changed since. {error}") from None
+            raise UserError(f"{run}: the search is finished. {error}") from None
     return decision
 
 

@@ -158,9 +158,9 @@ def test_measurements_with_other_conditions_are_refused(compared, tmp_path) -> N
 
 @pytest.mark.parametrize("only", ["metric", "metric-uniform"])
 def test_a_changed_recipe_is_refused_even_if_its_row_is_not_selected(only: str, compared, tmp_path) -> None:
-    with refused(str(tmp_path / "table" / "metric" / "seed-0"), "temperature: 0.3", "temperature: 0.9"):
+    with refused(str(tmp_path / "table" / "metric" / "seed-0"), "start.temperature: 0.3 → 0.9"):
         compared("start.temperature=0.9", only=only)
-    with refused(str(tmp_path / "table" / "metric" / "seed-0"), "bos: auto", "bos: true"):
+    with refused(str(tmp_path / "table" / "metric" / "seed-0"), "calibration.bos: auto → true"):
         compared("calibration.bos=true", only=only)
 
 
@@ -174,7 +174,11 @@ def test_every_row_of_a_comparison_has_the_bos_of_its_recipe(recipe, tmp_path) -
 @pytest.mark.parametrize("row", ["dense", "metric/seed-0"])
 @pytest.mark.parametrize(
     ("condition", "recorded", "fact"),
-    [("dtype", "bfloat16", "dtype bfloat16, not float32"), ("seqlen", [64], "evaluation.seqlen [64], not [32]")],
+    [
+        ("dtype", "bfloat16", "dtype bfloat16, not float32"),
+        ("seqlen", [64], "evaluation.seqlen [64], not [32]"),
+        ("fingerprint", "0" * 64, "the model's files changed"),
+    ],
 )
 def test_every_row_is_checked_for_its_conditions(row, condition, recorded, fact, compared, tmp_path) -> None:
     path = tmp_path / "table" / row / MEASURED_FILE
@@ -193,7 +197,7 @@ def test_measurements_without_conditions_are_refused_as_damaged(conditions, comp
 
 
 def test_conditions_are_read_back_and_the_order_of_texts_matters(tmp_path) -> None:
-    conditions = EvaluationConditions([["tales", "1"], ["tales", "2"]], [32], "auto", "float32", None)
+    conditions = EvaluationConditions("f0", [["tales", "1"], ["tales", "2"]], [32], "auto", "float32", None)
     conditions.write(tmp_path / MEASURED_FILE, {"parameters": 7})
     assert conditions.read(tmp_path / MEASURED_FILE) == {"parameters": 7, "max_windows": None}
     with refused("another version of the text tales"):

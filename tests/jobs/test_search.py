@@ -195,17 +195,17 @@ def refuse(recipe: Recipe, run: Path, *facts: str) -> None:
 
 def test_search_refuses_the_run_of_another_recipe(stopped, small) -> None:
     other = small("budget.sparsity=0.25", "search.forward_passes=14")
-    refuse(other, stopped, str(stopped), "sparsity: 0.5 → sparsity: 0.25", "forward_passes: 12 → forward_passes: 14")
+    refuse(other, stopped, str(stopped), "budget.sparsity: 0.5 → 0.25", "search.forward_passes: 12 → 14")
 
 
 def test_search_refuses_the_finished_run_of_another_recipe(small, tmp_path) -> None:
     search(small(), tmp_path)
-    refuse(small("seed=3"), tmp_path, "seed: 0 → seed: 3")
+    refuse(small("seed=3"), tmp_path, "seed: 0 → 3")
 
 
 def test_search_refuses_to_resume_with_another_bos(stopped, small) -> None:
     for bos in ("true", "false"):
-        refuse(small(f"calibration.bos={bos}"), stopped, str(stopped), f"bos: auto → bos: {bos}")
+        refuse(small(f"calibration.bos={bos}"), stopped, str(stopped), f"calibration.bos: auto → {bos}")
 
 
 def test_windows_with_bos_cost_as_much_and_are_recorded(small, whole, tmp_path) -> None:
@@ -222,7 +222,7 @@ def test_windows_with_bos_cost_as_much_and_are_recorded(small, whole, tmp_path) 
     assert not first.bos and not any(row["bos"] for row in rows_of(tmp_path / "plain"))
     assert first.calibration_forward_passes == decision.calibration_forward_passes
     assert first.heldout_loss != decision.heldout_loss
-    with refused("bos: true → bos: auto"):
+    with refused("calibration.bos: true → auto"):
         search(small(), tmp_path / "run")
 
 
