@@ -43,11 +43,11 @@ def _model(recipe: Recipe) -> Iterator[Finding]:
     """Check whether the recipe's model can be loaded and pruned, and whether its weights fit into memory."""
     from pgprune_cli.model.devices import devices_of
     from pgprune_cli.model.loading import check_prunable
-    from pgprune_cli.run.settled import settled
+    from pgprune_cli.run.settled import with_dtype
 
     try:
         devices = devices_of(recipe.device)
-        recipe = settled(recipe)
+        recipe = with_dtype(recipe)
         source = _local_source(recipe.model)
         if source is not None:
             check_prunable(source, recipe.units.families)

@@ -16,7 +16,7 @@ from pgprune_cli.model.devices import devices_of
 from pgprune_cli.model.loading import check_prunable, empty_model
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.run.settled import settled
+from pgprune_cli.run.settled import with_dtype
 from pgprune_cli.search.texts import (
     calibration_forward_passes,
     empty_text,
@@ -38,7 +38,7 @@ def estimate(recipe: Recipe, *, progress: Progress = SILENT) -> dict[str, Any]:
     Raises UserError for a model whose config is not available or cannot be pruned, and for a missing device.
     """
     devices = devices_of(recipe.device)
-    recipe = settled(recipe)
+    recipe = with_dtype(recipe)
     check_prunable(resolve(recipe.model, weights=False), recipe.units.families)
     model = empty_model(recipe.model, recipe.dtype, recipe.weight_format)
     refuse_unsupported(recipe, model.config.model_type)

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pgprune_cli.console.progress import SILENT, Progress
-from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.evaluation_request import Corpus, EvaluationRequest
 from pgprune_cli.jobs.perplexity import measure_perplexity
 from pgprune_cli.jobs.speed import measure_speed
 from pgprune_cli.jobs.targets import Target, open_target
 from pgprune_cli.jobs.tasks import load_tasks, measure_tasks
-from pgprune_cli.model.source import Source, resolve
-from pgprune_cli.recipe.schema import Bos
-from pgprune_cli.run.base import find_base
-from pgprune_cli.run.decision import read_origin, refuse_other_base
-from pgprune_cli.run.layout import DECISION_RECORD, EVALUATION_FILE
+from pgprune_cli.model.source import Source
+from pgprune_cli.run.layout import EVALUATION_FILE
 from pgprune_cli.run.provenance import record_command
 from pgprune_cli.storage.records import read_record, write_record
 
@@ -61,50 +58,18 @@ def with_baselines(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _open_targets(request: EvaluationRequest, progress: Progress) -> list[Target]:
     """Load the model and its baselines. When speed is measured, the base model is a baseline too."""
-    base = _base_of_export(request, progress) if request.speed else None  # refused before anything is loaded
-
-    def load(name: str, bos: Bos | None, *, source: Source | None = None, uses_recipe: bool = False) -> Target:
-        return open_target(
-            name,
-            dtype=request.dtype,
-            device=request.device,
-            bos=bos,
-            uses_recipe=uses_recipe,
-            base=request.base,
-            source=source,
-            progress=progress,
-        )
-
-    target = load(request.model, request.bos if request.reads_text else "auto", uses_recipe=request.uses_recipe)
+    load = partial(open_target, dtype=request.dtype, device=request.device, progress=progress)
+    target = load(
+        request.model,
+        bos=request.bos if request.reads_text else "auto",
+        uses_recipe=request.uses_recipe,
+        base=request.base,
+        finds_base=request.speed,
+    )
     sources: dict[str, Source | None] = dict.fromkeys(request.baselines)
-    if base is not None:
-        sources.setdefault(base.name, base)
-    return [target, *(load(name, target.evaluation.bos, source=source) for name, source in sources.items())]
-
-
-def _base_of_export(request: EvaluationRequest, progress: Progress) -> Source | None:
-    """Return the base model of the exported model to evaluate, or None for a dense model.
-
-    If it is not where the export says, say so and return None: the export is measured alone.
-
-    Raises:
-        UserError: what is there is not the base model, or `request.base` is given and there is none.
-    """
-    export = resolve(request.model).directory
-    origin = read_origin(export)
-    if origin is None:
-        if request.base is not None:
-            raise UserError(f"--model {request.base}: {request.model} is not an export, so it has no base model.")
-        return None
-    try:
-        source = find_base(origin, export, request.base)
-    except UserError as error:
-        if request.base is not None:
-            raise
-        progress.say(f"{error} Only the speed of {request.model} itself is measured.")
-        return None
-    refuse_other_base(source, origin, export / DECISION_RECORD)
-    return source
+    if target.base is not None:
+        sources.setdefault(target.base.name, target.base)
+    return [target, *(load(name, bos=target.evaluation.bos, source=source) for name, source in sources.items())]
 
 
 def remember(target: Target, result: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.data.bos import bos_token
+from pgprune_cli.errors import UserError
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs.evaluation_request import Corpus
 from pgprune_cli.model.loading import load_model, load_prunable, load_tokenizer
@@ -21,7 +22,7 @@ from pgprune_cli.model.source import Source, resolve
 from pgprune_cli.recipe.reader import UnknownKeys, load, parse
 from pgprune_cli.recipe.schema import Bos, EvaluationSettings
 from pgprune_cli.run.base import find_base
-from pgprune_cli.run.decision import Decision, read_origin, refuse_other_base
+from pgprune_cli.run.decision import Decision, Origin, read_origin, refuse_other_base
 from pgprune_cli.run.layout import DECISION_RECORD, RECIPE_FILE, is_run
 
 
@@ -35,7 +36,7 @@ class Target:
         repaired: the repaired blocks of a run.
         evaluation: what the recipe of a run or of an exported model says to evaluate, otherwise the defaults. Its `bos`
             is the one asked for, if any was.
-        base: the model that this one was pruned from, by its name in the decision; None for a dense model.
+        base: for an export, the model that it was pruned from, if it was asked for and found; otherwise None.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Target:
     model_mask: ModelMask | None
     repaired: RepairedBlocks
     evaluation: EvaluationSettings
-    base: str | None
+    base: Source | None
 
     @property
     def module(self) -> Any:
@@ -86,14 +87,16 @@ def open_target(
     bos: Bos | None = None,
     uses_recipe: bool = False,
     base: str | None = None,
+    finds_base: bool = False,
     source: Source | None = None,
     progress: Progress = SILENT,
 ) -> Target:
     """Load a model to evaluate. `dtype` and `device` default to the recipe's for a run, and to auto for other models.
 
     bos: replaces the `bos` of the recipe; None keeps it. uses_recipe: the recipe's corpora will be evaluated, so check
-    that they exist before loading anything. base: where the base model of a run is now, if not where the run says.
-    source: the files of a model other than a run, if they are found already.
+    that they exist before loading anything. base: where the base model of a run or an export is now, if not
+    where it says. finds_base: find the base model of an export before loading anything. source: the files of a model
+    other than a run, if they are found already.
 
     Raises:
         UserError: the model, its run or one of the recipe's corpora is damaged or does not exist, or windows should
@@ -102,11 +105,12 @@ def open_target(
     if is_run(Path(name)):
         return _open_run(name, dtype, device, bos, uses_recipe, base, progress)
     source = source or resolve(name)
-    recorded, base = _evaluation_of_export(source, progress)
-    evaluation = _checked(recorded, bos, source, uses_recipe)
+    origin = read_origin(source.directory)
+    evaluation = _checked(_evaluation_of_export(source, origin, progress), bos, source, uses_recipe)
+    base_source = _base_of_export(name, source, origin, base, progress) if finds_base else None
     with progress.working(f"loading {name}"):
         model = load_model(source, dtype or "auto", device or "auto")
-    return Target(name, source, model, None, {}, evaluation, base)
+    return Target(name, source, model, None, {}, evaluation, base_source)
 
 
 def _open_run(
@@ -126,7 +130,7 @@ def _open_run(
     evaluation = _checked(recipe.evaluation, bos, source, uses_recipe)
     with progress.working(f"loading {name}"):
         model = load_prunable(source, dtype or recipe.dtype, device or recipe.device)
-    return Target(name, source, model, decision.model_mask, decision.repaired, evaluation, source.name)
+    return Target(name, source, model, decision.model_mask, decision.repaired, evaluation, None)
 
 
 def _checked(recorded: EvaluationSettings, bos: Bos | None, source: Source, uses_recipe: bool) -> EvaluationSettings:
@@ -139,17 +143,41 @@ def _checked(recorded: EvaluationSettings, bos: Bos | None, source: Source, uses
     return evaluation
 
 
-def _evaluation_of_export(source: Source, progress: Progress) -> tuple[EvaluationSettings, str | None]:
-    """Return what the decision beside a model says to evaluate, and its base model; the defaults for a dense model."""
-    origin = read_origin(source.directory)
+def _evaluation_of_export(source: Source, origin: Origin | None, progress: Progress) -> EvaluationSettings:
+    """Return what the decision beside a model says to evaluate; the defaults for a dense model."""
     if origin is None:
-        return EvaluationSettings(), None
+        return EvaluationSettings()
     record = source.directory / DECISION_RECORD
     try:
-        return parse(origin.recipe, f"{record}: its recipe").evaluation, origin.model
+        return parse(origin.recipe, f"{record}: its recipe").evaluation
     except UnknownKeys:
         progress.say(
             f"{record}: its recipe was written by another version of pgprune. The default corpora and window lengths "
             "are used."
         )
-        return EvaluationSettings(), origin.model
+        return EvaluationSettings()
+
+
+def _base_of_export(
+    name: str, source: Source, origin: Origin | None, moved_to: str | None, progress: Progress
+) -> Source | None:
+    """Return the base model of an exported model, or None for a dense model.
+
+    If it is not where the export says, say so and return None: the export is measured alone.
+
+    Raises:
+        UserError: what is there is not the base model, or `moved_to` is given and there is none.
+    """
+    if origin is None:
+        if moved_to is not None:
+            raise UserError(f"--model {moved_to}: {name} is not an export, so it has no base model.")
+        return None
+    try:
+        base = find_base(origin, Path(name), moved_to)
+    except UserError as error:
+        if moved_to is not None:
+            raise
+        progress.say(f"{error} Only the speed of {name} itself is measured.")
+        return None
+    refuse_other_base(base, origin, source.directory / DECISION_RECORD)
+    return base

@@ -14,14 +14,19 @@ from pgprune_cli.run.layout import RECIPE_FILE
 
 
 def settled(recipe: Recipe, run: Path | None = None) -> Recipe:
-    """Return the recipe with absolute paths, and with a dtype in place of `fastest`.
+    """Return the recipe with absolute paths and the dtype of `with_dtype`. Raises UserError as that does.
 
-    The dtype is that of the run, or of this machine if it is a new one. So a search that is resumed on another machine
-    goes on in the same dtype, and a run can be used from any working directory.
-
-    Raises UserError if the run's recipe is damaged, or if this machine does not have the recipe's device.
+    So a run can be used from any working directory.
     """
-    recipe = with_absolute_paths(recipe)
+    return with_dtype(with_absolute_paths(recipe), run)
+
+
+def with_dtype(recipe: Recipe, run: Path | None = None) -> Recipe:
+    """Return the recipe with a dtype in place of `fastest`: that of the run, or of this machine if it is a new one.
+
+    So a search that is resumed on another machine goes on in the same dtype. Raises UserError if the run's recipe is
+    damaged, or if this machine does not have the recipe's device.
+    """
     if recipe.dtype != "fastest":
         return recipe
     path = None if run is None else run / RECIPE_FILE

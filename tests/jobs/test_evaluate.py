@@ -201,7 +201,6 @@ def test_max_windows_reads_equally_many_tokens_at_every_length(text: Corpus) -> 
 def test_target_of_a_run_has_its_recipes_evaluation(run: Path, small) -> None:
     target = open_target(str(run))
     assert target.evaluation == small().evaluation
-    assert target.base == "demo"
 
 
 def test_target_of_an_export_has_its_recipes_evaluation(run: Path, small, tmp_path: Path) -> None:
@@ -228,7 +227,7 @@ def test_target_of_an_export_by_another_version_has_the_default_evaluation(run: 
     whole = read_record(record)
     write_record(record, whole | {"recipe": whole["recipe"] + "of_another_version: 3\n"})
     target = open_target(str(tmp_path / "small"), device="cpu", progress=StderrProgress())
-    assert (target.evaluation, target.base) == (EvaluationSettings(), "demo")
+    assert target.evaluation == EvaluationSettings()
     (warning,) = [line for line in capfd.readouterr().err.splitlines() if not line.startswith("loading ")]
     says(warning, f"{record}: ", "another version")
     write_record(record, whole | {"recipe": whole["recipe"].replace("sparsity: 0.5", "sparsity: half")})
@@ -243,7 +242,7 @@ def test_target_of_an_export_needs_no_masks(run: Path, small, tmp_path: Path) ->
     export(run, tmp_path / "small")
     (tmp_path / "small" / DECISION_MASKS).unlink()
     target = open_target(str(tmp_path / "small"), device="cpu")
-    assert (target.evaluation, target.base) == (small().evaluation, "demo")
+    assert target.evaluation == small().evaluation
 
 
 def test_evaluation_of_a_run_is_stored_and_written_into_the_model_card(run: Path, text: Corpus, tmp_path: Path) -> None:
