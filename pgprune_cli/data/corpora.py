@@ -53,9 +53,14 @@ DEMO_TEXT: dict[Purpose, tuple[int, int]] = {"calibration": (2, 600_000), "evalu
 """Seed and number of characters of the demo texts. The demo model was trained on seed 0 and validated on seed 1."""
 
 
+def is_local(corpus: str) -> bool:
+    """Return whether a corpus is on this machine whatever the hub says: the demo text, or an existing path."""
+    return corpus == "demo" or (corpus not in NAMED and Path(corpus).expanduser().exists())
+
+
 def check_corpus(corpus: str) -> None:
     """Raise UserError if `corpus` is neither an existing path nor the name of a corpus."""
-    if corpus != "demo" and not Path(corpus).expanduser().exists():
+    if not is_local(corpus):
         hub_corpus(corpus)
 
 

@@ -26,7 +26,6 @@ from pgprune_cli.jobs.perplexity import measure_perplexity
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.targets import Target, open_target
 from pgprune_cli.jobs.variants import Variant, select_variants, variants_of
-from pgprune_cli.model.loading import check_prunable
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.contradictions import refuse_contradictions
 from pgprune_cli.recipe.schema import FITTED, Bos, Recipe
@@ -37,6 +36,8 @@ from pgprune_cli.run.layout import COMPARISON_RECORD, COMPARISON_TABLE, MEASURED
 from pgprune_cli.run.lock import locked
 from pgprune_cli.run.resume import refuse_other_recipe
 from pgprune_cli.run.settled import settled
+from pgprune_cli.search.checks import ESTIMATE_CHECKS, run_checks
+from pgprune_cli.search.preparation import Preparation
 from pgprune_cli.storage.atomic import make_directory, write_bytes
 from pgprune_cli.storage.records import read_record, write_record
 
@@ -126,7 +127,7 @@ def compare(
     variants, selected = variants_of(recipe), select_variants(recipe, only)
     for variant in selected:
         refuse_contradictions(variant.recipe, f"variant {variant.name}")
-    check_prunable(resolve(recipe.model, weights=False), recipe.units.families)  # all variants have the same
+        run_checks(Preparation(variant.recipe), ESTIMATE_CHECKS)
     conditions = EvaluationConditions.of(recipe, max_windows)  # fails before hours of search if a text is missing
     table: dict[str, Any] = {"model": recipe.model, "sparsity": recipe.budget.sparsity, "max_windows": max_windows}
     with locked(out):
@@ -178,6 +179,7 @@ def _dense_row(recipe: Recipe, out: Path, conditions: EvaluationConditions, prog
     """Return the row of the unpruned model, and evaluate it if no earlier call did."""
     path = out / "dense" / MEASURED_FILE
     if not path.exists():
+        run_checks(Preparation(recipe, progress=progress))  # before the evaluation, which takes minutes
         target = open_target(
             recipe.model, dtype=recipe.dtype, device=recipe.device, bos=recipe.evaluation.bos, progress=progress
         )

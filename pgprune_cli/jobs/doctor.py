@@ -1,34 +1,78 @@
 """doctor: check whether this machine has what a run needs, and say what to do about what is missing.
 
-Nothing is downloaded: for a model or data set on the hub, only its description is fetched.
+Whatever a search would be refused for is checked as the search does it (`search/checks.py`). Nothing is downloaded: for
+a model or data set on the hub, only its description is fetched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.jobs.machine import Finding, Status, finding, free_memory, gigabytes, machine_findings
+from pgprune_cli.jobs.machine import Finding, finding, free_memory, gigabytes, machine_findings
 
 if TYPE_CHECKING:
-    from torch import device
-
     from pgprune_cli.data.corpora import Purpose
     from pgprune_cli.model.source import Source
     from pgprune_cli.recipe.schema import Recipe
+    from pgprune_cli.search.checks import Check
+    from pgprune_cli.search.preparation import Preparation
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 HUB_TIMEOUT = 10
 """Seconds to wait for the hub."""
 
 
-def doctor(recipe: Recipe | None = None) -> list[Finding]:
-    """Check the machine and, if a recipe is given, whether its model and data can be used here."""
+def doctor(recipe: Recipe | None = None, run: Path | None = None) -> list[Finding]:
+    """Check the machine and, if a recipe is given, whether a search with it could begin here.
+
+    run: the run directory of the search.
+    """
     findings = machine_findings()
-    return [*findings, *_model(recipe), *_data(recipe)] if recipe else findings
+    return [*findings, *_recipe(recipe, run)] if recipe else findings
+
+
+def _recipe(recipe: Recipe, run: Path | None) -> Iterator[Finding]:
+    """Make the checks of a search. If the model must be downloaded first, make those that do not need its files."""
+    from pgprune_cli.search.checks import CHECKS
+    from pgprune_cli.search.preparation import Preparation
+
+    if _must_be_downloaded(recipe.model):
+        preparation = Preparation(recipe, run)
+        yield from _findings(preparation, [check for check in CHECKS if check.needs == "machine"])
+        yield from _model_on_hub(preparation)
+        yield _text(recipe.calibration.corpus, "calibration")
+        yield from _evaluation_texts(recipe)
+        return
+    preparation = Preparation(recipe, run, found=_cached(recipe.model))
+    with preparation.parsed_once():
+        yield from _findings(preparation, CHECKS, _text_on_hub(recipe.calibration.corpus))
+    yield from _local_memory(preparation)
+    yield from _evaluation_texts(recipe)
+    yield from _evaluation_windows(preparation)
+
+
+def _findings(
+    preparation: Preparation, checks: Iterable[Check], known: Mapping[str, Finding] | None = None
+) -> Iterator[Finding]:
+    """Make checks of a search. One that fails for the same reason as one before it is left out.
+
+    known: findings by the name of the check that they replace.
+    """
+    reasons = set()
+    for check in checks:
+        try:
+            yield (known or {}).get(check.name) or finding(check.name, check.find(preparation))
+        except UserError as error:
+            if str(error) not in reasons:
+                yield finding(check.name, check.subject(preparation), str(error))
+            reasons.add(str(error))
+
+
+# --- the model
 
 
 @dataclass(frozen=True)
@@ -39,78 +83,76 @@ class _Weights:
     file_bytes: int
 
 
-def _model(recipe: Recipe) -> Iterator[Finding]:
-    """Check whether the recipe's model can be loaded and pruned, and whether its weights fit into memory."""
-    from pgprune_cli.model.devices import devices_of
-    from pgprune_cli.model.loading import check_prunable
-    from pgprune_cli.run.settled import with_dtype
+def _must_be_downloaded(name: str) -> bool:
+    """Return whether a search would download the model. False if it cannot, or does not find it: the checks say so."""
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    from pgprune_cli.model.source import find_local
 
     try:
-        devices = devices_of(recipe.device)
-        recipe = with_dtype(recipe)
-        source = _local_source(recipe.model)
-        if source is not None:
-            check_prunable(source, recipe.units.families)
-        weights = _local_weights(source) if source else _hub_weights(recipe.model)
-    except UserError as error:
-        yield finding("model", recipe.model, str(error))
-        return
-    where = "on this machine" if source else f"on the hub, {gigabytes(weights.file_bytes)} to download"
-    yield finding("model", f"{recipe.model}, {weights.parameters / 1e6:,.0f} million parameters, {where}")
-    yield _memory(recipe, weights, devices)
-    if recipe.weight_format == "fp8":
-        yield _fp8(recipe, devices)
+        return find_local(name, weights=False) is None and not HF_HUB_OFFLINE and _cached(name) is None
+    except UserError:
+        return False
 
 
-def _memory(recipe: Recipe, weights: _Weights, devices: Iterable[device]) -> Finding:
-    """Compare the size of the weights with the free memory of the devices."""
-    if recipe.weight_format == "full":
-        format = f"dtype {recipe.dtype}"
-        needed = weights.parameters * BYTES.get(recipe.dtype, 0) or weights.file_bytes
-    else:
-        format, needed = recipe.weight_format, weights.parameters
-    free = sum(free_memory(str(device)) for device in devices)
-    state = f"the weights take {gigabytes(needed)} in {format}, {recipe.device} has {gigabytes(free)} free"
-    ways = "Use a smaller model, dtype: bfloat16, weight_format: int8, or several devices (device: cuda:0,cuda:1)."
-    return finding("memory", state, ways if needed > free else "")
-
-
-def _fp8(recipe: Recipe, devices: Iterable[device]) -> Finding:
-    """Check whether every device multiplies fp8 matrices."""
-    import torch
-
-    from pgprune_cli.model.quantized import check_fp8
-
-    dtype = getattr(torch, "bfloat16" if recipe.dtype == "auto" else recipe.dtype)
-    try:
-        for device in devices:
-            check_fp8(device, dtype)
-    except UserError as error:
-        return finding("fp8", "no fp8 matrix products", str(error))
-    return finding("fp8", f"{recipe.device} multiplies fp8 matrices")
-
-
-def _local_source(name: str) -> Source | None:
-    """Return the model's files on this machine or in the hub cache, or None if it must be downloaded."""
+def _cached(name: str) -> Source | None:
+    """Return a model that is complete in the hub cache, else None."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     from pgprune_cli.model.source import find_local, resolve
 
-    if (source := find_local(name)) is not None:
-        return source
     try:
-        cached = try_to_load_from_cache(name, "config.json")
-    except HFValidationError:
-        return resolve(name)  # raises an error that says what is wrong with the name
-    return resolve(str(Path(cached).parent)) if isinstance(cached, str) else None
+        if find_local(name, weights=False) is not None:
+            return None
+        config = try_to_load_from_cache(name, "config.json")
+        if not isinstance(config, str):
+            return None
+        source = resolve(str(Path(config).parent))
+        source.weight_files()
+        return source
+    except (UserError, HFValidationError):
+        return None
 
 
-def _local_weights(source: Source) -> _Weights:
-    from pgprune_cli.model.loading import stored_weights
+def _local_memory(preparation: Preparation) -> Iterator[Finding]:
+    """Compare the weights with the free memory, if the model is one that can be searched."""
+    from pgprune_cli.model.loading import check_weights
 
-    files = source.weight_files()
-    return _Weights(sum(stored_weights(source, path) for path in files), sum(path.stat().st_size for path in files))
+    try:
+        files = preparation.source.weight_files()
+        weights = _Weights(
+            check_weights(preparation.source, preparation.empty.module), sum(path.stat().st_size for path in files)
+        )
+        yield _memory(preparation, weights)
+    except UserError:  # reported by a check
+        return
+
+
+def _memory(preparation: Preparation, weights: _Weights) -> Finding:
+    """Compare the size of the weights with the free memory of the devices. Raises UserError for a missing device."""
+    recipe = preparation.recipe
+    if recipe.weight_format == "full":
+        format = f"dtype {recipe.dtype}"
+        needed = weights.parameters * BYTES.get(recipe.dtype, 0) or weights.file_bytes
+    else:
+        format, needed = recipe.weight_format, weights.parameters
+    free = sum(free_memory(str(device)) for device in preparation.devices)
+    state = f"the weights take {gigabytes(needed)} in {format}, {recipe.device} has {gigabytes(free)} free"
+    ways = "Use a smaller model, dtype: bfloat16, weight_format: int8, or several devices (device: cuda:0,cuda:1)."
+    return finding("memory", state, ways if needed > free else "")
+
+
+def _model_on_hub(preparation: Preparation) -> Iterator[Finding]:
+    """Check what the hub says of a model that is not on this machine."""
+    name = preparation.asked.model
+    try:
+        weights = _hub_weights(name)
+        size = f"{weights.parameters / 1e6:,.0f} million parameters, {gigabytes(weights.file_bytes)}"
+        yield finding("model", f"{name}, {size} to download from the hub. Its files are checked once they are here")
+        yield _memory(preparation, weights)
+    except UserError as error:
+        yield finding("model", name, str(error))
 
 
 def _hub_weights(name: str) -> _Weights:
@@ -127,40 +169,9 @@ def _hub_weights(name: str) -> _Weights:
     return _Weights(info.safetensors.total if info.safetensors else file_bytes // 2, file_bytes)
 
 
-def _data(recipe: Recipe) -> Iterator[Finding]:
-    """Check every text of the recipe. A missing evaluation text is a warning: a search does not read it."""
-    from pgprune_cli.recipe.schema import name_and_text
-
-    yield _text(recipe.calibration.corpus, "calibration", "FAIL", "set calibration.corpus: FILE.")
-    for name, corpus in map(name_and_text, recipe.evaluation.corpora):
-        alternative = f"set evaluation.corpora: [{name}=FILE]. Only eval and compare read this text."
-        yield _text(corpus, "evaluation", "WARN", alternative)
-
-
-def _text(corpus: str, purpose: Purpose, status_if_missing: Status, alternative: str) -> Finding:
-    """Check whether a text can be read: the first document of a local file, or the description of a data set."""
-    from huggingface_hub import HfApi
-
-    from pgprune_cli.data.corpora import NAMED, documents, hub_corpus
-
-    is_local = corpus == "demo" or (corpus not in NAMED and Path(corpus).expanduser().exists())
-    try:
-        if not is_local:
-            path = hub_corpus(corpus).path
-            _ask_hub(path, lambda: HfApi().dataset_info(path, timeout=HUB_TIMEOUT), alternative)
-        elif not next(documents(corpus, purpose), ""):
-            raise UserError("It contains no text. Use another file.")
-    except UserError as error:
-        return Finding("data", status_if_missing, f"{corpus}, for {purpose}", str(error))
-    return finding("data", f"{corpus}, for {purpose}, {'on this machine' if is_local else 'on the hub'}")
-
-
-def _ask_hub(name: str, question: Callable[[], Any], alternative: str = "set model: PATH.") -> Any:
-    """Return the hub's answer. Raises UserError with what to do if there is none.
-
-    alternative: how to do without the hub, the end of a sentence that begins with "or".
-    """
-    from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
+def _ask_hub(name: str, question: Callable[[], Any]) -> Any:
+    """Return the hub's answer about a model. Raises UserError with what to do if there is none."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
         return question()
@@ -170,8 +181,67 @@ def _ask_hub(name: str, question: Callable[[], Any], alternative: str = "set mod
         raise UserError(
             f"{name}: the hub has no such repository, or it is private. Check the name, or run: hf auth login"
         ) from None
-    except OfflineModeIsEnabled:
-        raise UserError(f"It is not cached, and HF_HUB_OFFLINE is set. Unset it, or {alternative}") from None
     except Exception as error:  # the network fails with dozens of types
         reason = " ".join(str(error).split())[:160]
-        raise UserError(f"The hub cannot be reached ({reason}). Check the connection, or {alternative}") from None
+        raise UserError(f"The hub cannot be reached ({reason}). Check the connection, or set model: PATH.") from None
+
+
+# --- the texts
+
+
+def _evaluation_texts(recipe: Recipe) -> Iterator[Finding]:
+    """Check the texts that only `eval` and `compare` read: if one is missing, that is a warning."""
+    from pgprune_cli.recipe.schema import name_and_text
+
+    for _, corpus in map(name_and_text, recipe.evaluation.corpora):
+        found = _text(corpus, "evaluation")
+        fix = f"{found.fix} Only eval and compare read this text."
+        yield Finding(found.name, "WARN", found.state, fix) if found.fails else found
+
+
+def _evaluation_windows(preparation: Preparation) -> Iterator[Finding]:
+    """Warn of windows that `eval` and `compare` shorten, because the model's context is shorter."""
+    from pgprune_cli.model.context import longest_context
+
+    try:
+        longest = longest_context(preparation.empty.config)
+    except UserError:  # reported by a check
+        return
+    longer = [length for length in preparation.asked.evaluation.seqlen if longest is not None and length > longest]
+    if longer:
+        state = f"evaluation.seqlen {', '.join(map(str, longer))}, longer than the model's context"
+        fix = f"eval and compare shorten these windows to {longest} tokens. Set evaluation.seqlen to {longest} or less."
+        yield Finding("windows", "WARN", state, fix)
+
+
+def _text(corpus: str, purpose: Purpose) -> Finding:
+    """Check whether a text can be read: that the hub describes it, or that its first document can be read here."""
+    from pgprune_cli.data.corpora import documents
+
+    if on_hub := _text_on_hub(corpus, purpose):
+        return on_hub["text"]
+    try:
+        if not next(documents(corpus, purpose), ""):
+            raise UserError(f"{corpus}: it contains no text.")
+    except UserError as error:
+        return finding("text", f"{corpus}, for {purpose}", str(error))
+    return finding("text", f"{corpus}, for {purpose}, on this machine")
+
+
+def _text_on_hub(corpus: str, purpose: Purpose = "calibration") -> dict[str, Finding]:
+    """Return the finding about a data set that the hub describes; empty if there is no answer.
+
+    Then it is read as a search would read it: it may be cached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    from pgprune_cli.data.corpora import hub_corpus, is_local
+
+    if HF_HUB_OFFLINE or is_local(corpus):
+        return {}
+    try:
+        HfApi().dataset_info(hub_corpus(corpus).path, timeout=HUB_TIMEOUT)
+    except Exception:  # an impossible name, or one of the dozens of types with which the network fails
+        return {}
+    return {"text": finding("text", f"{corpus}, for {purpose}, on the hub")}

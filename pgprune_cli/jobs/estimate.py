@@ -12,18 +12,11 @@ from pgprune_cli.estimate.flops import flops, seconds
 from pgprune_cli.estimate.matmul_rate import matmul_rate
 from pgprune_cli.estimate.memory import memory
 from pgprune_cli.estimate.sizes import Sizes, Texts
-from pgprune_cli.model.devices import devices_of
-from pgprune_cli.model.loading import check_prunable, empty_model
-from pgprune_cli.model.source import resolve
+from pgprune_cli.model.loading import empty_prunable
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.run.settled import with_dtype
-from pgprune_cli.search.texts import (
-    calibration_forward_passes,
-    empty_text,
-    refuse_unsupported,
-    repair_batches,
-    scoring_batches,
-)
+from pgprune_cli.search.checks import ESTIMATE_CHECKS, run_checks
+from pgprune_cli.search.preparation import Preparation
+from pgprune_cli.search.texts import calibration_forward_passes, empty_text, repair_batches, scoring_batches
 
 BASIS = (
     "These are estimates from the shapes of the model and the recipe, for a corpus with as much text as the recipe "
@@ -35,13 +28,12 @@ BASIS = (
 def estimate(recipe: Recipe, *, progress: Progress = SILENT) -> dict[str, Any]:
     """Return memory in bytes, forward passes, FLOPs and seconds of a search. Reads no weights and no text.
 
-    Raises UserError for a model whose config is not available or cannot be pruned, and for a missing device.
+    Raises UserError for whatever the search would be refused for, as far as the model's config shows it.
     """
-    devices = devices_of(recipe.device)
-    recipe = with_dtype(recipe)
-    check_prunable(resolve(recipe.model, weights=False), recipe.units.families)
-    model = empty_model(recipe.model, recipe.dtype, recipe.weight_format)
-    refuse_unsupported(recipe, model.config.model_type)
+    preparation = Preparation(recipe, progress=progress)
+    run_checks(preparation, ESTIMATE_CHECKS)
+    devices, recipe = preparation.devices, preparation.recipe
+    model = empty_prunable(preparation.config_source, recipe.dtype, recipe.weight_format)
     sizes = Sizes(model, recipe)
     text = empty_text(recipe)
     step = text.search[: recipe.calibration.batch]
@@ -52,7 +44,7 @@ def estimate(recipe: Recipe, *, progress: Progress = SILENT) -> dict[str, Any]:
     needed = memory(sizes, texts)
     settings = recipe.search
     return {
-        "model": recipe.model,
+        "model": preparation.given.model,
         "parameters": sizes.parameters,
         "dtype": _name(sizes.dtype),
         "device": _device_name(devices),

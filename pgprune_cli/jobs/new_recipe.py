@@ -13,6 +13,7 @@ import torch
 
 from pgprune_cli.estimate.memory import memory
 from pgprune_cli.estimate.sizes import Sizes, Texts
+from pgprune_cli.model.context import longest_context
 from pgprune_cli.model.devices import devices_of, fastest_dtype
 from pgprune_cli.model.families import refuse_units
 from pgprune_cli.model.families.adapter import Block
@@ -47,7 +48,7 @@ def new_recipe(
         *_text_settings(model, calibration),
         *_units(empty),
         Setting("budget.sparsity", sparsity, "fraction of the prunable parameters to remove"),
-        *size_settings(_parameters(empty), getattr(empty.config, "max_position_embeddings", None) or 2048),
+        *size_settings(_parameters(empty), longest_context(empty.config) or 2048),
     ]
     settings.sort(key=lambda setting: _SECTIONS.index(setting.key.rpartition(".")[0]))
     recipe = _load(settings, overrides)

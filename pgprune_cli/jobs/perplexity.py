@@ -17,6 +17,7 @@ from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.forward.masked import summed_loss
 from pgprune_cli.jobs.evaluation_request import Corpus
 from pgprune_cli.jobs.targets import Target
+from pgprune_cli.model.context import longest_context
 from pgprune_cli.model.families import begins_with_bos
 from pgprune_cli.model.loading import load_tokenizer
 
@@ -41,7 +42,7 @@ def measure_perplexity(
     if not corpora:
         return []
     tokenizer = load_tokenizer(target.source)
-    context = getattr(target.module.config, "max_position_embeddings", None) or max(seqlens)
+    context = longest_context(target.module.config) or max(seqlens)
     lengths = sorted({min(seqlen, context) for seqlen in seqlens})
     if max(seqlens) > context:
         progress.say(f"{target.name}: the model reads at most {context} tokens. Longer windows are shortened.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +13,9 @@ from pgprune_cli.core.grid import GridCost
 from pgprune_cli.core.space import BLOCKS_OF, Budget, MaskSpace
 from pgprune_cli.distributed import Ranks, join
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.gguf_parsing import parsed_once
 from pgprune_cli.model.loading import load_prunable
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import Partitions
-from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import dump
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.repair.least_squares import Repaired, repair
@@ -30,12 +28,14 @@ from pgprune_cli.run.resume import identity_of, load_finished, refuse_other_reci
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.run.settled import settled
 from pgprune_cli.search.budget import budget_for
+from pgprune_cli.search.checks import run_checks
 from pgprune_cli.search.context import SearchContext
 from pgprune_cli.search.loop import LoopState, finite, run_steps
 from pgprune_cli.search.phases import Stopwatch
+from pgprune_cli.search.preparation import Preparation
 from pgprune_cli.search.problem import Problem, set_up
 from pgprune_cli.search.scoring import load_or_compute_scores
-from pgprune_cli.search.texts import calibration_forward_passes, load_text, reselects
+from pgprune_cli.search.texts import calibration_forward_passes, reselects
 from pgprune_cli.search.trackers import TrackerName, check_installed
 from pgprune_cli.storage.atomic import write_bytes
 
@@ -69,10 +69,10 @@ def search(
         return load_finished(run, recipe)
     if tracker is not None:
         check_installed(tracker)
-    with join() as ranks, locked(run) if ranks.is_writer else nullcontext():
-        stopwatch = Stopwatch()
+    stopwatch = Stopwatch()
+    with join() as ranks, ExitStack() as until_finished:
         with stopwatch.timed("opening"):
-            context = _open(recipe, run, ranks, progress if ranks.is_writer else SILENT)
+            context = _open(recipe, run, ranks, progress if ranks.is_writer else SILENT, until_finished)
         context = replace(context, shared_widths=shared_widths)
         decision = _search(context, stopwatch, skip_corrupt_checkpoint, tracker)
         if ranks.is_writer:
@@ -102,13 +102,17 @@ def _search(
     return replace(decision, phases=stopwatch.seconds)
 
 
-def _open(recipe: Recipe, run: Path, ranks: Ranks, progress: Progress) -> SearchContext:
-    """Read the text and load the model of a search."""
-    with ranks.run_writer_first():
-        source = resolve(recipe.model)
-    with parsed_once(source):
+def _open(recipe: Recipe, run: Path, ranks: Ranks, progress: Progress, until_finished: ExitStack) -> SearchContext:
+    """Make the checks of a search, lock its directory until it is finished, and load the model."""
+    preparation = Preparation(recipe, run if ranks.is_writer else None, progress)
+    with ranks.run_writer_first():  # one process downloads the config, the others find it there
+        parsed_once = preparation.parsed_once()
+    with parsed_once:
         with ranks.run_writer_first():  # one process downloads and tokenises, the others find it done
-            text = load_text(recipe, source, progress)
+            run_checks(preparation)
+        if ranks.is_writer:
+            until_finished.enter_context(locked(run))
+        source, text = preparation.source, preparation.text
         with progress.working(f"loading {recipe.model}"):
             model = load_prunable(source, recipe.dtype, recipe.device, recipe.weight_format)
     return SearchContext(recipe, run, source, model, text, ranks, progress)

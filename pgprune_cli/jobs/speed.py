@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.jobs.targets import Target
+from pgprune_cli.model.context import longest_context
 
 PROMPT_TOKENS, NEW_TOKENS, REPEATS = 512, 64, 5
 
@@ -49,7 +50,7 @@ def measure_speed(targets: Sequence[Target]) -> list[dict[str, Any]]:
 
 def _prompt(model: Any) -> Tensor:
     """Return random tokens `(1, T)`, at most half of the model's longest context."""
-    context = getattr(model.config, "max_position_embeddings", None) or PROMPT_TOKENS
+    context = longest_context(model.config) or 2 * PROMPT_TOKENS
     length = min(PROMPT_TOKENS, context // 2)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator)

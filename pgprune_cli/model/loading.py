@@ -93,7 +93,7 @@ def load_model(source: Source, dtype: str, device: str, weight_format: WeightFor
     devices = devices_of(device)
     _check_files(source)
     empty = _build_empty(source, dtype)
-    _refuse_oversized_config(source, empty)
+    check_weights(source, empty)
     if device == "auto" and len(devices) > 1:
         devices = _first_devices_needed(empty, weight_format, devices)
     if weight_format == "full":
@@ -109,7 +109,12 @@ def empty_model(name: str, dtype: str, weight_format: WeightFormat = "full") -> 
 
     For a model on the hub only the config is downloaded. Raises UserError if no config can be read.
     """
-    model = _build_empty(resolve(name, weights=False), dtype)
+    return empty_prunable(resolve(name, weights=False), dtype, weight_format)
+
+
+def empty_prunable(source: Source, dtype: str, weight_format: WeightFormat = "full") -> PrunableModel:
+    """Return the model whose config is in `source` without weights, as `empty_model` does."""
+    model = _build_empty(source, dtype)
     if weight_format != "full":
         quantize_projections(model, weight_format)
     return PrunableModel.of(model)
@@ -140,6 +145,25 @@ def stored_weights(source: Source, path: Path) -> int:
             return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged or not safetensors ({error}). Fetch the model's files again.") from None
+
+
+def check_weights(source: Source, model: nn.Module) -> int:
+    """Return how many weights the files of a model hold. Reads the headers only.
+
+    model: built from its config, without weights. Raises UserError for missing or damaged files, and for a config far
+    larger than the stored weights: transformers would make up gigabytes of them. If only some weights are missing,
+    they are named later.
+    """
+    causal: Any = model
+    stored = sum(stored_weights(source, path) for path in source.weight_files())
+    configured = sum(parameter.numel() for parameter in model.parameters())
+    quantised = getattr(causal.config, "quantization_config", None) is not None  # several weights are stored as one
+    if configured > 2 * stored and not quantised:
+        raise UserError(
+            f"{source.name}: config.json describes {configured:,} weights, but the files hold only {stored:,}. "
+            "Fetch the model's files again."
+        )
+    return stored
 
 
 def _first_devices_needed(
@@ -173,22 +197,6 @@ def _check_files(source: Source) -> None:
         check_directory(source.name, source.directory)
     else:
         check_gguf(source.name, source.directory / source.gguf)
-
-
-def _refuse_oversized_config(source: Source, model: nn.Module) -> None:
-    """Raise UserError for a config far larger than the stored weights: transformers would make up gigabytes of them.
-
-    If only some weights are missing, they are named later.
-    """
-    causal: Any = model
-    stored = sum(stored_weights(source, path) for path in source.weight_files())
-    configured = sum(parameter.numel() for parameter in model.parameters())
-    quantised = getattr(causal.config, "quantization_config", None) is not None  # several weights are stored as one
-    if configured > 2 * stored and not quantised:
-        raise UserError(
-            f"{source.name}: config.json describes {configured:,} weights, but the files hold only {stored:,}. "
-            "Fetch the model's files again."
-        )
 
 
 def _refuse_non_finite(source: Source, model: nn.Module) -> None:

@@ -20,6 +20,8 @@ from pgprune_cli.model.families.wrapper import PREFIXES, decoder_name
 from pgprune_cli.model.quantized import QuantizedLinear, check_fp8, quantize_projections
 from pgprune_cli.model.source import Source
 
+NO_ACCELERATE = "device: several devices need accelerate. Install it with: pip install 'pgprune[multi-gpu]'"
+
 
 def read_weights(source: Source, empty: nn.Module, dtype: str, devices: list[torch.device]) -> nn.Module:
     """Let transformers read the files. Raises UserError if they do not match the config.
@@ -143,7 +145,7 @@ def _place(model: nn.Module, devices: list[torch.device]) -> nn.Module:
     if len(devices) == 1:
         return model.to(devices[0])
     if not find_spec("accelerate"):
-        raise UserError("device: several devices need accelerate. Install it with: pip install 'pgprune[multi-gpu]'")
+        raise UserError(NO_ACCELERATE)
     from accelerate import dispatch_model
 
     placed: nn.Module = dispatch_model(model, _device_map(model, devices))

@@ -22,6 +22,7 @@ from pgprune_cli.data.bos import bos_token
 from pgprune_cli.data.tokens import tokens_of
 from pgprune_cli.data.windows import cut_windows
 from pgprune_cli.errors import UserError
+from pgprune_cli.model.context import refuse_longer_windows
 from pgprune_cli.model.families import begins_with_bos
 from pgprune_cli.model.loading import load_model, load_tokenizer
 from pgprune_cli.model.source import resolve
@@ -85,8 +86,8 @@ def distill(settings: DistillationSettings) -> None:
     as the pruned model does, with the same modelling file and the same dtype.
 
     Raises:
-        UserError: `out` exists, the model has a vision tower, the teacher has another vocabulary, or the text is
-            shorter than one batch.
+        UserError: `out` exists, the model has a vision tower or a shorter context than the windows, the teacher has
+            another vocabulary, or the text is shorter than one batch.
     """
     if settings.out.exists():
         raise UserError(f"{settings.out}: already exists. Choose another output directory.")
@@ -98,6 +99,7 @@ def distill(settings: DistillationSettings) -> None:
     teacher = load_model(resolve(settings.teacher), "bfloat16", "cpu")
     stored_dtype, student = student.dtype, student.float()
     _require_same_vocabulary(settings, student, teacher)
+    refuse_longer_windows(student.config, settings.model, {"--seqlen": settings.seqlen})
     bos = bos_token("auto", tokenizer, begins_with_bos(student.config.model_type), settings.model)
     tokens = tokens_of(settings.text, "calibration", tokenizer, without_bos=bos is not None)
     windows = cut_windows(tokens, settings.seqlen, bos)

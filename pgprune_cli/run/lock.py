@@ -45,15 +45,34 @@ def locked(run: Path) -> Iterator[None]:
                 run.rmdir()
 
 
+def refuse_unusable(run: Path) -> None:
+    """Raise UserError if `run` cannot be written or created, or if another process holds its lock. Writes nothing."""
+    existing = next(path for path in (run, *run.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{run}: {existing} is not a directory. Choose another directory with --out.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"{run}: {existing} is not writable. Make it writable, or choose another directory with --out.")
+    if (run / LOCK_FILE).exists():
+        with suppress(OSError):  # released in the meantime, or no locks on this file system
+            handle = os.open(run / LOCK_FILE, os.O_RDWR)
+            try:
+                if not try_lock(handle):
+                    raise UserError(_in_use(run))
+            finally:
+                os.close(handle)
+
+
+def _in_use(run: Path) -> str:
+    return f"{run}: in use by {_owner(run)}. Wait for it, stop it, or choose another run directory."
+
+
 def _open(run: Path) -> int:
     """Lock the lock file and return its open handle. Raise UserError if another process holds it."""
     while True:
         handle = os.open(run / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             if not _lock(handle, run):
-                raise UserError(
-                    f"{run}: in use by {_owner(run)}. Wait for it, stop it, or choose another run directory."
-                )
+                raise UserError(_in_use(run))
             if os.fstat(handle).st_nlink:
                 _write_owner(handle)
                 return handle

@@ -10,7 +10,7 @@ from torch import Tensor
 from pgprune_cli.core.grid import Grid, GridCost, Partition, unit_multiple
 from pgprune_cli.core.space import WHOLE_FAMILIES, Budget, MaskSpace, budget_of
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.prunable import BlockCosts, Partitions, Shape
+from pgprune_cli.model.prunable import BlockCosts, Partitions, PrunableModel, Shape
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.layout import COSTS_FILE
 from pgprune_cli.run.scores import Scores
@@ -24,20 +24,39 @@ def budget_for(context: SearchContext, scores: Scores) -> tuple[MaskSpace, Budge
 
     A latency is measured once and kept in the run directory. Raises UserError for limits that do not fit the budget.
     """
-    recipe, shape = context.recipe, context.model.shape
+    recipe, model = context.recipe, context.model
+    if recipe.budget.measure == "latency":
+        with context.progress.working(f"measuring the latency of units ({COSTS_FILE})"):
+            costs = latency_of_run(context.run, model, recipe.budget.context, context.fingerprint)
+    else:
+        costs = counted_costs(recipe, model)
+    _refuse_single_experts(recipe, costs)
+    partitions = units_of(recipe, model.shape, costs, scores.tensors, scores.metric)
+    space, budget = _limits(recipe, model.shape, costs, partitions)
+    return space, budget, partitions
+
+
+def check_budget(recipe: Recipe, model: PrunableModel) -> None:
+    """Raise UserError for a budget that a model of these sizes cannot meet. Its weights may be on the meta device.
+
+    Before there are scores, the units of a grid (query heads, channels of experts) are estimated. A latency is not
+    checked: it can only be measured.
+    """
+    if recipe.budget.measure == "latency":
+        return
+    costs = counted_costs(recipe, model)
+    _refuse_single_experts(recipe, costs)
+    _limits(recipe, model.shape, costs, estimated_units(recipe, model.shape, costs))
+
+
+def _limits(recipe: Recipe, shape: Shape, costs: BlockCosts, partitions: Partitions) -> tuple[MaskSpace, Budget]:
+    """Return the units with their costs, and the budget. Raises UserError for limits that do not fit the budget."""
     settings = recipe.budget
-    costs = _costs(context)
-    if recipe.search.policy == "units" and any(cost.member for by_layer in costs.values() for cost in by_layer):
-        raise UserError(
-            f"budget.measure: the {settings.measure} of this model depend on the channels of its experts, but a unit "
-            "search removes only whole experts. Set search.policy to widths, or budget.measure to parameters."
-        )
-    partitions = units_of(recipe, shape, costs, scores.tensors, scores.metric)
     space = shape.space(recipe.units.families, partitions, costs)
     multiples = {"ffn": tuple(unit_multiple(grid, settings.ffn_multiple) for grid in shape.grids["ffn"])}
     budget = budget_of(space, settings.sparsity, settings.scope, settings.min_keep, multiples)
     _refuse_impossible(recipe, shape, space, budget)
-    return space, budget, partitions
+    return space, budget
 
 
 def units_of(recipe: Recipe, shape: Shape, costs: BlockCosts, scores: Mapping[str, Tensor], metric: str) -> Partitions:
@@ -46,15 +65,19 @@ def units_of(recipe: Recipe, shape: Shape, costs: BlockCosts, scores: Mapping[st
     return partitions(shape, recipe.units.families, by_group, costs, scores, metric, recipe.budget.ffn_multiple)
 
 
-def estimated_units(recipe: Recipe, shape: Shape) -> Partitions:
-    """Return units of the same number and total cost as a search will have. For estimates, before there are scores."""
+def estimated_units(recipe: Recipe, shape: Shape, costs: BlockCosts | None = None) -> Partitions:
+    """Return units of the same number and total cost as a search will have. For estimates, before there are scores.
+
+    costs: in the measure of the budget, parameters by default.
+    """
+    costs = costs or shape.parameters
     made: dict[tuple[Grid, GridCost], Partition] = {}
     by_group = recipe.search.policy == "units"
     units: dict[tuple[int, str], Partition] = {}
     for block in recipe.units.families:
         if block in WHOLE_FAMILIES:
             continue
-        for layer, key in enumerate(zip(shape.grids[block], shape.parameters[block], strict=True)):
+        for layer, key in enumerate(zip(shape.grids[block], costs[block], strict=True)):
             if key not in made:  # layers that are alike have the same units
                 evenly = torch.arange(key[0].elements) + 1.0
                 made[key] = partition_of(*key, by_group, evenly, "magnitude", recipe.budget.ffn_multiple)
@@ -62,8 +85,9 @@ def estimated_units(recipe: Recipe, shape: Shape) -> Partitions:
     return units
 
 
-def _costs(context: SearchContext) -> BlockCosts:
-    settings, model = context.recipe.budget, context.model
+def counted_costs(recipe: Recipe, model: PrunableModel) -> BlockCosts:
+    """Return the costs in a measure that needs no measuring. The weights may be on the meta device."""
+    settings = recipe.budget
     match settings.measure:
         case "flops":
             return flops(model, settings.context)
@@ -71,10 +95,16 @@ def _costs(context: SearchContext) -> BlockCosts:
             return active_parameters(model)
         case "kv-cache":
             return kv_cache(model, settings.context)
-        case "latency":
-            with context.progress.working(f"measuring the latency of units ({COSTS_FILE})"):
-                return latency_of_run(context.run, model, settings.context, context.fingerprint)
     return model.shape.parameters
+
+
+def _refuse_single_experts(recipe: Recipe, costs: BlockCosts) -> None:
+    """Raise UserError for a unit search in a measure of the channels of experts."""
+    if recipe.search.policy == "units" and any(cost.member for by_layer in costs.values() for cost in by_layer):
+        raise UserError(
+            f"budget.measure: the {recipe.budget.measure} of this model depend on the channels of its experts, but a "
+            "unit search removes only whole experts. Set search.policy to widths, or budget.measure to parameters."
+        )
 
 
 def _refuse_impossible(recipe: Recipe, shape: Shape, space: MaskSpace, budget: Budget) -> None:

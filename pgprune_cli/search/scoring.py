@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from torch import Tensor
 
@@ -59,9 +60,13 @@ def load_or_compute_scores(context: SearchContext) -> Scores:
             scores.save(run)
         return scores
     scores = Scores.load(run)
-    if scores.fingerprint != context.fingerprint:
-        raise UserError(
-            f"{run / SCORES_FILE}: the scores belong to another model, not to {context.recipe.model}. "
-            "Run `pgprune init-scores` again."
-        )
+    refuse_other_scores(run, scores, context.fingerprint, context.recipe.model)
     return scores
+
+
+def refuse_other_scores(run: Path, scores: Scores, fingerprint: str, model: str) -> None:
+    """Raise UserError if the scores in a run directory belong to a model with another fingerprint than `model`'s."""
+    if scores.fingerprint != fingerprint:
+        raise UserError(
+            f"{run / SCORES_FILE}: the scores belong to another model, not to {model}. Run `pgprune init-scores` again."
+        )

@@ -17,14 +17,9 @@ import math
 import torch
 from torch import Tensor
 
-from pgprune_cli.console.progress import SILENT, Progress
-from pgprune_cli.data.bos import bos_token
-from pgprune_cli.data.tokens import check_vocabulary
-from pgprune_cli.data.windows import Batches, CalibrationText, calibration_text, spread
+from pgprune_cli.data.windows import Batches, CalibrationText, spread
 from pgprune_cli.forward.curvature import curvature_windows
-from pgprune_cli.model.families import begins_with_bos, refuse_for_experts
-from pgprune_cli.model.loading import check_prunable, load_tokenizer, model_type_of, read_config
-from pgprune_cli.model.source import Source
+from pgprune_cli.model.families import refuse_for_experts
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.repair.last_layer import last_layer_batches
 from pgprune_cli.repair.least_squares import PASSES
@@ -32,25 +27,6 @@ from pgprune_cli.scores.metrics import CALIBRATED, NEEDS
 
 REPAIR_TOKENS = 4096
 """Tokens of one forward pass of the repair, at least: few large products are faster than many small ones."""
-
-
-def load_text(recipe: Recipe, source: Source, progress: Progress = SILENT) -> CalibrationText:
-    """Return the recipe's calibration text, tokenised for its model.
-
-    Raises UserError if the model cannot be pruned or has no BOS token to begin windows with, before anything large is
-    read, or if its tokenizer does not fit.
-    """
-    check_prunable(source, recipe.units.families)
-    model_type = model_type_of(source)
-    refuse_unsupported(recipe, model_type)
-    settings = recipe.calibration
-    with progress.working(f"reading {settings.corpus}"):
-        tokenizer = load_tokenizer(source)
-        bos = bos_token(settings.bos, tokenizer, begins_with_bos(model_type), source.name)
-        text = calibration_text(settings.corpus, tokenizer, settings.windows, settings.heldout, settings.seqlen, bos)
-    if source.gguf is None:  # a GGUF file holds its own tokenizer
-        check_vocabulary(text.stream, settings.corpus, read_config(source).vocab_size, bos)
-    return text
 
 
 def refuse_unsupported(recipe: Recipe, model_type: str) -> None:

@@ -498,7 +498,7 @@ def test_doctor_only_warns_of_a_missing_evaluation_text(pgprune) -> None:
     words = ["doctor", "demo", "--set", "evaluation.corpora=[tales=nothing.txt]"]
     code, out, err = pgprune(*words)
     assert (code, err) == (0, "")
-    assert [line.split()[:2] for line in out.splitlines() if line.startswith("WARN")] == [["WARN", "data"]]
+    assert [line.split()[:2] for line in out.splitlines() if line.startswith("WARN")] == [["WARN", "text"]]
     rows = json.loads(pgprune(*words, "--json")[1])["findings"]
     assert [(row["name"], row["status"]) for row in rows if row["fix"]] == [("data", "WARN")]
 

@@ -16,7 +16,7 @@ from pgprune_cli.run.layout import PROVENANCE_FILE, SCORES_FILE
 from pgprune_cli.run.provenance import read_provenance
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.scores.metrics import METRICS
-from pgprune_cli.search import scoring, texts
+from pgprune_cli.search import preparation, scoring
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -61,7 +61,7 @@ def test_uniform_knows_no_difference(small, tmp_path) -> None:
 
 
 def test_only_a_calibrated_metric_reads_text(small, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(texts, "calibration_text", None)
+    monkeypatch.setattr(preparation, "calibration_text", None)
     init_scores(small("scores.metric=magnitude"), tmp_path)
     with pytest.raises(TypeError):
         init_scores(small("scores.metric=wanda-sp"), tmp_path)
