@@ -141,7 +141,7 @@ def plan(source: Source, decision: Decision, options: Options, measured: Measure
         full_dtype = _default_dtype(base)
     edits = [_with_stored_dtype(edit, full_dtype) for edit in Placement(layout).place(surgery.edits())]
     writer = gguf.GGUFWriter(None, layout.architecture.name)
-    _add_general(writer, decision, layout, full_dtype, measured)
+    _add_general(writer, decision, layout, dtype, full_dtype, measured)
     layout.add(writer)
     add_tokenizer(writer, source, base.config.vocab_size)
     header = _header(writer, edits, full_dtype)
@@ -169,17 +169,21 @@ def _with_stored_dtype(edit: TensorEdit, dtype: str) -> TensorEdit:
     return edit if stored == "q8_0" else dataclasses.replace(edit, dtype=getattr(torch, stored))
 
 
-def _add_general(writer: Any, decision: Decision, layout: Layout, dtype: str, measured: Measured | None) -> None:
+def _add_general(
+    writer: Any, decision: Decision, layout: Layout, dtype: str, full_dtype: str, measured: Measured | None
+) -> None:
+    """Add what the file says about itself. Its matrices have `full_dtype` until llama.cpp makes them `dtype`."""
     import gguf
 
-    kind = gguf_types.TYPES[dtype]
     model = short_name(decision.model)
     writer.add_type("model")
     writer.add_name(f"{model}, pruned")
     writer.add_description(f"{model} without {decision.sparsity:.1%} of its prunable parameters (pgprune)")
-    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
+    writer.add_file_type(gguf_quantize.file_type(full_dtype))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_string(gguf_checksum.KEY, gguf_checksum.EMPTY)
+    writer.add_string(gguf_checksum.TENSORS_KEY, gguf_checksum.EMPTY)
+    writer.add_uint32(gguf_checksum.TYPE_KEY, int(gguf_quantize.file_type(dtype)))
     writer.add_string("pgprune.version", __version__)
     writer.add_string("pgprune.recipe", decision.recipe)
     for block in layout.family.blocks:

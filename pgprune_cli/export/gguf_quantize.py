@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.export import llama_quantizer
+from pgprune_cli.export import gguf_types, llama_quantizer
 
 K_QUANTS = {
     "q2_k": "q2_k",
@@ -89,7 +89,7 @@ def quantize(source: Path, out: Path, dtype: str, on_bytes: Callable[[int], None
     Raises RunError if llama.cpp cannot quantize the file.
     """
     # -P: the directory of the script has a module called gguf, which must not hide the library
-    command = [sys.executable, "-P", llama_quantizer.__file__, str(source), str(out), str(int(_file_type(dtype)))]
+    command = [sys.executable, "-P", llama_quantizer.__file__, str(source), str(out), str(int(file_type(dtype)))]
     with TemporaryFile() as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
         try:
@@ -111,8 +111,9 @@ def quantize(source: Path, out: Path, dtype: str, on_bytes: Callable[[int], None
             )
 
 
-def _file_type(dtype: str) -> Any:
-    """Return llama.cpp's number of a quantization."""
+def file_type(dtype: str) -> Any:
+    """Return llama.cpp's number of a dtype of matrices or a quantization."""
     import gguf
 
-    return gguf.LlamaFileType[f"MOSTLY_{dtype.upper()}"]
+    kind = gguf_types.TYPES.get(dtype, dtype.upper())
+    return gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"]

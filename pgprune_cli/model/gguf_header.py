@@ -26,10 +26,12 @@ MAX_ENTRIES = 1 << 22
 TRUNCATED = "the file ends within its header"
 
 ARCHITECTURE = "general.architecture"
-U32, U64 = Struct("<I"), Struct("<Q")
+PARTS = "split.count"
+"""Into how many files the model is split, a 16-bit number. Absent or 0 if it is in one file."""
+U16, U32, U64 = Struct("<H"), Struct("<I"), Struct("<Q")
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of a number, by the code of its type."""
-UINT32, STRING, LIST = 4, 8, 9
+UINT16, UINT32, STRING, LIST = 2, 4, 8, 9
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,15 @@ class Header:
     """What a header says.
 
     architecture: llama.cpp's name of it; layers: how many the model has; weights: how many all tensors hold together;
-    entries: by name, where in the file the type and value of a metadata entry begin and end; tensors: by name.
+    entries: by name, where in the file the type and value of a metadata entry begin and end; numbers: the values of the
+    entries that are unsigned 32-bit numbers, and that of PARTS; tensors: by name.
     """
 
     architecture: str
     layers: int
     weights: int
     entries: Mapping[str, tuple[int, int]]
+    numbers: Mapping[str, int]
     tensors: Mapping[str, StoredTensor]
 
 
@@ -99,7 +103,7 @@ class _HeaderReader:
         by_name, weights = self._check_tensors(tensors)
         architecture = self.texts.get(ARCHITECTURE, "")
         layers = self.numbers.get(f"{architecture}.block_count", 0)
-        return Header(architecture, layers, weights, self.entries, by_name)
+        return Header(architecture, layers, weights, self.entries, self.numbers, by_name)
 
     def _read_entry(self) -> None:
         """Read a metadata entry, and keep its place."""
@@ -116,6 +120,8 @@ class _HeaderReader:
                 self.texts[name] = self.content[begin + U64.size : self.position].decode(errors="replace")
             elif kind == UINT32:
                 (self.numbers[name],) = U32.unpack_from(self.content, begin)
+            elif kind == UINT16 and name == PARTS:
+                (self.numbers[name],) = U16.unpack_from(self.content, begin)
             elif name.endswith(".block_count"):
                 raise _HeaderError(f"{name} is not a 32-bit number")
             return

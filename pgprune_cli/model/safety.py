@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.gguf_header import read_header
+from pgprune_cli.model.gguf_header import PARTS, read_header
 from pgprune_cli.storage.records import read_json
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -65,6 +65,8 @@ def check_gguf(name: str, path: Path) -> None:
     from pgprune_cli.model.families import FAMILIES, family_of, model_type_of_gguf
 
     header = read_header(path)
+    if (parts := header.numbers.get(PARTS, 0)) > 1:
+        raise UserError(f"{path}: one of {parts} parts of a model. Join them with: llama-gguf-split --merge")
     names = [names for family in FAMILIES for names in family.gguf.values()]
     if header.architecture in {each.unequal for each in names} - {each.equal for each in names}:
         raise UserError(
