@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -16,21 +16,21 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.families.adapter import ModelFamily
-from pgprune_cli.model.families.wrapper import SECTION, decoder_name, decoder_prefixes
+from pgprune_cli.model.families.wrapper import SECTION, decoder_prefixes
 from pgprune_cli.model.loading import load_model, load_tokenizer, read_config
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import PrunableModel, Shape, unit_tensors
 from pgprune_cli.model.source import Source
+from pgprune_cli.model.stored import StoredFile, refuse_incomplete, stored_files
 from pgprune_cli.model.unit_tensors import UnitTensor
 from pgprune_cli.model.weights import reason_of
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import DECISION_RECORD
 from pgprune_cli.storage.records import read_json, write_json
-from pgprune_cli.storage.safetensors_file import DTYPES
 
 AUXILIARY_FILES = (
     *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
@@ -44,13 +44,11 @@ AUXILIARY_FILES = (
 class Shard:
     """Some tensors of the base model that are read together.
 
-    tensors: by name, on the meta device; open: a context manager that gives a function from a name to its tensor;
-    prefixes: as in a DenseModel.
+    tensors: by name, on the meta device; open: a context manager that gives a function from a name to its tensor.
     """
 
     tensors: Mapping[str, Tensor]
     open: Callable[[], AbstractContextManager[Callable[[str], Tensor]]]
-    prefixes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ class DenseModel:
         if self.wrapper is None:
             return self
         shards = tuple(
-            replace(shard, tensors={name: shard.tensors[name] for name in shard.tensors if name in shard.prefixes})
+            replace(shard, tensors={name: shard.tensors[name] for name in shard.tensors if name in self.prefixes})
             for shard in self.shards
         )
         return replace(self, shards=shards)
@@ -108,13 +106,12 @@ def open_dense_model(source: Source, decision: Decision) -> DenseModel:
 
     Raises UserError if it is quantised or incomplete, or does not have the sizes of the decision.
     """
-    base, model = _from_directory(source) if source.gguf is None else _from_gguf(source, decision)
+    base = _from_directory(source) if source.gguf is None else _from_gguf(source, decision)
     _check_sizes(source.name, base, decision.model_mask)
-    _check_tensors(source.name, base, model)
     return base
 
 
-def _from_directory(source: Source) -> tuple[DenseModel, nn.Module]:
+def _from_directory(source: Source) -> DenseModel:
     from transformers import AutoModelForCausalLM
 
     build: Any = AutoModelForCausalLM.from_config
@@ -133,10 +130,12 @@ def _from_directory(source: Source) -> tuple[DenseModel, nn.Module]:
         raise UserError(f"{source.name}: no model can be built from its config.json: {reason_of(error)}.") from error
     prunable = PrunableModel.of(model)
     shape = prunable.shape
-    shards = [_open_shard(path, shape.family, source.is_wrapped) for path in source.weight_files()]
-    prefixes = {name: pair for shard in shards for name, pair in shard.prefixes.items()}
-    if config.tie_word_embeddings and _head_equals_embedding(shards, shape.family):
-        shards = [_without(shard, shape.family.head_weight) for shard in shards]
+    files = stored_files(source, model)
+    refuse_incomplete(source.name, files, prunable)
+    if config.tie_word_embeddings and _head_equals_embedding(files, shape.family):
+        files = [file.without(shape.family.head_weight) for file in files]
+    prefixes = _wrapped_prefixes(files) if source.is_wrapped else {}
+    shards = [Shard(file.tensors, file.open) for file in files]
 
     def write_auxiliary_files(directory: Path) -> None:
         for path in auxiliary_files(source.directory):
@@ -146,8 +145,7 @@ def _from_directory(source: Source) -> tuple[DenseModel, nn.Module]:
         remove_code_references(directory / "tokenizer_config.json")
 
     tensors = unit_tensors(prunable)
-    base = DenseModel(config_json, config, shape, tensors, tuple(shards), write_auxiliary_files, wrapper, prefixes)
-    return base, model
+    return DenseModel(config_json, config, shape, tensors, tuple(shards), write_auxiliary_files, wrapper, prefixes)
 
 
 def auxiliary_files(directory: Path) -> list[Path]:
@@ -166,55 +164,27 @@ def remove_code_references(path: Path) -> None:
         write_json(path, config)
 
 
-def _open_shard(path: Path, family: ModelFamily, is_wrapped: bool) -> Shard:
-    from safetensors import SafetensorError, safe_open
-
-    @contextmanager
-    def reader() -> Iterator[Callable[[str], Tensor]]:
-        with safe_open(path, framework="pt") as file:
-            yield lambda name: file.get_tensor(stored_name.get(name, name))
-
-    computed = f"{family.rotary.rpartition('.')[2]}.inv_freq"  # stored by old checkpoints, computed today
-    try:
-        with safe_open(path, framework="pt") as file:
-            stored_name = {
-                decoder_name(name) if is_wrapped else name: name
-                for name in file.keys()  # noqa: SIM118
-                if not name.endswith(computed)
-            }
-            tensors = {name: _meta_tensor(path, name, file.get_slice(stored_name[name])) for name in stored_name}
-    except SafetensorError as error:
-        raise UserError(f"{path}: damaged or not safetensors ({error}). Fetch the model's files again.") from None
-    pairs = {name: decoder_prefixes(stored) for name, stored in stored_name.items()} if is_wrapped else {}
-    return Shard(tensors, reader, {name: (pair[1], pair[0]) for name, pair in pairs.items() if pair is not None})
+def _wrapped_prefixes(files: Sequence[StoredFile]) -> dict[str, tuple[str, str]]:
+    """Return the prefixes of every tensor of the decoder, as a DenseModel has them, in a model of text and images."""
+    pairs = {name: decoder_prefixes(stored) for file in files for name, stored in file.names.items()}
+    prefixes = {name: (pair[1], pair[0]) for name, pair in pairs.items() if pair is not None}
+    body = next((prefix for prefix in prefixes.values() if prefix[0] == "model."), ("", ""))
+    # A head that is stored for both tied weights is named as the embedding is.
+    return {name: prefix if name.startswith(prefix[0]) else body for name, prefix in prefixes.items()}
 
 
-def _meta_tensor(path: Path, name: str, part: Any) -> Tensor:
-    """Return a meta tensor like `part`, a slice of the safetensors library."""
-    if part.get_dtype() not in DTYPES:
-        raise UserError(
-            f"{path}: {name} has the dtype {part.get_dtype()}, which cannot be exported. "
-            f"Supported dtypes are {', '.join(DTYPES)}."
-        )
-    return torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
-
-
-def _head_equals_embedding(shards: list[Shard], family: ModelFamily) -> bool:
+def _head_equals_embedding(files: Sequence[StoredFile], family: ModelFamily) -> bool:
     """Return True if the files hold the head, and it equals the embedding. If it differs, transformers unties them."""
     tensors = []
     for name in (family.embedding_weight, family.head_weight):
-        for shard in shards:
-            if name in shard.tensors:
-                with shard.open() as read:
+        for file in files:
+            if name in file.tensors:
+                with file.open() as read:
                     tensors.append(read(name))
     return len(tensors) == 2 and torch.equal(*tensors)
 
 
-def _without(shard: Shard, name: str) -> Shard:
-    return replace(shard, tensors={key: tensor for key, tensor in shard.tensors.items() if key != name})
-
-
-def _from_gguf(source: Source, decision: Decision) -> tuple[DenseModel, nn.Module]:
+def _from_gguf(source: Source, decision: Decision) -> DenseModel:
     dtype = yaml.safe_load(decision.recipe)["dtype"]
     model: Any = load_model(source, dtype, "cpu")
     config_json = json.loads(model.config.to_json_string())
@@ -231,7 +201,7 @@ def _from_gguf(source: Source, decision: Decision) -> tuple[DenseModel, nn.Modul
 
     meta = {name: tensor.to("meta") for name, tensor in tensors.items()}
     shard = Shard(meta, lambda: nullcontext(tensors.__getitem__))
-    return DenseModel(config_json, model.config, shape, unit_tensors(prunable), (shard,), write_auxiliary_files), model
+    return DenseModel(config_json, model.config, shape, unit_tensors(prunable), (shard,), write_auxiliary_files)
 
 
 def _check_sizes(name: str, base: DenseModel, model_mask: ModelMask) -> None:
@@ -243,37 +213,3 @@ def _check_sizes(name: str, base: DenseModel, model_mask: ModelMask) -> None:
             f"{name}: its number of layers, {units} differs from {DECISION_RECORD}. "
             "Export the run that searched this model."
         )
-
-
-def _check_tensors(name: str, base: DenseModel, model: nn.Module) -> None:
-    """Raise UserError unless the files hold the tensors of `model`, which was built from the config."""
-    family = base.shape.family
-    pieces = {family.file_piece(key): (key, tensor.shape) for key, tensor in base.tensors.items()}
-    stored = {(piece.tensor, piece.group, piece.part): found for piece, found in pieces.items()}
-    in_pieces = {piece.tensor for piece in pieces if piece.group is not None}
-    for key, tensor in model.state_dict().items():
-        if key == family.head_weight and (key, None, None) not in stored and base.config.tie_word_embeddings:
-            continue
-        expected: dict[tuple[str, int | None, int | None], torch.Size] = {(key, None, None): tensor.shape}
-        if key in in_pieces:
-            expected = {(key, *place): shape for place, shape in _piece_shapes(base.unit_tensors[key], tensor.shape)}
-        for place, shape in expected.items():
-            found, found_shape = stored.get(place, (_piece_name(*place), None))
-            if found_shape != shape:
-                fault = "is missing" if found_shape is None else f"has the shape {tuple(found_shape)}"
-                raise UserError(
-                    f"{name}: the tensor {found} {fault}. According to config.json, its shape is {tuple(shape)}."
-                )
-
-
-def _piece_shapes(tensor: UnitTensor, shape: torch.Size) -> Iterator[tuple[tuple[int, int], torch.Size]]:
-    """Yield the shape of every matrix of every expert in a tensor that files hold in pieces, by (expert, part)."""
-    for group in range(shape[0]):
-        for number, part in enumerate(tensor.parts):
-            sizes = list(shape[1:])
-            sizes[tensor.axis - 1] = part.rows
-            yield (group, number), torch.Size(sizes)
-
-
-def _piece_name(tensor: str, group: int | None, part: int | None) -> str:
-    return tensor if group is None else f"of part {part} of expert {group} of {tensor}"

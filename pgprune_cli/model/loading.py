@@ -23,6 +23,7 @@ from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import quantize_projections
 from pgprune_cli.model.safety import check_directory, check_gguf
 from pgprune_cli.model.source import Source, resolve
+from pgprune_cli.model.stored import refuse_incomplete, stored_files
 from pgprune_cli.model.weights import read_quantized, read_weights, reason_of
 
 WeightFormat = Literal["full", "int8", "fp8"]
@@ -55,7 +56,7 @@ def model_type_of(source: Source) -> str:
 
 
 def check_prunable(source: Source, families: Sequence[str] = ()) -> None:
-    """Raise UserError for a model that cannot be pruned. Reads no weights, and of a GGUF file only the header.
+    """Raise UserError for a model that cannot be pruned and exported. Reads only the headers of its weight files.
 
     families: of the units that are to be removed, as `units.families` has them.
     """
@@ -74,7 +75,9 @@ def check_prunable(source: Source, families: Sequence[str] = ()) -> None:
                 "dequantize=True)).save_pretrained(DIRECTORY), and save the tokenizer there, too."
             )
         raise UserError(f"{source.name}: holds quantised weights, which cannot be pruned. {advice}")
-    PrunableModel.of(_build_empty(source, "auto"))
+    model = PrunableModel.of(_build_empty(source, "auto"))
+    if source.has_weights:
+        refuse_incomplete(source.name, stored_files(source, model.module), model)
 
 
 def load_prunable(source: Source, dtype: str, device: str, weight_format: WeightFormat = "full") -> PrunableModel:
@@ -194,7 +197,7 @@ def _build_empty(source: Source, dtype: str) -> nn.Module:
 def _check_files(source: Source) -> None:
     """Raise UserError for files that transformers must not get: it trusts everything a config or header says."""
     if source.gguf is None:
-        check_directory(source.name, source.directory)
+        check_directory(source.directory)
     else:
         check_gguf(source.name, source.directory / source.gguf)
 

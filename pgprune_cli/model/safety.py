@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.gguf_header import PARTS, read_header
@@ -12,6 +15,9 @@ from pgprune_cli.storage.records import read_json
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 CONVERT = "Convert pickled weights (*.bin) with scripts/convert_to_safetensors.py."
 PICKLES_REFUSED = f"pickled weights are not read, because they can run code. {CONVERT}"
+
+ADAPTER = "adapter_config.json"
+"""The config of an adapter made with PEFT. transformers would load other weights in place of the model's."""
 
 MAX_LAYERS = 1000
 """A config may ask for a billion layers, and building them would never end."""
@@ -41,12 +47,44 @@ def check_weight_name(index: Path, name: str) -> None:
         raise UserError(f"{index}: {name!r} is not a safetensors file. {CONVERT}")
 
 
-def check_directory(name: str, directory: Path) -> None:
-    """Raise UserError if transformers would read other weights than those in the directory, or too many layers."""
-    if (directory / "adapter_config.json").exists():  # transformers would load the adapter's base model instead
+def check_adapter(name: str, directory: Path, merged: bool) -> None:
+    """Raise UserError for a directory with an `adapter_config.json`, unless only that is left of a merged adapter.
+
+    merged: True if the directory holds the weights of a whole model.
+    """
+    files = [path.name for path in sorted(directory.glob("adapter_model*"))]
+    if merged and files:
         raise UserError(
-            f"{name}: holds an adapter (adapter_config.json), not a whole model. Merge it into its base model first."
+            f"{name}: holds a whole model and the weights of an adapter ({files[0]}). If the adapter is merged, remove "
+            f"{files[0]}; else merge it first."
         )
+    if not merged:
+        base = read_json(directory / ADAPTER).get("base_model_name_or_path")
+        raise UserError(
+            f"{name}: holds an adapter for {base or 'another model'}, not a whole model. Merge it first: "
+            "AutoPeftModelForCausalLM.from_pretrained(NAME).merge_and_unload().save_pretrained(DIRECTORY), and save "
+            "the tokenizer there, too."
+        )
+
+
+@contextmanager
+def without_adapter(directory: Path) -> Iterator[Path]:
+    """Yield a model directory, or links to its files if it has an `adapter_config.json`, which is left of a merge.
+
+    With PEFT installed, transformers would load the adapter, too, or even its base model in place of these weights.
+    """
+    if not (directory / ADAPTER).exists():
+        yield directory
+        return
+    with TemporaryDirectory(prefix="pgprune-") as links:
+        for path in directory.iterdir():
+            if not path.name.startswith("adapter_"):
+                (Path(links) / path.name).symlink_to(path.absolute())
+        yield Path(links)
+
+
+def check_directory(directory: Path) -> None:
+    """Raise UserError if transformers would read other weights than those in the directory, or too many layers."""
     path = directory / "config.json"
     if not path.exists():
         return

@@ -5,17 +5,26 @@ This is quick: of the files, only the index that lists the weight files is read.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pgprune_cli.console.hub_logging import quiet_hub
 from pgprune_cli.errors import UserError, in_short
 from pgprune_cli.model.names import DEMO, WEIGHT_FILES, is_hub_name
-from pgprune_cli.model.safety import CONVERT, PICKLED, PICKLES_REFUSED, check_weight_name, refuse_links_out
+from pgprune_cli.model.safety import (
+    ADAPTER,
+    CONVERT,
+    PICKLED,
+    PICKLES_REFUSED,
+    check_adapter,
+    check_weight_name,
+    refuse_links_out,
+)
 from pgprune_cli.storage.records import read_json
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 INDEX = "model.safetensors.index.json"
+CONFIGS = ["config.json", ADAPTER]
 DOWNLOADED = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
 """Patterns of the files that are downloaded from the hub: no pickles and no code."""
 
@@ -24,12 +33,14 @@ DOWNLOADED = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"
 class Source:
     """Where a model is.
 
-    name: what the user calls it; directory: holds its files; gguf: name of the weight file if it is GGUF, else None.
+    name: what the user calls it; directory: holds its files; gguf: name of the weight file if it is GGUF, else None;
+    has_weights: False if only the config is asked for and there are no weights, or those of a model on the hub.
     """
 
     name: str
     directory: Path
     gguf: str | None
+    has_weights: bool = True
 
     @property
     def is_wrapped(self) -> bool:
@@ -81,9 +92,10 @@ def resolve(name: str, weights: bool = True) -> Source:
 
     weights: if False, config.json is enough, and nothing else is downloaded.
     """
-    return find_local(name, weights) or _in_directory(
-        name, _download(name, DOWNLOADED if weights else ["config.json"]), weights
-    )
+    if (local := find_local(name, weights)) is not None:
+        return local
+    source = _in_directory(name, _download(name, DOWNLOADED if weights else CONFIGS), weights)
+    return source if weights else replace(source, has_weights=False)  # some may be left of an earlier download
 
 
 def find_local(name: str, weights: bool = True) -> Source | None:
@@ -134,11 +146,14 @@ def find_recorded(name: str) -> Source | None:
 
 def _in_directory(name: str, directory: Path, weights: bool) -> Source:
     refuse_links_out(name, directory)
-    if (directory / "config.json").exists():
-        if not weights or (directory / "model.safetensors").exists() or (directory / INDEX).exists():
-            return Source(name, directory, None)
-        raise UserError(f"{name}: has config.json, but neither model.safetensors nor {INDEX}. {CONVERT}")
+    stored = (directory / "model.safetensors").exists() or (directory / INDEX).exists()
     files = sorted(path.name for path in directory.glob("*.gguf"))
+    if (directory / ADAPTER).exists() and (stored or not files):
+        check_adapter(name, directory, merged=stored)
+    if (directory / "config.json").exists():
+        if stored or (not weights and not any(directory.glob("pytorch_model*.bin"))):
+            return Source(name, directory, None, stored)
+        raise UserError(f"{name}: has config.json, but neither model.safetensors nor {INDEX}. {CONVERT}")
     if len(files) == 1:
         return Source(name, directory, files[0])
     if files:

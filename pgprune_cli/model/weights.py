@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from pgprune_cli.errors import UserError, in_short
 from pgprune_cli.model.devices import device_map
 from pgprune_cli.model.families import family_of
-from pgprune_cli.model.families.wrapper import PREFIXES, decoder_name
+from pgprune_cli.model.families.wrapper import PREFIXES
 from pgprune_cli.model.quantized import QuantizedLinear, check_fp8, quantize_projections
+from pgprune_cli.model.safety import without_adapter
 from pgprune_cli.model.source import Source
+from pgprune_cli.model.stored import StoredFile, stored_files
 
 NO_ACCELERATE = "device: several devices need accelerate. Install it with: pip install 'pgprune[multi-gpu]'"
 
@@ -53,8 +55,8 @@ def read_weights(source: Source, empty: nn.Module, dtype: str, devices: list[tor
     # The GGUF reader draws a bar of its own, on a terminal or not.
     silence = redirect_stderr(StringIO()) if source.gguf else nullcontext()
     try:
-        with silence:
-            model, info = AutoModelForCausalLM.from_pretrained(source.directory, output_loading_info=True, **arguments)
+        with silence, without_adapter(source.directory) as directory:
+            model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **arguments)
     except Exception as error:  # the loaders raise dozens of kinds for files that are not what they should be
         raise UserError(f"{source.name}: cannot be loaded: {reason_of(error)}.") from error
     finally:
@@ -82,9 +84,9 @@ def read_quantized(
         quantize_projections(unpacked, weight_format)
         return _place(unpacked, devices)
     family = family_of(model.config.model_type)
-    tensors = dict(empty.state_dict())
+    tensors, files = dict(empty.state_dict()), stored_files(source, empty)
     quantize_projections(empty, weight_format)
-    stored = _fill_from_files(source, empty, tensors, _device_map(empty, devices))
+    stored = _fill_from_files(source, files, empty, tensors, _device_map(empty, devices))
     tied = model.config.tie_word_embeddings
     _refuse_mismatches(source, tensors.keys() - stored - ({family.head_weight} if tied else set()), ())
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
@@ -107,25 +109,24 @@ def reason_of(error: Exception) -> str:
 
 
 def _fill_from_files(
-    source: Source, model: nn.Module, tensors: dict[str, Tensor], places: dict[str, torch.device]
+    source: Source,
+    files: Sequence[StoredFile],
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    places: dict[str, torch.device],
 ) -> set[str]:
     """Fill a model with the tensors of its files. Returns their names; raises UserError for a shape that differs."""
-    from safetensors import safe_open
-
     stored, mismatched = set(), []
-    for path in source.weight_files():
-        with safe_open(path, framework="pt") as file:
-            for stored_name in file.keys():  # noqa: SIM118
-                name = decoder_name(stored_name) if source.is_wrapped else stored_name
-                if name not in tensors:  # transformers ignores these as well
-                    continue
+    for file in files:
+        with file.open() as read:
+            for name in file.tensors.keys() & tensors.keys():  # transformers ignores others as well
                 stored.add(name)
-                shape, expected = tuple(file.get_slice(stored_name).get_shape()), tensors[name]
+                shape, expected = file.tensors[name].shape, tensors[name]
                 if shape != expected.shape:
                     mismatched.append((name, shape, expected.shape))
                     continue
                 device = next(device for module, device in places.items() if name.startswith(f"{module}."))
-                _fill(model, name, file.get_tensor(stored_name).to(device, expected.dtype))
+                _fill(model, name, read(name).to(device, expected.dtype))
     _refuse_mismatches(source, (), mismatched)
     return stored
 

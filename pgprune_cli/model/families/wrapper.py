@@ -14,6 +14,9 @@ from pgprune_cli.model.families.adapter import dense_type
 WRAPPERS = ("mistral3", "gemma3", "qwen3_5")
 """The model types of wrappers."""
 
+DECODERS = ("qwen3_5_text",)
+"""The model types of decoders alone whose files may have the names of the wrapper's."""
+
 SECTION = "text_config"
 """The key of the decoder's config inside the wrapper's."""
 
@@ -21,6 +24,7 @@ PREFIXES = (
     ("language_model.model.", "model."),
     ("language_model.lm_head.", "lm_head."),
     ("model.language_model.", "model."),
+    ("language_model.", "model."),
     ("lm_head.", "lm_head."),
 )
 """What names of the decoder's tensors begin with in the wrapper's files, and in the causal model."""
@@ -29,6 +33,11 @@ PREFIXES = (
 def is_wrapper(model_type: str | None) -> bool:
     """Return whether a model type is that of a wrapper, or of an exported wrapper."""
     return model_type is not None and dense_type(model_type) in WRAPPERS
+
+
+def has_wrapped_names(model_type: str) -> bool:
+    """Return whether transformers reads the names of a wrapper's tensors in files of this decoder alone."""
+    return dense_type(model_type) in DECODERS
 
 
 def decoder_config(config: Any) -> Any:
