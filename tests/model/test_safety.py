@@ -62,9 +62,9 @@ def change(path: Path, **values) -> None:
 def read(model: Path) -> None:
     """Run every reader of a model."""
     source = resolve(str(model))
-    source.fingerprint()
     load_tokenizer(source)
     load_model(source, "auto", "cpu")
+    source.fingerprint()
 
 
 # --- pickles
@@ -172,12 +172,6 @@ def test_weights_named_in_a_config_are_refused(model: Path, tmp_path: Path) -> N
     (model / "model.safetensors").touch()
     change(model / "config.json", transformers_weights="x.safetensors")
     with refused(f"{model / 'config.json'}: transformers_weights", "Remove"):
-        read(model)
-
-
-def test_an_adapter_is_refused(model: Path) -> None:
-    (model / "adapter_config.json").write_text('{"base_model_name_or_path": "../other", "peft_type": "LORA"}')
-    with refused(f"{model}: holds an adapter", "adapter_config.json", "Merge"):
         read(model)
 
 

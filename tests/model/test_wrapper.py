@@ -149,6 +149,39 @@ def test_files_with_the_names_of_the_modules_are_read_too(wrapped: Path, tmp_pat
     assert load_file(tmp_path / "out" / "model.safetensors").keys() <= renamed.keys()
 
 
+def test_files_of_the_model_without_its_head_are_read_too(wrapped: Path, tmp_path: Path) -> None:
+    """Saved without the head, a wrapper's decoder is `language_model` alone. The head is tied to its embedding."""
+    path = wrapped / "model.safetensors"
+    tensors = load_file(path)
+    if "language_model.lm_head.weight" in tensors:
+        pytest.skip("its head is not tied")
+    expected = logits(load_prunable(resolve(str(wrapped)), "float32", "cpu").module)
+    renamed = {name.replace("language_model.model.", "language_model.", 1): tensors[name] for name in tensors}
+    save_file(renamed, path, metadata={"format": "pt"})
+    check_prunable(resolve(str(wrapped)))
+    assert torch.equal(logits(load_prunable(resolve(str(wrapped)), "float32", "cpu").module), expected)
+    load_prunable(resolve(str(wrapped)), "float32", "cpu", "int8")
+    export(wrapped, tmp_path / "out", "equal")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == renamed.keys()
+    again = load_prunable(resolve(str(tmp_path / "out")), "float32", "cpu")
+    loaded = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), logits(again.module), atol=1e-4, rtol=1e-4)
+
+
+def test_a_head_that_is_stored_for_both_tied_weights_is_exported(wrapped: Path, tmp_path: Path) -> None:
+    path = wrapped / "model.safetensors"
+    tensors = load_file(path)
+    if "language_model.lm_head.weight" in tensors:
+        pytest.skip("its head is not tied")
+    expected = logits(load_prunable(resolve(str(wrapped)), "float32", "cpu").module)
+    names = set(tensors)
+    tensors["language_model.lm_head.weight"] = tensors.pop("language_model.model.embed_tokens.weight")
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert torch.equal(logits(load_prunable(resolve(str(wrapped)), "float32", "cpu").module), expected)
+    export(wrapped, tmp_path / "out", "equal")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == names
+
+
 def test_a_gguf_file_holds_the_decoder_alone(wrapped: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     source, mask = resolve(str(wrapped)), mask_of([(4, 2, 24)] * 4)
