@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.machine import Finding, finding, free_memory, gigabytes, machine_findings
+from pgprune_cli.model.safety import ADAPTER, MERGE
 
 if TYPE_CHECKING:
     from pgprune_cli.data.corpora import Purpose
@@ -160,7 +162,9 @@ def _hub_weights(name: str) -> _Weights:
 
     info: Any = _ask_hub(name, lambda: HfApi().model_info(name, files_metadata=True, timeout=HUB_TIMEOUT))
     _ask_hub(name, lambda: HfApi().auth_check(name))  # the hub describes a gated model to everybody
-    files = [file for file in info.siblings if file.rfilename.endswith(".safetensors")]
+    files = [file for file in info.siblings if fnmatch(file.rfilename, "model*.safetensors")]
+    if not files and any(file.rfilename == ADAPTER for file in info.siblings):
+        raise UserError(f"The repository holds an adapter, not a whole model. {MERGE}")
     if not files:
         raise UserError(
             "The repository holds no safetensors files. Convert its weights with scripts/convert_to_safetensors.py."

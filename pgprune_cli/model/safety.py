@@ -19,6 +19,11 @@ PICKLES_REFUSED = f"pickled weights are not read, because they can run code. {CO
 ADAPTER = "adapter_config.json"
 """The config of an adapter made with PEFT. transformers would load other weights in place of the model's."""
 
+MERGE = (
+    "Merge it first: AutoPeftModelForCausalLM.from_pretrained(NAME).merge_and_unload().save_pretrained(DIRECTORY), and "
+    "save the tokenizer there, too."
+)
+
 MAX_LAYERS = 1000
 """A config may ask for a billion layers, and building them would never end."""
 
@@ -60,11 +65,7 @@ def check_adapter(name: str, directory: Path, merged: bool) -> None:
         )
     if not merged:
         base = read_json(directory / ADAPTER).get("base_model_name_or_path")
-        raise UserError(
-            f"{name}: holds an adapter for {base or 'another model'}, not a whole model. Merge it first: "
-            "AutoPeftModelForCausalLM.from_pretrained(NAME).merge_and_unload().save_pretrained(DIRECTORY), and save "
-            "the tokenizer there, too."
-        )
+        raise UserError(f"{name}: holds an adapter for {base or 'another model'}, not a whole model. {MERGE}")
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.model.context import refuse_longer_windows
 from pgprune_cli.model.loading import check_prunable, check_weights
 from pgprune_cli.model.quantized import check_fp8
+from pgprune_cli.model.stored import refuse_incomplete, stored_files
 from pgprune_cli.model.weights import NO_ACCELERATE
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.layout import SCORES_FILE
@@ -126,6 +127,8 @@ def _format(preparation: Preparation) -> str:
 def _weights(preparation: Preparation) -> str:
     source = preparation.source
     weights = check_weights(source, preparation.empty.module)
+    if source.gguf is None:
+        refuse_incomplete(source.name, stored_files(source, preparation.empty.module), preparation.empty)
     size = sum(path.stat().st_size for path in source.weight_files())
     return f"{weights / 1e6:,.1f} million parameters, {size / 1e9:,.1f} GB"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -155,7 +156,7 @@ def hub_recipe(small) -> Recipe:
     return small("model=someone/model", "calibration.corpus=c4")
 
 
-def simulate_hub(monkeypatch, error: Exception | None = None, files: int = 1) -> None:
+def simulate_hub(monkeypatch, error: Exception | None = None, files: Sequence[str] = ("model.safetensors",)) -> None:
     """Simulate a hub that has everything, or that answers every request with an error."""
 
     class Api:
@@ -164,8 +165,8 @@ def simulate_hub(monkeypatch, error: Exception | None = None, files: int = 1) ->
                 raise error
 
         def model_info(self, name, files_metadata, timeout):
-            sibling = SimpleNamespace(rfilename="model.safetensors", size=2_000_000)
-            return SimpleNamespace(siblings=[sibling] * files, safetensors=SimpleNamespace(total=1_000_000))
+            siblings = [SimpleNamespace(rfilename=file, size=2_000_000) for file in files]
+            return SimpleNamespace(siblings=siblings, safetensors=SimpleNamespace(total=1_000_000))
 
         def dataset_info(self, name, timeout):
             if error:
@@ -186,8 +187,13 @@ def test_a_model_and_a_data_set_on_the_hub_are_ok(small, monkeypatch) -> None:
 
 
 def test_a_repository_without_safetensors_is_a_failure(small, monkeypatch) -> None:
-    simulate_hub(monkeypatch, files=0)
+    simulate_hub(monkeypatch, files=["config.json", "pytorch_model.bin"])
     assert "convert_to_safetensors" in problems(doctor(hub_recipe(small)))[0].fix
+
+
+def test_a_repository_with_an_adapter_alone_is_a_failure(small, monkeypatch) -> None:
+    simulate_hub(monkeypatch, files=["adapter_config.json", "adapter_model.safetensors"])
+    says(problems(doctor(hub_recipe(small)))[0].fix, "holds an adapter", "merge_and_unload")
 
 
 @pytest.mark.parametrize(
