@@ -19,6 +19,9 @@ from pgprune_cli.errors import UserError, in_short
 from pgprune_cli.storage.atomic import write_bytes
 from pgprune_cli.storage.records import CHECKSUM, metadata, read_tensors
 
+READERS = 2
+"""Version of the readers of texts. Tokens that an earlier version cached are read anew."""
+
 DOCUMENTS_PER_CALL = 64
 """How many documents the tokenizer gets at a time."""
 
@@ -43,7 +46,7 @@ def tokens_of(
     """
     identity = text_identity(corpus, purpose)
     drop_bos = without_bos and adds_bos(tokenizer)
-    settings = [identity, at_least, _tokenizer_identity(tokenizer), drop_bos]
+    settings = [READERS, identity, at_least, _tokenizer_identity(tokenizer), drop_bos]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     path = cache_directory() / "tokens" / f"{key[:32]}.safetensors"
     if (cached := _read_cache(path)) is not None:

@@ -23,6 +23,7 @@ from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import load, shipped_folder
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.recipe.settings import Setting, size_settings, yaml_lines
+from pgprune_cli.run.settled import absolute_text
 from pgprune_cli.search.texts import empty_text, repair_batches, scoring_batches
 
 _SECTIONS = ("", "calibration", "units", "budget", "scores", "search", "repair", "evaluation")
@@ -77,8 +78,8 @@ def _text_settings(model: str, calibration: str | None) -> list[Setting]:
     if calibration is None and model == "demo":  # its language is its own
         return [Setting("calibration.corpus", "demo"), Setting("evaluation.corpora", ["demo"])]
     if calibration is None:
-        return [Setting("calibration.corpus", "c4", "or a .txt, .jsonl or .parquet file with text like yours")]
-    corpus = str(Path(calibration).expanduser().resolve()) if Path(calibration).expanduser().exists() else calibration
+        return [Setting("calibration.corpus", "c4", "or a .txt, .jsonl, .json or .parquet file with text like yours")]
+    corpus = absolute_text(calibration)
     return [Setting("calibration.corpus", corpus, "keep it apart from the text that you evaluate on")]
 
 

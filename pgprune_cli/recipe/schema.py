@@ -90,7 +90,7 @@ GRADIENT_METRICS = ("taylor",)
 class CalibrationSettings:
     """The text on which the search measures losses."""
 
-    # A corpus name or a text file.
+    # A corpus name, a text file, or a data set on the hub. Another column than `text` follows a colon: FILE:COLUMN.
     corpus: str
     # Maximum number of windows that the search draws its batches from.
     windows: Count = 120_000
@@ -218,7 +218,7 @@ class RepairSettings:
 class EvaluationSettings:
     """The perplexities that `pgprune eval` reports: one for each corpus and window length."""
 
-    # Corpus names or NAME=FILE, as for `--ppl`.
+    # Corpus names or NAME=FILE, as for `--ppl`. FILE:COLUMN names another column than `text`.
     corpora: tuple[Annotated[str, _corpus], ...] = ("wikitext2",)
     # Window lengths in tokens.
     seqlen: tuple[Length, ...] = (128, 2048)

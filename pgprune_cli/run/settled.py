@@ -40,7 +40,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     return replace(
         recipe,
         model=absolute_name(recipe.model),
-        calibration=replace(recipe.calibration, corpus=_absolute_text(recipe.calibration.corpus)),
+        calibration=replace(recipe.calibration, corpus=absolute_text(recipe.calibration.corpus)),
         evaluation=replace(recipe.evaluation, corpora=tuple(map(_absolute_corpus, recipe.evaluation.corpora))),
     )
 
@@ -48,11 +48,11 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
 def _absolute_corpus(corpus: str) -> str:
     """Return an evaluation corpus with an absolute path, under the name that it had: `a.txt` as `a.txt=/data/a.txt`."""
     name, text = name_and_text(corpus)
-    absolute = _absolute_text(text)
+    absolute = absolute_text(text)
     return corpus if absolute == text else absolute if "/" in name else f"{name}={absolute}"
 
 
-def _absolute_text(corpus: str) -> str:
+def absolute_text(corpus: str) -> str:
     """Return a corpus with an absolute path. A column may follow the path of a file: `a.parquet:story`."""
     if corpus == "demo" or corpus in NAMED:
         return corpus

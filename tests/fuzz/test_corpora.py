@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from pgprune_cli.data.corpora import FORMATS
+from pgprune_cli.data.text_files import FORMATS, GZIPPED
 from pgprune_cli.data.tokens import tokens_of
 from pgprune_cli.data.windows import calibration_text
 from pgprune_cli.model.loading import load_tokenizer
@@ -37,7 +38,7 @@ def read(path: Path, tokenizer, kind: str) -> None:
             calibration_text(str(path), tokenizer, 4, 2, 8)
 
 
-@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("suffix", [*FORMATS, *GZIPPED])
 @examples(40)
 @given(content=st.binary(max_size=300))
 def test_any_bytes_are_accepted_or_refused(suffix: str, content: bytes, folder: Path, tokenizer) -> None:
@@ -64,6 +65,8 @@ ROWS = st.one_of(
 def test_json_lines_of_any_rows_are_accepted_or_refused(rows: list, folder: Path, tokenizer) -> None:
     content = "\n".join(json.dumps(row) for row in rows).encode()
     read(write(folder / "x.jsonl", content), tokenizer, "corpora, rows")
+    read(write(folder / "x.json", json.dumps(rows).encode()), tokenizer, "corpora, arrays")
+    read(write(folder / "x.json.gz", gzip.compress(content)), tokenizer, "corpora, gzip")
 
 
 TEXTS = st.lists(st.none() | st.text(min_size=1, max_size=40), min_size=2, max_size=2)
