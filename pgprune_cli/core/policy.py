@@ -29,10 +29,13 @@ def starting_theta(scores: Tensor, space: MaskSpace, budget: Budget, start: str,
     """Return a θ `(n,)` float64 that follows the scores `(n,)` within each layer and meets the budget.
 
     `sigmap` is the paper's: z-score within the layer, sigmoid, shifted to the keep fraction. `linear` runs from 0 at
-    the layer's lowest score to 1 at its highest, then is shifted. A `temperature` below 1 moves θ closer to 0 and 1.
-    Families with one unit per layer are compared across the layers instead.
+    the layer's lowest score to 1 at its highest, `rank` is the fraction of the layer's units that score no higher;
+    both are then shifted. A `temperature` below 1 moves θ closer to 0 and 1. Families with one unit per layer are
+    compared across the layers instead, and `global-rank` compares all units with each other.
     """
-    squash = {"sigmap": _sigmap, "linear": _linear}[start]
+    if start == "global-rank":
+        return project(_rank(scores.double(), temperature), space, budget)
+    squash = {"sigmap": _sigmap, "linear": _linear, "rank": _rank}[start]
     theta = torch.empty(space.n, dtype=torch.float64)
     for family in space.families:
         span = space.slice_of(family.name)
@@ -46,6 +49,11 @@ def _sigmap(values: Tensor, temperature: float) -> Tensor:
     centred = values - values.mean() if values.numel() else values
     spread = centred.square().mean().sqrt()
     return torch.sigmoid(centred / (spread * temperature)) if spread > 0 else torch.full_like(values, 0.5)
+
+
+def _rank(values: Tensor, temperature: float) -> Tensor:
+    ranks = torch.searchsorted(values.sort().values, values, right=True).double() / max(len(values), 1)
+    return 0.5 + (ranks - 0.5) / temperature
 
 
 def _linear(values: Tensor, temperature: float) -> Tensor:

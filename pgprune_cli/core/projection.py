@@ -21,13 +21,15 @@ def project(theta: Tensor, space: MaskSpace, budget: Budget) -> Tensor:
     """Return the exact nearest point of {0 ≤ θ ≤ 1, Σ cost·θ = kept for every constraint}: `(n,)` → `(n,)` float64.
 
     The distance is Σ cost·(x − θ)². With equal costs this is the Euclidean projection of the paper (Gao et al., 2025);
-    with unequal ones, a costly unit is not moved further than a cheap one just because it is costly. The budget's
-    limits on widths do not constrain θ, only the masks made from it.
+    with unequal ones, a costly unit is not moved further than a cheap one just because it is costly. θ is 1
+    in layers that keep all units; apart from that, the budget's limits on widths only constrain the masks made from θ.
     """
     projected = torch.empty_like(theta, dtype=torch.float64)
+    kept_whole = budget.limits(space)[0] == space.pair_counts
+    low = kept_whole[space.pair_of].double()
     for constraint in budget:
-        units, nothing = constraint.units, torch.zeros(constraint.stop - constraint.start, dtype=torch.float64)
-        projected[units] = project_onto(theta[units].double(), space.costs[units].double(), constraint.kept, nothing)
+        units = constraint.units
+        projected[units] = project_onto(theta[units].double(), space.costs[units].double(), constraint.kept, low[units])
     return projected
 
 
@@ -180,7 +182,9 @@ def _summed(values: Tensor, index: Tensor, length: int) -> Tensor:
 def coarser(budget: Budget, space: MaskSpace, multiples: Tensor) -> Budget:
     """The same budget with widths in `multiples` `(J,)` instead of its own.
 
-    For a search on a coarser grid than its result's: least widths are rounded down to it, for up might not fit.
+    For a search on a coarser grid than its result's: least widths are rounded down to it, for up might not fit. Those
+    of all units stay.
     """
-    least = budget.limits(space)[0] // multiples * multiples
+    least = budget.limits(space)[0]
+    least = torch.where(least == space.pair_counts, least, least // multiples * multiples)
     return replace(budget, min_widths=tuple(least.tolist()), multiples=tuple(multiples.tolist()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -168,6 +168,7 @@ def budget_of(
     scope: str,
     min_keep: float = 0.0,
     multiples: Mapping[str, int | Sequence[int]] = _NO_MULTIPLES,
+    whole_layers: Collection[int] = (),
 ) -> Budget:
     """Return the budget that removes the fraction `sparsity` of the cost.
 
@@ -179,6 +180,7 @@ def budget_of(
             all units together (`global`).
         min_keep: the least fraction of units that every layer of every family keeps, rounded up.
         multiples: by family name, what its widths are multiples of: in all layers, or layer by layer.
+        whole_layers: layers in which nothing is removed.
     """
     if scope == "per-family":
         spans = [(f.name, space.slice_of(f.name)) for f in space.families]
@@ -194,7 +196,11 @@ def budget_of(
         for (name, span), total in zip(spans, totals, strict=True)
     )
     # In float64, 0.07 · 100 is a little more than 7. It means 7.
-    least = [math.ceil(min_keep * count - 1e-9) for family in space.families for count in family.counts]
+    least = [
+        count if layer in whole_layers else math.ceil(min_keep * count - 1e-9)
+        for family in space.families
+        for layer, count in enumerate(family.counts)
+    ]
     widths: list[int] = []
     for family in space.families:
         multiple = multiples.get(family.name, 1)

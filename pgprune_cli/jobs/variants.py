@@ -44,6 +44,10 @@ METHODS: tuple[tuple[str, str, MetricName, RepairMethod], ...] = (
     ("sparsegpt", "SparseGPT on units, with its weight updates", "obs", "least-squares"),
 )
 """Name, what it is, metric and repair of the published methods that remove the units with the lowest scores."""
+LLM_PRUNER_LAYERS = {0.0: (4 / 32, 2 / 32), 0.5: (3 / 32, 1 / 32)}
+"""From which sparsity on LLM-Pruner keeps which fractions of the first and of the last layers whole (its README)."""
+LLM_PRUNER_TEXT = (10, 64)
+"""Examples, and tokens of each, whose gradient LLM-Pruner takes."""
 
 
 def variants_of(recipe: Recipe) -> list[Variant]:
@@ -69,12 +73,36 @@ def _methods(recipe: Recipe) -> list[Variant]:
     for name, shows, metric, repair in METHODS:
         seeded = metric == "random"
         uniform = _changed(recipe, "nothing", repair, metric, uniform=True)
-        global_ = _changed(recipe, "nothing", repair, metric)
+        own_widths, widths = _changed(recipe, "nothing", repair, metric), "widths chosen by the scores"
+        if name == "flap":
+            own_widths, widths = _flap_adaptive(own_widths), "widths chosen by standardised scores"
+        elif name == "llm-pruner":
+            uniform, own_widths = _llm_pruner_text(uniform), _llm_pruner_layers(_llm_pruner_text(own_widths))
+            widths = "the same width in all layers but the first and last ones, which stay whole"
         variants += [
             Variant(f"{name}-uniform", f"{shows}, the same width in every layer", uniform, seeded),
-            Variant(name, f"{shows}, widths chosen by the scores", global_, seeded),
+            Variant(name, f"{shows}, {widths}", own_widths, seeded),
         ]
     return variants
+
+
+def _flap_adaptive(recipe: Recipe) -> Recipe:
+    """Return the recipe with one threshold for the standardised scores of all layers and blocks (FLAP's AL-AM)."""
+    scores, start = replace(recipe.scores, metric="flap-adaptive"), replace(recipe.start, mapping="global-rank")
+    return replace(recipe, scores=scores, start=start, budget=replace(recipe.budget, scope="global"))
+
+
+def _llm_pruner_text(recipe: Recipe) -> Recipe:
+    """Return the recipe with scores from as little text as LLM-Pruner reads: the gradient of more text is smaller."""
+    windows, seqlen = LLM_PRUNER_TEXT
+    return replace(recipe, scores=replace(recipe.scores, windows=windows, seqlen=seqlen))
+
+
+def _llm_pruner_layers(recipe: Recipe) -> Recipe:
+    """Return the recipe that removes the same fraction from every layer except the first and the last ones."""
+    first, last = LLM_PRUNER_LAYERS[max(least for least in LLM_PRUNER_LAYERS if least <= recipe.budget.sparsity)]
+    budget = replace(recipe.budget, scope="global", keep_first=first, keep_last=last)
+    return replace(recipe, budget=budget, start=replace(recipe.start, mapping="rank"))
 
 
 def _ablation(recipe: Recipe) -> list[Variant]:

@@ -22,7 +22,7 @@ def refuse_contradictions(recipe: Recipe, where: str) -> None:
 
 def contradictions(recipe: Recipe) -> list[str]:
     """Return an error text for every contradiction between keys, empty for a sound recipe."""
-    return [*_of_families(recipe), *_of_min_keep(recipe), *_of_weight_format(recipe)]
+    return [*_of_families(recipe), *_of_min_keep(recipe), *_of_whole_layers(recipe), *_of_weight_format(recipe)]
 
 
 def _of_families(recipe: Recipe) -> Iterator[str]:
@@ -66,6 +66,19 @@ def _of_min_keep(recipe: Recipe) -> Iterator[str]:
         yield (
             f"budget.min_keep: keeping {budget.min_keep} of every layer exceeds what budget.sparsity "
             f"{budget.sparsity} allows. Lower one of them."
+        )
+
+
+def _of_whole_layers(recipe: Recipe) -> Iterator[str]:
+    budget = recipe.budget
+    whole = budget.keep_first + budget.keep_last
+    key = "budget.keep_first" if budget.keep_first else "budget.keep_last"
+    if whole and budget.scope == "per-layer" and budget.sparsity > 0:
+        yield f"{key}: budget.scope per-layer removes something from every layer. Set budget.scope to global."
+    elif whole + budget.sparsity > 1 + 1e-9:
+        yield (
+            f"{key}: keeping {whole:g} of the layers whole exceeds what budget.sparsity {budget.sparsity} allows. "
+            "Lower one of them."
         )
 
 

@@ -74,7 +74,7 @@ Positive = Annotated[float, Range(0, above=True)]
 Fraction = Annotated[float, Range(0, 1)]
 Family = Literal["attention", "ffn", "attention-block", "ffn-block", "layer"]
 Measure = Literal["parameters", "active-parameters", "flops", "kv-cache", "latency"]
-MetricName = Literal["wanda-sp", "flap", "obs", "taylor", "magnitude", "random", "uniform"]
+MetricName = Literal["wanda-sp", "flap", "flap-adaptive", "obs", "taylor", "magnitude", "random", "uniform"]
 Bos = Literal["auto", True, False]
 Objective = Literal["loss", "kl", "kl-hidden"]
 RepairMethod = Literal["none", "bias", "least-squares", "least-squares-bias", "sublayer"]
@@ -130,6 +130,10 @@ class BudgetSettings:
     context: Annotated[int, Range(1, 2**20 + 1)] = 2048
     # The fraction of its units that every layer keeps at least, in each family.
     min_keep: Fraction = 0.0
+    # The fraction of the decoder layers, from the first one on, in which nothing is removed, rounded to whole layers.
+    keep_first: Fraction = 0.0
+    # The same for the last layers.
+    keep_last: Fraction = 0.0
     # Kept FFN widths are multiples of this number, or the full width of the layer.
     ffn_multiple: Count = 1
 
@@ -152,8 +156,10 @@ class StartSettings:
 
     # `sigmap` (the paper's) takes the z-score within each layer and applies a sigmoid.
     # `linear` scales each layer's scores from 0 (lowest) to 1 (highest).
-    # Both are then shifted so that the expected mask meets the budget.
-    mapping: Literal["sigmap", "linear"] = "sigmap"
+    # `rank` takes the fraction of the layer's units that score no higher: every layer starts with the same fraction.
+    # `global-rank` ranks the units of all layers together, for metrics that are comparable across them.
+    # All are then shifted so that the expected mask meets the budget.
+    mapping: Literal["sigmap", "linear", "rank", "global-rank"] = "sigmap"
     # Divides the scaled scores. Below 1, the starting probabilities are closer to 0 and 1.
     temperature: Positive = 1.0
 

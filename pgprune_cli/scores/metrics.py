@@ -25,7 +25,7 @@ from pgprune_cli.core.grid import (
 )
 from pgprune_cli.core.space import BLOCKS_OF, WHOLE_FAMILIES, MaskSpace
 from pgprune_cli.model.prunable import BlockCosts, Partitions, PrunableModel, Shape
-from pgprune_cli.scores.flap import flap
+from pgprune_cli.scores.flap import flap, flap_adaptive
 from pgprune_cli.scores.magnitude import magnitude
 from pgprune_cli.scores.obs import obs
 from pgprune_cli.scores.random import random
@@ -39,6 +39,7 @@ Metric = Callable[[BlockStatistics], Tensor]
 METRICS: dict[str, Metric] = {
     "wanda-sp": wanda_sp,
     "flap": flap,
+    "flap-adaptive": flap_adaptive,
     "obs": obs,
     "taylor": taylor,
     "magnitude": magnitude,
@@ -48,6 +49,7 @@ METRICS: dict[str, Metric] = {
 NEEDS: dict[str, Statistic] = {
     "wanda-sp": "input_norms",
     "flap": "fluctuations",
+    "flap-adaptive": "fluctuations",
     "obs": "covariance",
     "taylor": "gradients",
 }

@@ -11,7 +11,7 @@ from pgprune_cli.core.grid import Grid, GridCost, Partition, unit_multiple
 from pgprune_cli.core.space import WHOLE_FAMILIES, Budget, MaskSpace, budget_of
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.prunable import BlockCosts, Partitions, PrunableModel, Shape
-from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.recipe.schema import BudgetSettings, Recipe
 from pgprune_cli.run.layout import COSTS_FILE
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.scores.metrics import partition_of, partitions
@@ -54,9 +54,16 @@ def _limits(recipe: Recipe, shape: Shape, costs: BlockCosts, partitions: Partiti
     settings = recipe.budget
     space = shape.space(recipe.units.families, partitions, costs)
     multiples = {"ffn": tuple(unit_multiple(grid, settings.ffn_multiple) for grid in shape.grids["ffn"])}
-    budget = budget_of(space, settings.sparsity, settings.scope, settings.min_keep, multiples)
+    whole_layers = layers_kept_whole(settings, shape.layers)
+    budget = budget_of(space, settings.sparsity, settings.scope, settings.min_keep, multiples, whole_layers)
     _refuse_impossible(recipe, shape, space, budget)
     return space, budget
+
+
+def layers_kept_whole(settings: BudgetSettings, layers: int) -> list[int]:
+    """Return the layers in which nothing is removed: the first and the last ones that the settings name."""
+    first, last = round(settings.keep_first * layers), round(settings.keep_last * layers)
+    return [layer for layer in range(layers) if layer < first or layer >= layers - last]
 
 
 def units_of(recipe: Recipe, shape: Shape, costs: BlockCosts, scores: Mapping[str, Tensor], metric: str) -> Partitions:
@@ -112,6 +119,12 @@ def _refuse_impossible(recipe: Recipe, shape: Shape, space: MaskSpace, budget: B
     settings = recipe.budget
     multiple = f" and multiples of {settings.ffn_multiple}" if settings.ffn_multiple > 1 else ""
     for constraint, needed in zip(budget, budget.needed(space), strict=True):
+        if needed > constraint.kept and (whole := layers_kept_whole(settings, shape.layers)):
+            raise UserError(
+                f"budget.keep_first, keep_last: keeping {len(whole)} of {shape.layers} layers whole takes "
+                f"{needed / constraint.total:.1%} of the {settings.measure} ({constraint.name}), but budget.sparsity "
+                f"{settings.sparsity} leaves {constraint.kept / constraint.total:.1%}. Lower one of them."
+            )
         if needed > constraint.kept:
             raise UserError(
                 f"budget.min_keep: {settings.min_keep} of every layer, rounded up to whole units{multiple}, takes "

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pgprune_cli.core.policy import entropy, log_probability, sample, starting_theta
+from pgprune_cli.core.projection import hard_mask
 from pgprune_cli.core.space import Family, MaskSpace, budget_of
 
 THETA = torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0], dtype=torch.float64)
@@ -74,7 +75,7 @@ def some_saliency(n: int, seed: int = 0) -> torch.Tensor:
 
 
 @given(
-    start=st.sampled_from(["sigmap", "linear"]),
+    start=st.sampled_from(["sigmap", "linear", "rank", "global-rank"]),
     temperature=st.sampled_from([0.05, 0.3, 1.0, 5.0]),
     sparsity=st.sampled_from([0.0, 0.1, 0.3, 0.5, 0.8]),
     scope=st.sampled_from(["per-family", "global"]),
@@ -121,14 +122,14 @@ def test_linear_runs_from_the_least_to_the_greatest_of_a_layer_then_is_shifted()
     assert theta.tolist() == pytest.approx([value + shift for value in unshifted])
 
 
-@pytest.mark.parametrize("start", ["sigmap", "linear"])
+@pytest.mark.parametrize("start", ["sigmap", "linear", "rank", "global-rank"])
 def test_a_low_temperature_is_surer(start: str) -> None:
     scores, budget = some_saliency(SPACE.n), budget_of(SPACE, 0.5, "per-family")
     hot, normal, cold = (starting_theta(scores, SPACE, budget, start, t) for t in (10.0, 1.0, 0.05))
     assert entropy(cold) < entropy(normal) < entropy(hot)
 
 
-@pytest.mark.parametrize("start", ["sigmap", "linear"])
+@pytest.mark.parametrize("start", ["sigmap", "linear", "rank"])
 def test_the_scale_of_a_layers_saliency_does_not_matter(start: str) -> None:
     budget = budget_of(SPACE, 0.5, "per-family")
     scores = some_saliency(SPACE.n)
@@ -139,7 +140,7 @@ def test_the_scale_of_a_layers_saliency_does_not_matter(start: str) -> None:
     )
 
 
-@pytest.mark.parametrize("start", ["sigmap", "linear"])
+@pytest.mark.parametrize("start", ["sigmap", "linear", "rank", "global-rank"])
 def test_a_family_of_one_unit_a_layer_is_compared_across_the_layers(start: str) -> None:
     space = MaskSpace((Family("layer", (1, 1, 1, 1), (5, 5, 5, 5)),))
     scores = torch.tensor([3.0, 1.0, 4.0, 2.0], dtype=torch.float64)
@@ -148,14 +149,37 @@ def test_a_family_of_one_unit_a_layer_is_compared_across_the_layers(start: str) 
     assert (theta.sort().values.diff() > 0.01).all()
 
 
-@pytest.mark.parametrize("start", ["sigmap", "linear"])
+@pytest.mark.parametrize("start", ["sigmap", "linear", "rank", "global-rank"])
 def test_equal_saliency_starts_at_the_keep_fraction_everywhere(start: str) -> None:
     theta = starting_theta(torch.ones(SPACE.n), SPACE, budget_of(SPACE, 0.3, "per-family"), start, 1.0)
     torch.testing.assert_close(theta, torch.full((SPACE.n,), 0.7, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("start", ["sigmap", "linear"])
+@pytest.mark.parametrize("start", ["sigmap", "linear", "rank", "global-rank"])
 def test_a_layer_without_units_is_no_obstacle(start: str) -> None:
     space = MaskSpace((Family("ffn", (3, 0, 2), (2, 2, 2)),))
     theta = starting_theta(some_saliency(5), space, budget_of(space, 0.5, "global"), start, 1.0)
     assert float(theta.sum()) == pytest.approx(2.5)
+
+
+def test_rank_start_keeps_the_same_fraction_of_every_layer() -> None:
+    space = MaskSpace((Family("attention", (3, 3), (40, 40)), Family("ffn", (30, 30), (3, 3))))
+    scores = some_saliency(space.n) * torch.cat(
+        [torch.tensor([1.0, 1e3])[pair % 2].expand(c) for pair, c in enumerate(space.pair_counts.tolist())]
+    )
+    budget = budget_of(space, 0.4, "global")
+    mask = hard_mask(starting_theta(scores, space, budget, "rank", 1.0), space, budget)
+    widths = space.widths(mask)
+    assert widths["attention"] == [2, 2]
+    assert max(widths["ffn"]) - min(widths["ffn"]) <= 1
+    for name in widths:
+        for values, kept in zip(space.per_layer(scores, name), space.per_layer(mask, name), strict=True):
+            assert values[kept].min() > values[~kept].max()
+
+
+def test_global_rank_start_keeps_the_highest_scores_of_all_layers_and_families() -> None:
+    space = MaskSpace((Family("attention", (4, 4), (3, 3)), Family("ffn", (20, 20), (3, 3))))
+    scores = some_saliency(space.n, seed=3)
+    budget = budget_of(space, 0.4, "global")
+    mask = hard_mask(starting_theta(scores, space, budget, "global-rank", 1.0), space, budget)
+    assert scores[mask].min() > scores[~mask].max()

@@ -440,6 +440,31 @@ def test_on_a_coarser_grid_least_widths_are_rounded_down_to_it() -> None:
     assert [int(part.sum()) for part in space.per_layer(coarse, "ffn")] == [4, 4]
 
 
+def test_on_a_coarser_grid_layers_that_are_kept_whole_stay_whole() -> None:
+    space = MaskSpace((Family("ffn", (10, 10, 10), (1, 1, 1)),))
+    budget = budget_of(space, 0.4, "global", whole_layers=[1])
+    coarse = hard_mask(
+        torch.linspace(1, 0, 30, dtype=torch.float64), space, coarser(budget, space, torch.tensor([4] * 3))
+    )
+    assert [int(part.sum()) for part in space.per_layer(coarse, "ffn")] == [8, 10, 0]
+
+
+@given(st.integers(0, 2), st.sampled_from([0.1, 0.3, 0.6]))
+@settings(deadline=None, max_examples=20)
+def test_theta_is_1_in_layers_that_are_kept_whole_and_the_others_pay(whole: int, sparsity: float) -> None:
+    space = MaskSpace((Family("attention", (3, 3, 3), (7, 7, 7)), Family("ffn", (8, 8, 8), (2, 2, 2))))
+    theta = torch.rand(space.n, generator=torch.Generator().manual_seed(whole), dtype=torch.float64)
+    budget = budget_of(space, sparsity, "global", whole_layers=[whole])
+    projected = project(theta, space, budget)
+    for name in ("attention", "ffn"):
+        assert (space.per_layer(projected, name)[whole] == 1.0).all()
+    assert float(projected @ space.costs.double()) == pytest.approx(next(iter(budget)).kept)
+    mask = hard_mask(projected, space, budget)
+    widths = space.widths(mask)
+    assert (widths["attention"][whole], widths["ffn"][whole]) == (3, 8)
+    assert 0 <= next(iter(budget)).kept - int(space.costs[mask].sum()) < 7
+
+
 def test_limits_above_the_budget_are_refused() -> None:
     space = MaskSpace((Family("ffn", (4, 4), (3, 3)),))
     budget = budget_of(space, 0.5, "per-family", min_keep=0.6)

@@ -35,7 +35,7 @@ def test_variants_have_different_names_and_recipes(recipe) -> None:
     [
         ("obs", "least-squares", {"sparsegpt", "sparsegpt-uniform"}),
         ("wanda-sp", "least-squares", {"wanda-sp", "wanda-sp-uniform"}),
-        ("flap", "bias", {"flap", "flap-uniform"}),
+        ("flap", "bias", {"flap-uniform"}),
     ],
 )
 def test_a_method_that_equals_a_row_of_the_ablation_has_no_row(small, metric, method, in_ablation) -> None:
@@ -63,6 +63,17 @@ def test_the_ablation_has_a_row_for_another_repair_and_another_objective(small, 
     others = {"widths-least-squares", "widths-kl", "widths-loss"} & rows.keys()
     assert {name: (rows[name].repair.method, rows[name].search.objective) for name in others} == expected
     assert {rows[name].search.policy for name in others} == {"widths"}
+
+
+def test_flap_and_llm_pruner_run_as_published(small) -> None:
+    """FLAP: one threshold for standardised scores. LLM-Pruner: ten examples, one width, first and last layers whole."""
+    rows = {variant.name: variant.recipe for variant in variants_of(small("budget.sparsity=0.3"))}
+    assert (rows["flap"].scores.metric, rows["flap"].start.mapping) == ("flap-adaptive", "global-rank")
+    pruner = rows["llm-pruner"]
+    assert (pruner.scores.windows, pruner.scores.seqlen, pruner.start.mapping) == (10, 64, "rank")
+    assert (pruner.budget.keep_first, pruner.budget.keep_last) == (0.125, 0.0625)
+    half = {variant.name: variant.recipe for variant in variants_of(small("budget.sparsity=0.5"))}["llm-pruner"]
+    assert (half.budget.keep_first, half.budget.keep_last) == (0.09375, 0.03125)
 
 
 def test_searches_with_the_same_repair_share_one_width_table(recipe, tmp_path, monkeypatch) -> None:

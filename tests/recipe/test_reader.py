@@ -175,6 +175,14 @@ def test_the_metrics_with_gradients_are_those_that_need_them() -> None:
     assert {name for name, need in NEEDS.items() if need == "gradients"} == set(recipe.GRADIENT_METRICS)
 
 
+def test_layers_kept_whole_are_refused_when_the_budget_contradicts_them() -> None:
+    with refused("x.yaml: budget.keep_first", "0.7", "budget.sparsity 0.4"):
+        read(MINIMAL, "budget.sparsity=0.4", "budget.keep_first=0.4", "budget.keep_last=0.3")
+    with refused("x.yaml: budget.keep_last", "per-layer"):
+        read(MINIMAL, "budget.scope=per-layer", "budget.keep_last=0.1")
+    assert read(MINIMAL, "budget.sparsity=0.3", "budget.keep_first=0.4", "budget.keep_last=0.3").budget.keep_last == 0.3
+
+
 def test_contradictions_have_one_line_each() -> None:
     assert len(faults(MINIMAL, "budget.measure=kv-cache", "budget.min_keep=0.6")) == 2
 
@@ -477,7 +485,7 @@ def without_contradictions(any_recipe: Recipe) -> Recipe:
         any_recipe,
         weight_format="full",
         units=recipe.UnitsSettings(families=("attention",)),
-        budget=dataclasses.replace(any_recipe.budget, min_keep=0.0),
+        budget=dataclasses.replace(any_recipe.budget, min_keep=0.0, keep_first=0.0, keep_last=0.0),
     )
 
 

@@ -100,6 +100,26 @@ def test_flap_sums_variance_times_squared_weight_over_the_element(architecture: 
             assert element_score == pytest.approx(expected, rel=1e-4)
 
 
+def test_flap_adaptive_gives_channels_and_kv_heads_their_mean_z_score(architecture: str) -> None:
+    """As in the authors' code: the scores of attention columns are squared, then standardised within the block."""
+    model, batches = tiny_model(architecture), calibration()
+    inputs_of = inputs_by_hooks(model, batches)
+    prunable = PrunableModel.of(model)
+    scores = score(prunable, "flap-adaptive", batches, seed=0)
+    raw = score(prunable, "flap", batches, seed=0)
+    for name, layer, block, grid in blocks_of(model):
+        output = block.output_linear(layer)
+        columns = inputs_of[output].var(0) * output.weight.double().square().sum(0)
+        if block.name == "attention":
+            columns = columns.square()
+        z_scores = (columns - columns.mean()) / columns.std()
+        groups = grid.groups if block.name == "attention" else grid.elements
+        expected = z_scores.view(groups, -1).mean(1).sigmoid()
+        torch.testing.assert_close(scores[name].view(groups, -1).sum(1), expected, rtol=1e-4, atol=0.0)
+        if block.name == "ffn":
+            assert scores[name].argsort().tolist() == raw[name].argsort().tolist()
+
+
 def test_obs_scores_elements_by_their_greedy_removal(architecture: str) -> None:
     """Tests the metric from end to end. test_obs.py tests the removal itself."""
     model, batches = tiny_model(architecture), calibration()

@@ -114,6 +114,30 @@ def test_whole_units_of_min_keep_exceed_the_budget() -> None:
     refuse("0.4", "multiples of 16", "54.5%", "(all)", "50.0%", min_keep=0.4, ffn_multiple=16, scope="global")
 
 
+@pytest.mark.parametrize("policy", ["units", "widths"])
+def test_the_first_and_last_layers_can_be_kept_whole(policy: str, tmp_path: Path) -> None:
+    recipe = recipe_with(policy=policy, keep_first=0.5, keep_last=0.25, scope="global", sparsity=0.2)
+    space, budget, _ = problem(recipe, tmp_path)
+    mask = hard_mask(torch.zeros(space.n, dtype=torch.float64), space, budget)
+    counts = {family.name: list(family.counts) for family in space.families}
+    for name, widths in space.widths(mask).items():
+        assert [width == count for width, count in zip(widths, counts[name], strict=True)] == [True, True, False, True]
+
+
+def test_layers_kept_whole_exceed_the_budget() -> None:
+    refuse(
+        "keep_first",
+        "3 of 4 layers",
+        "75.0%",
+        "0.4",
+        "60.0%",
+        keep_first=0.4,
+        keep_last=0.15,
+        sparsity=0.4,
+        scope="global",
+    )
+
+
 def test_multiple_is_too_coarse_for_the_model_or_the_budget() -> None:
     refuse("budget.ffn_multiple", "64", "24 channels", ffn_multiple=64)
     refuse("budget.ffn_multiple", "20 channels", "0.85", ffn_multiple=20, sparsity=0.85)
