@@ -68,8 +68,8 @@ def repair(
 ) -> Repaired:
     """Repair the output projection of every block that loses units, from the first layer on.
 
-    Each block is observed behind the already pruned and repaired ones, as it will run. The model is unchanged
-    afterwards.
+    Each block is observed behind the already pruned and repaired ones, as it will run. Only `bias` observes the dense
+    model, as FLAP does. The model is unchanged afterwards.
 
     Args:
         batches: tokens `(B, T)`.
@@ -104,7 +104,9 @@ def repair(
                     masks[block.name] = mask
                     if own is not None:
                         repaired[index, block.name] = own
-                undo.enter_context(shrunk_block(model.family, layer, block, mask, repaired.get((index, block.name))))
+                own = repaired.get((index, block.name))
+                if method != "bias":
+                    undo.enter_context(shrunk_block(model.family, layer, block, mask, own))
             layer_masks.append(LayerMask(**masks))
             if index + 1 < len(model.layers):
                 run.advance(index)

@@ -144,6 +144,15 @@ def test_a_compensated_output_adds_the_mean_of_what_is_gone(columns: list[int]) 
 # --- a model
 
 
+def stream(
+    model: nn.Module, method: str, keep: ModelMask, repaired: RepairedBlocks, index: int, name: str
+) -> tuple[Tensor, Tensor]:
+    """`seen` where the method observes a block: `bias` in the dense model, the others behind the pruned layers."""
+    if method == "bias":
+        return behind(model, dense_mask(model), {}, index, name)
+    return behind(model, keep, repaired, index, name)
+
+
 def behind(model: nn.Module, keep: ModelMask, repaired: RepairedBlocks, index: int, name: str) -> tuple[Tensor, Tensor]:
     """`seen` where everything in front of this block is pruned and repaired, and the block and what follows is not."""
     before = BLOCKS[: BLOCKS.index((index, name))]
@@ -173,7 +182,7 @@ def test_no_block_is_worse_for_its_repair_on_the_text(architecture: str, method:
         columns = columns_of(mask, linear.in_features)
         assert output.weight.shape == (32, len(columns))
         assert output.weight.dtype == torch.float32
-        x, weights = behind(model, keep, repaired, index, name)
+        x, weights = stream(model, method, keep, repaired, index, name)
         own = 0.0 if linear.bias is None else linear.bias.double()
         expected = x @ linear.weight.double().T + own
         unrepaired = x[:, columns] @ linear.weight[:, columns].double().T + own
@@ -181,6 +190,9 @@ def test_no_block_is_worse_for_its_repair_on_the_text(architecture: str, method:
         refitted = x[:, columns] @ output.weight.double().T + bias
         before, after = weighted_error(expected, unrepaired, weights), weighted_error(expected, refitted, weights)
         assert after <= before
+        if method == "bias":
+            mean = compensated_output(linear.weight.double(), linear.bias, moments_by_hand(x, weights), columns)
+            torch.testing.assert_close(output.bias.double(), mean.bias, rtol=1e-4, atol=1e-5)
         if method.startswith("least-squares"):
             moments = moments_by_hand(x, weights)
             best = repaired_output(
@@ -220,7 +232,7 @@ def test_units_that_are_chosen_again_are_those_that_obs_keeps_behind_the_pruned_
             assert torch.equal(mask, before)
             continue
         linear = output_linear(model, index, name)
-        x, weights = behind(model, keep, repaired, index, name)
+        x, weights = stream(model, method, keep, repaired, index, name)
         moments = moments_by_hand(x, weights)
         felt = error_root_of(model, index, name, roots[index]) @ linear.weight.double()
         if grid.is_line:
