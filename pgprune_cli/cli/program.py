@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated, NoReturn
 
@@ -53,9 +54,16 @@ def _program(
         )
 
 
+def _escape_what_stdout_cannot_encode() -> None:
+    """Let stdout escape characters that its encoding lacks, as stderr does: a container's may be ASCII."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def main() -> NoReturn:
     """Run the `pgprune` program and exit with its exit code."""
     code: int = ExitCode.OK
+    _escape_what_stdout_cannot_encode()
     try:
         with stoppable():
             code = app(prog_name="pgprune", standalone_mode=False) or ExitCode.OK

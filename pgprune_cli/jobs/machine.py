@@ -133,16 +133,19 @@ def _disks() -> Iterator[Finding]:
 
     from pgprune_cli.data.tokens import cache_directory
 
-    directories = {"runs and models": Path.cwd(), "the hub cache": Path(HF_HUB_CACHE), "tokens": cache_directory()}
-    for content, directory in directories.items():
+    runs, caches = Path.cwd(), {"the hub cache": Path(HF_HUB_CACHE), "tokens": cache_directory()}
+    for content, directory in {"runs and models": runs, **caches}.items():
         existing = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
         free = shutil.disk_usage(existing).free
-        fix = ""
-        if not os.access(existing, os.W_OK):
-            fix = f"{existing} is not writable. Work in another directory, or set HF_HOME and PGPRUNE_CACHE."
-        elif free < MIN_FREE_DISK:
-            fix = f"Free some space on the disk that holds {existing}."
-        yield finding("disk", f"{gigabytes(free)} free for {content} ({directory})", fix)
+        state = f"{gigabytes(free)} free for {content} ({directory})"
+        if os.access(existing, os.W_OK):
+            fix = f"Free some space on the disk that holds {existing}." if free < MIN_FREE_DISK else ""
+            yield finding("disk", state, fix)
+        elif directory == runs:
+            yield finding("disk", state, f"{existing} is not writable. Work in another directory.")
+        else:  # a search reads what is there, and keeps nothing new
+            fix = f"{existing} is not writable. To keep new files, set HF_HOME or PGPRUNE_CACHE."
+            yield Finding("disk", "WARN", state, fix)
 
 
 def _hub() -> Finding:

@@ -69,7 +69,7 @@ def _in_use(run: Path) -> str:
 def _open(run: Path) -> int:
     """Lock the lock file and return its open handle. Raise UserError if another process holds it."""
     while True:
-        handle = os.open(run / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = os.open(run / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o666)  # less the umask, which a group may share
         try:
             if not _lock(handle, run):
                 raise UserError(_in_use(run))

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path
 
 
@@ -107,7 +108,7 @@ def try_lock(handle: int) -> bool:
 
 def _remove_leftovers(out: Path) -> None:
     """Remove the temporary files of killed writers of `out`, which can be as large as a model."""
-    for path in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+    for path in out.parent.glob(f"{glob.escape(_prefix(out))}*.tmp"):
         with suppress(OSError):  # removed in the meantime, or there are no locks
             handle = os.open(path, os.O_RDONLY)
             try:
@@ -124,7 +125,16 @@ def _naming(out: Path, temporary: Path, error: OSError) -> OSError:
 
 
 def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f"{_prefix(path)}{os.getpid()}.tmp")
+
+
+def _prefix(path: Path) -> str:
+    """Return how the names of all temporary files of `path` begin.
+
+    Names can have 255 bytes. A name that is nearly as long is replaced by its hash, so that the rest fits.
+    """
+    name = path.name if len(os.fsencode(path.name)) <= 200 else sha256(os.fsencode(path.name)).hexdigest()
+    return f".{name}."
 
 
 def sync_directory(directory: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -63,6 +64,8 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         with safe_open(path, framework="pt"):  # checks that the header fits the file
             pass
     except (SafetensorError, OSError) as error:
+        if _is_lfs_pointer(path):
+            raise UserError(f"{path}: a Git LFS pointer, not the weights. Fetch them: git lfs pull") from None
         raise UserError(f"{path}: damaged or not safetensors ({error}). Fetch the model's files again.") from None
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -72,6 +75,14 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         name: StoredTensor(entry["dtype"], tuple(entry["shape"]), *(8 + size + end for end in entry["data_offsets"]))
         for name, entry in content.items()
     }
+
+
+def _is_lfs_pointer(path: Path) -> bool:
+    """Return whether Git, without Git LFS, has put a few lines in place of the file."""
+    start = b"version https://git-lfs"
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(len(start)) == start
+    return False
 
 
 def header(entries: Sequence[Entry]) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shlex
 import shutil
@@ -230,6 +231,17 @@ def test_export_dry_run_prints_one_line_per_tensor_in_a_pipe(pgprune) -> None:
     out = pgprune("export", "runs/demo", "--dry-run")[1]
     assert [line.split()[0] for line in out.splitlines()[1:-1]] == [row["name"] for row in planned["tensors"]]
     assert not Path("models").exists()
+
+
+def test_output_is_escaped_when_stdout_is_ascii(finished) -> None:
+    """The locale of a container is often C. The names of files may be of any language."""
+    shutil.copytree(finished["units"], Path("läufe/日本"))
+    program = [sys.executable, "-m", "pgprune_cli", "export", "läufe/日本", "--out", "模型", "--dry-run"]
+    done = subprocess.run(
+        program, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False), done.stderr
+    assert "\\u6a21\\u578b" in done.stdout
 
 
 def test_compare_prints_its_table(pgprune) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -84,6 +85,15 @@ def test_lock_leaves_nothing_behind(tmp_path) -> None:
     with locked(tmp_path / "mine"):
         pass
     assert (tmp_path / "mine").exists()
+
+
+def test_lock_file_left_by_a_killed_process_can_be_taken_by_the_group(tmp_path) -> None:
+    before = os.umask(0o007)
+    try:
+        with locked(tmp_path / "run"):
+            assert stat.S_IMODE((tmp_path / "run" / LOCK_FILE).stat().st_mode) == 0o660
+    finally:
+        os.umask(before)
 
 
 def test_lock_is_taken_again_when_its_owner_removes_the_file(tmp_path, monkeypatch) -> None:

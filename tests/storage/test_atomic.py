@@ -10,7 +10,7 @@ import torch
 from helpers.messages import refused
 from safetensors.torch import save
 
-from pgprune_cli.storage.atomic import new_directory, new_file, sync_directory, write_bytes
+from pgprune_cli.storage.atomic import new_directory, new_file, scratch_file, sync_directory, write_bytes
 from pgprune_cli.storage.records import checksum, read_json, read_tensors, write_json
 
 
@@ -168,3 +168,24 @@ def test_new_path_appears_only_when_it_is_complete(new, tmp_path):
         fill(temporary)
     assert list(out.parent.iterdir()) == [out]
     assert (out / "part" if new is new_directory else out).read_text() == "whole"
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "ü" * 127, "n" * 250 + ".gguf"])
+@pytest.mark.parametrize("new", [new_file, new_directory, scratch_file])
+def test_names_as_long_as_a_file_system_allows_are_written(new, name, tmp_path):
+    for _ in range(2):  # the second one looks for leftovers of the first
+        with new(tmp_path / name) as temporary:
+            (temporary / "part" if new is new_directory else temporary).write_text("whole")
+            if new is new_directory and (tmp_path / name).exists():
+                (tmp_path / name / "part").unlink()
+    assert names(tmp_path) == ([] if new is scratch_file else [name])
+
+
+def test_new_file_removes_the_leftovers_of_a_long_name_only(tmp_path):
+    with new_file(tmp_path / ("n" * 255)) as temporary:
+        leftover = temporary.with_name(temporary.name.replace(str(os.getpid()), "1"))
+    for other in (leftover, leftover.with_name(leftover.name.replace("1.tmp", "x.txt"))):
+        other.write_text("half")
+    write_bytes(tmp_path / ("n" * 255), b"whole")
+    assert leftover.name not in names(tmp_path)
+    assert len(names(tmp_path)) == 2

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from helpers.messages import refused
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -80,3 +81,10 @@ def test_tensors_are_written_one_by_one(tmp_path):
 def test_a_tensor_of_another_shape_than_its_entry_fails(tmp_path):
     with pytest.raises(AssertionError, match="w"):
         weights.write(tmp_path / "x", [Entry("w", torch.Size([3]), torch.float32)], [torch.zeros(4)])
+
+
+def test_a_git_lfs_pointer_is_refused_as_one(tmp_path):
+    pointer = tmp_path / "model.safetensors"
+    pointer.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:6b8a0c\nsize 269060552\n")
+    with refused(f"{pointer}: ", "git lfs pull"):
+        weights.stored_tensors(pointer)
