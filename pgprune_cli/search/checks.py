@@ -82,9 +82,10 @@ def _run(preparation: Preparation) -> str:
     run, recipe = preparation.run, preparation.recipe
     if run is None or not run.exists():
         return "a new one"
-    if (run / SCORES_FILE).exists():  # a search takes the metric of the scores that it finds
+    scored = (run / SCORES_FILE).exists()
+    if scored:  # a search takes the metric of the scores that it finds
         recipe = replace(recipe, scores=replace(recipe.scores, metric=Scores.load(run).metric))
-    refuse_other_recipe(run, recipe)
+    refuse_other_recipe(run, recipe, same_model=scored)  # another check compares the model with that of the scores
     return f"{run} belongs to this recipe"
 
 
