@@ -25,7 +25,7 @@ Parts = Mapping[str, str]
 READ_WHOLE = 1 << 30
 """Up to this many bytes, every byte of the weights is read. Of larger models, every tensor is sampled."""
 SAMPLES, SAMPLE_BYTES = 16, 1 << 12
-"""How many samples of a tensor are read, and their size: at most 64 KiB of each, 47 MB of a 70B model with 723 tensors."""
+"""How many samples of a tensor are read, and their size: at most 64 KiB of each, 47 MB of the 723 of a 70B model."""
 BYTES_AT_A_TIME = 1 << 20
 
 TOKENIZER_FILES = (
