@@ -16,9 +16,9 @@ from pgprune_cli.errors import UserError
 class CalibrationText:
     """The calibration text of a search.
 
-    search: windows `(N, T)` int64 that the search runs over; heldout: windows `(N, T)` int64 from the end of the text,
-    which only measure the decision; stream: the tokens `(N,)` int64 before the held-out windows; bos: the token that
-    every window begins with, None if windows hold only the text.
+    search: windows `(N, T)` int64 that the search runs over; heldout: other windows `(N, T)` int64, spread over the
+    text, which only measure the decision; stream: the tokens `(N,)` int64 of the text without the held-out windows;
+    bos: the token that every window begins with, None if windows hold only the text.
     """
 
     search: Tensor
@@ -35,9 +35,10 @@ class CalibrationText:
 def calibration_text(
     corpus: str, tokenizer: Any, windows: int, heldout: int, seqlen: int, bos: int | None = None
 ) -> CalibrationText:
-    """Read at most `windows` windows of `seqlen` tokens, spread over the corpus, and `heldout` windows at its end.
+    """Read at most `windows` windows of `seqlen` tokens and set `heldout` others aside, both spread over the corpus.
 
-    bos: the token that every window begins with, see `cut_windows`.
+    A loss on neighbouring windows depends on the few documents that they come from, so it is a poor measure of a
+    decision. bos: the token that every window begins with, see `cut_windows`.
 
     Raises UserError if the corpus is too short for the held-out windows and one more.
     """
@@ -45,16 +46,17 @@ def calibration_text(
     tokens = tokens_of(
         corpus, "calibration", tokenizer, at_least=(windows + heldout) * text_tokens, without_bos=bos is not None
     )
-    heldout_tokens = heldout * text_tokens
-    if len(tokens) < heldout_tokens + text_tokens:
+    rows = cut_windows(tokens, text_tokens)
+    if len(rows) <= heldout:
         raise UserError(
             f"{corpus}: {len(tokens)} tokens are too few for {heldout} held-out windows of {seqlen} tokens and one "
             "window to search over. Use a longer text, or lower calibration.heldout or calibration.seqlen."
         )
-    end = len(tokens) - heldout_tokens
-    stream = tokens[:end]
-    search = spread(cut_windows(stream, seqlen, bos), windows)
-    return CalibrationText(search, cut_windows(tokens[end:], seqlen, bos), stream, bos)
+    is_heldout = torch.zeros(len(rows), dtype=torch.bool)
+    is_heldout[(2 * torch.arange(heldout) + 1) * len(rows) // (2 * heldout)] = True  # in the middle of equal parts
+    stream = torch.cat([rows[~is_heldout].flatten(), tokens[rows.numel() :]])
+    search = spread(begin_with(bos, rows[~is_heldout]), windows)
+    return CalibrationText(search, begin_with(bos, rows[is_heldout]), stream, bos)
 
 
 def text_tokens_in(seqlen: int, bos: int | None) -> int:

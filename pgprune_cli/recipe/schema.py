@@ -98,7 +98,7 @@ class CalibrationSettings:
     seqlen: Length = 128
     # Windows per step.
     batch: Count = 8
-    # Windows set aside to evaluate the current decision. The search never samples its batches from them.
+    # Windows, spread over the text, that are set aside to evaluate the current decision. No batch is sampled from them.
     heldout: Count = 32
     # Whether every window begins with the BOS token, in place of one token of the text. `auto` does so for families
     # that were trained with it (Gemma).

@@ -5,7 +5,7 @@
 | scoring | `scores.windows` windows of `scores.seqlen` tokens, spread over the search's part of the text |
 | width table, repair | `repair.windows` windows of `calibration.seqlen` tokens |
 | each step | `calibration.batch` windows of `calibration.seqlen` tokens |
-| held-out evaluation | `calibration.heldout` windows from the end of the text, which nothing else reads |
+| held-out evaluation | `calibration.heldout` windows, spread over the text, which nothing else reads |
 
 With `calibration.bos`, each of these windows begins with the BOS token in place of one token of the text.
 """

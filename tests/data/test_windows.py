@@ -44,13 +44,12 @@ def test_calibration_text_never_searches_over_heldout_windows(
     text = calibration_text("any", None, windows=windows, heldout=2, seqlen=8)
     searched, heldout = text.search.flatten().tolist(), text.heldout.flatten().tolist()
     assert text.heldout.shape == (2, 8)
-    assert heldout == list(range(length - 16, length))
-    assert len(text.search) == min(windows, (length - 16) // 8)
-    assert len(set(searched)) == len(searched)
-    assert max(searched) < length - 16
-    for row in text.search.tolist():
+    assert len(text.search) == min(windows, length // 8 - 2)
+    assert len(set(searched + heldout)) == len(searched + heldout)
+    for row in (*text.search.tolist(), *text.heldout.tolist()):
         assert row == list(range(row[0], row[0] + 8))
-    assert max(text.stream) < length - 16
+    assert sorted([*text.stream.tolist(), *heldout]) == list(range(length))
+    assert text.stream.tolist() == sorted(text.stream.tolist())
 
 
 @pytest.mark.parametrize("length", [21, 27, 28, 100, 1001])
@@ -61,12 +60,12 @@ def test_calibration_text_with_bos_has_windows_of_the_same_shape(
     use_numbered_tokens(monkeypatch, length)
     text = calibration_text("any", None, windows=windows, heldout=2, seqlen=8, bos=5000)
     assert text.heldout.shape == (2, 8)
-    assert text.heldout[:, 1:].flatten().tolist() == list(range(length - 14, length))
-    assert text.search.shape == (min(windows, (length - 14) // 7), 8)
+    heldout = text.heldout[:, 1:].flatten().tolist()
+    assert text.search.shape == (min(windows, length // 7 - 2), 8)
     searched = text.search[:, 1:].flatten().tolist()
-    assert len(set(searched)) == len(searched) and max(searched) < length - 14
+    assert len(set(searched + heldout)) == len(searched + heldout)
     longest = text.long_windows(count=4, seqlen=5000)
-    assert longest.tolist() == [[5000, *range(length - 14)]]
+    assert longest.tolist() == [[5000, *(token for token in range(length) if token not in heldout)]]
     for rows in (text.search, text.heldout, longest):
         assert (rows[:, 0] == 5000).all()
 
@@ -75,9 +74,20 @@ def test_calibration_text_spreads_few_windows_over_the_text(monkeypatch: pytest.
     use_numbered_tokens(monkeypatch, 1016)
     text = calibration_text("any", None, windows=10, heldout=2, seqlen=8)
     starts = text.search[:, 0]
-    assert starts.diff().max() - starts.diff().min() <= 8
+    assert starts.diff().max() - starts.diff().min() <= 16  # there may be a held-out window in between
     assert starts[0] < 104
     assert starts[-1] >= 1000 - 104
+
+
+@pytest.mark.parametrize(("length", "count"), [(8000, 10), (8000, 100), (808, 100)])
+def test_heldout_windows_are_spread_over_the_text(length: int, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_numbered_tokens(monkeypatch, length)
+    text = calibration_text("any", None, windows=1000, heldout=count, seqlen=8)
+    starts = text.heldout[:, 0]
+    part = length / count
+    assert len(starts) == count
+    for place, start in enumerate(starts.tolist()):
+        assert place * part - 8 <= start < (place + 1) * part
 
 
 def test_long_windows_leave_out_the_heldout_part(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,8 +95,9 @@ def test_long_windows_leave_out_the_heldout_part(monkeypatch: pytest.MonkeyPatch
     text = calibration_text("any", None, windows=3, heldout=2, seqlen=8)
     longer = text.long_windows(count=4, seqlen=100)
     assert longer.shape == (4, 100)
-    assert int(longer.max()) < 984
-    assert text.long_windows(count=4, seqlen=5000).tolist() == [list(range(984))]
+    heldout = set(text.heldout.flatten().tolist())
+    assert len(heldout) == 16 and not heldout & set(longer.flatten().tolist())
+    assert text.long_windows(count=4, seqlen=5000).tolist() == [[n for n in range(1000) if n not in heldout]]
 
 
 def test_calibration_text_refuses_a_corpus_that_is_too_short(tokenizer: Any) -> None:
