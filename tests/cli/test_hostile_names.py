@@ -64,7 +64,7 @@ def test_every_verb_prints_brackets_and_colons_as_they_are(terminal, pgprune, mo
     prints("verify", RUN, names=(RUN,))
     prints("verify", "out/x[/v2]:key:", names=("out/x[/v2]:key:",))
     prints("recipes", "show", recipe, names=(MODEL,))
-    prints("doctor", recipe, names=(MODEL, TEXT))
+    prints("doctor", recipe, *sets, names=(MODEL, TEXT))
     prints("doctor", recipe, "--set", "model=/no[/where]", code=1, names=("/no[/where]",))
     prints("eval", "/no[/where]", code=2, names=("/no[/where]",))
     prints("compare", recipe, "--out", "c[/v2]", "--only", "metric", *sets, names=("c[/v2]", CORPUS))

@@ -111,7 +111,7 @@ def test_search_on_a_pruned_model_chains_its_ancestry(
     (earlier,) = second.ancestors
     assert earlier["model"] == recipe.model and earlier["fingerprint"] == first.fingerprint
     assert earlier["sparsity"] == first.sparsity and earlier["recovery"] is None
-    assert [step["model"] for step in ancestry(Path("second-model"))] == [recipe.model, "first-model"]
+    assert [step["model"] for step in ancestry(Path("second-model"))] == [recipe.model, str(tmp_path / "first-model")]
     assert verify(Path("second-model")).faults == [] and verify(Path("second")).faults == []
     card = Path("second-model/README.md").read_text()
     assert first.fingerprint in card and f"{second.sparsity:.1%} of the rest" in card
