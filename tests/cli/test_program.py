@@ -285,7 +285,7 @@ def test_bad_recipe_prints_one_line_per_fault(pgprune) -> None:
         (["search", "demo", "--set", "model=nowhere"], ["nowhere: "]),
         (
             ["init-scores", "demo", "--metric", "wanda"],
-            ["scores.metric", "wanda-sp, flap, obs, taylor, magnitude, random or uniform"],
+            ["scores.metric", "wanda-sp, flap, flap-adaptive, obs, taylor, magnitude, random or uniform"],
         ),
         (["export", "nowhere", "--out", "x"], ["nowhere: ", "pgprune runs"]),
         (["export", "nowhere", "--push", "small"], ["--push small: ", "OWNER/NAME"]),
@@ -512,7 +512,7 @@ def test_doctor_only_warns_of_a_missing_evaluation_text(pgprune) -> None:
     assert (code, err) == (0, "")
     assert [line.split()[:2] for line in out.splitlines() if line.startswith("WARN")] == [["WARN", "text"]]
     rows = json.loads(pgprune(*words, "--json")[1])["findings"]
-    assert [(row["name"], row["status"]) for row in rows if row["fix"]] == [("data", "WARN")]
+    assert [(row["name"], row["status"]) for row in rows if row["fix"]] == [("text", "WARN")]
 
 
 def test_corpora_of_a_recipe_are_checked_before_a_model_is_loaded(pgprune, monkeypatch) -> None:
