@@ -13,6 +13,7 @@ kind of a layer that has some, but not linear attention, so that its empty slot 
 
 import copy
 import dataclasses
+import functools
 import importlib
 from typing import NamedTuple
 
@@ -195,19 +196,45 @@ class PrunedModel(Pruned):
     def share_slots(self) -> None:
         """Let the first layer with attention of each kind use the first slot of its kind in the cache.
 
-        transformers takes the length of the cache and the sizes of the masks from these slots.
+        transformers takes the length of the cache and the sizes of the masks from these slots. When it crops the cache,
+        as it does after every draft of a smaller model, all slots with a sliding window must have been filled: there,
+        layers without attention count tokens.
         """
         kinds = getattr(self.config, "layer_types", None) or [None] * len(self.layers)
+        slides = {"sliding_attention"} | ({None} if getattr(self.config, "sliding_window", None) else set())
         filled = set()
-        for kind, layer in zip(kinds, self.layers, strict=True):
+        for index, (kind, layer) in enumerate(zip(kinds, self.layers, strict=True)):
             blocks = [getattr(layer, name, None) for name in ("self_attn", "linear_attn")]
             block = next((block for block in blocks if block is not None and not isinstance(block, Nothing)), None)
-            if block is not None and kind not in filled:
+            if kind in slides:
+                if block is None:
+                    layer.self_attn.slot = index
+            elif block is not None and kind not in filled:
                 filled.add(kind)
                 block.layer_idx = kinds.index(kind)
         if filled == {"linear_attention"} != set(kinds):  # such layers do not count tokens
             slot = next(index for index, kind in enumerate(kinds) if kind not in filled)
             self.layers[slot].self_attn = Nothing(pair=True, slot=slot)
+
+
+def with_equal_router_logits(forward):
+    """Return a decoder's forward that gives the router logits of every layer one width, for the load-balancing loss.
+
+    transformers adds up the experts of all layers by their number. An expert that a layer lacks has the logit -inf.
+    """
+
+    @functools.wraps(forward)
+    def run(self, *args, **kwargs):
+        outputs = forward(self, *args, **kwargs)
+        if logits := getattr(outputs, "router_logits", None):
+            dense = self.config.of_layer({})
+            experts = dense.num_experts if hasattr(dense, "num_experts") else dense.num_local_experts
+            outputs.router_logits = tuple(
+                nn.functional.pad(layer, (0, experts - layer.shape[-1]), value=-torch.inf) for layer in logits
+            )
+        return outputs
+
+    return run
 
 
 class PrunedForCausalLM(Pruned):
@@ -248,6 +275,8 @@ def define_family(model_type: str, family: Family) -> type[PreTrainedModel]:
         config = strict(config)
     layer = getattr(module, f"{family.name}DecoderLayer")
     parts = {"config_class": config, "dense": dense, "family": family, "layer_class": layer}
+    if hasattr(module, "load_balancing_loss_func"):
+        parts["forward"] = with_equal_router_logits(dense.forward)
     model = define(f"Pruned{model_name}", (PrunedModel, dense), **parts)
     parts = {"config_class": config, "dense": causal, "decoder_class": model}
     return define(f"Pruned{causal_name}", (PrunedForCausalLM, causal), **parts)

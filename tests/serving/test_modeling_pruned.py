@@ -62,6 +62,55 @@ def test_generation_with_a_cache_and_left_padding_equals_recomputation(name, var
     assert torch.equal(cached[0, 4:], alone[0])
 
 
+@pytest.mark.parametrize("name", ["llama-gqa", "mistral", "gemma2", "gemma3_text", "olmo3", "gpt_oss"])
+@every_variant
+@torch.inference_mode()
+def test_a_pruned_model_drafts_for_the_dense_one_and_the_dense_one_for_it(name, variant):
+    """transformers crops the cache after every draft, also that of layers without attention."""
+    models = dense_and_pruned(name, variant)
+    prompt = tokens(rows=1, length=13)
+    options = {
+        "do_sample": False,
+        "max_new_tokens": 12,
+        "eos_token_id": None,
+        "attention_mask": torch.ones_like(prompt),
+    }
+    for model, draft in (models, reversed(models)):
+        assert torch.equal(model.generate(prompt, assistant_model=draft, **options), model.generate(prompt, **options))
+
+
+@pytest.mark.parametrize("name", ["llama-gqa", "gemma3_text"])
+@every_variant
+@torch.inference_mode()
+def test_generation_with_a_static_cache_equals_that_with_a_dynamic_one(name, variant):
+    _, pruned = dense_and_pruned(name, variant)
+    prompts = tokens(rows=2, length=13)
+    options = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
+    options |= {"attention_mask": torch.ones_like(prompts), "disable_compile": True}
+    static = pruned.generate(prompts, cache_implementation="static", **options)
+    assert torch.equal(static, pruned.generate(prompts, **options))
+
+
+@pytest.mark.parametrize("name", EXPERT_ARCHITECTURES)
+@every_variant
+def test_the_load_balancing_loss_adds_up_layers_with_different_numbers_of_experts(name, variant):
+    _, pruned = dense_and_pruned(name, variant)
+    pruned = copy.deepcopy(pruned).requires_grad_()
+    pruned.config.output_router_logits = True  # as some published models have it
+    outputs = pruned(tokens(), labels=tokens())
+    kept = [len(layer.expert_channels) for layer in VARIANTS[variant] if layer.channels]
+    assert [int(logits.isfinite().any(0).sum()) for logits in outputs.router_logits] == kept
+    shares, means = torch.zeros(8), torch.zeros(8)
+    for logits in outputs.router_logits:
+        probabilities = logits.detach().softmax(-1)
+        chosen = probabilities.topk(pruned.config.num_experts_per_tok).indices
+        shares += torch.bincount(chosen.flatten(), minlength=8) / len(logits) / len(kept)
+        means += probabilities.mean(0) / len(kept)
+    torch.testing.assert_close(outputs.aux_loss.detach(), 8 * (shares * means).sum())
+    outputs.loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in pruned.parameters() if parameter.grad is not None)
+
+
 @every_family
 @torch.inference_mode()
 def test_set_attn_implementation_reaches_every_layer(name):
