@@ -18,7 +18,7 @@ MODEL_CARD = "README.md"
 """Not listed in SHA256SUMS, because people may edit it."""
 
 CODE = {
-    "modeling_pruned.py": "a40419ae361ae40c61fa643cab8b59bfeb3ea6562815b454713c73a515d69bb5",
+    "modeling_pruned.py": "539c9726cd01285c25427271d08a585d78bac6878bfd29d0807e0d85f036fe08",
     "modeling_mlx.py": "fa2b6b2f9254027caff2d3e3486889b7c36d0fcc48cdbe19353e7774d8323461",
 }
 """The sha256 of each file that runs when an export is loaded."""
