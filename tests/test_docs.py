@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import pytest
 from helpers.commands import PROGRAM, parsed
+from helpers.messages import SNAPSHOT
 from helpers.multiple_choice import items_of, task_file
 
 from pgprune_cli.cli import program as cli
@@ -215,6 +216,16 @@ def test_error_headings_are_messages_the_program_prints() -> None:
     for heading in headings:
         for fragment in filter(None, (part.strip(" :") for part in heading.split("…"))):
             assert any(fragment in message for message in messages), f"no message holds {fragment!r}"
+
+
+def test_headings_about_refused_models_are_messages_in_the_snapshot() -> None:
+    """A heading of this page may leave out the parts of a message that vary, as `…`."""
+    page = (ROOT / "docs" / "will_it_work.md").read_text(encoding="utf-8")
+    headings = re.findall(r"^### `(.+)`$", page[page.index("## What is refused") :], re.M)
+    messages = "\n".join("\n".join(lines) for lines in json.loads(SNAPSHOT.read_text(encoding="utf-8")).values())
+    assert headings
+    for heading in headings:
+        assert re.search(".*".join(map(re.escape, heading.split("…"))), messages), f"no such message: {heading}"
 
 
 @pytest.fixture

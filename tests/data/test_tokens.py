@@ -10,7 +10,9 @@ import torch
 from helpers.messages import refused, says
 from helpers.texts import TEXTS, CountingTokenizer, token_ids
 from safetensors.torch import save
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import pgprune_cli.demo
 from pgprune_cli.data.tokens import cache_directory, check_vocabulary, tokens_of
@@ -99,3 +101,10 @@ def test_check_vocabulary_refuses_a_token_without_an_embedding() -> None:
     check_vocabulary(torch.tensor([0]), "x.txt", 96, bos=95)
     with refused("x.txt", "up to 96"):
         check_vocabulary(torch.tensor([0]), "x.txt", 96, bos=96)
+
+
+def test_a_tokenizer_that_fails_on_a_text_is_refused() -> None:
+    Path("a.txt").write_text("the dog")
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"the": 0}, unk_token="<unk>")))
+    with refused("tokenizer does not work", "UNK"):
+        tokens_of("a.txt", "calibration", words)

@@ -20,13 +20,13 @@ from helpers.masks import (
     random_tokens,
     repaired_by_hand,
 )
+from helpers.messages import refused
 from helpers.models import EXPERT_ARCHITECTURES, save_tokenizer, tiny_config, tiny_model
 from helpers.recipes import SMALL, WIDTH_SEARCH
 from helpers.searches import PowerCut, after_step, cut_power
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from pgprune_cli.errors import UserError
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.search import search
@@ -131,7 +131,7 @@ def test_a_search_on_int8_weights_is_close_to_one_on_full_weights(base, any_arch
     model, recipe_of = base
     overrides = (*WIDTH_SEARCH, "search.forward_passes=4")
     if any_architecture in EXPERT_ARCHITECTURES:
-        with pytest.raises(UserError, match="weight_format: int8 does not store the experts"):
+        with refused("weight_format: int8 does not store the experts"):
             search(recipe_of(*overrides, "weight_format=int8"), tmp_path / "int8")
         return
     full = search(recipe_of(*overrides), tmp_path / "full")

@@ -124,6 +124,24 @@ def test_a_decoder_with_the_names_of_its_wrapper_is_searched_and_exported(
     quantized_alike(base, original)
 
 
+def test_every_dtype_of_plain_floats_is_searched_and_exported_as_it_is(
+    bases: Callable[[str], Path], tmp_path: Path
+) -> None:
+    dtypes = dict(zip(FLOATS, [torch.float64, torch.float16, torch.bfloat16], strict=True))
+    base = rewrite(
+        bases("llama-gqa"),
+        tmp_path / "base",
+        lambda tensors: {name: tensor.to(dtypes.get(name, tensor.dtype)) for name, tensor in tensors.items()},
+    )
+    computes(base, tmp_path / "out", logits(load_model(resolve(str(base)), "auto", "cpu")))
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    assert {name: tensor.dtype for name, tensor in after.items()} == {name: t.dtype for name, t in before.items()}
+    assert {after[name].dtype for name in FLOATS} == set(dtypes.values())
+
+
+FLOATS = ("model.norm.weight", "model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight")
+
+
 # --- tied weights
 
 
