@@ -70,14 +70,21 @@ def _time_once(model: Any) -> tuple[float, float, int]:
 
 
 def _seconds_to_generate(model: Any, prompt: Tensor, tokens: int) -> float:
-    start = time.perf_counter()
-    result = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
+    from transformers import GenerationConfig
+
+    greedy = GenerationConfig(
         min_new_tokens=tokens,  # an end-of-text token must not end it early
         max_new_tokens=tokens,
         do_sample=False,
+        eos_token_id=model.generation_config.eos_token_id,
         pad_token_id=0,  # unused, but transformers warns without it
     )
-    result[0, -1].item()  # waits for the device
-    return time.perf_counter() - start
+    # In place of the model's own, whose settings (a longest length, a temperature) transformers would mix in.
+    own, model.generation_config = model.generation_config, greedy
+    try:
+        start = time.perf_counter()
+        result = model.generate(prompt, attention_mask=torch.ones_like(prompt))
+        result[0, -1].item()  # waits for the device
+        return time.perf_counter() - start
+    finally:
+        model.generation_config = own

@@ -285,6 +285,26 @@ def test_open_target_refuses_a_run_without_a_decision(run: Path) -> None:
         open_target(str(run), device="cpu")
 
 
+def test_measure_speed_warns_of_nothing_in_a_generation_config(tmp_path: Path, caplog) -> None:
+    """transformers warns once for every call if the model's own config has max_length, as Llama 2's and Vicuna's do."""
+    from transformers import GenerationConfig
+    from transformers.utils import logging
+
+    tiny_model("llama-gqa").save_pretrained(tmp_path)
+    target = open_target(str(tmp_path), device="cpu")
+    own = GenerationConfig(max_length=40, temperature=0.9, top_p=0.6, repetition_penalty=1.2, eos_token_id=2)
+    target.module.generation_config = own
+    caplog.clear()
+    logger = logging.get_logger()
+    logger.addHandler(caplog.handler)
+    try:
+        measure_speed([target])
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records
+    assert target.module.generation_config is own
+
+
 def test_measure_speed_measures_models_but_no_runs(run: Path, tmp_path: Path) -> None:
     export(run, tmp_path / "small")
     small, dense = (open_target(str(name), device="cpu") for name in (tmp_path / "small", "demo"))
