@@ -18,7 +18,7 @@ MODEL_CARD = "README.md"
 """Not listed in SHA256SUMS, because people may edit it."""
 
 CODE = {
-    "modeling_pruned.py": "539c9726cd01285c25427271d08a585d78bac6878bfd29d0807e0d85f036fe08",
+    "modeling_pruned.py": "6efdb6e0ea81481c17583f2808b02420e8bc1a23b2c0982e84ee5bbdee368342",
     "modeling_mlx.py": "fa2b6b2f9254027caff2d3e3486889b7c36d0fcc48cdbe19353e7774d8323461",
 }
 """The sha256 of each file that runs when an export is loaded."""

@@ -21,11 +21,13 @@ from torch import Tensor
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.families.adapter import ModelFamily
 from pgprune_cli.model.families.wrapper import SECTION, decoder_prefixes
-from pgprune_cli.model.loading import load_model, load_tokenizer, read_config
+from pgprune_cli.model.generation import allow_sampling, repair_generation_config
+from pgprune_cli.model.loading import load_model, read_config
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import PrunableModel, Shape, unit_tensors
 from pgprune_cli.model.source import Source
 from pgprune_cli.model.stored import StoredFile, refuse_incomplete, stored_files
+from pgprune_cli.model.tokenizer_files import write_tokenizer
 from pgprune_cli.model.unit_tensors import UnitTensor
 from pgprune_cli.model.weights import reason_of
 from pgprune_cli.run.decision import Decision
@@ -143,6 +145,8 @@ def _from_directory(source: Source) -> DenseModel:
             target.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, target)
         remove_code_references(directory / "tokenizer_config.json")
+        write_tokenizer(source, directory)
+        repair_generation_config(directory)
 
     tensors = unit_tensors(prunable)
     return DenseModel(config_json, config, shape, tensors, tuple(shards), write_auxiliary_files, wrapper, prefixes)
@@ -196,7 +200,8 @@ def _from_gguf(source: Source, decision: Decision) -> DenseModel:
         tensors.pop(shape.family.head_weight, None)
 
     def write_auxiliary_files(directory: Path) -> None:
-        load_tokenizer(source).save_pretrained(directory)
+        write_tokenizer(source, directory)
+        allow_sampling(model.generation_config)
         model.generation_config.save_pretrained(directory)
 
     meta = {name: tensor.to("meta") for name, tensor in tensors.items()}

@@ -57,10 +57,10 @@ class DirectoryPlan(Plan):
         check_space(out, self.bytes + DISK_RESERVE)
         with new_directory(out) as directory:
             write_json(directory / "config.json", self.config)
+            self.base.write_auxiliary_files(directory)  # first, because a tokenizer may be refused
             for name, edits in self.files.items():
                 safetensors_file.write(directory / name, edits, self.tensors(edits, on_bytes))
             self._write_index(directory)
-            self.base.write_auxiliary_files(directory)
             for file in self.code:
                 shutil.copyfile(file, directory / file.name)
             # Without the repaired blocks, which the weights hold already: they could double the size.

@@ -13,6 +13,7 @@ from pgprune_cli.export.shapes import RuntimeShapes
 from pgprune_cli.export.surgery import Surgery
 from pgprune_cli.model.families.adapter import ModelFamily, dense_type
 from pgprune_cli.model.families.wrapper import SECTION
+from pgprune_cli.model.older_keys import ROPE_KEYS, rope_keys, with_both_names
 from pgprune_cli.serving import modeling_pruned
 
 
@@ -22,6 +23,8 @@ def export_config(base: DenseModel, surgery: Surgery, dtype: str | None) -> dict
     result = dict(base.json) | {"num_hidden_layers": len(shapes.layers), "head_dim": family.head_dim(base.config)}
     for key in ("auto_map", "per_layer_config", "output_biases"):  # of a base model that is pruned already
         result.pop(key, None)
+    if rope := rope_keys(base.config):
+        result = {key: value for key, value in result.items() if key not in ROPE_KEYS} | rope
     if dtype is not None:
         result.pop("torch_dtype", None)  # the older name of the key
         result["dtype"] = dtype
@@ -34,6 +37,7 @@ def export_config(base: DenseModel, surgery: Surgery, dtype: str | None) -> dict
     if shapes.uniform and not _output_biases(base, surgery):
         stock = _stock_config(base, shapes)
     result |= _pruned_config(base, surgery) if stock is None else _dense_class(base) | _as_named(base, stock)
+    result = with_both_names(result)
     return result if base.wrapper is None else _wrapped(base.wrapper, result, is_stock=stock is not None)
 
 
@@ -116,7 +120,6 @@ def _pruned_config(base: DenseModel, surgery: Surgery) -> dict[str, Any]:
     """Return what changes in the config of a model that needs modeling_pruned.py. Raises UserError."""
     family = base.shape.family
     causal = _causal_class(base)
-    classes = {"AutoConfig": causal.config_class, "AutoModel": causal.decoder_class, "AutoModelForCausalLM": causal}
     shapes = surgery.shapes
     layers = [
         _layer_config(family, base.config, kept, shapes.dense.is_recurrent(layer))
@@ -128,7 +131,7 @@ def _pruned_config(base: DenseModel, surgery: Surgery) -> dict[str, Any]:
     return {
         "model_type": causal.config_class.model_type,
         "architectures": [causal.__name__],
-        "auto_map": {auto: f"modeling_pruned.{cls.__name__}" for auto, cls in classes.items()},
+        "auto_map": {auto: f"modeling_pruned.{cls.__name__}" for auto, cls in causal.auto_classes.items()},
         "per_layer_config": {str(index): layer for index, layer in enumerate(differences) if layer},
         **({"output_biases": biases} if biases else {}),
     }

@@ -13,6 +13,7 @@ from torch import Tensor
 from pgprune_cli.errors import UserError
 from pgprune_cli.export import checksums, gguf_checksum
 from pgprune_cli.model.source import find_recorded
+from pgprune_cli.model.tokenizer_files import faults_of_tokenizer
 from pgprune_cli.recipe.reader import load
 from pgprune_cli.recipe.strict_yaml import one_line
 from pgprune_cli.run.checkpoint import load_checkpoint
@@ -268,13 +269,18 @@ def _is_model_directory(path: Path) -> bool:
     return (path / checksums.CHECKSUMS_FILE).exists() or has_decision
 
 
+def _check_model_directory(path: Path) -> Iterable[str]:
+    """Check the files, and if they are as they were written, that this transformers reads the tokenizer as it was."""
+    return list(checksums.faults_of(path)) or faults_of_tokenizer(path)
+
+
 def _is_checkpoint(path: Path) -> bool:
     return any((path / name).exists() for name in (CHECKPOINT_RECORD, CHECKPOINT_TENSORS))
 
 
 KINDS = (
     Kind("GGUF file", _is_gguf, _check_gguf),
-    Kind("model directory", _is_model_directory, checksums.faults_of),
+    Kind("model directory", _is_model_directory, _check_model_directory),
     Kind(
         "decision",
         lambda path: path.name in (DECISION_RECORD, DECISION_MASKS, REPAIR_FILE),

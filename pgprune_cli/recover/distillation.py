@@ -24,10 +24,13 @@ from pgprune_cli.data.windows import cut_windows
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.context import refuse_longer_windows
 from pgprune_cli.model.families import begins_with_bos
+from pgprune_cli.model.generation import allow_sampling
 from pgprune_cli.model.loading import load_model, load_tokenizer
+from pgprune_cli.model.older_keys import rope_keys
 from pgprune_cli.model.source import resolve
+from pgprune_cli.model.tokenizer_files import write_tokenizer
 from pgprune_cli.run.layout import DECISION_RECORD, RECOVERY_RECORD
-from pgprune_cli.storage.records import write_record
+from pgprune_cli.storage.records import read_json, write_json, write_record
 
 
 @dataclass(frozen=True)
@@ -117,8 +120,10 @@ def distill(settings: DistillationSettings) -> None:
         DistillationTrainer(student, arguments, train_dataset=rows, teacher=teacher, lm=settings.lm).train()
         if settings.lora:
             student = student.merge_and_unload()
+        allow_sampling(student.generation_config)
         student.to(stored_dtype).save_pretrained(part)
-        tokenizer.save_pretrained(part)
+        write_json(part / "config.json", read_json(part / "config.json") | rope_keys(student.config))
+        write_tokenizer(source, part)
         _write_provenance(settings, source.directory, part)
         part.rename(settings.out)
     finally:

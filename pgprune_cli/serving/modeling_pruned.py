@@ -21,7 +21,7 @@ import torch
 import transformers
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, modeling_layers
 
 
 class Norms(NamedTuple):
@@ -78,6 +78,8 @@ DENSE = {
 BLOCKS = {"self_attn": "attention", "linear_attn": "attention", "mlp": "mlp"}
 """The names that the config uses for the blocks, by the names of their modules."""
 OUTPUTS = {"self_attn": "o_proj", "linear_attn": "out_proj", "mlp": "down_proj"}
+TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+"""The tasks with a head of their own, for fine-tuning. transformers has one class for each, which fits all decoders."""
 SHARED = "_implementation_internal"
 """How the names of settings end that the user may change after loading, like the implementation of the attention."""
 
@@ -90,7 +92,10 @@ class PrunedConfig:
 
     def validate_rope(self) -> None:
         """Validate with the sizes of the dense model, because those of the layers differ."""
-        super(PrunedConfig, self.of_layer({})).validate_rope()
+        self.check_dense_rope()
+
+    def check_dense_rope(self, **options) -> None:
+        super(PrunedConfig, self.of_layer({})).validate_rope(**options)
 
     def __getattr__(self, name: str):
         """Return the current setting of the whole model if this is the config of one layer."""
@@ -200,6 +205,8 @@ class PrunedModel(Pruned):
         as it does after every draft of a smaller model, all slots with a sliding window must have been filled: there,
         layers without attention count tokens.
         """
+        if not self.layers:  # models with a head build the decoder without layers first
+            return
         kinds = getattr(self.config, "layer_types", None) or [None] * len(self.layers)
         slides = {"sliding_attention"} | ({None} if getattr(self.config, "sliding_window", None) else set())
         filled = set()
@@ -237,10 +244,11 @@ def with_equal_router_logits(forward):
     return run
 
 
-class PrunedForCausalLM(Pruned):
-    """The causal model of transformers, around the pruned decoder."""
+class PrunedWithHead(Pruned):
+    """A model of transformers with a head, around the pruned decoder: the causal model, or one for another task."""
 
     decoder_class: type[PreTrainedModel]
+    base_model_prefix = "model"
 
     def __init__(self, config) -> None:
         self.init_without_layers(config)
@@ -249,11 +257,27 @@ class PrunedForCausalLM(Pruned):
 
 
 def refuse_unknown_rope(config) -> None:
-    """Raise ValueError if transformers is too old to know rope_parameters: it would compute wrong outputs."""
-    rope, theta = getattr(config, "rope_parameters", None) or {}, getattr(config, "rope_theta", None)
-    known = {"rope_type": "default", "rope_theta": theta}  # what transformers 4 uses, whose configs have rope_theta
-    if theta is not None and known | rope != known:
+    """Raise ValueError if transformers is too old to know rope_parameters, and would use other ones.
+
+    transformers 4 reads rope_theta, rope_scaling and partial_rotary_factor, which exports have as well.
+    """
+    rope = getattr(config, "rope_parameters", None)
+    if transformers_major() >= 5 or not rope:
+        return
+    used = {"rope_type": "default", "rope_theta": config.rope_theta} | (getattr(config, "rope_scaling", None) or {})
+    if (share := getattr(config, "partial_rotary_factor", None)) is not None:
+        used["partial_rotary_factor"] = share
+    if without_old_name(used) != without_old_name(rope):
         raise ValueError(f"{config.model_type}: this model's rope_parameters need transformers 5 or later")
+
+
+def without_old_name(rope: dict) -> dict:
+    """Return the settings without `type`, the old name of rope_type."""
+    return {key: value for key, value in rope.items() if key != "type"}
+
+
+def transformers_major() -> int:
+    return int(transformers.__version__.split(".")[0])
 
 
 def define(name: str, bases: tuple[type, ...], **attributes) -> type:
@@ -263,7 +287,10 @@ def define(name: str, bases: tuple[type, ...], **attributes) -> type:
 
 
 def define_family(model_type: str, family: Family) -> type[PreTrainedModel]:
-    """Define the config, the decoder and the causal model of a family, and return the last. Raises ImportError."""
+    """Define the config, the decoder and the models with heads of a family, and return the causal one.
+
+    Its `auto_classes` has all classes by the auto class that loads them. Raises ImportError.
+    """
     module = importlib.import_module(f"transformers.models.{family.module}.modeling_{family.module}")
     configs = importlib.import_module(f"transformers.models.{family.module}.configuration_{family.module}")
     config_name, model_name, causal_name = (
@@ -272,25 +299,36 @@ def define_family(model_type: str, family: Family) -> type[PreTrainedModel]:
     base, dense, causal = getattr(configs, config_name), getattr(module, model_name), getattr(module, causal_name)
     config = define(f"Pruned{config_name}", (PrunedConfig, base), model_type=f"pruned_{model_type}")
     if dataclasses.is_dataclass(base):  # in newer versions of transformers
-        config = strict(config)
+        config = strict(config)  # which allows validate_rope no options
+    else:
+        config.validate_rope = PrunedConfig.check_dense_rope
     layer = getattr(module, f"{family.name}DecoderLayer")
     parts = {"config_class": config, "dense": dense, "family": family, "layer_class": layer}
     if hasattr(module, "load_balancing_loss_func"):
         parts["forward"] = with_equal_router_logits(dense.forward)
     model = define(f"Pruned{model_name}", (PrunedModel, dense), **parts)
-    parts = {"config_class": config, "dense": causal, "decoder_class": model}
-    return define(f"Pruned{causal_name}", (PrunedForCausalLM, causal), **parts)
+    parts = {"config_class": config, "decoder_class": model}
+    auto_classes = {"AutoConfig": config, "AutoModel": model}
+    for task in TASKS:
+        generic = getattr(modeling_layers, f"GenericFor{task}")
+        bases = (PrunedWithHead, generic, getattr(module, f"{family.name}PreTrainedModel"))
+        auto_classes[f"AutoModelFor{task}"] = define(
+            f"Pruned{family.name}{family.text}For{task}", bases, dense=dense, **parts
+        )
+    defined = define(f"Pruned{causal_name}", (PrunedWithHead, causal), dense=causal, **parts)
+    defined.auto_classes = auto_classes | {"AutoModelForCausalLM": defined}
+    return defined
 
 
 def register(causal) -> None:
     """Let the auto classes of transformers load a family, and save_pretrained copy this file next to the weights."""
     config = causal.config_class
     AutoConfig.register(config.model_type, config, exist_ok=True)
-    AutoModel.register(config, causal.decoder_class, exist_ok=True)
-    AutoModelForCausalLM.register(config, causal, exist_ok=True)
     config.register_for_auto_class()
-    causal.decoder_class.register_for_auto_class("AutoModel")
-    causal.register_for_auto_class("AutoModelForCausalLM")
+    for name, cls in causal.auto_classes.items():
+        if cls is not config:
+            getattr(transformers, name).register(config, cls, exist_ok=True)
+            cls.register_for_auto_class(name)
 
 
 def register_names_in_files(model_type: str) -> None:
@@ -306,7 +344,7 @@ FAMILIES: dict[str, type[PreTrainedModel]] = {}
 """The pruned causal model, by the model type of the dense one. Lacks families that transformers is too old for."""
 
 for dense_type, described in DENSE.items():
-    if int(transformers.__version__.split(".")[0]) >= described.oldest:
+    if transformers_major() >= described.oldest:
         try:
             FAMILIES[dense_type] = define_family(dense_type, described)
         except ImportError:
@@ -326,12 +364,17 @@ class PrunedWrapperConfig:
 
 
 def define_wrapper(model_type: str, name: str) -> type[PreTrainedModel]:
-    """Define and register the config and the model of text and images around a pruned decoder; return the model."""
+    """Define and register the config and the model of text and images around a pruned decoder; return the model.
+
+    Raises ImportError if transformers is too old for it.
+    """
     from transformers import AutoModelForImageTextToText
 
     module = importlib.import_module(f"transformers.models.{model_type}")
-    pruned, base, dense = f"pruned_{model_type}", f"{name}Config", f"{name}ForConditionalGeneration"
-    config = strict(define(f"Pruned{base}", (PrunedWrapperConfig, getattr(module, base)), model_type=pruned))
+    pruned, base, dense = f"pruned_{model_type}", getattr(module, f"{name}Config"), f"{name}ForConditionalGeneration"
+    if not dataclasses.is_dataclass(base):
+        raise ImportError(f"{model_type}: this version of transformers builds configs in another way")
+    config = strict(define(f"Pruned{base.__name__}", (PrunedWrapperConfig, base), model_type=pruned))
     wrapper = define(f"Pruned{dense}", (getattr(module, dense),), config_class=config)
     register_names_in_files(model_type)
     AutoConfig.register(pruned, config, exist_ok=True)
@@ -344,6 +387,9 @@ def define_wrapper(model_type: str, name: str) -> type[PreTrainedModel]:
 WRAPPERS: dict[str, type[PreTrainedModel]] = {}
 """The models of text and images around a pruned decoder, by the model type of the dense one."""
 
-if int(transformers.__version__.split(".")[0]) >= 5:
+if transformers_major() >= 5:
     for kind, name in (("mistral3", "Mistral3"), ("gemma3", "Gemma3"), ("qwen3_5", "Qwen3_5")):
-        WRAPPERS[kind] = define_wrapper(kind, name)
+        try:
+            WRAPPERS[kind] = define_wrapper(kind, name)
+        except ImportError:
+            continue

@@ -21,7 +21,7 @@ from helpers.models import VOCABULARY, tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from pgprune_cli.errors import RunError
 from pgprune_cli.export import hf, hf_config
@@ -175,14 +175,45 @@ for name in ("llama-biased", "mistral", "qwen2", "qwen3"):
     assert process.returncode == 0, process.stderr
 
 
-def test_rope_parameters_that_transformers_4_would_ignore_are_refused(llama, tmp_path):
-    model, base = llama
-    export(base, tmp_path / "out", draw(model, DECISIONS["mixed sizes"]))
-    config = AutoConfig.from_pretrained(tmp_path / "out")
-    config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
-    config.rope_theta = 10000.0  # what transformers 4 would use, which does not know rope_parameters
-    with pytest.raises(ValueError, match="transformers 5"):
-        AutoModelForCausalLM.from_config(config)
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+
+
+def test_rope_parameters_that_transformers_4_would_ignore_are_refused(monkeypatch):
+    monkeypatch.setattr(modeling_pruned, "transformers_major", lambda: 4)
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    cases = [({"rope_type": "default", "rope_theta": 500.0}, 10000.0, None), (LINEAR, 10000.0, None)]
+    cases += [(LINEAR, 10000.0, scaling | {"factor": 2.0}), (LINEAR, None, scaling)]
+    for parameters, theta, older in cases:
+        # A namespace, because the config of transformers 5 has rope_parameters under all names.
+        config = SimpleNamespace(model_type="llama", rope_parameters=parameters, rope_theta=theta, rope_scaling=older)
+        with pytest.raises(ValueError, match="transformers 5"):
+            modeling_pruned.refuse_unknown_rope(config)
+    config.rope_theta, config.rope_scaling = 10000.0, scaling
+    modeling_pruned.refuse_unknown_rope(config)
+
+
+@pytest.mark.parametrize("sizes", ["mixed sizes", "uniform"])
+def test_rope_is_written_for_transformers_4_too_and_read_unchanged(tmp_path, sizes):
+    model = tiny_model("llama-gqa")
+    model.config.rope_parameters = dict(LINEAR)
+    model.save_pretrained(tmp_path / "base")
+    export(tmp_path / "base", tmp_path / "out", draw(model, DECISIONS.get(sizes, [(2, 7)] * LAYERS)))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_parameters"] == LINEAR
+    assert (config["rope_theta"], config["rope_scaling"]) == (10000.0, {"rope_type": "linear", "factor": 4.0})
+    assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters == LINEAR
+
+
+def test_rope_that_transformers_4_cannot_express_stops_it(tmp_path):
+    """A null instead of a number makes it stop with an error, where it would compute something else."""
+    model = tiny_model("gemma3_text")
+    parameters = {"full_attention": LINEAR, "sliding_attention": LINEAR | {"rope_theta": 99.0}}
+    model.config.rope_parameters = parameters
+    model.save_pretrained(tmp_path / "base")
+    export(tmp_path / "base", tmp_path / "out", draw(model, [(2, 7)] * LAYERS))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["rope_theta"] is None and "rope_local_base_freq" not in config
+    assert AutoConfig.from_pretrained(tmp_path / "out").rope_parameters == parameters
 
 
 def test_layers_of_different_sizes_are_refused_if_transformers_cannot_load_them(llama, tmp_path, monkeypatch):
@@ -558,3 +589,18 @@ def test_the_index_lists_only_the_weights_and_not_the_decision(llama, tmp_path):
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert files == ["decision.safetensors", "model.safetensors"]
     assert Decision.load(tmp_path / "out").model == str(base)
+
+
+SAMPLED = {"max_length": 4096, "temperature": 0.9, "top_p": 0.6, "bos_token_id": 1, "eos_token_id": 2}
+"""As Llama 2 has it: transformers 5 loads this, but refuses to save a model with it."""
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_generation_config_that_cannot_be_saved_is_exported_so_that_it_can(llama, tmp_path):
+    model, base = llama
+    (base / "generation_config.json").write_text(json.dumps(SAMPLED))
+    export(base, tmp_path / "out", draw(model, DECISIONS["mixed sizes"]))
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == SAMPLED | {"do_sample": True}
+    load(tmp_path / "out").save_pretrained(tmp_path / "again")
+    again = GenerationConfig.from_pretrained(tmp_path / "again")
+    assert (again.temperature, again.top_p, again.max_length) == (0.9, 0.6, 4096)

@@ -11,12 +11,13 @@ import sys
 
 import pytest
 import torch
+import transformers
 from helpers.cut import VARIANTS, dense_and_pruned
 from helpers.models import ARCHITECTURES, EXPERT_ARCHITECTURES, VOCABULARY, tiny_config
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from pgprune_cli.serving import modeling_pruned
-from pgprune_cli.serving.modeling_pruned import FAMILIES, Nothing
+from pgprune_cli.serving.modeling_pruned import FAMILIES, TASKS, Nothing
 
 TOLERANCE = {"atol": 2e-4, "rtol": 1e-4}
 ALL = [name for name in ARCHITECTURES + EXPERT_ARCHITECTURES if name != "llama-mha"]
@@ -151,9 +152,33 @@ def test_experts_that_grouped_mm_cannot_compute_run_without_it(name):
         pruned.set_experts_implementation("grouped_mm")
 
 
+@every_family
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.filterwarnings("ignore:.*newly initialized")
+def test_a_head_for_another_task_is_put_on_the_pruned_decoder(saved, name, task, tmp_path):
+    auto = getattr(transformers, f"AutoModelFor{task}")
+    model, info = auto.from_pretrained(saved / name, num_labels=2, output_loading_info=True)
+    head = "qa_outputs" if task == "QuestionAnswering" else "score"
+    assert {key.split(".")[0] for key in info["missing_keys"]} == {head}
+    assert info["unexpected_keys"] <= {"lm_head.weight", "lm_head.bias"}
+    _, pruned = dense_and_pruned(name, "no attention at first", biases=True)
+    with torch.inference_mode():
+        expected = pruned.model(tokens()).last_hidden_state
+        torch.testing.assert_close(model.model(tokens()).last_hidden_state, expected, **TOLERANCE)
+    output = model(tokens())
+    shape = {"SequenceClassification": (2, 2), "TokenClassification": (2, 30, 2), "QuestionAnswering": (2, 30)}[task]
+    assert output[0].shape == shape
+    output[0].sum().backward()
+    assert next(model.model.layers[-1].parameters()).grad is not None
+    model.save_pretrained(tmp_path)
+    again = auto.from_pretrained(tmp_path)
+    assert type(again) is type(model)
+    torch.testing.assert_close(again(tokens())[0], output[0], **TOLERANCE)
+
+
 SCRIPT = """
 import json, sys, torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 assert "pgprune_cli" not in sys.modules
 torch.set_num_threads(1)
 for directory in sys.argv[1:]:

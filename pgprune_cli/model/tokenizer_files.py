@@ -1,0 +1,139 @@
+"""Writes a model's tokenizer so that it gives the same token ids under another model type and in other versions.
+
+transformers chooses the class of a tokenizer by the model type and by `tokenizer_class`, differently in every version,
+and some classes put a pre-tokenizer and normaliser of their own in place of those in tokenizer.json. Therefore the
+tokenizer is written as transformers has built it for this model, under the class that takes tokenizer.json as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import takewhile
+from operator import eq
+from pathlib import Path
+from typing import Any
+
+from pgprune_cli.errors import UserError
+from pgprune_cli.model.loading import load_tokenizer
+from pgprune_cli.model.source import Source
+from pgprune_cli.storage.atomic import write_bytes
+from pgprune_cli.storage.records import read_json, write_json
+
+CONFIG = "tokenizer_config.json"
+TOKEN_IDS = "token_ids.json"
+"""Texts with their token ids, by which a tokenizer can be checked later, in another version of transformers."""
+PLAIN_CLASS = "PreTrainedTokenizerFast"
+FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
+"""Patterns of files that can hold a tokenizer."""
+MACHINE_KEYS = ("auto_map", "backend", "from_slow", "is_local", "local_files_only", "name_or_path", "tokenizer_file")
+"""Keys of tokenizer_config.json about the process that wrote it, or about another class."""
+TEXTS = (
+    "The quick brown fox didn't jump over 12345.67 lazy dogs, they're told.",
+    "  two spaces,\ttabs\n\n and   newlines \n",
+    "def f(x):\n    return x**2  # 100%",
+    "Äußerst schön: naïve café, e\u0301te\u0301, ﬁligree and ½",
+    "Привет, мир! 你好,世界。 こんにちは 안녕하세요 مرحبا नमस्ते",
+    "emoji 😀👩\u200d👩\u200d👧 and symbols ∑≈→ ▁ Ġ <|x|> [INST]",
+    "HTTPServer camelCase snake_case IT'S WE'LL",
+    "",
+    " ",
+)
+ADDED_TOKENS = 24
+"""How many added tokens are tried."""
+
+
+def write_tokenizer(source: Source, directory: Path) -> None:
+    """Write the tokenizer of `source` into the directory of a model whose config.json and copied files are there.
+
+    Nothing is written if `source` has no tokenizer that loads without code of its own. Raises UserError if transformers
+    does not give the same token ids for the directory.
+    """
+    tokenizer = _tokenizer_of(source)
+    if tokenizer is None:
+        return
+    if source.gguf is not None:  # there are no files to copy
+        tokenizer.save_pretrained(directory)
+    if tokenizer.is_fast:
+        write_bytes(directory / "tokenizer.json", tokenizer.backend_tokenizer.to_str(pretty=True).encode())
+        write_json(directory / CONFIG, _config(tokenizer, directory / CONFIG))
+    ids = {text: _encode(tokenizer, text) for text in _texts(tokenizer)}
+    write_json(directory / TOKEN_IDS, ids)
+    if difference := _difference(directory):
+        model_type = read_json(directory / "config.json").get("model_type")
+        raise UserError(
+            f"{source.name}: its tokenizer cannot be exported with the model type {model_type}: {difference}. "
+            "Search with budget.scope: global, whose export has a model type of its own."
+        )
+
+
+def faults_of_tokenizer(directory: Path) -> list[str]:
+    """Return a line if the tokenizer in a directory gives other token ids than those that are stored beside it."""
+    difference = _difference(directory) if (directory / TOKEN_IDS).exists() else None
+    return [f"{directory}: {difference}. Use the version of the export."] if difference else []
+
+
+def _difference(directory: Path) -> str | None:
+    """Return how the tokenizer in a directory differs from the stored token ids, as a part of a sentence."""
+    import transformers
+
+    tokenizer = load_tokenizer(Source(str(directory), directory, None))
+    for text, expected in read_json(directory / TOKEN_IDS).items():
+        found = _encode(tokenizer, text)
+        if found != expected:
+            same = sum(1 for _ in takewhile(bool, map(eq, found, expected)))
+            here, there = (", ".join(map(str, ids[same : same + 3])) or "none" for ids in (found, expected))
+            quoted = json.dumps(text, ensure_ascii=False)
+            return (
+                f"transformers {transformers.__version__} turns {quoted} into other token ids than those of the base "
+                f"model ({here} in place of {there}, after {same} equal ones)"
+            )
+    return None
+
+
+def _tokenizer_of(source: Source) -> Any:
+    """Return the tokenizer of a model, None if it has none or one that pgprune cannot load."""
+    if source.gguf is None and not any(any(source.directory.glob(pattern)) for pattern in FILES):
+        return None  # transformers would make up an empty one
+    try:
+        return load_tokenizer(source)
+    except UserError:
+        return None
+
+
+def _config(tokenizer: Any, path: Path) -> dict[str, Any]:
+    """Return tokenizer_config.json for the plain class. path: the base model's, whose other keys are kept.
+
+    What the class of the base model's tokenizer sets by itself is written down, since the plain class does not set it.
+    """
+    base = read_json(path) if path.exists() else {}
+    config = {key: value for key, value in base.items() if key not in MACHINE_KEYS}
+    for name in tokenizer.SPECIAL_TOKENS_ATTRIBUTES:
+        token = getattr(tokenizer, name, None)
+        if isinstance(token, str) and _content(config.get(name)) != token:
+            config[name] = token
+    if not isinstance(config.get("extra_special_tokens"), dict):
+        # transformers 4 knows these under another name, which transformers 5 reads as well
+        config.pop("extra_special_tokens", None)
+        if tokens := [str(token) for token in tokenizer.extra_special_tokens]:
+            config["additional_special_tokens"] = tokens
+    for name in ("clean_up_tokenization_spaces", "model_input_names", "model_max_length", "padding_side"):
+        config[name] = getattr(tokenizer, name)
+    splitter = json.loads(tokenizer.backend_tokenizer.to_str())["pre_tokenizer"] or {}
+    if "add_prefix_space" in splitter:  # transformers changes it to the value of the config
+        config["add_prefix_space"] = splitter["add_prefix_space"]
+    return config | {"tokenizer_class": PLAIN_CLASS}
+
+
+def _content(token: Any) -> Any:
+    """Return the text of a special token in tokenizer_config.json, where it may be an object."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _texts(tokenizer: Any) -> list[str]:
+    """Return the texts that are tried: letters of many kinds, and added tokens between them."""
+    added = sorted(set(map(str, tokenizer.get_added_vocab())))[:ADDED_TOKENS]
+    return [*TEXTS, *(f"the dog{token} x {token}y" for token in added)]
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text)["input_ids"])
