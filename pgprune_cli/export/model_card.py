@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import yaml
 
 from pgprune_cli import __version__
 from pgprune_cli.console.markdown import markdown_table
 from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.masks import ModelMask, RepairedBlocks
-from pgprune_cli.model.names import is_hub_name, short_name
+from pgprune_cli.model.names import is_absolute, is_hub_name, short_name
 from pgprune_cli.model.prunable import Shape
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD
@@ -199,8 +201,26 @@ def _provenance(decision: Decision) -> str:
         loss = f"Loss on held-out calibration text: {decision.heldout_loss:.4f} nats per token{dense}."
         lines += ["", f"{loss} {begins}"]
     lines += _ancestors(decision)
-    lines += ["", "The recipe:", "", "```yaml", decision.recipe.strip(), "```"]
+    lines += ["", "The recipe:", "", "```yaml", _recipe(decision), "```"]
     return "\n".join(lines)
+
+
+def _recipe(decision: Decision) -> str:
+    """Return the recipe with the names of local models and texts, but not the directories that they are in."""
+    recipe = decision.recipe.strip()
+    values = [word for value in _texts(yaml.safe_load(recipe)) for word in (value, value.partition("=")[2])]
+    for path in sorted(filter(is_absolute, values), key=len, reverse=True):
+        recipe = recipe.replace(path, short_name(path))
+    return recipe
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in nested mappings and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
 
 
 def _ancestors(decision: Decision) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 
 DEMO = "demo"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -26,6 +26,11 @@ def absolute_name(name: str) -> str:
     if name == DEMO or not path.exists():
         return name
     return str(path.resolve() if ".." in path.parts else path.absolute())
+
+
+def is_absolute(name: str) -> bool:
+    """Return whether a name is an absolute path, of whatever system the path is."""
+    return PurePosixPath(name).is_absolute() or PureWindowsPath(name).is_absolute()
 
 
 def short_name(name: str) -> str:

@@ -24,7 +24,7 @@ from pgprune_cli.run.checkpoint import Checkpoint, drop_old, latest_checkpoint
 from pgprune_cli.run.decision import Decision, refuse_other_base
 from pgprune_cli.run.history import refuse_other_history
 from pgprune_cli.run.layout import DECISION_RECORD, METRICS_FILE, RECIPE_FILE
-from pgprune_cli.run.settled import with_absolute_paths
+from pgprune_cli.run.settled import with_absolute_paths, with_metric_of_scores
 
 
 def identity_of(recipe: Recipe, fingerprint: str, origin: Tensor) -> str:
@@ -43,7 +43,7 @@ def load_finished(run: Path, recipe: Recipe) -> Decision:
     decision = Decision.load(run)
     refuse_other_decision(run, decision)
     searched = parse(decision.recipe, f"{run / DECISION_RECORD}: its recipe")
-    _refuse_changes(run, searched, recipe)
+    _refuse_changes(run, searched, with_metric_of_scores(recipe, run))
     source = find_recorded(recipe.model)
     if source is not None:
         try:

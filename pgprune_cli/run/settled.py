@@ -10,7 +10,8 @@ from pgprune_cli.model.devices import fastest_dtype
 from pgprune_cli.model.names import absolute_name
 from pgprune_cli.recipe.reader import parse
 from pgprune_cli.recipe.schema import Recipe, name_and_text
-from pgprune_cli.run.layout import RECIPE_FILE
+from pgprune_cli.run.layout import RECIPE_FILE, SCORES_FILE
+from pgprune_cli.run.scores import Scores
 
 
 def settled(recipe: Recipe, run: Path | None = None) -> Recipe:
@@ -43,6 +44,16 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         calibration=replace(recipe.calibration, corpus=absolute_text(recipe.calibration.corpus)),
         evaluation=replace(recipe.evaluation, corpora=tuple(map(_absolute_corpus, recipe.evaluation.corpora))),
     )
+
+
+def with_metric_of_scores(recipe: Recipe, run: Path) -> Recipe:
+    """Return the recipe with the metric of the run's scores, if it has any: a search uses the scores that it finds.
+
+    Raises UserError if the scores are damaged.
+    """
+    if not (run / SCORES_FILE).exists():
+        return recipe
+    return replace(recipe, scores=replace(recipe.scores, metric=Scores.load(run).metric))
 
 
 def _absolute_corpus(corpus: str) -> str:

@@ -11,7 +11,7 @@ and add it to CHECKS.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
 
@@ -28,6 +28,7 @@ from pgprune_cli.run.layout import SCORES_FILE
 from pgprune_cli.run.lock import refuse_unusable
 from pgprune_cli.run.resume import refuse_other_recipe
 from pgprune_cli.run.scores import Scores
+from pgprune_cli.run.settled import with_metric_of_scores
 from pgprune_cli.scores.metrics import CALIBRATED
 from pgprune_cli.search.budget import check_budget
 from pgprune_cli.search.preparation import Preparation
@@ -82,10 +83,8 @@ def _run(preparation: Preparation) -> str:
     run, recipe = preparation.run, preparation.recipe
     if run is None or not run.exists():
         return "a new one"
-    scored = (run / SCORES_FILE).exists()
-    if scored:  # a search takes the metric of the scores that it finds
-        recipe = replace(recipe, scores=replace(recipe.scores, metric=Scores.load(run).metric))
-    refuse_other_recipe(run, recipe, same_model=scored)  # another check compares the model with that of the scores
+    scored = (run / SCORES_FILE).exists()  # then another check compares the model with that of the scores
+    refuse_other_recipe(run, with_metric_of_scores(recipe, run), same_model=scored)
     return f"{run} belongs to this recipe"
 
 

@@ -56,6 +56,14 @@ def test_front_matter_names_a_base_model_on_the_hub_and_no_local_path(tmp_path) 
     assert "base_model" not in text.split("---")[1] and str(tmp_path) not in text and tmp_path.name in text
 
 
+def test_card_names_local_models_and_texts_without_their_directories() -> None:
+    calibration = "calibration:\n  corpus: /home/me/a b.txt\n"
+    recipe = f"model: /home/me/models/base\n{calibration}evaluation:\n  corpora: [own=/home/me/c.txt]"
+    text = CARD.text(dataclasses.replace(DECISION, recipe=recipe))
+    assert "/home" not in text
+    assert "model: base\ncalibration:\n  corpus: a b.txt\nevaluation:\n  corpora: [own=c.txt]\n" in text
+
+
 def test_card_says_which_step_the_decision_is_of_if_it_is_not_the_last() -> None:
     assert "of step 4, the best on held-out text" in CARD.text(dataclasses.replace(DECISION, best_step=4))
     assert all(

@@ -453,6 +453,7 @@ def test_the_metric_that_made_the_scores_is_what_is_recorded(small, tmp_path) ->
     decision = search(small(), tmp_path)
     assert "metric: magnitude" in decision.recipe
     assert "metric: magnitude" in (tmp_path / "recipe.yaml").read_text()
+    assert search(small(), tmp_path).recipe == decision.recipe  # finished: it answers as it did
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.soak) for seed in (1, 2))])
