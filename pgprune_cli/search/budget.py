@@ -67,9 +67,19 @@ def layers_kept_whole(settings: BudgetSettings, layers: int) -> list[int]:
 
 
 def units_of(recipe: Recipe, shape: Shape, costs: BlockCosts, scores: Mapping[str, Tensor], metric: str) -> Partitions:
-    """Return the units of a recipe's search: those of a unit search are whole groups (KV heads, experts) of a grid."""
-    by_group = recipe.search.policy == "units"
+    """Return the units of a recipe's search."""
+    by_group = _by_group(recipe, costs)
     return partitions(shape, recipe.units.families, by_group, costs, scores, metric, recipe.budget.ffn_multiple)
+
+
+def _by_group(recipe: Recipe, costs: BlockCosts) -> bool:
+    """Return whether the units of a grid are whole groups (KV heads, experts) rather than steps of its chain.
+
+    Those of a unit search are. With `budget.scope: per-layer` they are too, because chains of the same cost would keep
+    2 KV heads with 2 query heads in one layer and 1 with 4 in another. The result would not be a stock model.
+    """
+    counts_members = any(cost.member for by_layer in costs.values() for cost in by_layer)
+    return recipe.search.policy == "units" or (recipe.budget.scope == "per-layer" and not counts_members)
 
 
 def estimated_units(recipe: Recipe, shape: Shape, costs: BlockCosts | None = None) -> Partitions:
@@ -79,7 +89,7 @@ def estimated_units(recipe: Recipe, shape: Shape, costs: BlockCosts | None = Non
     """
     costs = costs or shape.parameters
     made: dict[tuple[Grid, GridCost], Partition] = {}
-    by_group = recipe.search.policy == "units"
+    by_group = _by_group(recipe, costs)
     units: dict[tuple[int, str], Partition] = {}
     for block in recipe.units.families:
         if block in WHOLE_FAMILIES:

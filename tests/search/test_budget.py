@@ -143,6 +143,23 @@ def test_multiple_is_too_coarse_for_the_model_or_the_budget() -> None:
     refuse("budget.ffn_multiple", "20 channels", "0.85", ffn_multiple=20, sparsity=0.85)
 
 
+@pytest.mark.parametrize("policy", ["units", "widths"])
+def test_in_a_budget_for_every_layer_all_layers_keep_grids_of_the_same_size(policy: str, tmp_path: Path) -> None:
+    """Steps of a chain would keep 2 KV heads with 2 query heads in one layer and 4 with 1 in another."""
+    recipe = recipe_with(policy=policy, scope="per-layer")
+    scores = Scores(random_scores(MODEL.shape, seed=5), "magnitude", "abc", MODEL.shape.unit_counts)
+    space, budget, units = problem(recipe, tmp_path, scores)
+    mask = hard_mask(torch.rand(space.n, dtype=torch.float64), space, budget)
+    for block in ("attention", "ffn"):
+        kept = {
+            MODEL.shape.grids[block][layer].kept(part[units[layer, block]])
+            for layer, part in enumerate(space.per_layer(mask, block))
+        }
+        assert len(kept) == 1
+    estimated = estimated_units(recipe, MODEL.shape)
+    assert {key: int(units[key].max()) for key in units} == {key: int(estimated[key].max()) for key in units}
+
+
 def test_in_a_budget_for_every_layer_each_pays_for_itself(tmp_path: Path) -> None:
     space, budget, _ = problem(recipe_with(scope="per-layer", ffn_multiple=8, min_keep=0.3), tmp_path)
     mask = hard_mask(torch.linspace(0, 1, space.n, dtype=torch.float64), space, budget)
