@@ -155,15 +155,16 @@ def check_weights(source: Source, model: nn.Module) -> int:
 
     model: built from its config, without weights. Raises UserError for missing or damaged files, and for a config far
     larger than the stored weights: transformers would make up gigabytes of them. If only some weights are missing,
-    they are named later.
+    they are named later. Those of a GGUF file have other names, so all must be there.
     """
     causal: Any = model
     stored = sum(stored_weights(source, path) for path in source.weight_files())
     configured = sum(parameter.numel() for parameter in model.parameters())
     quantised = getattr(causal.config, "quantization_config", None) is not None  # several weights are stored as one
-    if configured > 2 * stored and not quantised:
+    if configured > (stored if source.gguf else 2 * stored) and not quantised:
+        place = "its header" if source.gguf else "config.json"
         raise UserError(
-            f"{source.name}: config.json describes {configured:,} weights, but the files hold only {stored:,}. "
+            f"{source.name}: {place} describes {configured:,} weights, but the files hold only {stored:,}. "
             "Fetch the model's files again."
         )
     return stored

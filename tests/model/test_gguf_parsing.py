@@ -8,13 +8,15 @@ import gguf
 import pytest
 import torch
 from helpers.masks import dense_mask
+from helpers.messages import refused
 from helpers.models import save_tokenizer, tiny_model
 
 from pgprune_cli.export import gguf as writer
 from pgprune_cli.export.plan import Options
 from pgprune_cli.export.shapes import ShapeRequirements
+from pgprune_cli.model.gguf_header import read_header
 from pgprune_cli.model.gguf_parsing import parsed_once
-from pgprune_cli.model.loading import load_model, load_tokenizer
+from pgprune_cli.model.loading import check_weights, empty_prunable, load_model, load_tokenizer
 from pgprune_cli.model.source import Source, resolve
 from pgprune_cli.run.decision import Decision
 
@@ -54,3 +56,17 @@ def test_other_formats_leave_the_library_alone(source: Source) -> None:
     before = gguf.GGUFReader
     with parsed_once(resolve(str(source.directory / "dense"))):
         assert gguf.GGUFReader is before
+
+
+def test_a_gguf_file_without_some_of_its_tensors_is_refused_by_its_header(source: Source) -> None:
+    """Its header describes a layer more than it holds."""
+    path = source.directory / source.gguf
+    _, end = read_header(path).entries["llama.block_count"]
+    with path.open("r+b") as file:
+        file.seek(end - 4)
+        layers = int.from_bytes(file.read(4), "little")
+        file.seek(end - 4)
+        file.write((layers + 1).to_bytes(4, "little"))
+    damaged = resolve(str(path))
+    with refused("dense.gguf", "its header describes", "hold only"):
+        check_weights(damaged, empty_prunable(damaged, "float32").module)
