@@ -8,10 +8,13 @@ SOURCES := pgprune_cli tests scripts
 # The serving runtimes pin older libraries and take 4 GB, so they get their own environment.
 SERVING ?= .venv-serving
 AUDIT ?= $(VENV)-audit
+# The oldest versions of transformers 4 and 5 that exports are tested in. The newest one is in $(VENV).
+TRANSFORMERS ?= 4.57.6 5.0.0
+OTHERS := $(TRANSFORMERS:%=$(VENV)-transformers-%)
 # Test processes, with one thread each: tiny models gain nothing from more threads.
 JOBS ?= 2
 
-.PHONY: demo test messages soak fuzz test-gpu test-serving audit check references docs format clean
+.PHONY: demo test messages soak fuzz test-gpu test-serving test-transformers audit check references docs format clean
 
 demo: $(BIN)/pgprune
 	@echo "Pruning, exporting and evaluating the demo model twice on the CPU. This takes a few minutes."
@@ -36,6 +39,11 @@ test-gpu: $(BIN)/.dev
 
 test-serving: $(SERVING)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(SERVING)/bin/python -m pytest -m serving tests/serving
+
+# Load exports in other versions of transformers, which know nothing of pgprune: the same logits and token ids.
+test-transformers: $(BIN)/.dev $(OTHERS:%=%/.installed)
+	OTHER_TRANSFORMERS="$(foreach other,$(OTHERS),$(abspath $(other))/bin/python)" OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 \
+		$(BIN)/python -m pytest -m serving tests/serving/test_transformers_versions.py
 
 # Forty times as many random inputs as in the test suite, different ones each time. This takes hours; FUZZ=4 make fuzz is
 # shorter.
@@ -98,5 +106,10 @@ $(SERVING)/.installed: pyproject.toml
 	$(SERVING)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+$(VENV)-transformers-%/.installed:
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" transformers==$*
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(SERVING) $(AUDIT) site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-transformers-* $(SERVING) $(AUDIT) site .pytest_cache .mypy_cache .ruff_cache

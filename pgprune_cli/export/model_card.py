@@ -89,7 +89,7 @@ class ModelCard:
             *("## How to load it", ""),
             *("```python", f"from transformers import {self.auto_class}, AutoTokenizer", ""),
             f'model = {self.auto_class}.from_pretrained("{self.title}"{trust})',
-            *(f'tokenizer = AutoTokenizer.from_pretrained("{self.title}")', "```"),
+            *(f'tokenizer = AutoTokenizer.from_pretrained("{self.title}"{trust})', "```"),
         ]
         if self.needs_code:
             lines += [

@@ -139,6 +139,8 @@ def test_logits_are_the_same_in_another_transformers(written, version, architect
     )
     number = float(".".join(version.split(".")[:2]))
     is_refused = number < 5 and ((architecture, kind) in REFUSED_BY_4 or not (is_stock or architecture in IN_4))
+    if number == 5.0 and (architecture, kind) == ("olmo3", "yarn"):
+        pytest.skip("transformers 5.0 gives all layers of OLMo 3 one RoPE, those of the dense model too")
     is_refused |= number == 5.0 and (architecture, kind) in BY_KIND  # 5.0 looks for their keys at another level
     if is_refused or number < ADDED.get(architecture, 0):
         assert error.exists()
