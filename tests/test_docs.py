@@ -353,3 +353,9 @@ def test_site_builds_without_a_warning(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "how.html").exists()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_snippets_load_tokenizers_of_exports_without_a_question_at_the_terminal(page):
+    lines = [line for line in page.read_text().splitlines() if "AutoTokenizer.from_pretrained(" in line]
+    assert all("trust_remote_code=True" in line for line in lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pgprune_cli.console.hub_logging import quiet_transformers
 from pgprune_cli.errors import UserError
 from pgprune_cli.storage.records import read_json, write_json
 
@@ -28,7 +29,8 @@ def repair_generation_config(directory: Path) -> None:
 
     try:
         keys = read_json(directory / FILE)
-        generation = GenerationConfig(**keys)
+        with quiet_transformers():
+            generation = GenerationConfig(**keys)
     except (UserError, TypeError, ValueError):  # absent, or not a generation config
         return
     if allow_sampling(generation):

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from helpers.exports import DECISIONS, decide, export, replay
 from helpers.masks import draw, masked, random_repair, repaired_by_hand
 from helpers.messages import refused
@@ -596,10 +597,12 @@ SAMPLED = {"max_length": 4096, "temperature": 0.9, "top_p": 0.6, "bos_token_id":
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_a_generation_config_that_cannot_be_saved_is_exported_so_that_it_can(llama, tmp_path):
+def test_a_generation_config_that_cannot_be_saved_is_exported_so_that_it_can(llama, tmp_path, caplog, monkeypatch):
     model, base = llama
     (base / "generation_config.json").write_text(json.dumps(SAMPLED))
+    monkeypatch.setattr(transformers.utils.logging.get_logger(), "propagate", True)
     export(base, tmp_path / "out", draw(model, DECISIONS["mixed sizes"]))
+    assert not caplog.records
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text()) == SAMPLED | {"do_sample": True}
     load(tmp_path / "out").save_pretrained(tmp_path / "again")
     again = GenerationConfig.from_pretrained(tmp_path / "again")
