@@ -12,7 +12,7 @@ def flap(block: BlockStatistics) -> Tensor:
     The mean of a removed input can move into the projection's bias; its variance is lost. Raises ValueError without
     fluctuations.
     """
-    return block.per_element(_fluctuations(block))
+    return block.per_element(_fluctuations(block, "flap"))
 
 
 def flap_adaptive(block: BlockStatistics) -> Tensor:
@@ -23,7 +23,7 @@ def flap_adaptive(block: BlockStatistics) -> Tensor:
     that may be added; the query heads of a KV head share its score in proportion to their own. Raises ValueError
     without fluctuations.
     """
-    columns, grid = _fluctuations(block), block.grid
+    columns, grid = _fluctuations(block, "flap-adaptive"), block.grid
     if len(columns) > grid.elements:
         columns = columns.square()
     spread = columns.std()
@@ -37,9 +37,9 @@ def flap_adaptive(block: BlockStatistics) -> Tensor:
     return scores
 
 
-def _fluctuations(block: BlockStatistics) -> Tensor:
+def _fluctuations(block: BlockStatistics, metric: str) -> Tensor:
     """Return the score of every column of the output projection, `(in,)` float64."""
     if block.fluctuations is None:
-        raise ValueError("flap needs calibration text")
+        raise ValueError(f"{metric} needs calibration text")
     columns: Tensor = block.output_weight.double().square().sum(0) * block.fluctuations
     return columns
