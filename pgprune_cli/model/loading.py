@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -19,12 +20,14 @@ from pgprune_cli.model.devices import devices_needed, devices_of
 from pgprune_cli.model.families import model_type_of_gguf, refuse_units
 from pgprune_cli.model.families.wrapper import decoder_config
 from pgprune_cli.model.gguf_header import read_header
+from pgprune_cli.model.plain_tokenizer import write_plain
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import quantize_projections
 from pgprune_cli.model.safety import check_directory, check_gguf
 from pgprune_cli.model.source import Source, resolve
 from pgprune_cli.model.stored import refuse_incomplete, stored_files
 from pgprune_cli.model.weights import read_quantized, read_weights, reason_of
+from pgprune_cli.storage.records import write_json
 
 WeightFormat = Literal["full", "int8", "fp8"]
 """How the prunable projections are stored in memory: in the model's dtype, or in one byte per weight (quantized.py)."""
@@ -124,7 +127,11 @@ def empty_prunable(source: Source, dtype: str, weight_format: WeightFormat = "fu
 
 
 def load_tokenizer(source: Source) -> Any:
-    """Return the model's tokenizer. Raises UserError if there is none."""
+    """Return the model's tokenizer. Raises UserError if there is none.
+
+    That of a GGUF file is loaded as if it lay in the directory of a model of its type, as it will in an export:
+    transformers takes another class then for some types, whose token ids differ.
+    """
     from transformers import AutoTokenizer
 
     from pgprune_cli.serving import modeling_pruned  # noqa: F401  (else transformers asks to run a copy)
@@ -132,7 +139,15 @@ def load_tokenizer(source: Source) -> Any:
     _check_files(source)
     arguments = {} if source.gguf is None else {"gguf_file": source.gguf}
     try:
-        return AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False, **arguments)
+        tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False, **arguments)
+        if source.gguf is None:
+            return tokenizer
+        with TemporaryDirectory() as name:
+            directory = Path(name)
+            tokenizer.save_pretrained(directory)
+            write_plain(tokenizer, directory)
+            write_json(directory / "config.json", {"model_type": model_type_of(source)})
+            return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # dozens of kinds, see above
         raise UserError(f"{source.name}: its tokenizer cannot be loaded: {reason_of(error)}.") from error
 

@@ -32,7 +32,7 @@ def _byte_level(splitter: Any, normalizer: Any = None) -> Tokenizer:
     return tokenizer
 
 
-def _by_regex(pattern: str) -> Any:
+def by_regex(pattern: str) -> Any:
     split = pre_tokenizers.Split(Regex(pattern), "isolated")
     return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
@@ -63,8 +63,8 @@ def _sentencepiece(legacy: bool) -> Tokenizer:
 KINDS = {
     "byte-level": lambda: _byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False)),
     "byte-level, prefix": lambda: _byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True)),
-    "words": lambda: _byte_level(_by_regex(BY_WORD), normalizers.NFC()),
-    "three digits": lambda: _byte_level(_by_regex(BY_WORD.replace(r"\p{N}|", r"\p{N}{1,3}|"))),
+    "words": lambda: _byte_level(by_regex(BY_WORD), normalizers.NFC()),
+    "three digits": lambda: _byte_level(by_regex(BY_WORD.replace(r"\p{N}|", r"\p{N}{1,3}|"))),
     "sentencepiece, legacy": lambda: _sentencepiece(True),
     "sentencepiece": lambda: _sentencepiece(False),
 }

@@ -5,15 +5,23 @@ from __future__ import annotations
 import json
 
 import pytest
+from helpers.exports import decide
+from helpers.masks import draw
 from helpers.messages import refused, says
-from helpers.tokenizer_kinds import MODEL_TYPES, bases, export_tokenizer, save_base
+from helpers.models import save_tokenizer, tiny_config
+from helpers.tokenizer_kinds import BY_WORD, MODEL_TYPES, bases, by_regex, export_tokenizer, save_base
+from transformers import AutoModelForCausalLM
 
+from pgprune_cli.export import gguf
+from pgprune_cli.export.plan import Options
 from pgprune_cli.model.loading import load_tokenizer
-from pgprune_cli.model.source import Source
+from pgprune_cli.model.source import Source, resolve
 from pgprune_cli.model.tokenizer_files import faults_of_tokenizer, write_tokenizer
 
 STEP = 53
 """Of about 5,000 combinations, every 53rd is tried here, and every 13th by make test-transformers."""
+QWEN2 = BY_WORD.removesuffix(r"\s+") + r"\s+(?!\S)|\s+"
+DECOMPOSED = "cafe\u0301"
 TEXT = "<s>[INST] the dog  didn't<image> see 12345 <|im_start|>things"
 
 
@@ -70,6 +78,27 @@ def test_other_ids_are_refused_at_the_export_and_found_by_verify(tmp_path):
     (tmp_path / "good" / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
     (fault,) = faults_of_tokenizer(tmp_path / "good")
     says(fault, str(tmp_path / "good"), "12345", "20, 21, 22 in place of 277, 268")
+
+
+def test_the_tokenizer_of_a_gguf_file_has_the_ids_that_it_has_in_an_export(tmp_path):
+    """transformers normalises text for a stock Qwen2, but not for the tokenizer of a Qwen2's GGUF file."""
+    gguf_library = pytest.importorskip("gguf")
+    config = tiny_config("qwen2")
+    config.vocab_size = 300
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path / "base")
+    save_tokenizer(tmp_path / "base", 300, by_regex(QWEN2))
+    decision = decide(tmp_path / "base", draw(model, [(4, 24)] * 4))
+    gguf.plan(resolve(decision.model), decision, Options()).write(tmp_path / "model.gguf", lambda _: None)
+    assert gguf_library.GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.pre"].contents() == "qwen2"
+    source = resolve(str(tmp_path / "model.gguf"))
+    expected = load_tokenizer(source)(DECOMPOSED)["input_ids"]
+    for model_type in ("qwen2", "pruned_qwen2"):
+        (tmp_path / model_type).mkdir()
+        (tmp_path / model_type / "config.json").write_text(json.dumps({"model_type": model_type}))
+        write_tokenizer(source, tmp_path / model_type)
+        assert load_tokenizer(Source("", tmp_path / model_type, None))(DECOMPOSED)["input_ids"] == expected
+    assert load_tokenizer(resolve(decision.model))(DECOMPOSED)["input_ids"] == expected
 
 
 def test_a_base_without_a_tokenizer_gets_none(tmp_path):
