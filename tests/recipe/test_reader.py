@@ -445,6 +445,8 @@ def values(kind: Any) -> st.SearchStrategy[Any]:
         base, check = get_args(kind)
         if check is recipe._device:
             return st.sampled_from(["auto", "cpu", "cuda", "cuda:3", "cuda:0,cuda:1"])
+        if base is float and isinstance(check, recipe.Range) and check.high <= 1:
+            return st.floats(check.low, check.high, exclude_min=check.above, exclude_max=True)
         return values(base).filter(lambda value: not check(value))
     if get_origin(kind) is tuple:
         return st.lists(values(get_args(kind)[0]), min_size=1, max_size=4, unique=True).map(tuple)
