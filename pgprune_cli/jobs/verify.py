@@ -270,7 +270,7 @@ def _is_model_directory(path: Path) -> bool:
 
 
 def _check_model_directory(path: Path) -> Iterable[str]:
-    """Check the files, and if they are as they were written, that this transformers reads the tokenizer as it was."""
+    """Check the files and, if they are undamaged, that this transformers reads the tokenizer with the same ids."""
     return list(checksums.faults_of(path)) or faults_of_tokenizer(path)
 
 
@@ -298,11 +298,6 @@ KINDS = (
     ),
     Kind("checkpoint", _is_checkpoint, _check_checkpoint),
     Kind("run directory", lambda path: bool(_parts_of_run(path)), _check_run, _parts_of_run),
-    Kind(
-        "comparison",
-        lambda path: (path / COMPARISON_RECORD).exists(),
-        _check_comparison,
-        _parts_of_comparison,
-    ),
+    Kind("comparison", lambda path: (path / COMPARISON_RECORD).exists(), _check_comparison, _parts_of_comparison),
 )
 """What can be verified. The first kind that matches is taken."""
