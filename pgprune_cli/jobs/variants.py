@@ -44,8 +44,9 @@ METHODS: tuple[tuple[str, str, MetricName, RepairMethod], ...] = (
     ("sparsegpt", "SparseGPT on units, with its weight updates", "obs", "least-squares"),
 )
 """Name, what it is, metric and repair of the published methods that remove the units with the lowest scores."""
-LLM_PRUNER_LAYERS = {0.0: (4 / 32, 2 / 32), 0.5: (3 / 32, 1 / 32)}
-"""From which sparsity on LLM-Pruner keeps which fractions of the first and of the last layers whole (its README)."""
+LLM_PRUNER_LAYERS = (4 / 32, 2 / 32)
+LLM_PRUNER_LAYERS_AT_HALF = (3 / 32, 1 / 32)
+"""The fractions of the first and last layers that LLM-Pruner keeps whole, and those from 50 % on (its README)."""
 LLM_PRUNER_TEXT = (10, 64)
 """Examples, and tokens of each, whose gradient LLM-Pruner takes."""
 
@@ -100,7 +101,7 @@ def _llm_pruner_text(recipe: Recipe) -> Recipe:
 
 def _llm_pruner_layers(recipe: Recipe) -> Recipe:
     """Return the recipe that removes the same fraction from every layer except the first and the last ones."""
-    first, last = LLM_PRUNER_LAYERS[max(least for least in LLM_PRUNER_LAYERS if least <= recipe.budget.sparsity)]
+    first, last = LLM_PRUNER_LAYERS_AT_HALF if recipe.budget.sparsity >= 0.5 else LLM_PRUNER_LAYERS
     budget = replace(recipe.budget, scope="global", keep_first=first, keep_last=last)
     return replace(recipe, budget=budget, start=replace(recipe.start, mapping="rank"))
 

@@ -40,8 +40,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rewrite(source: Path, out: Path, kind: str | None = None, parts: int = 1, **changed: str) -> Path:
     """Write a GGUF file anew as llama.cpp's tools do: all keys are kept, but for those that the tool sets.
 
-    kind: quantize matrices to this type; parts: keep only the first of so many parts; changed: keys to replace, with
-    `__` for dots.
+    kind: quantize matrices to this type; parts: split the file into this many and keep the first; changed: keys to
+    replace, with `__` for dots.
     """
     reader = gguf.GGUFReader(source)
     new = gguf.GGUFWriter(out, reader.fields["general.architecture"].contents())

@@ -149,12 +149,18 @@ def test_files_with_the_names_of_the_modules_are_read_too(wrapped: Path, tmp_pat
     assert load_file(tmp_path / "out" / "model.safetensors").keys() <= renamed.keys()
 
 
-def test_files_of_the_model_without_its_head_are_read_too(wrapped: Path, tmp_path: Path) -> None:
-    """Saved without the head, a wrapper's decoder is `language_model` alone. The head is tied to its embedding."""
-    path = wrapped / "model.safetensors"
+def tensors_with_tied_head(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors in a file. Skip the test if one of them is the head."""
     tensors = load_file(path)
     if "language_model.lm_head.weight" in tensors:
         pytest.skip("its head is not tied")
+    return tensors
+
+
+def test_files_of_the_model_without_its_head_are_read_too(wrapped: Path, tmp_path: Path) -> None:
+    """Saved without the head, a wrapper's decoder is `language_model` alone. The head is tied to its embedding."""
+    path = wrapped / "model.safetensors"
+    tensors = tensors_with_tied_head(path)
     expected = logits(load_prunable(resolve(str(wrapped)), "float32", "cpu").module)
     renamed = {name.replace("language_model.model.", "language_model.", 1): tensors[name] for name in tensors}
     save_file(renamed, path, metadata={"format": "pt"})
@@ -170,9 +176,7 @@ def test_files_of_the_model_without_its_head_are_read_too(wrapped: Path, tmp_pat
 
 def test_a_head_that_is_stored_for_both_tied_weights_is_exported(wrapped: Path, tmp_path: Path) -> None:
     path = wrapped / "model.safetensors"
-    tensors = load_file(path)
-    if "language_model.lm_head.weight" in tensors:
-        pytest.skip("its head is not tied")
+    tensors = tensors_with_tied_head(path)
     expected = logits(load_prunable(resolve(str(wrapped)), "float32", "cpu").module)
     names = set(tensors)
     tensors["language_model.lm_head.weight"] = tensors.pop("language_model.model.embed_tokens.weight")
