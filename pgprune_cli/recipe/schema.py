@@ -78,6 +78,7 @@ MetricName = Literal["wanda-sp", "flap", "flap-adaptive", "obs", "taylor", "magn
 Bos = Literal["auto", True, False]
 Objective = Literal["loss", "kl", "kl-hidden"]
 RepairMethod = Literal["none", "bias", "least-squares", "least-squares-bias", "sublayer"]
+Trained = Literal["all", "lora", "norms-and-outputs"]
 EVALUATIONS = 8
 """About how often a search evaluates its decision, besides the start, if the recipe leaves it open."""
 FITTED: tuple[RepairMethod, ...] = ("least-squares", "least-squares-bias", "sublayer")
@@ -221,6 +222,49 @@ class RepairSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecoverSettings:
+    """The recovery: `pgprune recover` trains an exported model to predict what its dense model predicts."""
+
+    # The text to train on, as `calibration.corpus`. Empty means the text of the calibration.
+    corpus: str = ""
+    # Tokens that are trained on in all. A shorter text is read several times.
+    tokens: Count = 1_000_000
+    # Tokens per window.
+    seqlen: Length = 128
+    # Windows per forward pass, on each device.
+    batch: Count = 8
+    # Forward passes per optimizer step, on each device.
+    accumulate: Count = 1
+    # Windows, spread over the text, that are never trained on. The checkpoint that is best on them is written.
+    heldout: Count = 64
+    # Which tokens are trained on: all of them, or only the assistant's turns of conversations (a `messages` column).
+    turns: Literal["all", "assistant"] = "all"
+    # What is trained: all weights (`all`), low-rank adapters that are merged into the weights at the end (`lora`), or
+    # the norms and the output projections (attention o, FFN down) only.
+    train: Trained = "all"
+    # Rank of the adapters, for `train: lora`.
+    lora_rank: Count = 16
+    # Where the predictions of the dense model come from: `live` runs it beside the model that is trained, `cached`
+    # writes its predictions to disk before the training and needs no memory for it.
+    teacher: Literal["live", "cached"] = "live"
+    # How many of the dense model's most likely tokens are compared one by one. All others count as one more token. 0
+    # compares all tokens, which `teacher: cached` cannot.
+    top_k: Natural = 0
+    # Divides the logits of both models before they are compared. Above 1, unlikely tokens count more.
+    temperature: Positive = 1.0
+    # Weight of the relative squared error of the residual stream behind every layer. It needs `teacher: live`.
+    hidden: Annotated[float, Range(0)] = 0.0
+    # Weight of the next-token loss on the text itself.
+    lm: Annotated[float, Range(0)] = 0.0
+    # Peak learning rate of AdamW. It rises over the first tenth of the steps and falls to 0 along a cosine.
+    learning_rate: Positive = 1e-3
+    # Whether activations are computed again in the backward pass, which saves memory and takes a third more time.
+    gradient_checkpointing: bool = False
+    # Steps between checkpoints, at which the model is evaluated on the held-out windows. 0 makes about 8.
+    checkpoint_every: Natural = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationSettings:
     """The perplexities that `pgprune eval` reports: one for each corpus and window length."""
 
@@ -257,4 +301,5 @@ class Recipe:
     start: StartSettings = StartSettings()
     search: SearchSettings = SearchSettings()
     repair: RepairSettings = RepairSettings()
+    recover: RecoverSettings = RecoverSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
