@@ -18,7 +18,6 @@ from pgprune_cli.recipe.reader import load
 from pgprune_cli.recipe.strict_yaml import one_line
 from pgprune_cli.run.checkpoint import load_checkpoint
 from pgprune_cli.run.decision import Decision, refuse_other_base
-from pgprune_cli.run.history import refuse_other_history
 from pgprune_cli.run.layout import (
     CHECKPOINT_RECORD,
     CHECKPOINT_TENSORS,
@@ -39,6 +38,7 @@ from pgprune_cli.run.resume import refuse_other_decision
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.search.costs import is_cost_list
 from pgprune_cli.storage.records import read_record
+from pgprune_cli.storage.rows import refuse_other_rows
 
 BLOCKS = ("attention", "ffn")
 
@@ -127,7 +127,7 @@ def _check_checkpoint(folder: Path, older: Sequence[Path] = (), run: Path | None
     for name in _non_finite(state.items()):
         yield f"{folder}: {name} contains NaN or infinity."
     if run:
-        refuse_other_history(run, checkpoint.history)
+        refuse_other_rows(run / METRICS_FILE, checkpoint.history)
 
 
 def _check_metrics(run: Path) -> Iterator[str]:

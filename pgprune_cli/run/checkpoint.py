@@ -19,10 +19,10 @@ from torch import Tensor
 from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.errors import UserError
-from pgprune_cli.run.history import Written
 from pgprune_cli.run.layout import CHECKPOINT_RECORD, CHECKPOINT_TENSORS, checkpoint_folder, checkpoint_folders
 from pgprune_cli.storage.atomic import new_directory, write_bytes
 from pgprune_cli.storage.records import checksum, read_record, read_tensors, write_record
+from pgprune_cli.storage.rows import Written
 
 VERSION = 2
 KEPT = 2

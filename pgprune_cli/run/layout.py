@@ -35,8 +35,14 @@ TENSORBOARD_FOLDER = "tensorboard"
 # The decision
 DECISION_MASKS = "decision.safetensors"
 DECISION_RECORD = "decision.json"
-RECOVERY_RECORD = "recovery.json"  # in a model directory: how it was trained after pruning
+RECOVERY_RECORD = "recovery.json"  # how a model was trained after pruning: in its directory and in the finished run
 REPAIR_FILE = "repair.safetensors"  # refitted weights
+
+# A recovery has a run directory of its own, with a recipe, a provenance and checkpoints as that of a search
+TRAINING_RECORD = "training.json"  # what is trained: the student, its dense model and the text, with fingerprints
+TRAINING_HISTORY = "training.jsonl"  # the history, one row per logged step
+TEACHER_FOLDER = "teacher"  # the cached predictions of the dense model
+_TRAINING_CHECKPOINT = "checkpoint-{}"
 
 # After the search
 EVALUATION_FILE = "evaluation.json"  # by `pgprune eval RUN`
@@ -62,7 +68,28 @@ def checkpoint_folders(run: Path) -> list[Path]:
 
 def checkpoint_step(folder: Path) -> int | None:
     """Return the step of a checkpoint folder, or None if its name has no step."""
-    step = folder.name.removeprefix(_CHECKPOINT.partition("{")[0])
+    return _step(folder, _CHECKPOINT.partition("{")[0])
+
+
+def training_checkpoint_folder(run: Path, step: int) -> Path:
+    """Return the folder of a recovery's checkpoint at `step`, which transformers' Trainer names."""
+    return run / CHECKPOINTS_FOLDER / _TRAINING_CHECKPOINT.format(step)
+
+
+def training_checkpoint_folders(run: Path) -> list[Path]:
+    """Return the folders of all checkpoints of a recovery on disk, oldest first."""
+    folders = list((run / CHECKPOINTS_FOLDER).glob(_TRAINING_CHECKPOINT.format("*")))
+    steps = {folder: training_checkpoint_step(folder) for folder in folders}
+    return sorted((folder for folder in folders if steps[folder] is not None), key=lambda folder: steps[folder] or 0)
+
+
+def training_checkpoint_step(folder: Path) -> int | None:
+    """Return the step of a recovery's checkpoint folder, or None if its name has no step."""
+    return _step(folder, _TRAINING_CHECKPOINT.partition("{")[0])
+
+
+def _step(folder: Path, prefix: str) -> int | None:
+    step = folder.name.removeprefix(prefix)
     return int(step) if step.isdecimal() else None
 
 
@@ -86,6 +113,11 @@ def is_run(folder: Path) -> bool:
     """Return whether a directory is a run, finished or not. An exported model has a decision too, but is not a run."""
     has_run_file = any((folder / name).exists() for name in (RECIPE_FILE, SCORES_FILE))
     return has_run_file and not (folder / "config.json").exists()
+
+
+def is_recovery_run(folder: Path) -> bool:
+    """Return whether a run directory belongs to a recovery, finished or not."""
+    return (folder / TRAINING_RECORD).exists() and is_run(folder)
 
 
 def run_directories(folder: Path) -> Iterator[Path]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +21,9 @@ from pgprune_cli.recipe.schema import EvaluationSettings, Recipe
 from pgprune_cli.recipe.strict_yaml import to_yaml
 from pgprune_cli.run.checkpoint import Checkpoint, drop_old, latest_checkpoint
 from pgprune_cli.run.decision import Decision, refuse_other_base
-from pgprune_cli.run.history import refuse_other_history
 from pgprune_cli.run.layout import DECISION_RECORD, METRICS_FILE, RECIPE_FILE
 from pgprune_cli.run.settled import with_absolute_paths, with_metric_of_scores
+from pgprune_cli.storage.rows import cut_back
 
 
 def identity_of(recipe: Recipe, fingerprint: str, origin: Tensor) -> str:
@@ -129,13 +128,12 @@ def resume(run: Path, identity: str, skip_corrupt_checkpoint: bool = False) -> C
     """
     checkpoint = latest_checkpoint(run, skip_corrupt_checkpoint)
     if checkpoint is None:
-        (run / METRICS_FILE).unlink(missing_ok=True)
+        cut_back(run / METRICS_FILE, None)
         return None
     if checkpoint.identity != identity:
         raise UserError(
             f"{run}: the checkpoint belongs to other scores or another model. Remove the directory to start over."
         )
-    refuse_other_history(run, checkpoint.history)
-    os.truncate(run / METRICS_FILE, checkpoint.history.bytes)
+    cut_back(run / METRICS_FILE, checkpoint.history)
     drop_old(run)
     return checkpoint

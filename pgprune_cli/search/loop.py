@@ -19,12 +19,13 @@ from pgprune_cli.core.widths import WidthState
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import RunError
 from pgprune_cli.run.checkpoint import Best, Checkpoint, latest_checkpoint, save_checkpoint
-from pgprune_cli.run.history import History, Row, Written, read_history
+from pgprune_cli.run.history import History, Row, read_history
 from pgprune_cli.run.resume import resume
 from pgprune_cli.search.objective import HeldOut
 from pgprune_cli.search.problem import Problem
 from pgprune_cli.search.progress import SearchProgress, memory_in_use
 from pgprune_cli.search.trackers import TrackerName, tracking
+from pgprune_cli.storage.rows import Written
 
 BAD_STEPS = 10
 """A search gives up after this many steps in a row without a finite loss."""

@@ -16,9 +16,9 @@ from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState, begin, propose, update
 from pgprune_cli.errors import UserError
 from pgprune_cli.run.checkpoint import Best, Checkpoint, latest_checkpoint, save_checkpoint
-from pgprune_cli.run.history import Written
 from pgprune_cli.run.layout import CHECKPOINT_RECORD, CHECKPOINT_TENSORS, CHECKPOINTS_FOLDER
 from pgprune_cli.storage.records import read_json, write_record
+from pgprune_cli.storage.rows import Written
 
 HISTORY = Written(77, "of these bytes")
 
