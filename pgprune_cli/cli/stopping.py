@@ -43,7 +43,7 @@ def resumable(saved: Callable[[int | None], SavedWork]) -> Iterator[None]:
     saved: describes the saved work; it is called with the step that a search has just saved, or None. Raises
     typer.Exit with the signal's exit code for a search that was interrupted and saved.
     """
-    from pgprune_cli.search.loop import Interrupted
+    from pgprune_cli.run.interruption import Interrupted
 
     try:
         yield

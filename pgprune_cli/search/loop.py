@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from types import FrameType
 
 import torch
 
 from pgprune_cli.console.progress import SILENT
-from pgprune_cli.console.signals import stopping
 from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
-from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import RunError
 from pgprune_cli.run.checkpoint import Best, Checkpoint, latest_checkpoint, save_checkpoint
 from pgprune_cli.run.history import History, Row, read_history
+from pgprune_cli.run.interruption import Interrupted, stop_signals
 from pgprune_cli.run.resume import resume
 from pgprune_cli.search.objective import HeldOut
 from pgprune_cli.search.problem import Problem
@@ -29,18 +26,6 @@ from pgprune_cli.storage.rows import Written
 
 BAD_STEPS = 10
 """A search gives up after this many steps in a row without a finite loss."""
-
-
-class Interrupted(Exception):  # noqa: N818  (a requested stop is not an error)
-    """A signal stopped the search, and its state is saved.
-
-    signum: the signal; step: the last step that is saved.
-    """
-
-    def __init__(self, signum: int, step: int) -> None:
-        super().__init__(signum, step)
-        self.signum = signum
-        self.step = step
 
 
 @dataclass
@@ -85,7 +70,7 @@ def run_steps(
     view = _view(problem)
     log = tracking(tracker if ranks.is_writer else None, run, asdict(context.recipe), loop.step)
     writer = History(run) if ranks.is_writer else nullcontext()
-    with log as track, view, writer as history, _stop_signals(ranks) as signals:
+    with log as track, view, writer as history, stop_signals(ranks) as signals:
         if loop.step:
             view.say(f"resuming from step {loop.step} of {settings.steps}")
         elif settings.evaluates(0):
@@ -231,29 +216,3 @@ def _checkpoint(loop: LoopState, history: Written, identity: str) -> Checkpoint:
         history=history,
         identity=identity,
     )
-
-
-@contextmanager
-def _stop_signals(ranks: Ranks) -> Iterator[list[int]]:
-    """Yield a list that will hold the signal that asks the search to stop. A second signal acts as it normally would.
-
-    Not so under torchrun, which passes signals on that its processes may have received already.
-    """
-    caught: list[int] = []
-    handlers = {signum: signal.getsignal(signum) for signum in stopping()}
-
-    def restore() -> None:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-
-    def catch(signum: int, _: FrameType | None) -> None:
-        caught.append(signum)
-        if ranks.world_size == 1:
-            restore()
-
-    for signum in handlers:
-        signal.signal(signum, catch)
-    try:
-        yield caught
-    finally:
-        restore()

@@ -21,7 +21,7 @@ from pgprune_cli.jobs.verify import verify
 from pgprune_cli.model.source import DEMO_MODEL
 from pgprune_cli.recipe.reader import load
 from pgprune_cli.run.decision import Decision
-from pgprune_cli.search.loop import Interrupted
+from pgprune_cli.run.interruption import Interrupted
 
 ALWAYS = ("calibration.corpus=text.txt", "evaluation.corpora=[text.txt, other=text.txt]", "evaluation.seqlen=[32]")
 

@@ -33,6 +33,7 @@ from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run import settled as settling
 from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.decision import Decision
+from pgprune_cli.run.interruption import Interrupted
 from pgprune_cli.run.layout import (
     CHECKPOINTS_FOLDER,
     DECISION_MASKS,
@@ -45,7 +46,7 @@ from pgprune_cli.run.layout import (
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.scores.metrics import flat_scores
 from pgprune_cli.search import preparation
-from pgprune_cli.search.loop import BAD_STEPS, Interrupted
+from pgprune_cli.search.loop import BAD_STEPS
 from pgprune_cli.search.preparation import Preparation
 from pgprune_cli.search.texts import repair_batches, scoring_batches
 

@@ -22,8 +22,8 @@ from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.history import read_history
+from pgprune_cli.run.interruption import Interrupted
 from pgprune_cli.run.layout import DECISION_MASKS
-from pgprune_cli.search.loop import Interrupted
 from pgprune_cli.search.objective import Objective
 
 OBJECTIVES = ("loss", "kl", "kl-hidden")

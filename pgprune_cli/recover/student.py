@@ -1,0 +1,77 @@
+"""The student of a recovery: which of its weights are trained, and what they are in the end.
+
+Trained weights are float32. The others keep the dtype that they are loaded in, so that a large model trains with
+adapters in little memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pgprune_cli.model.prunable import PrunableModel, unit_tensors
+from pgprune_cli.recipe.schema import Trained
+
+ADAPTER = "default"
+"""The name that peft gives to the only adapter of a model."""
+
+
+def trainable(model: PrunableModel, train: Trained, lora_rank: int) -> nn.Module:
+    """Return the model with gradients on for what is trained, in float32, and off for everything else.
+
+    train: `all` weights; `lora`, which wraps the model in peft's adapters of `lora_rank` for every linear layer but the
+    head; or `norms-and-outputs`.
+    """
+    module = model.module.requires_grad_(False)
+    if train == "lora":
+        from peft import LoraConfig, get_peft_model  # only adapters need peft
+
+        config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules="all-linear")
+        return get_peft_model(module, config)
+    names = None if train == "all" else set(norms_and_outputs(model))
+    for name, parameter in module.named_parameters():
+        if names is None or name in names:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+    return module
+
+
+def norms_and_outputs(model: PrunableModel) -> Iterator[str]:
+    """Yield the names of the norms' weights and of the output projections (attention o, FFN down) with their biases."""
+    family, units = model.family, unit_tensors(model)
+    for index, layer in enumerate(model.layers):
+        prefix = f"{family.layers}.{index}"
+        blocks = family.blocks_of(layer)
+        outputs = {f"{prefix}.{name}" for block in blocks for name in family.output_weights(block)}
+        outputs |= {f"{prefix}.{block.module}.{block.output_bias}" for block in blocks}
+        for name, parameter in layer.named_parameters(prefix):
+            is_norm = parameter.dim() == 1 and name not in units  # the layout has no other vectors
+            if name in outputs or is_norm:
+                yield name
+    for name, _ in model.final_norm.named_parameters(family.final_norm):
+        yield name
+
+
+def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters with gradients by name. A tied one is there once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return what has been trained as tensors on the CPU, by the names of the model that `trainable` was given.
+
+    Adapters are merged into their weights: added in float32, then rounded to the dtype of the weight.
+    """
+    causal: Any = model
+    if not hasattr(model, "peft_config"):
+        return {name: parameter.detach().float().cpu() for name, parameter in trained_parameters(model).items()}
+    merged = {}
+    with torch.no_grad():
+        for name, layer in causal.get_base_model().named_modules():
+            if hasattr(layer, "get_delta_weight") and ADAPTER in layer.lora_A:
+                weight = layer.get_base_layer().weight
+                merged[f"{name}.weight"] = (weight.float() + layer.get_delta_weight(ADAPTER)).to(weight.dtype).cpu()
+    return merged
