@@ -6,7 +6,7 @@ evaluation never read the same split of a named corpus.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -108,6 +108,17 @@ def documents(corpus: str, purpose: Purpose) -> Iterator[str]:
 
 def _documents_on_hub(corpus: str, purpose: Purpose) -> Iterator[str]:
     dataset = hub_corpus(corpus)
+    hub_name = corpus if corpus in NAMED else f"{dataset.path}:{dataset.config or ''}"
+    texts = (text_of(row, dataset.column, corpus, hub_name) for row in rows_on_hub(corpus, purpose))
+    if dataset.joined:
+        yield "\n\n".join(text for text in texts if text is not None)
+    else:
+        yield from (text for text in texts if text)
+
+
+def rows_on_hub(corpus: str, purpose: Purpose) -> Iterator[Mapping[str, Any]]:
+    """Yield the rows of a data set on the hub in order. Raises UserError if it cannot be loaded."""
+    dataset = hub_corpus(corpus)
     split = dataset.calibration if purpose == "calibration" else dataset.evaluation
     from datasets import load_dataset
     from datasets.utils.logging import disable_progress_bar
@@ -115,17 +126,10 @@ def _documents_on_hub(corpus: str, purpose: Purpose) -> Iterator[str]:
     disable_progress_bar()
     try:
         with quiet_hub():
-            rows: Iterable[dict[str, Any]] = load_dataset(
+            rows: Iterable[Mapping[str, Any]] = load_dataset(
                 dataset.path, dataset.config, split=split, streaming=True, revision=dataset.revision
             )
-            hub_name = corpus if corpus in NAMED else f"{dataset.path}:{dataset.config or ''}"
-            texts = (text_of(row, dataset.column, corpus, hub_name) for row in rows)
-            if dataset.joined:
-                yield "\n\n".join(text for text in texts if text is not None)
-            else:
-                yield from (text for text in texts if text)
-    except UserError:
-        raise
+            yield from rows
     except Exception as error:  # the hub client raises dozens of types, and all mean that the text cannot be loaded
         reason = " ".join(str(error).split())[:160]
         raise UserError(

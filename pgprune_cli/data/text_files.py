@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedIOBase
@@ -66,6 +66,38 @@ def texts_in(file: TextFile) -> Iterator[str]:
         yield from _texts_of(_line_rows(file.path), file.column, f"{file.path}")
 
 
+def values_in(file: TextFile) -> Iterator[tuple[str, Any]]:
+    """Yield the place of every row, for error messages, and what its column of conversations holds, of any kind.
+
+    Raises UserError if the file cannot be read or has no such column.
+    """
+    format = file.format.removesuffix(".gz")
+    if format == ".parquet":
+        yield from ((f"{file.path}", value) for value in _parquet_values(file, lambda _: True, "conversations"))
+        return
+    if format == ".txt":
+        raise UserError(
+            f"{file.path}: a {file.format} file has no columns, so it holds no conversations. Give a .jsonl, .json or "
+            f".parquet file with a column {file.column!r}."
+        )
+    rows = _array_rows if format == ".json" and _is_array(file.path) else _line_rows
+    for number, row in rows(file.path):
+        place = f"{file.path}:{number}"
+        yield place, value_of(row, file.column, place, f"{file.path}")
+
+
+def value_of(row: Any, column: str, place: str, corpus: str) -> Any:
+    """Return what a row holds in a column of conversations. Raises UserError, with the columns there are, without one.
+
+    place: where the row is, for error messages; corpus: what is followed by :COLUMN to name another column.
+    """
+    if not isinstance(row, Mapping):
+        raise UserError(f"{place}: expected an object with a conversation under the key {column!r}, not {_kind(row)}.")
+    if column not in row:
+        raise UserError(_no_column(place, column, row, corpus, "conversations"))
+    return row[column]
+
+
 def text_of(row: Any, column: str, place: str, corpus: str) -> str | None:
     """Return the text in a row, None if it is null. Raises UserError for anything else, with the columns there are.
 
@@ -89,10 +121,11 @@ def _advice(row: Mapping[Any, Any], value: Any, corpus: str) -> str:
     return advice
 
 
-def _no_column(place: str, column: str, columns: Iterable[Any], corpus: str) -> str:
+def _no_column(place: str, column: str, columns: Iterable[Any], corpus: str, held: str = "text") -> str:
+    """Return the error message about a missing column. held: what the column that is asked for should hold."""
     return (
         f"{place}: there is no column {column!r}. The columns are {', '.join(map(str, columns))}. "
-        f"Name the one with the text: {corpus}:COLUMN."
+        f"Name the one with the {held}: {corpus}:COLUMN."
     )
 
 
@@ -186,6 +219,14 @@ def _parsed(text: str, problem: str) -> Any:
 
 
 def _parquet_texts(file: TextFile) -> Iterator[str]:
+    yield from (text for text in _parquet_values(file, _holds_text, "text") if text)
+
+
+def _parquet_values(file: TextFile, fits: Callable[[Any], bool], held: str) -> Iterator[Any]:
+    """Yield what every row holds in the file's column. fits: whether a column of an Arrow type holds what it should.
+
+    held: what that is, for error messages.
+    """
     import pyarrow
     from pyarrow import parquet
 
@@ -194,14 +235,14 @@ def _parquet_texts(file: TextFile) -> Iterator[str]:
         table = parquet.ParquetFile(path)
         schema = table.schema_arrow
         if column not in schema.names:
-            raise UserError(_no_column(f"{path}", column, schema.names, f"{path}"))
-        if not _holds_text(kind := schema.field(column).type):
+            raise UserError(_no_column(f"{path}", column, schema.names, f"{path}", held))
+        if not fits(kind := schema.field(column).type):
             raise UserError(
-                f"{path}: column {column!r} holds {kind}, not text. The columns are {', '.join(schema.names)}. "
-                f"Name one with text: {path}:COLUMN."
+                f"{path}: column {column!r} holds {kind}, not {held}. The columns are {', '.join(schema.names)}. "
+                f"Name one with {held}: {path}:COLUMN."
             )
         for batch in table.iter_batches(columns=[column]):
-            yield from (text for text in batch[column].to_pylist() if text)
+            yield from batch[column].to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: this is not a readable parquet file ({' '.join(str(error).split())}).") from None
 

@@ -46,15 +46,13 @@ def tokens_of(
     """
     identity = text_identity(corpus, purpose)
     drop_bos = without_bos and adds_bos(tokenizer)
-    settings = [READERS, identity, at_least, _tokenizer_identity(tokenizer), drop_bos]
-    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
-    path = cache_directory() / "tokens" / f"{key[:32]}.safetensors"
-    if (cached := _read_cache(path)) is not None:
+    path = cache_file(READERS, identity, at_least, tokenizer_identity(tokenizer), drop_bos)
+    if (cached := read_cache(path)) is not None:
         return cached
     tokens = _tokenize(documents(corpus, purpose), tokenizer, at_least, drop_bos)
     if not tokens.numel():
         raise UserError(f"{corpus}: it contains no text.")
-    _write_cache(path, tokens)
+    write_cache(path, tokens)
     return tokens
 
 
@@ -68,7 +66,13 @@ def check_vocabulary(tokens: Tensor, corpus: str, embeddings: int, bos: int | No
         )
 
 
-def _read_cache(path: Path) -> Tensor | None:
+def cache_file(*settings: object) -> Path:
+    """Return where the tokens that these settings decide are cached."""
+    key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    return cache_directory() / "tokens" / f"{key[:32]}.safetensors"
+
+
+def read_cache(path: Path) -> Tensor | None:
     """Return the cached tokens, or None if there are none or they are damaged: they can be computed again."""
     try:
         tokens = read_tensors(path)["tokens"].int()
@@ -78,7 +82,7 @@ def _read_cache(path: Path) -> Tensor | None:
     return tokens.long() if intact else None
 
 
-def _write_cache(path: Path, tokens: Tensor) -> None:
+def write_cache(path: Path, tokens: Tensor) -> None:
     """Cache the tokens. Print a warning if that is not possible; the run does not need the cache."""
     from safetensors.torch import save
 
@@ -92,7 +96,7 @@ def _digest(tokens: Tensor) -> str:
     return hashlib.sha256(tokens.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _tokenizer_identity(tokenizer: Any) -> str:
+def tokenizer_identity(tokenizer: Any) -> str:
     """Return a digest of everything that decides which tokens a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)

@@ -52,11 +52,17 @@ def calibration_text(
             f"{corpus}: {len(tokens)} tokens are too few for {heldout} held-out windows of {seqlen} tokens and one "
             "window to search over. Use a longer text, or lower calibration.heldout or calibration.seqlen."
         )
-    is_heldout = torch.zeros(len(rows), dtype=torch.bool)
-    is_heldout[(2 * torch.arange(heldout) + 1) * len(rows) // (2 * heldout)] = True  # in the middle of equal parts
+    is_heldout = heldout_rows(len(rows), heldout)
     stream = torch.cat([rows[~is_heldout].flatten(), tokens[rows.numel() :]])
     search = spread(begin_with(bos, rows[~is_heldout]), windows)
     return CalibrationText(search, begin_with(bos, rows[is_heldout]), stream, bos)
+
+
+def heldout_rows(rows: int, heldout: int) -> Tensor:
+    """Return a mask `(rows,)` of `heldout` of so many rows, in the middles of equal parts of them."""
+    is_heldout = torch.zeros(rows, dtype=torch.bool)
+    is_heldout[(2 * torch.arange(heldout) + 1) * rows // (2 * heldout)] = True
+    return is_heldout
 
 
 def text_tokens_in(seqlen: int, bos: int | None) -> int:
