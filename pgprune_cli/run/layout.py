@@ -41,7 +41,9 @@ REPAIR_FILE = "repair.safetensors"  # refitted weights
 # A recovery has a run directory of its own, with a recipe, a provenance and checkpoints as that of a search
 TRAINING_RECORD = "training.json"  # what is trained: the student, its dense model and the text, with fingerprints
 TRAINING_HISTORY = "training.jsonl"  # the history, one row per logged step
-TEACHER_FOLDER = "teacher"  # the cached predictions of the dense model
+TEACHER_FOLDER = "teacher"  # the cached predictions of the dense model, which recoveries can share elsewhere
+TEACHER_RECORD = "teacher.json"  # of which model, on which text, and how much they cover
+_TEACHER_SHARD = "predictions-{:05d}.safetensors"
 _TRAINING_CHECKPOINT = "checkpoint-{}"
 
 # After the search
@@ -96,6 +98,11 @@ def _step(folder: Path, prefix: str) -> int | None:
 def widths_file(run: Path, layer: int) -> Path:
     """Return the file of one layer of the width table."""
     return run / WIDTHS_FOLDER / _WIDTHS_FILE.format(layer)
+
+
+def teacher_shard(folder: Path, shard: int) -> Path:
+    """Return the file of one shard of a dense model's predictions."""
+    return folder / _TEACHER_SHARD.format(shard)
 
 
 def widths_files(run: Path) -> list[Path]:

@@ -112,7 +112,11 @@ def test_corpora_without_conversations_are_refused(chat_tokenizer: Any) -> None:
     chat_tokenizer.chat_template = PLAIN
     Path("plain.txt").write_text("A text.")
     Path("texts.jsonl").write_text('{"text": "A text."}\n')
-    for corpus, fact in {"demo": "plain text", "plain.txt": "no columns", "texts.jsonl": "no column 'messages'"}.items():
+    for corpus, fact in {
+        "demo": "plain text",
+        "plain.txt": "no columns",
+        "texts.jsonl": "no column 'messages'",
+    }.items():
         with refused(corpus, fact):
             conversation_tokens(corpus, "calibration", chat_tokenizer)
 
