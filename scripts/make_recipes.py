@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pgprune_cli.recipe.settings import Setting, size_settings, yaml_lines
+from pgprune_cli.recipe.settings import Setting, recovery_settings, size_settings, yaml_lines
 from pgprune_cli.recipe.strict_yaml import to_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -203,6 +203,7 @@ def paper_recipe(model: Model, percent: int) -> str:
         f"    pgprune search paper/{model.name}-{percent}",
     )
     settings = [Setting("extends", "_reference"), Setting("model", model.reads), budget(percent), *(model.paper or ())]
+    settings += recovery_settings(model.parameters * 10**6, longest=2048)
     return "\n".join([*lines, *yaml_lines(settings)]) + "\n"
 
 

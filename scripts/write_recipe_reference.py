@@ -21,7 +21,7 @@ from reference import write_or_check
 
 from pgprune_cli.recipe.reader import shipped_folder
 from pgprune_cli.recipe.schema import Range, Recipe
-from pgprune_cli.recipe.strict_yaml import choice_text
+from pgprune_cli.recipe.strict_yaml import choice_text, to_yaml
 from pgprune_cli.recipe.text import comments
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -36,7 +36,7 @@ With `--json`, every command prints one JSON object on stdout; progress and erro
 [schema](schemas/output.json) is a JSON Schema with a definition for each command under `$defs`, and the tests validate
 what every command prints against it. Numbers that are not finite are null. `pgprune recipes show --json` prints a
 [recipe](recipe.md)."""
-PLAIN = {int: "integer", float: "number", str: "string"}
+PLAIN = {bool: "boolean", int: "integer", float: "number", str: "string"}
 
 
 def schema_of(kind: Any) -> dict[str, Any]:
@@ -81,6 +81,8 @@ def values_of(kind: Any) -> str:
         return ", ".join(f"`{choice_text(choice)}`" for choice in get_args(kind))
     if get_origin(kind) is tuple:
         return f"a list of: {values_of(get_args(kind)[0])}"
+    if kind is bool:
+        return "`true`, `false`"
     return PLAIN[kind].replace("string", "text")
 
 
@@ -125,7 +127,7 @@ def _defaults(entry: Field[Any], base: dict[str, Any]) -> str:
 
 
 def _code(value: Any) -> str:
-    return f"`[{', '.join(map(str, value))}]`" if isinstance(value, list) else f"`{value}`"
+    return f"`[{', '.join(map(str, value))}]`" if isinstance(value, list) else f"`{to_yaml(value)}`"
 
 
 def json_page() -> str:

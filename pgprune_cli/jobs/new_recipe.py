@@ -26,7 +26,7 @@ from pgprune_cli.recipe.settings import Setting, size_settings, yaml_lines
 from pgprune_cli.run.settled import absolute_text
 from pgprune_cli.search.texts import empty_text, repair_batches, scoring_batches
 
-_SECTIONS = ("", "calibration", "units", "budget", "scores", "search", "repair", "evaluation")
+_SECTIONS = ("", "calibration", "units", "budget", "scores", "search", "repair", "recover", "evaluation")
 
 BASE = "_base"
 """The shipped recipe that a new one extends."""

@@ -27,6 +27,7 @@ from pgprune_cli.run.provenance import record_command
 from pgprune_cli.run.resume import identity_of, load_finished, refuse_other_recipe
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.run.settled import settled
+from pgprune_cli.run.trackers import TrackerName, check_installed
 from pgprune_cli.search.budget import budget_for
 from pgprune_cli.search.checks import run_checks
 from pgprune_cli.search.context import SearchContext
@@ -36,7 +37,6 @@ from pgprune_cli.search.preparation import Preparation
 from pgprune_cli.search.problem import Problem, set_up
 from pgprune_cli.search.scoring import load_or_compute_scores
 from pgprune_cli.search.texts import calibration_forward_passes, reselects
-from pgprune_cli.search.trackers import TrackerName, check_installed
 from pgprune_cli.storage.atomic import write_bytes
 
 

@@ -22,7 +22,13 @@ def refuse_contradictions(recipe: Recipe, where: str) -> None:
 
 def contradictions(recipe: Recipe) -> list[str]:
     """Return an error text for every contradiction between keys, empty for a sound recipe."""
-    return [*_of_families(recipe), *_of_min_keep(recipe), *_of_whole_layers(recipe), *_of_weight_format(recipe)]
+    return [
+        *_of_families(recipe),
+        *_of_min_keep(recipe),
+        *_of_whole_layers(recipe),
+        *_of_weight_format(recipe),
+        *_of_recovery(recipe),
+    ]
 
 
 def _of_families(recipe: Recipe) -> Iterator[str]:
@@ -93,4 +99,29 @@ def _of_weight_format(recipe: Recipe) -> Iterator[str]:
         yield (
             "budget.measure: with weight_format fp8, latency would be measured on fp8 products, but exports do not "
             "use fp8. Set weight_format to full or int8."
+        )
+
+
+def _of_recovery(recipe: Recipe) -> Iterator[str]:
+    recover = recipe.recover
+    step = recover.seqlen * recover.batch * recover.accumulate
+    if recover.teacher == "cached" and not recover.top_k:
+        yield (
+            "recover.top_k: 0 compares all tokens, and teacher cached would write a probability of each to disk. "
+            "Set recover.top_k to 64, for example, or recover.teacher to live."
+        )
+    if recover.teacher == "cached" and recover.hidden:
+        yield (
+            "recover.hidden: teacher cached has no residual stream of the dense model to compare with. "
+            "Set recover.hidden to 0 or recover.teacher to live."
+        )
+    if recover.turns == "assistant" and not recover.corpus:
+        yield (
+            "recover.turns: the text of the calibration has no conversations. Set recover.corpus to a file or a data "
+            "set with a column `messages`, or recover.turns to all."
+        )
+    if recover.tokens < step:
+        yield (
+            f"recover.tokens: {recover.tokens} tokens are less than one step, which reads {step} "
+            "(seqlen × batch × accumulate). Raise recover.tokens or lower recover.batch."
         )

@@ -12,7 +12,7 @@ from itertools import combinations
 from typing import Annotated, Literal
 
 from pgprune_cli.core.families import BLOCKS_OF
-from pgprune_cli.recipe.strict_yaml import shown_text
+from pgprune_cli.recipe.strict_yaml import may_be_empty, shown_text
 
 COUNT_LIMIT = 2**31
 """Counts stay below this limit because products of counts must fit into 64 bits."""
@@ -226,7 +226,7 @@ class RecoverSettings:
     """The recovery: `pgprune recover` trains an exported model to predict what its dense model predicts."""
 
     # The text to train on, as `calibration.corpus`. Empty means the text of the calibration.
-    corpus: str = ""
+    corpus: Annotated[str, may_be_empty] = ""
     # Tokens that are trained on in all. A shorter text is read several times.
     tokens: Count = 1_000_000
     # Tokens per window.

@@ -14,6 +14,9 @@ from pgprune_cli.recipe.strict_yaml import to_yaml
 SMALL_MODEL = 500_000_000
 """Parameters up to which a search affords more text, and windows as short as its own."""
 
+LARGE_MODEL = 2_000_000_000
+"""Parameters from which a recovery trains adapters: weights, gradients and AdamW take 16 bytes per trained one."""
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -25,7 +28,7 @@ class Setting:
 
 
 def size_settings(parameters: int, longest: int) -> list[Setting]:
-    """Return window lengths that a model can read, and more text for small models.
+    """Return window lengths that a model can read, more text for small models, and less memory for large ones.
 
     parameters: of the whole model; longest: the most tokens that it reads at once. Empty if the values of `_base` fit.
     """
@@ -41,10 +44,28 @@ def size_settings(parameters: int, longest: int) -> list[Setting]:
         ]
     elif longest < 1024:
         settings.append(Setting("scores.seqlen", longest, "the model reads no more tokens at once"))
+    settings += recovery_settings(parameters, longest)
     if longest < 2048:
         lengths = sorted({min(128, longest), longest})
         settings.append(Setting("evaluation.seqlen", lengths, "the model reads no more tokens at once"))
     return settings
+
+
+def recovery_settings(parameters: int, longest: int) -> list[Setting]:
+    """Return how a recovery trains a large model, and window lengths that a model can read. Parameters as above."""
+    if parameters < LARGE_MODEL:
+        too_short = Setting("recover.seqlen", longest, "the model reads no more tokens at once")
+        return [too_short] if longest < 128 else []
+    return [
+        Setting("recover.seqlen", min(1024, longest)),
+        Setting("recover.batch", 1),
+        Setting("recover.accumulate", 16),
+        Setting("recover.train", "lora", "all weights would take 16 bytes of memory per parameter"),
+        Setting("recover.teacher", "cached", "so the dense model needs no memory beside the one that is trained"),
+        Setting("recover.top_k", 64),
+        Setting("recover.learning_rate", 2e-4, "not measured on a model of this size"),
+        Setting("recover.gradient_checkpointing", True),
+    ]
 
 
 def yaml_lines(settings: Iterable[Setting]) -> list[str]:

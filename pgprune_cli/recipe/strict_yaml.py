@@ -12,9 +12,16 @@ from pgprune_cli.console.suggest import either, nearest
 from pgprune_cli.errors import UserError
 
 
+def may_be_empty(_: str) -> str:
+    """Mark a text that may be empty, as the check of its annotation. All other texts may not."""
+    return ""
+
+
 def typed(kind: Any, node: yaml.Node, report: Callable[[yaml.Node, str], None]) -> Any:
     """Return the value of a node as the annotated type `kind`, or report the fault and return None."""
     origin, args, scalar = get_origin(kind), get_args(kind), _scalar(node)
+    if origin is Annotated and args[1] is may_be_empty and scalar == "":
+        return scalar
     if origin is Annotated:
         value = typed(args[0], node, report)
         problem = "" if value is None else args[1](value)
@@ -40,6 +47,8 @@ def typed(kind: Any, node: yaml.Node, report: Callable[[yaml.Node, str], None]) 
     elif kind is str:
         expected, value = "text", scalar if isinstance(scalar, str) and scalar.strip() else None
         hint = ". Put it in quotes." if isinstance(scalar, int | float) else ""
+    elif kind is bool:
+        expected, value = "true or false", scalar if isinstance(scalar, bool) else None
     elif kind is int:
         expected, value = "an integer", scalar if type(scalar) is int else None
     else:  # float; an integer is accepted, a boolean is not, though it is an int in Python

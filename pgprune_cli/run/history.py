@@ -40,6 +40,23 @@ class Row:
         finite = [loss for loss in self.losses if loss is not None]
         return sum(finite) / len(finite) if finite else None
 
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers for trackers: `loss` is the mean objective of the masks, `kept/<family>` a count."""
+        numbers = {
+            "loss": self.mean_loss,
+            "heldout_loss": self.heldout_loss,
+            "heldout_objective": self.heldout_objective,
+            "baseline": self.baseline,
+            "learning_rate": self.learning_rate,
+            "entropy": self.entropy,
+            "skipped": self.skipped,
+            "tokens_per_second": self.tokens_per_second,
+            "memory_bytes": self.memory_bytes,
+            "seconds": self.seconds,
+        }
+        kept = {f"kept/{family}": sum(widths) for family, widths in (self.kept or {}).items()}
+        return {key: value for key, value in (numbers | kept).items() if value is not None}
+
 
 def best_row(rows: Iterable[Row]) -> Row | None:
     """Return the row of the decision with the lowest objective on held-out text, None before the first evaluation."""

@@ -17,7 +17,7 @@ from torch import Tensor
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.source import find_recorded
 from pgprune_cli.recipe.reader import by_key, parse
-from pgprune_cli.recipe.schema import EvaluationSettings, Recipe
+from pgprune_cli.recipe.schema import EvaluationSettings, Recipe, RecoverSettings
 from pgprune_cli.recipe.strict_yaml import to_yaml
 from pgprune_cli.run.checkpoint import Checkpoint, drop_old, latest_checkpoint
 from pgprune_cli.run.decision import Decision, refuse_other_base
@@ -75,7 +75,8 @@ def _search_settings(recipe: str) -> dict[str, Any]:
             settings |= {f"{name}.{key}": entry for key, entry in value.items()}
         else:
             settings[name] = value
-    return {key: value for key, value in settings.items() if key != "device" and not key.startswith("evaluation.")}
+    no_effect = ("device", "recover.", "evaluation.")
+    return {key: value for key, value in settings.items() if not key.startswith(no_effect)}
 
 
 def refuse_other_recipe(run: Path, recipe: Recipe, *, same_model: bool = False) -> None:
@@ -111,10 +112,16 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _deciding(recipe: Recipe) -> dict[str, Any]:
     """Return the settings that a decision depends on besides the model, by dotted key.
 
-    The model is known by its fingerprint. No result depends on the device, the checkpoints or the evaluation.
+    The model is known by its fingerprint. No result depends on the device, the checkpoints, the evaluation or the
+    recovery that comes later.
     """
-    search = replace(recipe.search, checkpoint_every=1)
-    compared = replace(with_absolute_paths(recipe), device="auto", evaluation=EvaluationSettings(), search=search)
+    compared = replace(
+        with_absolute_paths(recipe),
+        device="auto",
+        search=replace(recipe.search, checkpoint_every=1),
+        recover=RecoverSettings(),
+        evaluation=EvaluationSettings(),
+    )
     return {key: value for key, value in by_key(compared).items() if key != "model"}
 
 

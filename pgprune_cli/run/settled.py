@@ -42,6 +42,7 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         recipe,
         model=absolute_name(recipe.model),
         calibration=replace(recipe.calibration, corpus=absolute_text(recipe.calibration.corpus)),
+        recover=replace(recipe.recover, corpus=recipe.recover.corpus and absolute_text(recipe.recover.corpus)),
         evaluation=replace(recipe.evaluation, corpora=tuple(map(_absolute_corpus, recipe.evaluation.corpora))),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pgprune_cli.run.layout import TRAINING_HISTORY
@@ -30,6 +30,10 @@ class TrainingRow:
     tokens_per_second: float | None
     memory_bytes: int
     seconds: float
+
+    def metrics(self) -> dict[str, float]:
+        """Return the numbers for trackers: all of the row but its step and those that are None."""
+        return {key: value for key, value in asdict(self).items() if key != "step" and value is not None}
 
 
 class TrainingHistory(RowFile):

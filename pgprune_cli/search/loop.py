@@ -18,10 +18,10 @@ from pgprune_cli.run.checkpoint import Best, Checkpoint, latest_checkpoint, save
 from pgprune_cli.run.history import History, Row, read_history
 from pgprune_cli.run.interruption import Interrupted, stop_signals
 from pgprune_cli.run.resume import resume
+from pgprune_cli.run.trackers import TrackerName, tracking
 from pgprune_cli.search.objective import HeldOut
 from pgprune_cli.search.problem import Problem
 from pgprune_cli.search.progress import SearchProgress, memory_in_use
-from pgprune_cli.search.trackers import TrackerName, tracking
 from pgprune_cli.storage.rows import Written
 
 BAD_STEPS = 10

@@ -243,6 +243,13 @@ def test_what_changes_no_result_may_change(stopped, small, whole) -> None:
     assert result_of(stopped) == whole(small())
 
 
+def test_settings_of_the_recovery_may_change_while_a_search_is_stopped_and_after_it(stopped, small, whole) -> None:
+    search(small("recover.tokens=5000"), stopped)
+    again = search(small("recover.train=lora", "recover.corpus=elsewhere.txt"), stopped)
+    assert result_of(stopped) == whole(small())
+    assert again.steps == small().search.steps
+
+
 def test_a_damaged_checkpoint_is_refused(stopped, small) -> None:
     (state,) = (stopped / CHECKPOINTS_FOLDER).glob("*/state.safetensors")
     content = bytearray(state.read_bytes())

@@ -183,6 +183,39 @@ def test_layers_kept_whole_are_refused_when_the_budget_contradicts_them() -> Non
     assert read(MINIMAL, "budget.sparsity=0.3", "budget.keep_first=0.4", "budget.keep_last=0.3").budget.keep_last == 0.3
 
 
+@pytest.mark.parametrize(
+    ("overrides", "key"),
+    [
+        (["teacher=cached"], "top_k"),
+        (["teacher=cached", "top_k=8", "hidden=0.5"], "hidden"),
+        (["turns=assistant"], "turns"),
+        (["tokens=1000", "batch=4", "seqlen=256"], "tokens"),
+    ],
+)
+def test_settings_of_a_recovery_are_refused_when_they_contradict_each_other(overrides: list[str], key: str) -> None:
+    with refused(f"x.yaml: recover.{key}"):
+        read(MINIMAL, *(f"recover.{override}" for override in overrides))
+
+
+@pytest.mark.parametrize("written", ["1", '"true"', "maybe"])
+def test_switch_refuses_all_but_booleans(written: str) -> None:
+    with refused("recover.gradient_checkpointing: ", "true or false"):
+        read(MINIMAL + f"recover: {{gradient_checkpointing: {written}}}\n")
+    assert read(MINIMAL + "recover: {gradient_checkpointing: yes}\n").recover.gradient_checkpointing is True
+
+
+def test_the_text_of_a_recovery_may_be_empty_and_no_other() -> None:
+    assert read(MINIMAL + 'recover: {corpus: ""}\n').recover.corpus == ""
+    with refused("calibration.corpus: ", "expected text"):
+        read(MINIMAL, 'calibration.corpus=""')
+
+
+def test_cached_teacher_and_conversations_are_accepted() -> None:
+    overrides = ["teacher=cached", "top_k=8", "turns=assistant", "corpus=chats.jsonl", "train=lora", "lora_rank=4"]
+    got = read(MINIMAL, *(f"recover.{override}" for override in overrides)).recover
+    assert (got.teacher, got.top_k, got.turns, got.corpus) == ("cached", 8, "assistant", "chats.jsonl")
+
+
 def test_contradictions_have_one_line_each() -> None:
     assert len(faults(MINIMAL, "budget.measure=kv-cache", "budget.min_keep=0.6")) == 2
 
@@ -197,7 +230,11 @@ def test_contradictions_have_one_line_each() -> None:
         ("extend: _base", ["extend: ", "unknown key", "extends"]),
         (
             "search: {seqlen: 3}",
-            ["search.seqlen: ", "unknown key", "calibration.seqlen, scores.seqlen or evaluation.seqlen"],
+            [
+                "search.seqlen: ",
+                "unknown key",
+                "scores.seqlen, recover.seqlen or evaluation.seqlen",
+            ],
         ),
         (
             "evaluation: {corpus: demo}",
@@ -488,6 +525,7 @@ def without_contradictions(any_recipe: Recipe) -> Recipe:
         weight_format="full",
         units=recipe.UnitsSettings(families=("attention",)),
         budget=dataclasses.replace(any_recipe.budget, min_keep=0.0, keep_first=0.0, keep_last=0.0),
+        recover=recipe.RecoverSettings(),
     )
 
 

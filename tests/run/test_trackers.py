@@ -15,7 +15,8 @@ from helpers.messages import refused
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.search import search
 from pgprune_cli.run.history import Row, read_history
-from pgprune_cli.search.trackers import MODULES, metrics_of, tracking
+from pgprune_cli.run.trackers import MODULES, tracking
+from pgprune_cli.run.training_history import TrainingRow
 
 KEPT = {"attention": [4, 2], "ffn": [24, 6]}
 ROWS = [
@@ -46,7 +47,7 @@ def scalars(run: Path) -> dict[str, dict[int, float]]:
 
 
 def test_a_row_is_told_by_the_names_of_the_history() -> None:
-    assert metrics_of(ROWS[0]) == {
+    assert ROWS[0].metrics() == {
         "loss": 3.5,
         "heldout_loss": 2.75,
         "baseline": 3.5,
@@ -59,8 +60,20 @@ def test_a_row_is_told_by_the_names_of_the_history() -> None:
         "kept/attention": 6,
         "kept/ffn": 30,
     }
-    assert metrics_of(ROWS[1]).keys() == {"baseline", "entropy", "skipped", "tokens_per_second", "memory_bytes"} | {
+    assert ROWS[1].metrics().keys() == {"baseline", "entropy", "skipped", "tokens_per_second", "memory_bytes"} | {
         "seconds"
+    }
+
+
+def test_a_row_of_a_recovery_is_told_by_the_names_of_its_history() -> None:
+    row = TrainingRow(2, 2048, 1.5, None, None, 1e-3, 900.0, 10**9, 3.0)
+    assert row.metrics() == {
+        "tokens": 2048,
+        "loss": 1.5,
+        "learning_rate": 1e-3,
+        "tokens_per_second": 900.0,
+        "memory_bytes": 10**9,
+        "seconds": 3.0,
     }
 
 
@@ -71,7 +84,7 @@ def test_a_search_tells_tensorboard_what_it_writes_down(small, tmp_path) -> None
     rows = read_history(tmp_path)
     assert [row.step for row in rows] == [0, 1, 2, 3, 4, 5, 6]
     for name in ("loss", "heldout_loss", "entropy", "kept/ffn"):
-        written = {row.step: metrics_of(row)[name] for row in rows if name in metrics_of(row)}
+        written = {row.step: row.metrics()[name] for row in rows if name in row.metrics()}
         assert told[name] == pytest.approx(written, rel=1e-6)  # event files hold float32
 
 
@@ -116,7 +129,7 @@ def test_the_others_hear_the_same_and_keep_off_stdout(name, tmp_path, monkeypatc
         for row in ROWS:
             track(row)
         raise KeyboardInterrupt
-    assert played.told == [(row.step, metrics_of(row)) for row in ROWS]
+    assert played.told == [(row.step, row.metrics()) for row in ROWS]
     assert (played.begun["project"], played.begun["name"]) == ("pgprune", "a run")
     assert played.begun["config"] == {"seed": 3}
     assert played.finished == 1

@@ -1,4 +1,4 @@
-"""Trackers for `pgprune search --tracker NAME`: TensorBoard, Trackio and Weights & Biases.
+"""Trackers for `--tracker NAME` of `pgprune search` and `recover`: TensorBoard, Trackio and Weights & Biases.
 
 Each gets the same metrics at the same steps. Everything else (where its data go, which account) is configured through
 the tracker's own environment variables.
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.run.history import Row
 from pgprune_cli.run.layout import TENSORBOARD_FOLDER
 from pgprune_cli.run.provenance import read_provenance
 
@@ -26,6 +25,15 @@ MODULES: Mapping[TrackerName, str] = {"tensorboard": "tensorboardX", "trackio": 
 """The module of each tracker. The extra of pgprune that installs it has the tracker's name."""
 
 PROJECT = "pgprune"
+
+
+class Tracked(Protocol):
+    """A row of a history."""
+
+    @property
+    def step(self) -> int: ...
+
+    def metrics(self) -> dict[str, float]: ...
 
 
 class Tracker(Protocol):
@@ -45,10 +53,10 @@ def check_installed(name: TrackerName) -> None:
 @contextmanager
 def tracking(
     name: TrackerName | None, run: Path, config: Mapping[str, Any], done: int
-) -> Iterator[Callable[[Row], None]]:
+) -> Iterator[Callable[[Tracked], None]]:
     """Yield a function that logs a history row; without a tracker it does nothing.
 
-    config: the recipe, as the tracker shows it; done: steps that are done already, if the search is resumed. Raises
+    config: the recipe, as the tracker shows it; done: steps that are done already, if the run is resumed. Raises
     UserError for a tracker that is not installed or cannot start.
     """
     if name is None:
@@ -61,28 +69,10 @@ def tracking(
         except Exception as error:  # no account, no network, no disk: each tracker has its own errors
             raise UserError(f"--tracker {name}: {' '.join(str(error).split())}") from error
     try:
-        yield lambda row: tracker.log(metrics_of(row), row.step)
+        yield lambda row: tracker.log(row.metrics(), row.step)
     finally:
         with redirect_stdout(sys.stderr):
             tracker.close()
-
-
-def metrics_of(row: Row) -> dict[str, float]:
-    """Return a row as named numbers: `loss` is the mean objective of the step's masks, `kept/<family>` a count."""
-    numbers = {
-        "loss": row.mean_loss,
-        "heldout_loss": row.heldout_loss,
-        "heldout_objective": row.heldout_objective,
-        "baseline": row.baseline,
-        "learning_rate": row.learning_rate,
-        "entropy": row.entropy,
-        "skipped": row.skipped,
-        "tokens_per_second": row.tokens_per_second,
-        "memory_bytes": row.memory_bytes,
-        "seconds": row.seconds,
-    }
-    kept = {f"kept/{family}": sum(widths) for family, widths in (row.kept or {}).items()}
-    return {key: value for key, value in (numbers | kept).items() if value is not None}
 
 
 class TensorBoard:
@@ -120,7 +110,7 @@ class Trackio:
 class WeightsAndBiases:
     def __init__(self, run: Path, config: Mapping[str, Any], done: int) -> None:
         module = import_module(MODULES["wandb"])
-        # A resumed search continues its tracked run; a new directory of the same name starts another one.
+        # A resumed run continues its tracked run; a new directory of the same name starts another one.
         began = next((note["began"] for note in read_provenance(run)), "")
         identity = hashlib.sha256(f"{run.resolve()} {began}".encode()).hexdigest()[:16]
         self.run = module.init(
