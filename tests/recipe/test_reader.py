@@ -238,7 +238,7 @@ def test_contradictions_have_one_line_each() -> None:
         ),
         (
             "evaluation: {corpus: demo}",
-            ["evaluation.corpus: ", "unknown key", "evaluation.corpora or calibration.corpus"],
+            ["evaluation.corpus: ", "unknown key", "evaluation.corpora, calibration.corpus or recover.corpus"],
         ),
         ("calibration: {corpora: [demo]}", ["calibration: ", "twice", "line 2"]),
         ("scores: {seqlne: 3}", ["scores.seqlne: ", "unknown key", "scores.seqlen"]),
