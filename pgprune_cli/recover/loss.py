@@ -8,11 +8,13 @@ divergence, because merging tokens never moves two distributions apart.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from pgprune_cli.forward.masked import SOFTMAX_ROWS
 
 if TYPE_CHECKING:
     from pgprune_cli.recover.teacher import Targets
@@ -24,20 +26,59 @@ def divergences(logits: Tensor, targets: Targets, temperature: float = 1.0) -> T
     logits: of the student, `(B, T, V)`, divided by `temperature` here; targets: of the teacher, at that temperature.
     The divergence is not multiplied by the square of the temperature.
     """
-    logits = logits.float() / temperature
-    teacher = targets.log_probs.float()
-    if targets.tokens is None:
-        full: Tensor = functional.kl_div(logits.log_softmax(-1), teacher, reduction="none", log_target=True).sum(-1)
-        return full
-    total = logits.logsumexp(-1, keepdim=True)
-    listed = teacher.exp()
-    divergence: Tensor = (listed * (teacher - (logits.gather(-1, targets.tokens) - total))).sum(-1)
-    if targets.tokens.shape[-1] == logits.shape[-1]:
-        return divergence
-    rest = (1 - listed.sum(-1)).clamp(min=0)
-    # Summed over the other tokens themselves: 1 minus the listed ones would leave nothing but rounding errors.
-    student_rest = logits.scatter(-1, targets.tokens, -torch.inf).logsumexp(-1) - total.squeeze(-1)
-    return divergence + torch.xlogy(rest, rest) - rest * student_rest
+    rows = logits.flatten(0, 1)
+    tokens = None if targets.tokens is None else targets.tokens.flatten(0, 1)
+    by_row: Tensor = _Divergence.apply(rows, targets.log_probs.flatten(0, 1), tokens, temperature)
+    return by_row.view(logits.shape[:2])
+
+
+class _Divergence(torch.autograd.Function):
+    """The divergences of rows of logits, some rows at a time in float32.
+
+    The gradient is known with the value, student minus teacher, so the forward pass stores it in the dtype of the
+    logits and no float32 tensor of all logits is ever made.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, log_probs: Tensor, tokens: Tensor | None, temperature: float) -> Tensor:
+        divergences = logits.new_empty(len(logits), dtype=torch.float32)
+        gradient = torch.empty_like(logits)
+        for start in range(0, len(logits), SOFTMAX_ROWS):
+            rows = slice(start, start + SOFTMAX_ROWS)
+            student = (logits[rows].float() / temperature).log_softmax(-1)
+            if tokens is None:
+                divergences[rows], slope = _full(student, log_probs[rows].float())
+            else:
+                divergences[rows], slope = _with_rest(student, log_probs[rows].float(), tokens[rows])
+            gradient[rows] = slope / temperature
+        ctx.save_for_backward(gradient)
+        return divergences
+
+    @staticmethod
+    def backward(ctx: Any, *received: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * received[0].unsqueeze(1).to(gradient.dtype), None, None, None
+
+
+def _full(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the divergences `(rows,)` and their gradients `(rows, V)`, from log-probabilities `(rows, V)` of both."""
+    probabilities = teacher.exp()
+    divergence = (probabilities * (teacher - student)).sum(-1)
+    return divergence, student.exp().sub_(probabilities)
+
+
+def _with_rest(student: Tensor, teacher: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """The same where the teacher's log-probabilities `(rows, k)` are those of `tokens`, and all others are one more."""
+    listed, slope = teacher.exp(), student.exp()
+    divergence = (listed * (teacher - student.gather(-1, tokens))).sum(-1)
+    if tokens.shape[-1] < student.shape[-1]:
+        rest = (1 - listed.sum(-1)).clamp(min=0)
+        # Summed over the other tokens themselves: 1 minus the listed ones would leave nothing but rounding errors.
+        log_rest = student.scatter(-1, tokens, -torch.inf).logsumexp(-1)
+        divergence += torch.xlogy(rest, rest) - rest * log_rest
+        slope *= 1 - (rest.log() - log_rest).exp().unsqueeze(1)
+        slope.scatter_(-1, tokens, student.gather(-1, tokens).exp())
+    return divergence, slope.scatter_add_(-1, tokens, -listed)
 
 
 def hidden_errors(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
