@@ -108,12 +108,13 @@ def open_dense_model(source: Source, decision: Decision) -> DenseModel:
 
     Raises UserError if it is quantised or incomplete, or does not have the sizes of the decision.
     """
-    base = _from_directory(source) if source.gguf is None else _from_gguf(source, decision)
+    base = open_directory(source) if source.gguf is None else _from_gguf(source, decision)
     _check_sizes(source.name, base, decision.model_mask)
     return base
 
 
-def _from_directory(source: Source) -> DenseModel:
+def open_directory(source: Source) -> DenseModel:
+    """Return the model in a directory, dense or pruned. Raises UserError if it is quantised or incomplete."""
     from transformers import AutoModelForCausalLM
 
     build: Any = AutoModelForCausalLM.from_config

@@ -27,7 +27,7 @@ from pgprune_cli.export.gguf_architectures import ARCHITECTURES
 from pgprune_cli.export.gguf_layout import Layout, requirements_of
 from pgprune_cli.export.gguf_tensors import Placement
 from pgprune_cli.export.gguf_tokenizer import add_tokenizer
-from pgprune_cli.export.plan import DISK_RESERVE, Measured, Options, Plan, check_new, check_space, prepare
+from pgprune_cli.export.plan import DISK_RESERVE, Again, Measured, Options, Plan, check_new, check_space, prepare
 from pgprune_cli.export.surgery import TensorEdit
 from pgprune_cli.model.families import family_of
 from pgprune_cli.model.families.adapter import dense_type
@@ -124,7 +124,9 @@ class FilePlan(Plan):
         return {edit.name: edit.shape for edit in self.edits if gguf_quantize.is_quantized(edit.name, edit.shape)}
 
 
-def plan(source: Source, decision: Decision, options: Options, measured: Measured | None = None) -> FilePlan:
+def plan(
+    source: Source, decision: Decision, options: Options, measured: Measured | None = None, again: Again | None = None
+) -> FilePlan:
     """Return the plan of a GGUF file. Reads the tokenizer, but no weights.
 
     Raises UserError as `prepare` does, and if GGUF cannot hold the architecture or the tokenizer.
@@ -132,7 +134,8 @@ def plan(source: Source, decision: Decision, options: Options, measured: Measure
     gguf = _import_gguf()
     config = read_config(source)
     requirements = requirements_of(family_of(config.model_type), dense_type(config.model_type))
-    base, surgery = prepare(source, decision, options.requirements.combined(requirements), decoder_only=True)
+    requirements = options.requirements.combined(requirements)
+    base, surgery = prepare(source, decision, requirements, again=again, decoder_only=True)
     layout = Layout.of(base.config, surgery)
     dtype = options.dtype or _default_dtype(base)
     full_dtype = dtype
@@ -142,10 +145,13 @@ def plan(source: Source, decision: Decision, options: Options, measured: Measure
     edits = [_with_stored_dtype(edit, full_dtype) for edit in Placement(layout).place(surgery.edits())]
     writer = gguf.GGUFWriter(None, layout.architecture.name)
     _add_general(writer, decision, layout, dtype, full_dtype, measured)
+    if again is not None and again.recoveries:
+        writer.add_string("pgprune.recovery", json.dumps(again.recoveries))
     layout.add(writer)
     add_tokenizer(writer, source, base.config.vocab_size)
     header = _header(writer, edits, full_dtype)
-    return FilePlan(base, decision, surgery, {"": edits}, measured, layout.architecture.name, dtype, full_dtype, header)
+    architecture = layout.architecture.name
+    return FilePlan(base, decision, surgery, {"": edits}, measured, again, architecture, dtype, full_dtype, header)
 
 
 def _import_gguf() -> Any:

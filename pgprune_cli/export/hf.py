@@ -16,17 +16,23 @@ from typing import Any
 
 import torch
 
-from pgprune_cli.export.checksums import write_checksums
+from pgprune_cli.export.carried_card import carried_card
+from pgprune_cli.export.checksums import MODEL_CARD, write_checksums
+from pgprune_cli.export.dense_model import DenseModel
 from pgprune_cli.export.hf_config import export_config
-from pgprune_cli.export.model_card import ModelCard
-from pgprune_cli.export.plan import DISK_RESERVE, Measured, Options, Plan, check_new, check_space, prepare
+from pgprune_cli.export.model_card import Loading, ModelCard
+from pgprune_cli.export.plan import DISK_RESERVE, Again, Measured, Options, Plan, check_new, check_space, prepare
 from pgprune_cli.export.surgery import TensorEdit
 from pgprune_cli.model.source import INDEX, Source
 from pgprune_cli.run.decision import Decision
+from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, RECOVERY_RECORD
 from pgprune_cli.serving import modeling_pruned
 from pgprune_cli.storage import safetensors_file
 from pgprune_cli.storage.atomic import new_directory, write_bytes
-from pgprune_cli.storage.records import write_json
+from pgprune_cli.storage.records import write_json, write_record
+
+SHARD_SIZE = 5 * 10**9
+"""The most bytes of tensors in one file, unless the user says otherwise."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +69,8 @@ class DirectoryPlan(Plan):
             self._write_index(directory)
             for file in self.code:
                 shutil.copyfile(file, directory / file.name)
-            # Without the repaired blocks, which the weights hold already: they could double the size.
-            dataclasses.replace(self.decision, repaired={}).save(directory)
-            write_bytes(directory / "README.md", self._model_card(out.name).text(self.decision).encode())
+            self._write_provenance(directory)
+            write_bytes(directory / MODEL_CARD, self._model_card(out.name).encode())
             write_checksums(directory)
 
     def _write_index(self, directory: Path) -> None:
@@ -74,30 +79,60 @@ class DirectoryPlan(Plan):
         total = sum(map(safetensors_file.bytes_of, self.edits))
         write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": file_of})
 
-    def _model_card(self, title: str) -> ModelCard:
-        return ModelCard(
+    def _write_provenance(self, directory: Path) -> None:
+        """Write the decision and, of a model that was trained, the record of its recovery."""
+        if self.again is None:
+            # Without the repaired blocks, which the weights hold already: they could double the size.
+            dataclasses.replace(self.decision, repaired={}).save(directory)
+            return
+        for name in (DECISION_MASKS, DECISION_RECORD):
+            shutil.copyfile(self.again.directory / name, directory / name)
+        if self.again.recovery is not None:
+            write_record(directory / RECOVERY_RECORD, self.again.recovery.content(self.again.earlier))
+        elif self.again.earlier:
+            shutil.copyfile(self.again.directory / RECOVERY_RECORD, directory / RECOVERY_RECORD)
+
+    def _model_card(self, title: str) -> str:
+        loading = Loading(
             title=title,
+            auto_class="AutoModelForCausalLM" if self.base.wrapper is None else "AutoModelForImageTextToText",
+            needs_code=not self.stock,
+            loads_in_mlx="model_file" in self.config,
+        )
+        if self.again is not None:
+            path = self.again.directory / MODEL_CARD
+            card = path.read_text(encoding="utf-8") if path.exists() else None
+            return carried_card(card, self.decision, loading, self.again.recoveries, self.again.recovery is not None)
+        card_of_decision = ModelCard(
+            loading=loading,
             dense=self.base.shape,
             layers=self.shapes.kept,
             parameters_before=self.parameters_before,
             parameters_after=self.parameters_after,
-            auto_class="AutoModelForCausalLM" if self.base.wrapper is None else "AutoModelForImageTextToText",
             padded_sparsity=self.sparsity if self.shapes.padded else None,
-            needs_code=not self.stock,
-            loads_in_mlx="model_file" in self.config,
             measured=self.measured,
         )
+        return card_of_decision.text(self.decision)
 
 
-def plan(source: Source, decision: Decision, options: Options, measured: Measured | None = None) -> DirectoryPlan:
+def plan(
+    source: Source, decision: Decision, options: Options, measured: Measured | None = None, again: Again | None = None
+) -> DirectoryPlan:
     """Return the plan of a model directory. Reads no weights. Raises UserError as `prepare` does."""
     dtype = None if options.dtype is None else getattr(torch, options.dtype)
-    base, surgery = prepare(source, decision, options.requirements, dtype)
+    base, surgery = prepare(source, decision, options.requirements, dtype, again)
     config = export_config(base, surgery, options.dtype)
     code = (Path(modeling_pruned.__file__),) if "auto_map" in config else ()
     edits = [dataclasses.replace(edit, name=base.stored_name(edit.name, edit.source)) for edit in surgery.edits()]
-    files = _split_into_files(edits, options.shard_size)
-    return DirectoryPlan(base, decision, surgery, files, measured, config, code)
+    files = _split_into_files(edits, options.shard_size or _shard_size(base, again))
+    return DirectoryPlan(base, decision, surgery, files, measured, again, config, code)
+
+
+def _shard_size(base: DenseModel, again: Again | None) -> int:
+    """Return the most bytes of tensors in one file if the user does not say: as it was, or else 5 GB."""
+    if again is None or len(base.shards) == 1:
+        return SHARD_SIZE
+    return max(sum(tensor.nbytes for tensor in shard.tensors.values()) for shard in base.shards)
 
 
 def _split_into_files(edits: list[TensorEdit], shard_size: int) -> dict[str, list[TensorEdit]]:

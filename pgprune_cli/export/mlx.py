@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.export import hf
-from pgprune_cli.export.plan import Measured, Options
+from pgprune_cli.export.plan import Again, Measured, Options
 from pgprune_cli.model.source import Source
 from pgprune_cli.run.decision import Decision
 
@@ -21,9 +21,11 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """The model types of the dense models that modeling_mlx.py computes."""
 
 
-def plan(source: Source, decision: Decision, options: Options, measured: Measured | None = None) -> hf.DirectoryPlan:
+def plan(
+    source: Source, decision: Decision, options: Options, measured: Measured | None = None, again: Again | None = None
+) -> hf.DirectoryPlan:
     """Return the plan of a model directory for MLX. Raises UserError as `hf.plan` does, and for other families."""
-    directory = hf.plan(source, decision, options, measured)
+    directory = hf.plan(source, decision, options, measured, again)
     model_type = directory.config["model_type"].removeprefix("pruned_")
     if model_type not in FAMILIES:
         raise UserError(

@@ -18,37 +18,79 @@ from pgprune_cli.model.prunable import Shape
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD
 
+LOADING = "## How to load it"
+PERPLEXITY = "## Perplexity"
+TASKS = "## Tasks"
+PROVENANCE = "## Where it comes from"
+"""The headings of sections that change if the model is written again."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How the export is loaded.
+
+    title: name of the directory; auto_class: the class of transformers that loads the export; needs_code: True if
+    loading runs modeling_pruned.py; loads_in_mlx: True if modeling_mlx.py is in the directory.
+    """
+
+    title: str
+    auto_class: str
+    needs_code: bool
+    loads_in_mlx: bool
+
+    def text(self) -> str:
+        """Return the section of the card."""
+        trust = ", trust_remote_code=True" if self.needs_code else ""
+        lines = [
+            *(LOADING, ""),
+            *("```python", f"from transformers import {self.auto_class}, AutoTokenizer", ""),
+            f'model = {self.auto_class}.from_pretrained("{self.title}"{trust})',
+            *(f'tokenizer = AutoTokenizer.from_pretrained("{self.title}"{trust})', "```"),
+        ]
+        if self.needs_code:
+            lines += [
+                "",
+                "The layers have different sizes, which the model classes of transformers cannot express. "
+                "`trust_remote_code=True` lets transformers run `modeling_pruned.py` from this directory, which can. "
+                "If pgprune is installed, `import pgprune_cli.serving.modeling_pruned` does the same without "
+                "`trust_remote_code`.",
+            ]
+        if self.loads_in_mlx:
+            trust = '{"trust_remote_code": True}'
+            lines += [
+                *("", "mlx-lm loads the model with `modeling_mlx.py` from this directory:", ""),
+                *("```python", "from mlx_lm import load", ""),
+                *(f'load("{self.title}", tokenizer_config={trust}, trust_remote_code=True)', "```"),
+            ]
+        return "\n".join(lines)
+
 
 @dataclass(frozen=True)
 class ModelCard:
     """What the card says beyond the decision.
 
-    title: name of the directory; dense: the shape of the base model; layers: the masks of every layer of the base
-    model; auto_class: the class of transformers that loads the export; padded_sparsity: the sparsity if padding counts
-    as kept, None without padding; needs_code: True if loading runs modeling_pruned.py; loads_in_mlx: True if
-    modeling_mlx.py is in the directory; measured: the results of `pgprune eval`.
+    loading: how the export is loaded; dense: the shape of the base model; layers: the masks of every layer of the base
+    model; padded_sparsity: the sparsity if padding counts as kept, None without padding; measured: the results of
+    `pgprune eval`.
     """
 
-    title: str
+    loading: Loading
     dense: Shape
     layers: ModelMask
     parameters_before: int
     parameters_after: int
-    auto_class: str
     padded_sparsity: float | None
-    needs_code: bool
-    loads_in_mlx: bool
     measured: Mapping[str, Any] | None
 
     def text(self, decision: Decision) -> str:
         """Return the card as Markdown with YAML front matter."""
         sections = [
-            f"{_front_matter(decision)}\n\n# {self.title}\n\n{self._summary(decision)}",
-            self._loading(),
+            f"{front_matter(decision)}\n\n# {self.loading.title}\n\n{self._summary(decision)}",
+            self.loading.text(),
             self._perplexity(),
             self._tasks(),
             self._kept_units(),
-            _provenance(decision),
+            provenance(decision),
         ]
         return "\n\n".join(section for section in sections if section) + "\n"
 
@@ -83,31 +125,6 @@ class ModelCard:
         projections = dict.fromkeys([*(name.removesuffix(".weight").removesuffix(".bias") for name in inner), *outputs])
         return f"The weights of pruned blocks ({', '.join(projections)})"
 
-    def _loading(self) -> str:
-        trust = ", trust_remote_code=True" if self.needs_code else ""
-        lines = [
-            *("## How to load it", ""),
-            *("```python", f"from transformers import {self.auto_class}, AutoTokenizer", ""),
-            f'model = {self.auto_class}.from_pretrained("{self.title}"{trust})',
-            *(f'tokenizer = AutoTokenizer.from_pretrained("{self.title}"{trust})', "```"),
-        ]
-        if self.needs_code:
-            lines += [
-                "",
-                "The layers have different sizes, which the model classes of transformers cannot express. "
-                "`trust_remote_code=True` lets transformers run `modeling_pruned.py` from this directory, which can. "
-                "If pgprune is installed, `import pgprune_cli.serving.modeling_pruned` does the same without "
-                "`trust_remote_code`.",
-            ]
-        if self.loads_in_mlx:
-            trust = '{"trust_remote_code": True}'
-            lines += [
-                *("", "mlx-lm loads the model with `modeling_mlx.py` from this directory:", ""),
-                *("```python", "from mlx_lm import load", ""),
-                *(f'load("{self.title}", tokenizer_config={trust}, trust_remote_code=True)', "```"),
-            ]
-        return "\n".join(lines)
-
     def _perplexity(self) -> str:
         rows = (self.measured or {}).get("perplexity", [])
         if not rows:
@@ -116,7 +133,7 @@ class ModelCard:
             (row["corpus"], row["seqlen"], f"{row['ppl']:.2f}", f"{row['tokens']:,}", _yes_or_no(row["bos"]))
             for row in rows
         ]
-        return "## Perplexity\n\n" + markdown_table(("corpus", "window (tokens)", "perplexity", "tokens", "BOS"), cells)
+        return f"{PERPLEXITY}\n\n" + markdown_table(("corpus", "window (tokens)", "perplexity", "tokens", "BOS"), cells)
 
     def _tasks(self) -> str:
         rows = (self.measured or {}).get("tasks", [])
@@ -135,7 +152,7 @@ class ModelCard:
             for row in rows
         ]
         headings = ("task", "shots", "metric", "value", "standard error", "items", "BOS")
-        return "## Tasks\n\n" + markdown_table(headings, cells)
+        return f"{TASKS}\n\n" + markdown_table(headings, cells)
 
     def _kept_units(self) -> str:
         rows = []
@@ -161,7 +178,7 @@ def _counted(block: Block) -> list[str]:
     return [name for name in (block.group_name, block.element_name) if name]
 
 
-def _front_matter(decision: Decision) -> str:
+def front_matter(decision: Decision) -> str:
     # The hub accepts only names on the hub as base_model.
     base = [f"base_model: {json.dumps(decision.model)}"] if is_hub_name(decision.model) else []
     lines = ["library_name: transformers", *base, "pipeline_tag: text-generation", "tags:", "- pgprune", "- pruned"]
@@ -179,7 +196,7 @@ def _yes_or_no(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _provenance(decision: Decision) -> str:
+def provenance(decision: Decision) -> str:
     base = _base_name(decision)
     if decision.steps:
         searched = (
@@ -191,7 +208,7 @@ def _provenance(decision: Decision) -> str:
     else:
         searched = f"pgprune {__version__} kept the units of {base} with the highest scores, without a search."
     lines = [
-        *("## Where it comes from", ""),
+        *(PROVENANCE, ""),
         f"{searched} The base model's config and weights have the fingerprint `{decision.fingerprint}`. "
         f"`{DECISION_RECORD}` and `{DECISION_MASKS}` record which units were kept.",
     ]
@@ -201,13 +218,13 @@ def _provenance(decision: Decision) -> str:
         loss = f"Loss on held-out calibration text: {decision.heldout_loss:.4f} nats per token{dense}."
         lines += ["", f"{loss} {begins}"]
     lines += _ancestors(decision)
-    lines += ["", "The recipe:", "", "```yaml", _recipe(decision), "```"]
+    lines += ["", "The recipe:", "", "```yaml", recipe_text(decision.recipe), "```"]
     return "\n".join(lines)
 
 
-def _recipe(decision: Decision) -> str:
-    """Return the recipe with the names of local models and texts, but not the directories that they are in."""
-    recipe = decision.recipe.strip()
+def recipe_text(recipe: str) -> str:
+    """Return a recipe with the names of local models and texts, but not the directories that they are in."""
+    recipe = recipe.strip()
     values = [word for value in _texts(yaml.safe_load(recipe)) for word in (value, value.partition("=")[2])]
     for path in sorted(filter(is_absolute, values), key=len, reverse=True):
         recipe = recipe.replace(path, short_name(path))
@@ -232,7 +249,8 @@ def _ancestors(decision: Decision) -> list[str]:
             f"of its prunable parameters in a search of {earlier['forward_passes']:,} forward passes."
         )
         if recovery := earlier["recovery"]:
-            steps.append(f"The result was trained on {recovery['tokens']:,} tokens.")
+            tokens = sum(each["tokens"] for each in (*recovery.get("earlier", []), recovery))
+            steps.append(f"The result was trained on {tokens:,} tokens.")
     if not steps:
         return []
     steps.append(f"The result, {_base_name(decision)}, lost {decision.sparsity:.1%} of the rest in this search.")

@@ -13,12 +13,14 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.errors import RunError, UserError
-from pgprune_cli.export.dense_model import DenseModel, open_dense_model
+from pgprune_cli.export.dense_model import DenseModel, open_dense_model, open_directory
 from pgprune_cli.export.shapes import RuntimeShapes, ShapeRequirements, runtime_shapes
 from pgprune_cli.export.surgery import Surgery, TensorEdit
+from pgprune_cli.export.trained_weights import with_trained
 from pgprune_cli.model.source import Source
 from pgprune_cli.run.decision import Decision, refuse_other_base
 from pgprune_cli.run.layout import DECISION_RECORD
+from pgprune_cli.run.recovery import RecoveryRecord
 from pgprune_cli.storage import safetensors_file
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -35,12 +37,32 @@ class Options:
     """How to write an export.
 
     requirements: of the user, on top of the format's own; dtype: None to keep the base model's; shard_size: most bytes
-    of tensors in one file, for formats with several files. A larger tensor gets a file for itself.
+    of tensors in one file, for formats with several files, None for 5 GB or, if an exported model is written again, for
+    files as it has. A larger tensor gets a file for itself.
     """
 
     requirements: ShapeRequirements = field(default_factory=ShapeRequirements)
     dtype: str | None = None
-    shard_size: int = 5 * 10**9
+    shard_size: int | None = None
+
+
+@dataclass(frozen=True)
+class Again:
+    """An exported model that is written again, with all its units.
+
+    directory: the model; trained: weights in place of its own, by their names in the causal model; recovery: how they
+    were trained, None if nothing was; earlier: the recoveries of the model before that, oldest first.
+    """
+
+    directory: Path
+    trained: Mapping[str, Tensor] = field(default_factory=dict)
+    recovery: RecoveryRecord | None = None
+    earlier: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def recoveries(self) -> list[dict[str, Any]]:
+        """The record of every recovery, oldest first."""
+        return self.earlier if self.recovery is None else [*self.earlier, self.recovery.content([])]
 
 
 @dataclass(frozen=True)
@@ -48,7 +70,7 @@ class Plan(ABC):
     """Everything about an export, before it is written. Each format adds what its files need, and writes them.
 
     files: the tensors of every file, by file name, which is "" if the export is a single file; measured: results of
-    `pgprune eval` for the model card.
+    `pgprune eval` for the model card; again: not None if an exported model is written again.
     """
 
     base: DenseModel
@@ -56,6 +78,7 @@ class Plan(ABC):
     surgery: Surgery
     files: Mapping[str, list[TensorEdit]]
     measured: Measured | None
+    again: Again | None
 
     @property
     @abstractmethod
@@ -139,21 +162,27 @@ def prepare(
     decision: Decision,
     requirements: ShapeRequirements,
     dtype: torch.dtype | None = None,
+    again: Again | None = None,
     *,
     decoder_only: bool = False,
 ) -> tuple[DenseModel, Surgery]:
     """Return the base model and the surgery that replays the decision on it. Reads no weights.
 
-    decoder_only: leave out what a model of text and images has besides its decoder.
+    again: `source` is the exported model that the decision has made, and all of it is kept; decoder_only: leave out
+    what a model of text and images has besides its decoder.
 
-    Raises UserError if the decision was made for another model or keeps nothing, or if the model is quantised or
-    incomplete.
+    Raises UserError if the decision was made for another model or keeps nothing, if the model is quantised or
+    incomplete, or if trained weights do not fit it.
     """
-    refuse_other_base(source, decision, DECISION_RECORD)
-    base = open_dense_model(source, decision)
+    if again is None:
+        refuse_other_base(source, decision, DECISION_RECORD)
+        base, model_mask = open_dense_model(source, decision), decision.model_mask
+    else:
+        base = with_trained(open_directory(source), again.trained)
+        model_mask = base.shape.all_kept()
     if decoder_only:
         base = base.decoder_alone()
-    shapes = runtime_shapes(base.shape, decision.model_mask, requirements)
+    shapes = runtime_shapes(base.shape, model_mask, requirements)
     return base, Surgery(base.shape, base.unit_tensors, shapes, decision.repaired, base.tensors, dtype)
 
 

@@ -3,37 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.errors import UserError
-from pgprune_cli.export import gguf, hf, mlx
-from pgprune_cli.export.plan import DTYPES, Measured, Options, Plan, check_new
+from pgprune_cli.export.formats import FORMATS
+from pgprune_cli.export.plan import Options, Plan, check_new
 from pgprune_cli.export.shapes import ShapeRequirements
+from pgprune_cli.export.trained import plan_again
 from pgprune_cli.model.names import absolute_name
-from pgprune_cli.model.source import Source
 from pgprune_cli.run.base import find_base
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import EVALUATION_FILE
 from pgprune_cli.storage.records import read_record
-
-
-@dataclass(frozen=True)
-class Format:
-    """A format of exports.
-
-    plan: makes the plan of an export; dtypes: those supported; suffix: of the file, "" if the export is a directory.
-    """
-
-    plan: Callable[[Source, Decision, Options, Measured | None], Plan]
-    dtypes: tuple[str, ...] = DTYPES
-    suffix: str = ""
-
-
-FORMATS = {"hf": Format(hf.plan), "gguf": Format(gguf.plan, gguf.DTYPES, ".gguf"), "mlx": Format(mlx.plan)}
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
 
@@ -79,12 +63,18 @@ def target(run: Path, out: Path | None, format: str) -> Path:
 def plan(run: Path, options: Options | None = None, format: str = "hf", base: str | None = None) -> Plan:
     """Return the plan of an export of the run directory `run`, with the results of `pgprune eval RUN` for its card.
 
+    `run` may be an exported model too, all of which is kept.
+
     base: where the base model is now, if it is not where the run says. The export then names this place.
 
-    Raises UserError as `Decision.load`, `find_base` and the format's `plan` do.
+    Raises UserError as `plan_again`, `Decision.load`, `find_base` and the format's `plan` do.
     """
-    if (run / "config.json").exists():  # an export holds its decision too, but not the repaired blocks
-        raise UserError(f"{run}: an exported model, not a run. Give the run directory that it was exported from.")
+    if (run / "config.json").exists():
+        if base is not None:
+            raise UserError(
+                f"--model {base}: {run} is an exported model, so its own weights are exported. Leave this option out."
+            )
+        return plan_again(run, options, format)
     decision = Decision.load(run)
     evaluation = run / EVALUATION_FILE
     measured = read_record(evaluation) if evaluation.exists() else None

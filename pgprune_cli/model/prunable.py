@@ -120,6 +120,14 @@ class Shape:
             for index in range(self.layers)
         )
 
+    def all_kept(self) -> ModelMask:
+        """Return the mask that keeps every element."""
+        counts = self.elements
+        return tuple(
+            LayerMask(**{name: torch.ones(by_layer[layer], dtype=torch.bool) for name, by_layer in counts.items()})
+            for layer in range(self.layers)
+        )
+
     def kept(self, model_mask: ModelMask) -> list[dict[str, tuple[int, int]]]:
         """Return how many (groups, members) every layer keeps under a regular mask, by block name."""
         return [

@@ -9,7 +9,7 @@ import yaml
 from helpers.masks import keep_first
 from helpers.models import tiny_model
 
-from pgprune_cli.export.model_card import ModelCard
+from pgprune_cli.export.model_card import Loading, ModelCard
 from pgprune_cli.model.masks import RepairedBlock
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.run.decision import Decision
@@ -18,17 +18,19 @@ MODEL = tiny_model("llama-gqa")
 MASKS = keep_first(MODEL, [((2, 1), 7), (0, 0), (4, 24), (4, 24)])
 DECISION = Decision(MASKS, "owner/base", "f00d", 0.25, "dtype: float32", 10, 80, 9, 2.5, dense_loss=2.25)
 CARD = ModelCard(
-    title="small",
+    loading=Loading("small", "AutoModelForCausalLM", needs_code=False, loads_in_mlx=False),
     dense=PrunableModel.of(MODEL).shape,
     layers=MASKS,
     parameters_before=1000,
     parameters_after=800,
-    auto_class="AutoModelForCausalLM",
     padded_sparsity=None,
-    needs_code=False,
-    loads_in_mlx=False,
     measured=None,
 )
+
+
+def loaded(**how: bool) -> ModelCard:
+    """Return the card of an export that is loaded in another way."""
+    return dataclasses.replace(CARD, loading=dataclasses.replace(CARD.loading, **how))
 
 
 def test_card_states_sizes_losses_recipe_and_origin() -> None:
@@ -73,10 +75,10 @@ def test_card_says_which_step_the_decision_is_of_if_it_is_not_the_last() -> None
 
 def test_card_mentions_code_only_if_loading_needs_it() -> None:
     assert "trust_remote_code" not in CARD.text(DECISION) and "mlx" not in CARD.text(DECISION)
-    lines = [line for line in dataclasses.replace(CARD, needs_code=True).text(DECISION).splitlines() if "Auto" in line]
+    lines = [line for line in loaded(needs_code=True).text(DECISION).splitlines() if "Auto" in line]
     # transformers 5 asks at the terminal for the tokenizer, too
     assert [line.endswith("trust_remote_code=True)") for line in lines] == [False, True, True]
-    assert "modeling_mlx.py" in dataclasses.replace(CARD, loads_in_mlx=True).text(DECISION)
+    assert "modeling_mlx.py" in loaded(loads_in_mlx=True).text(DECISION)
 
 
 def test_card_mentions_repair_padding_and_search_only_if_they_happened() -> None:

@@ -176,11 +176,19 @@ def test_a_repair_is_read_on_every_access(run):
         decision.repaired[9, "ffn"]
 
 
-def test_an_exported_model_is_refused_as_a_run(run, pgprune):
+def test_an_exported_model_is_exported_again(run, pgprune):
     job.export(run, Path("once"))
     code, _, err = pgprune("export", "once", "--out", "twice", "-q")
+    assert code == 0, err
+    for name in ("config.json", "model.safetensors", "decision.json", "decision.safetensors"):
+        assert Path("once", name).read_bytes() == Path("twice", name).read_bytes(), name
+
+
+def test_an_exported_model_has_no_other_base(run, pgprune):
+    job.export(run, Path("once"))
+    code, _, err = pgprune("export", "once", "--out", "twice", "--model", "demo", "-q")
     assert code == 2
-    says(err, "once", "exported model", "run directory")
+    says(err, "--model demo", "once", "exported model")
 
 
 @pytest.mark.parametrize(("format", "out"), [("hf", "there"), ("mlx", "there"), ("gguf", "there.gguf")])
