@@ -143,6 +143,20 @@ class Evaluator:
             yield self.model.module
 
 
+def shrink(model: PrunableModel, model_mask: ModelMask, repaired: RepairedBlocks) -> None:
+    """Shrink a loaded model to a mask for good, block by block, so that no forward pass gathers anything.
+
+    The weights that are removed are freed. The model must be in its full weight format.
+    """
+    for index, (layer, layer_mask) in enumerate(zip(model.layers, model_mask, strict=True)):
+        for block in model.family.blocks_of(layer):
+            mask, own = layer_mask.of(block.name), repaired.get((index, block.name))
+            if not mask.any():
+                setattr(layer, block.module, model.family.placeholder(block))
+            elif own is not None or not mask.all():
+                _Slices(model.family, layer, block, mask, own).put()
+
+
 def shrunk_block(
     family: ModelFamily, layer: nn.Module, block: Block, mask: Tensor, repaired: RepairedBlock | None
 ) -> AbstractContextManager[None]:
@@ -177,51 +191,65 @@ def _gathered(
 ) -> Iterator[None]:
     """Inside the `with`, every forward pass of the block runs on the rows of its kept elements."""
     module = layer.get_submodule(block.module)
-    tensors = family.unit_tensors(layer, block)
-    settings = family.settings(layer, block, *family.grid(layer, block).kept(mask))
-    kept = KeptElements(mask)
-    refitted = _refitted(block, tensors[-1].name, repaired)
-    device = next(module.parameters()).device
-    undo: list[Callable[[], None]] = []
-
-    def put(name: str, value: Tensor | Rows) -> None:
-        path, _, key = name.rpartition(".")
-        owner = module.get_submodule(path)
-        if key == "weight" and isinstance(owner, QuantizedLinear):
-            undo.append(partial(setattr, owner, "kept", None))
-            owner.kept = value
-            return
-        assert isinstance(value, Tensor)
-        parameter = getattr(owner, key)
-        if parameter is None:  # the repair adds a bias that the dense model does not have
-            undo.append(partial(setattr, owner, key, None))
-            setattr(owner, key, nn.Parameter(value, requires_grad=False))
-        else:
-            undo.append(partial(setattr, parameter, "data", parameter.data))
-            parameter.data = value
-
-    def gather_all(*_: object) -> None:
-        for owner, attribute, value in settings:
-            undo.append(partial(setattr, owner, attribute, getattr(owner, attribute)))
-            setattr(owner, attribute, value)
-        for tensor in tensors:
-            if tensor.name not in refitted:
-                put(tensor.name, _kept_values(module, tensor, kept))
-        for name, value in refitted.items():
-            put(name, value.to(device, _dtype(module, name), non_blocking=True))
-
-    def restore(*_: object) -> None:
-        while undo:
-            undo.pop()()
-
+    slices = _Slices(family, layer, block, mask, repaired)
     # always_call: the dense weights come back even when the forward pass raises.
-    handles = [module.register_forward_pre_hook(gather_all), module.register_forward_hook(restore, always_call=True)]
+    handles = [
+        module.register_forward_pre_hook(lambda *_: slices.put()),
+        module.register_forward_hook(lambda *_: slices.restore(), always_call=True),
+    ]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        restore()
+        slices.restore()
+
+
+class _Slices:
+    """Puts the rows of a block's kept elements in place of its dense weights, and takes them out again."""
+
+    def __init__(
+        self, family: ModelFamily, layer: nn.Module, block: Block, mask: Tensor, repaired: RepairedBlock | None
+    ) -> None:
+        self.module = layer.get_submodule(block.module)
+        self.tensors = family.unit_tensors(layer, block)
+        self.settings = family.settings(layer, block, *family.grid(layer, block).kept(mask))
+        self.kept = KeptElements(mask)
+        self.refitted = _refitted(block, self.tensors[-1].name, repaired)
+        self.device = next(self.module.parameters()).device
+        self.undo: list[Callable[[], None]] = []
+
+    def put(self) -> None:
+        """Gather the rows of the kept elements, and put them in place of the dense weights."""
+        for owner, attribute, value in self.settings:
+            self.undo.append(partial(setattr, owner, attribute, getattr(owner, attribute)))
+            setattr(owner, attribute, value)
+        for tensor in self.tensors:
+            if tensor.name not in self.refitted:
+                self._put(tensor.name, _kept_values(self.module, tensor, self.kept))
+        for name, value in self.refitted.items():
+            self._put(name, value.to(self.device, _dtype(self.module, name), non_blocking=True))
+
+    def restore(self) -> None:
+        """Put the dense weights back."""
+        while self.undo:
+            self.undo.pop()()
+
+    def _put(self, name: str, value: Tensor | Rows) -> None:
+        path, _, key = name.rpartition(".")
+        owner = self.module.get_submodule(path)
+        if key == "weight" and isinstance(owner, QuantizedLinear):
+            self.undo.append(partial(setattr, owner, "kept", None))
+            owner.kept = value
+            return
+        assert isinstance(value, Tensor)
+        parameter = getattr(owner, key)
+        if parameter is None:  # the repair adds a bias that the dense model does not have
+            self.undo.append(partial(setattr, owner, key, None))
+            setattr(owner, key, nn.Parameter(value, requires_grad=False))
+        else:
+            self.undo.append(partial(setattr, parameter, "data", parameter.data))
+            parameter.data = value
 
 
 def _refitted(block: Block, output_weight: str, repaired: RepairedBlock | None) -> dict[str, Tensor]:

@@ -246,7 +246,7 @@ def _measure(target: Target, recipe: Recipe, conditions: EvaluationConditions, p
     """Return the number of parameters and the perplexities of a model."""
     corpora, seqlens = Corpus.of(recipe.evaluation), recipe.evaluation.seqlen
     rows = measure_perplexity(target, corpora, seqlens, max_windows=conditions.max_windows, progress=progress)
-    return {"parameters": target.parameters(), "perplexity": rows}
+    return {"parameters": target.parameters, "perplexity": rows}
 
 
 def _mean(runs: list[dict[str, Any]]) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def remember(target: Target, result: dict[str, Any]) -> None:
     Perplexities and accuracies that an earlier call measured in the same dtype on the same device, and this one did
     not measure, are kept.
     """
-    if target.model_mask is None:
+    if not target.is_run:
         return
     path = Path(target.name) / EVALUATION_FILE
     before = read_record(path) if path.exists() else {}

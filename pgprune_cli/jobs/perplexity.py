@@ -55,8 +55,7 @@ def measure_perplexity(
             check_vocabulary(tokens, corpus.name, target.module.get_input_embeddings().num_embeddings, bos)
             for seqlen in lengths:
                 windows = None if max_windows is None else max(1, max_windows * lengths[0] // seqlen)
-                with target.ready() as model:
-                    ppl, predictions = perplexity(model, tokens, seqlen, max_windows=windows, bos=bos)
+                ppl, predictions = perplexity(target.module, tokens, seqlen, max_windows=windows, bos=bos)
                 row = {"corpus": corpus.name, "seqlen": seqlen, "bos": bos is not None}
                 rows.append(row | {"ppl": ppl, "tokens": predictions})
     return rows

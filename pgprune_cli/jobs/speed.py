@@ -23,10 +23,9 @@ def measure_speed(targets: Sequence[Target]) -> list[dict[str, Any]]:
     bytes of the weights, and on CUDA the peak of allocated memory.
 
     Raises:
-        ValueError: a target is a run directory. Its model is shrunk anew in every forward pass, which says nothing
-            about the speed of the exported model.
+        ValueError: a target is a run directory. Speed is that of an export, which may be padded for its runtime.
     """
-    if any(target.model_mask is not None for target in targets):
+    if any(target.is_run for target in targets):
         raise ValueError("speed is measured on an exported model, not on a run directory")
     prefill: list[list[float]] = [[] for _ in targets]
     decode: list[list[float]] = [[] for _ in targets]

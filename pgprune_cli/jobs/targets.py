@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,9 @@ from torch import nn
 from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.data.bos import bos_token
 from pgprune_cli.errors import UserError
-from pgprune_cli.forward.masked import Evaluator
+from pgprune_cli.forward.masked import shrink
 from pgprune_cli.jobs.evaluation_request import Corpus
 from pgprune_cli.model.loading import load_model, load_prunable, load_tokenizer
-from pgprune_cli.model.masks import ModelMask, RepairedBlocks
-from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import Source, resolve
 from pgprune_cli.recipe.reader import UnknownKeys, load, parse
 from pgprune_cli.recipe.schema import Bos, EvaluationSettings
@@ -31,9 +27,9 @@ class Target:
     """A model under evaluation.
 
     Attributes:
-        model: for a run directory, the base model as a PrunableModel; for any other model, the transformers model.
-        model_mask: what a run keeps of its base model; None for any other model.
-        repaired: the repaired blocks of a run.
+        module: the transformers model; for a run directory, the base model, shrunk to what the run keeps.
+        parameters: number of kept parameters. Tied parameters count once.
+        is_run: whether it is a run directory.
         evaluation: what the recipe of a run or of an exported model says to evaluate, otherwise the defaults. Its `bos`
             is the one asked for, if any was.
         base: for an export, the model that it was pruned from, if it was asked for and found; otherwise None.
@@ -41,33 +37,11 @@ class Target:
 
     name: str
     source: Source
-    model: PrunableModel | nn.Module
-    model_mask: ModelMask | None
-    repaired: RepairedBlocks
+    module: Any
+    parameters: int
+    is_run: bool
     evaluation: EvaluationSettings
     base: Source | None
-
-    @property
-    def module(self) -> Any:
-        """The transformers model; for a run, the dense base model."""
-        return self.model.module if isinstance(self.model, PrunableModel) else self.model
-
-    @contextmanager
-    def ready(self) -> Iterator[nn.Module]:
-        """Yield the model to measure: for a run, the base model, shrunk to the mask inside the `with`."""
-        if isinstance(self.model, PrunableModel) and self.model_mask is not None:
-            with Evaluator(self.model).shrunk(self.model_mask, self.repaired) as model:
-                yield model
-        else:
-            yield self.module
-
-    def parameters(self) -> int:
-        """Count the kept parameters. Tied parameters count once."""
-        total: int = sum(parameter.numel() for parameter in self.module.parameters())
-        if isinstance(self.model, PrunableModel) and self.model_mask is not None:
-            shape = self.model.shape
-            total -= shape.cost(shape.parameters) - shape.cost(shape.parameters, self.model_mask)
-        return total
 
     def description(self) -> dict[str, Any]:
         """Return what a result says about the model itself."""
@@ -75,7 +49,7 @@ class Target:
             "model": self.name,
             "dtype": str(self.module.dtype).removeprefix("torch."),
             "device": str(self.module.get_input_embeddings().weight.device),
-            "parameters": self.parameters(),
+            "parameters": self.parameters,
         }
 
 
@@ -110,7 +84,7 @@ def open_target(
     base_source = _base_of_export(name, source, origin, base, progress) if finds_base else None
     with progress.working(f"loading {name}"):
         model = load_model(source, dtype or "auto", device or "auto")
-    return Target(name, source, model, None, {}, evaluation, base_source)
+    return Target(name, source, model, _parameters(model), False, evaluation, base_source)
 
 
 def _open_run(
@@ -130,7 +104,14 @@ def _open_run(
     evaluation = _checked(recipe.evaluation, bos, source, uses_recipe)
     with progress.working(f"loading {name}"):
         model = load_prunable(source, dtype or recipe.dtype, device or recipe.device)
-    return Target(name, source, model, decision.model_mask, decision.repaired, evaluation, None)
+        costs, shape = model.shape.parameters, model.shape
+        kept = _parameters(model.module) - shape.cost(costs) + shape.cost(costs, decision.model_mask)
+        shrink(model, decision.model_mask, decision.repaired)
+    return Target(name, source, model.module, kept, True, evaluation, None)
+
+
+def _parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _checked(recorded: EvaluationSettings, bos: Bos | None, source: Source, uses_recipe: bool) -> EvaluationSettings:

@@ -84,13 +84,12 @@ def measure_tasks(
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
 
-    with _working(f"tasks of {target.name}", progress), target.ready() as model:
-        causal: Any = model
+    with _working(f"tasks of {target.name}", progress):
         tokenizer, bos = _tokenizer(target)
         # None lets the tokenizer add its special tokens, False keeps it from adding any.
         add_special_tokens = False if target.evaluation.bos is False else None
         wrapped = HFLM(
-            pretrained=causal,
+            pretrained=target.module,
             tokenizer=tokenizer,
             backend="causal",
             batch_size=BATCH,

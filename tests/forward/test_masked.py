@@ -1,5 +1,6 @@
 """The shrunk model equals the dense one with removed units silenced, and the model is unchanged after every call."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 from pgprune_cli.errors import RunError
 from pgprune_cli.forward import masked as masked
-from pgprune_cli.forward.masked import Evaluator, summed_loss
+from pgprune_cli.forward.masked import Evaluator, shrink, summed_loss
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.unit_tensors import kept_shape
 
@@ -117,6 +118,21 @@ def test_repaired_weights_replace_those_of_the_model(watched: nn.Module, name: s
     assert torch.equal(got, again)
     with Evaluator(PrunableModel.of(watched)).shrunk(model_mask) as unrepaired:
         assert (got - logits_of(unrepaired, tokens)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["dense", "random", "an empty layer", "one channel left"])
+def test_model_shrunk_for_good_computes_the_same_without_gathering(model: nn.Module, name: str, monkeypatch) -> None:
+    model_mask, tokens, own = MODEL_MASKS[name](model), random_tokens(), copy.deepcopy(model)
+    repaired = random_repair(model, model_mask, bias=True)
+    with Evaluator(PrunableModel.of(own)).shrunk(model_mask, repaired):
+        expected = logits_of(own, tokens)
+    before = sum(parameter.numel() for parameter in own.parameters())
+    shrink(PrunableModel.of(own), model_mask, repaired)
+    monkeypatch.setattr(masked, "gather", None)
+    assert torch.equal(logits_of(own, tokens), expected)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in own.modules())
+    if not is_dense(model_mask):
+        assert sum(parameter.numel() for parameter in own.parameters()) < before
 
 
 def test_losses_use_the_repaired_weights_of_each_mask(watched: nn.Module) -> None:

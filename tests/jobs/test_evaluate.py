@@ -18,6 +18,7 @@ from pgprune_cli.console.progress import StderrProgress
 from pgprune_cli.data.tokens import tokens_of
 from pgprune_cli.demo.grammar import generate
 from pgprune_cli.errors import RunError
+from pgprune_cli.forward import masked
 from pgprune_cli.jobs import targets
 from pgprune_cli.jobs.evaluate import evaluate
 from pgprune_cli.jobs.evaluation_request import Corpus, EvaluationRequest
@@ -123,13 +124,19 @@ def run(finished: dict[str, Path], tmp_path: Path) -> Path:
 def test_run_and_its_export_have_the_same_perplexity(run: Path, text: Corpus, tmp_path: Path) -> None:
     export(run, tmp_path / "small")
     names = [str(run), str(tmp_path / "small"), "demo"]
-    masked, exported, dense = targets = [open_target(name, device="cpu") for name in names]
-    assert exported.parameters() == masked.parameters()
-    assert dense.parameters() > 1.2 * exported.parameters()
+    pruned, exported, dense = targets = [open_target(name, device="cpu") for name in names]
+    assert exported.parameters == pruned.parameters
+    assert dense.parameters > 1.2 * exported.parameters
     masked_rows, exported_rows, dense_rows = (measure_perplexity(target, [text], [32, 64]) for target in targets)
     for masked_row, exported_row in zip(masked_rows, exported_rows, strict=True):
         assert exported_row == masked_row | {"ppl": pytest.approx(masked_row["ppl"], rel=1e-5)}
     assert dense_rows[0]["ppl"] < exported_rows[0]["ppl"]
+
+
+def test_no_forward_pass_of_a_run_gathers_weights(run: Path, text: Corpus, monkeypatch) -> None:
+    target = open_target(str(run), device="cpu")
+    monkeypatch.setattr(masked, "gather", None)
+    assert measure_perplexity(target, [text], [32])[0]["ppl"] > 1
 
 
 def test_evaluate_returns_the_documented_object(text: Corpus) -> None:
@@ -313,7 +320,7 @@ def test_measure_speed_measures_models_but_no_runs(run: Path, tmp_path: Path) ->
         assert speed["prefill_tokens_per_second"] > 0
         assert speed["decode_tokens_per_second"] > 0
         assert speed["peak_memory_bytes"] is None
-    assert measured[0]["weight_bytes"] == 4 * small.parameters()
-    assert measured[1]["weight_bytes"] == 4 * dense.parameters()
+    assert measured[0]["weight_bytes"] == 4 * small.parameters
+    assert measured[1]["weight_bytes"] == 4 * dense.parameters
     with pytest.raises(ValueError, match="speed is measured on an exported model"):
         measure_speed([open_target(str(run), device="cpu")])
