@@ -89,6 +89,16 @@ class Ranks:
         values[self.rank] = value
         return int(self._all_reduce(values).max())
 
+    def sum(self, value: float) -> float:
+        """Return the sum of `value` over all processes, the same float64 on each."""
+        if self.world_size == 1:
+            return value
+        import torch
+
+        values = torch.zeros(self.world_size, dtype=torch.float64)
+        values[self.rank] = value
+        return float(self._all_reduce(values).sum())
+
     def barrier(self) -> None:
         """Wait until every process has got here."""
         self.max(0)
@@ -131,8 +141,11 @@ class Ranks:
 
 
 @contextmanager
-def join() -> Iterator[Ranks]:
-    """Connect to the other processes inside the `with`. Raises RunError if they cannot be reached."""
+def join(backend: str = "gloo") -> Iterator[Ranks]:
+    """Connect to the other processes inside the `with`. Raises RunError if they cannot be reached.
+
+    backend: of `torch.distributed`. A training also exchanges gradients, on the GPUs with NCCL: `cpu:gloo,cuda:nccl`.
+    """
     ranks = ranks_from_environment()
     if ranks.world_size == 1:
         yield ranks
@@ -142,7 +155,7 @@ def join() -> Iterator[Ranks]:
     try:
         store = _private_store(ranks)
         distributed.init_process_group(
-            "gloo", store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT
+            backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT
         )
     except RuntimeError as error:
         raise RunError(f"cannot reach the other processes: {in_short(error, 160)}") from error

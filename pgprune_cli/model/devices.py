@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+import psutil
 import torch
 from torch.torch_version import TorchVersion
 
@@ -92,3 +93,10 @@ def device_map(family: ModelFamily, layers: int, tied: bool, devices: list[torch
         family.final_norm: devices[-1],
         family.head: devices[-1],
     }
+
+
+def memory_in_use() -> int:
+    """Return bytes: the peak of the GPU's allocated memory if there is a GPU, else what this process uses now."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return int(psutil.Process().memory_info().rss)

@@ -6,7 +6,6 @@ record is refused. Kept are the last two and the best one on held-out text.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -80,7 +79,7 @@ def finish(checkpoint: TrainingCheckpoint) -> None:
 
 
 def read_checkpoint(folder: Path, older: Iterable[Path] = ()) -> TrainingCheckpoint:
-    """Return a finished checkpoint after checking all its files. The `older` folders are named in the advice of an error.
+    """Return a finished checkpoint after checking its files. The `older` folders are named in the advice of an error.
 
     Raises:
         CorruptCheckpoint: the checkpoint is damaged.
@@ -139,7 +138,7 @@ def drop_old(run: Path) -> None:
     chosen = _best(run)
     for folder in training_checkpoint_folders(run)[:-KEPT]:
         if chosen is None or folder != chosen.folder:
-            os.replace(folder / CHECKPOINT_RECORD, folder / f"{CHECKPOINT_RECORD}.removed")  # unfinished from now on
+            (folder / CHECKPOINT_RECORD).unlink()  # first, so that what a kill leaves is an unfinished checkpoint
             shutil.rmtree(folder)
 
 

@@ -94,7 +94,7 @@ def hidden_errors(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tenso
 
 
 def text_losses(logits: Tensor, windows: Tensor) -> Tensor:
-    """Return the next-token loss of every prediction, `(B, T)` float32 in nats. The last one, whose token is unknown, is 0.
+    """Return the next-token loss of every prediction, `(B, T)` float32 in nats: 0 for the last, whose token is unknown.
 
     logits: of the student, `(B, T, V)`; windows: `(B, T)` int64.
     """

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import SequentialSampler, default_collate
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from pgprune_cli.distributed import Ranks
+from pgprune_cli.distributed import Ranks, ranks_from_environment
 from pgprune_cli.errors import RunError, in_short
+from pgprune_cli.model.devices import memory_in_use
 from pgprune_cli.recipe.schema import RecoverSettings
 from pgprune_cli.recover.checkpoints import TRAINED, TrainingCheckpoint, finish, is_finished
 from pgprune_cli.recover.loss import divergences, hidden_errors, text_losses
@@ -107,7 +108,7 @@ def training_arguments(
         max_grad_norm=1.0,
         bf16=bfloat16,
         use_cpu=on_cpu,
-        ddp_backend="gloo" if on_cpu else None,
+        ddp_backend="gloo" if on_cpu and ranks_from_environment().world_size > 1 else None,
         ddp_find_unused_parameters=False,
         seed=seed,
         eval_strategy="no",
@@ -115,6 +116,7 @@ def training_arguments(
         logging_strategy="no",
         logging_nan_inf_filter=False,
         report_to="none",
+        label_names=["labels"],  # which it cannot find out for a model with adapters, and says so
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_drop_last=False,
@@ -285,7 +287,9 @@ class RecoveryTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the trained weights of a checkpoint, in float32 and under their names in the model."""
-        weights = self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else trained_parameters(self.model)
+        weights = (
+            self.accelerator.get_state_dict(self.model) if self.is_fsdp_enabled else trained_parameters(self.model)
+        )
         if self.args.should_save and output_dir is not None:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
             write_tensors(Path(output_dir) / TRAINED, {name: weights[name].detach() for name in self.trained})

@@ -49,14 +49,18 @@ class TrainingRecord:
         try:
             return cls(**record)
         except TypeError:
-            raise UserError(f"{path}: damaged: its keys are not those of a recovery. Remove {run} to start over.") from None
+            raise UserError(
+                f"{path}: damaged: its keys are not those of a recovery. Remove {run} to start over."
+            ) from None
 
     def differences(self, other: TrainingRecord) -> list[str]:
         """Return what differs from another record, as `key: ours → theirs`. Where files are does not count."""
         ours, theirs = self._compared(), other._compared()
-        return [f"{key}: {ours.get(key)} → {theirs.get(key)}" for key in ours | theirs if ours.get(key) != theirs.get(key)]
+        return [
+            f"{key}: {ours.get(key)} → {theirs.get(key)}" for key in ours | theirs if ours.get(key) != theirs.get(key)
+        ]
 
     def _compared(self) -> dict[str, Any]:
         entries = asdict(self)
-        settings = entries.pop("settings")
+        settings: dict[str, Any] = entries.pop("settings")
         return settings | {key: value for key, value in entries.items() if key not in ("student", "teacher", "text")}

@@ -14,6 +14,7 @@ from pgprune_cli.console.progress import SILENT
 from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.errors import RunError
+from pgprune_cli.model.devices import memory_in_use
 from pgprune_cli.run.checkpoint import Best, Checkpoint, latest_checkpoint, save_checkpoint
 from pgprune_cli.run.history import History, Row, read_history
 from pgprune_cli.run.interruption import Interrupted, stop_signals
@@ -21,7 +22,7 @@ from pgprune_cli.run.resume import resume
 from pgprune_cli.run.trackers import TrackerName, tracking
 from pgprune_cli.search.objective import HeldOut
 from pgprune_cli.search.problem import Problem
-from pgprune_cli.search.progress import SearchProgress, memory_in_use
+from pgprune_cli.search.progress import SearchProgress
 from pgprune_cli.storage.rows import Written
 
 BAD_STEPS = 10

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
-import psutil
-import torch
 from rich.live import Live
 
 from pgprune_cli.console.progress import SILENT, Progress
@@ -79,10 +77,3 @@ class SearchProgress:
     def saved(self, step: int) -> None:
         """Show that a checkpoint has been written."""
         self.view.saved_step = step
-
-
-def memory_in_use() -> int:
-    """Return bytes: the peak of the GPU's allocated memory if there is a GPU, else what this process uses now."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
-    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,114 @@
+"""The training of a recovery: its loss falls, and a stopped one goes on bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.models import VOCABULARY, tiny_model
+
+pytest.importorskip("accelerate", reason="needs the extra: pip install 'pgprune[recovery]'")
+
+from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.recipe.schema import RecoverSettings
+from pgprune_cli.recover.checkpoints import latest
+from pgprune_cli.recover.schedule import Schedule
+from pgprune_cli.recover.student import trainable, trained_tensors
+from pgprune_cli.recover.teacher import LiveTeacher
+from pgprune_cli.recover.texts import RecoveryText
+from pgprune_cli.recover.training import Training, load_trained, train, training_arguments
+from pgprune_cli.run.interruption import Interrupted
+from pgprune_cli.run.layout import TRAINING_HISTORY
+from pgprune_cli.run.training_history import TrainingRow, read_training_history
+from pgprune_cli.storage.rows import cut_back
+
+SETTINGS = RecoverSettings(tokens=8 * 4 * 16, seqlen=16, batch=4, heldout=4, learning_rate=1e-2, checkpoint_every=3)
+"""8 steps of 4 windows of 16 tokens."""
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def text(trained: torch.Tensor | None = None) -> RecoveryText:
+    windows = torch.randint(VOCABULARY, (14, 16), generator=torch.Generator().manual_seed(1))
+    return RecoveryText.of(windows, 4, trained)
+
+
+def recover(
+    run: Path,
+    settings: RecoverSettings = SETTINGS,
+    *,
+    resume: bool = False,
+    skip: bool = False,
+    stop: tuple[int, int] | None = None,
+    bfloat16: bool = False,
+    architecture: str = "llama-gqa",
+    trained: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """Train a tiny model towards another one, and return what was trained. stop: (step, signal) to be sent there."""
+    run.mkdir(exist_ok=True)
+    torch.manual_seed(0)
+    model = PrunableModel.of(tiny_model(architecture, seed=1))
+    student = trainable(model, settings.train, settings.lora_rank)
+    schedule = Schedule.of(settings, 1)
+    checkpoint = latest(run, skip) if resume else None
+    if checkpoint is not None:
+        load_trained(student, checkpoint)
+    cut_back(run / TRAINING_HISTORY, None if checkpoint is None else checkpoint.history)
+
+    def report(row: TrainingRow) -> None:
+        if stop is not None and row.step == stop[0]:
+            os.kill(os.getpid(), stop[1])
+
+    hidden = range(4) if settings.hidden else ()
+    training = Training(
+        run,
+        settings,
+        0,
+        schedule,
+        text(trained),
+        LiveTeacher(tiny_model(architecture), settings.top_k, settings.temperature, hidden),
+        [model.layers[layer] for layer in hidden],
+        checkpoint,
+        report,
+    )
+    train(student, training_arguments(run, settings, 0, schedule, on_cpu=True, bfloat16=bfloat16), training)
+    return trained_tensors(student)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, torch.Tensor]]:
+    """The run directory of a training that nothing stopped, and its weights."""
+    torch.set_num_threads(1)
+    run = tmp_path_factory.mktemp("whole") / "run"
+    return run, recover(run)
+
+
+def test_training_lowers_the_divergence_on_heldout_text(whole) -> None:
+    rows = read_training_history(whole[0])
+    assert [row.step for row in rows] == list(range(9))
+    assert {row.step for row in rows if row.heldout_divergence is not None} == {0, 3, 6, 8}
+    assert rows[-1].heldout_divergence < 0.9 * rows[0].heldout_divergence
+    assert rows[-1].tokens == SETTINGS.tokens
+    assert rows[3].loss == pytest.approx(rows[3].divergence)
+
+
+def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("step", "signum"), [(4, signal.SIGTERM), (6, signal.SIGINT)])
+def test_stopped_training_resumes_bit_for_bit(whole, tmp_path: Path, step: int, signum: int) -> None:
+    with pytest.raises(Interrupted) as stopped:
+        recover(tmp_path / "run", stop=(step, signum))
+    assert (stopped.value.signum, stopped.value.step) == (signum, step + 1)
+    assert_equal(recover(tmp_path / "run", resume=True), whole[1])
+    keys = ("step", "tokens", "loss", "divergence", "heldout_divergence", "learning_rate")
+    found, expected = (
+        [[getattr(row, key) for key in keys] for row in read_training_history(run)]
+        for run in (tmp_path / "run", whole[0])
+    )
+    assert found == expected
