@@ -155,6 +155,17 @@ def read_origin(model: Path) -> Origin | None:
         raise _incomplete(model, missing) from None
 
 
+def kept_layers(model: Path) -> tuple[list[int], int] | None:
+    """Return the layers of which an exported model keeps anything, and how many the dense model has.
+
+    None if its directory has no decision. Raises UserError if the decision is damaged.
+    """
+    if not (model / DECISION_RECORD).exists():
+        return None
+    kept = _read_record(model, "Export the model again.").get("kept", [])
+    return [index for index, counts in enumerate(kept) if any(counts.values())], len(kept)
+
+
 def refuse_other_base(source: Source, decided: Decision | Origin, record: Path | str) -> None:
     """Raise UserError unless `source` is the model that was searched, naming the parts that differ.
 
