@@ -57,7 +57,8 @@ def read(recipe: Recipe, tokenizer: Any, config: Any = None) -> RecoveryText:
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     path = tmp_path / "text.jsonl"
-    path.write_text("".join(json.dumps({"text": f"Fox {index} has {index**3} dens and {index**4} paths."}) + "\n" for index in range(40)))
+    texts = [f"Fox {index} has {index**3} dens and {index**4} paths." for index in range(40)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
 
 
