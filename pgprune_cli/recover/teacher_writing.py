@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -60,96 +61,95 @@ def cached_teacher(
         Interrupted: a signal came. Shards that are complete are kept.
     """
     if read_covered(folder, key) is None or missing_shards(folder, key):
+        writer = _Writer(folder, key, text, batch, stop)
         with ExitStack() as until_written:
             if ranks.is_writer:
                 until_written.enter_context(locked(folder))
-                _begin(folder, key)
+                writer.begin()
             ranks.barrier()
-            _write_shards(folder, key, text, load, batch, ranks, stop, progress)
+            writer.write(load, ranks, progress)
             ranks.barrier()
             if ranks.is_writer:
-                write_record(folder / TEACHER_RECORD, record_of(key, _covered(folder, key)))
+                writer.finish()
         ranks.barrier()
     teacher = CachedTeacher(folder, key)
-    size = key.bytes_of(key.shards)
+    size = key.bytes_of(key.shards) / 1e6
     progress.say(
-        f"{folder}: the dense model's {key.top_k} most likely tokens of every position, {size / 1e9:,.2f} GB. They "
-        f"cover {teacher.covered:.2%} of the probability."
+        f"{folder}: the dense model's {key.top_k} most likely tokens of every position, {size:,.0f} MB. They cover "
+        f"{teacher.covered:.2%} of the probability."
     )
     return teacher
 
 
-def _begin(folder: Path, key: CacheKey) -> None:
-    """Write the record of an unfinished cache. Raise RunError if the shards that are missing do not fit on the disk."""
-    needed = key.bytes_of([key.shards[index] for index in missing_shards(folder, key)])
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise RunError(
-            f"{folder}: the dense model's predictions need {needed / 1e9:,.2f} GB here, but only {free / 1e9:,.2f} GB "
-            "are free. Free some space, set recover.top_k or recover.tokens lower, or choose another directory with "
-            "--teacher-cache."
-        )
-    write_record(folder / TEACHER_RECORD, record_of(key, None))
+@dataclass(frozen=True)
+class _Writer:
+    """Writes the shards of a cache. The attributes are the arguments of `cached_teacher`."""
 
+    folder: Path
+    key: CacheKey
+    text: RecoveryText
+    batch: int
+    stop: Sequence[int]
 
-def _covered(folder: Path, key: CacheKey) -> float:
-    """Return the mean probability that the shards cover, over the positions that are trained on."""
-    parts = [open_shard(folder, key, index)[1] for index in range(len(key.shards))]
-    return float(sum(part["covered"] for part in parts) / max(1, sum(part["positions"] for part in parts)))
+    def begin(self) -> None:
+        """Write the record of an unfinished cache. Raise RunError if the missing shards do not fit on the disk."""
+        missing = [self.key.shards[index] for index in missing_shards(self.folder, self.key)]
+        needed, free = self.key.bytes_of(missing), shutil.disk_usage(self.folder).free
+        if needed > free:
+            raise RunError(
+                f"{self.folder}: the dense model's predictions need {needed / 1e9:,.2f} GB here, but only "
+                f"{free / 1e9:,.2f} GB are free. Free some space, set recover.top_k or recover.tokens lower, or choose "
+                "another directory with --teacher-cache."
+            )
+        write_record(self.folder / TEACHER_RECORD, record_of(self.key, None))
 
+    def write(self, load: Callable[[], LiveTeacher], ranks: Ranks, progress: Progress) -> None:
+        """Write this process's share of the missing shards. The model is loaded for that, and dropped at the end."""
+        key = self.key
+        missing = [index for index in missing_shards(self.folder, key) if index in ranks.share(len(key.shards))]
+        if not missing:
+            return
+        teacher, total = load(), key.bytes_of([key.shards[index] for index in missing])
+        with progress.writing("writing the dense model's predictions", total) as advance:
+            for index in missing:
+                parts = []
+                for part in self._predictions(teacher, key.shards[index]):
+                    if self.stop:
+                        raise Interrupted(self.stop[0], 0)
+                    parts.append(part)
+                    advance(len(part[LOG_PROBS]) * key.window_bytes)
+                write_bytes(teacher_shard(self.folder, index), self._shard(index, parts))
+        del teacher
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
-def _write_shards(
-    folder: Path,
-    key: CacheKey,
-    text: RecoveryText,
-    load: Callable[[], LiveTeacher],
-    batch: int,
-    ranks: Ranks,
-    stop: Sequence[int],
-    progress: Progress,
-) -> None:
-    """Write this process's share of the missing shards. The model is loaded before the first and dropped at the end."""
-    missing = sorted(set(ranks.share(len(key.shards))).intersection(missing_shards(folder, key)))
-    if not missing:
-        return
-    teacher = load()
-    total = key.bytes_of([key.shards[index] for index in missing])
-    with progress.writing("writing the dense model's predictions", total) as advance:
-        for index in missing:
-            parts = []
-            for part in _predicted(teacher, text, key, key.shards[index], batch):
-                if stop:
-                    raise Interrupted(stop[0], 0)
-                parts.append(part)
-                advance(len(part[LOG_PROBS]) * key.window_bytes)
-            write_bytes(teacher_shard(folder, index), _shard(key, index, text, parts))
-    del teacher
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    def finish(self) -> None:
+        """Write the record of a finished cache, with the mean probability it covers at the positions trained on."""
+        parts = [open_shard(self.folder, self.key, index)[1] for index in range(len(self.key.shards))]
+        covered = sum(part["covered"] for part in parts) / max(1, sum(part["positions"] for part in parts))
+        write_record(self.folder / TEACHER_RECORD, record_of(self.key, covered))
 
+    def _predictions(self, teacher: LiveTeacher, windows: range) -> Iterator[dict[str, Tensor]]:
+        """Yield what is stored of batches of windows, on the CPU. Raises RunError if the model predicts NaN."""
+        for start in range(windows.start, windows.stop, self.batch):
+            rows = torch.arange(start, min(start + self.batch, windows.stop))
+            targets = teacher.targets(self.text.windows[rows], rows)
+            if targets.log_probs.isnan().any():
+                raise RunError("the dense model predicts NaN, so nothing can learn from it. Fetch its files again.")
+            least = torch.finfo(torch.float16).min  # an infinite one would make the loss NaN
+            stored = {LOG_PROBS: targets.log_probs.clamp(min=least).half().cpu()}
+            if targets.tokens is not None and self.key.token_dtype is not None:
+                stored[TOKENS] = targets.tokens.cpu().to(self.key.token_dtype)
+            yield stored
 
-def _predicted(
-    teacher: LiveTeacher, text: RecoveryText, key: CacheKey, windows: range, batch: int
-) -> Iterator[dict[str, Tensor]]:
-    """Yield what is stored of batches of windows, on the CPU. Raises RunError if the model predicts NaN."""
-    for start in range(windows.start, windows.stop, batch):
-        rows = torch.arange(start, min(start + batch, windows.stop))
-        targets = teacher.targets(text.windows[rows], rows)
-        if targets.log_probs.isnan().any():
-            raise RunError("the dense model predicts NaN, so nothing can be trained towards it. Fetch its files again.")
-        stored = {LOG_PROBS: targets.log_probs.half().cpu()}
-        if targets.tokens is not None and key.token_dtype is not None:
-            stored[TOKENS] = targets.tokens.cpu().to(key.token_dtype)
-        yield stored
-
-
-def _shard(key: CacheKey, index: int, text: RecoveryText, parts: Sequence[dict[str, Tensor]]) -> bytes:
-    """Return the content of a shard's file."""
-    tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    covered = tensors[LOG_PROBS].double().exp().sum(-1)
-    if text.trained is not None:
-        covered = covered[text.trained[key.shards[index].start : key.shards[index].stop]]
-    about = {"cache": key.digest, "shard": index, "tensors": digest_of(tensors)}
-    about |= {"covered": float(covered.clamp(max=1.0).sum()), "positions": covered.numel()}
-    return save(tensors, metadata={ABOUT: json.dumps(with_checksum(about))})
+    def _shard(self, index: int, parts: Sequence[dict[str, Tensor]]) -> bytes:
+        """Return the content of a shard's file."""
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        covered = tensors[LOG_PROBS].double().exp().sum(-1)
+        if self.text.trained is not None:
+            windows = self.key.shards[index]
+            covered = covered[self.text.trained[windows.start : windows.stop]]
+        about = {"cache": self.key.digest, "shard": index, "tensors": digest_of(tensors)}
+        about |= {"covered": float(covered.clamp(max=1.0).sum()), "positions": covered.numel()}
+        return save(tensors, metadata={ABOUT: json.dumps(with_checksum(about))})
