@@ -17,6 +17,7 @@ EXAMPLES = examples(
     "export runs/smollm2-135m-30 --dry-run",
     "export runs/smollm2-135m-30 --dtype bfloat16 --pad-ffn 64",
     "export runs/smollm2-135m-30 --format gguf --dtype q8_0",
+    "export models/smollm2-135m-30 --format gguf",
 )
 
 Format = Literal["hf", "gguf", "mlx"]
@@ -25,7 +26,11 @@ Format = Literal["hf", "gguf", "mlx"]
 def export(
     run: Annotated[
         Path,
-        typer.Argument(metavar="RUN", help="The run directory of a finished search.", autocompletion=run_names),
+        typer.Argument(
+            metavar="RUN",
+            help="The run directory of a finished search, or an exported model.",
+            autocompletion=run_names,
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -90,7 +95,8 @@ def export(
 
     if push is not None:
         hub.check_name(push)
-    refuse_unfinished(run)  # before seconds of imports
+    if not (run / "config.json").exists():
+        refuse_unfinished(run)  # before seconds of imports
     from pgprune_cli.jobs import export as job
 
     options = job.options_of(

@@ -74,7 +74,8 @@ def export_line(summary: dict[str, Any]) -> str:
     before, after = summary["parameters_before"], summary["parameters_after"]
     about = "about " if summary["estimated"] else ""
     size = f"{after / 1e6:.1f} M of {before / 1e6:.1f} M parameters, {about}{summary['bytes'] / 1e6:.1f} MB"
-    padded = ", padding counted as kept" if summary["padded"] else ""
+    counted = "not counted" if summary["again"] else "counted as kept"
+    padded = f", padding {counted}" if summary["padded"] else ""
     notes = "".join(f"\nnote: {note}" for note in summary["notes"])
     return f"{summary['model']}: {size}; sparsity {summary['sparsity']:.4f}{padded}{notes}"
 

@@ -61,7 +61,7 @@ class DenseModel:
     read from it; unit_tensors: by name, the tensors whose rows belong to elements; write_auxiliary_files: puts
     tokenizer, chat template and licence into a directory; wrapper: the whole config.json of a model of text and images;
     prefixes: by a tensor's name in the causal model, what the names of the decoder's tensors begin with, there and in
-    the files.
+    the files; room: how many of its parameters are none of the model's, but zeros to pad with (room.py).
     """
 
     json: dict[str, Any]
@@ -72,6 +72,7 @@ class DenseModel:
     write_auxiliary_files: Callable[[Path], None]
     wrapper: dict[str, Any] | None = None
     prefixes: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    room: int = 0
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -21,7 +21,12 @@ def export_config(base: DenseModel, surgery: Surgery, dtype: str | None) -> dict
     """Return the content of config.json. dtype: of the export, None to keep the base model's."""
     shapes, family = surgery.shapes, base.shape.family
     result = dict(base.json) | {"num_hidden_layers": len(shapes.layers), "head_dim": family.head_dim(base.config)}
-    for key in ("auto_map", "per_layer_config", "output_biases"):  # of a base model that is pruned already
+    for key in (
+        "auto_map",
+        "per_layer_config",
+        "output_biases",
+        "model_file",
+    ):  # of a base model that is pruned already
         result.pop(key, None)
     if rope := rope_keys(base.config):
         result = {key: value for key, value in result.items() if key not in ROPE_KEYS} | rope

@@ -14,9 +14,12 @@ from torch import Tensor
 
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.export.dense_model import DenseModel, open_dense_model, open_directory
+from pgprune_cli.export.room import with_room
 from pgprune_cli.export.shapes import RuntimeShapes, ShapeRequirements, runtime_shapes
 from pgprune_cli.export.surgery import Surgery, TensorEdit
 from pgprune_cli.export.trained_weights import with_trained
+from pgprune_cli.model.families.adapter import dense_type
+from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.source import Source
 from pgprune_cli.run.decision import Decision, refuse_other_base
 from pgprune_cli.run.layout import DECISION_RECORD
@@ -134,7 +137,7 @@ class Plan(ABC):
     @property
     def parameters_before(self) -> int:
         """Number of parameters of the base model. Tied ones count once, here and in `parameters_after`."""
-        return sum(tensor.numel() for tensor in self.base.tensors.values())
+        return sum(tensor.numel() for tensor in self.base.tensors.values()) - self.base.room
 
     @property
     def parameters_after(self) -> int:
@@ -142,8 +145,11 @@ class Plan(ABC):
 
     @property
     def sparsity(self) -> float:
-        """The fraction of the prunable parameters that is not written. Padding counts as kept."""
-        return self.shapes.sparsity
+        """The fraction of the prunable parameters that is not written. Padding counts as kept.
+
+        If an exported model is written again, this is the fraction that its decision removed, without padding.
+        """
+        return self.shapes.sparsity if self.again is None else self.decision.sparsity
 
     def tensors(self, edits: list[TensorEdit], on_bytes: Callable[[int], None]) -> Iterator[Tensor]:
         """Yield the tensors of these edits, reading and making one at a time.
@@ -178,12 +184,21 @@ def prepare(
         refuse_other_base(source, decision, DECISION_RECORD)
         base, model_mask = open_dense_model(source, decision), decision.model_mask
     else:
-        base = with_trained(open_directory(source), again.trained)
-        model_mask = base.shape.all_kept()
+        base, model_mask = _whole(with_trained(open_directory(source), again.trained), requirements)
     if decoder_only:
         base = base.decoder_alone()
     shapes = runtime_shapes(base.shape, model_mask, requirements)
     return base, Surgery(base.shape, base.unit_tensors, shapes, decision.repaired, base.tensors, dtype)
+
+
+def _whole(exported: DenseModel, requirements: ShapeRequirements) -> tuple[DenseModel, ModelMask]:
+    """Return an exported model and the mask of all its units, with room for padding if that is required."""
+    kind = exported.config.model_type
+    if kind != dense_type(kind) and requirements != ShapeRequirements():  # only then may layers lack what is required
+        roomy, model_mask = with_room(exported)
+        if runtime_shapes(roomy.shape, model_mask, requirements).padded:
+            return roomy, model_mask
+    return exported, exported.shape.all_kept()
 
 
 def check_new(out: Path, directory: bool) -> None:

@@ -149,7 +149,7 @@ def output_columns(dense: Tensor, tensor: UnitTensor, kept: Tensor, written: Ten
         repaired = gather(dense, tensor, KeptElements(kept))
     if torch.equal(kept, written):
         return repaired
-    return _placed(repaired, repaired.new_zeros(kept_shape(tensor, dense.shape, written)), tensor, kept, written)
+    return placed(repaired, repaired.new_zeros(kept_shape(tensor, dense.shape, written)), tensor, kept, written)
 
 
 def inner_rows(dense: Tensor, tensor: UnitTensor, kept: Tensor, written: Tensor, repaired: Tensor | None) -> Tensor:
@@ -162,10 +162,10 @@ def inner_rows(dense: Tensor, tensor: UnitTensor, kept: Tensor, written: Tensor,
     rows = gather(dense, tensor, KeptElements(written))
     if repaired is None:
         return rows
-    return _placed(repaired, rows.to(torch.promote_types(rows.dtype, repaired.dtype)), tensor, kept, written)
+    return placed(repaired, rows.to(torch.promote_types(rows.dtype, repaired.dtype)), tensor, kept, written)
 
 
-def _placed(repaired: Tensor, rows: Tensor, tensor: UnitTensor, kept: Tensor, written: Tensor) -> Tensor:
+def placed(repaired: Tensor, rows: Tensor, tensor: UnitTensor, kept: Tensor, written: Tensor) -> Tensor:
     """Return `rows`, which are those of the written elements, with the repaired rows of the kept elements in place."""
     kept_rows, written_rows, repaired = _rows_of(tensor, kept), _rows_of(tensor, written), repaired.to(rows.dtype)
     if not tensor.stacked:

@@ -72,7 +72,7 @@ def plan(run: Path, options: Options | None = None, format: str = "hf", base: st
     if (run / "config.json").exists():
         if base is not None:
             raise UserError(
-                f"--model {base}: {run} is an exported model, so its own weights are exported. Leave this option out."
+                f"--model {base}: {run} is an exported model, whose own weights are exported. Leave this out."
             )
         return plan_again(run, options, format)
     decision = Decision.load(run)
@@ -107,7 +107,8 @@ def export(
 
 
 def summary(export_plan: Plan, out: Path, written: bool = False) -> dict[str, Any]:
-    """Return the numbers of an export. `sparsity` is that of the prunable parameters, with padding counted as kept.
+    """Return the numbers of an export. `sparsity` is that of the prunable parameters, with padding counted as kept
+    unless an exported model is written `again`.
 
     written: whether `out` has been written, so that a size that was an estimate is known.
     """
@@ -121,6 +122,7 @@ def summary(export_plan: Plan, out: Path, written: bool = False) -> dict[str, An
         "parameters_before": export_plan.parameters_before,
         "parameters_after": export_plan.parameters_after,
         "sparsity": export_plan.sparsity,
+        "again": export_plan.again is not None,
         "padded": export_plan.shapes.padded,
         "bytes": out.stat().st_size if export_plan.estimated and written else export_plan.bytes,
         "estimated": estimated,

@@ -14,6 +14,7 @@ from helpers.masks import draw, random_tokens
 from helpers.messages import refused
 from helpers.models import save_tokenizer, tiny_model
 from helpers.recipes import WIDTH_SEARCH
+from helpers.recoveries import RECORD, recover
 from transformers import AutoModelForCausalLM
 
 from pgprune_cli.core.grid import Grid, first_elements
@@ -30,7 +31,6 @@ from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.repair.least_squares import repair
 from pgprune_cli.run.decision import ancestry
 from pgprune_cli.run.layout import DECISION_RECORD
-from pgprune_cli.storage.records import write_record
 
 FIRST = [(4, 24), ((3, 1), 7), (0, 24), (2, 0)]
 """The sizes of the first decision: unequal, with a layer without heads and one without channels."""
@@ -104,25 +104,20 @@ def test_search_on_a_pruned_model_chains_its_ancestry(
     monkeypatch.chdir(tmp_path)
     recipe = small("budget.sparsity=0.4", *overrides)
     first = search(recipe, Path("first"))
-    export_run(Path("first"), Path("first-model"))
+    export_run(Path("first"), Path("unrecovered"))
+    recover(Path("unrecovered"), Path("first-model"))
     second = search(replace(recipe, model="first-model"), Path("second"))
     export_run(Path("second"), Path("second-model"))
     assert first.ancestors == []
     (earlier,) = second.ancestors
     assert earlier["model"] == recipe.model and earlier["fingerprint"] == first.fingerprint
-    assert earlier["sparsity"] == first.sparsity and earlier["recovery"] is None
+    assert earlier["sparsity"] == first.sparsity
+    assert earlier["recovery"]["tokens"] == RECORD.tokens
     assert [step["model"] for step in ancestry(Path("second-model"))] == [recipe.model, str(tmp_path / "first-model")]
     assert verify(Path("second-model")).faults == [] and verify(Path("second")).faults == []
     card = Path("second-model/README.md").read_text()
     assert first.fingerprint in card and f"{second.sparsity:.1%} of the rest" in card
-
-
-def test_ancestry_tells_a_recovery(tmp_path: Path, saved: Path) -> None:
-    model = tiny_model("llama-gqa")
-    export(saved, tmp_path / "pruned", draw(model, [(4, 24), (3, 7), (4, 9), (2, 8)]))
-    write_record(tmp_path / "pruned" / "recovery.json", {"teacher": "dense", "text": "c4", "tokens": 1000})
-    (step,) = ancestry(tmp_path / "pruned")
-    assert step["recovery"]["tokens"] == 1000
+    assert "The result was trained on 1,000 tokens." in card
 
 
 def test_ancestry_refuses_a_damaged_record(tmp_path: Path, saved: Path) -> None:

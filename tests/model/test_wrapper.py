@@ -11,11 +11,14 @@ import torch
 import transformers as tf
 from helpers.messages import refused
 from helpers.models import save_tokenizer, tiny_config
+from helpers.recoveries import recover
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pgprune_cli.export import gguf, hf
 from pgprune_cli.export.plan import Options
+from pgprune_cli.export.shapes import ShapeRequirements
+from pgprune_cli.export.trained import plan_again
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.families.wrapper import decoder_name
 from pgprune_cli.model.loading import check_prunable, load_prunable
@@ -117,6 +120,22 @@ def test_an_export_is_the_shrunk_model_and_its_vision_is_untouched(wrapped: Path
     old, new = (json.loads((path / "config.json").read_text()) for path in (wrapped, tmp_path / "out"))
     assert "AutoModelForImageTextToText.from_pretrained" in (tmp_path / "out" / "README.md").read_text()
     assert old["vision_config"] == new["vision_config"] and (tmp_path / "out" / "preprocessor_config.json").exists()
+
+
+def test_a_trained_export_keeps_its_vision(wrapped: Path, tmp_path: Path) -> None:
+    export(wrapped, tmp_path / "pruned", "unequal")
+    model = recover(tmp_path / "pruned", tmp_path / "out")
+    loaded = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(loaded), logits(model), atol=1e-5, rtol=1e-5)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("pruned", "out"))
+    others = {name for name in before if decoder_name(name) == name}
+    assert before.keys() == after.keys() and len(others) > 10
+    assert all(torch.equal(before[name], after[name]) == (name in others) for name in before)
+    plan = plan_again(tmp_path / "out", Options(ShapeRequirements("every", "every")))  # padded where blocks are missing
+    assert plan.shapes.padded
+    plan.write(tmp_path / "padded", lambda _: None)
+    padded = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "padded")
+    torch.testing.assert_close(logits(padded), logits(model), atol=1e-5, rtol=1e-5)
 
 
 def test_an_unequal_export_sees_images_and_generates_with_a_cache(wrapped: Path, tmp_path: Path) -> None:
