@@ -41,6 +41,12 @@ def model_names(incomplete: str) -> Iterator[str]:
     return (name for name in ["demo", *models, *run_names("")] if name.startswith(incomplete))
 
 
+def exported_names(incomplete: str) -> Iterator[str]:
+    """Complete the exported models in `models`."""
+    models = (str(path.parent) for path in sorted(Path("models").glob(f"*/{DECISION_RECORD}")))
+    return (name for name in models if name.startswith(incomplete))
+
+
 def metric_names(incomplete: str) -> Iterator[str]:
     """Complete the names of the metrics."""
     from typing import get_args

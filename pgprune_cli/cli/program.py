@@ -9,7 +9,19 @@ from typing import Annotated, NoReturn
 import typer
 
 from pgprune_cli import __version__
-from pgprune_cli.cli import compare, doctor, evaluate, export, init_scores, recipes, report, runs, search, verify
+from pgprune_cli.cli import (
+    compare,
+    doctor,
+    evaluate,
+    export,
+    init_scores,
+    recipes,
+    recover,
+    report,
+    runs,
+    search,
+    verify,
+)
 from pgprune_cli.cli.complaints import complain, usage_fault
 from pgprune_cli.cli.options import examples
 from pgprune_cli.cli.stopping import stoppable
@@ -26,6 +38,7 @@ app = typer.Typer(
 app.command(epilog=init_scores.EXAMPLES)(init_scores.init_scores)
 app.command(epilog=search.EXAMPLES)(search.search)
 app.command(epilog=export.EXAMPLES)(export.export)
+app.command(epilog=recover.EXAMPLES)(recover.recover)
 app.command("eval", epilog=evaluate.EXAMPLES)(evaluate.evaluate)
 app.command(epilog=compare.EXAMPLES)(compare.compare)
 app.command(epilog=report.EXAMPLES)(report.report)
@@ -33,6 +46,9 @@ app.command(epilog=runs.EXAMPLES)(runs.runs)
 app.add_typer(recipes.recipes_app, name="recipes")
 app.command(epilog=verify.EXAMPLES)(verify.verify)
 app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
+
+DISTRIBUTED = ("search", "recover")
+"""The commands that several processes can run together under torchrun."""
 
 
 def _print_version(requested: bool) -> None:
@@ -48,9 +64,10 @@ def _program(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    if ranks_from_environment().world_size > 1 and context.invoked_subcommand != "search":
+    if ranks_from_environment().world_size > 1 and context.invoked_subcommand not in DISTRIBUTED:
         raise UserError(
-            f"{context.invoked_subcommand}: runs in one process. Start it without torchrun, which only search supports."
+            f"{context.invoked_subcommand}: runs in one process. Start it without torchrun, which only "
+            f"{' and '.join(DISTRIBUTED)} support."
         )
 
 

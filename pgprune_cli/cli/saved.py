@@ -10,11 +10,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pgprune_cli.run.layout import (
+    CHECKPOINT_RECORD,
     DECISION_RECORD,
     MEASURED_FILE,
+    RECOVERY_RECORD,
     SCORES_FILE,
     checkpoint_folders,
     checkpoint_step,
+    training_checkpoint_folders,
+    training_checkpoint_step,
     widths_files,
 )
 
@@ -48,6 +52,15 @@ def saved_by_search(run: Path, steps: int, step: int | None = None) -> SavedWork
     if (run / SCORES_FILE).exists():
         return SavedWork(f"the scores are saved in {run}, but no search step yet")
     return NOTHING
+
+
+def saved_by_recover(run: Path, step: int | None = None) -> SavedWork:
+    """Describe what a recovery has saved. step: the one just saved, if the caller knows it."""
+    if (run / RECOVERY_RECORD).exists():
+        return SavedWork(f"the recovery in {run} is finished", complete=True)
+    finished = [folder for folder in training_checkpoint_folders(run) if (folder / CHECKPOINT_RECORD).exists()]
+    step = step or max(filter(None, map(training_checkpoint_step, finished)), default=None)
+    return NOTHING if step is None else SavedWork(f"step {step} is saved in {run}")
 
 
 def saved_by_compare(out: Path, runs: Sequence[tuple[Path, int]]) -> SavedWork:

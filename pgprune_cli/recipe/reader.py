@@ -66,10 +66,10 @@ class UnknownKeys(UserError):  # noqa: N818  (it says what is wrong)
     """The only faults of a recipe are keys that this version does not know."""
 
 
-def parse(text: str, where: str) -> Recipe:
-    """Read the text that `dump` wrote. `where` is the place that faults name.
+def parse(text: str, where: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Read the text that `dump` wrote, and `overrides` as `load` takes them. `where` is the place that faults name.
 
-    Contradictions are not checked: the recipe was checked when it was first read.
+    Without overrides, contradictions are not checked: the recipe was checked when it was first read.
 
     Raises:
         UnknownKeys: the only faults are keys that this version does not know.
@@ -77,9 +77,14 @@ def parse(text: str, where: str) -> Recipe:
     """
     reader = _Reader()
     reader.text(text, where, lambda _, at: reader.fault(f"{at}: a resolved recipe cannot extend another"))
+    for override in overrides:
+        reader.override(override)
     if not reader.faults:
         reader.missing(where)
-    return reader.recipe()
+    recipe = reader.recipe()
+    if overrides:
+        refuse_contradictions(recipe, where)
+    return recipe
 
 
 def find(name_or_path: str) -> Path:

@@ -1,0 +1,251 @@
+"""recover: train an exported model to predict what its dense model predicts, and export it again."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pgprune_cli.console.progress import SILENT, Progress
+from pgprune_cli.distributed import Ranks, join
+from pgprune_cli.errors import RunError
+from pgprune_cli.export.trained import plan_again
+from pgprune_cli.jobs.recovery_request import Opened, Request, check, device_of, finished, open_request
+from pgprune_cli.model.loading import load_prunable
+from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.recipe.reader import dump
+from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.recover.checkpoints import MOST, TrainingCheckpoint, best, latest, remove_all
+from pgprune_cli.recover.schedule import Schedule
+from pgprune_cli.recover.student import trainable, trained_parameters, trained_tensors
+from pgprune_cli.recover.teacher import LiveTeacher, Teacher, load_teacher
+from pgprune_cli.recover.teacher_cache import CacheKey
+from pgprune_cli.recover.teacher_writing import cached_teacher
+from pgprune_cli.recover.training import Training, load_trained, train, training_arguments
+from pgprune_cli.run.interruption import stop_signals
+from pgprune_cli.run.layout import (
+    RECOVERY_RECORD,
+    TEACHER_FOLDER,
+    TRAINING_HISTORY,
+)
+from pgprune_cli.run.lock import locked
+from pgprune_cli.run.recovery import RecoveryRecord, read_recoveries
+from pgprune_cli.run.settled import settled
+from pgprune_cli.run.trackers import TrackerName, tracking
+from pgprune_cli.run.training_history import TrainingRow, read_training_history
+from pgprune_cli.storage.records import read_record, write_record
+from pgprune_cli.storage.rows import cut_back
+
+STATE_BYTES = 12
+"""Bytes of a checkpoint for a trained weight: itself and the two moments of AdamW, all in float32."""
+
+
+def recover(
+    request: Request,
+    *,
+    skip_corrupt_checkpoint: bool = False,
+    tracker: TrackerName | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Train the model as the recipe says, or resume its training, and write the best weights to `request.out`.
+
+    Under torchrun all processes call this alike, and only the writer among them writes models and history.
+
+    Returns the record of the recovery (`RecoveryRecord`), also if it was finished before.
+
+    Raises:
+        UserError: the run directory belongs to something else, is damaged or in use; the teacher or the text does not
+            fit the student; `out` exists.
+        RunError: the loss is not finite, the disk is too full, or another process has died.
+        Interrupted: a signal stopped the training; its state is saved.
+    """
+    request = replace(request, recipe=settled(request.recipe))
+    if (request.run / RECOVERY_RECORD).exists():
+        return finished(request)
+    check(request, tracker)
+    backend = "cpu:gloo,cuda:nccl" if device_of(request.recipe).type == "cuda" else "gloo"
+    with join(backend) as ranks, ExitStack() as until_finished:
+        shown = progress if ranks.is_writer else SILENT
+        if ranks.is_writer:
+            until_finished.enter_context(locked(request.run))
+        with ranks.run_writer_first():  # one process downloads and tokenises, the others find it done
+            opened = open_request(request, ranks, shown)
+        _train(request, opened, ranks, shown, tracker, skip_corrupt_checkpoint)
+        with ranks.run_writer_first():
+            if ranks.is_writer:
+                _write(request, opened, shown)
+        return read_record(request.run / RECOVERY_RECORD)
+
+
+# --- the training
+
+
+def _train(
+    request: Request,
+    opened: Opened,
+    ranks: Ranks,
+    progress: Progress,
+    tracker: TrackerName | None,
+    skip_corrupt_checkpoint: bool,
+) -> None:
+    """Do the steps that are left."""
+    recipe, run, settings = request.recipe, request.run, request.recipe.recover
+    device = device_of(recipe)
+    bfloat16 = opened.record.products == "bfloat16"
+    with ranks.run_writer_first():  # the writer removes checkpoints that are not whole
+        resumed = latest(run, skip_corrupt_checkpoint and ranks.is_writer)
+        if ranks.is_writer:
+            cut_back(run / TRAINING_HISTORY, None if resumed is None else resumed.history)
+    if resumed is not None and resumed.step == opened.schedule.steps:
+        return
+    cached = None
+    if settings.teacher == "cached":
+        cached = _cached_teacher(request, opened, device, ranks, progress)
+    with progress.working(f"loading {request.model}"):
+        model, student = _load_student(opened, recipe, resumed)
+    _check_space(run, student)
+    arguments = training_arguments(
+        run, settings, recipe.seed, opened.schedule, on_cpu=device.type == "cpu", bfloat16=bfloat16
+    )
+    layers = list(model.layers) if settings.hidden else []
+    teacher: Teacher = cached or _live_teacher(request, opened, arguments.device, progress)
+    log = tracking(tracker if ranks.is_writer else None, run, asdict(recipe), 0 if resumed is None else resumed.step)
+    if resumed is not None:
+        progress.say(f"resuming from step {resumed.step} of {opened.schedule.steps}")
+    with log as track:
+        shown = _Shown(opened.schedule, progress)
+
+        def report(row: TrainingRow) -> None:
+            track(row)
+            shown.show(row)
+
+        training = Training(
+            run, settings, recipe.seed, opened.schedule, opened.text, teacher, layers, resumed, report, ranks
+        )
+        train(student, arguments, training)
+
+
+def _load_student(
+    opened: Opened, recipe: Recipe, checkpoint: TrainingCheckpoint | None
+) -> tuple[PrunableModel, nn.Module]:
+    """Return the model, and what is trained of it, with the weights of a checkpoint if there is one.
+
+    Weights that are not trained keep their stored dtype if products are in bfloat16 anyway.
+    """
+    from transformers import set_seed
+
+    settings = recipe.recover
+    frozen = settings.train != "all" and opened.record.products == "bfloat16"
+    model = load_prunable(opened.student, "auto" if frozen else "float32", "cpu")
+    set_seed(recipe.seed)  # adapters begin with random weights
+    student = trainable(model, settings.train, settings.lora_rank)
+    if checkpoint is not None:
+        load_trained(student, checkpoint)
+    return model, student
+
+
+def _live_teacher(request: Request, opened: Opened, device: torch.device, progress: Progress) -> LiveTeacher:
+    """Load the dense model onto the device of this process."""
+    settings = request.recipe.recover
+    with progress.working(f"loading {opened.teacher.name}"):
+        model = load_teacher(opened.teacher, "cpu").to(device)
+    return LiveTeacher(model, settings.top_k, settings.temperature, opened.streams)
+
+
+def _cached_teacher(
+    request: Request, opened: Opened, device: torch.device, ranks: Ranks, progress: Progress
+) -> Teacher:
+    """Return the dense model's predictions on disk, after writing what is missing of them."""
+    settings = request.recipe.recover
+    key = CacheKey.of(
+        opened.record.teacher_fingerprint, opened.text, opened.vocabulary, settings.top_k, settings.temperature
+    )
+    shared = request.teacher_cache
+    folder = request.run / TEACHER_FOLDER if shared is None else key.folder_in(shared)
+    with stop_signals(ranks) as stop:
+        return cached_teacher(
+            folder,
+            key,
+            opened.text,
+            lambda: _live_teacher(request, opened, device, progress),
+            batch=settings.batch,
+            ranks=ranks,
+            stop=stop,
+            progress=progress,
+        )
+
+
+def _check_space(run: Path, student: nn.Module) -> None:
+    """Raise RunError if the disk has no room for the checkpoints."""
+    trained = sum(parameter.numel() for parameter in trained_parameters(student).values())
+    needed, free = MOST * STATE_BYTES * trained, shutil.disk_usage(run).free
+    if needed > free:
+        raise RunError(
+            f"{run}: the checkpoints need about {needed / 1e9:,.2f} GB of disk, but only {free / 1e9:,.2f} GB are "
+            "free. Make room, choose another disk with --run, or set recover.train to lora."
+        )
+
+
+class _Shown:
+    """Prints a line for the rows with an evaluation."""
+
+    def __init__(self, schedule: Schedule, progress: Progress) -> None:
+        self.schedule, self.progress = schedule, progress
+
+    def show(self, row: TrainingRow) -> None:
+        if row.heldout_divergence is None:
+            return
+        loss = "" if row.loss is None else f" loss {row.loss:.3f}"
+        speed = "" if row.tokens_per_second is None else f" {row.tokens_per_second:,.0f} tok/s"
+        self.progress.say(
+            f"step {row.step}/{self.schedule.steps}{loss} held-out {row.heldout_divergence:.3f}{speed} "
+            f"{row.memory_bytes / 1e9:.1f} GB {row.seconds:.0f} s"
+        )
+
+
+# --- the result
+
+
+def _write(request: Request, opened: Opened, progress: Progress) -> None:
+    """Export the best weights, and record the recovery in the run directory."""
+    recipe, run = request.recipe, request.run
+    chosen = best(run)
+    assert chosen is not None and chosen.heldout_divergence is not None, "the last step has a checkpoint"
+    rows = read_training_history(run)
+    before = rows[0].heldout_divergence
+    assert before is not None, "the first row is that of the start"
+    if chosen.heldout_divergence >= before:
+        progress.say(
+            f"warning: the training did not help: the held-out divergence was {before:.4f} before it and is "
+            f"{chosen.heldout_divergence:.4f} at its best. Lower recover.learning_rate."
+        )
+    settings, record = recipe.recover, opened.record
+    recovery = RecoveryRecord(
+        student=record.student,
+        fingerprint=record.fingerprint,
+        teacher=record.teacher,
+        teacher_fingerprint=record.teacher_fingerprint,
+        text=record.text,
+        train=settings.train,
+        lora_rank=settings.lora_rank if settings.train == "lora" else None,
+        tokens=rows[-1].tokens,
+        steps=opened.schedule.steps,
+        seconds=rows[-1].seconds,
+        loss_before=before,
+        loss_after=chosen.heldout_divergence,
+        best_step=chosen.step,
+        recipe=dump(recipe),
+    )
+    _, student = _load_student(opened, recipe, chosen)
+    out = request.out.expanduser()
+    tensors = trained_tensors(student)
+    plan = plan_again(opened.student.directory, None, request.format, tensors, recovery)
+    with progress.writing(f"writing {out}", plan.progress_bytes) as on_bytes:
+        plan.write(out, on_bytes)
+    write_record(run / RECOVERY_RECORD, recovery.content(read_recoveries(opened.student.directory)))
+    remove_all(run)

@@ -1,0 +1,176 @@
+"""What is known of a recovery before a model is loaded: student, teacher, text, and where its state is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pgprune_cli.console.progress import Progress
+from pgprune_cli.distributed import Ranks
+from pgprune_cli.errors import UserError
+from pgprune_cli.export.formats import FORMATS
+from pgprune_cli.export.plan import check_new
+from pgprune_cli.export.trained import plan_again
+from pgprune_cli.model.devices import devices_of, fastest_dtype
+from pgprune_cli.model.loading import load_tokenizer, read_config
+from pgprune_cli.model.source import Source, find_local
+from pgprune_cli.recipe.reader import by_key, dump, parse
+from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.recover.checks import find_teacher, refuse_other_vocabulary, streams_to_match
+from pgprune_cli.recover.schedule import Schedule
+from pgprune_cli.recover.texts import RecoveryText, recovery_corpus, recovery_text
+from pgprune_cli.run.decision import read_origin
+from pgprune_cli.run.layout import (
+    DECISION_RECORD,
+    RECIPE_FILE,
+    RECOVERY_RECORD,
+    TRAINING_RECORD,
+    is_run,
+)
+from pgprune_cli.run.lock import refuse_unusable
+from pgprune_cli.run.provenance import record_command
+from pgprune_cli.run.trackers import TrackerName, check_installed
+from pgprune_cli.run.training_record import TrainingRecord
+from pgprune_cli.storage.records import read_record
+
+IRRELEVANT = ("recover.corpus", "recover.checkpoint_every", "recover.gradient_checkpointing")
+"""Settings that the result does not depend on, or that are known in another way."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to recover. model: a directory that `pgprune export` wrote; out: the new path; run: the run directory;
+    recipe: its settings; teacher: the dense model if it is not that of the provenance; teacher_cache: a directory of
+    cached predictions that many students share; format: of the result."""
+
+    model: str
+    out: Path
+    run: Path
+    recipe: Recipe
+    teacher: str | None = None
+    teacher_cache: Path | None = None
+    format: str = "hf"
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What is known before the models are loaded."""
+
+    student: Source
+    teacher: Source
+    text: RecoveryText
+    record: TrainingRecord
+    schedule: Schedule
+    streams: Sequence[int]
+    vocabulary: int
+
+
+def recipe_of(model: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Return the recipe in the decision of an exported model, with `overrides` as for `--set`. Raises UserError."""
+    source = _student(model)
+    origin = read_origin(source.directory)
+    if origin is None:
+        raise UserError(f"{model}: has no {DECISION_RECORD}, so its recipe is not known. Give one with --recipe.")
+    return parse(origin.recipe, f"{source.directory / DECISION_RECORD}: its recipe", overrides)
+
+
+def check(request: Request, tracker: TrackerName | None) -> None:
+    """Raise UserError for what can be refused at once."""
+    needed = ["accelerate", *(["peft"] if request.recipe.recover.train == "lora" else [])]
+    if missing := [name for name in needed if find_spec(name) is None]:
+        raise UserError(f"recover: needs {' and '.join(missing)}. Install it with: pip install 'pgprune[recovery]'")
+    if tracker is not None:
+        check_installed(tracker)
+    refuse_unusable(request.run)
+    if is_run(request.run) and not (request.run / TRAINING_RECORD).exists():
+        raise UserError(f"{request.run}: holds a search. Choose another directory for the recovery with --run.")
+    check_new(request.out.expanduser(), directory=not FORMATS[request.format].suffix)
+
+
+def _student(model: str) -> Source:
+    """Return the files of the model to recover. Raises UserError if it is not an exported model."""
+    if is_run(Path(model)):
+        raise UserError(f"{model}: a run, not a model. Export it first: pgprune export {model}")
+    source = find_local(model)
+    if source is None or source.gguf is not None:
+        raise UserError(f"{model}: not a directory that `pgprune export` wrote. Export the model with --format hf.")
+    return source
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """Return the device of this process. Raises UserError for a device that a training cannot use."""
+    if recipe.device.startswith("cuda:"):
+        raise UserError(
+            f"device: {recipe.device}: a recovery uses the first GPU, or one for each process of torchrun. "
+            f"Set device to cuda, and choose GPUs with CUDA_VISIBLE_DEVICES={recipe.device.replace('cuda:', '')}."
+        )
+    return devices_of(recipe.device)[0]
+
+
+def open_request(request: Request, ranks: Ranks, progress: Progress) -> Opened:
+    """Read the text, check that everything fits, and write the resolved recipe and what is trained into the run."""
+    recipe, run = request.recipe, request.run
+    student = _student(request.model)
+    plan_again(student.directory, format=request.format)  # refuses what could not be written in the end
+    teacher = find_teacher(student, request.teacher)
+    config, teacher_config = read_config(student), read_config(teacher)
+    tokenizer = load_tokenizer(student)
+    refuse_other_vocabulary(student, config, tokenizer, teacher, teacher_config, load_tokenizer(teacher))
+    streams = streams_to_match(student, config, teacher, teacher_config) if recipe.recover.hidden else ()
+    with progress.working(f"reading {recovery_corpus(recipe)}"):
+        text = recovery_text(recipe, student.name, config, tokenizer)
+    schedule = Schedule.of(recipe.recover, ranks.world_size)
+    earlier = TrainingRecord.read(run) if (run / TRAINING_RECORD).exists() else None
+    record = TrainingRecord(
+        student=str(student.directory.absolute()),
+        fingerprint=student.fingerprint(),
+        teacher=teacher.name,
+        teacher_fingerprint=teacher.fingerprint(),
+        text=recovery_corpus(recipe),
+        text_digest=text.digest,
+        settings=_settings(recipe),
+        steps=schedule.steps,
+        windows_per_step=schedule.windows_per_step,
+        processes=ranks.world_size,
+        products=fastest_dtype(recipe.device) if earlier is None else earlier.products,
+    )
+    if earlier is not None and (changed := earlier.differences(record)):
+        raise _other_recovery(run, changed)
+    if ranks.is_writer:
+        (run / RECIPE_FILE).write_bytes(dump(recipe).encode())
+        record.write(run)
+        record_command(run)
+    return Opened(student, teacher, text, record, schedule, streams, teacher_config.vocab_size)
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Return the settings that the result depends on, by dotted key."""
+    values = by_key(recipe)
+    names = [key for key in values if key.startswith("recover.") and key not in IRRELEVANT]
+    return {key: values[key] for key in ("seed", *names)}
+
+
+def _other_recovery(run: Path, changed: Sequence[str]) -> UserError:
+    return UserError(
+        f"{run}: belongs to another recovery ({', '.join(changed)}). Choose another directory with --run, or "
+        "remove this one to start over."
+    )
+
+
+def finished(request: Request) -> dict[str, Any]:
+    """Return the record of a finished recovery. Raises UserError if it had other settings, or its result is missing."""
+    record = read_record(request.run / RECOVERY_RECORD)
+    before = TrainingRecord.read(request.run)
+    if changed := before.differences(replace(before, settings=_settings(request.recipe))):
+        raise _other_recovery(request.run, changed)
+    if not request.out.expanduser().exists():
+        raise UserError(
+            f"{request.run}: the recovery is finished, but {request.out} is missing. Give the path that it wrote, or "
+            "remove the run directory to recover again."
+        )
+    return record
