@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,9 @@ from pgprune_cli.recipe.schema import RecoverSettings
 from pgprune_cli.recover.checkpoints import latest
 from pgprune_cli.recover.schedule import Schedule
 from pgprune_cli.recover.student import trainable, trained_tensors
-from pgprune_cli.recover.teacher import LiveTeacher
+from pgprune_cli.recover.teacher import LiveTeacher, Teacher
+from pgprune_cli.recover.teacher_cache import CacheKey
+from pgprune_cli.recover.teacher_writing import cached_teacher
 from pgprune_cli.recover.texts import RecoveryText
 from pgprune_cli.recover.training import Training, load_trained, train, training_arguments
 from pgprune_cli.run.interruption import Interrupted
@@ -46,6 +49,7 @@ def recover(
     bfloat16: bool = False,
     architecture: str = "llama-gqa",
     trained: torch.Tensor | None = None,
+    teacher: Teacher | None = None,
 ) -> dict[str, torch.Tensor]:
     """Train a tiny model towards another one, and return what was trained. stop: (step, signal) to be sent there."""
     run.mkdir(exist_ok=True)
@@ -69,7 +73,7 @@ def recover(
         0,
         schedule,
         text(trained),
-        LiveTeacher(tiny_model(architecture), settings.top_k, settings.temperature, hidden),
+        teacher or LiveTeacher(tiny_model(architecture), settings.top_k, settings.temperature, hidden),
         [model.layers[layer] for layer in hidden],
         checkpoint,
         report,
@@ -93,6 +97,19 @@ def test_training_lowers_the_divergence_on_heldout_text(whole) -> None:
     assert rows[-1].heldout_divergence < 0.9 * rows[0].heldout_divergence
     assert rows[-1].tokens == SETTINGS.tokens
     assert rows[3].loss == pytest.approx(rows[3].divergence)
+
+
+def test_training_towards_cached_predictions_equals_that_towards_the_live_model(tmp_path: Path) -> None:
+    settings = replace(SETTINGS, top_k=24, tokens=4 * 4 * 16)
+    key = CacheKey.of("dense", text(), VOCABULARY, settings.top_k, settings.temperature)
+    live = LiveTeacher(tiny_model("llama-gqa"), settings.top_k, settings.temperature)
+    cached = cached_teacher(tmp_path / "cache", key, text(), lambda: live, batch=4)
+    losses = []
+    for name, teacher in {"live": live, "cached": cached}.items():
+        recover(tmp_path / name, settings, teacher=teacher)
+        losses.append([row.loss for row in read_training_history(tmp_path / name) if row.loss is not None])
+    assert len(losses[0]) == 4
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def assert_equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
