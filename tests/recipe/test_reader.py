@@ -206,7 +206,7 @@ def test_switch_refuses_all_but_booleans(written: str) -> None:
 
 def test_the_text_of_a_recovery_may_be_empty_and_no_other() -> None:
     assert read(MINIMAL + 'recover: {corpus: ""}\n').recover.corpus == ""
-    with refused("calibration.corpus: ", "expected text"):
+    with refused("calibration.corpus", "expected text"):
         read(MINIMAL, 'calibration.corpus=""')
 
 
