@@ -23,7 +23,7 @@ ALLOWED: dict[str, set[str]] = {
     "jobs": JOBS,
     "report": {"run"} | INPUT,
     "export": {"run", "serving"} | INPUT,
-    "estimate": SEARCH | {"search"},
+    "estimate": SEARCH | {"search", "recover"},
     "search": SEARCH,
     "recover": SEARCH,
     "repair": INPUT | {"run", "forward", "scores"},

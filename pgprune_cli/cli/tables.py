@@ -52,21 +52,58 @@ def print_estimate(estimate: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(estimate))
         return
-    passes, rates = estimate["forward_passes"], estimate["flops_per_second"]
-    rows = [
-        [label.format(**estimate), f"{estimate['memory'][key] / 1e9:,.3f} GB"]
-        for key, label in MEMORY.items()
-        if estimate["memory"][key]
-    ]
+    passes = estimate["forward_passes"]
+    rows = _bytes(estimate["memory"], MEMORY, estimate)
     rows += [
         [f"forward passes of the {name}, {passes['tokens']:,} tokens", f"{passes[name]:,}"]
         for name in ("search", "calibration")
     ]
+    _print_estimate(rows, f"{estimate['parameters'] / 1e6:,.1f} M parameters", estimate)
+
+
+RECOVERY_MEMORY = {
+    "weights": "weights, those in training in float32",
+    "gradients": "gradients",
+    "optimizer": "state of AdamW",
+    "activations": "activations kept for the backward pass",
+    "logits": "logits of both models",
+    "teacher": "dense model {teacher}",
+    "caching": "dense model {teacher}, before the training",
+    "device": "peak on {device}",
+}
+DISK = {
+    "cache": "on disk: cached predictions of the dense model",
+    "checkpoints": "on disk: checkpoints",
+    "model": "on disk: the recovered model",
+}
+
+
+def print_recovery_estimate(estimate: dict[str, Any], as_json: bool) -> None:
+    """Print what a recovery would take."""
+    if as_json:
+        print(json.dumps(estimate))
+        return
+    rows = _bytes(estimate["memory"], RECOVERY_MEMORY, estimate) + _bytes(estimate["disk"], DISK, estimate)
+    rows += [["optimizer steps", f"{estimate['steps']:,}"], ["tokens trained on", f"{estimate['tokens']:,}"]]
+    trained, parameters = estimate["trained_parameters"] / 1e6, estimate["parameters"] / 1e6
+    _print_estimate(rows, f"{parameters:,.1f} M parameters, {trained:,.1f} M in training", estimate)
+
+
+def _bytes(amounts: dict[str, int], labels: dict[str, str], estimate: dict[str, Any]) -> list[list[str]]:
+    """Return a row for every amount of bytes that is not 0."""
+    return [
+        [label.format(**estimate), f"{amounts[key] / 1e9:,.3f} GB"] for key, label in labels.items() if amounts[key]
+    ]
+
+
+def _print_estimate(rows: list[list[str]], about: str, estimate: dict[str, Any]) -> None:
+    """Print these rows and those of the FLOPs and the time, under the model and what is said `about` it."""
+    rates = estimate["flops_per_second"]
     for name, part in estimate["flops"].items():
         rows.append([f"TFLOP: {name}", f"{sum(part.values()) / 1e12:,.3f}"])
     rows += [[f"TFLOP/s in {dtype}, measured now", f"{rate / 1e12:,.3f}"] for dtype, rate in rates.items()]
     rows.append(["time of these matrix products", f"{estimate['seconds']:,.0f} s"])
-    grid((f"{estimate['model']}, {estimate['parameters'] / 1e6:,.1f} M parameters, {estimate['dtype']}", ""), rows, 1)
+    grid((f"{estimate['model']}, {about}, {estimate['dtype']}", ""), rows, 1)
     _console().print(estimate["basis"], highlight=False)
 
 

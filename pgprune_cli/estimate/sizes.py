@@ -124,12 +124,7 @@ class Sizes:
 
     def flops_per_token(self, context: int) -> list[int]:
         """Return the FLOPs of every dense block for one token of a window of `context`."""
-        costs, grids = flops(self.model, context), self.model.shape.grids
-        return [
-            costs[block.name][index].of_whole(grids[block.name][index])
-            for index, layer in enumerate(self.model.layers)
-            for block in self.model.family.blocks_of(layer)
-        ]
+        return flops_per_token(self.model, context)
 
     @property
     def statistic(self) -> Statistic | None:
@@ -171,6 +166,16 @@ class Sizes:
     def repairs(self) -> bool:
         """Whether the kept weights are repaired."""
         return self.recipe.repair.method != "none"
+
+
+def flops_per_token(model: PrunableModel, context: int) -> list[int]:
+    """Return the FLOPs of every block of a model, layer by layer, for one token of a window of `context`."""
+    costs, grids = flops(model, context), model.shape.grids
+    return [
+        costs[block.name][index].of_whole(grids[block.name][index])
+        for index, layer in enumerate(model.layers)
+        for block in model.family.blocks_of(layer)
+    ]
 
 
 def tokens_in(batches: Sequence[Tensor]) -> int:

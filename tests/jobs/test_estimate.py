@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.messages import refused
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs import estimate as job
-from pgprune_cli.jobs.estimate import estimate
+from pgprune_cli.jobs.estimate import estimate, estimate_recovery
+from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.search import search
 from pgprune_cli.model.loading import load_model
 from pgprune_cli.model.source import DEMO_MODEL, resolve
@@ -70,3 +73,30 @@ def test_a_model_that_cannot_be_pruned_is_refused(config: str, fault: str, small
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(UserError, match=fault):
         estimate(small(f"model={tmp_path}"))
+
+
+@pytest.fixture(scope="module")
+def exported(finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of the demo model."""
+    out = tmp_path_factory.mktemp("exported") / "model"
+    export(finished["widths"], out)
+    return out
+
+
+def test_a_recovery_is_estimated_from_the_configs_of_both_models(exported: Path, small, tmp_path: Path) -> None:
+    for name in ("config.json", "decision.json"):
+        shutil.copy(exported / name, tmp_path)
+    recipe = small("recover.tokens=3000", "recover.batch=2", "recover.seqlen=32", "device=cpu")
+    said = estimate_recovery(str(tmp_path), recipe)
+    assert (said["teacher"], said["steps"], said["tokens"]) == ("demo", 47, 47 * 64)
+    assert said["parameters"] == said["trained_parameters"] < estimate(recipe)["parameters"]
+    assert said["memory"]["device"] > 12 * said["parameters"]
+    cached = estimate_recovery(
+        str(tmp_path), replace(recipe, recover=replace(recipe.recover, teacher="cached", top_k=8))
+    )
+    assert cached["memory"]["teacher"] == 0 < cached["disk"]["cache"]
+
+
+def test_a_recovery_with_windows_beyond_the_context_is_refused(exported: Path, small) -> None:
+    with refused("recover.seqlen", "4096"):
+        estimate_recovery(str(exported), small("recover.seqlen=4096", "recover.batch=1"))

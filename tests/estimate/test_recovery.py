@@ -1,0 +1,95 @@
+"""What a recovery is said to need, against what torch allocates and counts while one step is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers.medium import medium_model, random_batches
+from helpers.memory import Allocations
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pgprune_cli.estimate.recovery import RecoverySizes, recovery_disk, recovery_flops, recovery_memory
+from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.recipe.schema import RecoverSettings, Trained
+from pgprune_cli.recover.loss import divergences
+from pgprune_cli.recover.student import trainable
+from pgprune_cli.recover.teacher import LiveTeacher
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
+
+BATCH, LENGTH = 4, 64
+
+
+def sizes_of(train: Trained, dtype: torch.dtype) -> RecoverySizes:
+    """Return the sizes of a recovery of one step."""
+    settings = RecoverSettings(train=train, lora_rank=4, batch=BATCH, seqlen=LENGTH, heldout=2, tokens=BATCH * LENGTH)
+    return RecoverySizes(PrunableModel.of(medium_model()), PrunableModel.of(medium_model(dtype)), settings, 1, dtype)
+
+
+def training_of(sizes: RecoverySizes) -> tuple[nn.Module, Callable[[], None]]:
+    """Return the student, with adapters if they are trained, and what trains it for one step without the optimizer."""
+    student = trainable(sizes.student, sizes.settings.train, sizes.settings.lora_rank)
+    (windows,) = random_batches(BATCH, LENGTH, batches=1)
+    teacher = LiveTeacher(sizes.teacher.module, 0, 1.0)
+
+    def step() -> None:
+        targets = teacher.targets(windows, torch.arange(BATCH))
+        with torch.autocast("cpu", torch.bfloat16, enabled=sizes.dtype == torch.bfloat16):
+            divergences(student(input_ids=windows, use_cache=False).logits, targets).mean().backward()
+
+    return student, step
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("train", ["all", "lora", "norms-and-outputs"])
+def test_memory_is_what_a_step_allocates(train: Trained, dtype: torch.dtype) -> None:
+    if train == "lora":
+        pytest.importorskip("peft", reason="pgprune[recovery] is not installed")
+    sizes = sizes_of(train, dtype)
+    needed = recovery_memory(sizes)
+    student, step = training_of(sizes)
+    with Allocations() as seen:
+        step()
+    copies = needed.weights - sum(parameter.nbytes for parameter in student.parameters())
+    assert needed.activations + needed.logits + needed.gradients + copies == pytest.approx(seen.peak, rel=0.2)
+    assert sizes.trained == sum(parameter.numel() for parameter in student.parameters() if parameter.requires_grad)
+    assert needed.optimizer == 2 * needed.gradients == 8 * sizes.trained
+
+
+@pytest.mark.parametrize("train", ["all", "lora", "norms-and-outputs"])
+def test_flops_are_those_that_torch_counts(train: Trained) -> None:
+    if train == "lora":
+        pytest.importorskip("peft", reason="pgprune[recovery] is not installed")
+    sizes = sizes_of(train, torch.float32)
+    counted = {name: part.total() for name, part in recovery_flops(sizes).items()}
+    _, step = training_of(sizes)
+    with FlopCounterMode(display=False) as seen:
+        step()
+    assert sizes.evaluations == 2  # at the start and behind the only step
+    dense = counted["dense model"] * BATCH // (BATCH + 2 * sizes.settings.heldout)
+    assert counted["training"] + dense == pytest.approx(seen.get_total_flops(), rel=0.1)
+
+
+def test_a_cached_teacher_needs_disk_and_no_memory_beside_the_training() -> None:
+    settings = RecoverSettings(teacher="cached", top_k=8, tokens=10_000, heldout=4, seqlen=100, batch=2)
+    model = PrunableModel.of(medium_model())
+    sizes = RecoverySizes(model, model, settings, 1, torch.float32)
+    needed = recovery_memory(sizes)
+    assert needed.teacher == 0
+    assert needed.caching > sum(parameter.nbytes for parameter in model.module.parameters())
+    assert recovery_disk(sizes)["cache"] == pytest.approx((100 + 4) * 100 * 8 * 4, rel=0.02)  # float16, 16-bit ids
+
+
+def test_gradient_checkpointing_saves_memory_and_takes_time() -> None:
+    model = PrunableModel.of(medium_model())
+    sizes = [
+        RecoverySizes(model, model, RecoverSettings(gradient_checkpointing=checkpointing), 1, torch.float32)
+        for checkpointing in (False, True)
+    ]
+    without, with_it = map(recovery_memory, sizes)
+    assert with_it.activations < without.activations / 2
+    without, with_it = (recovery_flops(each)["training"].total() for each in sizes)
+    assert without < with_it < 4 / 3 * without
