@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from pgprune_cli.console.progress import SILENT, Progress
@@ -105,7 +104,7 @@ def _train(
         return
     cached = None
     if settings.teacher == "cached":
-        cached = _cached_teacher(request, opened, device, ranks, progress)
+        cached = _cached_teacher(request, opened, ranks, progress)
     with progress.working(f"loading {request.model}"):
         model, student = _load_student(opened, recipe, resumed)
     _check_space(run, student)
@@ -113,7 +112,7 @@ def _train(
         run, settings, recipe.seed, opened.schedule, on_cpu=device.type == "cpu", bfloat16=bfloat16
     )
     layers = list(model.layers) if settings.hidden else []
-    teacher: Teacher = cached or _live_teacher(request, opened, arguments.device, progress)
+    teacher: Teacher = cached or _live_teacher(request, opened, progress)
     log = tracking(tracker if ranks.is_writer else None, run, asdict(recipe), 0 if resumed is None else resumed.step)
     if resumed is not None:
         progress.say(f"resuming from step {resumed.step} of {opened.schedule.steps}")
@@ -149,17 +148,15 @@ def _load_student(
     return model, student
 
 
-def _live_teacher(request: Request, opened: Opened, device: torch.device, progress: Progress) -> LiveTeacher:
-    """Load the dense model onto the device of this process."""
+def _live_teacher(request: Request, opened: Opened, progress: Progress) -> LiveTeacher:
+    """Load the dense model onto the devices of this process: one GPU, or more if its weights need them."""
     settings = request.recipe.recover
     with progress.working(f"loading {opened.teacher.name}"):
-        model = load_teacher(opened.teacher, "cpu").to(device)
+        model = load_teacher(opened.teacher, request.recipe.device)
     return LiveTeacher(model, settings.top_k, settings.temperature, opened.streams)
 
 
-def _cached_teacher(
-    request: Request, opened: Opened, device: torch.device, ranks: Ranks, progress: Progress
-) -> Teacher:
+def _cached_teacher(request: Request, opened: Opened, ranks: Ranks, progress: Progress) -> Teacher:
     """Return the dense model's predictions on disk, after writing what is missing of them."""
     settings = request.recipe.recover
     key = CacheKey.of(
@@ -172,7 +169,7 @@ def _cached_teacher(
             folder,
             key,
             opened.text,
-            lambda: _live_teacher(request, opened, device, progress),
+            lambda: _live_teacher(request, opened, progress),
             batch=settings.batch,
             ranks=ranks,
             stop=stop,

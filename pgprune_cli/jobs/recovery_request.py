@@ -16,6 +16,7 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.export.formats import FORMATS
 from pgprune_cli.export.plan import check_new
 from pgprune_cli.export.trained import plan_again
+from pgprune_cli.model.context import refuse_longer_windows
 from pgprune_cli.model.devices import devices_of, fastest_dtype
 from pgprune_cli.model.loading import load_tokenizer, read_config
 from pgprune_cli.model.source import Source, find_local
@@ -121,6 +122,7 @@ def open_request(request: Request, ranks: Ranks, progress: Progress) -> Opened:
     config, teacher_config = read_config(student), read_config(teacher)
     tokenizer = load_tokenizer(student)
     refuse_other_vocabulary(student, config, tokenizer, teacher, teacher_config, load_tokenizer(teacher))
+    refuse_longer_windows(teacher_config, teacher.name, {"recover.seqlen": recipe.recover.seqlen})
     streams = streams_to_match(student, config, teacher, teacher_config) if recipe.recover.hidden else ()
     with progress.working(f"reading {recovery_corpus(recipe)}"):
         text = recovery_text(recipe, student.name, config, tokenizer)
