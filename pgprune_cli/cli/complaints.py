@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.console.suggest import nearest
 from pgprune_cli.distributed import ranks_from_environment
+from pgprune_cli.errors import in_short
 
 
 def complain(text: str) -> None:
@@ -40,3 +42,17 @@ def usage_fault(error: Exception) -> str | None:
         message = message.replace(". Did you mean ", ", did you mean ")
         message = f"{message[:1].lower()}{message[1:]}{'?' if 'did you mean' in message else '.'}"
     return f"{message} See `{command} --help`."
+
+
+def memory_fault(error: Exception) -> str | None:
+    """Return one line if a GPU or the host has run out of memory, and None for any other error."""
+    if "torch" not in sys.modules:
+        return None
+    from pgprune_cli.model.out_of_memory import is_out_of_memory
+
+    if not is_out_of_memory(error):
+        return None
+    return (
+        f"out of memory ({in_short(error, 200)}). Stop other programs on the device, use more devices, or set "
+        "weight_format to int8. `pgprune search --dry-run` prints what a search needs."
+    )

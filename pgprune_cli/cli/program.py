@@ -22,7 +22,7 @@ from pgprune_cli.cli import (
     search,
     verify,
 )
-from pgprune_cli.cli.complaints import complain, usage_fault
+from pgprune_cli.cli.complaints import complain, memory_fault, usage_fault
 from pgprune_cli.cli.options import examples
 from pgprune_cli.cli.stopping import stoppable
 from pgprune_cli.distributed import ranks_from_environment
@@ -94,11 +94,11 @@ def main() -> NoReturn:
         complain(f"{error.filename or 'a file'}: {error.strerror or error}{advice_on(error)}")
         code = ExitCode.FAILED
     except Exception as error:
-        fault = usage_fault(error)
-        if fault is None:  # a bug: show its traceback
+        usage, memory = usage_fault(error), memory_fault(error)
+        if usage is None and memory is None:  # a bug: show its traceback
             raise
-        complain(fault)
-        code = ExitCode.BAD_INPUT
+        complain(usage or memory or "")
+        code = ExitCode.FAILED if memory else ExitCode.BAD_INPUT
     sys.exit(code)
 
 

@@ -54,8 +54,8 @@ class Memory:
         return self.hidden_states + self.written_widths
 
 
-def memory(sizes: Sizes, texts: Texts) -> Memory:
-    """Return the bytes that a search needs at most."""
+def memory(sizes: Sizes, texts: Texts, *, solves: bool = True) -> Memory:
+    """Return the bytes that a search needs at most. solves: whether equations are solved on the device."""
     fits = sizes.has_table or sizes.repairs
     layerwise = texts.scoring if sizes.scores_on_text and sizes.statistic != "gradients" else []
     fitted = texts.fitting if fits else []
@@ -71,7 +71,9 @@ def memory(sizes: Sizes, texts: Texts) -> Memory:
             divergence_bytes(sizes, texts.step),
         ),
         slices=max(slice_bytes(sizes, block) for block in sizes.blocks),
-        covariances=max(solving_bytes(sizes), observing_bytes(sizes, largest)) + unpacked_bytes(sizes) if solved else 0,
+        covariances=max(solving_bytes(sizes) if solves else 0, observing_bytes(sizes, largest)) + unpacked_bytes(sizes)
+        if solved
+        else 0,
         block_fit=block_fit_bytes(sizes, context) if sizes.fits_blocks else 0,
         gradients=backward_bytes(sizes, texts.scoring[0]) if sizes.statistic == "gradients" else 0,
         hidden_states=(max(tokens_in(layerwise), tokens_in(fitted)) + dense_states(sizes) * texts.heldout.numel())

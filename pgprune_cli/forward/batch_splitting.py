@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.errors import RunError
+from pgprune_cli.model.out_of_memory import is_out_of_memory
 
 OUT_OF_MEMORY = (
     "out of memory with one window at a time. Use more devices, or lower calibration.seqlen (for the scores: "
@@ -27,16 +28,16 @@ class BatchSplitter:
     def run_slices(self, windows: int, run: Callable[[slice], None]) -> None:
         """Call `run` for consecutive slices of `windows` windows.
 
-        A slice that runs out of memory is halved and retried. When `run` raises torch.OutOfMemoryError it must not have
-        recorded anything for its slice. Raises RunError if one window does not fit.
+        A slice that runs out of memory is halved and retried. When `run` fails with an error that `is_out_of_memory`
+        recognises, it must not have recorded anything for its slice. Raises RunError if one window does not fit.
         """
         done = 0
         while done < windows:
             size = min(self.max_windows or windows, windows - done)
             try:
                 run(slice(done, done + size))
-            except torch.OutOfMemoryError as error:
-                self._refuse_single_window(size, error)
+            except RuntimeError as error:
+                self._refuse_unless_divisible(size, error)
             else:
                 done += size
                 continue
@@ -53,11 +54,13 @@ class BatchSplitter:
             try:
                 run([part for tokens in batches for part in tokens.split(size)])
                 return
-            except torch.OutOfMemoryError as error:
-                self._refuse_single_window(size, error)
+            except RuntimeError as error:
+                self._refuse_unless_divisible(size, error)
             self._halve(size)
 
-    def _refuse_single_window(self, size: int, error: torch.OutOfMemoryError) -> None:
+    def _refuse_unless_divisible(self, size: int, error: RuntimeError) -> None:
+        if not is_out_of_memory(error):
+            raise error
         if size == 1:
             raise RunError(OUT_OF_MEMORY) from error
 

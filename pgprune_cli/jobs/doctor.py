@@ -39,20 +39,19 @@ def doctor(recipe: Recipe | None = None, run: Path | None = None) -> list[Findin
 
 def _recipe(recipe: Recipe, run: Path | None) -> Iterator[Finding]:
     """Make the checks of a search. If the model must be downloaded first, make those that do not need its files."""
-    from pgprune_cli.search.checks import CHECKS
+    from pgprune_cli.jobs.memory import SEARCH_CHECKS
     from pgprune_cli.search.preparation import Preparation
 
     if _must_be_downloaded(recipe.model):
         preparation = Preparation(recipe, run)
-        yield from _findings(preparation, [check for check in CHECKS if check.needs == "machine"])
+        yield from _findings(preparation, [check for check in SEARCH_CHECKS if check.needs == "machine"])
         yield from _model_on_hub(preparation)
         yield _text(recipe.calibration.corpus, "calibration")
         yield from _evaluation_texts(recipe)
         return
     preparation = Preparation(recipe, run, found=_cached(recipe.model))
     with preparation.parsed_once():
-        yield from _findings(preparation, CHECKS, _text_on_hub(recipe.calibration.corpus))
-    yield from _local_memory(preparation)
+        yield from _findings(preparation, SEARCH_CHECKS, _text_on_hub(recipe.calibration.corpus))
     yield from _evaluation_texts(recipe)
     yield from _evaluation_windows(preparation)
 
@@ -115,20 +114,6 @@ def _cached(name: str) -> Source | None:
         return source
     except (UserError, HFValidationError):
         return None
-
-
-def _local_memory(preparation: Preparation) -> Iterator[Finding]:
-    """Compare the weights with the free memory, if the model is one that can be searched."""
-    from pgprune_cli.model.loading import check_weights
-
-    try:
-        files = preparation.source.weight_files()
-        weights = _Weights(
-            check_weights(preparation.source, preparation.empty.module), sum(path.stat().st_size for path in files)
-        )
-        yield _memory(preparation, weights)
-    except UserError:  # reported by a check
-        return
 
 
 def _memory(preparation: Preparation, weights: _Weights) -> Finding:

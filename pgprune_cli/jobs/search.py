@@ -13,6 +13,7 @@ from pgprune_cli.core.grid import GridCost
 from pgprune_cli.core.space import BLOCKS_OF, Budget, MaskSpace
 from pgprune_cli.distributed import Ranks, join
 from pgprune_cli.errors import UserError
+from pgprune_cli.jobs.memory import SEARCH_CHECKS, devices_for
 from pgprune_cli.model.loading import load_prunable
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import Partitions
@@ -109,12 +110,12 @@ def _open(recipe: Recipe, run: Path, ranks: Ranks, progress: Progress, until_fin
         parsed_once = preparation.parsed_once()
     with parsed_once:
         with ranks.run_writer_first():  # one process downloads and tokenises, the others find it done
-            run_checks(preparation)
+            run_checks(preparation, SEARCH_CHECKS)
         if ranks.is_writer:
             until_finished.enter_context(locked(run))
         source, text = preparation.source, preparation.text
         with progress.working(f"loading {recipe.model}"):
-            model = load_prunable(source, recipe.dtype, recipe.device, recipe.weight_format)
+            model = load_prunable(source, recipe.dtype, devices_for(preparation), recipe.weight_format)
     return SearchContext(recipe, run, source, model, text, ranks, progress)
 
 

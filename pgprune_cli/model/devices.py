@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import psutil
@@ -12,8 +13,8 @@ from pgprune_cli.distributed import ranks_of_this_machine
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.families.adapter import ModelFamily
 
-FILLED = 0.8
-"""Fraction of a GPU's free memory that `device: auto` fills with weights. The rest is for forward passes."""
+BESIDE = 0.25
+"""What is needed on a GPU beside the weights, as a fraction of them, where nobody knows it better."""
 
 
 def devices_of(device: str) -> list[torch.device]:
@@ -75,10 +76,24 @@ def _cuda_devices(count: int) -> str:
     return "1 CUDA device" if count == 1 else f"{count} CUDA devices"
 
 
-def devices_needed(weight_bytes: int, free: list[int]) -> int:
-    """Return how many of the devices, with `free` bytes each, evenly spread weights need; at most all of them."""
-    counts = range(1, len(free) + 1)
-    return next((count for count in counts if weight_bytes <= FILLED * count * min(free[:count])), len(free))
+def free_bytes(device: torch.device) -> int:
+    """Return the free bytes of a GPU, with those that this process has reserved and does not use."""
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + reserved
+
+
+def emptiest(free: Sequence[int], weights: int, beside: int | None = None) -> list[int]:
+    """Return which devices to use, by ascending index: the emptiest ones, as few as suffice, or all of them.
+
+    free: bytes of each device; weights: bytes, spread evenly over the devices; beside: bytes that each device needs for
+    everything else, by default a fraction of the weights.
+    """
+    beside = round(BESIDE * weights) if beside is None else beside
+    ranked = sorted(range(len(free)), key=lambda index: -free[index])
+    for count in range(1, len(free) + 1):
+        if weights / count + beside <= free[ranked[count - 1]]:
+            return sorted(ranked[:count])
+    return sorted(ranked)
 
 
 def device_map(family: ModelFamily, layers: int, tied: bool, devices: list[torch.device]) -> dict[str, torch.device]:

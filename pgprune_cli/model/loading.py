@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.devices import devices_needed, devices_of
+from pgprune_cli.model.devices import devices_of, emptiest, free_bytes
 from pgprune_cli.model.families import model_type_of_gguf, refuse_units
 from pgprune_cli.model.families.wrapper import decoder_config
 from pgprune_cli.model.gguf_header import read_header
@@ -83,25 +83,29 @@ def check_prunable(source: Source, families: Sequence[str] = ()) -> None:
         refuse_incomplete(source.name, stored_files(source, model.module), model)
 
 
-def load_prunable(source: Source, dtype: str, device: str, weight_format: WeightFormat = "full") -> PrunableModel:
+def load_prunable(
+    source: Source, dtype: str, device: str | Sequence[torch.device], weight_format: WeightFormat = "full"
+) -> PrunableModel:
     """Load a model as `load_model` does. Raises UserError also for a family that is not supported."""
     return PrunableModel.of(load_model(source, dtype, device, weight_format))
 
 
-def load_model(source: Source, dtype: str, device: str, weight_format: WeightFormat = "full") -> nn.Module:
+def load_model(
+    source: Source, dtype: str, device: str | Sequence[torch.device], weight_format: WeightFormat = "full"
+) -> nn.Module:
     """Load a causal model for forward passes: eval mode, no gradients, in `dtype` ("auto": as stored), on `device`.
 
-    device: auto (one GPU, or as many as the weights need, or the CPU), a torch device, or a comma-separated list of
-    them over which the layers are spread in order (several need accelerate). weight_format: int8 and fp8 round the
-    prunable projections, each as it is read; a GGUF file is unpacked as a whole in main memory first. Raises UserError
-    if the weights or the device are not available.
+    device: auto (the emptiest GPU, or as many as the weights need, or the CPU), a torch device, or a list of them, as
+    text with commas or as a sequence, over which the layers are spread in order (several need accelerate).
+    weight_format: int8 and fp8 round the prunable projections, each as it is read; a GGUF file is unpacked as a whole
+    in main memory first. Raises UserError if the weights or the device are not available.
     """
-    devices = devices_of(device)
+    devices = devices_of(device) if isinstance(device, str) else list(device)
     _check_files(source)
     empty = _build_empty(source, dtype)
     check_weights(source, empty)
     if device == "auto" and len(devices) > 1:
-        devices = _first_devices_needed(empty, weight_format, devices)
+        devices = _emptiest_devices(empty, weight_format, devices)
     if weight_format == "full":
         model = read_weights(source, empty, dtype, devices)
     else:
@@ -185,15 +189,13 @@ def check_weights(source: Source, model: nn.Module) -> int:
     return stored
 
 
-def _first_devices_needed(
-    empty: nn.Module, weight_format: WeightFormat, devices: list[torch.device]
-) -> list[torch.device]:
-    """Return the first of the devices: as many as the weights of an empty model need."""
+def _emptiest_devices(empty: nn.Module, weight_format: WeightFormat, devices: list[torch.device]) -> list[torch.device]:
+    """Return the emptiest of the devices: as many as the weights of an empty model need."""
     if weight_format != "full":
         empty = copy.deepcopy(empty)
         quantize_projections(empty, weight_format)
-    free = [torch.cuda.mem_get_info(device)[0] for device in devices]
-    return devices[: devices_needed(sum(parameter.nbytes for parameter in empty.parameters()), free)]
+    weights = sum(parameter.nbytes for parameter in empty.parameters())
+    return [devices[index] for index in emptiest([*map(free_bytes, devices)], weights)]
 
 
 def _build_empty(source: Source, dtype: str) -> nn.Module:

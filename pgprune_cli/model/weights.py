@@ -17,6 +17,7 @@ from pgprune_cli.errors import UserError, in_short
 from pgprune_cli.model.devices import device_map
 from pgprune_cli.model.families import family_of
 from pgprune_cli.model.families.wrapper import PREFIXES
+from pgprune_cli.model.out_of_memory import is_out_of_memory
 from pgprune_cli.model.quantized import QuantizedLinear, check_fp8, quantize_projections
 from pgprune_cli.model.safety import without_adapter
 from pgprune_cli.model.source import Source
@@ -58,6 +59,8 @@ def read_weights(source: Source, empty: nn.Module, dtype: str, devices: list[tor
         with silence, without_adapter(source.directory) as directory:
             model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True, **arguments)
     except Exception as error:  # the loaders raise dozens of kinds for files that are not what they should be
+        if is_out_of_memory(error):
+            raise
         raise UserError(f"{source.name}: cannot be loaded: {reason_of(error)}.") from error
     finally:
         logging.enable_progress_bar()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from pgprune_cli.core.grid import Partition
 from pgprune_cli.forward.gram import cholesky
 from pgprune_cli.forward.moments import Moments
 from pgprune_cli.model.masks import RepairedBlock
+from pgprune_cli.model.out_of_memory import or_on_cpu
 
 
 class WidthProblem(NamedTuple):
@@ -35,11 +37,23 @@ def repaired_output(
     """Return the output projection on its kept `columns` (int64, ascending), refitted to `weight` `(hidden, in)`.
 
     damping: λ as a fraction of the mean of C's diagonal; with_bias: fit a constant too (the moments are centred). The
-    computation is in the dtype of the moments. The weighted squared error on their text is at most that of no repair.
+    computation is in the dtype of the moments, on their device or, if its memory does not suffice, on the CPU. The
+    weighted squared error on their text is at most that of no repair.
     """
-    second = moments.second
+    solve = partial(_fitted, damping=damping, with_bias=with_bias)
+    solution, constant = or_on_cpu(solve, weight, moments.second, moments.first, columns)
+    if not with_bias:
+        return RepairedBlock(solution.to(weight), bias)
+    constant = constant if bias is None else constant + bias.to(constant)
+    return RepairedBlock(solution.to(weight), constant.to(weight))
+
+
+def _fitted(
+    weight: Tensor, second: Tensor, first: Tensor, columns: Tensor, *, damping: float, with_bias: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the refitted projection `(hidden, kept)`, and what has to be added to its outputs `(hidden,)`."""
     if with_bias:
-        second = second - torch.outer(moments.first, moments.first)
+        second = second - torch.outer(first, first)
     removed = _others(columns, len(second))
     system = second[columns[:, None], columns]
     system.diagonal().add_(damping * second.diagonal().mean().clamp_min(1e-30))
@@ -47,11 +61,7 @@ def repaired_output(
     # What the kept columns have to add to what they are, so that they make up for the removed ones.
     lost = second[columns[:, None], removed] @ full[:, removed].T
     solution = full[:, columns] + torch.cholesky_solve(lost, cholesky(system)).T
-    if not with_bias:
-        return RepairedBlock(solution.to(weight.dtype), bias)
-    constant = full @ moments.first - solution @ moments.first[columns]
-    constant = constant if bias is None else constant + bias.to(constant.dtype)
-    return RepairedBlock(solution.to(weight.dtype), constant.to(weight.dtype))
+    return solution, full @ first - solution @ first[columns]
 
 
 def compensated_output(weight: Tensor, bias: Tensor | None, moments: Moments, columns: Tensor) -> RepairedBlock:
@@ -80,7 +90,8 @@ def solve_prefixes(
 
     Args:
         weight: `(hidden, in)`.
-        second: second moments of the inputs, `(in, in)`; the computation is in its dtype.
+        second: second moments of the inputs, `(in, in)`; the computation is in its dtype, on its device or, if memory
+            does not suffice there, on the CPU.
         columns: `(in,)` int64, all columns in the order in which they are kept.
         root: R, an output error e costs ‖R e‖².
         damping: as in `repaired_output`.
@@ -90,6 +101,13 @@ def solve_prefixes(
         errors `(counts,)` float64 on the CPU, and by n (0 < n < in) the projection, transposed: `(n, hidden)` with its
         inputs ascending, in the dtype of the weight, on the CPU. Without `solve` there are no projections.
     """
+    solve_all = partial(_solved_prefixes, counts=counts, damping=damping, solve=solve)
+    return or_on_cpu(solve_all, weight, second, columns, root)
+
+
+def _solved_prefixes(
+    weight: Tensor, second: Tensor, columns: Tensor, root: Tensor, *, counts: Sequence[int], damping: float, solve: bool
+) -> tuple[Tensor, dict[int, Tensor]]:
     root = root.to(second)
     ordered = second[columns[:, None], columns]
     ordered.diagonal().add_(damping * second.diagonal().mean().clamp_min(1e-30))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from pgprune_cli.core.grid import Candidate, Grid, GridCost, GridRemoval
 from pgprune_cli.forward.expert_moments import ExpertMoments
 from pgprune_cli.model.masks import columns_of
+from pgprune_cli.model.out_of_memory import or_on_cpu
 from pgprune_cli.scores.statistics import BlockStatistics
 
 Solution = TypeVar("Solution")
@@ -114,10 +116,10 @@ def chain_errors(
         target: where to stop.
     """
 
-    def solve(matrix: Tensor) -> Tensor:
-        return _chain_errors(Removal.start(weight, matrix, grid.elements, damping), grid, cost, target)
+    def solve(weight: Tensor, covariance: Tensor) -> Tensor:
+        return _chain_errors(Removal.start(weight, covariance, grid.elements, damping), grid, cost, target)
 
-    return _exactly_if_needed(covariance, solve)
+    return or_on_cpu(partial(_exactly_if_needed, solve), weight, covariance)
 
 
 def _chain_errors(problem: Removal, grid: Grid, cost: GridCost, target: tuple[int, int]) -> Tensor:
@@ -167,13 +169,14 @@ def removal_order(
     Returns:
         order `(units,)` int64, first removed first, and errors `(units,)` float64, non-decreasing: after each removal
         the least tr((W − W') H (W − W')ᵀ) over all W' that are zero in every removed column. Both are on the CPU. The
-        computation is in the dtype of the covariance, on its device, where at most three more such matrices exist.
+        computation is in the dtype of the covariance. At most three more such matrices exist on its device. If they do
+        not fit, the CPU computes.
     """
 
-    def solve(matrix: Tensor) -> tuple[Tensor, Tensor]:
-        return _removal_order(Removal.start(weight, matrix, units, damping), per_round)
+    def solve(weight: Tensor, covariance: Tensor) -> tuple[Tensor, Tensor]:
+        return _removal_order(Removal.start(weight, covariance, units, damping), per_round)
 
-    return _exactly_if_needed(covariance, solve)
+    return or_on_cpu(partial(_exactly_if_needed, solve), weight, covariance)
 
 
 def _removal_order(problem: Removal, per_round: int) -> tuple[Tensor, Tensor]:
@@ -185,14 +188,14 @@ def _removal_order(problem: Removal, per_round: int) -> tuple[Tensor, Tensor]:
     return torch.cat(order).cpu(), torch.cat(steps).cpu().double().cumsum(0)
 
 
-def _exactly_if_needed(covariance: Tensor, solve: Callable[[Tensor], Solution]) -> Solution:
+def _exactly_if_needed(solve: Callable[[Tensor, Tensor], Solution], weight: Tensor, covariance: Tensor) -> Solution:
     """Return what `solve` makes of a covariance, or of its copy in float64 where it is too ill-conditioned."""
     try:
-        return solve(covariance)
+        return solve(weight, covariance)
     except torch.linalg.LinAlgError:
         if covariance.dtype == torch.float64:
             raise
-    return solve(covariance.double())
+    return solve(weight, covariance.double())
 
 
 @dataclass
@@ -284,4 +287,9 @@ def _damped_inverse(covariance: Tensor, damping: float) -> Tensor:
     while failed:  # sums of rounded products can be slightly indefinite: then the ridge is increased
         hessian.diagonal().add_(damping * scale)
         factor, failed = torch.linalg.cholesky_ex(hessian)
-    return torch.cholesky_inverse(factor)
+    del hessian
+    # In place: torch.cholesky_inverse would hold one more matrix, and on CUDA two.
+    inverse = torch.eye(len(factor), dtype=factor.dtype, device=factor.device).T
+    torch.linalg.solve_triangular(factor, inverse, upper=False, out=inverse)
+    torch.linalg.solve_triangular(factor.T, inverse, upper=True, out=inverse)
+    return inverse

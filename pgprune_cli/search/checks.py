@@ -10,7 +10,7 @@ and add it to CHECKS.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Literal
@@ -56,7 +56,7 @@ class Check:
     estimate: bool = False
 
 
-def run_checks(preparation: Preparation, checks: tuple[Check, ...] | None = None) -> None:
+def run_checks(preparation: Preparation, checks: Iterable[Check] | None = None) -> None:
     """Make the checks, by default those of a search. Raises UserError for the first that fails."""
     for check in CHECKS if checks is None else checks:
         check.find(preparation)

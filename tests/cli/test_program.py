@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from click.testing import CliRunner
 from helpers.commands import commands_of, parsed
@@ -373,6 +374,12 @@ def test_export_never_overwrites(pgprune) -> None:
     ("error", "expected"),
     [
         (RunError("step 3: no finite loss"), "pgprune: step 3: no finite loss\n"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB."),
+            "pgprune: out of memory (CUDA out of memory. Tried to allocate 9.00 GiB.). Stop other programs on the "
+            "device, use more devices, or set weight_format to int8. `pgprune search --dry-run` prints what a search "
+            "needs.\n",
+        ),
         (
             OSError(errno.ENOSPC, "No space left on device", "runs/x"),
             "pgprune: runs/x: No space left on device; make room, then run the same command again\n",

@@ -107,6 +107,36 @@ def forward_passes() -> None:
                 )  # norms behind blocks magnify rounding
 
 
+def solvers_without_memory() -> None:
+    """Equations that the device has no memory for are solved on the host, with the host's result, in its place."""
+    from pgprune_cli.forward.moments import Moments
+    from pgprune_cli.repair.equations import repaired_output, solve_prefixes
+    from pgprune_cli.scores.obs import removal_order
+
+    factorise = torch.linalg.cholesky_ex
+
+    def fails_on_device(matrix: torch.Tensor, **options: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        if matrix.device.type == SIMULATED:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return factorise(matrix, **options)
+
+    torch.manual_seed(0)
+    weight, inputs, columns = torch.randn(5, 8), torch.randn(40, 8), torch.tensor([0, 2, 3, 6])
+    on_host = weight, inputs.T @ inputs, inputs.mean(0), torch.ones(()), columns, torch.arange(8), torch.eye(5)
+    results = []
+    for weight, second, first, one, columns, every, root in (on_host, [tensor.to(SIMULATED) for tensor in on_host]):
+        moments = Moments(second, first, one)
+        order, errors = removal_order(weight, second, 8)
+        own = repaired_output(weight, first[:5], moments, columns, 0.01, with_bias=True)
+        widths, weights = solve_prefixes(weight, second, every, [0, 4, 8], root, 0.01, solve=True)
+        assert own.weight.device == own.bias.device == weight.device
+        results.append([order, errors, own.weight.cpu(), own.bias.cpu(), widths, weights[4]])
+        torch.linalg.cholesky_ex = fails_on_device
+    torch.linalg.cholesky_ex = factorise
+    for left, right in zip(*results, strict=True):
+        torch.testing.assert_close(left, right)
+
+
 def scores() -> None:
     """Every metric gives the host's scores."""
     from helpers.masks import random_tokens
@@ -218,6 +248,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "untied head on two devices": untied_on_two,
     "stored head on two devices": stored_head_on_two,
     "latencies": latencies,
+    "solvers without memory": solvers_without_memory,
 }
 
 

@@ -61,8 +61,7 @@ def test_accuracies_equal_those_of_a_plain_loop_for_a_run_and_its_export(
         target = open_target(name, device="cpu")
         before = {key: value.clone() for key, value in target.module.state_dict().items()}
         rows = measure_tasks(target, tasks)
-        with target.ready() as model:
-            expected = by_hand(model, load_tokenizer(target.source), items_of(12))
+        expected = by_hand(target.module, load_tokenizer(target.source), items_of(12))
         assert values(rows) == pytest.approx(expected)
         for row in rows:
             assert (row["task"], row["items"], row["shots"]) == ("tales", 12, 0)

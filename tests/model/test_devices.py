@@ -5,7 +5,7 @@ import torch
 from helpers.messages import refused
 from helpers.models import tiny_model
 
-from pgprune_cli.model.devices import device_map, devices_needed, devices_of, fastest_dtype
+from pgprune_cli.model.devices import device_map, devices_of, emptiest, fastest_dtype
 from pgprune_cli.model.families.llama import LLAMA
 
 
@@ -61,12 +61,18 @@ def test_fastest_dtype_is_bfloat16_where_the_device_has_instructions_for_it(
 
 
 @pytest.mark.parametrize(
-    ("weights", "free", "count"),
-    [(80, [100, 100], 1), (81, [100, 100], 2), (161, [100, 100, 100], 3), (90, [100, 20, 100], 3), (999, [100] * 4, 4)],
+    ("weights", "beside", "free", "chosen"),
+    [
+        (80, None, [100, 100], [0]),
+        (81, None, [100, 100], [0, 1]),
+        (90, None, [100, 20, 100], [0, 2]),  # not the GPU that is nearly full
+        (50, 10, [30, 100, 90], [1]),
+        (16, 9, [24, 24], [0, 1]),  # the weights fit one, a search with them does not
+        (999, None, [100] * 4, [0, 1, 2, 3]),
+    ],
 )
-def test_devices_needed_are_as_many_as_the_weights_fill(weights, free, count):
-    """In the fourth case the second GPU is nearly full, and layers are spread evenly."""
-    assert devices_needed(weights, free) == count
+def test_auto_takes_the_emptiest_devices_as_few_as_suffice(weights, beside, free, chosen):
+    assert emptiest(free, weights, beside) == chosen
 
 
 def test_a_missing_device_is_refused(monkeypatch):

@@ -1,0 +1,98 @@
+"""Does a search fit the memory that is free? It is asked before the weights are loaded, by `search` and by `doctor`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+
+from pgprune_cli.distributed import ranks_of_this_machine
+from pgprune_cli.errors import UserError
+from pgprune_cli.estimate.memory import Memory, memory
+from pgprune_cli.estimate.sizes import Sizes, Texts
+from pgprune_cli.model.devices import emptiest, free_bytes
+from pgprune_cli.model.loading import empty_prunable
+from pgprune_cli.search.checks import CHECKS, Check
+from pgprune_cli.search.preparation import Preparation
+from pgprune_cli.search.texts import repair_batches, scoring_batches
+
+WASTE = 1.05
+"""What an allocator takes for a tensor of size 1."""
+
+LOWER = "Lower calibration.seqlen, set weight_format to int8 or use a smaller model."
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a search needs, in bytes.
+
+    weights: of the model, divided among its devices; beside: the rest on each device; least: the same with one window
+    at a time and equations solved on the CPU, which is how a search goes on when a GPU's memory runs out; host: in main
+    memory.
+    """
+
+    weights: int
+    beside: int
+    least: int
+    host: int
+
+
+def need_of(preparation: Preparation) -> Need:
+    """Return what the search needs with the text that it will read. Raises UserError if there is no such search."""
+    recipe, text = preparation.recipe, preparation.text
+    sizes = Sizes(empty_prunable(preparation.config_source, recipe.dtype, recipe.weight_format), recipe)
+    step = text.search[: recipe.calibration.batch]
+    texts = Texts(scoring_batches(recipe, text), repair_batches(recipe, text), step, text.heldout)
+    whole, least = memory(sizes, texts), memory(sizes, _one_window_each(texts), solves=False)
+    return Need(whole.weights, _beside(whole), _beside(least), whole.host)
+
+
+def _beside(needed: Memory) -> int:
+    return round(WASTE * (needed.device - needed.weights))
+
+
+def _one_window_each(texts: Texts) -> Texts:
+    scoring, fitting = ([batch[:1] for batch in batches] for batches in (texts.scoring, texts.fitting))
+    return replace(texts, scoring=scoring, fitting=fitting, step=texts.step[:1])
+
+
+def devices_for(preparation: Preparation) -> list[torch.device]:
+    """Return the devices for the weights: those of the recipe; of `auto`, as few as suffice, the emptiest ones."""
+    devices = preparation.devices
+    if preparation.asked.device != "auto" or len(devices) == 1:
+        return devices
+    needed = need_of(preparation)
+    return [devices[index] for index in emptiest([*map(free_bytes, devices)], needed.weights, needed.beside)]
+
+
+def _memory(preparation: Preparation) -> str:
+    needed, devices = need_of(preparation), devices_for(preparation)
+    kind, free_host = devices[0].type, psutil.virtual_memory().available // ranks_of_this_machine().world_size
+    if kind == "cpu":
+        total = needed.weights + needed.beside + needed.host
+        _refuse(total, free_host, "of main memory", LOWER)
+        return f"needs up to {_gb(total)}, {_gb(free_host)} are free"
+    _refuse(needed.host, free_host, "of main memory", "Lower calibration.windows or calibration.seqlen.")
+    if kind != "cuda":
+        return f"the free memory of {devices[0]} is not known"
+    shared, free = needed.weights // len(devices), min(map(free_bytes, devices))
+    names = ", ".join(map(str, devices))
+    _refuse(shared + needed.least, free, f"on each of {names}", f"Use more devices (device: auto). {LOWER}")
+    total = shared + needed.beside
+    state = f"needs up to {_gb(total)} on each of {names}, {_gb(free)} are free"
+    return state if total <= free else f"{state}: it will run in smaller batches and solve equations on the CPU"
+
+
+def _refuse(needed: int, free: int, where: str, advice: str) -> None:
+    if needed > free:
+        raise UserError(f"memory: the search needs {_gb(needed)} {where}, but only {_gb(free)} are free. {advice}")
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB"
+
+
+SEARCH_CHECKS: Sequence[Check] = (*CHECKS, Check("memory", _memory, "model", scoring=False))
+"""All checks of a search in the order in which it makes them."""
