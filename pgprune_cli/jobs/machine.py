@@ -110,20 +110,16 @@ def _torch() -> Iterator[Finding]:
         reason = " ".join(str(error).split())[:200]
         yield finding("torch", f"cannot be imported ({reason})", "Run: pip install --force-reinstall torch")
         return
+    from pgprune_cli.model.devices import unusable_gpu
+
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
             name = torch.cuda.get_device_name(index)
             yield finding(f"cuda:{index}", f"{name}, {gigabytes(free)} of {gigabytes(total)} free")
-    elif shutil.which("nvidia-smi"):
-        version = torch.version.cuda
-        reason = (
-            f"is built for CUDA {version}, and the driver is too old for it or shows no device"
-            if version
-            else "is built without CUDA"
-        )
-        state = f"an NVIDIA driver is installed, but torch {torch.__version__} {reason}"
-        yield finding("cuda", state, "Install a matching build: https://pytorch.org/get-started")
+    elif reason := unusable_gpu():
+        state, _, fix = reason.partition(". ")
+        yield Finding("cuda", "WARN", state, fix)
     yield finding("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
     yield finding("memory", f"{gigabytes(free_memory('cpu'))} free")
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import psutil
@@ -38,6 +42,27 @@ def devices_of(device: str) -> list[torch.device]:
         if gpu.type == "cuda" and (gpu.index or 0) >= count:
             raise UserError(f"device: {gpu} does not exist, this machine has {_cuda_devices(count)}. Choose another.")
     return _share_of_process(devices) if devices[0].type == "cuda" else devices
+
+
+def unusable_gpu() -> str | None:
+    """Return why PyTorch cannot use the NVIDIA GPU of this machine and what to do. None if it can, or there is none."""
+    driver = Path("/proc/driver/nvidia/version")
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not (shutil.which("nvidia-smi") or driver.exists()):
+        return None  # hidden on purpose, or no driver
+    with warnings.catch_warnings():  # PyTorch warns of an old driver in words of its own
+        warnings.simplefilter("ignore")
+        if torch.cuda.is_available():
+            return None
+    version = torch.version.cuda
+    reason = (
+        f"is built for CUDA {version}, and the driver is too old for it or shows no GPU"
+        if version
+        else "is built without CUDA"
+    )
+    return (
+        f"this machine has an NVIDIA driver, but torch {torch.__version__} {reason}, so the CPU computes. "
+        "Install the torch build for your driver: https://pytorch.org/get-started (docs/scale.md has a table)."
+    )
 
 
 def _share_of_process(gpus: list[torch.device]) -> list[torch.device]:

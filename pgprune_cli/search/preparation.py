@@ -15,7 +15,7 @@ from pgprune_cli.data.bos import bos_token
 from pgprune_cli.data.tokens import check_vocabulary
 from pgprune_cli.data.windows import CalibrationText, calibration_text
 from pgprune_cli.errors import UserError
-from pgprune_cli.model.devices import devices_of
+from pgprune_cli.model.devices import devices_of, unusable_gpu
 from pgprune_cli.model.families import begins_with_bos
 from pgprune_cli.model.gguf_parsing import parsed_once
 from pgprune_cli.model.loading import empty_prunable, load_tokenizer
@@ -52,7 +52,9 @@ class Preparation:
 
     @cached_property
     def devices(self) -> list[torch.device]:
-        """The devices that the recipe names."""
+        """The devices that the recipe names. Says if `auto` means the CPU although there is a GPU."""
+        if self.asked.device == "auto" and (reason := unusable_gpu()):
+            self.progress.say(f"WARN {reason}")
         return devices_of(self.asked.device)
 
     @cached_property

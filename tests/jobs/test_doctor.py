@@ -17,10 +17,13 @@ from helpers.messages import says
 from helpers.models import save_tokenizer, tiny_model
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+from pgprune_cli.console.progress import StderrProgress
 from pgprune_cli.jobs import machine
 from pgprune_cli.jobs.doctor import doctor
 from pgprune_cli.jobs.machine import Finding
+from pgprune_cli.model.devices import unusable_gpu
 from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.search.preparation import Preparation
 
 
 @pytest.fixture(autouse=True)
@@ -93,12 +96,20 @@ def test_a_full_or_read_only_disk_is_a_failure_and_read_only_caches_are_not(monk
     assert all("not writable" in finding.fix for finding in findings)
 
 
-def test_a_driver_without_a_cuda_build_is_a_failure(monkeypatch) -> None:
+@pytest.mark.parametrize(("cuda", "fact"), [(None, "built without CUDA"), ("13.0", "too old")])
+def test_a_gpu_that_torch_cannot_use_is_a_warning_and_the_search_says_so(
+    cuda, fact, small, monkeypatch, tmp_path, capfd
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/nvidia-smi")
-    (finding,) = problems(list(machine._torch()))
-    assert "built without CUDA" in finding.state
+    (finding,) = (finding for finding in machine._torch() if finding.status != "OK")
+    assert finding.status == "WARN" and fact in finding.state and "pytorch.org" in finding.fix
+    assert Preparation(small("device=auto"), progress=StderrProgress()).devices == [torch.device("cpu")]
+    printed = capfd.readouterr().err
+    assert all(part in printed for part in ("WARN", fact, "the CPU computes"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert unusable_gpu() is None
 
 
 def test_too_little_memory_is_a_failure(small, monkeypatch) -> None:
