@@ -6,13 +6,14 @@ adapters in little memory.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.model.prunable import PrunableModel, unit_tensors
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.schema import Trained
 
 ADAPTER = "default"
@@ -30,7 +31,9 @@ def trainable(model: PrunableModel, train: Trained, lora_rank: int) -> nn.Module
         from peft import LoraConfig, get_peft_model  # only adapters need peft
 
         config = LoraConfig(r=lora_rank, lora_alpha=lora_rank, target_modules="all-linear")
-        return get_peft_model(module, config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # peft uses names that transformers 5.24 has deprecated
+            return get_peft_model(module, config)
     names = None if train == "all" else set(norms_and_outputs(model))
     for name, parameter in module.named_parameters():
         if names is None or name in names:
@@ -41,16 +44,16 @@ def trainable(model: PrunableModel, train: Trained, lora_rank: int) -> nn.Module
 
 def norms_and_outputs(model: PrunableModel) -> Iterator[str]:
     """Yield the names of the norms' weights and of the output projections (attention o, FFN down) with their biases."""
-    family, units = model.family, unit_tensors(model)
+    family = model.family
     for index, layer in enumerate(model.layers):
         prefix = f"{family.layers}.{index}"
-        blocks = family.blocks_of(layer)
-        outputs = {f"{prefix}.{name}" for block in blocks for name in family.output_weights(block)}
-        outputs |= {f"{prefix}.{block.module}.{block.output_bias}" for block in blocks}
-        for name, parameter in layer.named_parameters(prefix):
-            is_norm = parameter.dim() == 1 and name not in units  # the layout has no other vectors
-            if name in outputs or is_norm:
-                yield name
+        for block in family.blocks_of(layer):
+            outputs = (*family.output_weights(block), f"{block.module}.{block.output_bias}")
+            yield from (f"{prefix}.{name}" for name, _ in layer.named_parameters() if name in outputs)
+        for path, module in layer.named_modules(prefix=prefix):
+            vectors = [parameter for parameter in module.parameters() if parameter.dim() == 1]
+            if not any(module.children()) and len(vectors) == len(list(module.parameters())):  # nothing else has those
+                yield from (f"{path}.{name}" for name, _ in module.named_parameters())
     for name, _ in model.final_norm.named_parameters(family.final_norm):
         yield name
 

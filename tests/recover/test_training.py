@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.messages import refused
 from helpers.models import VOCABULARY, tiny_model
 
 pytest.importorskip("accelerate", reason="needs the extra: pip install 'pgprune[recovery]'")
 
+from pgprune_cli.errors import RunError
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.schema import RecoverSettings
-from pgprune_cli.recover.checkpoints import latest
+from pgprune_cli.recover.checkpoints import TRAINED, best, latest
 from pgprune_cli.recover.schedule import Schedule
 from pgprune_cli.recover.student import trainable, trained_tensors
 from pgprune_cli.recover.teacher import LiveTeacher, Teacher
@@ -23,6 +27,7 @@ from pgprune_cli.recover.teacher_cache import CacheKey
 from pgprune_cli.recover.teacher_writing import cached_teacher
 from pgprune_cli.recover.texts import RecoveryText
 from pgprune_cli.recover.training import Training, load_trained, train, training_arguments
+from pgprune_cli.run.checkpoint import CorruptCheckpoint
 from pgprune_cli.run.interruption import Interrupted
 from pgprune_cli.run.layout import TRAINING_HISTORY
 from pgprune_cli.run.training_history import TrainingRow, read_training_history
@@ -129,3 +134,101 @@ def test_stopped_training_resumes_bit_for_bit(whole, tmp_path: Path, step: int, 
         for run in (tmp_path / "run", whole[0])
     )
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "bfloat16"),
+    [
+        (replace(SETTINGS, train="lora", lora_rank=2), False),
+        (replace(SETTINGS, train="norms-and-outputs", accumulate=2, batch=2), True),
+    ],
+    ids=["lora", "norms-and-outputs in bfloat16"],
+)
+def test_every_kind_of_training_resumes_bit_for_bit(tmp_path: Path, settings: RecoverSettings, bfloat16: bool) -> None:
+    expected = recover(tmp_path / "whole", settings, bfloat16=bfloat16)
+    rows = read_training_history(tmp_path / "whole")
+    assert rows[-1].heldout_divergence < rows[0].heldout_divergence
+    with pytest.raises(Interrupted):
+        recover(tmp_path / "run", settings, stop=(4, signal.SIGINT), bfloat16=bfloat16)
+    assert_equal(recover(tmp_path / "run", settings, resume=True, bfloat16=bfloat16), expected)
+
+
+def test_only_norms_and_outputs_are_trained(tmp_path: Path) -> None:
+    trained = recover(tmp_path / "run", replace(SETTINGS, train="norms-and-outputs"))
+    before = tiny_model("llama-gqa", seed=1).state_dict()
+    assert all(not torch.equal(weight, before[name]) for name, weight in trained.items())
+    assert {name.split(".")[-2] for name in trained} == {
+        "input_layernorm",
+        "post_attention_layernorm",
+        "norm",
+        "o_proj",
+        "down_proj",
+    }
+
+
+def test_accumulation_and_activation_checkpointing_give_the_same_weights(tmp_path: Path) -> None:
+    masked = torch.rand(14, 16, generator=torch.Generator().manual_seed(2)) < 0.3
+    losses = {"hidden": 0.5, "lm": 0.5, "top_k": 7, "temperature": 2.0}
+    settings = replace(SETTINGS, tokens=3 * 4 * 16, **losses)
+    expected = recover(tmp_path / "one", settings, trained=masked)
+    for name, other in {"batches": {"batch": 1, "accumulate": 4}, "again": {"gradient_checkpointing": True}}.items():
+        found = recover(tmp_path / name, replace(settings, **other), trained=masked)
+        for key, weight in expected.items():
+            torch.testing.assert_close(found[key], weight, rtol=1e-3, atol=1e-3)
+        rows = [read_training_history(tmp_path / run) for run in ("one", name)]
+        assert [row.loss for row in rows[0][1:]] == pytest.approx([row.loss for row in rows[1][1:]], rel=1e-3)
+        assert all(row.loss > row.divergence for row in rows[0][1:])
+
+
+def test_training_stops_when_the_loss_is_not_finite(tmp_path: Path) -> None:
+    with refused("step ", "not finite", "recover.learning_rate", error=RunError):
+        recover(tmp_path / "run", replace(SETTINGS, learning_rate=1e30))
+    assert latest(tmp_path / "run") is None
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, whole) -> Path:
+    """A copy of the finished run."""
+    return Path(shutil.copytree(whole[0], tmp_path / "run"))
+
+
+def test_a_recovery_keeps_its_last_two_checkpoints_and_the_best(whole) -> None:
+    names = sorted(folder.name for folder in (whole[0] / "checkpoints").iterdir())
+    assert names == ["checkpoint-6", "checkpoint-8"]
+    chosen = best(whole[0])
+    rows = [row for row in read_training_history(whole[0]) if row.heldout_divergence is not None]
+    assert chosen.heldout_divergence == min(row.heldout_divergence for row in rows)
+    assert not list(whole[0].rglob("training_args.bin"))
+
+
+@pytest.mark.parametrize("name", [TRAINED, "optimizer.pt", "rng_state.pth", "state.json"])
+def test_damaged_checkpoint_is_refused_and_can_be_skipped(whole, stopped: Path, name: str) -> None:
+    path = stopped / "checkpoints/checkpoint-8" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with refused("checkpoint-8", "corrupt", name, "checkpoint-6", "--skip-corrupt-checkpoint", error=CorruptCheckpoint):
+        recover(stopped, resume=True)
+    assert_equal(recover(stopped, resume=True, skip=True), whole[1])
+
+
+def test_kill_in_the_middle_of_a_checkpoint_leaves_the_one_before(whole, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    if (child := os.fork()) == 0:
+        count = 0
+
+        def save(*_: object) -> None:
+            nonlocal count
+            count += 1
+            if count == 5:  # three files of the first checkpoint, then the optimizer of the second
+                os.kill(os.getpid(), signal.SIGKILL)
+            original(*_)
+
+        original, torch.save = torch.save, save
+        with suppress(BaseException):
+            recover(run)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert sorted(folder.name for folder in (run / "checkpoints").iterdir()) == ["checkpoint-3", "checkpoint-6"]
+    assert latest(run).step == 3
+    assert_equal(recover(run, resume=True), whole[1])

@@ -1,0 +1,68 @@
+"""What a recovery trains of a student."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers.models import VOCABULARY, tiny_model
+
+from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.recover.student import norms_and_outputs, trainable, trained_parameters, trained_tensors
+
+TOKENS = torch.arange(2 * 12).view(2, 12) % VOCABULARY
+
+
+def test_norms_and_outputs_are_found_in_every_family(any_architecture: str) -> None:
+    model = PrunableModel.of(tiny_model(any_architecture))
+    names = list(norms_and_outputs(model))
+    shapes = {name: parameter.shape for name, parameter in model.module.named_parameters()}
+    hidden = model.config.hidden_size
+    assert len(names) == len(set(names))
+    assert {name for name in names if "layers" not in name} <= {
+        f"{model.family.final_norm}.weight",
+        f"{model.family.final_norm}.bias",
+    }
+    for index, layer in enumerate(model.layers):
+        mine = [name for name in names if name.startswith(f"{model.family.layers}.{index}.")]
+        matrices = [name for name in mine if len(shapes[name]) > 1]
+        assert len(matrices) == len(model.family.blocks_of(layer))  # one output projection for each block
+        assert all(hidden in shapes[name] for name in matrices)
+        norms = {name for name in shapes if name.startswith(f"{model.family.layers}.{index}.") and "norm" in name}
+        assert norms <= set(mine)
+
+
+def test_all_weights_are_trained_in_float32_and_a_tied_one_once() -> None:
+    module = tiny_model("llama-gqa").to(torch.bfloat16)
+    student = trainable(PrunableModel.of(module), "all", 0)
+    assert {parameter.dtype for parameter in trained_parameters(student).values()} == {torch.float32}
+    assert "lm_head.weight" not in trained_parameters(student)
+    assert module.lm_head.weight is module.model.embed_tokens.weight
+    assert trained_parameters(student).keys() == dict(module.named_parameters()).keys()
+
+
+def test_weights_that_are_not_trained_keep_their_dtype() -> None:
+    model = PrunableModel.of(tiny_model("llama-gqa").to(torch.bfloat16))
+    student = trainable(model, "norms-and-outputs", 0)
+    trained = trained_parameters(student)
+    assert trained.keys() == set(norms_and_outputs(model))
+    for name, parameter in student.named_parameters():
+        assert parameter.dtype == (torch.float32 if name in trained else torch.bfloat16)
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa", "llama-biased", "phi3", "qwen3_5_text"])
+def test_merged_adapters_give_the_logits_of_the_adapted_model(architecture: str) -> None:
+    pytest.importorskip("peft", reason="needs the extra: pip install 'pgprune[recovery]'")
+    torch.manual_seed(0)
+    student = trainable(PrunableModel.of(tiny_model(architecture)), "lora", 2)
+    with torch.no_grad():
+        for parameter in trained_parameters(student).values():  # half of an adapter begins at zero
+            parameter.normal_(std=0.1)
+        adapted = student(input_ids=TOKENS).logits
+        plain = tiny_model(architecture)
+        assert not torch.allclose(plain(input_ids=TOKENS).logits, adapted, atol=1e-2)
+        merged = trained_tensors(student)
+        parameters = dict(plain.named_parameters())
+        assert merged.keys() <= parameters.keys()
+        for name, weight in merged.items():
+            parameters[name].copy_(weight)
+        torch.testing.assert_close(plain(input_ids=TOKENS).logits, adapted, atol=1e-4, rtol=1e-4)
