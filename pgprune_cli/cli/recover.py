@@ -96,7 +96,7 @@ def recover(
     from pgprune_cli.jobs.recovery_request import Request
 
     request = Request(model, out, run, loaded, teacher, teacher_cache, format)
-    with resumable(lambda step: saved_by_recover(run, step)):
+    with resumable(lambda step: saved_by_recover(run, step, teacher_cache)):
         record = recover(
             request, skip_corrupt_checkpoint=skip_corrupt_checkpoint, tracker=tracker, progress=progress_of(quiet)
         )

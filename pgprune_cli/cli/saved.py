@@ -15,8 +15,10 @@ from pgprune_cli.run.layout import (
     MEASURED_FILE,
     RECOVERY_RECORD,
     SCORES_FILE,
+    TEACHER_FOLDER,
     checkpoint_folders,
     checkpoint_step,
+    has_teacher_shards,
     training_checkpoint_folders,
     training_checkpoint_step,
     widths_files,
@@ -54,13 +56,18 @@ def saved_by_search(run: Path, steps: int, step: int | None = None) -> SavedWork
     return NOTHING
 
 
-def saved_by_recover(run: Path, step: int | None = None) -> SavedWork:
-    """Describe what a recovery has saved. step: the one just saved, if the caller knows it."""
+def saved_by_recover(run: Path, step: int | None = None, cache: Path | None = None) -> SavedWork:
+    """Describe what a recovery has saved. step: the one just saved, if the caller knows it; cache: of predictions."""
     if (run / RECOVERY_RECORD).exists():
         return SavedWork(f"the recovery in {run} is finished", complete=True)
     finished = [folder for folder in training_checkpoint_folders(run) if (folder / CHECKPOINT_RECORD).exists()]
     step = step or max(filter(None, map(training_checkpoint_step, finished)), default=None)
-    return NOTHING if step is None else SavedWork(f"step {step} is saved in {run}")
+    if step is not None:
+        return SavedWork(f"step {step} is saved in {run}")
+    cache = cache or run / TEACHER_FOLDER
+    if has_teacher_shards(cache):
+        return SavedWork(f"the dense model's predictions so far are saved in {cache}")
+    return NOTHING
 
 
 def saved_by_compare(out: Path, runs: Sequence[tuple[Path, int]]) -> SavedWork:

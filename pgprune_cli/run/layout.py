@@ -105,6 +105,12 @@ def teacher_shard(folder: Path, shard: int) -> Path:
     return folder / _TEACHER_SHARD.format(shard)
 
 
+def has_teacher_shards(folder: Path) -> bool:
+    """Return whether a folder, or one in it, holds predictions of a dense model."""
+    prefix, _, suffix = _TEACHER_SHARD.partition("{:05d}")
+    return next(folder.rglob(f"{prefix}*{suffix}"), None) is not None
+
+
 def widths_files(run: Path) -> list[Path]:
     """Return the files of all layers of the width table that are on disk."""
     prefix, _, suffix = _WIDTHS_FILE.partition("{:05d}")

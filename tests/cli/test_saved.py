@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pgprune_cli.cli.saved import saved_by_compare, saved_by_export, saved_by_init_scores, saved_by_search
+from pgprune_cli.cli.saved import (
+    saved_by_compare,
+    saved_by_export,
+    saved_by_init_scores,
+    saved_by_recover,
+    saved_by_search,
+)
 from pgprune_cli.run.layout import DECISION_RECORD, MEASURED_FILE, SCORES_FILE
 
 
@@ -39,6 +45,18 @@ def test_saved_by_search_describes_the_latest_saved_state(tmp_path: Path) -> Non
         f"step 11 of 20 is saved in {run}",
         f"the decision is saved in {run}",
     ]
+
+
+def test_saved_by_recover_names_the_last_step_or_the_predictions(tmp_path: Path) -> None:
+    run, cache = tmp_path / "run", tmp_path / "cache"
+    assert saved_by_recover(run, 0, cache).text == "nothing is saved yet"
+    touch(cache / "key/predictions-00000.safetensors")
+    assert saved_by_recover(run, 0, cache).text == f"the dense model's predictions so far are saved in {cache}"
+    touch(run / "teacher/predictions-00000.safetensors")
+    assert saved_by_recover(run).text == f"the dense model's predictions so far are saved in {run / 'teacher'}"
+    touch(run / "checkpoints/checkpoint-7/state.json")
+    assert saved_by_recover(run).text == f"step 7 is saved in {run}"
+    assert saved_by_recover(run, 9).text == f"step 9 is saved in {run}"
 
 
 def test_saved_by_compare_counts_measured_runs_and_names_the_interrupted_one(tmp_path: Path) -> None:
