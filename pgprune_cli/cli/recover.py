@@ -11,7 +11,7 @@ from pgprune_cli.cli.export import Format
 from pgprune_cli.cli.options import AsJson, Quiet, Set, examples, exported_names, progress_of, recipe_names
 from pgprune_cli.cli.saved import saved_by_recover
 from pgprune_cli.cli.stopping import resumable
-from pgprune_cli.cli.tables import print_result
+from pgprune_cli.cli.tables import print_recovery_estimate, print_result
 from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.distributed import ranks_from_environment
 from pgprune_cli.run.layout import runs_folder
@@ -76,6 +76,10 @@ def recover(
         Literal["tensorboard", "trackio", "wandb"] | None,
         typer.Option("--tracker", help="Log every step to a tracker. An extra of the same name installs it."),
     ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Load nothing. Print the memory, disk, tokens and time it would take."),
+    ] = False,
     skip_corrupt_checkpoint: Annotated[
         bool,
         typer.Option(
@@ -92,6 +96,11 @@ def recover(
     """
     run = run or runs_folder() / out.expanduser().resolve().name
     loaded = _open(model, recipe, text, overrides or [])
+    if dry_run:
+        from pgprune_cli.jobs.estimate import estimate_recovery
+
+        print_recovery_estimate(estimate_recovery(model, loaded, teacher, progress=progress_of(quiet)), as_json)
+        return
     from pgprune_cli.jobs.recover import recover
     from pgprune_cli.jobs.recovery_request import Request
 

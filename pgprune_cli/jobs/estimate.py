@@ -85,8 +85,9 @@ def estimate_recovery(
     student, settings = resolve(model, weights=False), recipe.recover
     dense = find_teacher(student, teacher)
     devices, dtype = devices_of(recipe.device), fastest_dtype(recipe.device)
+    frozen = settings.train != "all" and dtype == "bfloat16"  # then what is not trained is loaded as it is stored
     sizes = RecoverySizes(
-        empty_prunable(student, "auto"),
+        empty_prunable(student, "auto" if frozen else "float32"),
         empty_prunable(dense, dtype),
         settings,
         ranks_from_environment().world_size,

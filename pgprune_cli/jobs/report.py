@@ -1,4 +1,4 @@
-"""report: write one HTML page about runs, finished or still searching."""
+"""report: write one HTML page about runs, finished or not."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from pathlib import Path
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.report.gather import Run, read_runs
+from pgprune_cli.report.recoveries import Recovery
 from pgprune_cli.run.layout import REPORT_FILE
 from pgprune_cli.storage.atomic import write_bytes
 
 
-def report(directories: Sequence[Path], out: Path | None = None, watch: int | None = None) -> Iterator[list[Run]]:
+def report(
+    directories: Sequence[Path], out: Path | None = None, watch: int | None = None
+) -> Iterator[list[Run | Recovery]]:
     """Write the page to `target(directories, out)`, and yield the runs that it shows.
 
     With `watch`, the page is written again every `watch` seconds until all runs are finished. Raises UserError as
@@ -27,7 +30,7 @@ def report(directories: Sequence[Path], out: Path | None = None, watch: int | No
 
     while True:
         runs = read_runs(directories)
-        reload_after = watch if any(run.decision is None for run in runs) else None
+        reload_after = watch if not all(run.is_finished for run in runs) else None
         write_bytes(target(directories, out), page(runs, reload_after).encode())
         yield runs
         if reload_after is None:

@@ -14,11 +14,15 @@ from pgprune_cli.run.layout import (
     DECISION_RECORD,
     METRICS_FILE,
     RECIPE_FILE,
+    RECOVERY_RECORD,
+    is_recovery_run,
     run_directories,
 )
+from pgprune_cli.run.training_history import best_training_row, read_training_history
+from pgprune_cli.run.training_record import TrainingRecord
 from pgprune_cli.storage.records import read_json
 
-State = Literal["scored", "searching", "finished", "damaged"]
+State = Literal["scored", "searching", "recovering", "finished", "damaged"]
 
 
 def runs_in(folder: Path) -> list[dict[str, Any]]:
@@ -33,10 +37,13 @@ def runs_in(folder: Path) -> list[dict[str, Any]]:
 
 def _row(run: Path) -> dict[str, Any]:
     """Return the row of one run. `target` is the recipe's sparsity, `sparsity` the decision's; None if unknown."""
-    row: dict[str, Any] = {"run": str(run), "state": "scored", "fault": None}
+    row: dict[str, Any] = {"run": str(run), "kind": "search", "state": "scored", "fault": None}
     row |= dict.fromkeys(("model", "target", "sparsity", "step", "steps", "best_step", "heldout_loss", "bos"))
+    row |= dict.fromkeys(("tokens", "divergence_before", "divergence"))
     row["perplexity"] = []
     try:
+        if is_recovery_run(run):
+            return row | {"kind": "recovery", "state": "recovering"} | _recovery(run)
         if (run / RECIPE_FILE).exists():
             recipe = load(run / RECIPE_FILE)
             step = _steps_done(run / METRICS_FILE)
@@ -53,6 +60,19 @@ def _row(run: Path) -> dict[str, Any]:
     return row
 
 
+def _recovery(run: Path) -> dict[str, Any]:
+    """Return what a row says about a recovery. `divergence` is the best one on held-out text, so far or in the end."""
+    record, rows = TrainingRecord.read(run), read_training_history(run)
+    known: dict[str, Any] = {"model": record.student, "steps": record.steps, "step": 0, "tokens": 0}
+    if rows:
+        known |= {"step": rows[-1].step, "tokens": rows[-1].tokens, "divergence_before": rows[0].heldout_divergence}
+    if (best := best_training_row(rows)) is not None:
+        known |= {"best_step": best.step, "divergence": best.heldout_divergence}
+    if (run / RECOVERY_RECORD).exists():
+        known |= {"state": "finished"}
+    return known
+
+
 def _steps_done(history: Path) -> int:
     """Return the step of the last complete row. A running search may be writing the next one."""
     lines = history.read_text(encoding="utf-8").split("\n")[:-1] if history.exists() else []
@@ -67,7 +87,7 @@ def cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
             _state(row),
             row["model"] or "",
             "" if row["sparsity"] is None else f"{row['sparsity']:.4f}",
-            "" if row["heldout_loss"] is None else f"{row['heldout_loss']:.4f}{with_bos(row['bos'])}",
+            _heldout(row),
             ", ".join(
                 f"{cell['corpus']} ({cell['seqlen']}{with_bos(cell['bos'])}) {cell['ppl']:,.2f}"
                 for cell in row["perplexity"]
@@ -77,8 +97,19 @@ def cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     ]
 
 
+def _heldout(row: dict[str, Any]) -> str:
+    """Return the loss on held-out text; for a recovery, the divergence before and after."""
+    if row["kind"] == "recovery":
+        before, best = row["divergence_before"], row["divergence"]
+        return "" if before is None or best is None else f"KL {before:.4f} → {best:.4f}"
+    return "" if row["heldout_loss"] is None else f"{row['heldout_loss']:.4f}{with_bos(row['bos'])}"
+
+
 def _state(row: dict[str, Any]) -> str:
-    if row["state"] == "searching":
-        return f"unfinished, step {row['step']} of {row['steps']}"
+    if row["state"] in ("searching", "recovering"):
+        noun = "unfinished" if row["kind"] == "search" else "unfinished recovery"
+        return f"{noun}, step {row['step']} of {row['steps']}"
+    if row["kind"] == "recovery" and row["state"] == "finished":
+        return f"recovered, best at step {row['best_step']} of {row['steps']}"
     best = "" if row["best_step"] is None else f", best at step {row['best_step']} of {row['steps']}"
     return f"{row['state']}{best}"

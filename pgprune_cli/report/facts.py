@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from pgprune_cli.report.gather import Run
+from pgprune_cli.report.recoveries import Recovery
 from pgprune_cli.run.evaluation import measurements, with_bos
 from pgprune_cli.run.history import best_row
-from pgprune_cli.run.layout import RECIPE_FILE
 
 
 @dataclass(frozen=True)
@@ -23,30 +22,27 @@ class Table:
     rows: list[list[str]]
 
 
-def summary(runs: Sequence[Run]) -> Table:
+def summary(runs: Sequence[Run | Recovery]) -> Table:
     """Return a table with a column for each run and a row for each fact that any run has."""
-    return _columns([run.name for run in runs], [_facts(run) for run in runs])
+    return _columns(
+        [run.name for run in runs],
+        [_facts_of_recovery(run) if isinstance(run, Recovery) else _facts(run) for run in runs],
+    )
 
 
-def evaluation(runs: Sequence[Run]) -> Table:
+def evaluation(runs: Sequence[Run | Recovery]) -> Table:
     """Return the measurements of `pgprune eval RUN` or `pgprune compare`, with a column for each run."""
-    measured = [run for run in runs if run.measured is not None]
+    measured = [run for run in runs if isinstance(run, Run) and run.measured is not None]
     return _columns([run.name for run in measured], [measurements(run.measured or {}) for run in measured])
 
 
-def commands(run: Run) -> Table:
+def commands(run: Run | Recovery) -> Table:
     """Return a table of every command that wrote into the run."""
     rows = [[note["began"], note["versions"]["pgprune"], note["command"]] for note in run.provenance]
     return Table(["began", "pgprune", "command"], rows)
 
 
-def repeat_command(run: Run) -> str:
-    """Return the command that repeats the search from the resolved recipe."""
-    words = ["pgprune", "search", str(run.directory / RECIPE_FILE), "--out", f"{run.directory}-again"]
-    return shlex.join(words)
-
-
-def environment(runs: Sequence[Run]) -> Table:
+def environment(runs: Sequence[Run | Recovery]) -> Table:
     """Return a table of the versions and the machine of the last command of every run."""
     return _columns([run.name for run in runs], [_environment(run.provenance[-1]) for run in runs])
 
@@ -91,6 +87,35 @@ def _facts(run: Run) -> dict[str, str]:
     if run.rows and run.rows[-1].step:
         facts["search time"] = _duration(run.rows[-1].seconds)
         facts["speed"] = f"{median(row.tokens_per_second for row in run.rows if row.losses):,.0f} tokens/s"
+        facts["peak memory"] = f"{max(row.memory_bytes for row in run.rows) / 1e9:.1f} GB"
+    return facts
+
+
+def _facts_of_recovery(run: Recovery) -> dict[str, str]:
+    """Return what a column of the summary says about a recovery."""
+    settings, record = run.recipe.recover, run.record
+    adapters = f" of rank {settings.lora_rank}" if settings.train == "lora" else ""
+    compared = f"the {settings.top_k} likeliest tokens" if settings.top_k else "all tokens"
+    facts = {
+        "state": run.progress,
+        "model": record.student,
+        "dense model": f"{record.teacher}, {settings.teacher}, {compared}",
+        "text": record.text,
+        "trained": f"{settings.train}{adapters}",
+        "computed in": record.products,
+    }
+    if run.rows:
+        facts["tokens"] = f"{run.rows[-1].tokens:,}"
+    if run.before is not None:
+        facts["held-out divergence before"] = f"{run.before:.4f} nats per token"
+    if run.best is not None:
+        so_far = "" if run.is_finished else " so far"
+        facts["held-out divergence"] = (
+            f"{run.best.heldout_divergence:.4f} nats per token, the best{so_far}, at step {run.best.step}"
+        )
+    if speeds := [row.tokens_per_second for row in run.rows if row.tokens_per_second is not None]:
+        facts["training time"] = _duration(run.rows[-1].seconds)
+        facts["speed"] = f"{median(speeds):,.0f} tokens/s"
         facts["peak memory"] = f"{max(row.memory_bytes for row in run.rows) / 1e9:.1f} GB"
     return facts
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import altair as alt
 
+from pgprune_cli.report.charts import HEIGHT, Chart, Figure, spec_of, tooltip
 from pgprune_cli.report.gather import ELEMENT, Run, kept_cells, sensitivities, theta_cells, unit_name
 from pgprune_cli.report.pareto import Measure
 from pgprune_cli.run.evaluation import with_bos
-
-Chart = Any  # altair has a class for each kind of chart, and its methods are typed to return any of them
 
 OBJECTIVES = {
     "loss": "loss",
@@ -21,19 +19,6 @@ OBJECTIVES = {
     "kl-hidden": "divergence from the dense model, with its residual stream",
 }
 """What a search minimises, in words, by `search.objective`."""
-
-HEIGHT = 260
-"""Pixels. Every plot is as wide as the page allows."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A plot with its heading and a caption. `id` is unique on the page."""
-
-    id: str
-    title: str
-    caption: str
-    spec: dict[str, Any]
 
 
 def figures_of(run: Run, prefix: str) -> Iterator[Figure]:
@@ -44,7 +29,7 @@ def figures_of(run: Run, prefix: str) -> Iterator[Figure]:
             OBJECTIVES[run.recipe.search.objective].capitalize(),
             f"The {OBJECTIVES[run.recipe.search.objective]} of the sampled masks on their batches (mean and range), "
             "and that of the current decision on held-out text.",
-            _spec(_losses(run)),
+            spec_of(_losses(run)),
         )
     kept = "kept units" if run.decision else "units kept at the last evaluation"
     for family, widths in (run.widths or {}).items():
@@ -52,30 +37,30 @@ def figures_of(run: Run, prefix: str) -> Iterator[Figure]:
             f"{prefix}-width-{family}",
             f"Layer widths: {_plural(family)}",
             f"Units before pruning (pale) and {kept}.",
-            _spec(_widths(run.dense(family), widths, family)),
+            spec_of(_widths(run.dense(family), widths, family)),
         )
     for family, cells in theta_cells(run).items():
         unit = unit_name(run, family) or family
         caption = f"Keep probability of every {unit} at the last checkpoint{_units_per_cell(cells)}."
-        spec = _spec(_heat(cells, unit, "θ"))
+        spec = spec_of(_heat(cells, unit, "θ"))
         yield Figure(f"{prefix}-theta-{family}", f"θ: {unit}s", caption, spec)
     for family, cells in kept_cells(run).items():
         caption = f"Kept {_plural(family)} in every layer{_units_per_cell(cells)}."
-        spec = _spec(_heat(cells, ELEMENT[family], "kept"))
+        spec = spec_of(_heat(cells, ELEMENT[family], "kept"))
         yield Figure(f"{prefix}-kept-{family}", f"Kept {_plural(family)}", caption, spec)
     if rows := sensitivities(run):
         yield Figure(
             f"{prefix}-sensitivity",
             "Sensitivity of the layers",
             "How much an error in a block raises the loss, relative to the other blocks, as the search learned it.",
-            _spec(_sensitivity(rows)),
+            spec_of(_sensitivity(rows)),
         )
     for family in _families_with_course(run):
         yield Figure(
             f"{prefix}-course-{family}",
             f"Widths during the search: {_plural(family)}",
             "Kept units of every layer at each evaluation of the decision.",
-            _spec(_course(run, family)),
+            spec_of(_course(run, family)),
         )
 
 
@@ -86,14 +71,14 @@ def comparison(runs: Sequence[Run], measures: Sequence[Measure]) -> Iterator[Fig
             "Sparsity is the fraction of the prunable parameters that is removed. For each model, the line joins the "
             "runs that no other run beats in both."
         )
-        yield Figure(f"pareto-{number}", f"Sparsity and {measure.name}", caption, _spec(_pareto(measure)))
+        yield Figure(f"pareto-{number}", f"Sparsity and {measure.name}", caption, spec_of(_pareto(measure)))
     for bos in (False, True):  # losses with BOS are not comparable to losses without
         courses = {run.name: _heldout(run) for run in runs if run.bos == bos}
         points = [point | {"run": name} for name, course in courses.items() if len(course) > 1 for point in course]
         if points:
             caption = "The loss of each run on its own held-out text."
             name = "heldout-bos" if bos else "heldout"
-            yield Figure(name, f"Held-out loss{with_bos(bos)}", caption, _spec(_heldout_courses(points)))
+            yield Figure(name, f"Held-out loss{with_bos(bos)}", caption, spec_of(_heldout_courses(points)))
 
 
 def _losses(run: Run) -> Chart:
@@ -119,7 +104,7 @@ def _losses(run: Run) -> Chart:
     evaluated = alt.Chart(alt.Data(values=points)).mark_line(point=True)
     evaluated = evaluated.encode(x, alt.Y("loss:Q", scale=scale, axis=None))
     colour = alt.Color("of:N", title=None, scale=alt.Scale(domain=[sampled, heldout]))
-    tip = _tip(**names)
+    tip = tooltip(**names)
     layers = [band.encode(colour), line.encode(colour, tooltip=tip), evaluated.encode(colour, tooltip=tip)]
     return alt.layer(*layers).resolve_axis(y="independent").properties(width="container", height=HEIGHT)
 
@@ -149,7 +134,7 @@ def _widths(before: Sequence[int], after: Sequence[int], family: str) -> Chart:
         {"layer": layer, "before": dense, "after": kept}
         for layer, (dense, kept) in enumerate(zip(before, after, strict=True))
     ]
-    tip = _tip(layer="layer:O", before="before:Q", after="after:Q")
+    tip = tooltip(layer="layer:O", before="before:Q", after="after:Q")
     layer = alt.X("layer:O", axis=alt.Axis(labelAngle=0, labelOverlap=True))
     bars = alt.Chart(alt.Data(values=rows)).encode(layer, tooltip=tip)
     axis = alt.Axis(title=_plural(family), tickMinStep=1)
@@ -165,7 +150,7 @@ def _heat(cells: list[dict[str, Any]], unit: str, value: str) -> Chart:
         alt.X("first:O", title=unit, axis=alt.Axis(labelAngle=0, labelOverlap=True)),
         alt.Y("layer:O", axis=alt.Axis(labelOverlap=True)),
         _shade(value),
-        tooltip=[*_tip(layer="layer:O", units="units:N"), alt.Tooltip("value:Q", title=value)],
+        tooltip=[*tooltip(layer="layer:O", units="units:N"), alt.Tooltip("value:Q", title=value)],
     ).properties(width="container", height=_heat_map_height(layers))
 
 
@@ -188,7 +173,7 @@ def _course(run: Run, family: str) -> Chart:
             alt.X("forward_passes:O", title="forward passes", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
             alt.Y("layer:O", axis=alt.Axis(labelOverlap=True)),
             _shade("kept"),
-            tooltip=_tip(layer="layer:O", forward_passes="forward_passes:O", kept="kept:N"),
+            tooltip=tooltip(layer="layer:O", forward_passes="forward_passes:O", kept="kept:N"),
         )
         .properties(width="container", height=_heat_map_height(len(run.elements[family])))
     )
@@ -199,7 +184,7 @@ def _sensitivity(rows: list[dict[str, Any]]) -> Chart:
         alt.X("layer:O", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
         alt.Color("family:N", title=None),
         xOffset="family:N",
-        tooltip=_tip(layer="layer:O", family="family:N", sensitivity="value:Q"),
+        tooltip=tooltip(layer="layer:O", family="family:N", sensitivity="value:Q"),
     )
     scale = alt.Scale(type="log")
     spread = chart.mark_rule().encode(
@@ -214,7 +199,7 @@ def _pareto(measure: Measure) -> Chart:
     y = alt.Y(
         "ppl:Q", title=measure.name, scale=alt.Scale(type="log", nice=False, padding=24), axis=alt.Axis(tickCount=5)
     )
-    tip = _tip(run="run:N", model="model:N", sparsity="sparsity:Q", perplexity="ppl:Q")
+    tip = tooltip(run="run:N", model="model:N", sparsity="sparsity:Q", perplexity="ppl:Q")
     chart = alt.Chart(alt.Data(values=measure.points)).encode(x, y)
     colour = alt.Color("model:N", title=None)
     best = chart.transform_filter("datum.best")
@@ -231,7 +216,7 @@ def _forward_passes_axis() -> Any:
 
 
 def _heldout_courses(points: list[dict[str, Any]]) -> Chart:
-    tip = _tip(run="run:N", forward_passes="forward_passes:Q", loss="loss:Q", perplexity="perplexity:Q")
+    tip = tooltip(run="run:N", forward_passes="forward_passes:Q", loss="loss:Q", perplexity="perplexity:Q")
     return (
         alt.Chart(alt.Data(values=points))
         .mark_line(point=True)
@@ -260,10 +245,6 @@ def _families_with_course(run: Run) -> list[str]:
     return list(run.elements) if len(evaluated) > 1 else []
 
 
-def _tip(**fields: str) -> list[alt.Tooltip]:
-    return [alt.Tooltip(field, title=title) for title, field in fields.items()]
-
-
 def _plural(family: str) -> str:
     return f"{ELEMENT[family]}s" if family in ELEMENT else f"{family}s"
 
@@ -272,9 +253,3 @@ def _units_per_cell(cells: list[dict[str, Any]]) -> str:
     """Return the end of a caption that says how many units a cell shows, "" for one."""
     units = min((cell["first"] for cell in cells if cell["first"]), default=1)
     return f" ({units} units per cell)" if units > 1 else ""
-
-
-def _spec(chart: Chart) -> dict[str, Any]:
-    spec: dict[str, Any] = chart.to_dict()
-    del spec["config"]  # the page sets its own
-    return spec

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -16,12 +17,13 @@ from pgprune_cli.core.widths import WidthState
 from pgprune_cli.errors import UserError
 from pgprune_cli.recipe.reader import load
 from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.report.recoveries import Recovery, read_recovery
 from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.evaluation import read_measured
 from pgprune_cli.run.history import Row, read_history
-from pgprune_cli.run.layout import DECISION_RECORD, PROVENANCE_FILE, RECIPE_FILE
-from pgprune_cli.run.provenance import read_provenance
+from pgprune_cli.run.layout import DECISION_RECORD, RECIPE_FILE, is_recovery_run
+from pgprune_cli.run.provenance import required_provenance
 from pgprune_cli.run.scores import Scores
 
 MAX_CELLS = 48
@@ -56,6 +58,11 @@ class Run:
     provenance: list[dict[str, Any]]
 
     @property
+    def is_finished(self) -> bool:
+        """Whether the search is finished."""
+        return self.decision is not None
+
+    @property
     def steps(self) -> int:
         """Return the steps of the whole search."""
         return self.recipe.search.steps
@@ -72,6 +79,11 @@ class Run:
     def bos(self) -> bool:
         """Whether the windows of the calibration text begin with the BOS token. False before the first step."""
         return self.decision.bos if self.decision is not None else any(row.bos for row in self.rows)
+
+    @property
+    def repeat_command(self) -> str:
+        """Return the command that repeats the search from the resolved recipe."""
+        return shlex.join(["pgprune", "search", str(self.directory / RECIPE_FILE), "--out", f"{self.directory}-again"])
 
     @property
     def forward_passes(self) -> list[int]:
@@ -95,10 +107,13 @@ class Run:
         return [len(layer.of(family)) for layer in self.decision.model_mask]
 
 
-def read_runs(directories: Sequence[Path]) -> list[Run]:
+def read_runs(directories: Sequence[Path]) -> list[Run | Recovery]:
     """Read runs, each named by the part of its path in which they differ. Raises UserError as `read_run` does."""
     paths = list(dict.fromkeys(directory.resolve() for directory in directories))
-    return [read_run(path, name) for path, name in zip(paths, _names(paths), strict=True)]
+    return [
+        read_recovery(path, name) if is_recovery_run(path) else read_run(path, name)
+        for path, name in zip(paths, _names(paths), strict=True)
+    ]
 
 
 def _names(paths: Sequence[Path]) -> list[str]:
@@ -134,15 +149,8 @@ def read_run(directory: Path, name: str) -> Run:
         state=None if checkpoint is None else checkpoint.state,
         decision=decision,
         measured=read_measured(directory),
-        provenance=_read_provenance(directory),
+        provenance=required_provenance(directory),
     )
-
-
-def _read_provenance(directory: Path) -> list[dict[str, Any]]:
-    notes = read_provenance(directory)
-    if not notes:
-        raise UserError(f"{directory}: damaged, {PROVENANCE_FILE} is missing or empty.")
-    return notes
 
 
 def _can_remove_from(block: str, families: dict[str, list[int]]) -> bool:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
 from pgprune_cli import __version__
-from pgprune_cli.report.facts import commands, environment, evaluation, repeat_command, summary
-from pgprune_cli.report.figures import Figure, comparison, figures_of
+from pgprune_cli.report.charts import Figure
+from pgprune_cli.report.facts import commands, environment, evaluation, summary
+from pgprune_cli.report.figures import comparison, figures_of
 from pgprune_cli.report.gather import Run
 from pgprune_cli.report.pareto import measures
+from pgprune_cli.report.recoveries import Recovery
+from pgprune_cli.report.recovery_figures import comparison_of_recoveries, figures_of_recovery
 
 
-def page(runs: Sequence[Run], reload_after: int | None = None) -> str:
+def page(runs: Sequence[Run | Recovery], reload_after: int | None = None) -> str:
     """Return the HTML of a report about `runs`. With `reload_after`, a browser reloads it after that many seconds."""
     from jinja2 import Environment
 
-    sections = [(run, list(figures_of(run, f"run-{number}")), commands(run)) for number, run in enumerate(runs)]
-    comparisons = list(comparison(runs, measures(runs))) if len(runs) > 1 else []
+    sections = [(run, list(_figures(run, f"run-{number}")), commands(run)) for number, run in enumerate(runs)]
+    searches = [run for run in runs if isinstance(run, Run)]
+    comparisons = list(comparison(searches, measures(searches))) if len(searches) > 1 else []
+    comparisons += comparison_of_recoveries([run for run in runs if isinstance(run, Recovery)])
     all_figures = [*comparisons, *(figure for _, figures, _ in sections for figure in figures)]
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_asset("page.html"))
     return template.render(
@@ -37,9 +42,12 @@ def page(runs: Sequence[Run], reload_after: int | None = None) -> str:
         environment=environment(runs),
         comparison=comparisons,
         sections=sections,
-        repeat_command=repeat_command,
         figures=_figures_as_json(all_figures),
     )
+
+
+def _figures(run: Run | Recovery, prefix: str) -> Iterator[Figure]:
+    return figures_of_recovery(run, prefix) if isinstance(run, Recovery) else figures_of(run, prefix)
 
 
 def _figures_as_json(figures: Sequence[Figure]) -> str:

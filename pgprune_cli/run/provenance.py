@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pgprune_cli import __version__
+from pgprune_cli.errors import UserError
 from pgprune_cli.run.layout import PROVENANCE_FILE
 
 PACKAGES = ("torch", "transformers", "safetensors", "datasets", "accelerate", "lm_eval")
@@ -33,6 +34,13 @@ def read_provenance(run: Path) -> list[dict[str, Any]]:
             commands.append(json.loads(line))
         except ValueError:  # truncated by a full disk or a crash; the search does not need it
             continue
+    return commands
+
+
+def required_provenance(run: Path) -> list[dict[str, Any]]:
+    """Return the recorded commands as `read_provenance` does. Raises UserError if there are none."""
+    if not (commands := read_provenance(run)):
+        raise UserError(f"{run}: damaged, {PROVENANCE_FILE} is missing or empty.")
     return commands
 
 

@@ -11,7 +11,13 @@ from torch import nn
 from pgprune_cli.export.trained import write_trained
 from pgprune_cli.model.loading import load_model
 from pgprune_cli.model.source import resolve
+from pgprune_cli.recipe.reader import dump, find, load
+from pgprune_cli.run.layout import RECIPE_FILE, RECOVERY_RECORD
+from pgprune_cli.run.provenance import record_command
 from pgprune_cli.run.recovery import RecoveryRecord
+from pgprune_cli.run.training_history import TrainingHistory, TrainingRow
+from pgprune_cli.run.training_record import TrainingRecord
+from pgprune_cli.storage.records import write_record
 
 RECORD = RecoveryRecord(
     student="/home/me/models/pruned",
@@ -29,6 +35,40 @@ RECORD = RecoveryRecord(
     best_step=8,
     recipe="dtype: float32\nrecover:\n  corpus: /home/me/text.txt\n  tokens: 1000\n",
 )
+
+
+def write_run(run: Path, steps: int, *, finished: bool = False) -> list[TrainingRow]:
+    """Write the run directory of a recovery of 10 steps with the rows of the first ones, and return these.
+
+    The text is evaluated at every even step.
+    """
+    run.mkdir(parents=True)
+    (run / RECIPE_FILE).write_text(dump(load(find("demo"))))
+    record = TrainingRecord(
+        student="models/pruned",
+        fingerprint="f00d",
+        teacher="demo",
+        teacher_fingerprint="beef",
+        text="text.txt",
+        text_digest="cafe",
+        settings={},
+        steps=10,
+        windows_per_step=8,
+        processes=1,
+        products="float32",
+    )
+    record.write(run)
+    record_command(run)
+    rows = [TrainingRow(0, 0, None, None, 1.25, None, None, 10**9, 1.0)]
+    for step in range(1, steps + 1):
+        heldout = None if step % 2 else 1.25 - step / 20
+        rows.append(TrainingRow(step, 1024 * step, 1.2, 1.2 - step / 20, heldout, 1e-3, 500.0, 10**9, 2.0 * step))
+    with TrainingHistory(run) as history:
+        for row in rows:
+            history.append(row)
+    if finished:
+        write_record(run / RECOVERY_RECORD, RECORD.content([]))
+    return rows
 
 
 def trained(directory: Path, scale: float = 0.05) -> nn.Module:

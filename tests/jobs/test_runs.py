@@ -6,10 +6,18 @@ import json
 from pathlib import Path
 
 from helpers.messages import refused
+from helpers.recoveries import write_run
 
 from pgprune_cli.jobs.runs import cells, runs_in
 from pgprune_cli.recipe.reader import dump, find, load
-from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, METRICS_FILE, RECIPE_FILE, SCORES_FILE
+from pgprune_cli.run.layout import (
+    DECISION_MASKS,
+    DECISION_RECORD,
+    METRICS_FILE,
+    RECIPE_FILE,
+    SCORES_FILE,
+    TRAINING_RECORD,
+)
 
 RECIPE = dump(load(find("demo")))
 
@@ -53,6 +61,30 @@ def test_runs_in_tells_the_states_apart_and_skips_exported_models(tmp_path: Path
         "finished, best at step 5 of 20",
         "damaged",
     ]
+
+
+def test_recoveries_are_listed_with_their_divergence(tmp_path: Path) -> None:
+    write_run(tmp_path / "begun", 5)
+    write_run(tmp_path / "done", 10, finished=True)
+    write_run(tmp_path / "torn", 0)
+    (tmp_path / "torn" / TRAINING_RECORD).write_text("{}")
+    begun, done, torn = runs_in(tmp_path)
+    assert (begun["kind"], begun["state"], begun["step"], begun["steps"]) == ("recovery", "recovering", 5, 10)
+    assert (begun["divergence_before"], begun["divergence"], begun["best_step"]) == (1.25, 1.05, 4)
+    assert (done["state"], done["tokens"], done["divergence"], done["model"]) == (
+        "finished",
+        10240,
+        0.75,
+        "models/pruned",
+    )
+    assert torn["state"] == "damaged"
+    _, lines = cells([begun, done, torn])
+    assert [line[1] for line in lines] == [
+        "unfinished recovery, step 5 of 10",
+        "recovered, best at step 10 of 10",
+        "damaged",
+    ]
+    assert lines[1][4] == "KL 1.2500 → 0.7500"
 
 
 def test_runs_in_refuses_a_missing_directory(tmp_path: Path) -> None:

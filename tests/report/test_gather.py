@@ -13,7 +13,7 @@ from helpers.messages import refused
 
 from pgprune_cli.jobs.search import search
 from pgprune_cli.recipe.reader import load
-from pgprune_cli.report.facts import commands, environment, evaluation, repeat_command, summary
+from pgprune_cli.report.facts import commands, environment, evaluation, summary
 from pgprune_cli.report.figures import comparison
 from pgprune_cli.report.gather import MAX_CELLS, _names, kept_cells, read_run, read_runs, sensitivities, theta_cells
 from pgprune_cli.report.pareto import Measure, _marked, measures
@@ -153,7 +153,7 @@ def test_the_tables_show_search_evaluation_commands_and_environment(finished) ->
     assert ["computed in", "float32, from int8 weights"] in summary([int8]).rows
     assert evaluation(runs).rows == [["parameters", "7", "7"], ["demo PPL, 128 tokens", "4.50", "3.25"]]
     assert [row[2] for row in commands(runs[0]).rows] == ["pgprune search demo --out 'a run'"]
-    assert repeat_command(runs[0]).startswith("pgprune search ")
+    assert runs[0].repeat_command.startswith("pgprune search ")
     versions = {row[0]: row[1] for row in environment(runs).rows}
     assert versions["torch"] == metadata.version("torch")
     assert {"python", "pgprune", "processor", "memory"} <= versions.keys()

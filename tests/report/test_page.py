@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from helpers.recoveries import write_run
 
 pytest.importorskip("altair", reason="pgprune[report] is not installed")
 pytest.importorskip("vl_convert", reason="pgprune[report] is not installed")
@@ -183,3 +184,21 @@ def test_a_cell_shows_its_layer_units_and_value_in_a_tooltip(browser, html, fini
     tooltip = browser.find_element(By.ID, "vg-tooltip-element")
     theta = float(read_run(finished["units"], "it").state.theta[5])
     assert re.sub(r"\s+", " ", tooltip.text) == f"layer 1 units KV head 1 θ {round(theta, 4):g}"
+
+
+def test_a_page_about_recoveries_and_searches_shows_the_curves_of_both(finished, tmp_path) -> None:
+    for name, steps in (("half", 5), ("whole", 10)):
+        write_run(tmp_path / name, steps, finished=steps == 10)
+    runs = read_runs([tmp_path / "half", tmp_path / "whole", finished["widths"]])
+    html = page(runs)
+    assert {"recoveries", "run-0-divergence", "run-0-rate", "run-1-divergence", "run-2-loss"} <= set(Parts(html).plots)
+    assert [run.progress for run in runs] == ["step 5 of 10", "finished", "finished"]
+    for fact in ("1.0500 nats per token, the best so far, at step 4", "0.7500 nats per token, the best, at step 10"):
+        assert fact in html
+    assert "pgprune recover models/pruned --teacher demo" in html
+
+
+def test_a_recovery_before_its_first_row_has_a_page(tmp_path) -> None:
+    write_run(tmp_path / "run", 0)
+    (tmp_path / "run" / "training.jsonl").unlink()
+    assert "step 0 of 10" in page(read_runs([tmp_path / "run"]))
