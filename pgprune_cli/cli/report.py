@@ -21,7 +21,9 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN…", help="Run directories. Their searches may still be running.", autocompletion=run_names
+            metavar="RUN…",
+            help="Run directories, finished or not.",
+            autocompletion=run_names,
         ),
     ],
     out: Annotated[
@@ -41,7 +43,8 @@ def report(
 ) -> None:
     """Write one HTML page about one or several runs.
 
-    It shows what was done, the losses, the policy or widths, and a comparison of several runs.
+    It shows what was done, the losses, the policy or widths, the curves of recoveries, and a comparison of several
+    runs.
     """
     from pgprune_cli.jobs import report as job
 

@@ -25,7 +25,8 @@ def runs(
 ) -> None:
     """List runs with their progress and results.
 
-    Shows the sparsity, the held-out loss and what `pgprune eval` measured.
+    Shows the sparsity, the held-out loss and what `pgprune eval` measured; for a recovery, the divergence from the
+    dense model before and after.
     """
     from pgprune_cli.jobs.runs import cells, runs_in
 

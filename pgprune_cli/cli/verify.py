@@ -18,7 +18,8 @@ def verify(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="PATH", help="A run directory, an exported model, or one scores, checkpoint or decision file."
+            metavar="PATH",
+            help="A run directory, an exported model, cached predictions, or one scores, checkpoint or decision file.",
         ),
     ],
     as_json: AsJson = False,

@@ -12,6 +12,14 @@ from torch import Tensor
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.export import checksums, gguf_checksum
+from pgprune_cli.jobs.verify_recovery import (
+    check_cache,
+    check_recovery,
+    check_training_checkpoint,
+    is_cache,
+    is_training_checkpoint,
+    parts_of_recovery,
+)
 from pgprune_cli.model.source import find_recorded
 from pgprune_cli.model.tokenizer_files import faults_of_tokenizer
 from pgprune_cli.recipe.reader import load
@@ -33,6 +41,7 @@ from pgprune_cli.run.layout import (
     REPAIR_FILE,
     SCORES_FILE,
     checkpoint_folders,
+    is_recovery_run,
 )
 from pgprune_cli.run.resume import refuse_other_decision
 from pgprune_cli.run.scores import Scores
@@ -296,7 +305,10 @@ KINDS = (
         lambda path: path.name == COMPARISON_RECORD,
         lambda path: _check_record(COMPARISON_RECORD)(path.parent),
     ),
+    Kind("checkpoint of a recovery", is_training_checkpoint, check_training_checkpoint),
     Kind("checkpoint", _is_checkpoint, _check_checkpoint),
+    Kind("cached predictions", is_cache, check_cache),
+    Kind("recovery directory", is_recovery_run, check_recovery, parts_of_recovery),
     Kind("run directory", lambda path: bool(_parts_of_run(path)), _check_run, _parts_of_run),
     Kind("comparison", lambda path: (path / COMPARISON_RECORD).exists(), _check_comparison, _parts_of_comparison),
 )

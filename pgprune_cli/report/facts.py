@@ -26,7 +26,7 @@ def summary(runs: Sequence[Run | Recovery]) -> Table:
     """Return a table with a column for each run and a row for each fact that any run has."""
     return _columns(
         [run.name for run in runs],
-        [_facts_of_recovery(run) if isinstance(run, Recovery) else _facts(run) for run in runs],
+        [_facts(run) for run in runs],
     )
 
 
@@ -52,8 +52,12 @@ def _columns(names: Sequence[str], columns: Sequence[dict[str, str]]) -> Table:
     return Table(["", *names], [[key, *(column.get(key, "") for column in columns)] for key in keys])
 
 
-def _facts(run: Run) -> dict[str, str]:
+def _facts(run: Run | Recovery) -> dict[str, str]:
     """Return what a column of the summary says about a run."""
+    return _facts_of_recovery(run) if isinstance(run, Recovery) else _facts_of_search(run)
+
+
+def _facts_of_search(run: Run) -> dict[str, str]:
     recipe, decision = run.recipe, run.decision
     quantized = "" if recipe.weight_format == "full" else f", from {recipe.weight_format} weights"
     facts = {

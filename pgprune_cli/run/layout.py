@@ -148,6 +148,8 @@ def refuse_unfinished(run: Path) -> None:
     """Raise UserError, with the command that helps, if `run` is not a run or has no decision yet."""
     if all((run / name).exists() for name in (DECISION_MASKS, DECISION_RECORD)):
         return
+    if is_recovery_run(run):
+        raise UserError(f"{run}: holds a recovery, not a search. Give the model that it wrote, or the run of a search.")
     if (run / RECIPE_FILE).exists():
         command = f"pgprune search {run / RECIPE_FILE} --out {run}"
         raise UserError(f"{run}: the search is not finished, so there is no decision yet. Resume it with: {command}")

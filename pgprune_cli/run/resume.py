@@ -21,7 +21,7 @@ from pgprune_cli.recipe.schema import EvaluationSettings, Recipe, RecoverSetting
 from pgprune_cli.recipe.strict_yaml import to_yaml
 from pgprune_cli.run.checkpoint import Checkpoint, drop_old, latest_checkpoint
 from pgprune_cli.run.decision import Decision, refuse_other_base
-from pgprune_cli.run.layout import DECISION_RECORD, METRICS_FILE, RECIPE_FILE
+from pgprune_cli.run.layout import DECISION_RECORD, METRICS_FILE, RECIPE_FILE, is_recovery_run
 from pgprune_cli.run.settled import with_absolute_paths, with_metric_of_scores
 from pgprune_cli.storage.rows import cut_back
 
@@ -80,10 +80,12 @@ def _search_settings(recipe: str) -> dict[str, Any]:
 
 
 def refuse_other_recipe(run: Path, recipe: Recipe, *, same_model: bool = False) -> None:
-    """Raise UserError if the run was started with a recipe that gives another result.
+    """Raise UserError if the run was started with a recipe that gives another result, or is that of a recovery.
 
     same_model: the model is known to be that of the run, wherever it is now.
     """
+    if is_recovery_run(run):
+        raise UserError(f"{run}: holds a recovery. Choose another directory for the search with --out.")
     if (run / RECIPE_FILE).exists():
         before = parse((run / RECIPE_FILE).read_text(encoding="utf-8"), f"{run / RECIPE_FILE}")
         if not same_model and (names := _changed({"model": before.model}, {"model": recipe.model})):

@@ -13,6 +13,7 @@ import torch
 from helpers.messages import refused, says
 from helpers.models import tiny_model
 from helpers.recipes import SMALL
+from helpers.recoveries import write_run
 from helpers.runs import finished_run
 from safetensors.torch import load_file, save
 
@@ -23,6 +24,7 @@ from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.verify import verify
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import find, load
+from pgprune_cli.recover.checkpoints import TrainingCheckpoint, finish
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import (
     COMPARISON_RECORD,
@@ -35,8 +37,10 @@ from pgprune_cli.run.layout import (
     RECIPE_FILE,
     REPAIR_FILE,
     SCORES_FILE,
+    training_checkpoint_folder,
 )
 from pgprune_cli.run.scores import Scores
+from pgprune_cli.run.training_history import TrainingHistory
 from pgprune_cli.storage.records import read_record, write_record
 
 
@@ -385,3 +389,31 @@ def test_a_checkpoint_with_other_tensors_is_found(run: Path) -> None:
     newest = max((run / "checkpoints").iterdir())
     (newest / "state.safetensors").write_bytes(save({"theta": torch.zeros(1)}))
     assert [newest.name in line for line in faults(run)] == [True]
+
+
+def test_recovery_is_verified_with_its_history_and_checkpoints(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_run(run, 10, finished=True)
+    verdict = verify(run)
+    assert (verdict.kind, verdict.faults) == ("recovery directory", [])
+    assert verdict.checked == ["recipe.yaml", "training.json", "training.jsonl", "recovery.json"]
+    folder = training_checkpoint_folder(run, 10)
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    with TrainingHistory(run) as history:
+        finish(TrainingCheckpoint(folder, 0.75, 20.0, history.flush()))
+    assert verify(run).faults == []
+    assert verify(folder).kind == "checkpoint of a recovery"
+    (folder / "model.safetensors").write_bytes(b"others")
+    (run / "training.jsonl").write_text('{"step": 0}\n')
+    (run / "training.json").write_text("{}")
+    faults = "\n".join(verify(run).faults)
+    says(faults, "training.json: damaged", "training.jsonl:1: damaged", "checkpoint-10", "model.safetensors")
+
+
+def test_run_of_a_recovery_is_no_run_of_a_search(tmp_path: Path, small) -> None:
+    write_run(tmp_path / "run", 2)
+    with refused(f"{tmp_path / 'run'}: holds a recovery"):
+        export(tmp_path / "run", tmp_path / "out")
+    with refused(f"{tmp_path / 'run'}: holds a recovery", "--out"):
+        search(small(), tmp_path / "run")
