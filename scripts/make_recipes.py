@@ -63,7 +63,7 @@ class Model:
         return f"{self.parameters / 1000:.1f} billion"
 
 
-PICKLED = ("The hub only has pickle files. Convert them once:", "    python scripts/convert_to_safetensors.py {} {}")
+PICKLED = ("The hub only has pickle files. Convert them once:", "    pgprune convert {} {}")
 VISION = "The text model is pruned. The vision tower is exported as it is."
 EXPERTS = "The family ffn covers whole experts and the channels inside experts."
 FFN_ONLY = Setting(

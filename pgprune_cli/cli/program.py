@@ -11,6 +11,7 @@ import typer
 from pgprune_cli import __version__
 from pgprune_cli.cli import (
     compare,
+    convert,
     doctor,
     evaluate,
     export,
@@ -45,6 +46,7 @@ app.command(epilog=report.EXAMPLES)(report.report)
 app.command(epilog=runs.EXAMPLES)(runs.runs)
 app.add_typer(recipes.recipes_app, name="recipes")
 app.command(epilog=verify.EXAMPLES)(verify.verify)
+app.command(epilog=convert.EXAMPLES)(convert.convert)
 app.command(epilog=doctor.EXAMPLES)(doctor.doctor)
 
 DISTRIBUTED = ("search", "recover")

@@ -152,7 +152,8 @@ def _hub_weights(name: str) -> _Weights:
         raise UserError(f"The repository holds an adapter, not a whole model. {MERGE}")
     if not files:
         raise UserError(
-            "The repository holds no safetensors files. Convert its weights with scripts/convert_to_safetensors.py."
+            "The repository holds no safetensors files. Convert its weights, and set model to the directory: "
+            f"pgprune convert {name} DIR"
         )
     file_bytes = sum(file.size or 0 for file in files)
     return _Weights(info.safetensors.total if info.safetensors else file_bytes // 2, file_bytes)

@@ -117,8 +117,8 @@ def _torch() -> Iterator[Finding]:
             free, total = torch.cuda.mem_get_info(index)
             name = torch.cuda.get_device_name(index)
             yield finding(f"cuda:{index}", f"{name}, {gigabytes(free)} of {gigabytes(total)} free")
-    elif reason := unusable_gpu():
-        state, _, fix = reason.partition(". ")
+    elif unusable := unusable_gpu():
+        state, _, fix = unusable.partition(". ")
         yield Finding("cuda", "WARN", state, fix)
     yield finding("torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
     yield finding("memory", f"{gigabytes(free_memory('cpu'))} free")

@@ -13,7 +13,7 @@ from pgprune_cli.model.gguf_header import PARTS, read_header
 from pgprune_cli.storage.records import read_json
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-CONVERT = "Convert pickled weights (*.bin) with scripts/convert_to_safetensors.py."
+CONVERT = "Convert pickled weights (*.bin) with: pgprune convert MODEL DIR"
 PICKLES_REFUSED = f"pickled weights are not read, because they can run code. {CONVERT}"
 
 ADAPTER = "adapter_config.json"

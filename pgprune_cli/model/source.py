@@ -28,6 +28,9 @@ CONFIGS = ["config.json", ADAPTER]
 DOWNLOADED = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
 """Patterns of the files that are downloaded from the hub: no pickles and no code."""
 
+CONVERTED = {"models/vicuna-7b": "lmsys/vicuna-7b-v1.5", "models/vicuna-13b": "lmsys/vicuna-13b-v1.5"}
+"""The directories of shipped recipes whose models the hub has only as pickles, and their names there."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -94,7 +97,7 @@ def resolve(name: str, weights: bool = True) -> Source:
     """
     if (local := find_local(name, weights)) is not None:
         return local
-    source = _in_directory(name, _download(name, DOWNLOADED if weights else CONFIGS), weights)
+    source = _in_directory(name, download(name, DOWNLOADED if weights else CONFIGS), weights)
     return source if weights else replace(source, has_weights=False)  # some may be left of an earlier download
 
 
@@ -113,6 +116,11 @@ def find_local(name: str, weights: bool = True) -> Source | None:
         return _in_directory(name, path, weights)
     if name.endswith(WEIGHT_FILES):
         raise UserError(f"{name}: no such file. Check the spelling.")
+    if (hub_name := CONVERTED.get(name)) is not None:
+        raise UserError(
+            f"{name}: no such directory. The hub has this model only as pickled weights. Convert them once: "
+            f"pgprune convert {hub_name} {name}"
+        )
     if not is_hub_name(name):
         raise UserError(
             f"{name}: no such directory or .gguf file, and not a hub name (owner/name) either. Check the spelling."
@@ -131,14 +139,14 @@ def resolve_recorded(name: str) -> Source:
 
     Runs name local models by their absolute paths. Any other name is on the hub, whatever the working directory holds.
     """
-    return _in_directory(name, _download(name, DOWNLOADED), True) if is_hub_name(name) else resolve(name)
+    return _in_directory(name, download(name, DOWNLOADED), True) if is_hub_name(name) else resolve(name)
 
 
 def find_recorded(name: str) -> Source | None:
     """Return where the model is that a run names, or None if its files are not on this machine. Asks no hub."""
     try:
         if is_hub_name(name):
-            return _in_directory(name, _download(name, DOWNLOADED, local_files_only=True), True)
+            return _in_directory(name, download(name, DOWNLOADED, local_files_only=True), True)
         return find_local(name)
     except UserError:
         return None
@@ -163,7 +171,8 @@ def _in_directory(name: str, directory: Path, weights: bool) -> Source:
     )
 
 
-def _download(name: str, patterns: list[str], local_files_only: bool = False) -> Path:
+def download(name: str, patterns: list[str], local_files_only: bool = False) -> Path:
+    """Return the directory of a model on the hub, with the files that match. Raises UserError if there is none."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

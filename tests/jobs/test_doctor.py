@@ -201,7 +201,7 @@ def test_a_model_and_a_data_set_on_the_hub_are_ok(small, monkeypatch) -> None:
 
 def test_a_repository_without_safetensors_is_a_failure(small, monkeypatch) -> None:
     simulate_hub(monkeypatch, files=["config.json", "pytorch_model.bin"])
-    assert "convert_to_safetensors" in problems(doctor(hub_recipe(small)))[0].fix
+    assert "pgprune convert" in problems(doctor(hub_recipe(small)))[0].fix
 
 
 def test_a_repository_with_an_adapter_alone_is_a_failure(small, monkeypatch) -> None:

@@ -71,7 +71,7 @@ def test_a_directory_with_several_gguf_files_is_refused(tmp_path: Path) -> None:
 
 def test_a_directory_with_pickled_weights_is_refused(tmp_path: Path) -> None:
     folder = make(tmp_path / "old", "config.json", "pytorch_model.bin")
-    with refused(str(folder), "neither model.safetensors nor", INDEX, "scripts/convert_to_safetensors.py"):
+    with refused(str(folder), "neither model.safetensors nor", INDEX, "pgprune convert"):
         resolve(str(folder))
 
 

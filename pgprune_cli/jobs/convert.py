@@ -1,0 +1,78 @@
+"""convert: pickled weights (pytorch_model*.bin), which no other command reads, written anew as safetensors.
+
+torch's restricted unpickler reads the pickles and runs no code in them. Memory holds one file at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from pgprune_cli.console.progress import SILENT, Progress
+from pgprune_cli.errors import UserError, in_short
+from pgprune_cli.export.plan import check_new
+from pgprune_cli.model.names import is_hub_name
+from pgprune_cli.model.source import INDEX, download
+from pgprune_cli.storage.atomic import new_directory
+
+COPIED = ("*.json", "*.jinja", "tokenizer*", "*.model", "LICENSE*", "NOTICE*")
+PICKLES = "pytorch_model*.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+
+
+def convert(source: str, out: Path, *, progress: Progress = SILENT) -> list[Path]:
+    """Write a model with pickled weights into the new directory `out` as safetensors. Return its weight files.
+
+    source: a directory, or a name on the hub. If the conversion fails, nothing is left.
+
+    Raises:
+        UserError: `source` has no pickled weights, or some that need code to be read; `out` is not empty.
+    """
+    check_new(out, directory=True)
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        if not is_hub_name(source):
+            raise UserError(f"{source}: no such directory, and not a hub name (owner/name) either. Check the spelling.")
+        with progress.working(f"fetching {source}"):
+            folder = download(source, [*COPIED, PICKLES])
+    pickles = sorted(folder.glob(PICKLES))
+    if not pickles:
+        raise UserError(f"{source}: holds no {PICKLES}. Only models with pickled weights have to be converted.")
+    with new_directory(out) as temporary:
+        names = _convert_weights(pickles, temporary, progress)
+        for path in sorted({path for pattern in COPIED for path in folder.glob(pattern)}):
+            if path.name != PICKLE_INDEX:
+                shutil.copyfile(path, temporary / path.name)
+    return [out / name for name in names]
+
+
+def _convert_weights(pickles: Sequence[Path], folder: Path, progress: Progress) -> list[str]:
+    """Write one safetensors file into `folder` for every pickle, with an index if there are several. Return names."""
+    import torch
+    from safetensors.torch import save_file
+
+    names: list[str] = []
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for number, pickled in enumerate(pickles, 1):
+        name = "model.safetensors" if len(pickles) == 1 else f"model-{number:05}-of-{len(pickles):05}.safetensors"
+        with progress.working(f"{pickled.name} → {name}"):
+            try:
+                state = torch.load(pickled, map_location="cpu", weights_only=True, mmap=True)
+            except Exception as error:  # code in it, a truncated file, a format older than zip
+                raise UserError(
+                    f"{pickled}: cannot be read without running code in it, or is damaged ({in_short(error, 200)}). "
+                    "Fetch the model's files again, or use another copy of the model."
+                ) from error
+            # safetensors refuses tensors that share memory, as tied ones do
+            tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
+            save_file(tensors, folder / name, metadata={"format": "pt"})
+        names.append(name)
+        weight_map |= dict.fromkeys(tensors, name)
+        total_size += sum(tensor.nbytes for tensor in tensors.values())
+    if len(pickles) > 1:
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2))
+    return names
