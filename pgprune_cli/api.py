@@ -1,6 +1,7 @@
-"""The Python API: `prune` a model, `evaluate` one, and what to do with a `Pruned` run.
+"""The Python API: `prune` a model, `evaluate` or `recover` one, and what to do with a `Pruned` run.
 
 Each function calls the job behind the command of the same name. Jobs are imported late, because they import torch.
+`recover` is imported from here: `pgprune_cli.recover` is a folder of the package.
 """
 
 from __future__ import annotations
@@ -121,11 +122,8 @@ def prune(
     from pgprune_cli.run.layout import runs_folder
 
     path = find(str(recipe))
-    overrides = [
-        f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in (settings or {}).items()
-    ]
     run = Path(out) if out is not None else runs_folder() / name_of(path)
-    return Pruned(run, search(load(path, overrides), run, progress=_progress(progress)))
+    return Pruned(run, search(load(path, _overrides(settings)), run, progress=_progress(progress)))
 
 
 def evaluate(
@@ -177,6 +175,56 @@ def evaluate(
         base=base,
     )
     return with_baselines(evaluate(request, progress=_progress(progress)))
+
+
+def recover(
+    model: str | Path,
+    out: str | Path,
+    settings: Mapping[str, Any] | None = None,
+    *,
+    recipe: str | Path | None = None,
+    run: str | Path | None = None,
+    teacher: str | None = None,
+    teacher_cache: str | Path | None = None,
+    format: Literal["hf", "gguf", "mlx"] = "hf",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Train a pruned model to predict what its dense model predicts, and return what `pgprune recover --json` prints.
+
+    Resumes an interrupted recovery.
+
+    Args:
+        model: a directory that `export` or `recover` wrote.
+        out: the new path of the recovered model.
+        settings: recipe keys and values that override the recipe: `{"recover.tokens": 1_000_000}`.
+        recipe: the name of a shipped recipe, or a recipe file; by default the recipe that the model was pruned with.
+        run: the run directory, `runs/<name of out>` by default.
+        teacher: the dense model, if it is not where the search found it, or another one.
+        teacher_cache: where `recover.teacher: cached` keeps its predictions for other students.
+        format: of the recovered model.
+        progress: report progress on stderr.
+
+    Raises:
+        UserError: an argument is wrong.
+        RunError: the recovery failed.
+        Interrupted: a signal stopped the recovery. Its state is saved.
+    """
+    from pgprune_cli.jobs.recover import recover
+    from pgprune_cli.jobs.recovery_request import Request, recipe_of
+    from pgprune_cli.recipe.reader import find, load
+    from pgprune_cli.run.layout import runs_folder
+
+    out, overrides = Path(out), _overrides(settings)
+    loaded = recipe_of(str(model), overrides) if recipe is None else load(find(str(recipe)), overrides)
+    run = Path(run) if run is not None else runs_folder() / out.name
+    cache = None if teacher_cache is None else Path(teacher_cache)
+    request = Request(str(model), out, run, loaded, teacher, cache, format)
+    return {"model": str(out), "run": str(run), **recover(request, progress=_progress(progress))}
+
+
+def _overrides(settings: Mapping[str, Any] | None) -> list[str]:
+    """Return settings as the options of `--set`."""
+    return [f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in (settings or {}).items()]
 
 
 def _progress(shown: bool) -> Progress:

@@ -1,0 +1,232 @@
+"""The recovery of exported models, from the command to the recovered model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.exports import DECISIONS, export
+from helpers.masks import draw
+from helpers.messages import refused, says
+from helpers.models import save_tokenizer, tiny_model
+
+pytest.importorskip("accelerate", reason="needs the extra: pip install 'pgprune[recovery]'")
+
+from pgprune_cli.api import recover as recover_from_python
+from pgprune_cli.cli import program
+from pgprune_cli.errors import RunError
+from pgprune_cli.jobs import recover as job
+from pgprune_cli.jobs import recovery_request
+from pgprune_cli.jobs.recover import recover
+from pgprune_cli.jobs.recovery_request import Request, recipe_of
+from pgprune_cli.jobs.verify import verify
+from pgprune_cli.model.loading import load_model, load_tokenizer, read_config
+from pgprune_cli.model.source import resolve
+from pgprune_cli.recipe.reader import find, load
+from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.recover import teacher
+from pgprune_cli.recover.loss import divergences
+from pgprune_cli.recover.teacher import LiveTeacher
+from pgprune_cli.recover.texts import recovery_text
+from pgprune_cli.run.layout import RECOVERY_RECORD, TEACHER_FOLDER, TRAINING_RECORD
+from pgprune_cli.storage.records import read_record
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SMALL = (
+    "recover.tokens=1024",
+    "recover.seqlen=16",
+    "recover.batch=8",
+    "recover.heldout=4",
+    "recover.learning_rate=0.01",
+    "dtype=float32",
+    "device=cpu",
+)
+"""8 steps of 8 windows of 16 tokens."""
+
+
+def pruned(folder: Path, architecture: str, decision: str) -> Path:
+    """Write a tiny model, a text, and the export of a decision on the model. Return the export's directory."""
+    model = tiny_model(architecture)
+    model.save_pretrained(folder / "base")
+    save_tokenizer(folder / "base")
+    (folder / "text.txt").write_text("The king was glad, and the queen was not. " * 60)
+    export(folder / "base", folder / "small", draw(model, DECISIONS[decision]))
+    return folder / "small"
+
+
+def recipe(folder: Path, *overrides: str) -> Recipe:
+    texts = (f"calibration.corpus={folder / 'text.txt'}", f"model={folder / 'base'}")
+    return load(find("demo"), [*SMALL, *texts, *overrides])
+
+
+def request(folder: Path, *overrides: str, name: str = "better", **options: Any) -> Request:
+    """Return a request that recovers the export in `folder` into the model and the run of this name."""
+    model, out, run = str(folder / "small"), folder / name, folder / f"runs/{name}"
+    return Request(model, out, run, recipe(folder, *overrides), **options)
+
+
+def recovery_of(directory: Path) -> dict[str, Any]:
+    """Return the record of the recovery of a model or a run."""
+    return read_record(directory / RECOVERY_RECORD)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, token_cache: str) -> Path:
+    """A folder with a tiny pruned model, its base and a text, and its recovery: the model `better`."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("recover")
+    pruned(folder, "llama-gqa", "no heads in the first layer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PGPRUNE_CACHE", token_cache)
+        recover(request(folder))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("architecture", "decision", "overrides"),
+    [
+        ("gemma2", "two layers removed, among them the first", ("recover.hidden=0.2",)),
+        ("qwen3_5_text", "mixed sizes", ("recover.train=norms-and-outputs", "recover.lm=0.1")),
+        ("mixtral", "two layers without heads, two without channels", ("recover.top_k=8", "recover.teacher=cached")),
+        ("phi3", "mixed sizes", ("recover.train=lora", "recover.lora_rank=4", "recover.gradient_checkpointing=true")),
+    ],
+)
+def test_recovery_writes_the_best_weights_of_every_family(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, architecture: str, decision: str, overrides: tuple[str, ...]
+) -> None:
+    pytest.importorskip("peft", reason="needs the extra: pip install 'pgprune[recovery]'")
+    for module in (recovery_request, teacher):  # the same numbers on every machine
+        monkeypatch.setattr(module, "fastest_dtype", lambda device: "float32")
+    pruned(tmp_path, architecture, decision)
+    asked = request(tmp_path, *overrides)
+    record = recover(asked)
+    assert record["loss_after"] < record["loss_before"]
+    assert not verify(tmp_path / "better").faults
+    assert heldout_divergence(asked, "small") == pytest.approx(record["loss_before"], rel=1e-3)
+    assert heldout_divergence(asked, "better") == pytest.approx(record["loss_after"], rel=1e-3)
+    assert {path.name for path in asked.run.iterdir()} - {TEACHER_FOLDER} == {
+        "recipe.yaml",
+        "training.json",
+        "training.jsonl",
+        "provenance.jsonl",
+        "recovery.json",
+    }
+    assert (asked.run / TEACHER_FOLDER).exists() == ("recover.teacher=cached" in overrides)
+
+
+@torch.no_grad()
+def heldout_divergence(asked: Request, name: str) -> float:
+    """Return the divergence of a model in the folder of the request from its base on the held-out windows."""
+    source, settings = resolve(str(asked.out.with_name(name))), asked.recipe.recover
+    text = recovery_text(asked.recipe, name, read_config(source), load_tokenizer(source))
+    rows = torch.arange(len(text.windows))[-text.heldout :]
+    windows = text.windows[rows]
+    dense = load_model(resolve(str(asked.out.with_name("base"))), "float32", "cpu")
+    targets = LiveTeacher(dense, settings.top_k, settings.temperature).targets(windows, rows)
+    logits: torch.Tensor = load_model(source, "float32", "cpu")(input_ids=windows).logits
+    return float(divergences(logits, targets).mean())
+
+
+def test_finished_recovery_returns_its_record(folder: Path) -> None:
+    record = recovery_of(folder / "runs/better")
+    assert recover(request(folder)) == record
+    assert record == recovery_of(folder / "better")
+    assert (record["steps"], record["tokens"]) == (8, 1024)
+    with refused("runs/better", "recover.lm: 0.0 → 1.0"):
+        recover(request(folder, "recover.lm=1.0"))
+    with refused("runs/better", "finished", "elsewhere"):
+        recover(replace(request(folder), out=folder / "elsewhere"))
+
+
+def test_recovered_model_can_be_recovered_again(folder: Path) -> None:
+    again = replace(request(folder, name="again"), model=str(folder / "better"))
+    record = recover(again)
+    assert record["loss_before"] == pytest.approx(recovery_of(folder / "better")["loss_after"], rel=1e-2)
+    assert [entry["student"] for entry in record["earlier"]] == [str(folder / "small")]
+
+
+def test_run_directory_of_something_else_is_refused(folder: Path, finished: dict[str, Path], tmp_path: Path) -> None:
+    with refused("units", "holds a search", "--run"):
+        recover(replace(request(folder, name="new"), run=finished["units"]))
+    run = tmp_path / "run"
+    asked = replace(request(folder, name="new"), run=run)
+    run.mkdir()
+    text = (folder / "runs/better" / TRAINING_RECORD).read_text()
+    (run / TRAINING_RECORD).write_text(text)
+    (run / "recipe.yaml").write_text("")
+    with refused("run", "recover.temperature: 1.0 → 2.0"):
+        recover(replace(asked, recipe=recipe(folder, "recover.temperature=2.0")))
+    with refused("better", "already exists"):
+        recover(replace(asked, out=folder / "better"))
+    assert not asked.out.exists()
+
+
+def test_what_is_no_exported_model_is_refused(folder: Path, finished: dict[str, Path]) -> None:
+    new = request(folder, name="new")
+    with refused("units", "pgprune export"):
+        recover(replace(new, model=str(finished["units"])))
+    with refused("base", "decision.json"):
+        recover(replace(new, model=str(folder / "base")))
+    with refused("base", "--recipe"):
+        recipe_of(str(folder / "base"))
+    with refused("cuda:1", "CUDA_VISIBLE_DEVICES=1"):
+        recover(replace(new, recipe=recipe(folder, "device=cuda:1")))
+    assert not new.run.exists()
+    assert not new.out.exists()
+
+
+def test_full_disk_is_reported_before_the_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "MOST", 10**9)
+    with refused("new", "checkpoints need", "GB of disk", error=RunError):
+        recover(request(folder, name="new"))
+
+
+def test_command_saves_when_it_is_stopped_and_prints_how_to_resume(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(json.dumps({"extends": "demo", "model": str(folder / "base")}))
+    words = ["recover", str(folder / "small"), "--out", "out", "--recipe", "mine.yaml", "--run", "run", "--quiet"]
+    for setting in (*SMALL, f"calibration.corpus={folder / 'text.txt'}"):
+        words += ["--set", setting]
+    monkeypatch.setattr(sys, "argv", ["pgprune", *words])
+    shown = job._Shown.show
+
+    def show(self: job._Shown, row: Any) -> None:
+        shown(self, row)
+        if row.step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(job._Shown, "show", show)
+    with pytest.raises(SystemExit) as stopped:
+        program.main()
+    assert stopped.value.code == 143
+    says(capfd.readouterr().err.strip().splitlines()[-1], "step 4", "run", shlex.join(["pgprune", *words[:4]]))
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(job._Shown, "show", shown)
+    with pytest.raises(SystemExit) as finished:
+        program.main()
+    assert finished.value.code == 0
+    assert "held-out divergence" in capfd.readouterr().out
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (folder / "better/model.safetensors").read_bytes()
+
+
+def test_recovery_from_python_equals_that_of_the_command(folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(json.dumps({"extends": "demo", "model": str(folder / "base")}))
+    settings = dict(setting.split("=") for setting in (*SMALL, f"calibration.corpus={folder / 'text.txt'}"))
+    typed = {key: json.loads(value) if value[0].isdigit() else value for key, value in settings.items()}
+    result = recover_from_python(
+        folder / "small", tmp_path / "out", typed, recipe=path, run=tmp_path / "run", progress=False
+    )
+    assert result["model"] == str(tmp_path / "out")
+    assert result["loss_after"] == recovery_of(folder / "better")["loss_after"]
