@@ -136,7 +136,7 @@ class Ranks:
         try:
             distributed.all_reduce(values)
         except RuntimeError as error:
-            raise RunError(f"another process of this search has died ({in_short(error, 160)})") from error
+            raise RunError(f"another process of this run has died ({in_short(error, 160)})") from error
         return values
 
 

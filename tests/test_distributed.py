@@ -196,7 +196,7 @@ def test_ranks_of_different_searches_are_refused_by_all(exchanged) -> None:
 
 def test_a_rank_that_is_gone_is_an_error_of_the_others(exchanged) -> None:
     for actual in exchanged[:2]:
-        assert actual["gone"].startswith("another process of this search has died (")
+        assert actual["gone"].startswith("another process of this run has died (")
 
 
 # --- one process

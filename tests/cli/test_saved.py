@@ -11,7 +11,7 @@ from pgprune_cli.cli.saved import (
     saved_by_recover,
     saved_by_search,
 )
-from pgprune_cli.run.layout import DECISION_RECORD, MEASURED_FILE, SCORES_FILE
+from pgprune_cli.run.layout import DECISION_RECORD, MEASURED_FILE, RECOVERY_RECORD, SCORES_FILE
 
 
 def touch(path: Path) -> None:
@@ -57,6 +57,26 @@ def test_saved_by_recover_names_the_last_step_or_the_predictions(tmp_path: Path)
     touch(run / "checkpoints/checkpoint-7/state.json")
     assert saved_by_recover(run).text == f"step 7 is saved in {run}"
     assert saved_by_recover(run, 9).text == f"step 9 is saved in {run}"
+
+
+def test_saved_by_recover_describes_the_latest_saved_state(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    texts = [saved_by_recover(run).text]
+    for name in (
+        "checkpoints/checkpoint-10/state.json",
+        "checkpoints/checkpoint-20/optimizer.pt",  # being written
+        "checkpoints/checkpoint-9/state.json",
+    ):
+        touch(run / name)
+        texts.append(saved_by_recover(run).text)
+    texts.append(saved_by_recover(run, step=11).text)
+    assert texts == [
+        "nothing is saved yet",
+        *[f"step 10 is saved in {run}"] * 3,
+        f"step 11 is saved in {run}",
+    ]
+    touch(run / RECOVERY_RECORD)
+    assert saved_by_recover(run) == (f"the recovery in {run} is finished", True)
 
 
 def test_saved_by_compare_counts_measured_runs_and_names_the_interrupted_one(tmp_path: Path) -> None:

@@ -6,9 +6,12 @@ import json
 import os
 import shlex
 import signal
+import socket
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import pytest
@@ -37,6 +40,7 @@ from pgprune_cli.recover.loss import divergences
 from pgprune_cli.recover.teacher import LiveTeacher
 from pgprune_cli.recover.texts import recovery_text
 from pgprune_cli.run.layout import RECOVERY_RECORD, TEACHER_FOLDER, TRAINING_RECORD
+from pgprune_cli.run.training_history import read_training_history
 from pgprune_cli.storage.records import read_record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -230,3 +234,31 @@ def test_recovery_from_python_equals_that_of_the_command(folder: Path, tmp_path:
     )
     assert result["model"] == str(tmp_path / "out")
     assert result["loss_after"] == recovery_of(folder / "better")["loss_after"]
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(json.dumps({"extends": "demo", "model": str(folder / "base")}))
+    words = ["recover", str(folder / "small"), "--out", "out", "--recipe", "mine.yaml", "--run", "run", "--quiet"]
+    for setting in (*SMALL, "recover.batch=4", f"calibration.corpus={folder / 'text.txt'}"):
+        words += ["--set", setting]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "TORCHELASTIC_RUN_ID": "test"}
+    place |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    started = []
+    for rank in ("0", "1"):
+        environment = os.environ | place | {"RANK": rank, "LOCAL_RANK": rank}
+        program = [sys.executable, "-m", "pgprune_cli", *words]
+        started.append(subprocess.Popen(program, env=environment, cwd=tmp_path, stdout=PIPE, stderr=PIPE, text=True))
+    try:
+        ended = [process.communicate(timeout=240) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], [err for _, err in ended]
+    assert ["held-out divergence" in out for out, _ in ended] == [True, False]
+    rows, expected = (read_training_history(run) for run in (tmp_path / "run", folder / "runs/better"))
+    for name in ("step", "tokens", "loss", "divergence", "heldout_divergence", "learning_rate"):
+        of_two, of_one = ([getattr(row, name) or 0 for row in history] for history in (rows, expected))
+        assert of_two == pytest.approx(of_one, rel=2e-2), name
+    assert not verify(tmp_path / "out").faults
