@@ -48,6 +48,12 @@ def faults_of(directory: Path) -> Iterator[str]:
     yield from _foreign_code(directory)
 
 
+def refuse_changed(directory: Path) -> None:
+    """Raise UserError for the first file that `faults_of` names: a new export would hide that it changed."""
+    for fault in faults_of(directory):
+        raise UserError(fault)
+
+
 def _read(path: Path) -> dict[str, str]:
     """Return the sha256 of every file by its name. Raises UserError if SHA256SUMS is missing or damaged."""
     if not path.exists():

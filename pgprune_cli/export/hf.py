@@ -101,7 +101,7 @@ class DirectoryPlan(Plan):
         )
         if self.again is not None:
             path = self.again.directory / MODEL_CARD
-            card = path.read_text(encoding="utf-8") if path.exists() else None
+            card = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
             return carried_card(card, self.decision, loading, self.again.recoveries, self.again.recovery is not None)
         card_of_decision = ModelCard(
             loading=loading,

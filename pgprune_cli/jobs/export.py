@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.errors import UserError
+from pgprune_cli.export.checksums import CHECKSUMS_FILE, refuse_changed
 from pgprune_cli.export.formats import FORMATS
 from pgprune_cli.export.plan import Options, Plan, check_new
 from pgprune_cli.export.shapes import ShapeRequirements
@@ -97,9 +98,12 @@ def export(
 
     base: as `plan` takes it.
 
-    Raises UserError as `plan` and `Plan.write` do.
+    Raises UserError as `plan` and `Plan.write` do, and for an exported model whose files changed since.
     """
     check_new(out.expanduser(), directory=not FORMATS[format].suffix)
+    if (run / CHECKSUMS_FILE).exists():
+        with progress.working(f"checking {run}"):
+            refuse_changed(run)
     export_plan = plan(run, options, format, base)
     with progress.writing(f"writing {out}", export_plan.progress_bytes) as on_bytes:
         export_plan.write(out, on_bytes)

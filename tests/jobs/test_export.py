@@ -184,6 +184,17 @@ def test_an_exported_model_is_exported_again(run, pgprune):
         assert Path("once", name).read_bytes() == Path("twice", name).read_bytes(), name
 
 
+def test_an_exported_model_that_changed_is_not_exported_again(run, pgprune):
+    job.export(run, Path("once"))
+    weights = Path("once", "model.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    code, _, err = pgprune("export", "once", "--format", "gguf", "--out", "twice.gguf", "-q")
+    assert code == 2 and not Path("twice.gguf").exists()
+    says(err, "once/model.safetensors", "changed since the export")
+
+
 def test_an_exported_model_has_no_other_base(run, pgprune):
     job.export(run, Path("once"))
     code, _, err = pgprune("export", "once", "--out", "twice", "--model", "demo", "-q")
