@@ -13,6 +13,7 @@ import torch
 
 pytest.register_assert_rewrite("helpers")  # before anything imports it
 
+from helpers.fp8 import multiplies_fp8_on_cpu
 from helpers.models import ARCHITECTURES, EXPERT_ARCHITECTURES, save_tokenizer, tiny_model
 from helpers.recipes import COMMAND, SMALL, WIDTH_SEARCH
 
@@ -20,6 +21,20 @@ from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.layout import EVALUATION_FILE
 from pgprune_cli.storage.records import write_record
+
+FP8_MISSING = ("fp8", "scaled_mm", "ScalingType")
+"""What an error says if PyTorch lacks the products of fp8 matrices."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item):
+    """Skip a test that fails because this PyTorch cannot multiply fp8 matrices on the CPU."""
+    try:
+        return (yield)
+    except Exception as error:
+        if multiplies_fp8_on_cpu() or not any(name in str(error) for name in FP8_MISSING):
+            raise
+        pytest.skip(f"PyTorch {torch.__version__} cannot multiply fp8 matrices on the CPU")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -41,10 +41,9 @@ class HubCorpus:
 NAMED = {
     "wikitext2": HubCorpus("Salesforce/wikitext", "wikitext-2-raw-v1", "train", "test", joined=True),
     "c4": HubCorpus("allenai/c4", "en", "train", "validation"),
-    # The PTB repository holds a script, which `datasets` no longer runs; the hub keeps a converted copy.
-    "ptb": HubCorpus(
-        "ptb-text-only/ptb_text_only", "penn_treebank", "train", "test", "sentence", True, "refs/convert/parquet"
-    ),
+    # The PTB repository holds a script, which `datasets` no longer runs. The copy that the hub has converted has one
+    # configuration, `default`.
+    "ptb": HubCorpus("ptb-text-only/ptb_text_only", None, "train", "test", "sentence", True, "refs/convert/parquet"),
 }
 
 DEMO_TEXT: dict[Purpose, tuple[int, int]] = {"calibration": (2, 600_000), "evaluation": (3, 150_000)}

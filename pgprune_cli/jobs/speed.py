@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pgprune_cli.jobs.targets import Target
 from pgprune_cli.model.context import longest_context
+from pgprune_cli.model.devices import memory_in_use
 
 PROMPT_TOKENS, NEW_TOKENS, REPEATS = 512, 64, 5
 
@@ -61,11 +62,12 @@ def _time_once(model: Any) -> tuple[float, float, int]:
     """Return the seconds of one prefill and of one decode, and the peak of CUDA memory in bytes (0 elsewhere)."""
     prompt = _prompt(model)
     cuda = prompt.device.type == "cuda"
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(prompt.device)
+    if cuda:  # the layers may be spread over several GPUs
+        for index in range(torch.cuda.device_count()):
+            torch.cuda.reset_peak_memory_stats(index)
     prefill = _seconds_to_generate(model, prompt, 1)
     total = _seconds_to_generate(model, prompt, 1 + NEW_TOKENS)
-    return prefill, total - prefill, torch.cuda.max_memory_allocated(prompt.device) if cuda else 0
+    return prefill, total - prefill, memory_in_use() if cuda else 0
 
 
 def _seconds_to_generate(model: Any, prompt: Tensor, tokens: int) -> float:

@@ -136,7 +136,7 @@ def device_map(family: ModelFamily, layers: int, tied: bool, devices: list[torch
 
 
 def memory_in_use() -> int:
-    """Return bytes: the peak of the GPU's allocated memory if there is a GPU, else what this process uses now."""
+    """Return bytes: the peak of the memory allocated on all GPUs if any is used, else what this process uses now."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+        return sum(torch.cuda.max_memory_allocated(index) for index in range(torch.cuda.device_count()))
     return int(psutil.Process().memory_info().rss)

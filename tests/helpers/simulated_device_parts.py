@@ -73,6 +73,12 @@ def refusals() -> None:
     assert_fails(lambda: tensor[torch.tensor([0, 1])], "tensors on simulated:0 and on cpu")
     assert_fails(lambda: tensor @ tensor.to("simulated:1").T, "tensors on simulated:0 and on simulated:1")
     assert float(tensor.sum()) == 15.0
+    assert tensor.long().cumsum(0).cpu().tolist() == [[0, 1, 2], [3, 5, 7]]
+    for unordered in (
+        lambda: tensor.cumsum(0),
+        lambda: tensor.index_add_(0, torch.tensor([0]).to(SIMULATED), tensor[:1]),
+    ):
+        assert_fails(unordered, "other sums every time")
     with waiting_is_an_error():
         for read in (lambda: float(tensor.sum()), tensor.cpu, tensor.nonzero, lambda: bool(tensor.any())):
             assert_fails(read, "the host waits")

@@ -5,13 +5,23 @@ import torch
 from helpers.messages import refused
 from helpers.models import tiny_model
 
-from pgprune_cli.model.devices import device_map, devices_of, emptiest, fastest_dtype
+from pgprune_cli.model.devices import device_map, devices_of, emptiest, fastest_dtype, memory_in_use
 from pgprune_cli.model.families.llama import LLAMA
 
 
 def test_devices_of_names_the_cpu_and_the_default():
     assert devices_of("cpu") == [torch.device("cpu")]
-    assert devices_of("auto") == [torch.device("cuda" if torch.cuda.is_available() else "cpu")]
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    assert devices_of("auto") == (gpus or [torch.device("cpu")])
+
+
+def test_memory_in_use_is_that_of_all_gpus(monkeypatch):
+    assert memory_in_use() > 0
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda index: [10, 32][index])
+    assert memory_in_use() == 42
 
 
 @pytest.fixture

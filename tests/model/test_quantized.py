@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.fp8 import rounded_product, slowly_rounded
 from helpers.masks import MODEL_MASKS, dense_mask, logits_of, random_repair, random_tokens
 from helpers.memory import Allocations
 from helpers.messages import refused, says
@@ -63,13 +64,6 @@ def linear_of(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
 
 
 CLASSES: dict[str, type[QuantizedLinear]] = {"int8": Int8Linear, "fp8": Fp8Linear}
-
-
-def slowly_rounded(row: Tensor) -> Tensor:
-    """Return a row rounded to e4m3 and back."""
-    smallest = torch.tensor([torch.finfo(torch.float32).smallest_normal])
-    scale = torch.maximum(row.float().abs().max() / torch.tensor([448.0]), smallest)
-    return (row.float() / scale).to(FP8).float().mul(scale).to(row.dtype)
 
 
 def linears_of(model: PrunableModel) -> list[nn.Linear]:
@@ -168,8 +162,7 @@ def test_fp8_product_equals_that_of_rounded_inputs_and_weights(
         scaled_mm = StrictScaledMM(patch)
         product = fp8_product(inputs, linear.values, linear.scale)
     assert scaled_mm.calls == 1 and product.dtype == dtype and product.shape == (2, rows, out)
-    rounded = torch.stack([slowly_rounded(row.float()) for row in inputs.flatten(0, 1)])
-    expected = (rounded @ (linear.values.view(FP8).float() * linear.scale).t()).view(product.shape)
+    expected = rounded_product(inputs, linear.values, linear.scale)
     torch.testing.assert_close(
         product.float(), expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6 * float(expected.abs().max())
     )

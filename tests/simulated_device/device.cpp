@@ -164,9 +164,19 @@ const std::set<std::string> WAITING_OPERATORS = {
     "aten::masked_select",       "aten::_unique2",    "aten::unique_dim",
 };
 
+// Their sums of floating-point numbers depend on the order in which a GPU's threads come to it.
+const std::set<std::string> UNORDERED_OPERATORS = {
+    "aten::cumsum",     "aten::cumsum_",     "aten::cumprod",     "aten::cumprod_",
+    "aten::index_add",  "aten::index_add_",  "aten::scatter_add", "aten::scatter_add_",
+};
+
 void compute(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& name = op.schema().name();
   TORCH_CHECK(!(strict && WAITING_OPERATORS.count(name)), "the host waits for ", name);
+  if (UNORDERED_OPERATORS.count(name)) {
+    const auto& first = torch::jit::peek(*stack, 0, op.schema().arguments().size());
+    TORCH_CHECK(!at::isFloatingType(first.toTensor().scalar_type()), name, " gives other sums every time on a GPU");
+  }
   std::optional<c10::Device> device;
   const auto check = [&](const Tensor& tensor) {
     if (!tensor.defined() || (tensor.device().type() != SIMULATED && tensor.dim() == 0)) {
