@@ -107,7 +107,7 @@ $(BIN)/pgprune: pyproject.toml
 	@echo "Installing torch and pgprune into $(VENV). This takes a few minutes and prints little."
 	$(PYTHON) -m venv $(VENV)
 	$(call install_torch,$(VENV))
-	$(BIN)/python $(PIP_INSTALL) -e .
+	$(BIN)/python $(PIP_INSTALL) -e ".[recovery]"
 	touch $@
 
 $(BIN)/.docs: $(BIN)/pgprune pyproject.toml

@@ -58,6 +58,12 @@ SMALL = (
     "search.masks_per_step=2",
     "search.evaluate_every=2",
     "repair.windows=8",
+    "recover.corpus=demo",
+    "recover.tokens=128",
+    "recover.seqlen=32",
+    "recover.batch=2",
+    "recover.accumulate=1",
+    "recover.heldout=2",
     "evaluation.corpora=[tales=text.txt]",
     "evaluation.seqlen=[32]",
 )

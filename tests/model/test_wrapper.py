@@ -215,15 +215,6 @@ def test_a_gguf_file_holds_the_decoder_alone(wrapped: Path, tmp_path: Path) -> N
     assert any("vision" in note for note in plan.notes)
 
 
-def test_a_model_of_text_and_images_is_not_recovered(wrapped: Path, tmp_path: Path) -> None:
-    pytest.importorskip("accelerate")
-    from pgprune_cli.recover.distillation import DistillationSettings, distill
-
-    settings = DistillationSettings(str(wrapped), str(wrapped), "text.txt", tmp_path / "out")
-    with refused("vision tower"):
-        distill(settings)
-
-
 def test_a_wrapper_around_another_decoder_is_refused(wrapped: Path) -> None:
     path = wrapped / "config.json"
     config = json.loads(path.read_text())
