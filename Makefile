@@ -19,7 +19,7 @@ OTHERS := $(TRANSFORMERS:%=$(VENV)-transformers-%)
 # Test processes, with one thread each: tiny models gain nothing from more threads.
 JOBS ?= 2
 
-.PHONY: demo test messages soak fuzz test-gpu test-serving test-transformers audit check references docs format clean
+.PHONY: demo test test-oldest test-newest messages soak fuzz test-gpu test-serving test-transformers audit check references docs format clean
 
 demo: $(BIN)/pgprune
 	@echo "Pruning, exporting and evaluating the demo model twice on the CPU. This takes a few minutes."
@@ -30,6 +30,11 @@ demo: $(BIN)/pgprune
 test: check
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 	$(BIN)/python scripts/audit.py --venv $(AUDIT) --report
+
+# The tests with the oldest and the newest torch and transformers that pyproject.toml allows. Those of fp8 are skipped
+# where PyTorch has no such products for the CPU.
+test-oldest test-newest: test-%: $(VENV)-%/.installed
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(VENV)-$*/bin/python -m pytest -n $(JOBS) --dist worksteal
 
 # Write the snapshot of error messages anew. One process, because all tests write the same file.
 messages: $(BIN)/.dev
@@ -126,6 +131,16 @@ $(SERVING)/.installed: pyproject.toml
 	$(SERVING)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
+$(VENV)-oldest/.installed: TORCH := torch==2.6.0
+$(VENV)-newest/.installed: TORCH := torch
+$(VENV)-oldest/.installed: OTHER := transformers==5.0.0
+$(VENV)-newest/.installed: OTHER := --upgrade transformers
+$(VENV)-oldest/.installed $(VENV)-newest/.installed: pyproject.toml
+	$(check_python)
+	$(PYTHON) -m venv $(@D)
+	$(call install_torch,$(@D),$(OTHER) -e ".[dev]")
+	touch $@
+
 $(VENV)-transformers-%/.installed:
 	$(check_python)
 	$(PYTHON) -m venv $(@D)
@@ -133,4 +148,4 @@ $(VENV)-transformers-%/.installed:
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers-* $(SERVING) $(AUDIT) site .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest $(VENV)-transformers-* $(SERVING) $(AUDIT) site .pytest_cache .mypy_cache .ruff_cache

@@ -26,8 +26,7 @@ FP8_MISSING = ("fp8", "scaled_mm", "ScalingType")
 """What an error says if PyTorch lacks the products of fp8 matrices."""
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item):
+def _skipped_without_fp8(item: pytest.Item):
     """Skip a test that fails because this PyTorch cannot multiply fp8 matrices on the CPU."""
     try:
         return (yield)
@@ -35,6 +34,10 @@ def pytest_runtest_call(item: pytest.Item):
         if multiplies_fp8_on_cpu() or not any(name in str(error) for name in FP8_MISSING):
             raise
         pytest.skip(f"PyTorch {torch.__version__} cannot multiply fp8 matrices on the CPU")
+
+
+pytest_runtest_setup = pytest.hookimpl(wrapper=True)(_skipped_without_fp8)
+pytest_runtest_call = pytest.hookimpl(wrapper=True)(_skipped_without_fp8)
 
 
 @pytest.fixture(scope="session", autouse=True)

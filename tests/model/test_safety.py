@@ -304,7 +304,7 @@ def test_no_recipe_key_names_a_file_to_write() -> None:
 
 
 def test_every_loader_of_transformers_is_told_not_to_trust_code() -> None:
-    """No call leaves `trust_remote_code` open, so transformers never asks at the terminal. And only `convert` unpickles, without code."""
+    """No call leaves `trust_remote_code` open, so transformers never asks. Only `convert` unpickles, without code."""
     import ast
 
     import pgprune_cli

@@ -4,10 +4,11 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+from helpers.memory import Allocations
 from torch import Tensor
 
 from pgprune_cli.core.grid import Grid, GridCost, chain_of_removal, is_chain
-from pgprune_cli.scores.obs import DAMPING, chain_errors, obs, removal_order
+from pgprune_cli.scores.obs import DAMPING, _damped_inverse, chain_errors, obs, removal_order
 from pgprune_cli.scores.statistics import BlockStatistics
 
 
@@ -288,3 +289,14 @@ def test_obs_of_a_grid_removes_what_adds_the_least_error_per_parameter() -> None
     covariance[1, 1] = torch.inf
     block = BlockStatistics(grid, GridCost(1), {"o": weight}, {}, seed=0, covariance=covariance, error_root=root)
     assert obs(block).isnan().all()
+
+
+def test_the_inverse_takes_the_memory_of_two_matrices_beside_the_covariance() -> None:
+    """torch.cholesky_inverse would clone its argument, on CUDA twice."""
+    covariance = problem(units=1, width=256, tokens=300)[1].float()
+    covariance = covariance.T @ covariance
+    with Allocations() as allocated:
+        inverse = _damped_inverse(covariance, DAMPING)
+    assert allocated.peak <= 2.1 * covariance.nbytes
+    damped = covariance + DAMPING * covariance.diagonal().mean() * torch.eye(256)
+    torch.testing.assert_close(inverse @ damped, torch.eye(256), rtol=0, atol=1e-3)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,8 +34,8 @@ def made(tmp_path: Path):
     python.write_text(FAKE.format(log=log))
     python.chmod(0o755)
 
-    def make(*variables: str) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-        command = ["make", ".venv/bin/pgprune", f"PYTHON={python}", *variables]
+    def make(*variables: str, target: str = ".venv/bin/pgprune") -> tuple[subprocess.CompletedProcess[str], list[str]]:
+        command = ["make", target, f"PYTHON={python}", *variables]
         process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         return process, [line for line in log.read_text().splitlines() if "pip install" in line]
 
@@ -67,3 +69,11 @@ def test_an_old_python_is_refused_before_anything_is_downloaded(made, monkeypatc
     process, installed = made()
     assert process.returncode != 0 and not installed
     assert "Python 3.11" in process.stdout and "make PYTHON=" in process.stdout
+
+
+def test_the_oldest_versions_tested_are_those_that_the_project_allows(made) -> None:
+    required = map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    lowest = {requirement.name: next(iter(requirement.specifier)).version for requirement in required}
+    _, installed = made("CUDA=1", target=".venv-oldest/.installed")
+    assert any(f" torch=={lowest['torch']}.0" in line for line in installed)
+    assert any(f" transformers=={lowest['transformers']}.0 " in line for line in installed)
