@@ -5,7 +5,7 @@ Every unit of the model is kept. The decision that made it goes along, and so do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -19,30 +19,6 @@ from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD
 from pgprune_cli.run.recovery import RecoveryRecord, read_recoveries
 
 
-def write_trained(
-    student: Path,
-    tensors: Mapping[str, Tensor],
-    recovery: RecoveryRecord,
-    out: Path,
-    on_bytes: Callable[[int], None],
-    format: str = "hf",
-    options: Options | None = None,
-) -> Plan:
-    """Write the model of `student`, an exported directory, with trained weights to `out`, and return the plan.
-
-    tensors: the trained weights by their names in the student's causal model, of any floating-point dtype, on any
-    device. They are written in the student's dtypes. Weights that are absent stay as they are. on_bytes: as
-    `Plan.write` takes it. A failure leaves nothing at `out`.
-
-    Raises:
-        UserError: as `plan_again` and `Plan.write` do.
-        RunError: the disk is too full.
-    """
-    plan = plan_again(student, options, format, tensors, recovery)
-    plan.write(out, on_bytes)
-    return plan
-
-
 def plan_again(
     directory: Path,
     options: Options | None = None,
@@ -52,7 +28,9 @@ def plan_again(
 ) -> Plan:
     """Return the plan of another export of the model in `directory`. Reads no weights.
 
-    trained, recovery: the weights that replace those of the directory, as `write_trained` takes them.
+    trained: weights that replace those of the directory, by their names in the causal model, of any floating-point
+    dtype, on any device. They are written in the dtypes of the directory, and weights that are absent stay as they are.
+    recovery: how they were trained.
 
     Raises:
         UserError: the directory lacks its decision or is damaged, or a trained weight has a name or a shape that the

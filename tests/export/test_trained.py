@@ -15,14 +15,14 @@ from helpers.exports import decide, export, replay
 from helpers.masks import Count, draw, random_repair, random_tokens
 from helpers.messages import refused
 from helpers.models import VOCABULARY, save_tokenizer, tiny_model
-from helpers.recoveries import RECORD, recover, trained
+from helpers.recoveries import RECORD, recover, trained, write
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from pgprune_cli.export.gguf_checksum import fault_of
 from pgprune_cli.export.plan import Options
 from pgprune_cli.export.shapes import ShapeRequirements
-from pgprune_cli.export.trained import plan_again, write_trained
+from pgprune_cli.export.trained import plan_again
 from pgprune_cli.jobs.verify import verify
 from pgprune_cli.storage.safetensors_file import stored_tensors
 
@@ -96,7 +96,7 @@ def test_weights_of_another_dtype_are_written_in_that_of_the_student(tmp_path: P
 
 def test_weights_that_were_not_trained_stay(llama: Path, tmp_path: Path) -> None:
     state, key = trained(llama).state_dict(), "model.norm.weight"
-    write_trained(llama, {key: state[key]}, RECORD, tmp_path / "out", lambda _: None)
+    write(llama, {key: state[key]}, tmp_path / "out")
     before, after = load(llama).state_dict(), load(tmp_path / "out").state_dict()
     assert [name for name in before if not torch.equal(before[name], after[name])] == [key]
     assert torch.equal(after[key], state[key])
@@ -146,7 +146,7 @@ WRONG: dict[str, tuple[Change, tuple[str, ...]]] = {
 def test_wrong_weights_are_refused(kind: str, llama: Path, tmp_path: Path) -> None:
     change, facts = WRONG[kind]
     with refused(*facts):
-        write_trained(llama, change(trained(llama).state_dict()), RECORD, tmp_path / "out", lambda _: None)
+        write(llama, change(trained(llama).state_dict()), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -154,7 +154,7 @@ def test_experts_of_another_shape_are_refused(tmp_path: Path) -> None:
     pruned = prune("mixtral", EXPERTS, tmp_path)
     name = "model.layers.0.mlp.experts.down_proj"
     with refused(name, "(3, 32, 12)"):
-        write_trained(pruned, {name: torch.ones(3, 32, 12)}, RECORD, tmp_path / "out", lambda _: None)
+        write(pruned, {name: torch.ones(3, 32, 12)}, tmp_path / "out")
 
 
 def test_a_directory_without_a_decision_is_refused(llama: Path, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_gguf_of_an_exported_model_computes_the_same(tmp_path: Path) -> None:
         pruned = prune(*MODELS[name], folder)
         model = trained(pruned)
         path = folder / "out.gguf"
-        plan = write_trained(pruned, model.state_dict(), RECORD, path, lambda _: None, format="gguf")
+        plan = write(pruned, model.state_dict(), path, "gguf")
         assert plan.shapes.padded == (MODELS[name][1] is UNEQUAL) and fault_of(path) == ""
         assert plan.parameters_before == sum(tensor.numel() for tensor in model.parameters())
         files.append(path)

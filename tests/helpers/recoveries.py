@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from pgprune_cli.export.trained import write_trained
+from pgprune_cli.export.plan import Plan
+from pgprune_cli.export.trained import plan_again
 from pgprune_cli.model.loading import load_model
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import dump, find, load
@@ -81,8 +83,17 @@ def trained(directory: Path, scale: float = 0.05) -> nn.Module:
     return model
 
 
+def write(
+    pruned: Path, tensors: Mapping[str, Tensor], out: Path, format: str = "hf", record: RecoveryRecord = RECORD
+) -> Plan:
+    """Write a pruned model with trained weights to `out`, and return the plan."""
+    plan = plan_again(pruned, None, format, tensors, record)
+    plan.write(out, lambda _: None)
+    return plan
+
+
 def recover(pruned: Path, out: Path, **record: object) -> nn.Module:
     """Write a pruned model with trained weights to `out`, and return the trained model."""
     model = trained(pruned)
-    write_trained(pruned, model.state_dict(), replace(RECORD, **record), out, lambda _: None)
+    write(pruned, model.state_dict(), out, record=replace(RECORD, **record))
     return model
