@@ -48,12 +48,14 @@ def _recipe(recipe: Recipe, run: Path | None) -> Iterator[Finding]:
         yield from _model_on_hub(preparation)
         yield _text(recipe.calibration.corpus, "calibration")
         yield from _evaluation_texts(recipe)
+        yield from _recovery(recipe)
         return
     preparation = Preparation(recipe, run, found=_cached(recipe.model))
     with preparation.parsed_once():
         yield from _findings(preparation, SEARCH_CHECKS, _text_on_hub(recipe.calibration.corpus))
     yield from _evaluation_texts(recipe)
     yield from _evaluation_windows(preparation)
+    yield from _recovery(recipe)
 
 
 def _findings(
@@ -187,6 +189,41 @@ def _evaluation_texts(recipe: Recipe) -> Iterator[Finding]:
         found = _text(corpus, "evaluation")
         fix = f"{found.fix} Only eval and compare read this text."
         yield Finding(found.name, "WARN", found.state, fix) if found.fails else found
+
+
+def _recovery(recipe: Recipe) -> Iterator[Finding]:
+    """Check what only `recover` needs: its packages and its text. What is missing is a warning."""
+    from pgprune_cli.jobs.recovery_request import missing_packages
+    from pgprune_cli.recover.texts import refuse_evaluation_text
+
+    missing = missing_packages(recipe)
+    state = f"recover.train {recipe.recover.train}" + (f", but {' and '.join(missing)} is missing" if missing else "")
+    fix = "Only recover needs this. Install it: pip install 'pgprune[recovery]'"
+    yield Finding("recovery", "WARN", state, fix) if missing else finding("recovery", state)
+    corpus = recipe.recover.corpus
+    try:
+        refuse_evaluation_text(recipe)
+        if not corpus:
+            return
+        found = _conversations(recipe) or _text(corpus, "calibration")
+    except UserError as error:
+        found = finding("text", f"{corpus or recipe.calibration.corpus}, for the recovery", str(error))
+    fix = f"{found.fix} Only recover reads this text."
+    yield Finding(found.name, "WARN", found.state, fix) if found.fails else found
+
+
+def _conversations(recipe: Recipe) -> Finding | None:
+    """Check whether the text of a recovery has conversations, if it should. Raises UserError if it has none."""
+    from pgprune_cli.data.conversations import conversations, holds_conversations
+
+    corpus = recipe.recover.corpus
+    if recipe.recover.turns == "all" and not holds_conversations(corpus):
+        return None
+    if on_hub := _text_on_hub(corpus):
+        return on_hub["text"]
+    if next(conversations(corpus, "calibration"), None) is None:
+        raise UserError(f"{corpus}: it contains no conversations.")
+    return finding("text", f"{corpus}, for the recovery, on this machine")
 
 
 def _evaluation_windows(preparation: Preparation) -> Iterator[Finding]:

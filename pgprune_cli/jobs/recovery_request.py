@@ -80,10 +80,15 @@ def recipe_of(model: str, overrides: Sequence[str] = ()) -> Recipe:
     return parse(origin.recipe, f"{source.directory / DECISION_RECORD}: its recipe", overrides)
 
 
+def missing_packages(recipe: Recipe) -> list[str]:
+    """Return the packages that a recovery needs and that are not installed."""
+    needed = ["accelerate", *(["peft"] if recipe.recover.train == "lora" else [])]
+    return [name for name in needed if find_spec(name) is None]
+
+
 def check(request: Request, tracker: TrackerName | None) -> None:
     """Raise UserError for what can be refused at once."""
-    needed = ["accelerate", *(["peft"] if request.recipe.recover.train == "lora" else [])]
-    if missing := [name for name in needed if find_spec(name) is None]:
+    if missing := missing_packages(request.recipe):
         raise UserError(f"recover: needs {' and '.join(missing)}. Install it with: pip install 'pgprune[recovery]'")
     if tracker is not None:
         check_installed(tracker)

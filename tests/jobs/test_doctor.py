@@ -277,3 +277,18 @@ def test_a_data_set_that_is_only_cached_is_read_from_the_cache(small, monkeypatc
     rows = [{"text": "The king was glad."}] * 200
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: rows)
     assert problems(doctor(small("calibration.corpus=wikitext2", "evaluation.corpora=[c4]"))) == []
+
+
+def test_what_a_recovery_needs_is_a_warning_if_it_is_missing(small, monkeypatch) -> None:
+    Path("tales.txt").write_text("The king was glad.")
+    Path("chats.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n')
+    monkeypatch.setattr("pgprune_cli.jobs.recovery_request.find_spec", lambda name: None if name == "peft" else name)
+    assert problems(doctor(small("recover.corpus=chats.jsonl", "recover.turns=assistant"))) == []
+    for overrides, facts in {
+        ("recover.train=lora",): ["recovery", "peft is missing", "pip install 'pgprune[recovery]'"],
+        ("recover.corpus=nothing.txt",): ["nothing.txt", "Only recover reads this text"],
+        ("recover.corpus=tales.txt", "evaluation.corpora=[a=tales.txt]"): ["tales.txt", "evaluation"],
+        ("recover.corpus=tales.txt", "recover.turns=assistant"): ["tales.txt", "columns"],
+    }.items():
+        (warning,) = problems(doctor(small(*overrides)))
+        says(warning.text(), "WARN ", *facts)
