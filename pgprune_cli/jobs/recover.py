@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -75,6 +76,7 @@ def recover(
         with ranks.run_writer_first():  # one process downloads and tokenises, the others find it done
             opened = open_request(request, ranks, shown)
         _train(request, opened, ranks, shown, tracker, skip_corrupt_checkpoint)
+        gc.collect()  # the Trainer and its parts refer to each other, and hold the models
         with ranks.run_writer_first():
             if ranks.is_writer:
                 _write(request, opened, shown)

@@ -14,7 +14,7 @@ from pgprune_cli.console.progress import Progress
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import UserError
 from pgprune_cli.export.formats import FORMATS
-from pgprune_cli.export.plan import check_new
+from pgprune_cli.export.plan import check_new, check_space
 from pgprune_cli.export.trained import plan_again
 from pgprune_cli.model.context import refuse_longer_windows
 from pgprune_cli.model.devices import devices_of, fastest_dtype
@@ -122,7 +122,8 @@ def open_request(request: Request, ranks: Ranks, progress: Progress) -> Opened:
     """Read the text, check that everything fits, and write the resolved recipe and what is trained into the run."""
     recipe, run = request.recipe, request.run
     student = _student(request.model)
-    plan_again(student.directory, format=request.format)  # refuses what could not be written in the end
+    plan = plan_again(student.directory, format=request.format)  # refuses what could not be written in the end
+    check_space(request.out.expanduser().resolve(), plan.bytes)
     teacher = find_teacher(student, request.teacher)
     config, teacher_config = read_config(student), read_config(teacher)
     tokenizer = load_tokenizer(student)
@@ -173,7 +174,8 @@ def finished(request: Request) -> dict[str, Any]:
     """Return the record of a finished recovery. Raises UserError if it had other settings, or its result is missing."""
     record = read_record(request.run / RECOVERY_RECORD)
     before = TrainingRecord.read(request.run)
-    if changed := before.differences(replace(before, settings=_settings(request.recipe))):
+    now = replace(before, fingerprint=_student(request.model).fingerprint(), settings=_settings(request.recipe))
+    if changed := before.differences(now):
         raise _other_recovery(request.run, changed)
     if not request.out.expanduser().exists():
         raise UserError(

@@ -11,6 +11,12 @@ from pgprune_cli.run.layout import TRAINING_RECORD
 from pgprune_cli.storage.records import read_record, refuse_newer, write_record
 
 VERSION = 1
+DIGESTS = {
+    "fingerprint": "another model",
+    "teacher_fingerprint": "another dense model",
+    "text_digest": "another text",
+}
+"""What it means that a digest differs."""
 
 
 @dataclass(frozen=True)
@@ -56,9 +62,8 @@ class TrainingRecord:
     def differences(self, other: TrainingRecord) -> list[str]:
         """Return what differs from another record, as `key: ours → theirs`. Where files are does not count."""
         ours, theirs = self._compared(), other._compared()
-        return [
-            f"{key}: {ours.get(key)} → {theirs.get(key)}" for key in ours | theirs if ours.get(key) != theirs.get(key)
-        ]
+        different = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+        return [DIGESTS.get(key, f"{key}: {ours.get(key)} → {theirs.get(key)}") for key in different]
 
     def _compared(self) -> dict[str, Any]:
         entries = asdict(self)

@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -147,6 +148,8 @@ def test_finished_recovery_returns_its_record(folder: Path) -> None:
     assert (record["steps"], record["tokens"]) == (8, 1024)
     with refused("runs/better", "recover.lm: 0.0 → 1.0"):
         recover(request(folder, "recover.lm=1.0"))
+    with refused("runs/better", "another model"):
+        recover(replace(request(folder), model=str(folder / "better")))
     with refused("runs/better", "finished", "elsewhere"):
         recover(replace(request(folder), out=folder / "elsewhere"))
 
@@ -189,9 +192,13 @@ def test_what_is_no_exported_model_is_refused(folder: Path, finished: dict[str, 
 
 
 def test_full_disk_is_reported_before_the_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "MOST", 10**9)
-    with refused("new", "checkpoints need", "GB of disk", error=RunError):
-        recover(request(folder, name="new"))
+    asked = request(folder, name="new")
+    monkeypatch.setattr(job.shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if path == asked.run else 10**12))
+    with refused("new", "checkpoints need about", error=RunError):
+        recover(asked)
+    monkeypatch.setattr(job.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with refused("new", "MB of disk", error=RunError):
+        recover(asked)
 
 
 def test_command_saves_when_it_is_stopped_and_prints_how_to_resume(
