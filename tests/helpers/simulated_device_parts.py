@@ -76,7 +76,7 @@ def refusals() -> None:
     assert tensor.long().cumsum(0).cpu().tolist() == [[0, 1, 2], [3, 5, 7]]
     for unordered in (
         lambda: tensor.cumsum(0),
-        lambda: tensor.index_add_(0, torch.tensor([0]).to(SIMULATED), tensor[:1]),
+        lambda: tensor.index_add_(0, torch.tensor([0]).to(SIMULATED), tensor[:1].clone()),
     ):
         assert_fails(unordered, "other sums every time")
     with waiting_is_an_error():
