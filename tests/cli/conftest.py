@@ -24,7 +24,7 @@ def pgprune(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
         out, err = capfd.readouterr()
         if "--json" in arguments and out:
             verb = parsed(arguments)
-            dry = " --dry-run" if verb == "search" and "--dry-run" in arguments else ""
+            dry = " --dry-run" if verb in ("search", "recover") and "--dry-run" in arguments else ""
             validate(verb + dry, json.loads(out))
         return int(exit_of.value.code or 0), out, err
 

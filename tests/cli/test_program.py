@@ -234,6 +234,25 @@ def test_export_dry_run_prints_one_line_per_tensor_in_a_pipe(pgprune) -> None:
     assert not Path("models").exists()
 
 
+def test_recover_prints_what_it_would_take_and_what_it_did(pgprune, finished) -> None:
+    assert pgprune("export", str(finished["widths"]), "--out", "models/small", "--quiet")[0] == 0
+    settings = ("recover.tokens=128", "recover.seqlen=32", "recover.batch=2", "recover.heldout=2", "device=cpu")
+    words = ["recover", "models/small", "--out", "models/better", "--quiet"]
+    words += [word for setting in settings for word in ("--set", setting)]
+    code, out, err = pgprune(*words, "--dry-run", "--json")
+    assert code == 0, err
+    assert (json.loads(out)["steps"], json.loads(out)["tokens"]) == (2, 128)
+    assert "tokens trained on" in pgprune(*words, "--dry-run")[1]
+    assert not Path("models/better").exists() and not Path("runs/better").exists()
+    code, out, err = pgprune(*words, "--json")
+    assert code == 0, err
+    assert (json.loads(out)["run"], json.loads(out)["steps"]) == ("runs/better", 2)
+    (row,) = json.loads(pgprune("runs", "--json")[1])["runs"]
+    assert (row["kind"], row["state"]) == ("recovery", "finished")
+    assert row["divergence"] == json.loads(out)["loss_after"]
+    assert pgprune("verify", "runs/better", "--json")[0] == 0
+
+
 def test_output_is_escaped_when_stdout_is_ascii(finished) -> None:
     """The locale of a container is often C. The names of files may be of any language."""
     shutil.copytree(finished["units"], Path("läufe/日本"))
