@@ -174,6 +174,24 @@ def compare_searches(*overrides: str, device: str = SIMULATED) -> None:
     assert abs(simulated.sparsity - host.sparsity) < 0.01, (simulated.sparsity, host.sparsity)
 
 
+def evaluation() -> None:
+    """The perplexity of a run is that on the host, for a model that is shrunk on the device, which may be two."""
+    from helpers.recipes import SMALL
+    from pgprune_cli.jobs.perplexity import perplexity
+    from pgprune_cli.jobs.search import search
+    from pgprune_cli.jobs.targets import open_target
+    from pgprune_cli.recipe.reader import find, load
+
+    tokens = torch.randint(200, (300,), generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        search(load(find("demo"), [*SMALL, "dtype=float32", "repair.method=least-squares-bias"]), run)
+        expected, predicted = perplexity(open_target(str(run), device="cpu").module, tokens, 32)
+        for device in (SIMULATED, BOTH):
+            actual, count = perplexity(open_target(str(run), device=device).module, tokens, 32)
+            assert count == predicted and abs(actual / expected - 1) < 1e-4, (device, actual, expected)
+
+
 def untied_on_two() -> None:
     """A model with an untied head has the host's losses when it is spread over two devices."""
     from helpers.masks import MODEL_MASKS, random_repair, random_tokens
@@ -253,6 +271,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "width search on two devices": lambda: compare_searches(*WIDTHS, REPAIRED, "weight_format=int8", device=BOTH),
     "untied head on two devices": untied_on_two,
     "stored head on two devices": stored_head_on_two,
+    "evaluation of a run": evaluation,
     "latencies": latencies,
     "solvers without memory": solvers_without_memory,
 }
