@@ -211,17 +211,21 @@ class _Shown:
 
 
 def _write(request: Request, opened: Opened, progress: Progress) -> None:
-    """Export the best weights, and record the recovery in the run directory."""
+    """Export the best weights on held-out text, those before the training included, and record the recovery."""
     recipe, run = request.recipe, request.run
-    chosen = best(run)
-    assert chosen is not None and chosen.heldout_divergence is not None, "the last step has a checkpoint"
-    rows = read_training_history(run)
+    chosen, rows = best(run), read_training_history(run)
     before = rows[0].heldout_divergence
+    assert chosen is not None and chosen.heldout_divergence is not None, "the last step has a checkpoint"
     assert before is not None, "the first row is that of the start"
-    if chosen.heldout_divergence >= before:
+    helped = chosen.heldout_divergence < before
+    tensors = {}
+    if helped:
+        tensors = trained_tensors(_load_student(opened, recipe, chosen)[1])
+    else:
         progress.say(
-            f"warning: the training did not help: the held-out divergence was {before:.4f} before it and is "
-            f"{chosen.heldout_divergence:.4f} at its best. Lower recover.learning_rate."
+            f"warning: the training did not help: the held-out divergence was {before:.4f} before it and "
+            f"{chosen.heldout_divergence:.4f} at its best. The weights are written as they were. Lower "
+            "recover.learning_rate, or raise recover.tokens."
         )
     settings, record = recipe.recover, opened.record
     recovery = RecoveryRecord(
@@ -236,13 +240,11 @@ def _write(request: Request, opened: Opened, progress: Progress) -> None:
         steps=opened.schedule.steps,
         seconds=rows[-1].seconds,
         loss_before=before,
-        loss_after=chosen.heldout_divergence,
-        best_step=chosen.step,
+        loss_after=min(before, chosen.heldout_divergence),
+        best_step=chosen.step if helped else 0,
         recipe=dump(recipe),
     )
-    _, student = _load_student(opened, recipe, chosen)
     out = request.out.expanduser()
-    tensors = trained_tensors(student)
     plan = plan_again(opened.student.directory, None, request.format, tensors, recovery)
     with progress.writing(f"writing {out}", plan.progress_bytes) as on_bytes:
         plan.write(out, on_bytes)

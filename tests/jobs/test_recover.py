@@ -21,11 +21,13 @@ from helpers.exports import DECISIONS, export
 from helpers.masks import draw
 from helpers.messages import refused, says
 from helpers.models import save_tokenizer, tiny_model
+from safetensors.torch import load_file
 
 pytest.importorskip("accelerate", reason="needs the extra: pip install 'pgprune[recovery]'")
 
 from pgprune_cli.api import recover as recover_from_python
 from pgprune_cli.cli import program
+from pgprune_cli.console.progress import StderrProgress
 from pgprune_cli.errors import RunError
 from pgprune_cli.jobs import recover as job
 from pgprune_cli.jobs import recovery_request
@@ -269,3 +271,12 @@ def test_two_processes_train_as_one_with_twice_the_batch(folder: Path, tmp_path:
         of_two, of_one = ([getattr(row, name) or 0 for row in history] for history in (rows, expected))
         assert of_two == pytest.approx(of_one, rel=2e-2), name
     assert not verify(tmp_path / "out").faults
+
+
+def test_weights_are_written_as_they_were_when_the_training_does_not_help(folder: Path, capfd) -> None:
+    asked = request(folder, "recover.learning_rate=3.0", "recover.tokens=384", name="worse")
+    record = recover(asked, progress=StderrProgress())
+    says(capfd.readouterr().err.strip().splitlines()[-2].partition(" was ")[0], "did not help")
+    assert (record["best_step"], record["loss_after"]) == (0, record["loss_before"])
+    weights = [load_file(folder / name / "model.safetensors") for name in ("small", "worse")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
