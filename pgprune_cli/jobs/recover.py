@@ -26,7 +26,8 @@ from pgprune_cli.recover.student import trainable, trained_parameters, trained_t
 from pgprune_cli.recover.teacher import LiveTeacher, Teacher, load_teacher
 from pgprune_cli.recover.teacher_cache import CacheKey
 from pgprune_cli.recover.teacher_writing import cached_teacher
-from pgprune_cli.recover.training import Training, load_trained, train, training_arguments
+from pgprune_cli.recover.trainer import Training
+from pgprune_cli.recover.training import load_trained, train, training_arguments
 from pgprune_cli.run.interruption import stop_signals
 from pgprune_cli.run.layout import (
     RECOVERY_RECORD,
