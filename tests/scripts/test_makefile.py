@@ -47,7 +47,7 @@ def test_a_machine_without_a_gpu_gets_the_cpu_build(made) -> None:
     process, (torch, project) = made("CUDA=", f"CPU_INDEX={index}")
     assert process.returncode == 0
     assert f"--index-url {index} torch==" in torch
-    assert project.endswith("-e .") and index not in project
+    assert project.endswith("-e .[recovery]") and index not in project
 
 
 def test_an_unreachable_index_falls_back_to_pypi(made, monkeypatch) -> None:
