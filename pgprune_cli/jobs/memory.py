@@ -63,12 +63,17 @@ def devices_for(preparation: Preparation) -> list[torch.device]:
     devices = preparation.devices
     if preparation.asked.device != "auto" or len(devices) == 1:
         return devices
-    needed = need_of(preparation)
+    return _emptiest(devices, need_of(preparation))
+
+
+def _emptiest(devices: Sequence[torch.device], needed: Need) -> list[torch.device]:
     return [devices[index] for index in emptiest([*map(free_bytes, devices)], needed.weights, needed.beside)]
 
 
 def _memory(preparation: Preparation) -> str:
-    needed, devices = need_of(preparation), devices_for(preparation)
+    needed, devices = need_of(preparation), preparation.devices
+    if preparation.asked.device == "auto" and len(devices) > 1:
+        devices = _emptiest(devices, needed)
     kind, free_host = devices[0].type, psutil.virtual_memory().available // ranks_of_this_machine().world_size
     if kind == "cpu":
         total = needed.weights + needed.beside + needed.host
@@ -82,7 +87,10 @@ def _memory(preparation: Preparation) -> str:
     _refuse(shared + needed.least, free, f"on each of {names}", f"Use more devices (device: auto). {LOWER}")
     total = shared + needed.beside
     state = f"needs up to {_gb(total)} on each of {names}, {_gb(free)} are free"
-    return state if total <= free else f"{state}: it will run in smaller batches and solve equations on the CPU"
+    if total > free:
+        state += ": it runs in smaller batches and solves equations on the CPU, which takes longer"
+        preparation.progress.say(f"memory: the search {state}. {LOWER}")
+    return state
 
 
 def _refuse(needed: int, free: int, where: str, advice: str) -> None:

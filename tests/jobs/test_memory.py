@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.messages import refused, says
 
+from pgprune_cli.console.progress import StderrProgress
 from pgprune_cli.jobs import memory
 from pgprune_cli.jobs import search as search_job
 from pgprune_cli.jobs.memory import devices_for, need_of
@@ -29,7 +30,7 @@ def on_gpus(small, monkeypatch):
     """Return a function that gives a preparation on a machine whose GPUs have `free` bytes each."""
 
     def prepared(*free: int, device: str = "auto") -> Preparation:
-        preparation = Preparation(small(f"device={device}"))
+        preparation = Preparation(small(f"device={device}"), progress=StderrProgress())
         gpus = [torch.device("cuda", index) for index in range(len(free))]
         preparation.__dict__["devices"] = gpus if device == "auto" else gpus[:1]
         monkeypatch.setattr(memory, "free_bytes", lambda gpu: free[gpu.index])
@@ -51,10 +52,14 @@ def test_auto_takes_the_emptiest_gpus_that_hold_a_search(on_gpus) -> None:
     assert chosen(5, whole, device="cuda") == [0]
 
 
-def test_a_search_that_fits_only_in_parts_says_so_and_one_that_does_not_fit_is_refused(on_gpus) -> None:
+def test_a_search_that_fits_only_in_parts_says_so_and_one_that_does_not_fit_is_refused(on_gpus, capfd) -> None:
     needed = need_of(on_gpus(1))
     check = memory.SEARCH_CHECKS[-1].find
     says(check(on_gpus(needed.weights + needed.beside)), "needs up to", "cuda:0")
-    says(check(on_gpus(needed.weights + needed.least)), "smaller batches", "on the CPU")
+    assert "memory:" not in capfd.readouterr().err
+    assert "smaller batches" in check(on_gpus(needed.weights + needed.least))
+    says(
+        capfd.readouterr().err, "memory: the search needs up to", "smaller batches", "on the CPU", "calibration.seqlen"
+    )
     with refused("memory: the search needs", "on each of cuda:0", "more devices", "weight_format"):
         check(on_gpus(needed.weights + needed.least - 1))
