@@ -228,7 +228,7 @@ class RecoverSettings:
     # The text to train on, as `calibration.corpus`. Empty means the text of the calibration.
     corpus: Annotated[str, may_be_empty] = ""
     # Tokens that are trained on in all. A shorter text is read several times.
-    tokens: Count = 1_000_000
+    tokens: Count = 800_000
     # Tokens per window.
     seqlen: Length = 128
     # Windows per forward pass, on each device.
@@ -257,7 +257,7 @@ class RecoverSettings:
     # Weight of the next-token loss on the text itself.
     lm: Annotated[float, Range(0)] = 0.0
     # Peak learning rate of AdamW. It rises over the first tenth of the steps and falls to 0 along a cosine.
-    learning_rate: Positive = 1e-3
+    learning_rate: Positive = 4e-4
     # Whether activations are computed again in the backward pass, which saves memory and takes a third more time.
     gradient_checkpointing: bool = False
     # Steps between checkpoints, at which the model is evaluated on the held-out windows. 0 makes about 8.
