@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from pgprune_cli.cli.options import AsJson, BaseModel, Quiet, examples, progress_of, run_names
+from pgprune_cli.cli.options import AsJson, BaseModel, Quiet, examples, progress_of, search_names
 from pgprune_cli.cli.saved import saved_by_export
 from pgprune_cli.cli.stopping import resumable
 from pgprune_cli.cli.tables import export_line, print_plan, print_result
@@ -29,7 +29,7 @@ def export(
         typer.Argument(
             metavar="RUN",
             help="The run directory of a finished search, or an exported model.",
-            autocompletion=run_names,
+            autocompletion=search_names,
         ),
     ],
     out: Annotated[

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.run.layout import DECISION_RECORD, run_directories, runs_folder
+from pgprune_cli.run.layout import DECISION_RECORD, is_recovery_run, run_directories, runs_folder
 
 if TYPE_CHECKING:
     from pgprune_cli.console.progress import Progress
@@ -35,10 +35,15 @@ def run_names(incomplete: str) -> Iterator[str]:
     return (str(run) for run in run_directories(runs_folder()) if str(run).startswith(incomplete))
 
 
+def search_names(incomplete: str) -> Iterator[str]:
+    """Complete the runs of searches in the runs folder."""
+    return (name for name in run_names(incomplete) if not is_recovery_run(Path(name)))
+
+
 def model_names(incomplete: str) -> Iterator[str]:
     """Complete what `eval` measures: demo, model directories in `models`, and runs."""
     models = (str(path.parent) for path in sorted(Path("models").glob("*/config.json")))
-    return (name for name in ["demo", *models, *run_names("")] if name.startswith(incomplete))
+    return (name for name in ["demo", *models, *search_names("")] if name.startswith(incomplete))
 
 
 def exported_names(incomplete: str) -> Iterator[str]:

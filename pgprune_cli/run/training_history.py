@@ -52,9 +52,9 @@ def read_training_history(run: Path) -> list[TrainingRow]:
 
 
 def best_training_row(rows: Iterable[TrainingRow]) -> TrainingRow | None:
-    """Return the row after a step with the lowest divergence on held-out text, None before the first evaluation.
+    """Return the row with the lowest divergence on held-out text, None before the first evaluation.
 
-    The start does not count: what it would write is the model as it was.
+    It is the start if no step is better: then the weights are written as they were.
     """
-    evaluated = [row for row in rows if row.step and row.heldout_divergence is not None]
+    evaluated = [row for row in rows if row.heldout_divergence is not None]
     return min(evaluated, key=lambda row: row.heldout_divergence or 0.0, default=None)

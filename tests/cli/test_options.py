@@ -20,6 +20,8 @@ import pytest
         ("pgprune recipes show paper/smollm2-135m-2", ["paper/smollm2-135m-20"]),
         ("pgprune export runs/", ["runs/a", "runs/compare/b"]),
         ("pgprune eval ", ["demo", "models/small", "runs/a", "runs/compare/b"]),
+        ("pgprune report ", ["runs/a", "runs/compare/b", "runs/recovered"]),
+        ("pgprune recover ", ["models/small"]),
         ("pgprune init-scores demo --metric ma", ["magnitude"]),
     ],
 )
@@ -27,6 +29,9 @@ def test_the_shell_is_offered_what_there_is(line, offered, tmp_path: Path) -> No
     for run in ("runs/a", "runs/compare/b"):
         (tmp_path / run).mkdir(parents=True)
         (tmp_path / run / "scores.safetensors").touch()
+    (tmp_path / "runs" / "recovered").mkdir()
+    for name in ("recipe.yaml", "training.json"):
+        (tmp_path / "runs" / "recovered" / name).touch()
     (tmp_path / "models" / "small").mkdir(parents=True)
     (tmp_path / "models" / "small" / "config.json").touch()
     (tmp_path / "mine.yaml").touch()
