@@ -33,7 +33,8 @@ def test_the_shell_is_offered_what_there_is(line, offered, tmp_path: Path) -> No
     for name in ("recipe.yaml", "training.json"):
         (tmp_path / "runs" / "recovered" / name).touch()
     (tmp_path / "models" / "small").mkdir(parents=True)
-    (tmp_path / "models" / "small" / "config.json").touch()
+    for name in ("config.json", "decision.json"):
+        (tmp_path / "models" / "small" / name).touch()
     (tmp_path / "mine.yaml").touch()
     code = (
         "import sys; from pgprune_cli.cli.program import main\n"
