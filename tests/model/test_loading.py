@@ -138,7 +138,7 @@ def test_auto_uses_as_many_devices_as_the_weights_need(free, count, monkeypatch)
     monkeypatch.setattr(
         weights, "device_map", lambda *args: used.append(args[-1][1]) or device_map(*args[:-1], used[:1])
     )
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
+    monkeypatch.setattr(loading, "free_bytes", lambda _: free)
     load_model(resolve("demo"), "bfloat16", "auto")
     assert used == devices[:count]
 
