@@ -2,6 +2,6 @@
 
 __version__ = "0.1.0"
 
-from pgprune_cli.api import Pruned, evaluate, prune, recover
+from pgprune_cli.api import Pruned, evaluate, prune
 
-__all__ = ["Pruned", "__version__", "evaluate", "prune", "recover"]
+__all__ = ["Pruned", "__version__", "evaluate", "prune"]
