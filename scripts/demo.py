@@ -44,7 +44,7 @@ def recovered(model: Path) -> Path:
     name = f"{model.name}-recovered"
     for leftover in (RUNS / name, MODELS / name):
         shutil.rmtree(leftover, ignore_errors=True)
-    pgprune("recover", str(model), "--out", str(MODELS / name), "--run", str(RUNS / name))
+    pgprune("recover", str(model), "--out", str(MODELS / name), "--run-dir", str(RUNS / name))
     return MODELS / name
 
 

@@ -46,7 +46,7 @@ def recover(
     run: Annotated[
         Path | None,
         typer.Option(
-            "--run", metavar="DIR", help="The run directory.  [default: <name of PATH> in runs or $PGPRUNE_RUNS]"
+            "--run-dir", metavar="DIR", help="The run directory.  [default: <name of PATH> in runs or $PGPRUNE_RUNS]"
         ),
     ] = None,
     teacher: Annotated[

@@ -187,7 +187,7 @@ def _check_space(run: Path, student: nn.Module) -> None:
     if needed > free:
         raise RunError(
             f"{run}: the checkpoints need about {needed / 1e9:,.2f} GB of disk, but only {free / 1e9:,.2f} GB are "
-            "free. Make room, choose another disk with --run, or set recover.train to lora."
+            "free. Make room, choose another disk with --run-dir, or set recover.train to lora."
         )
 
 

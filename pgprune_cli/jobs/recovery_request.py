@@ -94,7 +94,7 @@ def check(request: Request, tracker: TrackerName | None) -> None:
         check_installed(tracker)
     refuse_unusable(request.run)
     if is_run(request.run) and not (request.run / TRAINING_RECORD).exists():
-        raise UserError(f"{request.run}: holds a search. Choose another directory for the recovery with --run.")
+        raise UserError(f"{request.run}: holds a search. Choose another directory for the recovery with --run-dir.")
     check_new(request.out.expanduser(), directory=not FORMATS[request.format].suffix)
 
 
@@ -165,7 +165,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
 
 def _other_recovery(run: Path, changed: Sequence[str]) -> UserError:
     return UserError(
-        f"{run}: belongs to another recovery ({', '.join(changed)}). Choose another directory with --run, or "
+        f"{run}: belongs to another recovery ({', '.join(changed)}). Choose another directory with --run-dir, or "
         "remove this one to start over."
     )
 

@@ -164,7 +164,7 @@ def test_recovered_model_can_be_recovered_again(folder: Path) -> None:
 
 
 def test_run_directory_of_something_else_is_refused(folder: Path, finished: dict[str, Path], tmp_path: Path) -> None:
-    with refused("units", "holds a search", "--run"):
+    with refused("units", "holds a search", "--run-dir"):
         recover(replace(request(folder, name="new"), run=finished["units"]))
     run = tmp_path / "run"
     asked = replace(request(folder, name="new"), run=run)
@@ -208,7 +208,7 @@ def test_command_saves_when_it_is_stopped_and_prints_how_to_resume(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.yaml").write_text(json.dumps({"extends": "demo", "model": str(folder / "base")}))
-    words = ["recover", str(folder / "small"), "--out", "out", "--recipe", "mine.yaml", "--run", "run", "--quiet"]
+    words = ["recover", str(folder / "small"), "--out", "out", "--recipe", "mine.yaml", "--run-dir", "run", "--quiet"]
     for setting in (*SMALL, f"calibration.corpus={folder / 'text.txt'}"):
         words += ["--set", setting]
     monkeypatch.setattr(sys, "argv", ["pgprune", *words])
@@ -247,7 +247,7 @@ def test_recovery_from_python_equals_that_of_the_command(folder: Path, tmp_path:
 
 def test_two_processes_train_as_one_with_twice_the_batch(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(json.dumps({"extends": "demo", "model": str(folder / "base")}))
-    words = ["recover", str(folder / "small"), "--out", "out", "--recipe", "mine.yaml", "--run", "run", "--quiet"]
+    words = ["recover", str(folder / "small"), "--out", "out", "--recipe", "mine.yaml", "--run-dir", "run", "--quiet"]
     for setting in (*SMALL, "recover.batch=4", f"calibration.corpus={folder / 'text.txt'}"):
         words += ["--set", setting]
     with socket.socket() as free:
