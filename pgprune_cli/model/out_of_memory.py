@@ -72,4 +72,5 @@ def _least_free() -> int:
     """Return the free bytes of the fullest GPU that this process uses."""
     if not torch.cuda.is_initialized():
         return WORKSPACE
-    return min(torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count()))
+    used = [index for index in range(torch.cuda.device_count()) if torch.cuda.memory_allocated(index)]
+    return min((torch.cuda.mem_get_info(index)[0] for index in used), default=WORKSPACE)
