@@ -39,3 +39,9 @@ def _stream() -> TextIO:
 
 
 STDERR = cast(TextIO, Stderr())
+
+
+def warn(text: str) -> None:
+    """Print a line that no report of progress leads up to, above the bar if rich draws one."""
+    is_drawing = hasattr(sys.stderr, "rich_proxied_file")
+    print(f"pgprune: {text}", file=sys.stderr if is_drawing else STDERR)

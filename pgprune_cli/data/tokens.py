@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pgprune_cli.console.stderr import STDERR
+from pgprune_cli.console.stderr import warn
 from pgprune_cli.data.bos import adds_bos
 from pgprune_cli.data.corpora import Purpose, documents, text_identity
 from pgprune_cli.errors import UserError, in_short
@@ -89,7 +89,7 @@ def write_cache(path: Path, tokens: Tensor) -> None:
     try:
         write_bytes(path, save({"tokens": tokens.int()}, {CHECKSUM: _digest(tokens.int())}))
     except OSError as error:
-        print(f"pgprune: {path}: cannot cache the tokens of the text ({error.strerror or error}).", file=STDERR)
+        warn(f"{path}: cannot cache the tokens of the text ({error.strerror or error}).")
 
 
 def _digest(tokens: Tensor) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from pgprune_cli.console.stderr import warn
 from pgprune_cli.errors import RunError
 
 Solution = TypeVar("Solution")
@@ -42,7 +42,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def or_on_cpu(solve: Callable[..., Solution], *tensors: Tensor) -> Solution:
-    """Return `solve(*tensors)`, solved on the CPU if the memory of the tensors' devices does not suffice.
+    """Return `solve(*tensors)`, solved on the CPU, which is said on stderr, if their devices have no memory for it.
 
     `solve` leaves its arguments unchanged. Raises RunError if the host's memory does not suffice either.
     """
@@ -60,10 +60,9 @@ def or_on_cpu(solve: Callable[..., Solution], *tensors: Tensor) -> Solution:
             ) from error
     # Only after the except clause: until then the traceback keeps the tensors of the failed attempt alive.
     torch.cuda.empty_cache()
-    logging.getLogger(__name__).warning(
-        "%s: out of memory while solving equations of %s. The CPU solves them, which takes longer.",
-        largest.device,
-        tuple(largest.shape),
+    shape = tuple(largest.shape)
+    warn(
+        f"{largest.device}: out of memory while solving equations of {shape}. The CPU solves them, which takes longer."
     )
     return or_on_cpu(solve, *(tensor.cpu() for tensor in tensors))
 

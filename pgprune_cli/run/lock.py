@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pgprune_cli.console.stderr import STDERR
+from pgprune_cli.console.stderr import warn
 from pgprune_cli.errors import UserError
 from pgprune_cli.run.layout import LOCK_FILE
 from pgprune_cli.storage.atomic import make_directory, try_lock
@@ -89,10 +89,7 @@ def _lock(handle: int, run: Path) -> bool:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        print(
-            f"pgprune: {run}: no locks on this file system. Do not start a second process in this directory.",
-            file=STDERR,
-        )
+        warn(f"{run}: no locks on this file system. Do not start a second process in this directory.")
         return True
 
 

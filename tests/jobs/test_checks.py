@@ -230,10 +230,20 @@ def test_compare_is_refused_before_the_first_search_for_what_only_one_row_needs(
 
 
 def test_doctor_warns_of_evaluation_windows_that_will_be_shortened(whole, tmp_path, monkeypatch) -> None:
-    recipe = damaged_copy(whole, tmp_path, monkeypatch, Damage((), ("evaluation.seqlen=[16,2048]",)))
+    overrides = ("evaluation.seqlen=[16,2048]", "evaluation.corpora=[tales=other.txt]")
+    other_text = Damage((), overrides, lambda: Path("other.txt").write_text(TEXT.upper()))
+    recipe = damaged_copy(whole, tmp_path, monkeypatch, other_text)
     (finding,) = (finding for finding in doctor(recipe) if finding.status != "OK")
     assert finding.status == "WARN"
     says(finding.text(), "evaluation.seqlen 2048", "128 tokens")
+
+
+def test_doctor_warns_of_a_recovery_that_would_train_on_evaluation_text(whole, tmp_path, monkeypatch) -> None:
+    """A search may be calibrated on that text, but its exported model would then have no text to be recovered with."""
+    recipe = damaged_copy(whole, tmp_path, monkeypatch)
+    (finding,) = (finding for finding in doctor(recipe) if finding.status != "OK")
+    assert finding.status == "WARN"
+    says(finding.text(), "text.txt", "evaluation text", "recover.corpus", "Only recover reads")
 
 
 def test_checks_read_no_values_of_weights(whole, tmp_path, monkeypatch) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
-
 import pytest
 import torch
-from helpers.messages import refused
+from helpers.messages import refused, says
 from torch import Tensor
 
 from pgprune_cli.core.grid import Grid, GridCost
@@ -58,7 +56,7 @@ def test_other_errors_of_a_solver_are_raised_as_they_are() -> None:
         or_on_cpu(solve, torch.zeros(2, 2))
 
 
-def test_equations_that_a_device_cannot_hold_are_solved_on_the_cpu(caplog) -> None:
+def test_equations_that_a_device_cannot_hold_are_solved_on_the_cpu(capsys) -> None:
     """The meta device stands for a GPU; its tensors have no values, so the copy is made up."""
 
     class OnGpu(Tensor):
@@ -70,10 +68,11 @@ def test_equations_that_a_device_cannot_hold_are_solved_on_the_cpu(caplog) -> No
             raise torch.OutOfMemoryError("CUDA out of memory")
         return matrix + 1
 
-    with caplog.at_level(logging.WARNING):
-        solved = or_on_cpu(solve, torch.zeros(3, 3, device="meta").as_subclass(OnGpu))
+    solved = or_on_cpu(solve, torch.zeros(3, 3, device="meta").as_subclass(OnGpu))
     assert solved.tolist() == [[2.0] * 3] * 3
-    assert "(3, 3)" in caplog.text and "The CPU solves them" in caplog.text
+    said = capsys.readouterr().err
+    assert said.startswith("pgprune: meta: ")
+    says(said, "(3, 3)", "The CPU solves them")
 
 
 def solvers() -> dict[str, object]:

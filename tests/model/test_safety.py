@@ -300,7 +300,7 @@ def test_no_recipe_key_names_a_file_to_write() -> None:
 
     kinds = {key: str(kind) for key, kind in _KINDS.items() if not is_dataclass(kind)}
     free = {key for key, kind in kinds.items() if "str" in kind and "Literal" not in kind}
-    assert free == {"model", "device", "calibration.corpus", "evaluation.corpora"}
+    assert free == {"model", "device", "calibration.corpus", "recover.corpus", "evaluation.corpora"}
 
 
 def test_every_loader_of_transformers_is_told_not_to_trust_code() -> None:
