@@ -195,14 +195,14 @@ def activation_bytes(sizes: RecoverySizes) -> int:
 def logit_bytes(sizes: RecoverySizes) -> int:
     """Return the bytes of the logits of one batch and of the dense model's log-probabilities in float32.
 
-    Beside the logits there are their gradient and, first, some rows in float32, and then the gradient once more.
+    Beside the logits there are their gradient and some rows in float32.
     """
     settings = sizes.settings
     rows, vocabulary = settings.batch * settings.seqlen, len(sizes.student.head.weight)
     listed = 4 * vocabulary if settings.top_k in (0, vocabulary) else 12 * settings.top_k
     text = 8 * vocabulary if settings.lm else 0
     logits = rows * vocabulary * sizes.dtype.itemsize
-    return rows * (listed + text) + 2 * logits + max(logits, 4 * 4 * min(SOFTMAX_ROWS, rows) * vocabulary)
+    return rows * (listed + text) + 2 * logits + 4 * 4 * min(SOFTMAX_ROWS, rows) * vocabulary
 
 
 def _teacher_activation_bytes(sizes: RecoverySizes) -> int:

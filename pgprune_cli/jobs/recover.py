@@ -98,7 +98,6 @@ def _train(
     """Do the steps that are left."""
     recipe, run, settings = request.recipe, request.run, request.recipe.recover
     device = device_of(recipe)
-    bfloat16 = opened.record.products == "bfloat16"
     with ranks.run_writer_first():  # the writer removes checkpoints that are not whole
         resumed = latest(run, skip_corrupt_checkpoint and ranks.is_writer)
         if ranks.is_writer:
@@ -111,9 +110,7 @@ def _train(
     with progress.working(f"loading {request.model}"):
         model, student = _load_student(opened, recipe, resumed)
     _check_space(run, student)
-    arguments = training_arguments(
-        run, settings, recipe.seed, opened.schedule, on_cpu=device.type == "cpu", bfloat16=bfloat16
-    )
+    arguments = training_arguments(run, settings, recipe.seed, opened.schedule, on_cpu=device.type == "cpu")
     layers = list(model.layers) if settings.hidden else []
     teacher: Teacher = cached or _live_teacher(request, opened, progress)
     log = tracking(tracker if ranks.is_writer else None, run, asdict(recipe), 0 if resumed is None else resumed.step)
@@ -127,7 +124,17 @@ def _train(
             shown.show(row)
 
         training = Training(
-            run, settings, recipe.seed, opened.schedule, opened.text, teacher, layers, resumed, report, ranks
+            run,
+            settings,
+            recipe.seed,
+            opened.schedule,
+            opened.text,
+            teacher,
+            layers,
+            resumed,
+            report,
+            ranks,
+            bfloat16=opened.record.products == "bfloat16",
         )
         train(student, arguments, training)
 

@@ -36,7 +36,7 @@ class _Divergence(torch.autograd.Function):
     """The divergences of rows of logits, some rows at a time in float32.
 
     The gradient is known with the value, student minus teacher, so the forward pass stores it in the dtype of the
-    logits and no float32 tensor of all logits is ever made.
+    logits and no float32 tensor of all logits is ever made. One backward pass uses it up.
     """
 
     @staticmethod
@@ -57,7 +57,10 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *received: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * received[0].unsqueeze(1).to(gradient.dtype), None, None, None
+        for start in range(0, len(gradient), SOFTMAX_ROWS):  # in place, and the products in float32
+            rows = slice(start, start + SOFTMAX_ROWS)
+            gradient[rows] *= received[0][rows].unsqueeze(1)
+        return gradient, None, None, None
 
 
 def _full(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:

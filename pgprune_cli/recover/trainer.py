@@ -43,7 +43,8 @@ class Training:
     run: the run directory; settings: of the recipe; seed: of the order of the windows; schedule: how long; text: the
     windows; teacher: predicts them; layers: the student's decoder layers, whose residual streams are compared with
     those in the teacher's targets, empty if none are; resumed: the checkpoint that it goes on from, whose weights the
-    student has; report: gets the history's rows; ranks: this process among those of the recovery.
+    student has; report: gets the history's rows; ranks: this process among those of the recovery; bfloat16: compute
+    matrix products in bfloat16. Trained weights, gradients and optimizer states are float32 anyway.
     """
 
     run: Path
@@ -56,6 +57,7 @@ class Training:
     resumed: TrainingCheckpoint | None = None
     report: Reporter = lambda row: None
     ranks: Ranks = field(default_factory=Ranks)
+    bfloat16: bool = False
 
 
 class RecoveryTrainer(Trainer):
@@ -114,7 +116,8 @@ class RecoveryTrainer(Trainer):
         """Return the loss and the divergence, both summed over the positions that count, in nats."""
         settings, windows, positions = self.training.settings, inputs["input_ids"], inputs["positions"]
         targets: Targets = self.training.teacher.targets(windows, inputs["rows"])
-        with _residual_streams(self.training.layers) as streams:
+        products = torch.autocast(windows.device.type, torch.bfloat16, enabled=self.training.bfloat16)
+        with products, _residual_streams(self.training.layers) as streams:
             logits = model(input_ids=windows, use_cache=False).logits
         divergence = (divergences(logits, targets, settings.temperature) * positions).sum()
         loss = divergence

@@ -51,11 +51,11 @@ def train(student: nn.Module, arguments: TrainingArguments, training: Training) 
 
 
 def training_arguments(
-    run: Path, settings: RecoverSettings, seed: int, schedule: Schedule, *, on_cpu: bool, bfloat16: bool
+    run: Path, settings: RecoverSettings, seed: int, schedule: Schedule, *, on_cpu: bool
 ) -> TrainingArguments:
     """Return the Trainer's arguments: AdamW and a cosine schedule. Our callback says when to log and to save.
 
-    bfloat16: compute matrix products in bfloat16. Trained weights, gradients and optimizer states are float32 anyway.
+    Autocast is `RecoveryTrainer`'s own: that of the Trainer turns all logits into float32.
     """
     known = {entry.name for entry in fields(TrainingArguments)}
     checkpointing = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in known)
@@ -68,7 +68,6 @@ def training_arguments(
         lr_scheduler_type="cosine",
         warmup_steps=-(-schedule.steps // WARMUP),
         max_grad_norm=1.0,
-        bf16=bfloat16,
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and ranks_from_environment().world_size > 1 else None,
         ddp_find_unused_parameters=False,

@@ -19,6 +19,7 @@ pytest.importorskip("accelerate", reason="needs the extra: pip install 'pgprune[
 from pgprune_cli.errors import RunError
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.schema import RecoverSettings
+from pgprune_cli.recover import trainer
 from pgprune_cli.recover.checkpoints import TRAINED, best, latest
 from pgprune_cli.recover.schedule import Schedule
 from pgprune_cli.recover.student import trainable, trained_tensors
@@ -83,8 +84,9 @@ def recover(
         [model.layers[layer] for layer in hidden],
         checkpoint,
         report,
+        bfloat16=bfloat16,
     )
-    train(student, training_arguments(run, settings, 0, schedule, on_cpu=True, bfloat16=bfloat16), training)
+    train(student, training_arguments(run, settings, 0, schedule, on_cpu=True), training)
     return trained_tensors(student)
 
 
@@ -152,6 +154,19 @@ def test_every_kind_of_training_resumes_bit_for_bit(tmp_path: Path, settings: Re
     with pytest.raises(Interrupted):
         recover(tmp_path / "run", settings, stop=(4, signal.SIGINT), bfloat16=bfloat16)
     assert_equal(recover(tmp_path / "run", settings, resume=True, bfloat16=bfloat16), expected)
+
+
+def test_no_float32_tensor_of_all_logits_is_made_in_bfloat16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def divergences(logits: torch.Tensor, *others: object) -> torch.Tensor:
+        seen.append(logits.dtype)
+        return original(logits, *others)
+
+    original = trainer.divergences
+    monkeypatch.setattr(trainer, "divergences", divergences)
+    recover(tmp_path / "run", replace(SETTINGS, tokens=4 * 16), bfloat16=True)
+    assert set(seen) == {torch.bfloat16}
 
 
 def test_only_norms_and_outputs_are_trained(tmp_path: Path) -> None:
