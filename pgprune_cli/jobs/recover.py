@@ -3,37 +3,30 @@
 from __future__ import annotations
 
 import gc
-import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from pgprune_cli.console.progress import SILENT, Progress
-from pgprune_cli.distributed import Ranks, join
-from pgprune_cli.errors import RunError
+from pgprune_cli.distributed import Ranks, join, ranks_from_environment
 from pgprune_cli.export.trained import plan_again
-from pgprune_cli.jobs.recovery_request import Opened, Request, check, device_of, finished, open_request
+from pgprune_cli.jobs.recovery_disk import check_disk
+from pgprune_cli.jobs.recovery_request import Opened, Request, begin, cache_of, check, device_of, finished, open_request
 from pgprune_cli.model.loading import load_prunable
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.reader import dump
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.recover.checkpoints import MOST, TrainingCheckpoint, best, latest, remove_all
+from pgprune_cli.recover.checkpoints import TrainingCheckpoint, best, latest, remove_all
 from pgprune_cli.recover.schedule import Schedule
-from pgprune_cli.recover.student import trainable, trained_parameters, trained_tensors
+from pgprune_cli.recover.student import trainable, trained_tensors
 from pgprune_cli.recover.teacher import LiveTeacher, Teacher, load_teacher
-from pgprune_cli.recover.teacher_cache import CacheKey
 from pgprune_cli.recover.teacher_writing import cached_teacher
 from pgprune_cli.recover.trainer import Training
 from pgprune_cli.recover.training import load_trained, train, training_arguments
 from pgprune_cli.run.interruption import stop_signals
-from pgprune_cli.run.layout import (
-    RECOVERY_RECORD,
-    TEACHER_FOLDER,
-    TRAINING_HISTORY,
-)
+from pgprune_cli.run.layout import RECOVERY_RECORD, TRAINING_HISTORY
 from pgprune_cli.run.lock import locked
 from pgprune_cli.run.recovery import RecoveryRecord, read_recoveries
 from pgprune_cli.run.settled import settled
@@ -41,9 +34,6 @@ from pgprune_cli.run.trackers import TrackerName, tracking
 from pgprune_cli.run.training_history import TrainingRow, read_training_history
 from pgprune_cli.storage.records import read_record, write_record
 from pgprune_cli.storage.rows import cut_back
-
-STATE_BYTES = 12
-"""Bytes of a checkpoint for a trained weight: itself and the two moments of AdamW, all in float32."""
 
 
 def recover(
@@ -67,7 +57,9 @@ def recover(
     """
     request = replace(request, recipe=settled(request.recipe))
     if (request.run / RECOVERY_RECORD).exists():
-        return finished(request)
+        record = finished(request)
+        (progress if ranks_from_environment().is_writer else SILENT).say(f"{request.run}: is finished already")
+        return record
     check(request, tracker)
     backend = "cpu:gloo,cuda:nccl" if device_of(request.recipe).type == "cuda" else "gloo"
     with join(backend) as ranks, ExitStack() as until_finished:
@@ -76,6 +68,9 @@ def recover(
             until_finished.enter_context(locked(request.run))
         with ranks.run_writer_first():  # one process downloads and tokenises, the others find it done
             opened = open_request(request, ranks, shown)
+            if ranks.is_writer:
+                check_disk(request, opened)
+                begin(request, opened)
         _train(request, opened, ranks, shown, tracker, skip_corrupt_checkpoint)
         gc.collect()  # the Trainer and its parts refer to each other, and hold the models
         with ranks.run_writer_first():
@@ -109,7 +104,6 @@ def _train(
         cached = _cached_teacher(request, opened, ranks, progress)
     with progress.working(f"loading {request.model}"):
         model, student = _load_student(opened, recipe, resumed)
-    _check_space(run, student)
     arguments = training_arguments(run, settings, recipe.seed, opened.schedule, on_cpu=device.type == "cpu")
     layers = list(model.layers) if settings.hidden else []
     teacher: Teacher = cached or _live_teacher(request, opened, progress)
@@ -168,33 +162,17 @@ def _live_teacher(request: Request, opened: Opened, progress: Progress) -> LiveT
 
 def _cached_teacher(request: Request, opened: Opened, ranks: Ranks, progress: Progress) -> Teacher:
     """Return the dense model's predictions on disk, after writing what is missing of them."""
-    settings = request.recipe.recover
-    key = CacheKey.of(
-        opened.record.teacher_fingerprint, opened.text, opened.vocabulary, settings.top_k, settings.temperature
-    )
-    shared = request.teacher_cache
-    folder = request.run / TEACHER_FOLDER if shared is None else key.folder_in(shared)
+    folder, key = cache_of(request, opened)
     with stop_signals(ranks) as stop:
         return cached_teacher(
             folder,
             key,
             opened.text,
             lambda: _live_teacher(request, opened, progress),
-            batch=settings.batch,
+            batch=request.recipe.recover.batch,
             ranks=ranks,
             stop=stop,
             progress=progress,
-        )
-
-
-def _check_space(run: Path, student: nn.Module) -> None:
-    """Raise RunError if the disk has no room for the checkpoints."""
-    trained = sum(parameter.numel() for parameter in trained_parameters(student).values())
-    needed, free = MOST * STATE_BYTES * trained, shutil.disk_usage(run).free
-    if needed > free:
-        raise RunError(
-            f"{run}: the checkpoints need about {needed / 1e9:,.2f} GB of disk, but only {free / 1e9:,.2f} GB are "
-            "free. Make room, choose another disk with --run-dir, or set recover.train to lora."
         )
 
 

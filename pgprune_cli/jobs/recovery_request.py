@@ -14,7 +14,7 @@ from pgprune_cli.console.progress import Progress
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import UserError
 from pgprune_cli.export.formats import FORMATS
-from pgprune_cli.export.plan import check_new, check_space
+from pgprune_cli.export.plan import check_new
 from pgprune_cli.export.trained import plan_again
 from pgprune_cli.model.context import refuse_longer_windows
 from pgprune_cli.model.devices import devices_of, fastest_dtype
@@ -24,16 +24,18 @@ from pgprune_cli.recipe.reader import by_key, dump, parse
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.recover.checks import find_teacher, refuse_other_vocabulary, streams_to_match
 from pgprune_cli.recover.schedule import Schedule
+from pgprune_cli.recover.teacher_cache import CacheKey
 from pgprune_cli.recover.texts import RecoveryText, recovery_corpus, recovery_text
 from pgprune_cli.run.decision import read_origin
 from pgprune_cli.run.layout import (
     DECISION_RECORD,
     RECIPE_FILE,
     RECOVERY_RECORD,
+    TEACHER_FOLDER,
     TRAINING_RECORD,
     is_run,
 )
-from pgprune_cli.run.lock import refuse_unusable
+from pgprune_cli.run.lock import refuse_unusable, refuse_unwritable
 from pgprune_cli.run.provenance import record_command
 from pgprune_cli.run.trackers import TrackerName, check_installed
 from pgprune_cli.run.training_record import TrainingRecord
@@ -60,7 +62,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Opened:
-    """What is known before the models are loaded."""
+    """What is known before the models are loaded. streams: see `streams_to_match`; vocabulary: of the teacher;
+    model_bytes: of the recovered model on disk."""
 
     student: Source
     teacher: Source
@@ -69,6 +72,7 @@ class Opened:
     schedule: Schedule
     streams: Sequence[int]
     vocabulary: int
+    model_bytes: int
 
 
 def recipe_of(model: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -92,10 +96,18 @@ def check(request: Request, tracker: TrackerName | None) -> None:
         raise UserError(f"recover: needs {' and '.join(missing)}. Install it with: pip install 'pgprune[recovery]'")
     if tracker is not None:
         check_installed(tracker)
-    refuse_unusable(request.run)
+    refuse_unusable(request.run, "--run-dir")
     if is_run(request.run) and not (request.run / TRAINING_RECORD).exists():
         raise UserError(f"{request.run}: holds a search. Choose another directory for the recovery with --run-dir.")
-    check_new(request.out.expanduser(), directory=not FORMATS[request.format].suffix)
+    out = request.out.expanduser()
+    check_new(out, directory=not FORMATS[request.format].suffix)
+    refuse_unwritable(out)
+    for folder in filter(None, (request.run, request.teacher_cache)):
+        if folder.resolve().is_relative_to(out.resolve()):
+            raise UserError(
+                f"{request.out}: the recovered model cannot be written there, because {folder} keeps what the training "
+                "needs. Choose another --out."
+            )
 
 
 def _student(model: str) -> Source:
@@ -119,11 +131,10 @@ def device_of(recipe: Recipe) -> torch.device:
 
 
 def open_request(request: Request, ranks: Ranks, progress: Progress) -> Opened:
-    """Read the text, check that everything fits, and write the resolved recipe and what is trained into the run."""
+    """Read the text. Raise UserError if something does not fit, or if the run belongs to another recovery."""
     recipe, run = request.recipe, request.run
     student = _student(request.model)
     plan = plan_again(student.directory, format=request.format)  # refuses what could not be written in the end
-    check_space(request.out.expanduser().resolve(), plan.bytes)
     teacher = find_teacher(student, request.teacher)
     config, teacher_config = read_config(student), read_config(teacher)
     tokenizer = load_tokenizer(student)
@@ -149,11 +160,22 @@ def open_request(request: Request, ranks: Ranks, progress: Progress) -> Opened:
     )
     if earlier is not None and (changed := earlier.differences(record)):
         raise _other_recovery(run, changed)
-    if ranks.is_writer:
-        (run / RECIPE_FILE).write_bytes(dump(recipe).encode())
-        record.write(run)
-        record_command(run)
-    return Opened(student, teacher, text, record, schedule, streams, teacher_config.vocab_size)
+    return Opened(student, teacher, text, record, schedule, streams, teacher_config.vocab_size, plan.bytes)
+
+
+def begin(request: Request, opened: Opened) -> None:
+    """Write the resolved recipe and what is trained into the run directory."""
+    (request.run / RECIPE_FILE).write_bytes(dump(request.recipe).encode())
+    opened.record.write(request.run)
+    record_command(request.run)
+
+
+def cache_of(request: Request, opened: Opened) -> tuple[Path, CacheKey]:
+    """Return where the dense model's predictions are cached, and what they depend on."""
+    settings, fingerprint = request.recipe.recover, opened.record.teacher_fingerprint
+    key = CacheKey.of(fingerprint, opened.text, opened.vocabulary, settings.top_k, settings.temperature)
+    shared = request.teacher_cache
+    return request.run / TEACHER_FOLDER if shared is None else key.folder_in(shared), key
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
@@ -174,8 +196,14 @@ def finished(request: Request) -> dict[str, Any]:
     """Return the record of a finished recovery. Raises UserError if it had other settings, or its result is missing."""
     record = read_record(request.run / RECOVERY_RECORD)
     before = TrainingRecord.read(request.run)
-    now = replace(before, fingerprint=_student(request.model).fingerprint(), settings=_settings(request.recipe))
-    if changed := before.differences(now):
+    student = _student(request.model)
+    now = replace(before, fingerprint=student.fingerprint(), settings=_settings(request.recipe))
+    if request.teacher is not None:
+        now = replace(now, teacher_fingerprint=find_teacher(student, request.teacher).fingerprint())
+    changed, text = before.differences(now), recovery_corpus(request.recipe)
+    if text != before.text:
+        changed.append(f"text: {before.text} → {text}")
+    if changed:
         raise _other_recovery(request.run, changed)
     if not request.out.expanduser().exists():
         raise UserError(

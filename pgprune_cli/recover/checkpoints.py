@@ -78,8 +78,10 @@ def finish(checkpoint: TrainingCheckpoint) -> None:
     drop_old(folder.parents[1])
 
 
-def read_checkpoint(folder: Path, older: Iterable[Path] = ()) -> TrainingCheckpoint:
-    """Return a finished checkpoint after checking its files. The `older` folders are named in the advice of an error.
+def read_checkpoint(
+    folder: Path, older: Iterable[Path] = (), advice: str = "Remove that directory to start the recovery over."
+) -> TrainingCheckpoint:
+    """Return a finished checkpoint after checking its files. An error names the last of the `older` ones, or `advice`.
 
     Raises:
         CorruptCheckpoint: the checkpoint is damaged.
@@ -96,7 +98,6 @@ def read_checkpoint(folder: Path, older: Iterable[Path] = ()) -> TrainingCheckpo
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         reason = reason.replace(f"{folder}/", "").removesuffix(".")
     before = next(reversed(list(older)), None)
-    advice = "Remove that directory to start the recovery over."
     if before is not None:
         advice = f"To resume from {before.name}, remove that directory or recover with --skip-corrupt-checkpoint."
     raise CorruptCheckpoint(f"{folder}: the checkpoint is corrupt ({reason}). {advice}")
@@ -130,7 +131,8 @@ def best(run: Path) -> TrainingCheckpoint | None:
     Raises CorruptCheckpoint if it is damaged.
     """
     chosen = _best(run)
-    return None if chosen is None else read_checkpoint(chosen.folder)
+    again = "Remove that directory and run the same command again: it goes on from the other checkpoints."
+    return None if chosen is None else read_checkpoint(chosen.folder, advice=again)
 
 
 def drop_old(run: Path) -> None:

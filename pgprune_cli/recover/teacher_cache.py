@@ -160,6 +160,8 @@ def open_shard(folder: Path, key: CacheKey, index: int) -> tuple[dict[str, Tenso
     Raises UserError if it is damaged, missing, or belongs to another cache.
     """
     path = teacher_shard(folder, index)
+    if not path.exists():
+        raise UserError(f"{path}: missing. Run the recovery again to write it.")
     try:
         tensors, about = read_tensors(path), json.loads(metadata(path)[ABOUT])
         intact = about == with_checksum(about) and about["tensors"] == digest_of(tensors)

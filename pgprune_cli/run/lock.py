@@ -45,13 +45,19 @@ def locked(run: Path) -> Iterator[None]:
                 run.rmdir()
 
 
-def refuse_unusable(run: Path) -> None:
-    """Raise UserError if `run` cannot be written or created, or if another process holds its lock. Writes nothing."""
+def refuse_unwritable(path: Path, option: str = "--out") -> None:
+    """Raise UserError if a file or directory `path`, chosen with `option`, cannot be created. Writes nothing."""
+    existing = next(folder for folder in path.absolute().parents if folder.exists())
+    _refuse_unwritable(path, existing, option)
+
+
+def refuse_unusable(run: Path, option: str = "--out") -> None:
+    """Raise UserError if `run` cannot be written or created, or if another process holds its lock. Writes nothing.
+
+    option: chooses it on the command line.
+    """
     existing = next(path for path in (run, *run.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"{run}: {existing} is not a directory. Choose another directory with --out.")
-    if not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"{run}: {existing} is not writable. Make it writable, or choose another directory with --out.")
+    _refuse_unwritable(run, existing, option)
     if (run / LOCK_FILE).exists():
         with suppress(OSError):  # released in the meantime, or no locks on this file system
             handle = os.open(run / LOCK_FILE, os.O_RDWR)
@@ -60,6 +66,14 @@ def refuse_unusable(run: Path) -> None:
                     raise UserError(_in_use(run))
             finally:
                 os.close(handle)
+
+
+def _refuse_unwritable(path: Path, existing: Path, option: str) -> None:
+    if not existing.is_dir():
+        raise UserError(f"{path}: {existing} is not a directory. Choose another directory with {option}.")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        advice = f"Make it writable, or choose another directory with {option}."
+        raise UserError(f"{path}: {existing} is not writable. {advice}")
 
 
 def _in_use(run: Path) -> str:

@@ -27,12 +27,13 @@ pytest.importorskip("accelerate", reason="needs the extra: pip install 'pgprune[
 
 from pgprune_cli.api import recover as recover_from_python
 from pgprune_cli.cli import program
-from pgprune_cli.console.progress import StderrProgress
+from pgprune_cli.console.progress import SILENT, StderrProgress
+from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import RunError
 from pgprune_cli.jobs import recover as job
-from pgprune_cli.jobs import recovery_request
+from pgprune_cli.jobs import recovery_disk, recovery_request
 from pgprune_cli.jobs.recover import recover
-from pgprune_cli.jobs.recovery_request import Request, recipe_of
+from pgprune_cli.jobs.recovery_request import Request, open_request, recipe_of
 from pgprune_cli.jobs.verify import verify
 from pgprune_cli.model.loading import load_model, load_tokenizer, read_config
 from pgprune_cli.model.source import resolve
@@ -42,9 +43,9 @@ from pgprune_cli.recover import teacher
 from pgprune_cli.recover.loss import divergences
 from pgprune_cli.recover.teacher import LiveTeacher
 from pgprune_cli.recover.texts import recovery_text
-from pgprune_cli.run.layout import RECOVERY_RECORD, TEACHER_FOLDER, TRAINING_RECORD
+from pgprune_cli.run.layout import CHECKPOINT_RECORD, RECOVERY_RECORD, TEACHER_FOLDER, TRAINING_RECORD
 from pgprune_cli.run.training_history import read_training_history
-from pgprune_cli.storage.records import read_record
+from pgprune_cli.storage.records import read_record, write_record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -143,15 +144,20 @@ def heldout_divergence(asked: Request, name: str) -> float:
     return float(divergences(logits, targets).mean())
 
 
-def test_finished_recovery_returns_its_record(folder: Path) -> None:
+def test_finished_recovery_returns_its_record(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     record = recovery_of(folder / "runs/better")
-    assert recover(request(folder)) == record
+    assert recover(request(folder), progress=StderrProgress()) == record
     assert record == recovery_of(folder / "better")
     assert (record["steps"], record["tokens"]) == (8, 1024)
+    says(capfd.readouterr().err, "runs/better", "finished already")
     with refused("runs/better", "recover.lm: 0.0 → 1.0"):
         recover(request(folder, "recover.lm=1.0"))
     with refused("runs/better", "another model"):
         recover(replace(request(folder), model=str(folder / "better")))
+    with refused("runs/better", "text.txt → demo"):
+        recover(request(folder, "recover.corpus=demo"))
+    with refused("runs/better", "another dense model"):
+        recover(replace(request(folder), teacher=str(folder / "better")))
     with refused("runs/better", "finished", "elsewhere"):
         recover(replace(request(folder), out=folder / "elsewhere"))
 
@@ -194,13 +200,37 @@ def test_what_is_no_exported_model_is_refused(folder: Path, finished: dict[str, 
 
 
 def test_full_disk_is_reported_before_the_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = request(folder, "recover.teacher=cached", "recover.top_k=8", name="new")
+    monkeypatch.setattr(recovery_disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with refused("new", "checkpoints", "predictions", "model", "--run-dir or --teacher-cache or --out", error=RunError):
+        recover(asked)
+    assert not asked.run.exists()
+
+
+def test_disk_that_holds_the_checkpoints_already_is_not_asked_for_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("peft", reason="needs the extra: pip install 'pgprune[recovery]'")
+    asked = request(folder, "recover.train=lora", name="new")
+    needed: list[int] = []
+    opened = open_request(asked, Ranks(), SILENT)
+    for size in (0, 20_000, 10**9):
+        (asked.run / "checkpoints/checkpoint-4").mkdir(parents=True, exist_ok=True)
+        (asked.run / "checkpoints/checkpoint-4/optimizer.pt").write_bytes(b"." * size)
+        needed.append(recovery_disk._needs(asked, opened)[0].bytes)
+    assert needed[1:] == [needed[0] - 20_000, 0]
+    step = asked.run / "checkpoints/checkpoint-8"
+    step.mkdir()
+    write_record(step / CHECKPOINT_RECORD, {})
+    assert [need.what for need in recovery_disk._needs(asked, opened)] == ["the recovered model"]
+
+
+@pytest.mark.parametrize("place", ["run", "teacher_cache"])
+def test_output_around_the_state_of_the_training_is_refused(folder: Path, place: str) -> None:
     asked = request(folder, name="new")
-    monkeypatch.setattr(job.shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if path == asked.run else 10**12))
-    with refused("new", "checkpoints need about", error=RunError):
-        recover(asked)
-    monkeypatch.setattr(job.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
-    with refused("new", "MB of disk", error=RunError):
-        recover(asked)
+    with refused("new", "cannot be written", "Choose another --out"):
+        recover(replace(asked, **{place: asked.out / "inside"} if place == "teacher_cache" else {"run": asked.out}))
+    assert not asked.out.exists()
 
 
 def test_command_saves_when_it_is_stopped_and_prints_how_to_resume(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.messages import refused, says
-from helpers.models import tiny_model
+from helpers.models import VOCABULARY, tiny_model
 from helpers.recipes import SMALL
 from helpers.recoveries import write_run
 from helpers.runs import finished_run
@@ -24,7 +24,12 @@ from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.verify import verify
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import find, load
+from pgprune_cli.recover import teacher_cache
 from pgprune_cli.recover.checkpoints import TrainingCheckpoint, finish
+from pgprune_cli.recover.teacher import LiveTeacher
+from pgprune_cli.recover.teacher_cache import CacheKey, record_of
+from pgprune_cli.recover.teacher_writing import cached_teacher
+from pgprune_cli.recover.texts import RecoveryText
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import (
     COMPARISON_RECORD,
@@ -37,6 +42,8 @@ from pgprune_cli.run.layout import (
     RECIPE_FILE,
     REPAIR_FILE,
     SCORES_FILE,
+    TEACHER_RECORD,
+    teacher_shard,
     training_checkpoint_folder,
 )
 from pgprune_cli.run.scores import Scores
@@ -409,6 +416,28 @@ def test_recovery_is_verified_with_its_history_and_checkpoints(tmp_path: Path) -
     (run / "training.json").write_text("{}")
     faults = "\n".join(verify(run).faults)
     says(faults, "training.json: damaged", "training.jsonl:1: damaged", "checkpoint-10", "model.safetensors")
+
+
+def test_cached_predictions_are_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(teacher_cache, "SHARD_BYTES", 2 * 8 * 4 * 4)  # two windows
+    text = RecoveryText.of(torch.arange(40).view(5, 8), 1)
+    key = CacheKey.of("dense", text, VOCABULARY, 4, 1.0)
+    run = tmp_path / "run"
+    write_run(run, 2)
+    cached_teacher(run / "teacher", key, text, lambda: LiveTeacher(tiny_model("llama-gqa"), 4, 1.0), batch=2)
+    assert (verify(run / "teacher").kind, verify(run / "teacher").faults) == ("cached predictions", [])
+    assert "teacher" in verify(run).checked
+    second, third = (teacher_shard(run / "teacher", index) for index in (1, 2))
+    second.write_bytes(second.read_bytes()[:-1] + b"?")
+    third.unlink()
+    assert verify(run).faults == verify(run / "teacher").faults
+    says("\n".join(verify(run).faults), f"{second}: damaged", f"{third}: missing")
+    write_record(
+        run / "teacher" / TEACHER_RECORD, record_of(key, None)
+    )  # of an unfinished cache, shards may be missing
+    assert [str(second) in fault for fault in verify(run).faults] == [True]
+    write_record(run / "teacher" / TEACHER_RECORD, {"version": 1})
+    assert ["teacher.json: damaged" in fault for fault in verify(run).faults] == [True]
 
 
 def test_run_of_a_recovery_is_no_run_of_a_search(tmp_path: Path, small) -> None:

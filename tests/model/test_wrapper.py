@@ -20,10 +20,14 @@ from pgprune_cli.export.plan import Options
 from pgprune_cli.export.shapes import ShapeRequirements
 from pgprune_cli.export.trained import plan_again
 from pgprune_cli.forward.masked import Evaluator
+from pgprune_cli.jobs.recover import recover as recover_job
+from pgprune_cli.jobs.recovery_request import Request
+from pgprune_cli.jobs.verify import verify
 from pgprune_cli.model.families.wrapper import decoder_name
 from pgprune_cli.model.loading import check_prunable, load_prunable
 from pgprune_cli.model.masks import LayerMask, ModelMask
 from pgprune_cli.model.source import resolve
+from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.run.decision import Decision
 
 TOKENS = torch.randint(6, 96, (2, 20), generator=torch.Generator().manual_seed(0))
@@ -224,3 +228,20 @@ def test_a_wrapper_around_another_decoder_is_refused(wrapped: Path) -> None:
     path.write_text(json.dumps(config))
     with refused("'gpt2' is not supported", "mistral3"):
         check_prunable(resolve(str(wrapped)))
+
+
+@pytest.mark.parametrize("wrapped", ["ministral3", "gemma3_text"], indirect=True)
+def test_decoder_is_recovered_and_the_vision_tower_stays_as_it_was(wrapped: Path, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="needs the extra: pip install 'pgprune[recovery]'")
+    export(wrapped, tmp_path / "small", "unequal")
+    (tmp_path / "text.txt").write_text("The king was glad, and the queen was not. " * 60)
+    settings = {"tokens": 1024, "seqlen": 16, "heldout": 4, "learning_rate": 0.01, "hidden": 0.1}
+    settings |= {"corpus": tmp_path / "text.txt"}
+    recipe = load(find("demo"), ["device=cpu", *(f"recover.{key}={value}" for key, value in settings.items())])
+    record = recover_job(Request(str(tmp_path / "small"), tmp_path / "better", tmp_path / "run", recipe))
+    assert record["loss_after"] < record["loss_before"]
+    assert not verify(tmp_path / "better").faults
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("small", "better"))
+    assert before.keys() == after.keys()
+    kept = {name for name in before if before[name].equal(after[name])}
+    assert kept == {name for name in before if "vision" in name or "projector" in name or not before[name].numel()}
