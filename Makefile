@@ -19,7 +19,7 @@ OTHERS := $(TRANSFORMERS:%=$(VENV)-transformers-%)
 # Test processes, with one thread each: tiny models gain nothing from more threads.
 JOBS ?= 2
 
-.PHONY: demo test test-oldest test-newest messages soak fuzz test-gpu test-serving test-transformers audit check references docs format clean
+.PHONY: demo test test-oldest test-newest messages soak fuzz test-gpu bench-gpu test-serving test-transformers audit check references docs format clean
 
 demo: $(BIN)/pgprune
 	@echo "Pruning, exporting and evaluating the demo model twice on the CPU. This takes a few minutes."
@@ -44,8 +44,13 @@ messages: $(BIN)/.dev
 soak: $(BIN)/.dev
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m soak
 
+# What to run first on a machine with a GPU. Neither needs a download.
 test-gpu: $(BIN)/.dev
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu tests/gpu
+
+# Writes a table to gpu.md. BENCH="--folder DIR" chooses another disk than that of TMPDIR.
+bench-gpu: $(BIN)/pgprune
+	HF_HUB_OFFLINE=1 $(BIN)/python scripts/bench/gpu.py $(BENCH)
 
 test-serving: $(SERVING)/.installed
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(SERVING)/bin/python -m pytest -m serving tests/serving

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -71,10 +71,14 @@ def open_evaluator(options: argparse.Namespace) -> Evaluator:
 
 def random_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Module:
     """Return a Llama of that shape with random weights, created on the device."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    return random_llama(llama_config(SHAPES[name]), dtype, device)
 
-    shape = SHAPES[name]
-    config = LlamaConfig(
+
+def llama_config(shape: Mapping[str, int | bool]) -> Any:
+    """Return the transformers config of a Llama."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         vocab_size=shape["vocab"],
         hidden_size=shape["hidden"],
         intermediate_size=shape["channels"],
@@ -83,6 +87,12 @@ def random_model(name: str, dtype: torch.dtype, device: torch.device) -> nn.Modu
         num_key_value_heads=shape["kv_heads"],
         tie_word_embeddings=shape.get("tied", False),
     )
+
+
+def random_llama(config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Return a model with random weights, created on the device."""
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -87,6 +87,55 @@ def test_in_turn_alternates_and_drops_the_first_pair(monkeypatch: pytest.MonkeyP
     assert ratio == (3.0, 4.0, 1.0, 0.5, 2.0)
 
 
+SMALL_GPU = [
+    "calibration.windows=32",
+    "calibration.seqlen=16",
+    "calibration.heldout=8",
+    "scores.windows=4",
+    "scores.seqlen=32",
+    "search.forward_passes=32",
+    "repair.windows=8",
+    "recover.seqlen=16",
+    "recover.accumulate=1",
+    "recover.batch=2",
+]
+
+
+def gpu_table(words: list[str], settings: list[str], path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, bool]:
+    """Run the benchmark on a CPU, and return what it wrote and whether it failed."""
+    words = [*words, "--device", "cpu", "--layers", "2", "--hidden", "64", "--out", str(path)]
+    monkeypatch.setattr("pgprune_cli.jobs.estimate.matmul_rate", lambda device, dtype: 1e9)
+    monkeypatch.setattr(sys, "argv", ["gpu", *words, *(word for setting in settings for word in ("--set", setting))])
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module("gpu").main()
+    return path.read_text(), bool(stopped.value.code)
+
+
+def test_the_gpu_benchmark_writes_its_table_without_a_gpu(tmp_path, monkeypatch) -> None:
+    """All phases and a recovery. There are no peaks, because the CPU does not count them."""
+    text, failed = gpu_table(["llama3-8b"], SMALL_GPU, tmp_path / "table.md", monkeypatch)
+    assert not failed, text
+    assert f"torch {torch.__version__}" in text
+    rows = {row.pop(""): list(row.values()) for row in rows_of(text)}
+    for phase in ("scores", "width table", "steps", "repair"):
+        measured, scaled = map(float, rows[f"{phase}, minutes"])
+        assert 2 * measured < scaled < 20 * measured
+    speeds = [float(cell.replace(",", "")) for cell in rows["recovery, tokens/s"]]
+    assert speeds[0] > speeds[1] > 0
+    assert all(float(cell) > 0 for cell in rows["GB, search, estimate"])
+    assert rows["GB, search"] == ["–", "–"]
+
+
+def test_the_gpu_benchmark_says_what_failed(tmp_path, monkeypatch) -> None:
+    settings = [*SMALL_GPU, "calibration.seqlen=4096", "calibration.windows=4"]
+    text, failed = gpu_table([], settings, tmp_path / "table.md", monkeypatch)
+    assert failed
+    assert [name for name in ("llama-7b", "llama3-8b") if f"{name} failed: calibration.seqlen" in text] == [
+        "llama-7b",
+        "llama3-8b",
+    ]
+
+
 @pytest.mark.skipif(
     not Path("/proc/self/status").exists(), reason="peak resident memory is read from /proc, which only Linux has"
 )
