@@ -102,11 +102,11 @@ def check(request: Request, tracker: TrackerName | None) -> None:
     out = request.out.expanduser()
     check_new(out, directory=not FORMATS[request.format].suffix)
     refuse_unwritable(out)
-    for folder in filter(None, (request.run, request.teacher_cache)):
-        if folder.resolve().is_relative_to(out.resolve()):
+    for option, folder in {"--run-dir": request.run, "--teacher-cache": request.teacher_cache}.items():
+        if folder is not None and folder.resolve().is_relative_to(out.resolve()):
             raise UserError(
                 f"{request.out}: the recovered model cannot be written there, because {folder} keeps what the training "
-                "needs. Choose another --out."
+                f"needs. Choose another directory with --out or {option}."
             )
 
 

@@ -50,7 +50,7 @@ class LiveTeacher:
     """The dense model itself, which runs on every batch.
 
     model: for forward passes only; top_k: how many of the likeliest tokens are returned, 0 for the whole vocabulary;
-    temperature: divides the logits; hidden: the layers behind which the residual stream is returned.
+    temperature: divides the logits; hidden: the layers behind which the residual stream is returned, ascending.
     """
 
     def __init__(self, model: nn.Module, top_k: int, temperature: float, hidden: Sequence[int] = ()) -> None:
@@ -64,11 +64,12 @@ class LiveTeacher:
         home, shape = windows.device, windows.shape
         tokens = windows.to(causal.get_input_embeddings().weight.device)
         # The student's products may be autocast around this. The teacher computes in its own dtype.
-        with torch.autocast(tokens.device.type, enabled=False), self._recorded_stream() as stream:
+        layers = [causal.get_decoder().layers[layer] for layer in self.hidden]
+        with torch.autocast(tokens.device.type, enabled=False), residual_streams(layers) as streams:
             parts = [self._predicted(logits) for logits in self._logits(tokens)]
         log_probs = torch.cat([part for part, _ in parts]).view(*shape, -1).to(home)
         ids = [part for _, part in parts if part is not None]
-        hidden = [stream[layer].to(home) for layer in self.hidden]
+        hidden = [stream.to(home) for stream in streams]
         return Targets(log_probs, torch.cat(ids).view(*shape, -1).to(home) if ids else None, hidden or None)
 
     def _logits(self, tokens: Tensor) -> Iterator[Tensor]:
@@ -97,26 +98,21 @@ class LiveTeacher:
                 log_probs[rows] = likeliest - scaled.logsumexp(-1, keepdim=True)
         return log_probs, tokens
 
-    @contextmanager
-    def _recorded_stream(self) -> Iterator[dict[int, Tensor]]:
-        """Inside the `with`, collect the outputs of the layers that were asked for, in one forward pass."""
-        causal: Any = self.model
-        stream: dict[int, Tensor] = {}
 
-        def record(layer: int, output: Tensor | tuple[Tensor, ...]) -> None:
-            stream[layer] = output[0] if isinstance(output, tuple) else output
+@contextmanager
+def residual_streams(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Yield a list that is filled with the outputs `(B, T, hidden)` of these decoder layers, in one forward pass."""
+    streams: list[Tensor] = []
 
-        handles = [
-            causal.get_decoder()
-            .layers[layer]
-            .register_forward_hook(lambda _, __, output, layer=layer: record(layer, output))
-            for layer in self.hidden
-        ]
-        try:
-            yield stream
-        finally:
-            for handle in handles:
-                handle.remove()
+    def record(_: nn.Module, __: Any, output: Any) -> None:
+        streams.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.register_forward_hook(record) for layer in layers]
+    try:
+        yield streams
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def load_teacher(source: Source, device: str) -> nn.Module:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from pgprune_cli.recover.checkpoints import TRAINED, TrainingCheckpoint, finish,
 from pgprune_cli.recover.loss import divergences, hidden_errors, text_losses
 from pgprune_cli.recover.schedule import Schedule, WindowOrder, heldout_batch
 from pgprune_cli.recover.student import trained_parameters
-from pgprune_cli.recover.teacher import Targets, Teacher
+from pgprune_cli.recover.teacher import Targets, Teacher, residual_streams
 from pgprune_cli.recover.texts import RecoveryText
 from pgprune_cli.run.layout import training_checkpoint_folder
 from pgprune_cli.run.training_history import TrainingHistory, TrainingRow
@@ -117,7 +116,7 @@ class RecoveryTrainer(Trainer):
         settings, windows, positions = self.training.settings, inputs["input_ids"], inputs["positions"]
         targets: Targets = self.training.teacher.targets(windows, inputs["rows"])
         products = torch.autocast(windows.device.type, torch.bfloat16, enabled=self.training.bfloat16)
-        with products, _residual_streams(self.training.layers) as streams:
+        with products, residual_streams(self.training.layers) as streams:
             logits = model(input_ids=windows, use_cache=False).logits
         divergence = (divergences(logits, targets, settings.temperature) * positions).sum()
         loss = divergence
@@ -152,11 +151,7 @@ class RecoveryTrainer(Trainer):
             return
         step = self.state.global_step
         norm = logs.get("grad_norm", 0.0)
-        if not math.isfinite(logs["loss"]) or not math.isfinite(norm):
-            raise RunError(
-                f"step {step}: the loss or its gradient is not finite. Lower recover.learning_rate, and start over in "
-                f"another directory, or remove {self.training.run}."
-            )
+        self._refuse_not_finite("the loss or its gradient", logs["loss"], norm)
         divergence = self.training.ranks.sum(float(self.divergence)) / self.args.world_size
         steps = self.clock.steps(step)
         self.divergence.zero_()
@@ -175,11 +170,15 @@ class RecoveryTrainer(Trainer):
         learning_rate: float | None = None,
         tokens_per_second: float | None = None,
     ) -> None:
-        """Write a row of the history, after evaluating the held-out text if that is due."""
+        """Write a row of the history, after evaluating the held-out text if that is due.
+
+        Raises RunError if the divergence on it is not finite.
+        """
         step = self.state.global_step
         due = self.training.schedule.is_due(step)
         if due:
             self.heldout = (step, self.heldout_divergence())
+            self._refuse_not_finite("the divergence on held-out text", self.heldout[1])
         row = TrainingRow(
             step=step,
             tokens=step * self._tokens_per_step,
@@ -195,6 +194,14 @@ class RecoveryTrainer(Trainer):
             self.history.append(row)
             self.training.report(row)
         self.clock.row_written(step)
+
+    def _refuse_not_finite(self, what: str, *values: float) -> None:
+        if all(map(math.isfinite, values)):
+            return
+        raise RunError(
+            f"step {self.state.global_step}: {what} is not finite. Lower recover.learning_rate, and start over in "
+            f"another directory, or remove {self.training.run}."
+        )
 
     def elapsed(self) -> float:
         """Return the seconds of training so far, over all starts."""
@@ -278,19 +285,3 @@ class _Clock:
     def row_written(self, step: int) -> None:
         """Start measuring anew."""
         self.last, self.step = time.monotonic(), step
-
-
-@contextmanager
-def _residual_streams(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Yield a list that is filled with the outputs `(B, T, hidden)` of these decoder layers, in one forward pass."""
-    streams: list[Tensor] = []
-
-    def record(_: nn.Module, __: Any, output: Any) -> None:
-        streams.append(output[0] if isinstance(output, tuple) else output)
-
-    handles = [layer.register_forward_hook(record) for layer in layers]
-    try:
-        yield streams
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -228,7 +228,7 @@ def test_disk_that_holds_the_checkpoints_already_is_not_asked_for_again(
 @pytest.mark.parametrize("place", ["run", "teacher_cache"])
 def test_output_around_the_state_of_the_training_is_refused(folder: Path, place: str) -> None:
     asked = request(folder, name="new")
-    with refused("new", "cannot be written", "Choose another --out"):
+    with refused("new", "cannot be written", f"--out or --{'run-dir' if place == 'run' else 'teacher-cache'}"):
         recover(replace(asked, **{place: asked.out / "inside"} if place == "teacher_cache" else {"run": asked.out}))
     assert not asked.out.exists()
 

@@ -200,6 +200,8 @@ def test_training_stops_when_the_loss_is_not_finite(tmp_path: Path) -> None:
     with refused("step ", "not finite", "recover.learning_rate", error=RunError):
         recover(tmp_path / "run", replace(SETTINGS, learning_rate=1e30))
     assert latest(tmp_path / "run") is None
+    with refused("step 2", "not finite", error=RunError):  # the held-out text is read before the next loss
+        recover(tmp_path / "other", replace(SETTINGS, learning_rate=1e300, checkpoint_every=1))
 
 
 @pytest.fixture
