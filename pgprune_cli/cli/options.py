@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -95,6 +95,16 @@ Sparsity = Annotated[
 Calibration = Annotated[
     str | None,
     typer.Option("--calibration", metavar="CORPUS", help="Text to search on: a corpus name or a file.  [default: c4]"),
+]
+Tracker = Annotated[
+    Literal["tensorboard", "trackio", "wandb"] | None,
+    typer.Option("--tracker", help="Log every step to a tracker. An extra of the same name installs it."),
+]
+SkipCorruptCheckpoint = Annotated[
+    bool,
+    typer.Option(
+        "--skip-corrupt-checkpoint", help="If the newest checkpoint is damaged, resume from the one before it."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text.")]
 

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pgprune_cli.cli.export import Format
-from pgprune_cli.cli.options import AsJson, Quiet, Set, examples, exported_names, progress_of, recipe_names
+from pgprune_cli.cli.options import (
+    AsJson,
+    Quiet,
+    Set,
+    SkipCorruptCheckpoint,
+    Tracker,
+    examples,
+    exported_names,
+    progress_of,
+    recipe_names,
+)
 from pgprune_cli.cli.saved import saved_by_recover
 from pgprune_cli.cli.stopping import resumable
 from pgprune_cli.cli.tables import print_recovery_estimate, print_result
@@ -72,20 +82,12 @@ def recover(
             help="Where `recover.teacher: cached` keeps its predictions for other students.  [default: the run]",
         ),
     ] = None,
-    tracker: Annotated[
-        Literal["tensorboard", "trackio", "wandb"] | None,
-        typer.Option("--tracker", help="Log every step to a tracker. An extra of the same name installs it."),
-    ] = None,
+    tracker: Tracker = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Load nothing. Print the memory, disk, tokens and time it would take."),
     ] = False,
-    skip_corrupt_checkpoint: Annotated[
-        bool,
-        typer.Option(
-            "--skip-corrupt-checkpoint", help="If the newest checkpoint is damaged, resume from the one before it."
-        ),
-    ] = False,
+    skip_corrupt_checkpoint: SkipCorruptCheckpoint = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,8 @@ from pgprune_cli.cli.options import (
     Out,
     Quiet,
     Set,
+    SkipCorruptCheckpoint,
+    Tracker,
     examples,
     is_model,
     open_recipe,
@@ -56,20 +58,12 @@ def search(
     ] = None,
     calibration: Calibration = None,
     overrides: Set = None,
-    tracker: Annotated[
-        Literal["tensorboard", "trackio", "wandb"] | None,
-        typer.Option("--tracker", help="Log every step to a tracker. An extra of the same name installs it."),
-    ] = None,
+    tracker: Tracker = None,
     dry_run: Annotated[
         bool,
         typer.Option("--dry-run", help="Load nothing. Print the memory, forward passes and time it would take."),
     ] = False,
-    skip_corrupt_checkpoint: Annotated[
-        bool,
-        typer.Option(
-            "--skip-corrupt-checkpoint", help="If the newest checkpoint is damaged, resume from the one before it."
-        ),
-    ] = False,
+    skip_corrupt_checkpoint: SkipCorruptCheckpoint = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
