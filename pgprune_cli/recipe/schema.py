@@ -257,7 +257,7 @@ class RecoverSettings:
     # Weight of the next-token loss on the text itself.
     lm: Annotated[float, Range(0)] = 0.0
     # Peak learning rate of AdamW. It rises over the first tenth of the steps and falls to 0 along a cosine.
-    learning_rate: Positive = 4e-4
+    learning_rate: Positive = 2e-4
     # Whether activations are computed again in the backward pass, which saves memory and takes a third more time.
     gradient_checkpointing: bool = False
     # Steps between checkpoints, at which the model is evaluated on the held-out windows. 0 makes about 8.

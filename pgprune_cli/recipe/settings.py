@@ -63,7 +63,6 @@ def recovery_settings(parameters: int, longest: int) -> list[Setting]:
         Setting("recover.train", "lora", "all weights would take 16 bytes of memory per parameter"),
         Setting("recover.teacher", "cached", "so the dense model needs no memory beside the one that is trained"),
         Setting("recover.top_k", 64),
-        Setting("recover.learning_rate", 2e-4, "not measured on a model of this size"),
         Setting("recover.gradient_checkpointing", True),
     ]
 
