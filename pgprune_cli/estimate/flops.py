@@ -195,7 +195,7 @@ def error_roots(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
 def removal(block: BlockSizes) -> int:
     """Return the FLOPs of `obs` for a block: R W, an inverse, and one update of the remaining inputs per round."""
     width, remaining = block.experts * block.inputs // block.elements, block.inputs
-    total = 2 * block.outputs**2 * block.inputs + block.inputs**3
+    total = 2 * block.outputs**2 * block.inputs + 7 * block.inputs**3 // 3  # a factor and two triangular solves
     if block.experts > 1:
         per_round = max(1, block.inputs // EXPERT_ROUNDS)
     elif block.units == block.elements:
