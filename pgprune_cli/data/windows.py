@@ -59,7 +59,7 @@ def calibration_text(
 
 
 def heldout_rows(rows: int, heldout: int) -> Tensor:
-    """Return a mask `(rows,)` of `heldout` of so many rows, in the middles of equal parts of them."""
+    """Return a mask `(rows,)` with `heldout` rows set: the middles of that many equal parts of the rows."""
     is_heldout = torch.zeros(rows, dtype=torch.bool)
     is_heldout[(2 * torch.arange(heldout) + 1) * rows // (2 * heldout)] = True
     return is_heldout

@@ -17,7 +17,7 @@ from pgprune_cli.estimate.sizes import flops_per_token
 from pgprune_cli.forward.masked import LOGIT_ROWS, SOFTMAX_ROWS
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.schema import RecoverSettings
-from pgprune_cli.recover.checkpoints import MOST
+from pgprune_cli.recover.checkpoints import MOST, STATE_BYTES
 from pgprune_cli.recover.schedule import Schedule
 from pgprune_cli.recover.student import norms_and_outputs
 from pgprune_cli.recover.teacher_cache import CacheKey
@@ -135,7 +135,7 @@ def recovery_disk(sizes: RecoverySizes) -> dict[str, int]:
         cache = key.bytes_of(key.shards)
     return {
         "cache": cache,
-        "checkpoints": MOST * 12 * sizes.trained,
+        "checkpoints": MOST * STATE_BYTES * sizes.trained,
         "model": _weight_bytes(sizes.student),
     }
 

@@ -10,13 +10,10 @@ from typing import NamedTuple
 from pgprune_cli.errors import RunError
 from pgprune_cli.jobs.recovery_request import Opened, Request, cache_of
 from pgprune_cli.model.loading import empty_prunable
-from pgprune_cli.recover.checkpoints import MOST, is_finished
+from pgprune_cli.recover.checkpoints import MOST, STATE_BYTES, is_finished
 from pgprune_cli.recover.student import trainable, trained_parameters
 from pgprune_cli.recover.teacher_cache import missing_shards
 from pgprune_cli.run.layout import CHECKPOINTS_FOLDER, training_checkpoint_folders, training_checkpoint_step
-
-STATE_BYTES = 12
-"""Bytes of a checkpoint for a trained weight: itself and the two moments of AdamW, all in float32."""
 
 
 class Need(NamedTuple):

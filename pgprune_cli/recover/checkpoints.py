@@ -28,6 +28,8 @@ KEPT = 2
 """How many checkpoints a recovery keeps besides the best one."""
 MOST = KEPT + 2
 """How many exist at the same time, while another one is being written."""
+STATE_BYTES = 12
+"""Bytes of a checkpoint for a trained weight: itself and the two moments of AdamW, all in float32."""
 TRAINED = "model.safetensors"
 """The file of a checkpoint that holds the trained weights, by their names in the model, in float32."""
 PICKLED = "training_args.bin"

@@ -1,7 +1,7 @@
 """The training of a recovery: transformers' Trainer with our loss, our history and checkpoints with checksums.
 
 The Trainer does what users know it for: AdamW, the schedule, autocast, accumulation, activation checkpointing, several
-processes under torchrun, FSDP through `accelerate launch`. A training that was stopped at any step goes on bit for bit.
+processes under torchrun, FSDP through `accelerate launch`. A training that was stopped resumes bit for bit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pgprune_cli.run.training_history import TrainingHistory
 from pgprune_cli.storage.records import read_tensors
 
 WARMUP = 10
-"""The learning rate rises over one in so many steps."""
+"""The learning rate rises over the first tenth of the steps: all of them divided by this."""
 
 
 def train(student: nn.Module, arguments: TrainingArguments, training: Training) -> None:
