@@ -24,10 +24,13 @@ esac
 
 
 @pytest.fixture
-def made(tmp_path: Path):
+def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Return a function that runs make in a copy with a simulated Python. It returns the process and pip's commands."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
+    # The tests themselves may have been started by make, which hands its variables down to every make below it.
+    for variable in ("MAKEFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "MFLAGS", "VENV"):
+        monkeypatch.delenv(variable, raising=False)
     shutil.copy(ROOT / "Makefile", tmp_path)
     (tmp_path / "pyproject.toml").touch()
     python, log = tmp_path / "python", tmp_path / "log"
