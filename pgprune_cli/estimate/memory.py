@@ -14,6 +14,7 @@ from torch import Tensor
 from pgprune_cli.estimate.sizes import BlockSizes, Sizes, Texts, tokens_in
 from pgprune_cli.forward.divergence import MASKS, ROWS, stream_places
 from pgprune_cli.forward.masked import LOGIT_ROWS, SOFTMAX_ROWS
+from pgprune_cli.forward.short_attention import LONGEST
 from pgprune_cli.repair.last_layer import ROWS as LAST_ROWS
 from pgprune_cli.repair.last_layer import last_layer_batches
 from pgprune_cli.repair.training import TOKENS_PER_STEP, compute_dtype
@@ -111,6 +112,16 @@ def score_bytes(sizes: Sizes, block: BlockSizes, context: int) -> int:
         return 0
     itemsize = sizes.dtype.itemsize
     return block.elements * context * (2 * itemsize if itemsize == 4 else itemsize + 8)
+
+
+def fit_score_bytes(sizes: Sizes, block: BlockSizes, context: int) -> int:
+    """Return the bytes per token of attention scores and their gradients in a fit.
+
+    On a CPU they exist in short windows in any case (forward/short_attention.py).
+    """
+    in_short_windows = block.block == sizes.model.family.attention and context <= LONGEST
+    plain = block.elements * context * compute_dtype(sizes.dtype).itemsize if in_short_windows else 0
+    return max(3 * score_bytes(sizes, block, context), plain)
 
 
 def logit_bytes(sizes: Sizes, tokens: Tensor) -> int:
@@ -211,7 +222,7 @@ def block_fit_bytes(sizes: Sizes, context: int) -> int:
 
     def needed(block: BlockSizes) -> int:
         per_token = 9 * sum((*block.inner, block.inputs)) * computed // 4 + sizes.hidden * (6 + 2 * computed)
-        per_token += 3 * score_bytes(sizes, block, context)
+        per_token += fit_score_bytes(sizes, block, context)
         return block.nbytes // stored * per_parameter + tokens * per_token
 
     one = max((needed(block) for block in sizes.blocks if block.experts == 1), default=0)

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 
 from pgprune_cli.forward.layerwise import LayerwiseRun, ModuleCall, Observers, Watchers
 from pgprune_cli.forward.moments import token_weights
+from pgprune_cli.forward.short_attention import ShortAttention
 from pgprune_cli.model.families.adapter import Block, ModelFamily
 
 Settings = Sequence[tuple[nn.Module, str, Any]]
@@ -60,6 +61,7 @@ class ModuleRunner:
     def __init__(self, run: LayerwiseRun, index: int, path: str, settings: Settings) -> None:
         self.run, self.index, self.path, self.settings = run, index, path, settings
         self.module = run.layers[index].get_submodule(path)
+        self.device = next(self.module.parameters()).device
         self._calls: dict[int, ModuleCall] = {}
 
     def output(self, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
@@ -79,6 +81,8 @@ class ModuleRunner:
             lambda value: _converted(value, call.inputs.dtype, inputs.dtype), (call.args, call.kwargs)
         )
         with ExitStack() as undo:
+            if self.device.type == "cpu":
+                undo.enter_context(ShortAttention())
             for owner, attribute, value in self.settings:
                 undo.callback(setattr, owner, attribute, getattr(owner, attribute))
                 setattr(owner, attribute, value)

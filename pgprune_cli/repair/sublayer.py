@@ -80,8 +80,11 @@ class SublayerFit:
     def _add_gradients(self, weights: Weights, windows: Tensor, scale: float) -> None:
         """Add the gradients of `scale` times the sum of the squared errors in some windows `(n,)`."""
         with torch.enable_grad():
-            loss = self._squared_errors(converted(weights, self._compute_dtype), windows).sum() * scale
-            gradients = torch.autograd.grad(loss, list(weights.values()))
+            computed = converted(weights, self._compute_dtype)
+            output = self.runner.output(computed, self._inputs(windows))
+            # The derivative of the errors by the output is known: autograd need not keep their float32 copies.
+            slope = self._errors(output.detach(), windows).mul_(2 * scale * self._weights(windows)[..., None])
+            gradients = torch.autograd.grad(output, list(weights.values()), slope.to(output.dtype))
         add_gradients(weights, gradients)
 
     def _run_slices(self, windows: Tensor, run: Callable[[Tensor], None]) -> None:
@@ -92,11 +95,19 @@ class SublayerFit:
         return parts(windows, self.text.inputs.shape[1])
 
     def _squared_errors(self, weights: Weights, windows: Tensor) -> Tensor:
-        """Return the weighted squared error of every token of some windows: `(n, T)` float32, with a graph."""
-        device = next(iter(weights.values())).device
-        inputs = self.text.inputs[windows].to(device, self._compute_dtype)
-        error = (self.runner.output(weights, inputs) - self.text.outputs[windows].to(device)).float()
-        return error.square().sum(-1) * self.text.weights[windows].to(device)
+        """Return the weighted squared error of every token of some windows: `(n, T)` float32."""
+        errors = self._errors(self.runner.output(weights, self._inputs(windows)), windows)
+        return errors.square_().sum(-1) * self._weights(windows)
+
+    def _errors(self, output: Tensor, windows: Tensor) -> Tensor:
+        """Return what an output `(n, T, hidden)` of the block on some windows differs by: the same shape, float32."""
+        return output.float().sub_(self.text.outputs[windows].to(output.device))
+
+    def _inputs(self, windows: Tensor) -> Tensor:
+        return self.text.inputs[windows].to(self.runner.device, self._compute_dtype)
+
+    def _weights(self, windows: Tensor) -> Tensor:
+        return self.text.weights[windows].to(self.runner.device)
 
     def _squared_outputs(self, windows: Tensor) -> float:
         """Return the weighted sum of squares of what the dense block writes in some windows."""

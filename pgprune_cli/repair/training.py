@@ -40,7 +40,9 @@ def trained(
         set_gradients: sets the gradients of the float32 weights for the windows of a step.
     """
     moved = {name: weight.to(torch.float32, copy=True).requires_grad_() for name, weight in start.items()}
-    optimizer = torch.optim.AdamW(moved.values(), lr=learning_rate, betas=BETAS, weight_decay=0.0, eps=1e-10)
+    optimizer = torch.optim.AdamW(
+        moved.values(), lr=learning_rate, betas=BETAS, weight_decay=0.0, eps=1e-10, fused=True
+    )
     checks = {round(len(steps) * (check + 1) / CHECKS) for check in range(CHECKS)}
     for step, windows in enumerate(steps):
         for group in optimizer.param_groups:
