@@ -132,6 +132,17 @@ def chain_of_removal(removed_at: Tensor) -> Partition:
     return units
 
 
+def element_order(partition: Partition, order: Tensor, grid: Grid) -> Tensor:
+    """Return the elements `(elements,)` int64 of a block in the order in which its widths keep them, group after group.
+
+    Laid out like this, every width keeps the first members of the first groups. order: the units `(units,)`, first kept
+    to last; those of a chain in their own order.
+    """
+    place = order.argsort()[partition].view(grid.groups, grid.members)
+    members = place.argsort(dim=1, stable=True) + torch.arange(grid.groups)[:, None] * grid.members
+    return members[place.amin(1).argsort(stable=True)].flatten()
+
+
 NO_ELEMENTS = Grid(0, 1)
 """The grid of a block that a layer lacks."""
 

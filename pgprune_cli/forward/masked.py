@@ -1,16 +1,14 @@
 """Where a mask is applied: the loss of the model that a mask leaves.
 
-A mask is evaluated on the **shrunk** model. Just before a block runs, the kept rows and columns of its projections are
-gathered into smaller matrices; right after it, the dense matrices are back. So the cost falls with the sparsity, memory
-grows by the slices of one block only, and the result equals that of the dense model with the outputs of the removed
-units set to zero.
+A mask is evaluated on the **shrunk** model (see shrunk_block.py), so the cost falls with the sparsity, and the result
+equals that of the dense model with the outputs of the removed units set to zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,12 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pgprune_cli.forward.batch_splitting import BatchSplitter
+from pgprune_cli.forward.element_order import ElementOrders, elements_in_order
+from pgprune_cli.forward.shrunk_block import ShrinkableBlock
 from pgprune_cli.model.families import find_family
-from pgprune_cli.model.families.adapter import Block, ModelFamily
-from pgprune_cli.model.masks import ModelMask, RepairedBlock, RepairedBlocks
+from pgprune_cli.model.masks import ModelMask, RepairedBlocks
 from pgprune_cli.model.prunable import PrunableModel
-from pgprune_cli.model.quantized import Int8Linear, QuantizedLinear, Rows
-from pgprune_cli.model.unit_tensors import KeptElements, UnitTensor, gather
 
 LOGIT_ROWS = 512
 """Positions whose logits exist at the same time: 131 MB in bfloat16 for a vocabulary of 128k."""
@@ -103,6 +100,21 @@ class Evaluator:
     def __init__(self, model: PrunableModel) -> None:
         self.model = model
         self.splitter = BatchSplitter()
+        self._orders: ElementOrders = {}
+
+    @contextmanager
+    def in_order(self, orders: ElementOrders) -> Iterator[None]:
+        """Put the elements of blocks into an order inside the `with`, so that masks along it need no gathering.
+
+        orders: see `elements_in_order`. Masks still number the elements as the model does, but the repaired weights of
+        these blocks must have their rows and columns in this order.
+        """
+        with elements_in_order(self.model, orders):
+            self._orders = orders
+            try:
+                yield
+            finally:
+                self._orders = {}
 
     def losses(
         self, model_masks: Sequence[ModelMask], tokens: Tensor, repaired: Sequence[RepairedBlocks] | None = None
@@ -134,13 +146,22 @@ class Evaluator:
     @contextmanager
     def shrunk(self, model_mask: ModelMask, repaired: RepairedBlocks | None = None) -> Iterator[nn.Module]:
         """Shrink the model to a mask inside the `with`; it is dense again on every way out."""
-        family = self.model.family
         with ExitStack() as undo:
-            for index, (layer, layer_mask) in enumerate(zip(self.model.layers, model_mask, strict=True)):
-                for block in family.blocks_of(layer):
-                    own = (repaired or {}).get((index, block.name))
-                    undo.enter_context(shrunk_block(family, layer, block, layer_mask.of(block.name), own))
+            for index, name, block in self._blocks:
+                key = index, name
+                own = (repaired or {}).get(key)
+                undo.enter_context(block.shrunk(model_mask[index].of(name), own, self._orders.get(key)))
             yield self.model.module
+
+    @cached_property
+    def _blocks(self) -> list[tuple[int, str, ShrinkableBlock]]:
+        """All blocks with their layers and names."""
+        family = self.model.family
+        return [
+            (index, block.name, ShrinkableBlock.of(family, layer, block))
+            for index, layer in enumerate(self.model.layers)
+            for block in family.blocks_of(layer)
+        ]
 
 
 def shrink(model: PrunableModel, model_mask: ModelMask, repaired: RepairedBlocks) -> None:
@@ -150,128 +171,5 @@ def shrink(model: PrunableModel, model_mask: ModelMask, repaired: RepairedBlocks
     """
     for index, (layer, layer_mask) in enumerate(zip(model.layers, model_mask, strict=True)):
         for block in model.family.blocks_of(layer):
-            mask, own = layer_mask.of(block.name), repaired.get((index, block.name))
-            if not mask.any():
-                setattr(layer, block.module, model.family.placeholder(block))
-            elif own is not None or not mask.all():
-                _Slices(model.family, layer, block, mask, own).put()
-
-
-def shrunk_block(
-    family: ModelFamily, layer: nn.Module, block: Block, mask: Tensor, repaired: RepairedBlock | None
-) -> AbstractContextManager[None]:
-    """Run one block of a layer on its kept elements inside the `with`.
-
-    mask: `(elements,)` bool, regular; repaired: its repaired weights, if there are any.
-    A block that keeps nothing is replaced by a placeholder.
-    """
-    if mask.any():
-        module = layer.get_submodule(block.module)
-        is_dense = mask.all() and repaired is None
-        # int8 weights are unpacked when they are gathered, outside of what a latency measurement times.
-        if is_dense and not any(isinstance(part, Int8Linear) for part in module.modules()):
-            return nullcontext()
-        return _gathered(family, layer, block, mask, repaired)
-    return _replaced(layer, block.module, family.placeholder(block))
-
-
-@contextmanager
-def _replaced(layer: nn.Module, name: str, placeholder: nn.Module) -> Iterator[None]:
-    dense = layer.get_submodule(name)
-    setattr(layer, name, placeholder)
-    try:
-        yield
-    finally:
-        setattr(layer, name, dense)
-
-
-@contextmanager
-def _gathered(
-    family: ModelFamily, layer: nn.Module, block: Block, mask: Tensor, repaired: RepairedBlock | None
-) -> Iterator[None]:
-    """Inside the `with`, every forward pass of the block runs on the rows of its kept elements."""
-    module = layer.get_submodule(block.module)
-    slices = _Slices(family, layer, block, mask, repaired)
-    # always_call: the dense weights come back even when the forward pass raises.
-    handles = [
-        module.register_forward_pre_hook(lambda *_: slices.put()),
-        module.register_forward_hook(lambda *_: slices.restore(), always_call=True),
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        slices.restore()
-
-
-class _Slices:
-    """Puts the rows of a block's kept elements in place of its dense weights, and takes them out again."""
-
-    def __init__(
-        self, family: ModelFamily, layer: nn.Module, block: Block, mask: Tensor, repaired: RepairedBlock | None
-    ) -> None:
-        self.module = layer.get_submodule(block.module)
-        self.tensors = family.unit_tensors(layer, block)
-        self.settings = family.settings(layer, block, *family.grid(layer, block).kept(mask))
-        self.kept = KeptElements(mask)
-        self.refitted = _refitted(block, self.tensors[-1].name, repaired)
-        self.device = next(self.module.parameters()).device
-        self.undo: list[Callable[[], None]] = []
-
-    def put(self) -> None:
-        """Gather the rows of the kept elements, and put them in place of the dense weights."""
-        for owner, attribute, value in self.settings:
-            self.undo.append(partial(setattr, owner, attribute, getattr(owner, attribute)))
-            setattr(owner, attribute, value)
-        for tensor in self.tensors:
-            if tensor.name not in self.refitted:
-                self._put(tensor.name, _kept_values(self.module, tensor, self.kept))
-        for name, value in self.refitted.items():
-            self._put(name, value.to(self.device, _dtype(self.module, name), non_blocking=True))
-
-    def restore(self) -> None:
-        """Put the dense weights back."""
-        while self.undo:
-            self.undo.pop()()
-
-    def _put(self, name: str, value: Tensor | Rows) -> None:
-        path, _, key = name.rpartition(".")
-        owner = self.module.get_submodule(path)
-        if key == "weight" and isinstance(owner, QuantizedLinear):
-            self.undo.append(partial(setattr, owner, "kept", None))
-            owner.kept = value
-            return
-        assert isinstance(value, Tensor)
-        parameter = getattr(owner, key)
-        if parameter is None:  # the repair adds a bias that the dense model does not have
-            self.undo.append(partial(setattr, owner, key, None))
-            setattr(owner, key, nn.Parameter(value, requires_grad=False))
-        else:
-            self.undo.append(partial(setattr, parameter, "data", parameter.data))
-            parameter.data = value
-
-
-def _refitted(block: Block, output_weight: str, repaired: RepairedBlock | None) -> dict[str, Tensor]:
-    """Return the refitted tensors of a block by their names inside its module. output_weight: that of its output's."""
-    if repaired is None:
-        return {}
-    bias = {} if repaired.bias is None else {block.output_bias: repaired.bias}
-    return {**repaired.inner, output_weight: repaired.weight, **bias}
-
-
-def _dtype(module: nn.Module, name: str) -> torch.dtype:
-    """Return the dtype that a block computes in with a weight or bias, which it may lack."""
-    path, _, key = name.rpartition(".")
-    owner = module.get_submodule(path)
-    if isinstance(owner, QuantizedLinear):
-        return owner.dtype
-    parameter: Tensor | None = getattr(owner, key)
-    return owner.get_parameter("weight").dtype if parameter is None else parameter.dtype
-
-
-def _kept_values(module: nn.Module, tensor: UnitTensor, kept: KeptElements) -> Tensor | Rows:
-    owner = module.get_submodule(tensor.module)
-    if tensor.key == "weight" and isinstance(owner, QuantizedLinear):
-        return owner.gathered(tensor, kept)
-    return gather(owner.get_parameter(tensor.key).data, tensor, kept)
+            own = repaired.get((index, block.name))
+            ShrinkableBlock.of(model.family, layer, block).shrink(layer_mask.of(block.name), own)

@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from pgprune_cli.errors import UserError, in_short
 from pgprune_cli.model.families import family_of
-from pgprune_cli.model.unit_tensors import KeptElements, UnitTensor, gather
+from pgprune_cli.model.unit_tensors import FirstElements, KeptElements, UnitTensor
 
 ROWS_AT_A_TIME = 256
 """Rows that are rounded at a time, in float32."""
@@ -99,14 +99,21 @@ class QuantizedLinear(nn.Linear):
         """Return the rounded rows of the kept elements while the block is shrunk, else of all units."""
         return self.kept if isinstance(self.kept, Rows) else Rows(self.values, self.scale)
 
-    def _gather_rows(self, tensor: UnitTensor, kept: KeptElements) -> Rows:
-        """Return the rounded values of the kept elements, as `gather` does for weights."""
-        scale = gather(self.scale, tensor, kept) if tensor.axis == 0 else self.scale
-        return Rows(gather(self.values, tensor, kept), scale)
+    def _gather_rows(self, tensor: UnitTensor, kept: KeptElements | FirstElements) -> Rows:
+        """Return the rounded values of the kept elements, as `rows_of` does for weights."""
+        scale = kept.rows_of(self.scale, tensor) if tensor.axis == 0 else self.scale
+        return Rows(kept.rows_of(self.values, tensor), scale)
+
+    def reorder(self, tensor: UnitTensor, order: KeptElements) -> None:
+        """Put the rows or columns of all elements into another order, in place."""
+        rows = self._gather_rows(tensor, order)
+        self.values.data.copy_(rows.values)
+        if tensor.axis == 0:
+            self.scale.data.copy_(rows.scale)
 
     @abstractmethod
-    def gathered(self, tensor: UnitTensor, kept: KeptElements) -> Tensor | Rows:
-        """Return what replaces the weight while only the kept elements run, as `gather` does for weights."""
+    def gathered(self, tensor: UnitTensor, kept: KeptElements | FirstElements) -> Tensor | Rows:
+        """Return what replaces the weight while only the kept elements run, as `rows_of` does for weights."""
 
     @abstractmethod
     def _scale_dtype(self) -> torch.dtype:
@@ -126,7 +133,7 @@ class Int8Linear(QuantizedLinear):
 
     LARGEST = 127.0
 
-    def gathered(self, tensor: UnitTensor, kept: KeptElements) -> Tensor:
+    def gathered(self, tensor: UnitTensor, kept: KeptElements | FirstElements) -> Tensor:
         return self._dequantize(self._gather_rows(tensor, kept))
 
     def _scale_dtype(self) -> torch.dtype:
@@ -153,7 +160,7 @@ class Fp8Linear(QuantizedLinear):
         product = fp8_product(input, *self._rows())
         return product if self.bias is None else product + self.bias
 
-    def gathered(self, tensor: UnitTensor, kept: KeptElements) -> Rows:
+    def gathered(self, tensor: UnitTensor, kept: KeptElements | FirstElements) -> Rows:
         values, scale = self._gather_rows(tensor, kept)
         return Rows(values.contiguous(), scale)
 

@@ -9,6 +9,8 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from pgprune_cli.core.grid import Grid
+
 
 @dataclass(frozen=True)
 class Part:
@@ -55,26 +57,75 @@ class KeptElements:
     """
 
     def __init__(self, mask: Tensor) -> None:
-        self.mask = mask
+        self._elements, self._count = mask.nonzero().squeeze(1), len(mask)
         self._indices: dict[tuple[int, torch.device], Tensor] = {}
 
+    @classmethod
+    def reordered(cls, order: Tensor) -> KeptElements:
+        """Keep all elements, in another order `(elements,)` int64: group after group, so that groups stay together."""
+        kept = cls(torch.ones(len(order), dtype=torch.bool))
+        kept._elements = order
+        return kept
+
     def runs(self, runs: int, device: torch.device) -> Tensor:
-        """Return the kept runs of a part with `runs` runs, ascending int64, on a device.
+        """Return the kept runs of a part with `runs` runs, int64, in the order of the elements, on a device.
 
         From pinned memory, the host does not wait for the copy.
         """
         key = (runs, device)
         if key not in self._indices:
-            index = self.mask.view(runs, -1).any(1).nonzero().squeeze(1)
+            index = (self._elements // (self._count // runs)).unique_consecutive()
             on_host = index.pin_memory() if device.type == "cuda" else index
             self._indices[key] = on_host.to(device, non_blocking=True)
         return self._indices[key]
 
     def members(self, groups: int) -> tuple[Tensor, Tensor]:
         """Return the kept groups `(g,)` and the kept members of each of them `(g, m)`, int64, on the host."""
-        by_group = self.mask.view(groups, -1)
-        kept = by_group.any(1).nonzero().squeeze(1)
-        return kept, by_group[kept].nonzero()[:, 1].view(len(kept), -1)
+        members = self._count // groups
+        kept = (self._elements // members).unique_consecutive()
+        return kept, (self._elements % members).view(len(kept), -1)
+
+    def rows_of(self, values: Tensor, tensor: UnitTensor) -> Tensor:
+        """Return the kept rows of a weight or bias as a new tensor."""
+        return gather(values, tensor, self)
+
+
+class FirstElements:
+    """The first `members` members of each of the first `groups` groups of a grid, whose rows need no gathering.
+
+    The rows of whole groups, and of the members of a single group, are views. Those of some members of several groups,
+    of a fused tensor with several parts, or of stacked channels are copied, run by run.
+    """
+
+    def __init__(self, grid: Grid, groups: int, members: int) -> None:
+        self._grid, self._groups, self._members = grid, groups, members
+
+    def rows_of(self, values: Tensor, tensor: UnitTensor) -> Tensor:
+        """Return the kept rows of a weight or bias, a view where they lie side by side."""
+        if tensor.stacked:
+            return self._stacked(values[: self._groups], tensor)
+        sizes = [part.rows for part in tensor.parts]
+        picked = [
+            self._rows(rows.movedim(tensor.axis, 0), part).movedim(0, tensor.axis)
+            for part, rows in zip(tensor.parts, values.split(sizes, tensor.axis), strict=True)
+        ]
+        return picked[0] if len(picked) == 1 else torch.cat(picked, tensor.axis)
+
+    def _rows(self, rows: Tensor, part: Part) -> Tensor:
+        by_group = rows.unflatten(0, (self._grid.groups, -1))
+        kept = part.width if part.runs == self._grid.groups else self._members * part.width
+        flat: Tensor = by_group[: self._groups, :kept].flatten(0, 1)
+        return flat
+
+    def _stacked(self, values: Tensor, tensor: UnitTensor) -> Tensor:
+        if self._members == self._grid.members:
+            return values
+        sizes = [part.rows for part in tensor.parts]
+        picked = [
+            rows.narrow(tensor.axis, 0, self._members * part.width)
+            for part, rows in zip(tensor.parts, values.split(sizes, tensor.axis), strict=True)
+        ]
+        return torch.cat(picked, tensor.axis)  # contiguous, as kernels for experts need it
 
 
 def kept_shape(tensor: UnitTensor, shape: Sequence[int], mask: Tensor) -> torch.Size:

@@ -99,7 +99,7 @@ def solve_prefixes(
 
     Returns:
         errors `(counts,)` float64 on the CPU, and by n (0 < n < in) the projection, transposed: `(n, hidden)` with its
-        inputs ascending, in the dtype of the weight, on the CPU. Without `solve` there are no projections.
+        inputs in the order of `columns`, in the dtype of the weight, on the CPU. Without `solve` there are none.
     """
     solve_all = partial(_solved_prefixes, counts=counts, damping=damping, solve=solve)
     return or_on_cpu(solve_all, weight, second, columns, root)
@@ -124,7 +124,7 @@ def _solved_prefixes(
             coupling = factor[first:last, :first].T
             coupling = torch.linalg.solve_triangular(factor[:first, :first].T, coupling, upper=True)
             kept = torch.addmm(kept, coupling, removed)
-            weights[first] = kept[columns[:first].argsort()].to(weight.dtype).cpu()
+            weights[first] = kept.to(weight.dtype).cpu()
     return _summed(steps, counts), {count: weights[count] for count in sorted(weights)}
 
 

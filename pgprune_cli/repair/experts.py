@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.core.grid import Grid
+from pgprune_cli.core.grid import Grid, element_order
 from pgprune_cli.forward.expert_moments import ExpertMoments
 from pgprune_cli.forward.moments import Moments
 from pgprune_cli.model.families.adapter import ModelFamily
@@ -91,19 +91,21 @@ def solve_expert_widths(
 
     Returns the errors `(widths,)` float64
     on the CPU, and by the number of kept elements the output projections as the model stores them, on the CPU, for
-    widths at which experts lose channels.
+    widths at which experts lose channels. Experts and channels are in the order of `element_order`.
     """
     assert isinstance(family, ExpertsFamily)
     order, partition, widths, root, damping = problem
     weights, bias = family.output_parts(layer)
     experts, _, channels = weights.shape
     rank = order.argsort()[partition].view(experts, channels)  # the place of every element's unit in the order
+    by_expert = element_order(partition, order, Grid(experts, channels)).view(experts, channels)
     kept = torch.stack([(rank < width).sum(1) for width in widths])  # (widths, experts)
     enough = has_enough_tokens(moments)
     errors = torch.zeros(len(widths), dtype=torch.float64)
     solved: dict[int, list[Tensor]] = {}
-    for expert in range(experts):
-        columns, weight = rank[expert].argsort(stable=True).to(weights.device), weights[expert]
+    for elements_of_expert in by_expert:
+        expert, columns = int(elements_of_expert[0]) // channels, (elements_of_expert % channels).to(weights.device)
+        weight = weights[expert]
         counts: list[int] = kept[:, expert].tolist()
         second, refit = moments.second[expert], solve and bool(enough[expert])
         own, fitted = solve_prefixes(weight, second, columns, counts, root, damping, solve=refit)
@@ -112,7 +114,7 @@ def solve_expert_widths(
             errors[kept[:, expert] == 0] += bias_error(weight, bias, moments, expert, root.to(weight.device))
         for count, elements in zip(counts, kept.sum(1).tolist(), strict=True):
             if solve and 0 < count < channels:
-                unchanged = weight[:, columns[:count].sort().values].cpu()
+                unchanged = weight[:, columns[:count]].cpu()
                 solved.setdefault(elements, []).append(fitted[count].T if refit else unchanged)
     return errors, {elements: family.stored_output(torch.stack(parts)) for elements, parts in solved.items()}
 

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from pgprune_cli.forward.block_text import ModuleRunner
 from pgprune_cli.forward.layerwise import LayerwiseRun
-from pgprune_cli.forward.masked import last_hidden_states, shrunk_block
+from pgprune_cli.forward.masked import last_hidden_states
+from pgprune_cli.forward.shrunk_block import shrunk_block
 from pgprune_cli.model.masks import LayerMask, RepairedBlock
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair.training import (

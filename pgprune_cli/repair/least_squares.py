@@ -22,8 +22,8 @@ from pgprune_cli.forward.block_text import BlockRunner, BlockText
 from pgprune_cli.forward.curvature import ErrorRoots, error_roots
 from pgprune_cli.forward.expert_moments import ExpertMoments
 from pgprune_cli.forward.layerwise import NO_OBSERVERS, NO_WATCHERS, LayerwiseRun, start_layerwise
-from pgprune_cli.forward.masked import shrunk_block
 from pgprune_cli.forward.moments import Moments, block_root, observe_moments
+from pgprune_cli.forward.shrunk_block import shrunk_block
 from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.masks import LayerMask, ModelMask, RepairedBlock, RepairedBlocks, columns_of
 from pgprune_cli.model.prunable import PrunableModel

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
-from pgprune_cli.core.grid import unit_multiple
+from pgprune_cli.core.grid import Grid, element_order, unit_multiple
 from pgprune_cli.core.space import MaskSpace
 from pgprune_cli.forward.curvature import ErrorRoots, error_roots
 from pgprune_cli.forward.expert_moments import ExpertMoments
@@ -43,7 +43,8 @@ class BlockWidths:
     errors: of keeping 0, 1, … units, `(units + 1,)` float64, relative to the residual stream, interpolated between the
     solved widths; order: the units `(units,)` in which they are kept, first to last; weights: by the number of kept
     elements at a solved width, the output projection on the first units of the order, transposed: `(inputs, hidden)`,
-    inputs ascending; of experts, as the model stores it, and only where they lose channels. Empty without repair.
+    inputs in the order of `element_order`; of experts, as the model stores it, and only where they lose channels. Empty
+    without repair.
     """
 
     errors: Tensor
@@ -56,7 +57,8 @@ class WidthTable:
     """Every block at many widths, as if it alone were pruned: the error of each width, and its repaired projection.
 
     errors, orders: by (layer, block), as in `BlockWidths`; repaired: by (layer, block) and number of kept elements, the
-    projection on the first units of the order. Empty without repair.
+    projection on the first units of the order, for a model whose elements lie in the order of `element_order`. Empty
+    without repair.
     """
 
     errors: Mapping[tuple[int, str], Tensor]
@@ -190,7 +192,8 @@ def solve_layers(
             if isinstance(moments, ExpertMoments):
                 errors, weights = solve_expert_widths(family, layer, moments, problem, solve=solve)
             else:
-                errors, weights = _solve_widths(block.output_linear(layer), moments, problem, solve=solve)
+                grid = model.shape.grids[block.name][index]
+                errors, weights = _solve_widths(block.output_linear(layer), grid, moments, problem, solve=solve)
             del moments  # before those of the next layer exist
             errors = _interpolated(torch.tensor(widths), errors, len(order))
             solved[block.name] = BlockWidths(errors, order, weights)
@@ -198,7 +201,7 @@ def solve_layers(
 
 
 def _solve_widths(
-    linear: nn.Linear, moments: Moments, problem: WidthProblem, *, solve: bool
+    linear: nn.Linear, grid: Grid, moments: Moments, problem: WidthProblem, *, solve: bool
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Return the errors of the widths `(widths,)`, and the projections by number of kept elements: see BlockWidths."""
     order, partition, widths, root, damping = problem
@@ -208,6 +211,11 @@ def _solve_widths(
     columns = columns_of(elements.to(moments.second.device), width)
     counts = [elements_at[kept] * width for kept in widths]
     errors, weights = solve_prefixes(linear.weight, moments.second, columns, counts, root, damping, solve=solve)
+    place = element_order(partition, order, grid).argsort()[elements]
+    if not torch.equal(place, torch.arange(len(place))):  # several KV heads lose one query head each in a step
+        for inputs in weights:
+            kept = columns_of(place[: inputs // width].argsort(), width)
+            weights[inputs] = weights[inputs][kept]
     return errors * float(moments.weight), {inputs // width: weight for inputs, weight in weights.items()}
 
 

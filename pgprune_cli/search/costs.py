@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from pgprune_cli.core.grid import Grid, GridCost, first_elements
 from pgprune_cli.errors import UserError
 from pgprune_cli.forward.layerwise import LayerwiseRun, start_layerwise
-from pgprune_cli.forward.masked import shrunk_block
+from pgprune_cli.forward.shrunk_block import shrunk_block
 from pgprune_cli.model.families.adapter import ModelFamily, tensor_shape
 from pgprune_cli.model.prunable import BlockCosts, PrunableModel, grid_cost
 from pgprune_cli.run.layout import COSTS_FILE

@@ -71,7 +71,7 @@ def run_steps(
     view = _view(problem)
     log = tracking(tracker if ranks.is_writer else None, run, asdict(context.recipe), loop.step)
     writer = History(run) if ranks.is_writer else nullcontext()
-    with log as track, view, writer as history, stop_signals(ranks) as signals:
+    with log as track, view, writer as history, stop_signals(ranks) as signals, problem.in_order():
         if loop.step:
             view.say(f"resuming from step {loop.step} of {settings.steps}")
         elif settings.evaluates(0):

@@ -30,6 +30,11 @@ class Objective:
         weight = HIDDEN_WEIGHT if name == "kl-hidden" else 0.0
         self.divergence = None if name == "loss" else Divergence(context.evaluator, weight)
 
+    def evaluate_dense(self) -> None:
+        """Compute what the held-out objective needs of the dense model, once."""
+        if self.divergence is not None:
+            _ = self._heldout_states
+
     def values(self, model_masks: Sequence[ModelMask], tokens: Tensor, repaired: Sequence[RepairedBlocks]) -> Tensor:
         """Return the objective of K masks on one batch `(B, T)`: `(K,)` float64, nats per token."""
         if self.divergence is None:

@@ -7,6 +7,7 @@ wraps `core.widths`: how many units each block keeps, with the block repaired fo
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, TypeVar
@@ -54,8 +55,12 @@ class Policy(Protocol[State]):
     def final_mask(self, centre: Tensor) -> Tensor:
         """Return the mask `(n,)` to be written, at the full resolution of the budget."""
 
+    @property
+    def orders(self) -> Mapping[tuple[int, str], Tensor]:
+        """By (layer, block), the units `(units,)` in the order in which every mask keeps them, if there is one."""
+
     def repaired(self, model_mask: ModelMask) -> RepairedBlocks:
-        """Return the repaired blocks with which a proposed mask is evaluated."""
+        """Return the repaired blocks with which a proposed mask is evaluated, for elements that lie in `orders`."""
 
     def rate(self, state: State) -> float | None:
         """Return the learning rate of the next update, or None if the policy has none."""
@@ -93,6 +98,10 @@ class UnitPolicy:
         return hard_mask(centre, self.space, self.budget)
 
     final_mask = mask
+
+    @property
+    def orders(self) -> Mapping[tuple[int, str], Tensor]:
+        return {}
 
     def repaired(self, model_mask: ModelMask) -> RepairedBlocks:
         return {}
@@ -136,6 +145,10 @@ class WidthPolicy:
 
     def final_mask(self, centre: Tensor) -> Tensor:
         return hard_mask(widths.priorities(self.origin, centre, self.space), self.space, self.budget)
+
+    @property
+    def orders(self) -> Mapping[tuple[int, str], Tensor]:
+        return {key: order for key, order in self.table.orders.items() if len(order)}
 
     def repaired(self, model_mask: ModelMask) -> RepairedBlocks:
         return self.table.repaired_for(model_mask)

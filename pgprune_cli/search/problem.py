@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from pgprune_cli.core.grid import element_order
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.space import WHOLE_FAMILIES, Budget, MaskSpace
 from pgprune_cli.data.windows import Batches
@@ -42,6 +45,18 @@ class Problem:
             name: widths[name] if name in WHOLE_FAMILIES else [int(layer.of(name).sum()) for layer in layers]
             for name in widths
         }
+
+    @contextmanager
+    def in_order(self) -> Iterator[None]:
+        """Put the model's elements into the order of the policy inside the `with`, in which its masks are evaluated."""
+        self.objective.evaluate_dense()  # as the model lies after the search, where the decision is measured
+        grids = self.context.model.shape.grids
+        orders = {
+            (index, name): element_order(self.partitions[index, name], units, grids[name][index])
+            for (index, name), units in self.policy.orders.items()
+        }
+        with self.context.evaluator.in_order(orders):
+            yield
 
     def losses(self, masks: Tensor, tokens: Tensor) -> Tensor:
         """Return the objective of masks `(K, n)` on one batch, repaired as the policy says: `(K,)` nats per token."""

@@ -17,6 +17,9 @@ from pgprune_cli.repair.width_files import has_layer, load_layer, refuse_full_di
 from pgprune_cli.repair.width_table import WidthTable, solve_layers, table_bytes
 from pgprune_cli.search.context import SearchContext
 
+LAYOUT = "element order"
+"""How the projections lie in the files. A table with another layout is solved again."""
+
 
 def solve_table(
     context: SearchContext, ranks_of_units: Mapping[tuple[int, str], Tensor], partitions: Partitions, fingerprint: str
@@ -32,7 +35,7 @@ def solve_table(
     batches = context.repair_batches
     solve = recipe.repair.method in FITTED
     multiples = {"ffn": recipe.budget.ffn_multiple}
-    settings = (fingerprint, recipe.dtype, recipe.weight_format, solve, recipe.repair.damping, multiples["ffn"])
+    settings = (LAYOUT, fingerprint, recipe.dtype, recipe.weight_format, solve, recipe.repair.damping, multiples["ffn"])
     keys = sorted(ranks_of_units)
     units = [tensor for key in keys for tensor in (ranks_of_units[key], partitions[key])]
     identity = _digest(repr((*settings, keys)), [*batches, *units])

@@ -67,7 +67,10 @@ class Watch:
 def placeholder_table(
     context: SearchContext, ranks: Mapping[tuple[int, str], Tensor], partitions: Partitions, *_: Any
 ) -> WidthTable:
-    """Return a table of evenly rising errors, whose repairs are columns of the dense projections."""
+    """Return a table of evenly rising errors, whose repairs are columns of the dense projections.
+
+    They are stored as a solved table's.
+    """
     model = context.model
     blocks = {block.name: block for block in model.family.blocks}
     errors, orders, repaired = {}, {}, {}
@@ -79,7 +82,9 @@ def placeholder_table(
         errors[index, name] = torch.linspace(1.0, 0.0, units + 1, dtype=torch.float64).square()
         widths = [elements[kept] for kept in range(width_step(units), units, width_step(units))]
         columns = {kept: projection.weight[:, : kept * projection.in_features // elements[-1]] for kept in widths}
-        repaired[index, name] = {kept: RepairedBlock(weight.clone().cpu(), None) for kept, weight in columns.items()}
+        repaired[index, name] = {
+            kept: RepairedBlock(weight.T.contiguous().cpu().T, None) for kept, weight in columns.items()
+        }
     return WidthTable(errors, orders, repaired)
 
 

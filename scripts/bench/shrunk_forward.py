@@ -1,19 +1,22 @@
-"""Measure whether a pruned forward pass is cheaper: time the shrunk model against the masked dense model, in turn.
+"""Measure whether a pruned forward pass is cheaper: time the shrunk model against the masked dense one, all in turn.
 
     python scripts/bench/shrunk_forward.py MODEL [--keep 0.8 0.7 0.5] [--repeats 7]
 
-The masked dense model multiplies the inputs of the output projections by the mask, as most pruning code does. Both run
-the same random mask on the same tokens. A ratio below 1 means that the shrunk model is faster.
+The masked dense model multiplies the inputs of the output projections by the mask, as most pruning code does. The
+shrunk model runs on gathered rows, as in a unit search, or on prefixes of weights that were put in order once, as in a
+width search. All run the same random mask on the same tokens. A ratio below 1 means that the shrunk model is faster.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from subject import Ratio, arguments, in_turn, opened, random_mask, table
+from subject import arguments, opened, random_mask, seconds, table
 from torch import Tensor, nn
 
+from pgprune_cli.forward.element_order import ElementOrders
 from pgprune_cli.forward.masked import Evaluator, summed_loss
 from pgprune_cli.model.masks import ModelMask
 
@@ -39,18 +42,39 @@ def masked(evaluator: Evaluator, model_mask: ModelMask) -> Iterator[nn.Module]:
             handle.remove()
 
 
-def compare(evaluator: Evaluator, model_mask: ModelMask, tokens: Tensor, repeats: int) -> Ratio:
-    """Time the shrunk forward pass against the masked one."""
+def in_mask_order(model_mask: ModelMask) -> ElementOrders:
+    """Return the orders in which the kept elements of every block come first. The mask keeps whole KV heads."""
+    return {
+        (index, name): (~layer.of(name)).int().argsort(stable=True)
+        for index, layer in enumerate(model_mask)
+        for name in ("attention", "ffn")
+    }
 
-    def shrunk() -> None:
-        with evaluator.shrunk(model_mask):
-            summed_loss(evaluator.model.module, tokens)
 
-    def dense() -> None:
+def compare(evaluator: Evaluator, model_mask: ModelMask, tokens: Tensor, repeats: int) -> list[object]:
+    """Time forward passes on prefixes, on gathered rows, and of the masked dense model."""
+    device, orders = evaluator.model.device, in_mask_order(model_mask)
+
+    def shrunk() -> float:
+        def run() -> None:
+            with evaluator.shrunk(model_mask):
+                summed_loss(evaluator.model.module, tokens)
+
+        return seconds(run, device)
+
+    def prefixes() -> float:
+        with evaluator.in_order(orders):
+            return shrunk()
+
+    def dense() -> float:
         with masked(evaluator, model_mask):
-            summed_loss(evaluator.model.module, tokens)
+            return seconds(lambda: summed_loss(evaluator.model.module, tokens), device)
 
-    return in_turn(shrunk, dense, repeats, evaluator.model.device)
+    times = [(prefixes(), shrunk(), dense()) for _ in range(repeats + 1)][1:]  # the first only warms up
+    ratios = [prefix / whole for prefix, _, whole in times]
+    medians = [statistics.median(column) for column in zip(*times, strict=True)]
+    gathered = statistics.median(rows / whole for _, rows, whole in times)
+    return [*medians, statistics.median(ratios), min(ratios), max(ratios), gathered]
 
 
 def main() -> None:
@@ -59,7 +83,8 @@ def main() -> None:
     options = parser.parse_args()
     evaluator, tokens = opened(options)
     rows = [(kept, *compare(evaluator, random_mask(evaluator, kept), tokens, options.repeats)) for kept in options.keep]
-    table(("keep", "shrunk s", "masked s", "ratio", "least", "greatest"), rows)
+    headings = ("keep", "prefixes s", "gathered s", "masked s", "ratio", "least", "greatest", "gathered ratio")
+    table(headings, rows)
 
 
 if __name__ == "__main__":

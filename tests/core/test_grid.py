@@ -17,6 +17,7 @@ from pgprune_cli.core.grid import (
     GridRemoval,
     chain_of_removal,
     chain_of_scores,
+    element_order,
     first_elements,
     is_chain,
     one_unit_per_group,
@@ -255,3 +256,19 @@ def test_without_a_target_a_removal_ends_with_nothing(grid: Grid) -> None:
         steps += 1
     assert not removal.remaining.any()
     assert steps == grid.chain_length
+
+
+@given(scored())
+@settings(deadline=None)
+def test_every_width_of_a_chain_is_a_prefix_in_the_order_of_its_elements(
+    problem: tuple[Grid, GridCost, Tensor],
+) -> None:
+    grid, cost, scores = problem
+    partition = chain_of_scores(scores, grid, cost)
+    units = torch.arange(int(partition.max()) + 1)
+    elements = element_order(partition, units, grid)
+    groups = elements.view(grid.groups, grid.members) // grid.members
+    assert sorted(elements.tolist()) == list(range(grid.elements)) and (groups == groups[:, :1]).all()
+    for width in range(len(units) + 1):
+        mask = kept_at(partition, width)
+        assert torch.equal(mask[elements], first_elements(grid, *grid.kept(mask)))

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from pgprune_cli.errors import RunError
 from pgprune_cli.forward import masked as masked
 from pgprune_cli.forward.masked import Evaluator, shrink, summed_loss
+from pgprune_cli.model import unit_tensors
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.unit_tensors import kept_shape
 
@@ -128,7 +129,7 @@ def test_model_shrunk_for_good_computes_the_same_without_gathering(model: nn.Mod
         expected = logits_of(own, tokens)
     before = sum(parameter.numel() for parameter in own.parameters())
     shrink(PrunableModel.of(own), model_mask, repaired)
-    monkeypatch.setattr(masked, "gather", None)
+    monkeypatch.setattr(unit_tensors, "gather", None)
     assert torch.equal(logits_of(own, tokens), expected)
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in own.modules())
     if not is_dense(model_mask):
@@ -213,8 +214,8 @@ def test_model_is_restored_when_gathering_fails(watched: nn.Module, monkeypatch:
             raise RuntimeError("out of memory")
         return gather(*arguments)
 
-    gather = masked.gather
-    monkeypatch.setattr(masked, "gather", fails_third)
+    gather = unit_tensors.gather
+    monkeypatch.setattr(unit_tensors, "gather", fails_third)
     evaluator = Evaluator(PrunableModel.of(watched))
     with pytest.raises(RuntimeError, match="out of memory"):
         evaluator.losses([random_mask(watched, 9)], random_tokens())
@@ -270,9 +271,9 @@ def test_batch_runs_in_parts_when_memory_runs_out_while_gathering(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return gather(*arguments)
 
-    model_mask, tokens, gather = random_mask(watched, 9), random_tokens(), masked.gather
+    model_mask, tokens, gather = random_mask(watched, 9), random_tokens(), unit_tensors.gather
     expected = Evaluator(PrunableModel.of(watched)).losses([model_mask], tokens)
-    monkeypatch.setattr(masked, "gather", fails_third)
+    monkeypatch.setattr(unit_tensors, "gather", fails_third)
     torch.testing.assert_close(
         Evaluator(PrunableModel.of(watched)).losses([model_mask], tokens), expected, rtol=1e-6, atol=0
     )

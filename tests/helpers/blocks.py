@@ -33,6 +33,12 @@ def columns_of(mask: Tensor, inputs: int) -> Tensor:
     return mask.repeat_interleave(inputs // len(mask)).nonzero().flatten()
 
 
+def columns_in_order(order: Tensor, mask: Tensor, inputs: int) -> Tensor:
+    """Return the columns as `columns_of` does, element after element of an order."""
+    width, kept = inputs // len(mask), order[mask[order]]
+    return (kept[:, None] * width + torch.arange(width)).flatten()
+
+
 def mask_of_first(order: Tensor, kept: int, partition: Tensor | None = None) -> Tensor:
     """Return the mask over elements that keeps the first `kept` units of an order. Units are elements by default."""
     mask = torch.zeros(len(order), dtype=torch.bool)

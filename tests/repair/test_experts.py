@@ -11,6 +11,7 @@ from helpers.models import EXPERT_ARCHITECTURES, tiny_model
 from helpers.units import chain_units, ranks_of
 from torch import Tensor, nn
 
+from pgprune_cli.core.grid import element_order
 from pgprune_cli.forward.expert_moments import ExpertMoments
 from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.moments import observe_moments
@@ -130,12 +131,18 @@ def test_widths_of_experts_have_the_errors_of_their_masks(architecture: str, sol
         family, layer, moments, WidthProblem(order, partition, widths, root, DAMPING), solve=solve
     )
     assert (errors.diff() <= 1e-9).all() and float(errors[-1]) == pytest.approx(0.0, abs=1e-6)
-    enough = has_enough_tokens(moments)
+    enough, elements = has_enough_tokens(moments), element_order(partition, order, grid)
     for width in widths[1:-1]:
         mask = order.argsort()[partition] < width
         groups, members = grid.kept(mask)
         assert (int(mask.sum()) in weights) == (solve and members < 12)
         output = repaired_experts(family, layer, mask, grid, moments, DAMPING)
         if int(mask.sum()) in weights:
-            torch.testing.assert_close(weights[int(mask.sum())], output.weight, rtol=1e-3, atol=1e-4)
+            kept = elements[mask[elements]].view(groups, members)
+            experts, channels = (kept[:, 0].argsort().argsort(), (kept % 12).argsort(1).argsort(1))
+            axis = family._channel_axis - 1
+            expected = [
+                output.weight[expert].index_select(axis, own) for expert, own in zip(experts, channels, strict=True)
+            ]
+            torch.testing.assert_close(weights[int(mask.sum())], torch.stack(expected), rtol=1e-3, atol=1e-4)
         assert enough.any() and LayerMask(mask, mask).ffn.any() and groups >= 2

@@ -11,6 +11,7 @@ import torch
 from helpers.blocks import (
     BLOCKS,
     batches,
+    columns_in_order,
     columns_of,
     error_root_of,
     mask_of_first,
@@ -27,6 +28,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from pgprune_cli.core.grid import element_order
 from pgprune_cli.core.space import Family, MaskSpace
 from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.model.masks import LayerMask
@@ -88,7 +90,8 @@ def test_a_table_holds_what_every_width_would_be_repaired_to(architecture: str) 
         for mask in masks:
             assert shape.grids[key[1]][key[0]].is_regular(mask)
             output = table.repaired[key][int(mask.sum())]
-            columns = columns_of(mask, linear.in_features)
+            elements = element_order(units[key], order, shape.grids[key[1]][key[0]])
+            columns = columns_in_order(elements, mask, linear.in_features)
             expected = repaired_output(linear.weight, linear.bias, moments, columns, 1e-3, with_bias=False)
             torch.testing.assert_close(output.weight, expected.weight, rtol=1e-3, atol=1e-3)
             assert output.bias is linear.bias

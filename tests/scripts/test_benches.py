@@ -72,6 +72,8 @@ def test_timed_alternatives_compute_the_same_losses() -> None:
     model_masks = [subject.random_mask(evaluator, 0.5, seed) for seed in (0, 1)]
     losses = evaluator.losses(model_masks, tokens).tolist()
     assert paper_way.paper_losses(evaluator, model_masks, tokens) == pytest.approx(losses, rel=1e-5)
+    with evaluator.in_order(shrunk_forward.in_mask_order(model_masks[0])):
+        assert evaluator.losses(model_masks[:1], tokens).tolist() == pytest.approx(losses[:1], rel=1e-6)
     with shrunk_forward.masked(evaluator, model_masks[0]):
         assert float(summed_loss(model.module, tokens)) == pytest.approx(losses[0] * 30, rel=1e-5)
     assert abs(losses[0] - float(summed_loss(model.module, tokens)) / 30) > 1e-6

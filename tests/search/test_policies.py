@@ -7,11 +7,12 @@ from functools import cache
 
 import pytest
 import torch
-from helpers.blocks import output_linear
+from helpers.blocks import columns_in_order, output_linear
 from helpers.models import VOCABULARY, tiny_model
 from helpers.units import chain_units, group_units, ranks_of
 from torch import Tensor, nn
 
+from pgprune_cli.core.grid import element_order
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.space import Budget, MaskSpace, budget_of
 from pgprune_cli.core.widths import LEAST_SPREAD, SPREAD
@@ -201,6 +202,7 @@ def test_every_sample_is_repaired_for_the_very_units_it_keeps(model: nn.Module) 
         for name in FAMILIES:
             moments[index, name] = observe_moments(run, index, shape.family, shape.blocks[index][name])
         run.advance(index)
+    _, partitions = chain_units(shape, scores=obs_scores(model), metric="obs")
     _, masks = searched(policy, 0)
     for mask in masks[::4]:
         keep = model_mask_of(policy, model, mask)
@@ -210,7 +212,8 @@ def test_every_sample_is_repaired_for_the_very_units_it_keeps(model: nn.Module) 
         for (index, name), output in repaired.items():
             stays, linear = keep[index].of(name), output_linear(model, index, name)
             assert shape.grids[name][index].is_regular(stays)
-            columns = stays.repeat_interleave(linear.in_features // len(stays)).nonzero().flatten()
+            order = element_order(partitions[index, name], policy.orders[index, name], shape.grids[name][index])
+            columns = columns_in_order(order, stays, linear.in_features)
             expected = repaired_output(
                 linear.weight, linear.bias, moments[index, name], columns, DAMPING, with_bias=False
             )

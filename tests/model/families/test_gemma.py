@@ -13,8 +13,9 @@ from torch.nn import functional
 
 from pgprune_cli.forward.curvature import output_curvature
 from pgprune_cli.forward.layerwise import start_layerwise
-from pgprune_cli.forward.masked import Evaluator, shrunk_block, summed_loss
+from pgprune_cli.forward.masked import Evaluator, summed_loss
 from pgprune_cli.forward.moments import MomentCollector
+from pgprune_cli.forward.shrunk_block import shrunk_block
 from pgprune_cli.model.families import family_of
 from pgprune_cli.model.loading import load_model
 from pgprune_cli.model.masks import columns_of
