@@ -41,7 +41,7 @@ MEMORY = {
     "gradients": "gradients and their activations",
     "device": "peak on {device}",
     "hidden_states": "hidden states of the calibration text, and of one block",
-    "written_widths": "repaired projections of one layer, while they are written",
+    "written_widths": "repaired projections of one layer while they are written, and of the next",
     "host": "peak in host memory, in addition",
     "width_table": "on disk: repaired projections of all widths",
 }

@@ -29,9 +29,9 @@ class Memory:
     layer, with the matrices they are solved in; block_fit, the fit of one block if whole blocks are fitted; gradients
     of the metric `taylor`, with everything that a backward pass keeps. In the host's memory: hidden_states of the
     calibration text, and what fits of whole blocks read; written_widths, one layer's
-    repaired projections of all widths and their file while it is written. On disk: width_table, the projections of all
-    layers. They move to a GPU while half of it is free, and otherwise stay in the system's file cache as far as there
-    is room.
+    repaired projections of all widths and their file while it is written, and those of the next layer. On disk:
+    width_table, the projections of all layers. During the steps, as many as fit beside a forward pass are on the GPUs;
+    the others are in the system's file cache as far as there is room.
     """
 
     weights: int
@@ -81,7 +81,7 @@ def memory(sizes: Sizes, texts: Texts, *, solves: bool = True) -> Memory:
         * sizes.hidden
         * sizes.dtype.itemsize
         + (block_text_bytes(sizes, fitted) if fitted and sizes.fits_blocks else 0),
-        written_widths=2 * table // sizes.layers,
+        written_widths=3 * table // sizes.layers,
         width_table=table,
     )
 

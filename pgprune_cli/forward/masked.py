@@ -6,7 +6,7 @@ equals that of the dense model with the outputs of the removed units set to zero
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from torch.nn import functional
 from pgprune_cli.forward.batch_splitting import BatchSplitter
 from pgprune_cli.forward.element_order import ElementOrders, elements_in_order
 from pgprune_cli.forward.shrunk_block import ShrinkableBlock
+from pgprune_cli.forward.uploads import Upload, Uploads
 from pgprune_cli.model.families import find_family
 from pgprune_cli.model.masks import ModelMask, RepairedBlocks
 from pgprune_cli.model.prunable import PrunableModel
@@ -27,6 +28,8 @@ LOGIT_ROWS = 512
 
 SOFTMAX_ROWS = 64
 """How many of them exist in float32, with their log-softmax: few enough for the caches of a CPU."""
+
+NOTHING_COMES: Mapping[tuple[int, str], Upload] = {}
 
 
 @torch.inference_mode()
@@ -101,6 +104,7 @@ class Evaluator:
         self.model = model
         self.splitter = BatchSplitter()
         self._orders: ElementOrders = {}
+        self._uploads: Uploads | None = None
 
     @contextmanager
     def in_order(self, orders: ElementOrders) -> Iterator[None]:
@@ -115,6 +119,17 @@ class Evaluator:
                 yield
             finally:
                 self._orders = {}
+
+    @contextmanager
+    def uploading(self, uploads: Uploads | None) -> Iterator[None]:
+        """Let `uploads`, if given, bring repaired weights to their devices inside the `with`, and close it then."""
+        self._uploads = uploads
+        try:
+            yield
+        finally:
+            self._uploads = None
+            if uploads is not None:
+                uploads.close()
 
     def losses(
         self, model_masks: Sequence[ModelMask], tokens: Tensor, repaired: Sequence[RepairedBlocks] | None = None
@@ -146,11 +161,13 @@ class Evaluator:
     @contextmanager
     def shrunk(self, model_mask: ModelMask, repaired: RepairedBlocks | None = None) -> Iterator[nn.Module]:
         """Shrink the model to a mask inside the `with`; it is dense again on every way out."""
+        refitted, coming = repaired or {}, NOTHING_COMES
         with ExitStack() as undo:
+            if self._uploads is not None:
+                refitted, coming = undo.enter_context(self._uploads.during(refitted))
             for index, name, block in self._blocks:
-                key = index, name
-                own = (repaired or {}).get(key)
-                undo.enter_context(block.shrunk(model_mask[index].of(name), own, self._orders.get(key)))
+                key, mask = (index, name), model_mask[index].of(name)
+                undo.enter_context(block.shrunk(mask, refitted.get(key), self._orders.get(key), coming.get(key)))
             yield self.model.module
 
     @cached_property

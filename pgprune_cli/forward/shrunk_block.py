@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.core.grid import Grid, first_elements
+from pgprune_cli.forward.uploads import Upload
 from pgprune_cli.model.families.adapter import Block, ModelFamily
 from pgprune_cli.model.masks import RepairedBlock
 from pgprune_cli.model.quantized import Int8Linear, QuantizedLinear, Rows
@@ -57,26 +58,27 @@ class ShrinkableBlock:
         return cls(family, layer, block, module, grid, tensors, device, is_unpacked)
 
     def shrunk(
-        self, mask: Tensor, repaired: RepairedBlock | None, order: Tensor | None = None
+        self, mask: Tensor, repaired: RepairedBlock | None, order: Tensor | None = None, upload: Upload | None = None
     ) -> AbstractContextManager[None]:
         """Run the block on its kept elements inside the `with`. Without any, a placeholder runs in its place.
 
         mask: `(elements,)` bool, regular; repaired: its repaired weights, if there are any; order: the elements
-        `(elements,)` int64 in the order in which they lie, ascending by default.
+        `(elements,)` int64 in the order in which they lie, ascending by default; upload: if given, brings the repaired
+        output projection to the device.
         """
         if not mask.any():
             return _replaced(self.layer, self.block.module, self.family.placeholder(self.block))
         # int8 weights are unpacked when they are gathered, outside of what a latency measurement times.
         if repaired is None and not self.is_unpacked and mask.all():
             return nullcontext()
-        return self._on_slices(_Slices(self, mask, repaired, order))
+        return self._on_slices(_Slices(self, mask, repaired, order, upload))
 
     def shrink(self, mask: Tensor, repaired: RepairedBlock | None) -> None:
         """Keep only the kept elements for good. mask, repaired: as in `shrunk`."""
         if not mask.any():
             setattr(self.layer, self.block.module, self.family.placeholder(self.block))
         elif repaired is not None or not mask.all():
-            _Slices(self, mask, repaired, None).put()
+            _Slices(self, mask, repaired).put()
 
     @contextmanager
     def _on_slices(self, slices: _Slices) -> Iterator[None]:
@@ -107,7 +109,12 @@ class _Slices:
     """Puts the rows of a block's kept elements in place of its dense weights, and takes them out again."""
 
     def __init__(
-        self, block: ShrinkableBlock, mask: Tensor, repaired: RepairedBlock | None, order: Tensor | None
+        self,
+        block: ShrinkableBlock,
+        mask: Tensor,
+        repaired: RepairedBlock | None,
+        order: Tensor | None = None,
+        upload: Upload | None = None,
     ) -> None:
         if order is not None:
             mask = mask[order]
@@ -117,6 +124,7 @@ class _Slices:
         self.module, self.tensors, self.device = block.module, block.tensors, block.device
         self.settings = block.family.settings(block.layer, block.block, groups, members)
         self.refitted = _refitted(block.block, block.tensors[-1].name, repaired)
+        self.output, self.upload = block.tensors[-1].name, upload
         self.undo: list[Callable[[], None]] = []
 
     def put(self) -> None:
@@ -128,6 +136,9 @@ class _Slices:
             if tensor.name not in self.refitted:
                 self._put(tensor.name, _kept_values(self.module, tensor, self.kept))
         for name, value in self.refitted.items():
+            if self.upload is not None and name == self.output:
+                value = self.upload.take()
+                self.undo.append(self.upload.release)
             self._put(name, value.to(self.device, _dtype(self.module, name), non_blocking=True))
 
     def restore(self) -> None:

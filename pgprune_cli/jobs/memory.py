@@ -29,13 +29,14 @@ class Need:
     """What a search needs, in bytes.
 
     weights: of the model, divided among its devices; beside: the rest on each device; least: the same with one window
-    at a time and equations solved on the CPU, which is how a search goes on when a GPU's memory runs out; host: in main
-    memory.
+    at a time and equations solved on the CPU, which is how a search goes on when a GPU's memory runs out; step: beside
+    the weights, during the steps alone; host: in main memory.
     """
 
     weights: int
     beside: int
     least: int
+    step: int
     host: int
 
 
@@ -46,7 +47,8 @@ def need_of(preparation: Preparation) -> Need:
     step = text.search[: recipe.calibration.batch]
     texts = Texts(scoring_batches(recipe, text), repair_batches(recipe, text), step, text.heldout)
     whole, least = memory(sizes, texts), memory(sizes, _one_window_each(texts), solves=False)
-    return Need(whole.weights, _beside(whole), _beside(least), whole.host)
+    step_bytes = round(WASTE * (whole.activations + whole.slices))
+    return Need(whole.weights, _beside(whole), _beside(least), step_bytes, whole.host)
 
 
 def _beside(needed: Memory) -> int:

@@ -13,7 +13,7 @@ from pgprune_cli.core.grid import GridCost
 from pgprune_cli.core.space import BLOCKS_OF, Budget, MaskSpace
 from pgprune_cli.distributed import Ranks, join
 from pgprune_cli.errors import UserError
-from pgprune_cli.jobs.memory import SEARCH_CHECKS, devices_for
+from pgprune_cli.jobs.memory import SEARCH_CHECKS, devices_for, need_of
 from pgprune_cli.model.loading import load_prunable
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import Partitions
@@ -116,7 +116,8 @@ def _open(recipe: Recipe, run: Path, ranks: Ranks, progress: Progress, until_fin
         source, text = preparation.source, preparation.text
         with progress.working(f"loading {recipe.model}"):
             model = load_prunable(source, recipe.dtype, devices_for(preparation), recipe.weight_format)
-    return SearchContext(recipe, run, source, model, text, ranks, progress)
+        step_bytes = need_of(preparation).step if model.device.type == "cuda" else 0  # to place the width table
+    return SearchContext(recipe, run, source, model, text, ranks, progress, step_bytes=step_bytes)
 
 
 def _begin(context: SearchContext, scores: Scores) -> tuple[MaskSpace, Budget, Partitions]:

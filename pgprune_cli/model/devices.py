@@ -20,6 +20,9 @@ from pgprune_cli.model.families.adapter import ModelFamily
 BESIDE = 0.25
 """What is needed on a GPU beside the weights, as a fraction of them, where nobody knows it better."""
 
+RESERVE = 0.05
+"""The fraction of a GPU that is left free: allocators waste some memory, and libraries allocate late."""
+
 
 def devices_of(device: str) -> list[torch.device]:
     """Return the devices that a recipe's `device` names; under torchrun, this process's share of the GPUs.
@@ -105,6 +108,12 @@ def free_bytes(device: torch.device) -> int:
     """Return the free bytes of a GPU, with those that this process has reserved and does not use."""
     reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(torch.cuda.mem_get_info(device)[0]) + reserved
+
+
+def room_beside(device: torch.device, needed: int) -> int:
+    """Return the free bytes of a GPU besides `needed` ones and a reserve. 0 if there are none."""
+    reserve = round(RESERVE * torch.cuda.mem_get_info(device)[1])
+    return max(free_bytes(device) - needed - reserve, 0)
 
 
 def emptiest(free: Sequence[int], weights: int, beside: int | None = None) -> list[int]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,24 @@ def save_layer(run: Path, index: int, blocks: Mapping[str, BlockWidths], identit
         tensors |= {f"{name}.{kept}": weight for kept, weight in block.weights.items()}
     about = with_checksum({"identity": identity, "tensors_sha256": _digest(tensors)})
     write_bytes(widths_file(run, index), save(tensors, metadata={ABOUT: json.dumps(about)}))
+
+
+def save_layers(
+    run: Path, layers: Iterable[tuple[int, Mapping[str, BlockWidths]]], identity: str, solved: Callable[[], None]
+) -> None:
+    """Write layers as `save_layer` does, each while the next one is solved, and call `solved` after each of them.
+
+    At most one layer waits for the disk. A file that cannot be written stops the next layer. Raises OSError.
+    """
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        writing: Future[None] | None = None
+        for index, blocks in layers:
+            if writing is not None:
+                writing.result()
+            writing = worker.submit(save_layer, run, index, blocks, identity)
+            solved()
+        if writing is not None:
+            writing.result()
 
 
 def has_layer(run: Path, index: int, identity: str) -> bool:

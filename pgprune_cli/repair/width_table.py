@@ -80,10 +80,7 @@ class WidthTable:
                 if widths.weights:
                     make = _expert_output if model.shape.grids[name][index].separate else _linear_output
                     layer, block = model.layers[index], model.shape.blocks[index][name]
-                    device = next(layer.parameters()).device
-                    repaired[key] = {
-                        kept: make(layer, block, _close_to(device, weight)) for kept, weight in widths.weights.items()
-                    }
+                    repaired[key] = {kept: make(layer, block, weight) for kept, weight in widths.weights.items()}
         return cls(errors, orders, repaired)
 
     def priorities(self, space: MaskSpace) -> Tensor:
@@ -225,15 +222,6 @@ def _linear_output(layer: nn.Module, block: Block, weight: Tensor) -> RepairedBl
 
 def _expert_output(_: nn.Module, __: Block, weight: Tensor) -> RepairedBlock:
     return RepairedBlock(weight, None)
-
-
-def _close_to(device: torch.device, weight: Tensor) -> Tensor:
-    """Move a weight to the GPU that uses it while half of it is free: copying takes longer than the product."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        if free > total // 2:
-            return weight.to(device)
-    return weight
 
 
 def _interpolated(widths: Tensor, errors: Tensor, count: int) -> Tensor:

@@ -26,7 +26,8 @@ class SearchContext:
 
     recipe: resolved; run: the run directory; source: the model's files; model: loaded; text: what the search reads, cut
     into windows; ranks: this process among those of the search; progress: where it reports; shared_widths: the
-    directory of a width table that several searches share, None for one in the run directory.
+    directory of a width table that several searches share, None for one in the run directory; step_bytes: what a
+    forward pass of a step takes on a device beside the weights, as estimated.
     """
 
     recipe: Recipe
@@ -37,6 +38,7 @@ class SearchContext:
     ranks: Ranks
     progress: Progress
     shared_widths: Path | None = None
+    step_bytes: int = 0
 
     @cached_property
     def fingerprint_parts(self) -> dict[str, str]:

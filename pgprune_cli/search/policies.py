@@ -7,7 +7,7 @@ wraps `core.widths`: how many units each block keeps, with the block repaired fo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, TypeVar
@@ -59,6 +59,10 @@ class Policy(Protocol[State]):
     def orders(self) -> Mapping[tuple[int, str], Tensor]:
         """By (layer, block), the units `(units,)` in the order in which every mask keeps them, if there is one."""
 
+    @property
+    def projections(self) -> Mapping[tuple[int, str], Sequence[Tensor]]:
+        """By (layer, block) in the order in which they run, the repaired output projections of all widths."""
+
     def repaired(self, model_mask: ModelMask) -> RepairedBlocks:
         """Return the repaired blocks with which a proposed mask is evaluated, for elements that lie in `orders`."""
 
@@ -101,6 +105,10 @@ class UnitPolicy:
 
     @property
     def orders(self) -> Mapping[tuple[int, str], Tensor]:
+        return {}
+
+    @property
+    def projections(self) -> Mapping[tuple[int, str], Sequence[Tensor]]:
         return {}
 
     def repaired(self, model_mask: ModelMask) -> RepairedBlocks:
@@ -149,6 +157,10 @@ class WidthPolicy:
     @property
     def orders(self) -> Mapping[tuple[int, str], Tensor]:
         return {key: order for key, order in self.table.orders.items() if len(order)}
+
+    @property
+    def projections(self) -> Mapping[tuple[int, str], Sequence[Tensor]]:
+        return {key: [own.weight for own in by_width.values()] for key, by_width in self.table.repaired.items()}
 
     def repaired(self, model_mask: ModelMask) -> RepairedBlocks:
         return self.table.repaired_for(model_mask)

@@ -12,6 +12,8 @@ from pgprune_cli.core.grid import element_order
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.space import WHOLE_FAMILIES, Budget, MaskSpace
 from pgprune_cli.data.windows import Batches
+from pgprune_cli.forward.uploads import CudaLane, Uploads
+from pgprune_cli.model.devices import room_beside
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import Partitions
 from pgprune_cli.run.scores import Scores
@@ -55,8 +57,19 @@ class Problem:
             (index, name): element_order(self.partitions[index, name], units, grids[name][index])
             for (index, name), units in self.policy.orders.items()
         }
-        with self.context.evaluator.in_order(orders):
+        evaluator = self.context.evaluator
+        with evaluator.in_order(orders), evaluator.uploading(self._uploads()):
             yield
+
+    def _uploads(self) -> Uploads | None:
+        """Place the width table, if the model is on GPUs."""
+        weights, layers = self.policy.projections, self.context.model.layers
+        devices = {key: next(layers[key[0]].parameters()).device for key in weights}
+        gpus = {device for device in devices.values() if device.type == "cuda"}
+        if not gpus:
+            return None
+        rooms = {gpu: room_beside(gpu, self.context.step_bytes) for gpu in gpus}
+        return Uploads(weights, devices, rooms, CudaLane)
 
     def losses(self, masks: Tensor, tokens: Tensor) -> Tensor:
         """Return the objective of masks `(K, n)` on one batch, repaired as the policy says: `(K,)` nats per token."""

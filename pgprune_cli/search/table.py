@@ -13,7 +13,7 @@ from torch import Tensor
 
 from pgprune_cli.model.prunable import Partitions
 from pgprune_cli.recipe.schema import FITTED
-from pgprune_cli.repair.width_files import has_layer, load_layer, refuse_full_disk, save_layer
+from pgprune_cli.repair.width_files import has_layer, load_layer, refuse_full_disk, save_layers
 from pgprune_cli.repair.width_table import WidthTable, solve_layers, table_bytes
 from pgprune_cli.search.context import SearchContext
 
@@ -58,9 +58,7 @@ def solve_table(
                 roots=context.error_roots,
                 progress=layers,
             )
-            for index, blocks in solved:
-                save_layer(folder, index, blocks, identity)
-                layers.layer_done()
+            save_layers(folder, solved, identity, layers.layer_done)
         ranks.barrier()  # by now every process has written its layers
         return WidthTable.of(model, {index: load_layer(folder, index) for index in range(model.shape.layers)})
 

@@ -16,7 +16,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pgprune_cli.forward.masked import LOGIT_ROWS, SOFTMAX_ROWS, Evaluator, summed_loss
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import quantize_projections
-from pgprune_cli.repair import width_table
 
 aten = torch.ops.aten
 
@@ -99,16 +98,3 @@ def test_nothing_the_size_of_the_weights_is_copied() -> None:
     with Allocations() as seen:
         evaluator.losses([keep] * 3, tokens, [repaired] * 3)
     assert seen.peak < block + 16_000 < sum(parameter.nbytes for parameter in model.parameters()) / 3
-
-
-@pytest.mark.parametrize(("free", "goes"), [(51, True), (50, False), (10, False)])
-def test_a_table_goes_to_a_gpu_with_room(free: int, goes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    class OnHost:
-        def to(self, device: torch.device) -> str:
-            return f"on {device}"
-
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 100))
-    weight = OnHost()
-    actual = width_table._close_to(torch.device("cuda:1"), weight)
-    assert actual == "on cuda:1" if goes else actual is weight
-    assert width_table._close_to(torch.device("cpu"), weight) is weight

@@ -14,7 +14,7 @@ import pytest
 import torch
 from helpers.fp8 import rounded_product
 from helpers.gpu import waiting_is_an_error
-from helpers.masks import MODEL_MASKS, random_tokens
+from helpers.masks import MODEL_MASKS, random_repair, random_tokens
 from helpers.models import ARCHITECTURES, tiny_model
 from helpers.units import group_units
 from torch import Tensor
@@ -24,6 +24,7 @@ from pgprune_cli.forward import masked
 from pgprune_cli.forward.divergence import Divergence
 from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.masked import Evaluator
+from pgprune_cli.forward.uploads import CudaLane, Uploads
 from pgprune_cli.jobs.search import search
 from pgprune_cli.model.loading import load_prunable
 from pgprune_cli.model.masks import ModelMask
@@ -33,6 +34,7 @@ from pgprune_cli.model.source import resolve
 from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.layout import DECISION_MASKS, REPAIR_FILE
 from pgprune_cli.search import loop as search_loop
+from pgprune_cli.search import problem
 
 pytestmark = [
     pytest.mark.gpu,
@@ -207,6 +209,33 @@ def test_a_window_that_does_not_fit_is_refused(monkeypatch) -> None:
     evaluator = Evaluator(PrunableModel.of(tiny_model("llama-gqa").to("cuda")))
     with pytest.raises(RunError, match=r"calibration\.seqlen"):
         evaluator.losses(some_masks(evaluator.model), random_tokens())
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_uploaded_weights_give_the_losses_of_weights_on_the_gpu_without_waiting(on_both, share: float) -> None:
+    """Placed on the GPU, or copied while earlier blocks compute: many passes in a row, so that slots are reused."""
+    model = on_both[1]
+    masks = some_masks(model)
+    repaired = [random_repair(on_both[0].module, mask, bias=True) for mask in masks]
+    evaluator, tokens = Evaluator(model), random_tokens().cuda()
+    expected = evaluator.losses(masks * 10, tokens, repaired * 10)
+    keys = sorted({key for own in repaired for key in own})
+    weights = {key: [own[key].weight for own in repaired if key in own] for key in keys}
+    room = round(share * sum(weight.nbytes for block in weights.values() for weight in block))
+    devices = dict.fromkeys(keys, model.device)
+    with evaluator.uploading(Uploads(weights, devices, {model.device: room}, CudaLane)):
+        with waiting_is_an_error():
+            evaluator._summed(masks[0], tokens, repaired[0])
+        assert torch.equal(evaluator.losses(masks * 10, tokens, repaired * 10), expected)
+
+
+def test_a_search_streams_its_table_with_the_same_result(small, tmp_path, monkeypatch) -> None:
+    resident, streamed = tmp_path / "resident", tmp_path / "streamed"
+    search(small("device=cuda", *WIDTH_SEARCH), resident)
+    monkeypatch.setattr(problem, "room_beside", lambda device, needed: 0)
+    search(small("device=cuda", *WIDTH_SEARCH), streamed)
+    for name in (DECISION_MASKS, REPAIR_FILE):
+        assert (streamed / name).read_bytes() == (resident / name).read_bytes()
 
 
 def test_a_search_on_the_gpu_gives_the_same_bytes_twice(small, tmp_path) -> None:

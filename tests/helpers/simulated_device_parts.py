@@ -218,6 +218,33 @@ def untied_on_two() -> None:
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=0)
 
 
+def uploads_on_two() -> None:
+    """Repaired weights that are uploaded to two devices, some of them in advance, give the host's losses."""
+    from helpers.lanes import PlainLane
+    from helpers.masks import MODEL_MASKS, random_repair, random_tokens
+    from helpers.models import tiny_model
+    from pgprune_cli.forward.masked import Evaluator
+    from pgprune_cli.forward.uploads import Uploads
+    from pgprune_cli.model.loading import load_model
+    from pgprune_cli.model.source import resolve
+
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_model("llama-mha").save_pretrained(folder)
+        host, simulated = (
+            Evaluator(PrunableModel.of(load_model(resolve(folder), "float32", device))) for device in ("cpu", BOTH)
+        )
+        model_mask, tokens = MODEL_MASKS["random"](host.model.module), random_tokens()
+        repaired = random_repair(host.model.module, model_mask, bias=True)
+        weights = {key: [block.weight] for key, block in repaired.items()}
+        layers = simulated.model.layers
+        devices = {key: next(layers[key[0]].parameters()).device for key in weights}
+        for room in (0, 5000):
+            uploads = Uploads(weights, devices, dict.fromkeys(devices.values(), room), PlainLane)
+            with simulated.uploading(uploads):
+                actual = simulated.losses([model_mask], tokens, [repaired])
+            torch.testing.assert_close(actual, host.losses([model_mask], tokens, [repaired]), rtol=1e-5, atol=0)
+
+
 def stored_head_on_two() -> None:
     """A head that is stored beside tied embeddings is tied only if it equals them, also on two devices."""
     from safetensors.torch import load_file, save_file
@@ -270,6 +297,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "unit search on two devices": lambda: compare_searches("dtype=float32", device=BOTH),
     "width search on two devices": lambda: compare_searches(*WIDTHS, REPAIRED, "weight_format=int8", device=BOTH),
     "untied head on two devices": untied_on_two,
+    "uploads on two devices": uploads_on_two,
     "stored head on two devices": stored_head_on_two,
     "evaluation of a run": evaluation,
     "latencies": latencies,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -46,6 +48,42 @@ def saved(model: nn.Module, tmp_path: Path) -> Path:
     for index, blocks in solve(model, only=[1]):
         save_layer(tmp_path, index, blocks, "mine")
     return tmp_path
+
+
+def test_layers_are_written_while_the_next_is_solved_and_at_most_one_waits(tmp_path, monkeypatch) -> None:
+    written: list[int] = []
+    began = [threading.Event() for _ in range(4)]
+
+    def save(run: Path, index: int, blocks: object, identity: str) -> None:
+        assert index == 3 or began[index + 1].wait(timeout=20), "the next layer is only solved when this is written"
+        written.append(index)
+
+    def layers() -> Iterator[tuple[int, dict[str, BlockWidths]]]:
+        for index in range(4):
+            began[index].set()
+            assert len(written) >= index - 1
+            yield index, {}
+
+    monkeypatch.setattr(width_files, "save_layer", save)
+    width_files.save_layers(tmp_path, layers(), "mine", lambda: None)
+    assert written == [0, 1, 2, 3]
+
+
+def test_disk_that_fills_up_stops_the_layers_after_the_next(tmp_path: Path, monkeypatch) -> None:
+    solved: list[int] = []
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def layers() -> Iterator[tuple[int, dict[str, BlockWidths]]]:
+        for index in range(4):
+            solved.append(index)
+            yield index, {}
+
+    monkeypatch.setattr(width_files, "save_layer", full)
+    with pytest.raises(OSError, match="No space left"):
+        width_files.save_layers(tmp_path, layers(), "mine", lambda: None)
+    assert solved == [0, 1]
 
 
 def the_file(run: Path) -> Path:
