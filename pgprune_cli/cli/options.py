@@ -30,6 +30,13 @@ def recipe_names(incomplete: str) -> Iterator[str]:
     return (name for name in [*names, *files] if name.startswith(incomplete))
 
 
+def gpu_names(incomplete: str) -> Iterator[str]:
+    """Complete the names of GPUs that a search can be estimated for."""
+    from pgprune_cli.estimate.machines import GPUS
+
+    return (name for name in GPUS if name.startswith(incomplete))
+
+
 def run_names(incomplete: str) -> Iterator[str]:
     """Complete the runs in the runs folder."""
     return (str(run) for run in run_directories(runs_folder()) if str(run).startswith(incomplete))

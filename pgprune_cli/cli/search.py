@@ -17,6 +17,7 @@ from pgprune_cli.cli.options import (
     SkipCorruptCheckpoint,
     Tracker,
     examples,
+    gpu_names,
     is_model,
     open_recipe,
     progress_of,
@@ -63,6 +64,16 @@ def search(
         bool,
         typer.Option("--dry-run", help="Load nothing. Print the memory, forward passes and time it would take."),
     ] = False,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            "--on",
+            metavar="GPU",
+            help="With --dry-run: for this GPU, which need not be here, such as h100-80gb.",
+            autocompletion=gpu_names,
+        ),
+    ] = None,
+    gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="With --on: for N of them.")] = 1,
     skip_corrupt_checkpoint: SkipCorruptCheckpoint = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -72,11 +83,15 @@ def search(
     A MODEL (a hub name, a directory or a GGUF file) needs no recipe: the settings are chosen as `recipes new` chooses
     them, and the run directory gets a copy of the resolved recipe.
     """
+    if on is not None and not dry_run:
+        raise UserError("--on: it estimates what a search would take there. Add --dry-run.")
+    if gpus > 1 and on is None:
+        raise UserError("--gpus: it counts the GPUs of --on, which is missing. The recipe's device chooses those here.")
     loaded, run = _open(recipe, out, overrides or [], sparsity, calibration)
     if dry_run:
         from pgprune_cli.jobs.estimate import estimate
 
-        print_estimate(estimate(loaded, progress=progress_of(quiet)), as_json)
+        print_estimate(estimate(loaded, on=on, gpus=gpus, progress=progress_of(quiet)), as_json)
         return
     from pgprune_cli.jobs.search import search
     from pgprune_cli.run.layout import DECISION_MASKS

@@ -40,7 +40,7 @@ MEMORY = {
     "block_fit": "fit of one block, with the state of AdamW",
     "gradients": "gradients and their activations",
     "device": "peak on {device}",
-    "hidden_states": "hidden states of the calibration text, and of one block",
+    "hidden_states": "hidden states of the calibration text, and of one block, on the {where}",
     "written_widths": "repaired projections of one layer while they are written, and of the next",
     "host": "peak in host memory, in addition",
     "width_table": "on disk: repaired projections of all widths",
@@ -53,12 +53,47 @@ def print_estimate(estimate: dict[str, Any], as_json: bool) -> None:
         print(json.dumps(estimate))
         return
     passes = estimate["forward_passes"]
-    rows = _bytes(estimate["memory"], MEMORY, estimate)
+    where = "device, which has room for them" if estimate["memory"]["hidden_states_on_device"] else "host"
+    rows = _bytes(estimate["memory"], MEMORY, estimate | {"where": where})
     rows += [
         [f"forward passes of the {name}, {passes['tokens']:,} tokens", f"{passes[name]:,}"]
         for name in ("search", "calibration")
     ]
+    rows += _placement(estimate)
+    rows += [
+        [f"seconds: {name} (most for {BOUNDS[phase['bound']]})", f"{phase['seconds']:,.0f}"]
+        for name, phase in estimate["phases"].items()
+    ]
+    rows.append(["seconds of the search", f"{estimate['seconds']:,.0f}"])
     _print_estimate(rows, f"{estimate['parameters'] / 1e6:,.1f} M parameters", estimate)
+
+
+BOUNDS = {
+    "products": "matrix products",
+    "memory": "the device's memory",
+    "pcie": "copies to and from the device",
+    "disk": "the disk",
+    "host": "the host",
+}
+"""What a phase can wait for."""
+
+FITS = {
+    "whole": "yes",
+    "parts": "in smaller batches, with equations solved on the CPU",
+    "no": "no; the seconds are those that it would take if it did",
+}
+
+
+def _placement(estimate: dict[str, Any]) -> list[list[str]]:
+    """Return the rows about GPUs that are not here."""
+    if "placement" not in estimate:
+        return []
+    placed = estimate["placement"]
+    count = f"{placed['processes']} × {placed['gpus']} {estimate['device']}"
+    return [
+        ["processes × GPUs that each of them uses", count],
+        ["fits", " ".join([FITS[placed["fits"]], placed["advice"]]).strip()],
+    ]
 
 
 RECOVERY_MEMORY = {
@@ -85,6 +120,7 @@ def print_recovery_estimate(estimate: dict[str, Any], as_json: bool) -> None:
         return
     rows = _bytes(estimate["memory"], RECOVERY_MEMORY, estimate) + _bytes(estimate["disk"], DISK, estimate)
     rows += [["optimizer steps", f"{estimate['steps']:,}"], ["tokens trained on", f"{estimate['tokens']:,}"]]
+    rows.append(["time of the matrix products", f"{estimate['seconds']:,.0f} s"])
     trained, parameters = estimate["trained_parameters"] / 1e6, estimate["parameters"] / 1e6
     _print_estimate(rows, f"{parameters:,.1f} M parameters, {trained:,.1f} M in training", estimate)
 
@@ -97,12 +133,11 @@ def _bytes(amounts: dict[str, int], labels: dict[str, str], estimate: dict[str, 
 
 
 def _print_estimate(rows: list[list[str]], about: str, estimate: dict[str, Any]) -> None:
-    """Print these rows and those of the FLOPs and the time, under the model and what is said `about` it."""
+    """Print the FLOPs and their rates after these rows, under the model and what is said `about` it."""
     rates = estimate["flops_per_second"]
     for name, part in estimate["flops"].items():
         rows.append([f"TFLOP: {name}", f"{sum(part.values()) / 1e12:,.3f}"])
-    rows += [[f"TFLOP/s in {dtype}, measured now", f"{rate / 1e12:,.3f}"] for dtype, rate in rates.items()]
-    rows.append(["time of these matrix products", f"{estimate['seconds']:,.0f} s"])
+    rows += [[f"TFLOP/s in {dtype}", f"{rate / 1e12:,.3f}"] for dtype, rate in rates.items()]
     grid((f"{estimate['model']}, {about}, {estimate['dtype']}", ""), rows, 1)
     _console().print(estimate["basis"], highlight=False)
 

@@ -7,15 +7,15 @@ the decision, every block is assumed to keep what the budget keeps of all.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pgprune_cli.estimate.sizes import BlockSizes, Sizes, Texts, tokens_in
+from pgprune_cli.estimate.sizes import BlockSizes, Sizes, tokens_in
 from pgprune_cli.forward.curvature import SHARE, curvature_windows
-from pgprune_cli.forward.divergence import MASKS
 from pgprune_cli.forward.gram import block_rows
 from pgprune_cli.repair.last_layer import last_layer_batches
 from pgprune_cli.repair.training import CHECKS, compute_dtype, set_aside
@@ -23,23 +23,6 @@ from pgprune_cli.scores.obs import EXPERT_ROUNDS, must_shrink, units_per_round
 
 Flops = Counter[torch.dtype]
 """By the dtype of the computation."""
-
-
-def flops(sizes: Sizes, texts: Texts) -> dict[str, Flops]:
-    """Return the FLOPs by phase of a search, in order."""
-    schedule, diverges = sizes.recipe.search, sizes.recipe.search.objective != "loss"
-    evaluations = sum(map(schedule.evaluates, range(schedule.steps + 1)))
-    groups = -(-schedule.masks_per_step // MASKS)
-    parts = {
-        "scoring": scoring(sizes, texts.scoring),
-        "width table": width_table(sizes, texts.fitting),
-        "search": forward_passes(sizes, texts.step, schedule.steps * schedule.masks_per_step)
-        + dense_passes(sizes, texts.step, schedule.steps * diverges, schedule.steps * diverges * groups),
-        "held-out text": forward_passes(sizes, texts.heldout, evaluations + 1)
-        + dense_passes(sizes, texts.heldout, 1 + diverges, 1 + diverges * (evaluations + 2)),
-        "repair": repair(sizes, texts.fitting),
-    }
-    return {name: part for name, part in parts.items() if part.total()}
 
 
 def seconds(parts: Mapping[str, Flops], rates: Mapping[torch.dtype, float]) -> float:
@@ -61,27 +44,25 @@ def dense_passes(sizes: Sizes, tokens: Tensor, times: int, times_head: int) -> F
     return Flops({sizes.dtype: times * dense(sizes, [tokens]) + times_head * head})
 
 
-def scoring(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
-    """Return the FLOPs of scoring every unit."""
-    if not sizes.scores_on_text:
-        return Flops()
-    forward = dense(sizes, batches)
-    if sizes.statistic == "gradients":  # a backward pass takes twice as many as a forward pass
-        return Flops({sizes.dtype: 3 * (forward + 2 * tokens_in(batches) * sizes.hidden * sizes.vocabulary)})
-    count = Flops({sizes.dtype: forward})
-    if sizes.statistic == "covariance":
-        count += error_roots(sizes, batches) + moments(sizes, batches)
-        for block in sizes.blocks:
-            count[torch.float32] += removal(block)
-    return count
+def gradients(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
+    """Return the FLOPs of a forward and a backward pass, which takes twice as many."""
+    head = 2 * tokens_in(batches) * sizes.hidden * sizes.vocabulary
+    return Flops({sizes.dtype: 3 * (dense(sizes, batches) + head)})
 
 
-def width_table(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
-    """Return the FLOPs of solving the width table."""
-    if not sizes.has_table:
-        return Flops()
-    count = error_roots(sizes, batches) + moments(sizes, batches)
-    count[sizes.dtype] += dense(sizes, batches)
+def layer_passes(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
+    """Return the FLOPs of running all dense layers, without the head."""
+    return Flops({sizes.dtype: dense(sizes, batches)})
+
+
+def removals(sizes: Sizes) -> Flops:
+    """Return the FLOPs of `obs` for every block."""
+    return Flops({torch.float32: sum(map(removal, sizes.blocks))})
+
+
+def widths(sizes: Sizes) -> Flops:
+    """Return the FLOPs of solving every block at every width of the table."""
+    count = 0
     for block in sizes.blocks:
         n, h = block.inputs, block.outputs
         total = n**3 // 3 if sizes.solves else 2 * n * h * h
@@ -92,27 +73,29 @@ def width_table(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
                 total += 2 * run * h * (run + h) + first * run * (first + 2 * h)
             else:
                 total += 2 * run * (n - first) * h
-        count[torch.float32] += block.experts * total
-    return count
+        count += block.experts * total
+    return Flops({torch.float32: count})
 
 
-def repair(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
-    """Return the FLOPs of the final repair."""
-    if not sizes.repairs:
-        return Flops()
-    count = moments(sizes, batches)
-    # Attention is observed alone, the FFN behind the pruned attention; then every pruned layer but the last advances.
-    count[sizes.dtype] += dense(sizes, batches) + pruned(sizes, batches) * (sizes.layers - 1) // sizes.layers
-    count[sizes.dtype] += pruned(sizes, batches, sizes.model.family.attention.name)
+def repair_passes(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
+    """Return the FLOPs of the layers that the repair runs.
+
+    Attention is observed alone, the FFN behind the pruned attention; then every pruned layer but the last advances.
+    """
+    count = dense(sizes, batches) + pruned(sizes, batches) * (sizes.layers - 1) // sizes.layers
+    return Flops({sizes.dtype: count + pruned(sizes, batches, sizes.model.family.attention.name)})
+
+
+def repairs(sizes: Sizes) -> Flops:
+    """Return the FLOPs of choosing the kept units of every block again, and of its closed-form repair."""
+    count = 0
     for block in sizes.blocks:
         n, h, kept = block.inputs, block.outputs, int(block.inputs * block.keep_fraction)
         if kept < n and sizes.has_table:
-            count[torch.float32] += removal(block)
+            count += removal(block)
         if kept < n and sizes.solves:
-            count[torch.float32] += block.experts * (2 * kept * n * h + kept**3 // 3)
-    if sizes.fits_blocks:
-        count += block_fits(sizes, batches)
-    return count + (last_layer_fit(sizes, batches) if sizes.fits_predictions else Flops())
+            count += block.experts * (2 * kept * n * h + kept**3 // 3)
+    return Flops({torch.float32: count})
 
 
 def block_fits(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
@@ -194,8 +177,26 @@ def error_roots(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
 
 def removal(block: BlockSizes) -> int:
     """Return the FLOPs of `obs` for a block: R W, an inverse, and one update of the remaining inputs per round."""
-    width, remaining = block.experts * block.inputs // block.elements, block.inputs
+    width = block.experts * block.inputs // block.elements
     total = 2 * block.outputs**2 * block.inputs + 7 * block.inputs**3 // 3  # a factor and two triangular solves
+    for removed, stored, remaining in rounds(block):
+        if width > 1:  # the cost of each unit alone
+            total += remaining * width * (block.outputs + width // 3)
+        total += (2 * removed * stored + removed * removed) * (stored + block.outputs)
+    return block.experts * total
+
+
+class Round(NamedTuple):
+    """A round of `obs`: the inputs that it removes, those in its matrices, and those that remain before it."""
+
+    removed: int
+    stored: int
+    remaining: int
+
+
+def rounds(block: BlockSizes) -> Iterator[Round]:
+    """Yield the rounds in which `obs` removes the units of a block, or of each of its experts."""
+    width, remaining = block.experts * block.inputs // block.elements, block.inputs
     if block.experts > 1:
         per_round = max(1, block.inputs // EXPERT_ROUNDS)
     elif block.units == block.elements:
@@ -205,13 +206,10 @@ def removal(block: BlockSizes) -> int:
     stored = remaining
     while remaining:
         removed = min(per_round, remaining)
-        if width > 1:  # the cost of each unit alone
-            total += remaining * width * (block.outputs + width // 3)
+        yield Round(removed, stored, remaining)
         remaining -= removed
-        total += (2 * removed * stored + removed * removed) * (stored + block.outputs)
         if must_shrink(stored, remaining):
             stored = remaining
-    return block.experts * total
 
 
 def _by_length(batches: Sequence[Tensor]) -> Counter[int]:

@@ -25,11 +25,14 @@ class BatchSplitter:
     def __init__(self) -> None:
         self.max_windows: int | None = None
 
-    def run_slices(self, windows: int, run: Callable[[slice], None]) -> None:
+    def run_slices(
+        self, windows: int, run: Callable[[slice], None], make_room: Callable[[], None] | None = None
+    ) -> None:
         """Call `run` for consecutive slices of `windows` windows.
 
-        A slice that runs out of memory is halved and retried. When `run` fails with an error that `is_out_of_memory`
-        recognises, it must not have recorded anything for its slice. Raises RunError if one window does not fit.
+        A slice that runs out of memory is halved and retried; before the first of them is, `make_room` frees memory.
+        When `run` fails with an error that `is_out_of_memory` recognises, it must not have recorded anything for its
+        slice. Raises RunError if one window does not fit.
         """
         done = 0
         while done < windows:
@@ -37,11 +40,17 @@ class BatchSplitter:
             try:
                 run(slice(done, done + size))
             except RuntimeError as error:
-                self._refuse_unless_divisible(size, error)
+                if make_room is None or not is_out_of_memory(error):
+                    self._refuse_unless_divisible(size, error)
             else:
                 done += size
                 continue
-            self._halve(size)
+            if make_room is None:
+                self._halve(size)
+            else:
+                make_room()
+                make_room = None
+                torch.cuda.empty_cache()
 
     def run_batches(self, batches: Sequence[Tensor], run: Callable[[Sequence[Tensor]], None]) -> None:
         """Call `run` with all batches of tokens `(B, T)`, and again from the start with smaller ones if it fails.

@@ -15,6 +15,7 @@ from pgprune_cli.forward.layerwise import LayerwiseRun, ModuleCall, Observers, W
 from pgprune_cli.forward.moments import token_weights
 from pgprune_cli.forward.short_attention import ShortAttention
 from pgprune_cli.model.families.adapter import Block, ModelFamily
+from pgprune_cli.model.out_of_memory import is_out_of_memory
 
 Settings = Sequence[tuple[nn.Module, str, Any]]
 """Attributes of modules, and the values that they have while something runs."""
@@ -29,15 +30,29 @@ class BlockText:
     """
 
     def __init__(self, run: LayerwiseRun, family: ModelFamily, block: Block) -> None:
+        self._watched = self._weighed = 0
+        try:
+            self._allocate(run)
+        except RuntimeError as error:
+            if run.on_host or not is_out_of_memory(error):
+                raise
+            run.to_host()
+            self._allocate(run)
+        run.followers.add(self)
+        paths = (family.residual, *([block.post_norm] if block.post_norm else []))
+        self.observers: Observers = {paths: self._weigh}
+        self.watchers: Watchers = {block.module: self._watch}
+
+    def to_host(self) -> None:
+        """Move the text to the host."""
+        self.inputs, self.outputs, self.weights = self.inputs.cpu(), self.outputs.cpu(), self.weights.cpu()
+
+    def _allocate(self, run: LayerwiseRun) -> None:
         first = run.hidden_states[0]
         windows = sum(len(batch) for batch in run.hidden_states)
         self.inputs = first.new_empty(windows, *first.shape[1:])
         self.outputs = torch.empty_like(self.inputs)
         self.weights = torch.empty(windows, first.shape[1], device=first.device)
-        self._watched = self._weighed = 0
-        paths = (family.residual, *([block.post_norm] if block.post_norm else []))
-        self.observers: Observers = {paths: self._weigh}
-        self.watchers: Watchers = {block.module: self._watch}
 
     def _watch(self, call: ModuleCall) -> None:
         rows = slice(self._watched, self._watched + len(call.inputs))

@@ -7,19 +7,24 @@ memory for one layer only, or a repair that changes weights.
     for index in range(layers):
         run.advance(index, {(block.output_path,): observe})  # observe(x) gets every batch's inputs `(B, T, in)`
 
-Once memory has run out, a batch goes through, and is observed, in parts. Sums over it are the same up to rounding.
+The hidden states are on the devices of the layers if these have room for them (forward/states.py). Once memory has run
+out, they move to the host. If that does not suffice, a batch goes through, and is observed, in parts. Sums over it are
+the same up to rounding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
+from pgprune_cli.console.stderr import warn
+from pgprune_cli.forward import states
 from pgprune_cli.forward.batch_splitting import BatchSplitter
 from pgprune_cli.model.prunable import PrunableModel
 
@@ -44,6 +49,13 @@ Watchers = Mapping[str, Callable[[ModuleCall], None]]
 must not allocate memory on the layer's device."""
 
 NO_WATCHERS: Watchers = {}
+
+
+class Movable(Protocol):
+    """Tensors that are kept where a run keeps its hidden states."""
+
+    def to_host(self) -> None:
+        """Move the tensors to the host."""
 
 
 class LayerArguments(NamedTuple):
@@ -84,14 +96,25 @@ class LayerwiseRun:
 
     layers: of the model; each runs as it is when its turn comes, so its weights and blocks may change before that;
     hidden_states: per batch the input `(B, T, hidden)` of layer `position`, after the last layer its output before the
-    final norm, in the model's dtype, on the storage device.
+    final norm, in the model's dtype; on_host: whether they are there, and not on the devices of the layers; followers:
+    what moves to the host with them.
     """
 
     layers: nn.ModuleList
     hidden_states: list[Tensor]
     calls: LayerCalls
     splitter: BatchSplitter
+    on_host: bool
     position: int = 0
+    followers: WeakSet[Movable] = field(default_factory=WeakSet)
+
+    def to_host(self) -> None:
+        """Move the hidden states, and what follows them, to the host."""
+        device, self.on_host = self.hidden_states[0].device, True
+        self.hidden_states[:] = [batch.cpu() for batch in self.hidden_states]
+        for follower in self.followers:
+            follower.to_host()
+        warn(f"{device}: out of memory. Hidden states move to the host, which takes longer.")
 
     def observe(self, index: int, observers: Observers, watchers: Watchers = NO_WATCHERS) -> None:
         """Run layer `index` on all batches and discard its outputs: only what observers and watchers see counts.
@@ -100,6 +123,10 @@ class LayerwiseRun:
         """
         for _ in self._outputs(index, observers, watchers):
             pass
+
+    def run_slices(self, windows: int, run: Callable[[slice], None]) -> None:
+        """Call `run` for slices of `windows` windows, one if memory suffices. The hidden states move first."""
+        self.splitter.run_slices(windows, run, None if self.on_host else self.to_host)
 
     def call(self, index: int, path: str, windows: int) -> ModuleCall:
         """Return how layer `index` calls a submodule for `windows` windows, each of them the run's first.
@@ -117,7 +144,7 @@ class LayerwiseRun:
         Raises ValueError as `observe` does. After an error inside the layer the run cannot be used any more.
         """
         for place, output in enumerate(self._outputs(index, observers, NO_WATCHERS)):
-            self.hidden_states[place] = output.to(self.hidden_states[place].device)
+            self.hidden_states[place] = output.cpu() if self.on_host else output
         self.position += 1
 
     def _outputs(self, index: int, observers: Observers, watchers: Watchers) -> Iterator[Tensor]:
@@ -136,7 +163,7 @@ class LayerwiseRun:
                         watch(calls.pop(path))
                     parts.append(output)
 
-                self.splitter.run_slices(len(batch), run)
+                self.run_slices(len(batch), run)
                 yield torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def _layer(self, index: int) -> nn.Module:
@@ -154,7 +181,7 @@ class LayerwiseRun:
 
     def _show(self, observe: Callable[..., None], inputs: Sequence[Tensor]) -> None:
         """Call an observer, in parts if it needs more memory than the forward pass, which is not repeated for it."""
-        self.splitter.run_slices(len(inputs[0]), lambda windows: observe(*(tensor[windows] for tensor in inputs)))
+        self.run_slices(len(inputs[0]), lambda windows: observe(*(tensor[windows] for tensor in inputs)))
 
 
 @contextmanager
@@ -192,18 +219,32 @@ def _call(args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> ModuleC
 
 
 def start_layerwise(
-    model: PrunableModel, batches: Iterable[Tensor], storage: str | torch.device = "cpu"
+    model: PrunableModel,
+    batches: Iterable[Tensor],
+    *,
+    copies: int = 1,
+    storage: Literal["host", "devices"] | None = None,
 ) -> LayerwiseRun:
-    """Start a layer-wise run at the first layer, from batches of tokens `(B, T)`; hidden states are kept on `storage`.
+    """Start a layer-wise run at the first layer, from batches of tokens `(B, T)`. Raises ValueError without batches.
 
-    Memory on `storage`: tokens × hidden × bytes of the dtype, 1.1 GB for 131,072 tokens of a 7B model in bfloat16.
-    Raises ValueError without batches.
+    copies: how many tensors of the size of the hidden states exist at the same time; storage: where the run keeps them,
+    by default on the devices of the layers if these have room for them. They take tokens × hidden × bytes of the dtype:
+    1.1 GB for 131,072 tokens of a 7B model in bfloat16.
     """
-    calls = LayerCalls(model)
-    hidden_states = [calls.first_inputs(tokens).to(storage) for tokens in batches]
-    if not hidden_states:
+    batches = list(batches)
+    if not batches:
         raise ValueError("there is no calibration text to run")
-    return LayerwiseRun(model.layers, hidden_states, calls, BatchSplitter())
+    calls = LayerCalls(model)
+    on_host = storage != "devices" if storage else not _have_room(model, batches, copies)
+    first = (calls.first_inputs(tokens) for tokens in batches)
+    hidden_states = [batch.cpu() if on_host else batch for batch in first]
+    return LayerwiseRun(model.layers, hidden_states, calls, BatchSplitter(), on_host)
+
+
+def _have_room(model: PrunableModel, batches: Sequence[Tensor], copies: int) -> bool:
+    tokens, largest = sum(map(Tensor.numel, batches)), max(map(Tensor.numel, batches))
+    needed = states.states_bytes(model, tokens, copies)
+    return states.have_room(needed, states.bytes_beside(model, largest), states.free_for_states(model))
 
 
 @contextmanager

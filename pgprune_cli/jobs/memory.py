@@ -3,61 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import psutil
 import torch
 
+from pgprune_cli.data.windows import CalibrationText
 from pgprune_cli.distributed import ranks_of_this_machine
 from pgprune_cli.errors import UserError
-from pgprune_cli.estimate.memory import Memory, memory
+from pgprune_cli.estimate.placement import Need, need
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.model.devices import emptiest, free_bytes
 from pgprune_cli.model.loading import empty_prunable
+from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.search.checks import CHECKS, Check
 from pgprune_cli.search.preparation import Preparation
 from pgprune_cli.search.texts import repair_batches, scoring_batches
 
-WASTE = 1.05
-"""What an allocator takes for a tensor of size 1."""
-
 LOWER = "Lower calibration.seqlen, set weight_format to int8 or use a smaller model."
-
-
-@dataclass(frozen=True)
-class Need:
-    """What a search needs, in bytes.
-
-    weights: of the model, divided among its devices; beside: the rest on each device; least: the same with one window
-    at a time and equations solved on the CPU, which is how a search goes on when a GPU's memory runs out; step: beside
-    the weights, during the steps alone; host: in main memory.
-    """
-
-    weights: int
-    beside: int
-    least: int
-    step: int
-    host: int
 
 
 def need_of(preparation: Preparation) -> Need:
     """Return what the search needs with the text that it will read. Raises UserError if there is no such search."""
-    recipe, text = preparation.recipe, preparation.text
+    recipe = preparation.recipe
     sizes = Sizes(empty_prunable(preparation.config_source, recipe.dtype, recipe.weight_format), recipe)
+    return need(sizes, texts_of(recipe, preparation.text))
+
+
+def texts_of(recipe: Recipe, text: CalibrationText) -> Texts:
+    """Return what a search reads of its text."""
     step = text.search[: recipe.calibration.batch]
-    texts = Texts(scoring_batches(recipe, text), repair_batches(recipe, text), step, text.heldout)
-    whole, least = memory(sizes, texts), memory(sizes, _one_window_each(texts), solves=False)
-    step_bytes = round(WASTE * (whole.activations + whole.slices))
-    return Need(whole.weights, _beside(whole), _beside(least), step_bytes, whole.host)
-
-
-def _beside(needed: Memory) -> int:
-    return round(WASTE * (needed.device - needed.weights))
-
-
-def _one_window_each(texts: Texts) -> Texts:
-    scoring, fitting = ([batch[:1] for batch in batches] for batches in (texts.scoring, texts.fitting))
-    return replace(texts, scoring=scoring, fitting=fitting, step=texts.step[:1])
+    return Texts(scoring_batches(recipe, text), repair_batches(recipe, text), step, text.heldout)
 
 
 def devices_for(preparation: Preparation) -> list[torch.device]:

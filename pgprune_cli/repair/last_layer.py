@@ -146,12 +146,13 @@ class _Fit:
                 gradients = torch.autograd.grad(states, list(weights.values()), torch.cat(slopes) / tokens)
             add_gradients(weights, gradients)
 
-        self.runner.run.splitter.run_slices(len(windows), add)
+        self.runner.run.run_slices(len(windows), add)
 
     def _states(self, weights: Weights, windows: Tensor) -> Tensor:
         """Return the hidden states behind the final norm `(n · T, hidden)`, with a graph."""
         device = next(iter(weights.values())).device
-        output = self.runner.output(weights, self.inputs[windows].to(device, self._compute_dtype))
+        inputs = self.inputs[windows.to(self.inputs.device)]
+        output = self.runner.output(weights, inputs.to(device, self._compute_dtype))
         norm, head = self.model.final_norm, self.model.head
         own = next(norm.parameters())
         states: Tensor = norm(output.to(own.device, own.dtype))

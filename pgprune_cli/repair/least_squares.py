@@ -88,7 +88,7 @@ def repair(
         predicted = dense_states(model, [batches[index] for index in last_layer_batches(batches)])
     if reselect:
         roots = roots or error_roots(model, batches, progress)
-    run = start_layerwise(model, batches)
+    run = start_layerwise(model, batches, copies=3 if epochs else 1)  # a block's inputs and outputs are kept, too
     repaired: dict[tuple[int, str], RepairedBlock] = {}
     layer_masks = []
     for index, layer in enumerate(model.layers):

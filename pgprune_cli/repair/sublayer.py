@@ -89,7 +89,7 @@ class SublayerFit:
 
     def _run_slices(self, windows: Tensor, run: Callable[[Tensor], None]) -> None:
         """Call `run` on windows `(n,)`, in parts once memory has run out."""
-        self.runner.run.splitter.run_slices(len(windows), lambda part: run(windows[part]))
+        self.runner.run.run_slices(len(windows), lambda part: run(windows[part]))
 
     def _parts(self, windows: Tensor) -> tuple[Tensor, ...]:
         return parts(windows, self.text.inputs.shape[1])
@@ -101,18 +101,22 @@ class SublayerFit:
 
     def _errors(self, output: Tensor, windows: Tensor) -> Tensor:
         """Return what an output `(n, T, hidden)` of the block on some windows differs by: the same shape, float32."""
-        return output.float().sub_(self.text.outputs[windows].to(output.device))
-
-    def _inputs(self, windows: Tensor) -> Tensor:
-        return self.text.inputs[windows].to(self.runner.device, self._compute_dtype)
-
-    def _weights(self, windows: Tensor) -> Tensor:
-        return self.text.weights[windows].to(self.runner.device)
+        return output.float().sub_(self._read(self.text.outputs, windows))
 
     def _squared_outputs(self, windows: Tensor) -> float:
         """Return the weighted sum of squares of what the dense block writes in some windows."""
-        squares = self.text.outputs[windows].float().square().sum(-1)
-        return float((squares * self.text.weights[windows]).double().sum())
+        squares = self._read(self.text.outputs, windows).float().square().sum(-1)
+        return float((squares * self._weights(windows)).double().sum())
+
+    def _inputs(self, windows: Tensor) -> Tensor:
+        return self._read(self.text.inputs, windows).to(self._compute_dtype)
+
+    def _weights(self, windows: Tensor) -> Tensor:
+        return self._read(self.text.weights, windows)
+
+    def _read(self, text: Tensor, windows: Tensor) -> Tensor:
+        """Return some windows of the text on the block's device, whose numbers do not depend on where they are kept."""
+        return text[windows.to(text.device)].to(self.runner.device)
 
     @property
     def _compute_dtype(self) -> torch.dtype:

@@ -112,7 +112,7 @@ def measure_latency(model: PrunableModel, context: int, clock: Clock = synchroni
     """
     family, shape = model.family, model.shape
     tokens = torch.arange(context).unsqueeze(0) % model.config.vocab_size
-    run = start_layerwise(model, [tokens], storage=model.device)
+    run = start_layerwise(model, [tokens], storage="devices")
     measured: dict[Hashable, dict[str, GridCost]] = {}
     by_layer = []
     for index, layer in enumerate(model.layers):

@@ -50,13 +50,8 @@ RECIPES = {"llama-7b": "llama-7b-50", "llama3-8b": "llama3-8b-50"}
 HIDDEN = 4096
 """The hidden size of both shapes."""
 
-FLOPS_OF = {
-    "scores": ("scoring",),
-    "width table": ("width table",),
-    "steps": ("search", "held-out text"),
-    "repair": ("repair",),
-}
-"""What the estimate calls the phases that a decision records."""
+PHASES = ("scores", "width table", "steps", "repair")
+"""The phases that are measured."""
 
 TRAINING_STEPS = 6
 """Optimizer steps of the recovery."""
@@ -229,11 +224,7 @@ def release(device: torch.device) -> None:
 def ratios(estimates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return by phase the FLOPs of the whole model over those of the measured one."""
     measured, whole = (
-        {
-            phase: sum(sum(estimated["flops"].get(part, {}).values()) for part in parts)
-            for phase, parts in FLOPS_OF.items()
-        }
-        for estimated in estimates
+        {phase: sum(estimated["flops"].get(phase, {}).values()) for phase in PHASES} for estimated in estimates
     )
     return {phase: whole[phase] / flops for phase, flops in measured.items() if flops}
 
@@ -288,13 +279,18 @@ def scaled_cells(result: Measured) -> dict[str, str]:
 
 def cells(seconds: Mapping[str, float], estimated: Mapping[str, Any], speed: float | None) -> dict[str, str]:
     """Return the cells of times and speeds, by row."""
-    phases = {phase: seconds[phase] for phase in FLOPS_OF if phase in seconds}
+    phases = {phase: seconds[phase] for phase in PHASES if phase in seconds}
     return {
-        **{f"{phase}, minutes": minutes(phases.get(phase)) for phase in FLOPS_OF},
+        **{f"{phase}, minutes": minutes(phases.get(phase)) for phase in PHASES},
         "these phases, minutes": minutes(sum(phases.values()) if phases else None),
-        "products alone, minutes, estimate": minutes(estimated.get("seconds")),
+        "these phases, minutes, estimate": minutes(estimated_seconds(estimated)),
         "recovery, tokens/s": MISSING if speed is None else f"{speed:,.0f}",
     }
+
+
+def estimated_seconds(estimated: Mapping[str, Any]) -> float | None:
+    """Return the seconds that the estimate has for the measured phases."""
+    return sum(estimated["phases"][phase]["seconds"] for phase in PHASES) if estimated else None
 
 
 def needed_by(estimated: Mapping[str, Any]) -> int | None:

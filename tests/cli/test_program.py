@@ -171,8 +171,9 @@ def test_search_dry_run_prints_the_estimate_and_writes_nothing(pgprune) -> None:
         "weights",
         "covariances and solver of one layer",
         "forward passes of the search",
-        "TFLOP: search",
-        "time of these matrix products",
+        "seconds: steps (most for ",
+        "seconds of the search",
+        "TFLOP: steps",
     ):
         assert row in out
     assert "estimates from the shapes of the model and the recipe" in out
@@ -180,7 +181,18 @@ def test_search_dry_run_prints_the_estimate_and_writes_nothing(pgprune) -> None:
     estimate = json.loads(out)
     assert (code, estimate["forward_passes"]["search"]) == (0, 12)
     assert estimate["seconds"] > 0
+    code, out, _ = pgprune("search", "demo", *SET, "--dry-run", "--on", "rtx-4090", "--gpus", "2")
+    assert code == 0
+    for row in ("processes × GPUs that each of them uses", "2 × 1 rtx-4090", "yes", "nothing was measured"):
+        assert row in out
     assert list(Path().iterdir()) == []
+
+
+def test_options_of_the_estimate_are_refused_without_it(pgprune) -> None:
+    for words, option in ((["--on", "rtx-4090"], "--dry-run"), (["--dry-run", "--gpus", "2"], "--on")):
+        code, _, err = pgprune("search", "demo", *SET, *words)
+        assert code == 2
+        says(err, words[-2] if "--gpus" in words else "--on", option)
 
 
 def test_recipes_lists_the_shipped_recipes(pgprune) -> None:

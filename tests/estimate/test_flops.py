@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,24 +15,16 @@ from helpers.units import ranks_of
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pgprune_cli.estimate.flops import (
-    Flops,
-    block_fits,
-    dense_passes,
-    flops,
-    forward_passes,
-    last_layer_fit,
-    repair,
-    scoring,
-    seconds,
-    width_table,
-)
+from pgprune_cli.estimate.flops import Flops, block_fits, dense_passes, forward_passes, last_layer_fit, seconds
+from pgprune_cli.estimate.phases import Setup, phases, repair, scores, width_table
 from pgprune_cli.estimate.sizes import Sizes, Texts
+from pgprune_cli.estimate.work import Work
 from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.forward.divergence import Divergence
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.repair import least_squares, training
 from pgprune_cli.repair.least_squares import repair as run_repair
 from pgprune_cli.repair.sublayer import SublayerFit
@@ -42,6 +34,8 @@ from pgprune_cli.scores.metrics import score
 from pgprune_cli.search.budget import estimated_units
 
 aten = torch.ops.aten
+
+SETUP = Setup()
 
 
 def _each(a: Any) -> int:
@@ -85,6 +79,22 @@ def model() -> nn.Module:
     return medium_model()
 
 
+def flops_of(works: Sequence[Work]) -> Flops:
+    """Return the FLOPs of some parts of a search together."""
+    return sum((work.flops for work in works), Flops())
+
+
+def repaired(sizes: Sizes, text: list[Tensor]) -> Flops:
+    return flops_of(repair(sizes, text, SETUP))
+
+
+def flops_by_phase(recipe: Recipe, model: nn.Module, text: list[Tensor]) -> dict[str, Flops]:
+    texts = Texts(text, text, text[0], text[1])
+    return {
+        name: flops_of(works) for name, works in phases(Sizes(PrunableModel.of(model), recipe), texts, SETUP).items()
+    }
+
+
 def half(model: nn.Module) -> ModelMask:
     return keep_first(model, [(1, 96)] * len(model.model.layers))
 
@@ -102,7 +112,9 @@ def test_scoring(metric: str, model: nn.Module) -> None:
     sizes = Sizes(PrunableModel.of(model), medium_recipe(f"scores.metric={metric}"))
     expected = counted(lambda: score(PrunableModel.of(model), metric, text, 0))
     # The first layer's inputs need no gradient, and weights that are not pruned need none.
-    assert scoring(sizes, text).total() == pytest.approx(expected, rel=0.1 if metric == "taylor" else 0.01)
+    assert flops_of(scores(sizes, text, SETUP)).total() == pytest.approx(
+        expected, rel=0.1 if metric == "taylor" else 0.01
+    )
 
 
 @pytest.mark.parametrize("method", ["least-squares", "none"])
@@ -110,7 +122,7 @@ def test_the_width_table(method: str, model: nn.Module) -> None:
     text, sizes = random_batches(), Sizes(PrunableModel.of(model), medium_recipe(f"repair.method={method}"))
     solve = method == "least-squares"
     expected = counted(lambda: solved(model, text, "widths", solve))
-    assert width_table(sizes, text).total() == pytest.approx(expected, rel=0.01)
+    assert flops_of(width_table(sizes, text, SETUP)).total() == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("policy", ["widths", "units"])
@@ -123,7 +135,7 @@ def test_the_repair(policy: str, model: nn.Module) -> None:
     expected = counted(
         lambda: run_repair(prunable, half(model), text, "least-squares", 1e-3, reselect=reselect, roots=roots)
     )
-    assert repair(sizes, text).total() == pytest.approx(expected, rel=0.01)
+    assert repaired(sizes, text).total() == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("epochs", [1, 4])
@@ -151,7 +163,7 @@ def test_the_fit_of_whole_blocks(epochs: int, model: nn.Module, monkeypatch: pyt
     sizes = Sizes(PrunableModel.of(model), recipe)
     assert block_fits(sizes, text).total() == pytest.approx(sum(counts), rel=0.05)
     closed = Sizes(PrunableModel.of(model), medium_recipe("repair.method=least-squares"))
-    assert repair(sizes, text) == repair(closed, text) + block_fits(sizes, text)
+    assert repaired(sizes, text) == repaired(closed, text) + block_fits(sizes, text)
     assert block_fits(sizes, text[:1])[torch.float32] > 0
     assert block_fits(sizes, [text[0][:1]]).total() == 0  # nothing to set aside
 
@@ -176,7 +188,7 @@ def test_the_fit_of_the_last_layer(model: nn.Module, monkeypatch: pytest.MonkeyP
     sizes = Sizes(PrunableModel.of(model), medium_recipe())
     assert last_layer_fit(sizes, text).total() == pytest.approx(sum(counts), rel=0.05)
     outputs = Sizes(PrunableModel.of(model), medium_recipe("repair.last_layer=outputs"))
-    assert repair(sizes, text) == repair(outputs, text) + last_layer_fit(sizes, text)
+    assert repaired(sizes, text) == repaired(outputs, text) + last_layer_fit(sizes, text)
 
 
 def test_forwards(model: nn.Module) -> None:
@@ -200,27 +212,27 @@ def test_flops_count_a_family_that_is_not_searched_as_dense(model: nn.Module) ->
         assert forward_passes(sizes, text, 1).total() == pytest.approx(expected, rel=0.01)
 
 
-def test_the_parts_of_a_search_and_how_often_it_looks_at_the_text_held_out(model: nn.Module) -> None:
+def test_the_phases_of_a_search_and_how_often_it_looks_at_the_text_held_out(model: nn.Module) -> None:
     text = random_batches()
-    texts = Texts(text, text, text[0], text[1])
 
-    def parts(*overrides: str) -> dict[str, Flops]:
-        return flops(Sizes(PrunableModel.of(model), medium_recipe(*overrides)), texts)
+    def phase(*overrides: str) -> dict[str, Flops]:
+        return flops_by_phase(medium_recipe(*overrides), model, text)
 
-    assert list(parts()) == ["scoring", "width table", "search", "held-out text", "repair"]
-    few = parts("search.policy=units", "repair.method=none", "scores.metric=magnitude")
-    assert list(few) == ["search", "held-out text"]
-    once = forward_passes(Sizes(PrunableModel.of(model), medium_recipe()), text[1], 1).total()
+    assert list(phase()) == ["opening", "scores", "width table", "steps", "repair"]
+    few = phase("search.policy=units", "repair.method=none", "scores.metric=magnitude")
+    assert list(few) == ["opening", "steps", "repair"]
     sizes = Sizes(PrunableModel.of(model), medium_recipe())
+    once = forward_passes(sizes, text[1], 1).total()
     layers, head = (dense_passes(sizes, text[1], *times).total() for times in ((1, 0), (0, 1)))
-    # The start, the steps in between, and the last step; then the repaired decision, and the dense model.
+    assert few["repair"].total() == once + layers + head  # the losses of the final and of the dense model
+    # The start, the steps in between, and the last step.
     for steps, every, looks in ((0, 5, 0), (1, 5, 2), (20, 5, 5), (21, 5, 6), (3, 100, 2), (16, 0, 9), (17, 0, 7)):
         settings = (f"search.forward_passes={16 * steps}", f"search.evaluate_every={every}")
-        actual, kl = parts(*settings), parts(*settings, "search.objective=kl")
-        assert actual["held-out text"].total() == (looks + 1) * once + layers + head
-        assert kl["held-out text"].total() == (looks + 1) * once + 2 * layers + (looks + 3) * head
-        assert actual.get("search", Flops()).total() == 16 * steps * once
-        assert kl.get("search", Flops()).total() == 16 * steps * once + steps * (layers + 2 * head)
+        actual, kl = phase(*settings), phase(*settings, "search.objective=kl")
+        assert actual.get("steps", Flops()).total() == (16 * steps + looks) * once
+        diverging = 16 * steps * once + steps * (layers + 2 * head) + looks * (once + head) + layers
+        assert kl.get("steps", Flops()).total() == (diverging if steps else 0)
+        assert kl["repair"].total() == actual["repair"].total() + 2 * head
 
 
 @pytest.mark.parametrize("objective", ["kl", "kl-hidden"])
@@ -236,14 +248,12 @@ def test_the_divergence_of_a_step(objective: str, model: nn.Module) -> None:
 
 def test_dtypes_are_counted_apart_and_take_their_own_time() -> None:
     text = random_batches()
-    texts = Texts(text, text, text[0], text[1])
     low, full = (
-        flops(Sizes(PrunableModel.of(medium_model(dtype)), medium_recipe()), texts)
-        for dtype in (torch.bfloat16, torch.float32)
+        flops_by_phase(medium_recipe(), medium_model(dtype), text) for dtype in (torch.bfloat16, torch.float32)
     )
     assert {name: part.total() for name, part in low.items()} == {name: part.total() for name, part in full.items()}
-    assert set(low["search"]) == {torch.bfloat16}
-    assert set(low["scoring"]) == {torch.bfloat16, torch.float32}
+    assert set(low["steps"]) == {torch.bfloat16}
+    assert set(low["scores"]) == {torch.bfloat16, torch.float32}
     rates = {torch.bfloat16: 4e9, torch.float32: 2e9, torch.float64: 1e9}
     parts = {"a": Flops({torch.bfloat16: 8, torch.float64: 3}), "b": Flops({torch.float32: 4})}
     assert seconds(parts, rates) == pytest.approx((2 + 3 + 2) / 1e9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,17 +12,21 @@ import torch
 from helpers.messages import refused
 
 from pgprune_cli.errors import UserError
+from pgprune_cli.estimate.machines import GPUS
 from pgprune_cli.jobs import estimate as job
 from pgprune_cli.jobs.estimate import estimate, estimate_recovery
 from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.search import search
 from pgprune_cli.model.loading import load_model
 from pgprune_cli.model.source import DEMO_MODEL, resolve
+from pgprune_cli.recipe.reader import find, load
+from pgprune_cli.recipe.schema import Recipe
 
 
 @pytest.fixture(autouse=True)
 def _a_rate_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "matmul_rate", lambda device, dtype: {torch.float32: 1e9}.get(dtype, 2e9))
+    monkeypatch.setattr(job, "memory_rate", lambda device: 1e9)
 
 
 @pytest.mark.parametrize(
@@ -54,11 +59,64 @@ def test_no_weights_are_needed(small, tmp_path: Path) -> None:
     assert estimate(small("dtype=auto")) == demo
 
 
-def test_time_is_flops_at_the_rates_measured(small) -> None:
+def test_time_is_the_work_of_all_phases_at_the_rates_measured(small, tmp_path: Path) -> None:
     said = estimate(small("dtype=bfloat16"))
-    by_dtype = [pair for part in said["flops"].values() for pair in part.items()]
-    assert said["seconds"] == pytest.approx(sum(n / (1e9 if dtype == "float32" else 2e9) for dtype, n in by_dtype))
     assert said["flops_per_second"] == {"bfloat16": 2e9, "float32": 1e9}
+    assert said["seconds"] == sum(phase["seconds"] for phase in said["phases"].values())
+    assert list(said["phases"]) == ["opening", *said["flops"]]
+    for name, part in said["flops"].items():
+        products = sum(count / (1e9 if dtype == "float32" else 2e9) for dtype, count in part.items())
+        phase = said["phases"][name]
+        assert phase["products"] == pytest.approx(products)
+        assert phase["seconds"] >= products
+        assert phase["bound"] in ("products", "memory", "host")
+        assert phase["pcie"] == 0  # host and device are the same
+
+
+def test_the_phases_are_those_that_a_search_reports(small, tmp_path: Path) -> None:
+    recipe = small("search.policy=widths", "search.masks_per_step=4", "repair.method=least-squares", "repair.windows=9")
+    assert list(estimate(recipe)["phases"]) == list(search(recipe, tmp_path / "run").phases)
+
+
+SHAPE = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Recipe]:
+    """Return a function that gives the recipe of LLaMA-7B, of which there is only a config."""
+    from transformers import LlamaConfig
+
+    folder = tmp_path_factory.mktemp("large")
+    LlamaConfig(**SHAPE, max_position_embeddings=2048).save_pretrained(folder)
+    return lambda *overrides: load(find("llama-7b-50"), [f"model={folder}", *overrides])
+
+
+def test_a_gpu_that_is_not_here_needs_only_the_config(large, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "matmul_rate", None)
+    h100, old = estimate(large("dtype=fastest"), on="h100-80gb"), estimate(large(), on="rtx-3090")
+    assert (h100["device"], h100["dtype"]) == ("h100-80gb", "bfloat16")
+    assert h100["placement"] == {"gpus": 1, "processes": 1, "fits": "whole", "advice": ""}
+    assert h100["seconds"] < old["seconds"] / 3
+    assert 30 < h100["seconds"] < 600
+    with refused("--on", "h1000"):
+        estimate(large(), on="h1000")
+
+
+def test_several_gpus_share_the_masks_and_the_equations(large) -> None:
+    one, eight = (estimate(large(), on="h100-80gb", gpus=gpus) for gpus in (1, 8))
+    assert eight["placement"] == {"gpus": 1, "processes": 8, "fits": "whole", "advice": ""}
+    assert eight["phases"]["steps"]["seconds"] < one["phases"]["steps"]["seconds"] / 4
+    assert eight["phases"]["scores"]["seconds"] < one["phases"]["scores"]["seconds"]
+
+
+def test_a_search_that_does_not_fit_is_told_what_helps(large, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {}
+    for gibibytes in (24, 14, 10, 6):
+        monkeypatch.setitem(GPUS, "some", GPUS["rtx-4090"]._replace(gibibytes=gibibytes))
+        rows[gibibytes] = estimate(large(), on="some")["placement"]
+    assert [row["fits"] for row in rows.values()][0::3] == ["whole", "no"]
+    assert "int8" in rows[14]["advice"]
+    assert "GPUs" in rows[10]["advice"]
 
 
 @pytest.mark.parametrize(

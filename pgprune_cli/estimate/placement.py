@@ -1,0 +1,90 @@
+"""Where a search with known needs is placed: on how many GPUs, in how many processes, and what has room there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from pgprune_cli.estimate.memory import Memory, memory
+from pgprune_cli.estimate.phases import Setup
+from pgprune_cli.estimate.sizes import Sizes, Texts, tokens_in
+from pgprune_cli.forward.states import bytes_beside, have_room, states_bytes
+
+WASTE = 1.05
+"""What an allocator takes for a tensor of size 1."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a search needs, in bytes.
+
+    weights: of the model, divided among its devices; beside: the rest on each device; least: the same with one window
+    at a time and equations solved on the CPU, which is how a search goes on when a GPU's memory runs out; step: beside
+    the weights, during the steps alone; host: in main memory.
+    """
+
+    weights: int
+    beside: int
+    least: int
+    step: int
+    host: int
+
+
+def need(sizes: Sizes, texts: Texts) -> Need:
+    """Return what a search needs on these texts."""
+    whole, least = memory(sizes, texts), memory(sizes, _one_window_each(texts), solves=False)
+    step = round(WASTE * (whole.activations + whole.slices))
+    return Need(whole.weights, _beside(whole), _beside(least), step, whole.host)
+
+
+def _beside(needed: Memory) -> int:
+    return round(WASTE * (needed.device - needed.weights))
+
+
+def _one_window_each(texts: Texts) -> Texts:
+    scoring, fitting = ([batch[:1] for batch in batches] for batches in (texts.scoring, texts.fitting))
+    return replace(texts, scoring=scoring, fitting=fitting, step=texts.step[:1])
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a search runs on some GPUs of one kind.
+
+    gpus: that hold one copy of the model; processes: each with a copy; fits: as a whole; in parts, with smaller batches
+    and equations solved on the CPU; or not at all.
+    """
+
+    gpus: int
+    processes: int
+    fits: Literal["whole", "parts", "no"]
+
+
+def place(needed: Need, room: int, gpus: int, most_processes: int) -> Placement:
+    """Return the placement on GPUs of `room` bytes each: as few as suffice for a copy of the model, and many copies."""
+    for fits, beside in (("whole", needed.beside), ("parts", needed.least)):
+        for count in range(1, gpus + 1):
+            if needed.weights / count + beside <= room:
+                return Placement(count, min(gpus // count, most_processes), fits)
+    return Placement(gpus, 1, "no")
+
+
+def setup(sizes: Sizes, texts: Texts, room: int | None, gpus: int, processes: int) -> Setup:
+    """Return how the search runs on each process's GPUs of `room` bytes each, None if host and device are the same."""
+    if room is None:
+        return Setup(processes=processes)
+    needed = memory(sizes, texts)
+    free = int(room - needed.weights / gpus)
+    for_table = free - WASTE * (needed.activations + needed.slices)
+    table = min(1.0, max(0.0, for_table) * gpus / needed.width_table) if needed.width_table else 1.0
+    return Setup(table, _have_room(sizes, texts, free), free >= _beside(needed), processes)
+
+
+def _have_room(sizes: Sizes, texts: Texts, free: int) -> bool:
+    """Return whether the hidden states of every layer-wise pass are on the device, which has `free` bytes for them."""
+    batches = [*texts.scoring, *texts.fitting]
+    largest = max((batch.numel() for batch in batches), default=0)
+    copies = 3 if sizes.fits_blocks else 1
+    own = max(
+        states_bytes(sizes.model, tokens_in(texts.scoring)), states_bytes(sizes.model, tokens_in(texts.fitting), copies)
+    )
+    return have_room(own, bytes_beside(sizes.model, largest), free)

@@ -1,0 +1,132 @@
+"""Bytes and operations of the parts of a search, against those of operators that run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers.masks import keep_first
+from helpers.medium import VOCABULARY, medium_model, medium_recipe
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pgprune_cli.estimate.phases import Setup, block_fits, dense_model, layers, masks, phases
+from pgprune_cli.estimate.sizes import Sizes, Texts
+from pgprune_cli.estimate.work import Work
+from pgprune_cli.forward.divergence import Divergence
+from pgprune_cli.forward.masked import Evaluator, last_hidden_states
+from pgprune_cli.model.prunable import PrunableModel
+
+PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product_flash_attention_for_cpu"}
+
+
+class Moved(TorchDispatchMode):
+    """Inside the `with`, counts operators that are no views, and the bytes that all but products read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        with self:  # in inference mode, an operator made of others arrives as one
+            result = func.decompose(*args, **(kwargs or {}))
+        if result is not NotImplemented:
+            return result
+        result = func(*args, **(kwargs or {}))
+        read, written = (
+            [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)] for tree in ((args, kwargs), result)
+        )
+        known = {tensor.untyped_storage().data_ptr() for tensor in read}
+        if written and not func._schema.is_mutable and all(t.untyped_storage().data_ptr() in known for t in written):
+            return result  # a view
+        self.operations += 1
+        if func._schema.name not in PRODUCTS:
+            self.bytes += sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in [*read, *written])
+        return result
+
+
+def moved(run: Callable[[], object]) -> Moved:
+    with Moved() as seen:
+        run()
+    return seen
+
+
+def text(length: int = 128) -> Tensor:
+    return torch.randint(VOCABULARY, (8, length), generator=torch.Generator().manual_seed(0))
+
+
+def of(model: nn.Module, *overrides: str) -> Sizes:
+    return Sizes(PrunableModel.of(model), medium_recipe(*overrides))
+
+
+@pytest.mark.parametrize("shape", [{}, {"intermediate_size": 768}, {"num_key_value_heads": 8}, {"hidden_size": 128}])
+def test_what_the_dense_layers_move_and_launch(shape: dict[str, int]) -> None:
+    model, tokens = medium_model(torch.bfloat16, **shape), text()
+    seen = moved(lambda: last_hidden_states(model, tokens))
+    expected = layers(of(model), [tokens])
+    assert expected.traffic == pytest.approx(seen.bytes, rel=0.15)  # the final norm is counted nowhere
+    assert expected.operations == pytest.approx(seen.operations, rel=0.25)
+
+
+@pytest.mark.parametrize("shape", [{}, {"intermediate_size": 768}, {"vocab_size": 2000}, {"num_hidden_layers": 6}])
+def test_what_a_mask_moves_and_launches(shape: dict[str, int]) -> None:
+    model, tokens = medium_model(torch.bfloat16, **shape), text()
+    divergence = Divergence(Evaluator(PrunableModel.of(model)))
+    count, half = len(model.model.layers), model.config.intermediate_size // 2
+    mask, dense = keep_first(model, [(1, half)] * count), divergence.dense_states(tokens)
+    seen = moved(lambda: divergence.values([mask], tokens, [{}], dense))
+    sizes = of(model, "search.objective=kl", "search.policy=units")
+    own, reference = masks(sizes, tokens, 1, Setup()), dense_model(sizes, tokens, 1)
+    head = reference.traffic - layers(sizes, [tokens]).traffic
+    assert own.traffic + head == pytest.approx(seen.bytes, rel=0.2)
+    assert own.operations == pytest.approx(seen.operations, rel=0.25)
+
+
+def work(setup: Setup, phase: str, *overrides: str) -> Work:
+    """Return a phase of the medium model's search as one."""
+    batches = [text(), text()]
+    sizes = of(medium_model(torch.bfloat16), "search.objective=kl", "repair.windows=16", *overrides)
+    parts = phases(sizes, Texts(batches, batches, batches[0], batches[1]), setup)[phase]
+    return sum(parts[1:], parts[0])
+
+
+@pytest.mark.parametrize("phase", ["scores", "width table", "repair"])
+def test_hidden_states_on_the_host_are_copied_in_every_pass(phase: str) -> None:
+    state = 2 * text().numel() * 64 * 2
+    away, here = (work(Setup(states=states), phase).copied for states in (False, True))
+    assert away - here >= (4 if phase == "repair" else 2) * 3 * state
+
+
+def test_weights_of_the_table_that_the_device_has_no_room_for_are_copied_by_every_mask() -> None:
+    own, none = (work(Setup(table=part), "steps").copied for part in (0.5, 1.0))
+    passes = 320 + 9 * 1
+    outputs = 3 * (64 * 64 + 64 * 192) * 2 * 0.5
+    assert none == 0
+    assert own == pytest.approx(0.5 * outputs * passes, rel=0.05)
+
+
+def test_processes_divide_masks_and_equations_but_not_passes_or_fits() -> None:
+    one, eight = Setup(), Setup(processes=8)
+    assert work(eight, "steps").weights < 0.3 * work(one, "steps").weights
+    assert work(eight, "repair") == work(one, "repair")
+    for phase in ("scores", "width table"):
+        assert work(eight, phase).flops[torch.float32] < work(one, phase).flops[torch.float32]
+        assert work(eight, phase).flops[torch.bfloat16] == work(one, phase).flops[torch.bfloat16]
+
+
+def test_equations_that_the_host_solves_are_no_work_of_the_device() -> None:
+    here, host = (work(Setup(solves=solves), "scores") for solves in (True, False))
+    assert host.solved == pytest.approx(here.flops.total() - host.flops.total())
+    assert host.solved > 0 == here.solved
+
+
+def test_a_fit_moves_the_state_of_adamw_in_every_step() -> None:
+    sizes, batches = of(medium_model(torch.bfloat16), "repair.epochs=4"), [text(), text()]
+    few = of(medium_model(torch.bfloat16), "repair.epochs=2")
+    added = block_fits(sizes, batches, Setup()).traffic - block_fits(few, batches, Setup()).traffic
+    parameters = sum(block.nbytes // 2 * block.keep_fraction for block in sizes.blocks)
+    steps = 2 * 15 / 8  # of 8 windows of 128 tokens, one of 16 windows is set aside
+    assert added > 40 * parameters * steps
