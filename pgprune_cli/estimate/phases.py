@@ -135,7 +135,9 @@ def repair(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> list[Work]:
 def final_losses(sizes: Sizes, texts: Texts, setup: Setup) -> list[Work]:
     """Return what the losses of the repaired and of the dense model on held-out text take."""
     heads = 1 + 2 * (sizes.recipe.search.objective != "loss")
-    return on_heldout(sizes, texts, setup, lambda batch: masks(sizes, batch, 1, setup) + dense_model(sizes, batch, heads))
+    return on_heldout(
+        sizes, texts, setup, lambda batch: masks(sizes, batch, 1, setup) + dense_model(sizes, batch, heads)
+    )
 
 
 def on_heldout(sizes: Sizes, texts: Texts, setup: Setup, work: Callable[[Tensor], Work]) -> list[Work]:

@@ -18,6 +18,13 @@ LARGE_MODEL = 2_000_000_000
 """Parameters from which a recovery trains adapters: weights, gradients and AdamW take 16 bytes per trained one."""
 
 
+SERVER_MODEL = 6_000_000_000
+"""Parameters from which a model is searched on a large GPU, which affords more forward passes and more text."""
+
+SERVER_TIME = 10_000_000_000
+"""Parameters up to which that takes about five minutes there."""
+
+
 @dataclass(frozen=True)
 class Setting:
     """A recipe key with its value, and a comment that says why ("" for none)."""
@@ -28,7 +35,7 @@ class Setting:
 
 
 def size_settings(parameters: int, longest: int) -> list[Setting]:
-    """Return window lengths that a model can read, more text for small models, and less memory for large ones.
+    """Return window lengths that a model can read, and how much text and time suit a model of this size.
 
     parameters: of the whole model; longest: the most tokens that it reads at once. Empty if the values of `_base` fit.
     """
@@ -44,11 +51,22 @@ def size_settings(parameters: int, longest: int) -> list[Setting]:
         ]
     elif longest < 1024:
         settings.append(Setting("scores.seqlen", longest, "the model reads no more tokens at once"))
+    if parameters >= SERVER_MODEL:
+        settings += server_settings(parameters)
     settings += recovery_settings(parameters, longest)
     if longest < 2048:
         lengths = sorted({min(128, longest), longest})
         settings.append(Setting("evaluation.seqlen", lengths, "the model reads no more tokens at once"))
     return settings
+
+
+def server_settings(parameters: int) -> list[Setting]:
+    """Return as many forward passes and as much text of the repair as a large GPU affords (docs/performance.md)."""
+    minutes = "5 minutes on an H100, 20 on an RTX 4090" if parameters < SERVER_TIME else "8 minutes at 13B on an H100"
+    return [
+        Setting("search.forward_passes", 4096, f"{minutes} by estimate, with all phases; 320 take far less"),
+        Setting("repair.windows", 2048, "wide projections need more text; 384 take far less time"),
+    ]
 
 
 def recovery_settings(parameters: int, longest: int) -> list[Setting]:

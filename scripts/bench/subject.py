@@ -34,6 +34,8 @@ SHAPES: dict[str, dict[str, int | bool]] = {
     "llama-7b": {"vocab": 32000, "hidden": 4096, "channels": 11008, "layers": 32, "heads": 32, "kv_heads": 32},
     "llama3-8b": {"vocab": 128256, "hidden": 4096, "channels": 14336, "layers": 32, "heads": 32, "kv_heads": 8},
     "llama-13b": {"vocab": 32000, "hidden": 5120, "channels": 13824, "layers": 40, "heads": 40, "kv_heads": 40},
+    "llama3-70b": {"vocab": 128256, "hidden": 8192, "channels": 28672, "layers": 80, "heads": 64, "kv_heads": 8},
+    "llama3-405b": {"vocab": 128256, "hidden": 16384, "channels": 53248, "layers": 126, "heads": 128, "kv_heads": 8},
 }
 """Shapes by name. Random weights of these shapes are as fast as real ones."""
 

@@ -627,7 +627,7 @@ def test_shipped_recipe_is_valid(path: Path) -> None:
 
 
 def test_shipped_recipes_have_the_search_settings_of_the_base() -> None:
-    assert load(find("llama2-13b-30")).search == recipe.SearchSettings(checkpoint_every=5, objective="kl")
+    assert load(find("llama-3.2-1b-30")).search == recipe.SearchSettings(checkpoint_every=5, objective="kl")
 
 
 @pytest.mark.parametrize("percent", [20, 30, 50])
