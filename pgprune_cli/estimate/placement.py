@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -9,6 +10,8 @@ from pgprune_cli.estimate.memory import Memory, memory
 from pgprune_cli.estimate.phases import Setup
 from pgprune_cli.estimate.sizes import Sizes, Texts, tokens_in
 from pgprune_cli.forward.states import bytes_beside, have_room, states_bytes
+
+Fits = Literal["whole", "parts", "no"]
 
 WASTE = 1.05
 """What an allocator takes for a tensor of size 1."""
@@ -56,12 +59,13 @@ class Placement:
 
     gpus: int
     processes: int
-    fits: Literal["whole", "parts", "no"]
+    fits: Fits
 
 
 def place(needed: Need, room: int, gpus: int, most_processes: int) -> Placement:
     """Return the placement on GPUs of `room` bytes each: as few as suffice for a copy of the model, and many copies."""
-    for fits, beside in (("whole", needed.beside), ("parts", needed.least)):
+    outcomes: Sequence[tuple[Fits, int]] = (("whole", needed.beside), ("parts", needed.least))
+    for fits, beside in outcomes:
         for count in range(1, gpus + 1):
             if needed.weights / count + beside <= room:
                 return Placement(count, min(gpus // count, most_processes), fits)

@@ -72,6 +72,7 @@ class Sizes:
         self.dtype: torch.dtype = next(model.module.parameters()).dtype
         self.vocabulary, self.hidden = model.head.weight.shape
         self.layers = model.shape.layers
+        self._flops_per_token: dict[int, list[int]] = {}
 
     @property
     def parameters(self) -> int:
@@ -124,7 +125,9 @@ class Sizes:
 
     def flops_per_token(self, context: int) -> list[int]:
         """Return the FLOPs of every dense block for one token of a window of `context`."""
-        return flops_per_token(self.model, context)
+        if context not in self._flops_per_token:
+            self._flops_per_token[context] = flops_per_token(self.model, context)
+        return self._flops_per_token[context]
 
     @property
     def statistic(self) -> Statistic | None:

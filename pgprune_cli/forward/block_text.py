@@ -29,6 +29,10 @@ class BlockText:
     its hidden states.
     """
 
+    inputs: Tensor
+    outputs: Tensor
+    weights: Tensor
+
     def __init__(self, run: LayerwiseRun, family: ModelFamily, block: Block) -> None:
         self._watched = self._weighed = 0
         try:

@@ -25,7 +25,7 @@ from pgprune_cli.estimate.work import phase_seconds
 from pgprune_cli.jobs.memory import texts_of
 from pgprune_cli.model.context import refuse_longer_windows
 from pgprune_cli.model.devices import devices_of, fastest_dtype, free_bytes
-from pgprune_cli.model.loading import empty_prunable
+from pgprune_cli.model.loading import WeightFormat, empty_prunable
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.recover.checks import find_teacher
@@ -97,7 +97,7 @@ def _memory(needed: Memory, *, on_device: bool) -> dict[str, Any]:
     return vars(needed) | {"device": needed.device, "host": host, "hidden_states_on_device": on_device}
 
 
-def _sizes(preparation: Preparation, weight_format: str) -> Sizes:
+def _sizes(preparation: Preparation, weight_format: WeightFormat) -> Sizes:
     recipe = replace(preparation.recipe, weight_format=weight_format)
     return Sizes(empty_prunable(preparation.config_source, recipe.dtype, weight_format), recipe)
 

@@ -1,8 +1,8 @@
 """Write the configs of Llamas of known shapes, without weights: enough for `pgprune search … --dry-run --on GPU`.
 
-    python scripts/bench/shapes.py FOLDER
+python scripts/bench/shapes.py FOLDER
 
-    pgprune search llama3-8b-50 --set model=FOLDER/llama3-8b --dry-run --on h100-80gb
+pgprune search llama3-8b-50 --set model=FOLDER/llama3-8b --dry-run --on h100-80gb
 """
 
 import argparse
