@@ -238,7 +238,7 @@ ships with pgprune.
 
 Only the recipes for SmolLM2-135M were chosen by measuring their model. The others have the values of `_base.yaml`, and
 differ where memory, the layout of the family or the number of experts requires it. From 6 billion parameters on they
-read more text and take 4,096 forward passes in place of 320: by estimate, a 50 % search of 7 or 8 billion parameters
+read more text and take 5,120 forward passes in place of 320: by estimate, a 50 % search of 7 or 8 billion parameters
 takes five minutes on an H100 ([Performance](performance.md)). A model with the same layout, such as an
 instruction-tuned one, needs no recipe of its own: `--set model=Qwen/Qwen3-8B`.
 

@@ -22,6 +22,9 @@ LEFT = 0.96
 OPERATION = 15e-6
 """Seconds in which Python, transformers, PyTorch and the driver launch one operation."""
 
+PAGEABLE = 6e9
+"""Bytes per second that are copied between a GPU and memory of the host that is not pinned."""
+
 DISK = 2e9
 """Bytes per second of an NVMe disk, read or written by one process."""
 

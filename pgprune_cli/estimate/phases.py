@@ -6,6 +6,7 @@ copied to it while it computes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,7 +20,9 @@ from pgprune_cli.forward.curvature import curvature_windows
 from pgprune_cli.forward.divergence import MASKS, ROWS
 from pgprune_cli.forward.gram import block_rows
 from pgprune_cli.forward.masked import SOFTMAX_ROWS
+from pgprune_cli.forward.states import states_bytes
 from pgprune_cli.repair.last_layer import last_layer_batches
+from pgprune_cli.repair.least_squares import COPIES
 from pgprune_cli.repair.training import CHECKS, TOKENS_PER_STEP, set_aside
 from pgprune_cli.repair.width_table import table_bytes
 from pgprune_cli.search.phases import Phase
@@ -29,13 +32,13 @@ from pgprune_cli.search.phases import Phase
 class Setup:
     """How a search runs.
 
-    table: fraction of the width table that is on the device; states: whether the hidden states of layer-wise passes are
-    on the device; solves: whether equations are solved there; processes: how many share the masks of a step and the
-    layers to solve.
+    table: fraction of the width table that is on the device; states: bytes that it has for the hidden states of
+    layer-wise passes, which are on the host otherwise; solves: whether equations are solved there; processes: how many
+    share the masks of a step and the layers to solve.
     """
 
     table: float = 1.0
-    states: bool = True
+    states: float = math.inf
     solves: bool = True
     processes: int = 1
 
@@ -82,19 +85,19 @@ def scores(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> list[Work]:
 
 
 def width_table(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> list[Work]:
-    """Return what the width table takes: solved, copied to the host, written, and partly copied back."""
+    """Return what the width table takes, which is written while it is solved. Some of it is then on the device."""
     if not sizes.has_table:
         return []
     table = table_bytes(sizes.model, sizes.partitions, sizes.multiples) if sizes.solves else 0
     inputs = sum(block.experts * block.inputs**2 for block in sizes.blocks)
-    solved = Work(flops.widths(sizes), traffic=24 * inputs + 6 * table, operations=sizes.layers * 2 * 16 * 12)
-    written = Work(disk=table, checked=table)
+    solved = solving(Work(flops.widths(sizes), traffic=24 * inputs + 6 * table, operations=400 * sizes.layers), setup)
+    written = Work(awaited=table, disk=table, checked=table)  # checked and written in the background
     return [
         curvature(sizes, batches),
-        layers(sizes, batches) + moments(sizes, batches) + states(sizes, batches, 1, setup),
-        solving(solved, setup).divided(sizes.layers, setup.processes),
-        Work(copied=table).divided(sizes.layers, setup.processes),
-        written.divided(sizes.layers, setup.processes),
+        layers(sizes, batches)
+        + moments(sizes, batches)
+        + states(sizes, batches, 1, setup)
+        + (solved + written).divided(sizes.layers, setup.processes),
         Work(copied=setup.table * table),
     ]
 
@@ -119,10 +122,11 @@ def repair(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> list[Work]:
     if not sizes.repairs:
         return []
     passes = layers(sizes, batches)
+    copies = COPIES if sizes.fits_blocks else 1
     # Every block is observed on its own, the FFN behind the pruned attention; then the layer advances.
     observed = replace(passes.times(2), flops=flops.repair_passes(sizes, batches))
     parts = [
-        observed + moments(sizes, batches) + states(sizes, batches, 2, setup),
+        observed + moments(sizes, batches) + states(sizes, batches, 2, setup, copies),
         solving(repairs(sizes), setup),
     ]
     if sizes.fits_blocks:
@@ -207,10 +211,21 @@ def curvature(sizes: Sizes, batches: Sequence[Tensor]) -> Work:
     )
 
 
-def states(sizes: Sizes, batches: Sequence[Tensor], passes: int, setup: Setup) -> Work:
+def states(sizes: Sizes, batches: Sequence[Tensor], passes: int, setup: Setup, copies: int = 1) -> Work:
     """Return what moving the hidden states takes in passes through all layers: nothing if they are on the device."""
     moved = 2 * tokens_in(batches) * sizes.hidden * sizes.dtype.itemsize * sizes.layers
-    return Work(copied=0 if setup.states else passes * moved)
+    return Work() if on_device(sizes, batches, setup, copies) else Work(awaited=passes * moved)
+
+
+def on_device(sizes: Sizes, batches: Sequence[Tensor], setup: Setup, copies: int = 1) -> bool:
+    """Return whether the device has room for `copies` tensors of the size of all hidden states."""
+    return states_bytes(sizes.model, tokens_in(batches), copies) <= setup.states
+
+
+def all_on_device(sizes: Sizes, texts: Texts, setup: Setup) -> bool:
+    """Return whether the hidden states of every layer-wise pass are on the device."""
+    copies = COPIES if sizes.fits_blocks else 1
+    return on_device(sizes, texts.scoring, setup) and on_device(sizes, texts.fitting, setup, copies)
 
 
 # --- moments and solvers
@@ -267,8 +282,10 @@ def block_fits(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> Work:
     fitted = [block for block in sizes.blocks if block.experts == 1 and block.keep_fraction < 1]
     epochs, looks = sizes.recipe.repair.epochs, (1 + CHECKS) * set_aside(windows) / windows + 2
     text = tokens_in(batches)
-    copied = 2 * sizes.hidden * sizes.dtype.itemsize * text * (1 + epochs + looks)
-    work = Work(flops.block_fits(sizes, batches), copied=0 if setup.states else len(fitted) * copied)
+    moved = 2 * sizes.hidden * sizes.dtype.itemsize * text * (1 + epochs + looks)
+    work = Work(
+        flops.block_fits(sizes, batches), awaited=0 if on_device(sizes, batches, setup, COPIES) else len(fitted) * moved
+    )
     for block in fitted:
         work += training(sizes, block, batches, epochs, looks)
     return work

@@ -8,8 +8,8 @@ from typing import Literal
 
 from pgprune_cli.estimate.memory import Memory, memory
 from pgprune_cli.estimate.phases import Setup
-from pgprune_cli.estimate.sizes import Sizes, Texts, tokens_in
-from pgprune_cli.forward.states import bytes_beside, have_room, states_bytes
+from pgprune_cli.estimate.sizes import Sizes, Texts
+from pgprune_cli.forward.states import bytes_beside
 
 Fits = Literal["whole", "parts", "no"]
 
@@ -76,19 +76,9 @@ def setup(sizes: Sizes, texts: Texts, room: int | None, gpus: int, processes: in
     """Return how the search runs on each process's GPUs of `room` bytes each, None if host and device are the same."""
     if room is None:
         return Setup(processes=processes)
-    needed = memory(sizes, texts)
+    needed, whole = need(sizes, texts), memory(sizes, texts).width_table
     free = int(room - needed.weights / gpus)
-    for_table = free - WASTE * (needed.activations + needed.slices)
-    table = min(1.0, max(0.0, for_table) * gpus / needed.width_table) if needed.width_table else 1.0
-    return Setup(table, _have_room(sizes, texts, free), free >= _beside(needed), processes)
-
-
-def _have_room(sizes: Sizes, texts: Texts, free: int) -> bool:
-    """Return whether the hidden states of every layer-wise pass are on the device, which has `free` bytes for them."""
-    batches = [*texts.scoring, *texts.fitting]
-    largest = max((batch.numel() for batch in batches), default=0)
-    copies = 3 if sizes.fits_blocks else 1
-    own = max(
-        states_bytes(sizes.model, tokens_in(texts.scoring)), states_bytes(sizes.model, tokens_in(texts.fitting), copies)
-    )
-    return have_room(own, bytes_beside(sizes.model, largest), free)
+    table = min(1.0, max(0, free - needed.step) * gpus / whole) if whole else 1.0
+    largest = max((batch.numel() for batch in [*texts.scoring, *texts.fitting]), default=0)
+    for_states = max(0, free - bytes_beside(sizes.model, largest))
+    return Setup(table, for_states, free >= needed.beside, processes)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pgprune_cli.estimate.flops import Flops
-from pgprune_cli.estimate.machines import CHECKSUM, DISK, HOST_PRODUCTS, OPERATION, TOKENIZED, Machine
+from pgprune_cli.estimate.machines import CHECKSUM, DISK, HOST_PRODUCTS, OPERATION, PAGEABLE, TOKENIZED, Machine
 from pgprune_cli.search.phases import Phase
 
 
@@ -16,15 +16,17 @@ class Work:
     """What a part of a search takes. All of it runs at the same time, as far as the machine can.
 
     flops: of matrix products, by dtype; weights: bytes that these read at least; traffic: bytes that everything else
-    reads and writes on the device; copied: bytes between the host and the device; disk: bytes read and written;
-    operations: that the host launches; checked: bytes whose checksum the host computes; tokenized: tokens that it makes
-    of text; solved: FLOPs of equations that the host solves.
+    reads and writes on the device; copied: bytes between the host and the device; awaited: the same, from or to memory
+    that is not pinned, so that everything else waits; disk: bytes read and written; operations: that the host launches;
+    checked: bytes whose checksum the host computes; tokenized: tokens that it makes of text; solved: FLOPs of equations
+    that the host solves.
     """
 
     flops: Flops = field(default_factory=Flops)
     weights: float = 0
     traffic: float = 0
     copied: float = 0
+    awaited: float = 0
     disk: float = 0
     operations: float = 0
     checked: float = 0
@@ -54,12 +56,14 @@ class Seconds:
     """How long each resource of a machine is busy.
 
     products: matrix products; memory: everything that waits for the device's memory; pcie: copies between the host and
-    the device; disk: reading and writing files; host: launching operations, checksums, tokenizing.
+    the device; awaited: those of them for which everything else waits; disk: reading and writing files, with checksums;
+    host: launching operations, tokenizing, solving equations.
     """
 
     products: float
     memory: float
     pcie: float
+    awaited: float
     disk: float
     host: float
 
@@ -72,12 +76,10 @@ class Seconds:
         return cls(
             products,
             work.traffic / machine.memory_bandwidth + waiting,
-            0.0 if machine.pcie is None else work.copied / machine.pcie,
-            work.disk / DISK,
-            work.operations * OPERATION
-            + work.checked / CHECKSUM
-            + work.tokenized / TOKENIZED
-            + work.solved / HOST_PRODUCTS,
+            0.0 if machine.pcie is None else work.copied / machine.pcie + work.awaited / PAGEABLE,
+            0.0 if machine.pcie is None else work.awaited / PAGEABLE,
+            work.disk / DISK + work.checked / CHECKSUM,
+            work.operations * OPERATION + work.tokenized / TOKENIZED + work.solved / HOST_PRODUCTS,
         )
 
     def elapsed(self, machine: Machine) -> float:
@@ -87,7 +89,7 @@ class Seconds:
         """
         device = self.products + self.memory
         own = device + self.host if machine.pcie is None else max(device, self.host)
-        return max(own, self.pcie, self.disk)
+        return max(own, self.pcie - self.awaited, self.disk) + self.awaited
 
 
 def phase_seconds(phases: Mapping[Phase, Sequence[Work]], machine: Machine) -> dict[str, dict[str, Any]]:
@@ -104,4 +106,4 @@ def phase_seconds(phases: Mapping[Phase, Sequence[Work]], machine: Machine) -> d
     return times
 
 
-SECONDS = tuple(own.name for own in fields(Seconds))
+SECONDS = ("products", "memory", "pcie", "disk", "host")

@@ -17,7 +17,7 @@ from pgprune_cli.estimate.machines import Machine, gpu
 from pgprune_cli.estimate.matmul_rate import matmul_rate
 from pgprune_cli.estimate.measured import memory_rate, pcie_rate
 from pgprune_cli.estimate.memory import Memory, memory
-from pgprune_cli.estimate.phases import phases
+from pgprune_cli.estimate.phases import all_on_device, phases
 from pgprune_cli.estimate.placement import Placement, need, place, setup
 from pgprune_cli.estimate.recovery import RecoverySizes, recovery_disk, recovery_flops, recovery_memory
 from pgprune_cli.estimate.sizes import Sizes, Texts
@@ -77,7 +77,7 @@ def estimate(recipe: Recipe, *, on: str | None = None, gpus: int = 1, progress: 
         "dtype": _name(sizes.dtype),
         "device": on or _device_name(preparation.devices),
         **placement,
-        "memory": _memory(needed, on_device=room is not None and own_setup.states),
+        "memory": _memory(needed, on_device=room is not None and all_on_device(sizes, texts, own_setup)),
         "forward_passes": {
             "search": settings.steps * settings.masks_per_step,
             "calibration": calibration_forward_passes(recipe, text),

@@ -64,8 +64,8 @@ def server_settings(parameters: int) -> list[Setting]:
     """Return as many forward passes and as much text of the repair as a large GPU affords (docs/performance.md)."""
     minutes = "5 minutes on an H100, 20 on an RTX 4090" if parameters < SERVER_TIME else "8 minutes at 13B on an H100"
     return [
-        Setting("search.forward_passes", 4096, f"{minutes} by estimate, with all phases; 320 take far less"),
-        Setting("repair.windows", 2048, "wide projections need more text; 384 take far less time"),
+        Setting("search.forward_passes", 5120, f"{minutes} by estimate, with all phases; 320 take far less"),
+        Setting("repair.windows", 1536, "wide projections need more text; 384 take far less time"),
     ]
 
 

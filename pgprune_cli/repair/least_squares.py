@@ -37,6 +37,9 @@ from pgprune_cli.scores.obs import chain_errors, removal_order, units_per_round
 PASSES = 2
 """Forward passes over its text that a repair takes at most: one to observe each block, one to advance."""
 
+COPIES = 3
+"""Tensors of the size of all hidden states that exist at the same time while whole blocks are fitted: with what the
+block reads and writes."""
 
 Note = Callable[[str], None]
 
@@ -88,7 +91,7 @@ def repair(
         predicted = dense_states(model, [batches[index] for index in last_layer_batches(batches)])
     if reselect:
         roots = roots or error_roots(model, batches, progress)
-    run = start_layerwise(model, batches, copies=3 if epochs else 1)  # a block's inputs and outputs are kept, too
+    run = start_layerwise(model, batches, copies=COPIES if epochs else 1)
     repaired: dict[tuple[int, str], RepairedBlock] = {}
     layer_masks = []
     for index, layer in enumerate(model.layers):

@@ -41,4 +41,4 @@ def test_a_gpu_that_is_not_in_the_table_is_refused() -> None:
 def test_a_model_gets_as_few_gpus_as_suffice_and_the_others_get_copies(
     room: int, gpus: int, expected: Placement
 ) -> None:
-    assert place(Need(weights=100, beside=30, least=10, host=0), room, gpus, most_processes=16) == expected
+    assert place(Need(weights=100, beside=30, least=10, step=5, host=0), room, gpus, most_processes=16) == expected

@@ -18,6 +18,7 @@ CPU, GPU = Machine(RATES, 10.0), Machine(RATES, 10.0, pcie=5.0)
 def _host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "OPERATION", 1.0)
     monkeypatch.setattr(module, "DISK", 4.0)
+    monkeypatch.setattr(module, "PAGEABLE", 3.0)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,8 @@ def _host(monkeypatch: pytest.MonkeyPatch) -> None:
         (Work(Flops({torch.float32: 20}), weights=10, traffic=30), 5, 5),
         (Work(Flops({torch.float32: 20}), operations=3), 5, 3),
         (Work(Flops({torch.float32: 20}), copied=40), 2, 8),
+        (Work(Flops({torch.float32: 20}), awaited=12), 2, 2 + 4),
+        (Work(Flops({torch.float32: 20}), copied=40, awaited=12), 2, 8 + 4),
         (Work(Flops({torch.float32: 20}), disk=12), 3, 3),
     ],
 )

@@ -79,8 +79,8 @@ def test_recipe_differs_from_the_base_only_in_what_the_table_says(model) -> None
         assert (loaded.recover.train, loaded.recover.teacher, loaded.recover.top_k) == ("lora", "cached", 64)
     if model.parameters >= 6000:  # a large GPU affords it
         own |= {"search", "repair"}
-        assert loaded.search.forward_passes == 4096 > 10 * expected.search.forward_passes
-        assert expected.repair.windows < 2048 <= loaded.repair.windows <= loaded.calibration.windows
+        assert loaded.search.forward_passes == 5120 > 10 * expected.search.forward_passes
+        assert expected.repair.windows < 1536 <= loaded.repair.windows <= loaded.calibration.windows
     if model.parameters > 500:
         different = {name for name in vars(loaded) if getattr(loaded, name) != getattr(expected, name)}
         assert different == own
