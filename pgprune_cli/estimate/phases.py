@@ -91,13 +91,14 @@ def width_table(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> list[W
     table = table_bytes(sizes.model, sizes.partitions, sizes.multiples) if sizes.solves else 0
     inputs = sum(block.experts * block.inputs**2 for block in sizes.blocks)
     solved = solving(Work(flops.widths(sizes), traffic=24 * inputs + 6 * table, operations=400 * sizes.layers), setup)
-    written = Work(awaited=table, disk=table, checked=table)  # checked and written in the background
+    checked = Work(awaited=table, checked=table)
     return [
         curvature(sizes, batches),
         layers(sizes, batches)
         + moments(sizes, batches)
         + states(sizes, batches, 1, setup)
-        + (solved + written).divided(sizes.layers, setup.processes),
+        + (solved + checked).divided(sizes.layers, setup.processes)
+        + Work(disk=table),  # in the background, to the disk that the processes share
         Work(copied=setup.table * table),
     ]
 
