@@ -69,8 +69,11 @@ class Grid:
 
     def kept(self, mask: Tensor) -> tuple[int, int]:
         """Return how many groups, and how many members of each, a regular mask `(elements,)` keeps."""
+        count = int(mask.sum())
+        if self.groups == 1 or self.members == 1:
+            return (int(count > 0), count) if self.groups == 1 else (count, int(count > 0))
         groups = int(self.kept_groups(mask).sum())
-        return groups, int(mask.sum()) // max(groups, 1)
+        return groups, count // max(groups, 1)
 
     def is_regular(self, mask: Tensor) -> bool:
         """Return whether all groups of which a mask `(elements,)` keeps something keep the same number of members."""

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.core.grid import Grid, first_elements
+from pgprune_cli.core.grid import Grid
 from pgprune_cli.forward.uploads import Upload
 from pgprune_cli.model.families.adapter import Block, ModelFamily
 from pgprune_cli.model.masks import RepairedBlock
@@ -118,9 +118,10 @@ class _Slices:
     ) -> None:
         if order is not None:
             mask = mask[order]
-        groups, members = block.grid.kept(mask)
-        is_prefix = order is not None and torch.equal(mask, first_elements(block.grid, groups, members))
-        self.kept = FirstElements(block.grid, groups, members) if is_prefix else KeptElements(mask)
+        grid = block.grid
+        groups, members = grid.kept(mask)
+        is_prefix = order is not None and bool(mask.view(grid.groups, grid.members)[:groups, :members].all())
+        self.kept = FirstElements(grid, groups, members) if is_prefix else KeptElements(mask)
         self.module, self.tensors, self.device = block.module, block.tensors, block.device
         self.settings = block.family.settings(block.layer, block.block, groups, members)
         self.refitted = _refitted(block.block, block.tensors[-1].name, repaired)

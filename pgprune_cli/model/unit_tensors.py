@@ -104,18 +104,18 @@ class FirstElements:
         """Return the kept rows of a weight or bias, a view where they lie side by side."""
         if tensor.stacked:
             return self._stacked(values[: self._groups], tensor)
-        sizes = [part.rows for part in tensor.parts]
-        picked = [
-            self._rows(rows.movedim(tensor.axis, 0), part).movedim(0, tensor.axis)
-            for part, rows in zip(tensor.parts, values.split(sizes, tensor.axis), strict=True)
-        ]
-        return picked[0] if len(picked) == 1 else torch.cat(picked, tensor.axis)
+        if len(tensor.parts) == 1:
+            return self._first_runs(values, tensor.axis, tensor.parts[0])
+        parts = zip(tensor.parts, values.split([part.rows for part in tensor.parts], tensor.axis), strict=True)
+        return torch.cat([self._first_runs(rows, tensor.axis, part) for part, rows in parts], tensor.axis)
 
-    def _rows(self, rows: Tensor, part: Part) -> Tensor:
-        by_group = rows.unflatten(0, (self._grid.groups, -1))
-        kept = part.width if part.runs == self._grid.groups else self._members * part.width
-        flat: Tensor = by_group[: self._groups, :kept].flatten(0, 1)
-        return flat
+    def _first_runs(self, values: Tensor, axis: int, part: Part) -> Tensor:
+        members, whole = (1, 1) if part.runs == self._grid.groups else (self._members, self._grid.members)
+        if members == whole or self._grid.groups == 1:
+            return values.narrow(axis, 0, self._groups * members * part.width)
+        by_group = values.movedim(axis, 0).unflatten(0, (self._grid.groups, -1))
+        copied: Tensor = by_group[: self._groups, : members * part.width].flatten(0, 1).movedim(0, axis)
+        return copied
 
     def _stacked(self, values: Tensor, tensor: UnitTensor) -> Tensor:
         if self._members == self._grid.members:
