@@ -20,7 +20,7 @@ LEFT = 0.96
 """Fraction of a GPU's memory that CUDA itself leaves to PyTorch."""
 
 OPERATION = 15e-6
-"""Seconds in which Python, transformers, PyTorch and the driver launch one operation."""
+"""Seconds in which Python, transformers, PyTorch and the driver launch one operation: an assumption."""
 
 PAGEABLE = 6e9
 """Bytes per second that are copied between a GPU and memory of the host that is not pinned."""

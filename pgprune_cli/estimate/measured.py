@@ -9,7 +9,7 @@ from pgprune_cli.search.costs import synchronised_clock
 CACHED, BEYOND_CACHES = 1 << 24, 1 << 28
 """Bytes that are copied: about those of a forward pass's tensors on a CPU, and more than the caches of a GPU hold."""
 
-REPEATS = 5
+REPEATS = 30
 
 
 def memory_rate(device: torch.device) -> float:

@@ -294,8 +294,11 @@ def estimated_seconds(estimated: Mapping[str, Any]) -> float | None:
 
 
 def needed_by(estimated: Mapping[str, Any]) -> int | None:
-    """Return the bytes that a search needs on its device."""
-    return estimated["memory"]["device"] if estimated else None
+    """Return the bytes that a search takes on its device at most: what it needs, and what it keeps there if it can."""
+    if not estimated:
+        return None
+    memory = estimated["memory"]
+    return memory["device"] + memory["width_table"] + memory["hidden_states"] * memory["hidden_states_on_device"]
 
 
 def minutes(seconds: float | None) -> str:
