@@ -76,9 +76,8 @@ class QuantizedLinear(nn.Linear):
         values = torch.empty_like(weight, dtype=torch.int8)
         scales = weight.new_empty(len(weight), 1, dtype=self._scale_dtype())
         smallest = torch.finfo(scales.dtype).smallest_normal
-        for rows, rounded, scale in zip(
-            weight.split(ROWS_AT_A_TIME), values.split(ROWS_AT_A_TIME), scales.split(ROWS_AT_A_TIME), strict=True
-        ):
+        count = len(weight) if weight.is_meta else ROWS_AT_A_TIME  # without values, memory does not matter
+        for rows, rounded, scale in zip(weight.split(count), values.split(count), scales.split(count), strict=True):
             largest = rows.abs().amax(1, keepdim=True).to(scale)
             scale.copy_(largest.div_(self.LARGEST).clamp_min_(smallest))
             # In one expression, so that the temporary tensor is freed before the next rows are read.
