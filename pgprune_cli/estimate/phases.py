@@ -6,41 +6,33 @@ copied to it while it computes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from torch import Tensor
 
 from pgprune_cli.estimate import flops
 from pgprune_cli.estimate.flops import Flops
+from pgprune_cli.estimate.passes import Setup, curvature, dense_model, layers, masks, on_device, states
 from pgprune_cli.estimate.sizes import BlockSizes, Sizes, Texts, tokens_in
+from pgprune_cli.estimate.traffic import (
+    FITTED_LOGIT,
+    ROUND,
+    UPDATE,
+    UPDATED,
+    head_bytes,
+    inner_traffic,
+    operations,
+    removal_traffic,
+)
 from pgprune_cli.estimate.work import Work
-from pgprune_cli.forward.curvature import curvature_windows
 from pgprune_cli.forward.divergence import MASKS, ROWS
 from pgprune_cli.forward.gram import block_rows
-from pgprune_cli.forward.masked import SOFTMAX_ROWS
-from pgprune_cli.forward.states import states_bytes
 from pgprune_cli.repair.last_layer import last_layer_batches
 from pgprune_cli.repair.least_squares import COPIES
 from pgprune_cli.repair.training import CHECKS, TOKENS_PER_STEP, set_aside
 from pgprune_cli.repair.width_table import table_bytes
 from pgprune_cli.search.phases import Phase
-
-
-@dataclass(frozen=True)
-class Setup:
-    """How a search runs.
-
-    table: fraction of the width table that is on the device; states: bytes that it has for the hidden states of
-    layer-wise passes, which are on the host otherwise; solves: whether equations are solved there; processes: how many
-    share the masks of a step and the layers to solve.
-    """
-
-    table: float = 1.0
-    states: float = math.inf
-    solves: bool = True
-    processes: int = 1
 
 
 def phases(sizes: Sizes, texts: Texts, setup: Setup) -> dict[Phase, list[Work]]:
@@ -151,84 +143,6 @@ def on_heldout(sizes: Sizes, texts: Texts, setup: Setup, work: Callable[[Tensor]
     return [work(batch).divided(len(batches), setup.processes) for batch in batches]
 
 
-# --- passes through layers
-
-
-def layers(sizes: Sizes, batches: Sequence[Tensor]) -> Work:
-    """Return what running all dense layers on batches `(B, T)` takes."""
-    blocks = sizes.blocks
-    return Work(
-        flops.layer_passes(sizes, batches),
-        len(batches) * sum(block.nbytes for block in blocks),
-        tokens_in(batches) * sum(stream_traffic(sizes) + inner_traffic(sizes, block) for block in blocks),
-        operations=len(batches) * sum(operations(sizes, block) for block in blocks),
-    )
-
-
-def masks(sizes: Sizes, tokens: Tensor, count: int, setup: Setup) -> Work:
-    """Return what the losses of `count` masks on `tokens` `(B, T)` take, without what the dense model takes."""
-    rows, blocks = tokens.shape[0] * (tokens.shape[1] - 1), sizes.blocks
-    kept = sum(block.keep_fraction * block.nbytes for block in blocks)
-    table = sum(
-        block.experts * block.keep_fraction * block.inputs * block.outputs * sizes.dtype.itemsize
-        for block in blocks
-        if block.keep_fraction < 1 and sizes.has_table and sizes.solves
-    )
-    # A width search reads the kept weights where they lie; a unit search gathers them first.
-    gathered = [block for block in blocks if block.keep_fraction < 1 and not sizes.has_table]
-    copies = 2 * sum(block.keep_fraction * block.nbytes for block in gathered)
-    per_token = sum(stream_traffic(sizes) + block.keep_fraction * inner_traffic(sizes, block) for block in blocks)
-    work = Work(
-        flops.forward_passes(sizes, tokens, 1),
-        kept + head_bytes(sizes, rows),
-        copies + tokens.numel() * per_token + rows * sizes.vocabulary * LOGIT,
-        (1 - setup.table) * table,
-        operations=sum(operations(sizes, block) for block in blocks) + GATHERED * len(gathered) + rows_operations(rows),
-    )
-    return work.times(count)
-
-
-def dense_model(sizes: Sizes, tokens: Tensor, heads: int) -> Work:
-    """Return what one pass of the dense model on `tokens` takes, with `heads` passes through its head."""
-    rows, once = tokens.shape[0] * (tokens.shape[1] - 1), layers(sizes, [tokens])
-    return Work(
-        flops.dense_passes(sizes, tokens, 1, heads),
-        once.weights + heads * head_bytes(sizes, rows),
-        once.traffic + heads * rows * sizes.vocabulary * REFERENCE,
-        operations=once.operations + heads * rows_operations(rows),
-    )
-
-
-def curvature(sizes: Sizes, batches: Sequence[Tensor]) -> Work:
-    """Return what the weight of an error in every direction takes (forward/curvature.py)."""
-    windows = curvature_windows(batches)
-    tokens, once = tokens_in(windows), layers(sizes, windows)
-    logits = 26 * tokens * sizes.vocabulary + 20 * sizes.vocabulary * sizes.hidden
-    return Work(
-        flops.error_roots(sizes, batches),
-        once.weights + 2 * head_bytes(sizes, tokens),
-        once.traffic + logits,
-        operations=once.operations,
-    )
-
-
-def states(sizes: Sizes, batches: Sequence[Tensor], passes: int, setup: Setup, copies: int = 1) -> Work:
-    """Return what moving the hidden states takes in passes through all layers: nothing if they are on the device."""
-    moved = 2 * tokens_in(batches) * sizes.hidden * sizes.dtype.itemsize * sizes.layers
-    return Work() if on_device(sizes, batches, setup, copies) else Work(awaited=passes * moved)
-
-
-def on_device(sizes: Sizes, batches: Sequence[Tensor], setup: Setup, copies: int = 1) -> bool:
-    """Return whether the device has room for `copies` tensors of the size of all hidden states."""
-    return states_bytes(sizes.model, tokens_in(batches), copies) <= setup.states
-
-
-def all_on_device(sizes: Sizes, texts: Texts, setup: Setup) -> bool:
-    """Return whether the hidden states of every layer-wise pass are on the device."""
-    copies = COPIES if sizes.fits_blocks else 1
-    return on_device(sizes, texts.scoring, setup) and on_device(sizes, texts.fitting, setup, copies)
-
-
 # --- moments and solvers
 
 
@@ -266,12 +180,6 @@ def repairs(sizes: Sizes) -> Work:
 def solving(work: Work, setup: Setup) -> Work:
     """Return the work of solving equations where they are solved."""
     return work if setup.solves else Work(solved=sum(work.flops.values()))
-
-
-def removal_traffic(block: BlockSizes) -> int:
-    """Return the bytes that `obs` moves for a block: every round reads and writes the inverse and the weights."""
-    total = sum(8 * stored**2 + 20 * stored * block.outputs for _, stored, _ in flops.rounds(block))
-    return block.experts * total
 
 
 # --- the fits of the repair
@@ -324,47 +232,3 @@ def training(sizes: Sizes, block: BlockSizes, batches: Sequence[Tensor], epochs:
         + (3 * trained + looks) * tokens * block.keep_fraction * inner_traffic(sizes, block),
         operations=updates * (3 * operations(sizes, block) + UPDATE) + runs * operations(sizes, block),
     )
-
-
-# --- bytes and operations
-
-LOGIT, REFERENCE, FITTED_LOGIT = 70, 30, 70
-"""Bytes that the divergence moves for a logit of a mask and of the dense model, and the fit of the last layer."""
-
-UPDATED, UPDATE = 60, 40
-"""Bytes that a step of AdamW moves for a parameter, with its gradient and its dtypes; operations of a step."""
-
-ROUND = 35
-"""Operations of a round of `obs`."""
-
-GATHERED = 16
-"""Operations with which the kept weights of a block take the place of the dense ones."""
-
-
-def stream_traffic(sizes: Sizes) -> int:
-    """Return the bytes that the norm before a block and the sum behind it move for a token."""
-    return sizes.hidden * (28 + 7 * sizes.dtype.itemsize)
-
-
-def inner_traffic(sizes: Sizes, block: BlockSizes) -> float:
-    """Return the bytes that a block moves for a token between its products: rotations, or the activation function."""
-    if block.block == sizes.model.family.attention:
-        return 10 * sizes.dtype.itemsize * (block.inputs + (sum(block.inner) - block.inputs) / 2)
-    return 5 * sizes.dtype.itemsize * block.experts_per_token * block.inputs
-
-
-def operations(sizes: Sizes, block: BlockSizes) -> int:
-    """Return how many operations a forward pass of a block launches."""
-    if block.experts > 1:
-        return 20 + 12 * block.experts
-    return 24 if block.block == sizes.model.family.attention else 14
-
-
-def head_bytes(sizes: Sizes, rows: int) -> int:
-    """Return the bytes of the head, which is read anew for every few hundred rows."""
-    return -(-rows // ROWS) * sizes.hidden * sizes.vocabulary * sizes.dtype.itemsize
-
-
-def rows_operations(rows: int) -> float:
-    """Return how many operations the divergence of a mask launches for some rows of logits."""
-    return 28 + 5 * rows / ROWS + 8 * rows / SOFTMAX_ROWS

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pgprune_cli.estimate.memory import Memory, memory
-from pgprune_cli.estimate.phases import Setup
+from pgprune_cli.estimate.passes import Setup
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.forward.states import bytes_beside
 

@@ -17,7 +17,8 @@ from pgprune_cli.estimate.machines import Machine, gpu
 from pgprune_cli.estimate.matmul_rate import matmul_rate
 from pgprune_cli.estimate.measured import memory_rate, pcie_rate
 from pgprune_cli.estimate.memory import Memory, memory
-from pgprune_cli.estimate.phases import all_on_device, phases
+from pgprune_cli.estimate.passes import all_on_device
+from pgprune_cli.estimate.phases import phases
 from pgprune_cli.estimate.placement import Placement, need, place, setup
 from pgprune_cli.estimate.recovery import RecoverySizes, recovery_disk, recovery_flops, recovery_memory
 from pgprune_cli.estimate.sizes import Sizes, Texts
@@ -38,10 +39,10 @@ BASIS = (
     "reads at most. Rates of the disk and of the host are assumed. Downloads are not counted. "
 )
 HERE = "The device's rates were just measured. If other work keeps the machine busy, they mean little."
-MOST_GPUS = 65
-"""The estimate names no larger number of GPUs."""
-
 ELSEWHERE = "The GPU's rates are fractions of its data sheet: nothing was measured."
+
+MOST_GPUS = 64
+"""The estimate recommends no larger number of GPUs."""
 
 
 def estimate(recipe: Recipe, *, on: str | None = None, gpus: int = 1, progress: Progress = SILENT) -> dict[str, Any]:
@@ -129,7 +130,9 @@ def _advice(preparation: Preparation, texts: Texts, placed: Placement, machine: 
             if place(need(_sizes(preparation, "int8"), texts), machine.memory, gpus, most).fits == "whole":
                 return "Set weight_format to int8."
     needed = need(_sizes(preparation, recipe.weight_format), texts)
-    count = next((n for n in range(gpus + 1, MOST_GPUS) if place(needed, machine.memory, n, most).fits == "whole"), 0)
+    count = next(
+        (n for n in range(gpus + 1, MOST_GPUS + 1) if place(needed, machine.memory, n, most).fits == "whole"), 0
+    )
     return f"Use {count} GPUs." if count else "Use GPUs with more memory."
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pgprune_cli.estimate.flops import Flops, block_fits, dense_passes, forward_passes, last_layer_fit, seconds
-from pgprune_cli.estimate.phases import Setup, phases, repair, scores, width_table
+from pgprune_cli.estimate.passes import Setup
+from pgprune_cli.estimate.phases import phases, repair, scores, width_table
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.estimate.work import Work
 from pgprune_cli.forward import short_attention

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pgprune_cli.estimate.phases import Setup, block_fits, dense_model, layers, masks, phases
+from pgprune_cli.estimate.passes import Setup, dense_model, layers, masks
+from pgprune_cli.estimate.phases import block_fits, phases
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.estimate.work import Work
 from pgprune_cli.forward.divergence import Divergence

@@ -174,6 +174,33 @@ def compare_searches(*overrides: str, device: str = SIMULATED) -> None:
     assert abs(simulated.sparsity - host.sparsity) < 0.01, (simulated.sparsity, host.sparsity)
 
 
+def states_on_devices() -> None:
+    """Hidden states that stay on the devices, which may be two, give the repair that those on the host give."""
+    from helpers.masks import keep_first, random_tokens
+    from helpers.models import tiny_model
+    from pgprune_cli.forward import states
+    from pgprune_cli.forward.layerwise import LayerwiseRun
+    from pgprune_cli.model.loading import load_model
+    from pgprune_cli.model.source import resolve
+    from pgprune_cli.repair.least_squares import repair
+
+    text = [random_tokens(seed, rows=4, length=16) for seed in (0, 1)]
+    mask = keep_first(tiny_model("llama-mha"), [(2, 9)] * 4)
+    unknown, move = states.free_for_states, LayerwiseRun.to_host
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_model("llama-mha").save_pretrained(folder)
+        for device in (SIMULATED, BOTH):
+            model = PrunableModel.of(load_model(resolve(folder), "float32", device))
+            repaired = []
+            for free in (None, 10**12):
+                states.free_for_states = lambda _, free=free: free
+                LayerwiseRun.to_host = None  # they do not move
+                blocks = repair(model, mask, text, "sublayer", 1e-2, epochs=1, predictions=True).blocks
+                repaired.append([block.weight.cpu() for block in blocks.values()])
+            states.free_for_states, LayerwiseRun.to_host = unknown, move
+            assert all(map(torch.equal, *repaired)), device
+
+
 def evaluation() -> None:
     """The perplexity of a run is that on the host, for a model that is shrunk on the device, which may be two."""
     from helpers.recipes import SMALL
@@ -299,6 +326,7 @@ PARTS: dict[str, Callable[[], None]] = {
     "untied head on two devices": untied_on_two,
     "uploads on two devices": uploads_on_two,
     "stored head on two devices": stored_head_on_two,
+    "hidden states on devices": states_on_devices,
     "evaluation of a run": evaluation,
     "latencies": latencies,
     "solvers without memory": solvers_without_memory,

@@ -1,0 +1,118 @@
+"""What passes through a model take: through dense layers, under masks; and where the hidden states are meanwhile."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pgprune_cli.estimate import flops
+from pgprune_cli.estimate.sizes import Sizes, Texts, tokens_in
+from pgprune_cli.estimate.traffic import (
+    DENSE_LOGIT,
+    GATHERED,
+    LOGIT,
+    LOSS_LOGIT,
+    head_bytes,
+    inner_traffic,
+    operations,
+    rows_operations,
+    stream_traffic,
+)
+from pgprune_cli.estimate.work import Work
+from pgprune_cli.forward.curvature import curvature_windows
+from pgprune_cli.forward.states import states_bytes
+from pgprune_cli.repair.least_squares import COPIES
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a search runs.
+
+    table: fraction of the width table that is on the device; states: bytes that it has for the hidden states of
+    layer-wise passes, which are on the host otherwise; solves: whether equations are solved there; processes: how many
+    share the masks of a step and the layers to solve.
+    """
+
+    table: float = 1.0
+    states: float = math.inf
+    solves: bool = True
+    processes: int = 1
+
+
+def layers(sizes: Sizes, batches: Sequence[Tensor]) -> Work:
+    """Return what running all dense layers on batches `(B, T)` takes."""
+    blocks = sizes.blocks
+    return Work(
+        flops.layer_passes(sizes, batches),
+        len(batches) * sum(block.nbytes for block in blocks),
+        tokens_in(batches) * sum(stream_traffic(sizes) + inner_traffic(sizes, block) for block in blocks),
+        operations=len(batches) * sum(operations(sizes, block) for block in blocks),
+    )
+
+
+def masks(sizes: Sizes, tokens: Tensor, count: int, setup: Setup) -> Work:
+    """Return what the losses of `count` masks on `tokens` `(B, T)` take, without what the dense model takes."""
+    rows, blocks = tokens.shape[0] * (tokens.shape[1] - 1), sizes.blocks
+    logit = LOSS_LOGIT if sizes.recipe.search.objective == "loss" else LOGIT
+    kept = sum(block.keep_fraction * block.nbytes for block in blocks)
+    table = sum(
+        block.experts * block.keep_fraction * block.inputs * block.outputs * sizes.dtype.itemsize
+        for block in blocks
+        if block.keep_fraction < 1 and sizes.has_table and sizes.solves
+    )
+    # A width search reads the kept weights where they lie; a unit search gathers them first.
+    gathered = [block for block in blocks if block.keep_fraction < 1 and not sizes.has_table]
+    copies = 2 * sum(block.keep_fraction * block.nbytes for block in gathered)
+    per_token = sum(stream_traffic(sizes) + block.keep_fraction * inner_traffic(sizes, block) for block in blocks)
+    work = Work(
+        flops.forward_passes(sizes, tokens, 1),
+        kept + head_bytes(sizes, rows),
+        copies + tokens.numel() * per_token + rows * sizes.vocabulary * logit,
+        (1 - setup.table) * table,
+        operations=sum(operations(sizes, block) for block in blocks) + GATHERED * len(gathered) + rows_operations(rows),
+    )
+    return work.times(count)
+
+
+def dense_model(sizes: Sizes, tokens: Tensor, heads: int) -> Work:
+    """Return what one pass of the dense model on `tokens` takes, with `heads` passes through its head."""
+    rows, once = tokens.shape[0] * (tokens.shape[1] - 1), layers(sizes, [tokens])
+    return Work(
+        flops.dense_passes(sizes, tokens, 1, heads),
+        once.weights + heads * head_bytes(sizes, rows),
+        once.traffic + heads * rows * sizes.vocabulary * DENSE_LOGIT,
+        operations=once.operations + heads * rows_operations(rows),
+    )
+
+
+def curvature(sizes: Sizes, batches: Sequence[Tensor]) -> Work:
+    """Return what the weight of an error in every direction takes (forward/curvature.py)."""
+    windows = curvature_windows(batches)
+    tokens, once = tokens_in(windows), layers(sizes, windows)
+    logits = 26 * tokens * sizes.vocabulary + 20 * sizes.vocabulary * sizes.hidden
+    return Work(
+        flops.error_roots(sizes, batches),
+        once.weights + 2 * head_bytes(sizes, tokens),
+        once.traffic + logits,
+        operations=once.operations,
+    )
+
+
+def states(sizes: Sizes, batches: Sequence[Tensor], passes: int, setup: Setup, copies: int = 1) -> Work:
+    """Return what moving the hidden states takes in passes through all layers: nothing if they are on the device."""
+    moved = 2 * tokens_in(batches) * sizes.hidden * sizes.dtype.itemsize * sizes.layers
+    return Work() if on_device(sizes, batches, setup, copies) else Work(awaited=passes * moved)
+
+
+def on_device(sizes: Sizes, batches: Sequence[Tensor], setup: Setup, copies: int = 1) -> bool:
+    """Return whether the device has room for `copies` tensors of the size of all hidden states."""
+    return states_bytes(sizes.model, tokens_in(batches), copies) <= setup.states
+
+
+def all_on_device(sizes: Sizes, texts: Texts, setup: Setup) -> bool:
+    """Return whether the hidden states of every layer-wise pass are on the device."""
+    copies = COPIES if sizes.fits_blocks else 1
+    return on_device(sizes, texts.scoring, setup) and on_device(sizes, texts.fitting, setup, copies)
