@@ -2,21 +2,23 @@
 
 `torchrun` starts the processes. Each draws the same masks from the seed and applies the same updates to the policy.
 The forward passes are divided among the processes; before the search starts, so are the layers to score and to solve.
-Exactly one process computes each loss and each layer, and the others receive its bits unchanged, so the result does
-not depend on the number of processes. Only the writer (rank 0) writes files, except that every process writes its
-share of the width table. Without torchrun there is one process, the writer, and `torch.distributed` is never used.
+Exactly one process computes each loss, each layer and each shard of the text (forward/shards.py), and the others
+receive its bits unchanged, so the result does not depend on the number of processes. Only the writer (rank 0) writes
+files, except that every process writes its share of the width table. Without torchrun there is one process, the
+writer, and `torch.distributed` is never used.
 
-The processes exchange a few numbers per step, and the scores once. They do it on the CPU with gloo, even if the models
-are on GPUs: NCCL would gain nothing on so few numbers, would take GPU memory, and would hang where gloo reports at
-once that a process has died.
+The processes exchange numbers, hidden states of whole forward passes and, on CPUs, sums over shards. They do it on the
+CPU with gloo, even if the models are on GPUs: NCCL would take GPU memory, and would hang where gloo reports at once
+that a process has died. What gloo would send for longer than it takes to compute is computed by every process.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -26,6 +28,7 @@ from uuid import uuid4
 from pgprune_cli.errors import RunError, in_short
 
 if TYPE_CHECKING:  # the command line imports this module and must start quickly
+    import torch
     from torch import Tensor
     from torch.distributed import Store
 
@@ -79,6 +82,50 @@ class Ranks:
             self._all_reduce(bits)  # exact: for each entry, all processes but one add 0
         return {name: slot.view(torch.float64) for name, slot in slots.items()}
 
+    def divide(
+        self, compute: Callable[[int], Tensor], shapes: Sequence[Sequence[int]], dtype: torch.dtype
+    ) -> Iterator[Tensor]:
+        """Yield the tensors of all work items in order, each computed by one process: the same bits on all of them.
+
+        compute: of an item; shapes: of all items. Every process must ask for as many items as the others. The tensors
+        are on the CPU, or, of a single process, where they were computed.
+        """
+        for first in range(0, len(shapes), self.world_size):
+            own = first + self.rank
+            computed = compute(own) if own < len(shapes) else None
+            if self.world_size == 1 and computed is not None:
+                yield computed
+                continue
+            round_of = shapes[first : first + self.world_size]
+            yield from self._exchanged_round(computed, round_of, dtype)
+
+    def exchange(self, own: Tensor) -> list[Tensor]:
+        """Return the tensors of all processes by rank, bit for bit. They have one shape and dtype, on the CPU."""
+        if self.world_size == 1:
+            return [own]
+        import torch
+        from torch import distributed
+
+        sent = own.contiguous().flatten().view(torch.uint8)
+        received = [torch.empty_like(sent) for _ in range(self.world_size)]
+        with _reported():
+            distributed.all_gather(received, sent)
+        return [data.view(own.dtype).view(own.shape) for data in received]
+
+    def _exchanged_round(
+        self, own: Tensor | None, shapes: Sequence[Sequence[int]], dtype: torch.dtype
+    ) -> Iterator[Tensor]:
+        """Yield the tensors of the first ranks, one for each shape."""
+        import torch
+
+        sizes = [math.prod(shape) for shape in shapes]
+        padded = torch.zeros(max(sizes), dtype=dtype)
+        if own is not None:
+            padded[: own.numel()] = own.cpu().flatten()
+        received = self.exchange(padded)
+        for data, size, shape in zip(received, sizes, shapes, strict=False):
+            yield data[:size].view(*shape)
+
     def max(self, value: int) -> int:
         """Return the maximum of `value` over all processes."""
         if self.world_size == 1:
@@ -109,7 +156,8 @@ class Ranks:
             return
         import torch
 
-        digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).digest()
+        data = (tensor.detach().contiguous().flatten().view(torch.uint8).numpy() for tensor in tensors)
+        digest = hashlib.sha256(b"".join(map(bytes, data))).digest()
         digests = torch.zeros(self.world_size, 4, dtype=torch.int64)
         digests[self.rank] = torch.frombuffer(bytearray(digest), dtype=torch.int64)
         different = (self._all_reduce(digests) != digests[self.rank]).any(1).nonzero()
@@ -133,11 +181,22 @@ class Ranks:
         """Sum `values` over all processes, in place, and return them. Raises RunError if a process has died."""
         from torch import distributed
 
-        try:
+        with _reported():
             distributed.all_reduce(values)
-        except RuntimeError as error:
-            raise RunError(f"another process of this run has died ({in_short(error, 160)})") from error
         return values
+
+
+ALONE = Ranks()
+"""The only process."""
+
+
+@contextmanager
+def _reported() -> Iterator[None]:
+    """Raise RunError if a process has died that the body needs."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RunError(f"another process of this run has died ({in_short(error, 160)})") from error
 
 
 @contextmanager

@@ -24,25 +24,27 @@ Settings = Sequence[tuple[nn.Module, str, Any]]
 class BlockText:
     """The inputs and outputs of a dense block, and the weights of its tokens, window by window.
 
-    Register `observers` and `watchers` with a layer-wise run. Afterwards it holds inputs and outputs `(windows, T,
-    hidden)` in the dtype of the model, and weights `(windows, T)` float32, those of the moments, where the run keeps
-    its hidden states.
+    Register `observers` and `watchers` with layer-wise runs, one after another. Afterwards it holds inputs and outputs
+    `(windows, T, hidden)` in the dtype of the model, and weights `(windows, T)` float32, those of the moments, where
+    the runs keep their hidden states.
     """
 
     inputs: Tensor
     outputs: Tensor
     weights: Tensor
 
-    def __init__(self, run: LayerwiseRun, family: ModelFamily, block: Block) -> None:
+    def __init__(self, runs: Sequence[LayerwiseRun], family: ModelFamily, block: Block) -> None:
         self._watched = self._weighed = 0
         try:
-            self._allocate(run)
+            self._allocate(runs)
         except RuntimeError as error:
-            if run.on_host or not is_out_of_memory(error):
+            if all(run.on_host for run in runs) or not is_out_of_memory(error):
                 raise
-            run.to_host()
-            self._allocate(run)
-        run.followers.add(self)
+            for run in runs:
+                run.to_host()
+            self._allocate(runs)
+        for run in runs:
+            run.followers.add(self)
         paths = (family.residual, *([block.post_norm] if block.post_norm else []))
         self.observers: Observers = {paths: self._weigh}
         self.watchers: Watchers = {block.module: self._watch}
@@ -51,9 +53,9 @@ class BlockText:
         """Move the text to the host."""
         self.inputs, self.outputs, self.weights = self.inputs.cpu(), self.outputs.cpu(), self.weights.cpu()
 
-    def _allocate(self, run: LayerwiseRun) -> None:
-        first = run.hidden_states[0]
-        windows = sum(len(batch) for batch in run.hidden_states)
+    def _allocate(self, runs: Sequence[LayerwiseRun]) -> None:
+        first = runs[0].hidden_states[0]
+        windows = sum(len(batch) for run in runs for batch in run.hidden_states)
         self.inputs = first.new_empty(windows, *first.shape[1:])
         self.outputs = torch.empty_like(self.inputs)
         self.weights = torch.empty(windows, first.shape[1], device=first.device)

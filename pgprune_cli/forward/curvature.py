@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
+from pgprune_cli.distributed import ALONE, Ranks
 from pgprune_cli.errors import RunError
 from pgprune_cli.forward.batch_splitting import BatchSplitter
 from pgprune_cli.forward.gram import cholesky
@@ -72,16 +73,21 @@ class ErrorRoots:
         return cholesky(mixture).T
 
 
-def error_roots(model: PrunableModel, batches: Sequence[Tensor], progress: LayerProgress = NO_PROGRESS) -> ErrorRoots:
+def error_roots(
+    model: PrunableModel, batches: Sequence[Tensor], progress: LayerProgress = NO_PROGRESS, ranks: Ranks = ALONE
+) -> ErrorRoots:
     """Return the weight of an error in every layer, from some windows of each of the `batches` of tokens `(B, T)`."""
-    return ErrorRoots(output_curvature(model, batches, progress), model.shape.layers)
+    return ErrorRoots(output_curvature(model, batches, progress, ranks), model.shape.layers)
 
 
 @torch.no_grad()
-def output_curvature(model: PrunableModel, batches: Sequence[Tensor], progress: LayerProgress = NO_PROGRESS) -> Tensor:
+def output_curvature(
+    model: PrunableModel, batches: Sequence[Tensor], progress: LayerProgress = NO_PROGRESS, ranks: Ranks = ALONE
+) -> Tensor:
     """Return G `(hidden, hidden)` float64, scaled so that the mean of its diagonal is 1.
 
-    Raises ValueError without batches, RunError if the model overflows.
+    ranks: of the processes that call this alike, and share the passes. Raises ValueError without batches, RunError if
+    the model overflows.
     """
     if not batches:
         raise ValueError("there is no calibration text to run")
@@ -92,9 +98,11 @@ def output_curvature(model: PrunableModel, batches: Sequence[Tensor], progress: 
     tokens = 0
     splitter = BatchSplitter()
     parts = curvature_windows(batches)
-    for done, windows in enumerate(parts):
-        progress.batches_done(done, len(parts))
-        for rows in _hidden_states(model, windows, splitter).to(unembedding.device).split(LOGIT_ROWS):
+    shapes = [(part.numel(), unembedding.shape[1]) for part in parts]
+    states = ranks.divide(lambda index: _hidden_states(model, parts[index], splitter), shapes, model.dtype)
+    progress.batches_done(0, len(parts))
+    for done, hidden_states in enumerate(states, 1):
+        for rows in hidden_states.to(unembedding.device).split(LOGIT_ROWS):
             logits = model.family.finish_logits(model.config, rows @ unembedding.T).float()
             probability, slopes = logits.softmax(-1), model.family.logit_slopes(model.config, logits)
             sensitivity = probability if slopes is None else probability * slopes
@@ -102,7 +110,7 @@ def output_curvature(model: PrunableModel, batches: Sequence[Tensor], progress: 
             mean = (sensitivity.to(unembedding.dtype) @ unembedding).float()
             expected += mean.T @ mean
             tokens += len(rows)
-    progress.batches_done(len(parts), len(parts))
+        progress.batches_done(done, len(parts))
     weighted = torch.zeros_like(expected)
     for rows, mass in zip(unembedding.split(LOGIT_ROWS * 16), token_mass.split(LOGIT_ROWS * 16), strict=True):
         weighted += (rows.float() * mass[:, None]).T @ rows.float()

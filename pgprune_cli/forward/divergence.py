@@ -44,6 +44,17 @@ class States(NamedTuple):
         """Return the states with all their tensors on one device."""
         return States(self.predicting.to(device), tuple(tensor.to(device) for tensor in self.stream))
 
+    def packed(self) -> Tensor:
+        """Return all states as rows of one tensor `(rows, hidden)` on the CPU."""
+        return torch.cat([self.predicting.cpu(), *(tensor.cpu().flatten(0, 1) for tensor in self.stream)])
+
+    @classmethod
+    def of(cls, rows: Tensor, tokens: Tensor) -> States:
+        """Return the states of `tokens` `(B, T)` from what `packed` returned."""
+        windows, length = tokens.shape
+        predicting, stream = rows.tensor_split([windows * (length - 1)])
+        return cls(predicting, stream.unflatten(0, (-1, windows, length)).unbind())
+
 
 class Values(NamedTuple):
     """What is measured of K masks, each `(K,)` float64 on the CPU, in nats per token.
@@ -67,6 +78,11 @@ class Divergence:
         self.places = stream_places(len(self.model.layers)) if hidden_weight else []
         self.rows = BatchSplitter()
         self.rows.max_windows = ROWS
+
+    def packed_shape(self, tokens: Tensor) -> tuple[int, int]:
+        """Return the shape of the packed states of `tokens` `(B, T)`."""
+        windows, length = tokens.shape
+        return windows * (length - 1) + len(self.places) * windows * length, self.model.head.weight.shape[1]
 
     @torch.inference_mode()
     def dense_states(self, tokens: Tensor) -> States:

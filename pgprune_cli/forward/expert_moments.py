@@ -6,7 +6,7 @@ by gate² / ‖its residual stream‖², and the errors of experts can be compar
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +60,18 @@ class ExpertSums:
             sums.weight[expert] += scale.square().sum()
             sums.tokens[expert] += len(scale)
         self.total += len(weight)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is added up over shards."""
+        sums = self.sums
+        assert sums is not None
+        return [sums.second, sums.first, sums.weight, sums.tokens, torch.tensor(self.total)]
+
+    def replace(self, tensors: Sequence[Tensor]) -> None:
+        """Continue with what has been added up over shards."""
+        *sums, total = tensors
+        self.sums, self.total = ExpertMoments(*sums), int(total)
 
     def moments(self) -> ExpertMoments:
         """Return the moments, and drop the sums here."""

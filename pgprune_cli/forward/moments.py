@@ -7,17 +7,20 @@ an error of its output is divided by the length of that output, so the token is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from pgprune_cli.distributed import ALONE, Ranks
 from pgprune_cli.forward.expert_moments import ExpertMoments, ExpertSums, mean_square
 from pgprune_cli.forward.gram import GramSum
 from pgprune_cli.forward.layerwise import NO_OBSERVERS, NO_WATCHERS, LayerwiseRun, Observers, Watchers
+from pgprune_cli.forward.shards import ShardedRun, start_sharded
 from pgprune_cli.model.families.adapter import Block, ModelFamily
+from pgprune_cli.model.prunable import PrunableModel
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,16 @@ class BlockSums:
         self.second.add(products)
         self.first += first
         self.weight += weight.sum()
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is added up over shards."""
+        return [self.second.sums, self.first, self.weight, torch.tensor(self.second.rows)]
+
+    def replace(self, tensors: Sequence[Tensor]) -> None:
+        """Continue with what has been added up over shards."""
+        self.second.sums, self.first, self.weight, rows = tensors
+        self.second.rows = int(rows)
 
     def moments(self) -> Moments:
         """Return the moments. This overwrites the sums."""
@@ -102,6 +115,23 @@ class MomentCollector:
             return self.experts.pop(block).moments()
         return self.sums.pop(block).moments()
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What is added up over shards, of all blocks."""
+        return [tensor for sums in self._all_sums for tensor in sums.tensors]
+
+    def replace(self, tensors: Sequence[Tensor]) -> None:
+        """Continue with what has been added up over shards."""
+        left = list(tensors)
+        for sums in self._all_sums:
+            count = len(sums.tensors)
+            sums.replace(left[:count])
+            del left[:count]
+
+    @property
+    def _all_sums(self) -> list[BlockSums | ExpertSums]:
+        return [*self.sums.values(), *self.experts.values()]
+
     def _add(self, block: str, residual: Tensor, inputs: Tensor, block_output: Tensor | None = None) -> None:
         weight = token_weights(residual, block_output)
         sums = self.sums.get(block) or BlockSums(inputs.shape[-1], inputs.device)
@@ -128,8 +158,59 @@ def block_root(family: ModelFamily, layer: nn.Module, block: Block, root: Tensor
     return root * family.norm_weight(layer.get_submodule(block.post_norm)).to(root)
 
 
+def collected(sharded: ShardedRun, collect: Callable[[LayerwiseRun], MomentCollector]) -> MomentCollector:
+    """Return a collector with the moments of all shards. collect: returns one that has observed a run."""
+    newest: list[MomentCollector] = []
+
+    def parts() -> Iterator[list[Tensor]]:
+        for run in sharded.runs:
+            newest[:] = [collect(run)]
+            yield newest[0].tensors
+
+    sums = sharded.shards.sum(parts())
+    newest[0].replace(sums)
+    return newest[0]
+
+
+def dense_moments(
+    model: PrunableModel,
+    batches: Sequence[Tensor],
+    blocks_of: Callable[[int], Sequence[Block]],
+    only: Collection[int] | None = None,
+    ranks: Ranks = ALONE,
+) -> Iterator[tuple[int, MomentCollector]]:
+    """Yield layers of the dense model with the moments of their blocks over all text.
+
+    batches: tokens `(B, T)`; blocks_of: the blocks of a layer to observe; only: if given, yield just these layers;
+    ranks: of the processes, of which each yields its own `share`, and all must reach the end. If they have different
+    shards, as many layers as there are processes are observed before any is yielded, so that all use theirs at once.
+    """
+    sharded = start_sharded(model, batches, ranks)
+    last, own = len(model.layers) - 1, range(len(model.layers)) if only is None else only
+    waiting: list[tuple[int, MomentCollector]] = []
+
+    def collect(run: LayerwiseRun) -> MomentCollector:
+        collector = MomentCollector.of(model.family, model.layers[run.position], blocks_of(run.position))
+        run.advance(run.position, collector.observers)
+        return collector
+
+    for index in range(last + 1):
+        if sharded.shards.is_divided:
+            collector = collected(sharded, collect)
+            if index in own:
+                waiting.append((index, collector))
+            if index < last and (index + 1) % ranks.world_size:
+                continue
+        elif index in own:
+            waiting.append((index, collected(sharded, collect)))
+        elif index < max(own, default=-1):
+            sharded.advance(index)
+        while waiting:
+            yield waiting.pop()
+
+
 def observe_moments(
-    run: LayerwiseRun,
+    sharded: ShardedRun,
     index: int,
     family: ModelFamily,
     block: Block,
@@ -137,11 +218,15 @@ def observe_moments(
     observers: Observers = NO_OBSERVERS,
     watchers: Watchers = NO_WATCHERS,
 ) -> Moments | ExpertMoments:
-    """Return the moments of one block of layer `index` over all batches of a layer-wise run.
+    """Return the moments of one block of layer `index` over all shards of a text.
 
-    The layer runs as it is now, and the run does not advance. experts: as in `MomentCollector.of`; observers, watchers:
-    see the same passes.
+    The layer runs as it is now, and the runs do not advance. experts: as in `MomentCollector.of`; observers, watchers:
+    see the same passes, those over the own shards.
     """
-    collector = MomentCollector.of(family, run.layers[index], [block], experts)
-    run.observe(index, {**collector.observers, **observers}, watchers)
-    return collector.moments(block.name)
+
+    def collect(run: LayerwiseRun) -> MomentCollector:
+        collector = MomentCollector.of(family, run.layers[index], [block], experts)
+        run.observe(index, {**collector.observers, **observers}, watchers)
+        return collector
+
+    return collected(sharded, collect).moments(block.name)

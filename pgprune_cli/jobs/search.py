@@ -201,6 +201,7 @@ def _repaired(context: SearchContext, model_mask: ModelMask) -> Repaired:
             predictions=settings.last_layer == "predictions",
             reselect=reselects(context.recipe),
             roots=context.error_roots if reselects(context.recipe) else None,
+            ranks=context.ranks,
             progress=layers,
             note=notes.append,
         )

@@ -41,6 +41,11 @@ class RepairedBlock(NamedTuple):
     bias: Tensor | None
     inner: Mapping[str, Tensor] = MappingProxyType({})
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All refitted weights."""
+        return [self.weight, *([] if self.bias is None else [self.bias]), *self.inner.values()]
+
 
 RepairedBlocks = Mapping[tuple[int, str], RepairedBlock]
 """Repaired blocks by (layer, block name). A block without an entry keeps the weights of the base model."""

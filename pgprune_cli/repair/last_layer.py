@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pgprune_cli.distributed import ALONE, Ranks
 from pgprune_cli.forward.block_text import ModuleRunner
-from pgprune_cli.forward.layerwise import LayerwiseRun
 from pgprune_cli.forward.masked import last_hidden_states
+from pgprune_cli.forward.shards import ShardedRun, Shards, shard_batches
 from pgprune_cli.forward.shrunk_block import shrunk_block
 from pgprune_cli.model.masks import LayerMask, RepairedBlock
 from pgprune_cli.model.prunable import PrunableModel
@@ -32,6 +33,7 @@ from pgprune_cli.repair.training import (
     epochs_of,
     parts,
     set_aside_and_trained,
+    set_gradients,
     trained,
 )
 from pgprune_cli.repair.whole_block import block_of, kept_weights
@@ -52,26 +54,57 @@ def last_layer_batches(batches: Sequence[Tensor]) -> list[int]:
     return [index * len(batches) // count for index in range(count)]
 
 
+@dataclass(frozen=True)
+class Predictions:
+    """What the dense model predicts on the batches that the fit reads: of those that this process has.
+
+    states: its hidden states `(B, T, hidden)` behind the final norm by place in the own text, on the host; shards: of
+    the windows in these batches.
+    """
+
+    states: Mapping[int, Tensor]
+    shards: Shards
+
+    @classmethod
+    def of(cls, model: PrunableModel, batches: Sequence[Tensor], run: ShardedRun) -> Predictions:
+        """Run the dense model on some `batches` of the text of `run`, all of it. Processes share what all need."""
+        chosen, ranks = last_layer_batches(batches), run.shards.ranks
+        places = shard_batches(len(batches), model.device)
+        windows = tuple(sum(len(batches[index]) for index in chosen if index in part) for part in places)
+        own = [index for index in chosen if index in run.batches]
+        computed = dense_states(model, [batches[index] for index in own], ALONE if run.shards.is_divided else ranks)
+        states = {index - run.batches.start: state for index, state in zip(own, computed, strict=True)}
+        return cls(states, replace(run.shards, windows=windows))
+
+
 @torch.no_grad()
-def dense_states(model: PrunableModel, batches: Sequence[Tensor]) -> list[Tensor]:
-    """Return the dense model's hidden states behind the final norm, batch by batch `(B, T, hidden)`, on the host."""
-    return [last_hidden_states(model.module, tokens.to(model.device)).cpu() for tokens in batches]
+def dense_states(model: PrunableModel, batches: Sequence[Tensor], ranks: Ranks = ALONE) -> list[Tensor]:
+    """Return the dense model's hidden states behind the final norm, batch by batch `(B, T, hidden)`, on the host.
+
+    ranks: of the processes that ask for the same batches, and share them.
+    """
+
+    def compute(index: int) -> Tensor:
+        return last_hidden_states(model.module, batches[index].to(model.device)).cpu()
+
+    hidden = model.head.weight.shape[1]
+    return list(ranks.divide(compute, [(*tokens.shape, hidden) for tokens in batches], model.dtype))
 
 
 def fit_last_layer(
-    run: LayerwiseRun,
+    run: ShardedRun,
     model: PrunableModel,
     mask: LayerMask,
     repaired: Mapping[str, RepairedBlock],
-    predicted: Sequence[Tensor],
+    predicted: Predictions,
 ) -> dict[str, RepairedBlock]:
     """Return the repaired blocks of the last layer, refitted to the dense model's predictions if that helps.
 
     Args:
-        run: at the last layer, over the batches of text to read. The layer is dense.
+        run: at the last layer. The layer is dense.
         mask, repaired: of the last layer, the blocks by name. A block that keeps all of its units stays as it is, and
             so does a whole layer with experts.
-        predicted: the dense model's hidden states on the same batches, see `dense_states`.
+        predicted: what the fit reads of the text of `run`.
     """
     index = len(model.layers) - 1
     layer, family = model.layers[index], model.family
@@ -89,8 +122,12 @@ def fit_last_layer(
             settings += family.settings(layer, block, *grids[block.name].kept(kept))
             weights = kept_weights(family, layer, block, kept, own)
             start |= {f"{block.module}.{name}": weight for name, weight in weights.items()}
-        runner = ModuleRunner(run, index, "", settings)
-        solved = _Fit(model, runner, torch.cat(run.hidden_states), torch.cat(list(predicted))).solve(start)
+        runner = ModuleRunner(run.runs[0], index, "", settings)
+        nothing = run.hidden_states[0][:0]  # of some texts, none of the own batches is read
+        inputs = torch.cat([nothing, *(run.hidden_states[place] for place in predicted.states)])
+        states = torch.cat([nothing.cpu(), *predicted.states.values()])
+        fit = _Fit(model, runner, inputs, states, predicted.shards)
+        solved = fit.solve(start)
     if solved is start:
         return dict(repaired)
     fitted = dict(repaired)
@@ -104,16 +141,19 @@ def fit_last_layer(
 
 @dataclass(frozen=True)
 class _Fit:
-    """One fit: inputs of the last layer and hidden states of the dense model, each `(windows, T, hidden)`."""
+    """One fit: inputs of the last layer and hidden states of the dense model, each `(rows, T, hidden)`: windows of the
+    own shards.
+    """
 
     model: PrunableModel
     runner: ModuleRunner
     inputs: Tensor
     predicted: Tensor
+    shards: Shards
 
     def solve(self, start: Weights) -> Weights:
         """Return weights that predict more like the dense model does on the windows set aside, or `start` itself."""
-        set_aside, rest = set_aside_and_trained(len(self.inputs), seed=0)
+        set_aside, rest = set_aside_and_trained(self.shards.windows, seed=0)
         if not start or not len(set_aside):
             return start
         steps = epochs_of(rest, self.inputs.shape[1], epochs=1, seed=0)
@@ -124,19 +164,22 @@ class _Fit:
     def divergence(self, weights: Weights, windows: Tensor) -> float:
         """Return KL(dense ‖ pruned) on some windows `(n,)`, in nats per token."""
         computed = converted(weights, self._compute_dtype)
-        total = 0.0
-        for part in parts(windows, self.inputs.shape[1]):
-            states, wanted = self._states(computed, part), self._wanted(part)
-            for own, dense in zip(states.split(ROWS), wanted.split(ROWS), strict=True):
-                total += float(self._summed_divergence(own, dense))
-        return total / (windows.numel() * self.inputs.shape[1])
+
+        def summed(rows: Tensor) -> float:
+            total = 0.0
+            for part in parts(rows, self.inputs.shape[1]) if len(rows) else ():
+                states, wanted = self._states(computed, part), self._wanted(part)
+                for own, dense in zip(states.split(ROWS), wanted.split(ROWS), strict=True):
+                    total += float(self._summed_divergence(own, dense))
+            return total
+
+        return self.shards.total(windows, summed) / (windows.numel() * self.inputs.shape[1])
 
     def _set_gradients(self, weights: Weights, windows: Tensor) -> None:
-        """Add the gradients of the mean divergence on the windows of a step."""
+        """Set the gradients of the mean divergence on the windows `(n,)` of a step."""
         tokens = windows.numel() * self.inputs.shape[1]
 
-        def add(rows: slice) -> None:
-            part = windows[rows]
+        def add(part: Tensor) -> None:
             with torch.enable_grad():
                 states = self._states(converted(weights, self._compute_dtype), part)
                 slopes: list[Tensor] = []
@@ -146,21 +189,24 @@ class _Fit:
                 gradients = torch.autograd.grad(states, list(weights.values()), torch.cat(slopes) / tokens)
             add_gradients(weights, gradients)
 
-        self.runner.run.run_slices(len(windows), add)
+        def add_slices(rows: Tensor) -> None:
+            self.runner.run.run_slices(len(rows), lambda part: add(rows[part]))
 
-    def _states(self, weights: Weights, windows: Tensor) -> Tensor:
-        """Return the hidden states behind the final norm `(n · T, hidden)`, with a graph."""
+        set_gradients(self.shards, weights, windows, add_slices)
+
+    def _states(self, weights: Weights, rows: Tensor) -> Tensor:
+        """Return the hidden states behind the final norm `(n · T, hidden)` of some rows, with a graph."""
         device = next(iter(weights.values())).device
-        inputs = self.inputs[windows.to(self.inputs.device)]
+        inputs = self.inputs[rows.to(self.inputs.device)]
         output = self.runner.output(weights, inputs.to(device, self._compute_dtype))
         norm, head = self.model.final_norm, self.model.head
         own = next(norm.parameters())
         states: Tensor = norm(output.to(own.device, own.dtype))
         return states.flatten(0, 1).to(next(head.parameters()).device)
 
-    def _wanted(self, windows: Tensor) -> Tensor:
-        """Return the dense model's hidden states `(n · T, hidden)`."""
-        return self.predicted[windows].flatten(0, 1).to(next(self.model.head.parameters()).device)
+    def _wanted(self, rows: Tensor) -> Tensor:
+        """Return the dense model's hidden states `(n · T, hidden)` of some rows."""
+        return self.predicted[rows].flatten(0, 1).to(next(self.model.head.parameters()).device)
 
     def _summed_divergence(self, states: Tensor, dense: Tensor) -> Tensor:
         """Return the summed divergence of some rows of hidden states: a float32 scalar."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -18,18 +18,20 @@ from torch import Tensor, nn
 
 from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
 from pgprune_cli.core.grid import Grid
+from pgprune_cli.distributed import ALONE, Ranks
 from pgprune_cli.forward.block_text import BlockRunner, BlockText
 from pgprune_cli.forward.curvature import ErrorRoots, error_roots
 from pgprune_cli.forward.expert_moments import ExpertMoments
-from pgprune_cli.forward.layerwise import NO_OBSERVERS, NO_WATCHERS, LayerwiseRun, start_layerwise
+from pgprune_cli.forward.layerwise import NO_OBSERVERS, NO_WATCHERS
 from pgprune_cli.forward.moments import Moments, block_root, observe_moments
+from pgprune_cli.forward.shards import ShardedRun, start_sharded
 from pgprune_cli.forward.shrunk_block import shrunk_block
 from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.masks import LayerMask, ModelMask, RepairedBlock, RepairedBlocks, columns_of
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair.equations import compensated_output, repaired_output
 from pgprune_cli.repair.experts import has_too_few_tokens, repaired_experts, reselected_experts
-from pgprune_cli.repair.last_layer import dense_states, fit_last_layer, last_layer_batches
+from pgprune_cli.repair.last_layer import Predictions, fit_last_layer
 from pgprune_cli.repair.sublayer import SublayerFit
 from pgprune_cli.repair.whole_block import block_of, kept_weights
 from pgprune_cli.scores.obs import chain_errors, removal_order, units_per_round
@@ -66,6 +68,7 @@ def repair(
     predictions: bool = False,
     reselect: bool = False,
     roots: ErrorRoots | None = None,
+    ranks: Ranks = ALONE,
     progress: LayerProgress = NO_PROGRESS,
     note: Note = _no_note,
 ) -> Repaired:
@@ -82,16 +85,15 @@ def repair(
         predictions: fit the last layer to the dense model's predictions in the end, for `sublayer`.
         reselect: keep as many units per block as `model_mask` does, but choose them again with `obs`.
         roots: what errors cost a choice, if that is known already.
+        ranks: of the processes that call this alike; all get the same blocks.
         note: called with what a user should know about single layers, a line each.
     """
     if method != "sublayer":
         epochs = 0
-    predicted = None
-    if method == "sublayer" and predictions:
-        predicted = dense_states(model, [batches[index] for index in last_layer_batches(batches)])
     if reselect:
         roots = roots or error_roots(model, batches, progress)
-    run = start_layerwise(model, batches, copies=COPIES if epochs else 1)
+    run = start_sharded(model, batches, ranks, copies=COPIES if epochs else 1)
+    predicted = Predictions.of(model, batches, run) if method == "sublayer" and predictions else None
     repaired: dict[tuple[int, str], RepairedBlock] = {}
     layer_masks = []
     for index, layer in enumerate(model.layers):
@@ -107,6 +109,8 @@ def repair(
                     masks[block.name] = mask
                     if own is not None:
                         repaired[index, block.name] = own
+                    if run.shards.is_divided:  # every process continues behind its own copy of the block
+                        ranks.check_same(mask, *(own.tensors if own else ()))
                 own = repaired.get((index, block.name))
                 if method != "bias":
                     undo.enter_context(shrunk_block(model.family, layer, block, mask, own))
@@ -117,8 +121,7 @@ def repair(
     if predicted is not None:
         last = len(model.layers) - 1
         blocks = {name: block for (index, name), block in repaired.items() if index == last}
-        read = replace(run, hidden_states=[run.hidden_states[index] for index in last_layer_batches(batches)])
-        fitted = fit_last_layer(read, model, layer_masks[-1], blocks, predicted)
+        fitted = fit_last_layer(run, model, layer_masks[-1], blocks, predicted)
         repaired |= {(last, name): block for name, block in fitted.items()}
     return Repaired(tuple(layer_masks), repaired)
 
@@ -128,7 +131,7 @@ class _BlockRepair:
     """The repair of one block of layer `index`, behind the already pruned layers. See `repair` for the other fields."""
 
     model: PrunableModel
-    run: LayerwiseRun
+    run: ShardedRun
     index: int
     block: Block
     method: str
@@ -149,7 +152,7 @@ class _BlockRepair:
         return self._experts(mask, root) if self.grid.separate else self._one_projection(mask, root)
 
     def _one_projection(self, mask: Tensor, root: Tensor | None) -> tuple[Tensor, RepairedBlock]:
-        text = BlockText(self.run, self.model.family, self.block) if self.epochs else None
+        text = BlockText(self.run.runs, self.model.family, self.block) if self.epochs else None
         moments = self._moments(text=text)
         assert isinstance(moments, Moments)
         if root is not None:
@@ -162,8 +165,8 @@ class _BlockRepair:
         """Refit every kept weight of the block, from its repaired output projection on."""
         family, layer = self.model.family, self.layer
         start = kept_weights(family, layer, self.block, mask, repaired)
-        runner = BlockRunner(self.run, self.index, family, self.block, self.grid.kept(mask))
-        solved = SublayerFit(runner, text, self.epochs, self.index).solve(start)
+        runner = BlockRunner(self.run.runs[0], self.index, family, self.block, self.grid.kept(mask))
+        solved = SublayerFit(runner, text, self.run.shards, self.epochs, self.index).solve(start)
         return repaired if solved is start else block_of(family, layer, self.block, solved, repaired.bias)
 
     def _output(self, mask: Tensor, moments: Moments) -> RepairedBlock:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.forward.block_text import BlockRunner, BlockText
+from pgprune_cli.forward.shards import Shards
 from pgprune_cli.repair.training import (
     Weights,
     add_gradients,
@@ -28,6 +29,7 @@ from pgprune_cli.repair.training import (
     epochs_of,
     parts,
     set_aside_and_trained,
+    set_gradients,
     trained,
 )
 
@@ -39,11 +41,13 @@ LEARNING_RATE = 4e-3
 class SublayerFit:
     """The fit of one block.
 
-    text: what the dense block does; epochs: how many times it is read; seed: of the order of its windows.
+    text: what the dense block does on the own shards; epochs: how many times it is read; seed: of the order of its
+    windows. Windows are counted over all shards, except that methods of one shard get rows of `text`.
     """
 
     runner: BlockRunner
     text: BlockText
+    shards: Shards
     epochs: int
     seed: int
 
@@ -53,17 +57,18 @@ class SublayerFit:
         start: in the dtype in which they will be stored, on the block's device. On the whole text, the error of the
         result is never above that of `start`. One window cannot be set aside from itself: then nothing is fitted.
         """
-        set_aside, rest = set_aside_and_trained(len(self.text.inputs), self.seed)
+        set_aside, shards = set_aside_and_trained(self.shards.windows, self.seed)
         if not len(set_aside):
             return start
+        rest = torch.cat(shards)
         everything = torch.cat([set_aside, rest])
-        scale = rest.numel() / max(sum(map(self._squared_outputs, self._parts(rest))), 1e-30)
+        scale = rest.numel() / max(self.shards.total(rest, self._squared_outputs), 1e-30)
 
-        def set_gradients(weights: Weights, windows: Tensor) -> None:
-            self._run_slices(windows, lambda part: self._add_gradients(weights, part, scale / len(windows)))
+        def set_own(weights: Weights, windows: Tensor) -> None:
+            self._set_gradients(weights, windows, scale / len(windows))
 
-        steps = epochs_of(rest, self.text.inputs.shape[1], self.epochs, self.seed)
-        candidates = trained(start, steps, LEARNING_RATE, set_gradients)
+        steps = epochs_of(shards, self.text.inputs.shape[1], self.epochs, self.seed)
+        candidates = trained(start, steps, LEARNING_RATE, set_own)
         best = best_of(start, candidates, lambda weights: self.error(weights, set_aside))
         is_better = best is not start and self.error(best, everything) < self.error(start, everything)
         return best if is_better else start
@@ -72,51 +77,65 @@ class SublayerFit:
     def error(self, weights: Weights, windows: Tensor) -> float:
         """Return the weighted squared error relative to the weighted squared output, on some windows `(n,)`."""
         computed = converted(weights, self._compute_dtype)
-        errors: list[float] = []
-        for part in self._parts(windows):
-            self._run_slices(part, lambda own: errors.append(float(self._squared_errors(computed, own).double().sum())))
-        return sum(errors) / max(sum(map(self._squared_outputs, self._parts(windows))), 1e-30)
 
-    def _add_gradients(self, weights: Weights, windows: Tensor, scale: float) -> None:
-        """Add the gradients of `scale` times the sum of the squared errors in some windows `(n,)`."""
-        with torch.enable_grad():
-            computed = converted(weights, self._compute_dtype)
-            output = self.runner.output(computed, self._inputs(windows))
-            # The derivative of the errors by the output is known: autograd need not keep their float32 copies.
-            slope = self._errors(output.detach(), windows).mul_(2 * scale * self._weights(windows)[..., None])
-            gradients = torch.autograd.grad(output, list(weights.values()), slope.to(output.dtype))
-        add_gradients(weights, gradients)
+        def squared_errors(rows: Tensor) -> float:
+            errors: list[float] = []
+            for part in self._parts(rows):
+                self._run_slices(
+                    part, lambda own: errors.append(float(self._squared_errors(computed, own).double().sum()))
+                )
+            return sum(errors)
 
-    def _run_slices(self, windows: Tensor, run: Callable[[Tensor], None]) -> None:
-        """Call `run` on windows `(n,)`, in parts once memory has run out."""
-        self.runner.run.run_slices(len(windows), lambda part: run(windows[part]))
+        size = self.shards.total(windows, self._squared_outputs)
+        return self.shards.total(windows, squared_errors) / max(size, 1e-30)
 
-    def _parts(self, windows: Tensor) -> tuple[Tensor, ...]:
-        return parts(windows, self.text.inputs.shape[1])
+    def _set_gradients(self, weights: Weights, windows: Tensor, scale: float) -> None:
+        """Set the gradients of `scale` times the sum of the squared errors in some windows `(n,)`."""
 
-    def _squared_errors(self, weights: Weights, windows: Tensor) -> Tensor:
-        """Return the weighted squared error of every token of some windows: `(n, T)` float32."""
-        errors = self._errors(self.runner.output(weights, self._inputs(windows)), windows)
-        return errors.square_().sum(-1) * self._weights(windows)
+        def add(rows: Tensor) -> None:
+            with torch.enable_grad():
+                computed = converted(weights, self._compute_dtype)
+                output = self.runner.output(computed, self._inputs(rows))
+                # The derivative of the errors by the output is known: autograd need not keep their float32 copies.
+                slope = self._errors(output.detach(), rows).mul_(2 * scale * self._weights(rows)[..., None])
+                gradients = torch.autograd.grad(output, list(weights.values()), slope.to(output.dtype))
+            add_gradients(weights, gradients)
 
-    def _errors(self, output: Tensor, windows: Tensor) -> Tensor:
-        """Return what an output `(n, T, hidden)` of the block on some windows differs by: the same shape, float32."""
-        return output.float().sub_(self._read(self.text.outputs, windows))
+        set_gradients(self.shards, weights, windows, lambda rows: self._run_slices(rows, add))
 
-    def _squared_outputs(self, windows: Tensor) -> float:
-        """Return the weighted sum of squares of what the dense block writes in some windows."""
-        squares = self._read(self.text.outputs, windows).float().square().sum(-1)
-        return float((squares * self._weights(windows)).double().sum())
+    def _run_slices(self, rows: Tensor, run: Callable[[Tensor], None]) -> None:
+        """Call `run` on rows `(n,)`, in parts once memory has run out."""
+        self.runner.run.run_slices(len(rows), lambda part: run(rows[part]))
 
-    def _inputs(self, windows: Tensor) -> Tensor:
-        return self._read(self.text.inputs, windows).to(self._compute_dtype)
+    def _parts(self, rows: Tensor) -> tuple[Tensor, ...]:
+        return parts(rows, self.text.inputs.shape[1])
 
-    def _weights(self, windows: Tensor) -> Tensor:
-        return self._read(self.text.weights, windows)
+    def _squared_errors(self, weights: Weights, rows: Tensor) -> Tensor:
+        """Return the weighted squared error of every token of some rows: `(n, T)` float32."""
+        errors = self._errors(self.runner.output(weights, self._inputs(rows)), rows)
+        return errors.square_().sum(-1) * self._weights(rows)
 
-    def _read(self, text: Tensor, windows: Tensor) -> Tensor:
-        """Return some windows of the text on the block's device, whose numbers do not depend on where they are kept."""
-        return text[windows.to(text.device)].to(self.runner.device)
+    def _errors(self, output: Tensor, rows: Tensor) -> Tensor:
+        """Return what an output `(n, T, hidden)` of the block on some rows differs by: the same shape, float32."""
+        return output.float().sub_(self._read(self.text.outputs, rows))
+
+    def _squared_outputs(self, rows: Tensor) -> float:
+        """Return the weighted sum of squares of what the dense block writes in some rows."""
+        total = 0.0
+        for part in self._parts(rows):
+            squares = self._read(self.text.outputs, part).float().square().sum(-1)
+            total += float((squares * self._weights(part)).double().sum())
+        return total
+
+    def _inputs(self, rows: Tensor) -> Tensor:
+        return self._read(self.text.inputs, rows).to(self._compute_dtype)
+
+    def _weights(self, rows: Tensor) -> Tensor:
+        return self._read(self.text.weights, rows)
+
+    def _read(self, text: Tensor, rows: Tensor) -> Tensor:
+        """Return some rows of the text on the block's device, whose numbers do not depend on where they are kept."""
+        return text[rows.to(text.device)].to(self.runner.device)
 
     @property
     def _compute_dtype(self) -> torch.dtype:

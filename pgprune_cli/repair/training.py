@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from pgprune_cli.forward.shards import Shards
+
 WARM_UP = 0.1
 """Fraction of the steps during which the learning rate rises."""
 
@@ -37,7 +39,7 @@ def trained(
     Args:
         steps: the windows `(n,)` of each step.
         learning_rate: the largest. It rises linearly during the first steps and then falls to 0 along a cosine.
-        set_gradients: sets the gradients of the float32 weights for the windows of a step.
+        set_gradients: sets the gradients of the float32 weights for the windows of a step, on every process alike.
     """
     moved = {name: weight.to(torch.float32, copy=True).requires_grad_() for name, weight in start.items()}
     optimizer = torch.optim.AdamW(
@@ -76,16 +78,42 @@ def add_gradients(weights: Weights, gradients: Sequence[Tensor]) -> None:
         weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
 
 
-def set_aside_and_trained(windows: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Return the windows that are set aside and those that are trained on. One window cannot be set aside."""
-    order = torch.randperm(windows, generator=torch.Generator().manual_seed(seed))
-    count = set_aside(windows)
-    return order[:count], order[count:]
+def set_gradients(shards: Shards, weights: Weights, windows: Tensor, add: Callable[[Tensor], None]) -> None:
+    """Set the gradients of the weights to their sum over some windows `(n,)` of all shards.
+
+    add: adds the gradients of some rows of this process's text.
+    """
+
+    def gradients(rows: Tensor) -> list[Tensor]:
+        for weight in weights.values():
+            weight.grad = None
+        if len(rows):
+            add(rows)
+        return [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in weights.values()]
+
+    sums = shards.sum(gradients(shards.rows(shard, windows)) for shard in shards.own)
+    for weight, gradient in zip(weights.values(), sums, strict=True):
+        weight.grad = gradient
+
+
+def set_aside_and_trained(windows: Sequence[int], seed: int) -> tuple[Tensor, list[Tensor]]:
+    """Return the windows that are set aside, and those of each shard that are trained on.
+
+    windows: the number in each shard. The only window of a shard is not set aside.
+    """
+    generator, first = torch.Generator().manual_seed(seed), 0
+    aside, rest = [], []
+    for size in windows:
+        order = first + torch.randperm(size, generator=generator)
+        aside.append(order[: set_aside(size)])
+        rest.append(order[set_aside(size) :])
+        first += size
+    return torch.cat(aside), rest
 
 
 def set_aside(windows: int) -> int:
-    """Return how many windows are set aside."""
-    return min(max(1, int(windows * SET_ASIDE)), windows - 1)
+    """Return how many windows of a shard are set aside."""
+    return max(0, min(max(1, int(windows * SET_ASIDE)), windows - 1))
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -99,14 +127,22 @@ def parts(windows: Tensor, seqlen: int) -> tuple[Tensor, ...]:
     return split
 
 
-def epochs_of(windows: Tensor, seqlen: int, epochs: int, seed: int) -> list[Tensor]:
-    """Return the windows of every step, in a new order in every epoch."""
+def epochs_of(shards: Sequence[Tensor], seqlen: int, epochs: int, seed: int) -> list[Tensor]:
+    """Return the windows of every step, in a new order in every epoch. shards: the windows `(n,)` of each."""
     generator = torch.Generator().manual_seed(seed)
     return [
         part
         for _ in range(epochs)
-        for part in parts(windows[torch.randperm(len(windows), generator=generator)], seqlen)
+        for part in parts(
+            _interleaved([windows[torch.randperm(len(windows), generator=generator)] for windows in shards]), seqlen
+        )
     ]
+
+
+def _interleaved(shards: Sequence[Tensor]) -> Tensor:
+    """Return the windows of all shards in one order, in which those of each are evenly spread."""
+    places = torch.cat([(torch.arange(len(windows)) + 0.5) / max(1, len(windows)) for windows in shards])
+    return torch.cat(list(shards))[places.argsort(stable=True)]
 
 
 def scheduled(step: int, steps: int) -> float:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
 from pgprune_cli.core.grid import Grid, element_order, unit_multiple
 from pgprune_cli.core.space import MaskSpace
+from pgprune_cli.distributed import ALONE, Ranks
 from pgprune_cli.forward.curvature import ErrorRoots, error_roots
 from pgprune_cli.forward.expert_moments import ExpertMoments
-from pgprune_cli.forward.layerwise import start_layerwise
-from pgprune_cli.forward.moments import MomentCollector, Moments, block_root
+from pgprune_cli.forward.moments import Moments, block_root, dense_moments
 from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.masks import ModelMask, RepairedBlock, RepairedBlocks, columns_of
 from pgprune_cli.model.prunable import Partitions, PrunableModel
@@ -151,6 +151,7 @@ def solve_layers(
     multiples: Mapping[str, int] = NO_MULTIPLES,
     only: Collection[int] | None = None,
     roots: ErrorRoots | None = None,
+    processes: Ranks = ALONE,
     progress: LayerProgress = NO_PROGRESS,
 ) -> Iterator[tuple[int, dict[str, BlockWidths]]]:
     """Solve every block of the dense model at every width, from one pass over the text. Yields layer after layer.
@@ -166,21 +167,18 @@ def solve_layers(
         multiples: by block name, what its widths are multiples of.
         only: if given, solve just these layers.
         roots: what errors cost, if that is known already.
+        processes: as `ranks` in `dense_moments`.
     """
     family = model.family
     roots = roots or error_roots(model, batches, progress)
-    run = start_layerwise(model, batches)
-    for index, layer in enumerate(model.layers):
-        if only is not None and index not in only:
-            if index < max(only, default=-1):
-                run.advance(index)
-            continue
-        blocks = [block for block in family.blocks_of(layer) if (index, block.name) in ranks]
-        collector = MomentCollector.of(family, layer, blocks)
-        run.advance(index, collector.observers)
-        root = roots[index]
+
+    def blocks_of(index: int) -> list[Block]:
+        return [block for block in family.blocks_of(model.layers[index]) if (index, block.name) in ranks]
+
+    for index, collector in dense_moments(model, batches, blocks_of, only, processes):
+        layer, root = model.layers[index], roots[index]
         solved: dict[str, BlockWidths] = {}
-        for block in blocks:
+        for block in blocks_of(index):
             order = ranks[index, block.name].argsort(descending=True, stable=True)
             multiple = unit_multiple(model.shape.grids[block.name][index], multiples.get(block.name, 1))
             widths = sorted({*range(0, len(order), width_step(len(order), multiple)), len(order)})

@@ -24,6 +24,7 @@ from pgprune_cli.core.grid import (
     unit_count,
 )
 from pgprune_cli.core.space import BLOCKS_OF, WHOLE_FAMILIES, MaskSpace
+from pgprune_cli.distributed import ALONE, Ranks
 from pgprune_cli.model.prunable import BlockCosts, Partitions, PrunableModel, Shape
 from pgprune_cli.scores.flap import flap, flap_adaptive
 from pgprune_cli.scores.magnitude import magnitude
@@ -67,13 +68,14 @@ def score(
     seed: int,
     only: Collection[int] | None = None,
     progress: LayerProgress = NO_PROGRESS,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Tensor]:
     """Return the score of every element: `layers.<l>.attention` `(query heads,)`, `layers.<l>.ffn` `(channels,)`.
 
     All float64.
 
-    batches: tokens `(B, T)`, read only for a calibrated metric; only: if given, score just these layers. Raises
-    ValueError if a calibrated metric gets no text.
+    batches: tokens `(B, T)`, read only for a calibrated metric; only: if given, score just these layers; ranks: of the
+    processes that score the others. Raises ValueError if a calibrated metric gets no text.
     """
     layers = range(model.shape.layers) if only is None else only
     scores = {
@@ -81,7 +83,7 @@ def score(
         for layer in layers
         for block in model.shape.grids
     }
-    for name, layer, block in statistics(model, NEEDS.get(metric), batches, seed, only, progress):
+    for name, layer, block in statistics(model, NEEDS.get(metric), batches, seed, only, progress, ranks):
         scores[score_name(layer, name)] = METRICS[metric](block).cpu()
         del block  # frees its covariance before the next one is collected
         if name == model.family.blocks_of(model.layers[layer])[-1].name:

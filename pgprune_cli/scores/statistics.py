@@ -12,11 +12,12 @@ from torch.nn import functional
 
 from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
 from pgprune_cli.core.grid import Grid, GridCost
+from pgprune_cli.distributed import ALONE, Ranks
 from pgprune_cli.forward.batch_splitting import BatchSplitter
 from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.forward.expert_moments import ExpertMoments, gated_inputs
 from pgprune_cli.forward.layerwise import start_layerwise
-from pgprune_cli.forward.moments import MomentCollector, Moments, block_root
+from pgprune_cli.forward.moments import Moments, block_root, dense_moments
 from pgprune_cli.model.families.adapter import Block, ModelFamily
 from pgprune_cli.model.families.experts import ExpertsFamily
 from pgprune_cli.model.prunable import PrunableModel
@@ -142,17 +143,21 @@ def statistics(
     seed: int,
     only: Collection[int] | None = None,
     progress: LayerProgress = NO_PROGRESS,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[str, int, BlockStatistics]]:
     """Yield (block name, layer, its statistics) for every block of the model, layer by layer.
 
     needed: the statistic to collect over `batches` of tokens `(B, T)`, None for a metric that reads no text; only: if
     given, just these layers. The covariances of a layer exist until the caller drops them, so drop one block before
     asking for the next. `progress` is told about the batches that go through all layers before the first block.
+    ranks: as in `dense_moments`.
     """
     family = model.family
     collector = COLLECTORS.get(needed or "")
-    roots = error_roots(model, batches, progress) if needed == "covariance" else None
-    run = start_layerwise(model, batches) if collector or roots else None
+    roots = error_roots(model, batches, progress, ranks) if needed == "covariance" else None
+    by_layer = [family.blocks_of(layer) for layer in model.layers]
+    moments = dense_moments(model, batches, by_layer.__getitem__, only, ranks) if roots else None
+    run = start_layerwise(model, batches) if collector else None
     gradients = loss_gradients(model, batches, progress) if needed == "gradients" else None
     for index, layer in enumerate(model.layers):
         if only is not None and index not in only:
@@ -160,20 +165,18 @@ def statistics(
                 run.advance(index)
             continue
         collectors: dict[str, Collector] = {}
-        blocks = family.blocks_of(layer)
-        moments = MomentCollector.of(family, layer, blocks)
-        if roots and run:
-            run.advance(index, moments.observers)
-        elif collector and run:
+        blocks = by_layer[index]
+        if collector and run:
             collectors = {block.name: collector() for block in blocks}
             run.advance(index, dict(_observer(family, layer, block, collectors[block.name]) for block in blocks))
+        observed = next(moments)[1] if moments else None
         root = roots[index] if roots else None
         for place, block in enumerate(blocks):
             matrices = family.matrices(layer, block)
             values: dict[str, Any] = {}
-            if root is not None:
+            if root is not None and observed:
                 values = {"error_root": block_root(family, layer, block, root)}
-                values |= _second_moments(family, layer, moments.moments(block.name))
+                values |= _second_moments(family, layer, observed.moments(block.name))
             elif needed and collectors:
                 values[needed] = collectors.pop(block.name).value()
             elif gradients is not None:
@@ -193,6 +196,8 @@ def statistics(
             )
             values.clear()  # this generator keeps none of it alive
             matrices.clear()
+    for _ in moments or ():  # other processes may still need this one
+        pass
 
 
 def _observer(

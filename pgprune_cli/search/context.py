@@ -58,7 +58,7 @@ class SearchContext:
     @cached_property
     def error_roots(self) -> ErrorRoots:
         """What errors cost, for the width table and the repair."""
-        return error_roots(self.model, self.repair_batches)
+        return error_roots(self.model, self.repair_batches, ranks=self.ranks)
 
     @cached_property
     def evaluator(self) -> Evaluator:

@@ -102,13 +102,13 @@ def _take_step(problem: Problem, loop: LoopState) -> Row:
     """Propose masks, compute their losses on the next batch, update the policy. Advances `loop`."""
     settings, policy = problem.context.recipe.search, problem.policy
     began = time.perf_counter()
-    tokens = problem.batches.at(loop.data_position)
     state, draws, masks = policy.propose(loop.policy_state, settings.masks_per_step)
-    losses = problem.losses(masks, tokens)
+    losses = problem.losses(masks, loop.data_position)
     rate = policy.rate(state)
     loop.policy_state = policy.update(state, draws, losses)
     spent = time.perf_counter() - began
 
+    tokens = problem.objective.batches.at(loop.data_position)
     loop.data_position += 1
     loop.forward_passes += len(masks)
     loop.bad_steps = 0 if losses.isfinite().any() else loop.bad_steps + 1

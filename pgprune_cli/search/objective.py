@@ -12,6 +12,7 @@ from torch import Tensor
 from pgprune_cli.forward.divergence import HIDDEN_WEIGHT, Divergence, States
 from pgprune_cli.model.masks import ModelMask, RepairedBlocks
 from pgprune_cli.search.context import SearchContext
+from pgprune_cli.search.texts import step_batches
 
 
 class HeldOut(NamedTuple):
@@ -29,19 +30,46 @@ class Objective:
         name = context.recipe.search.objective
         weight = HIDDEN_WEIGHT if name == "kl-hidden" else 0.0
         self.divergence = None if name == "loss" else Divergence(context.evaluator, weight)
+        self.batches = step_batches(context.recipe, context.text)
+        self._ahead: dict[int, States] = {}
 
     def evaluate_dense(self) -> None:
         """Compute what the held-out objective needs of the dense model, once."""
         if self.divergence is not None:
             _ = self._heldout_states
 
-    def values(self, model_masks: Sequence[ModelMask], tokens: Tensor, repaired: Sequence[RepairedBlocks]) -> Tensor:
-        """Return the objective of K masks on one batch `(B, T)`: `(K,)` float64, nats per token."""
+    def values(self, model_masks: Sequence[ModelMask], position: int, repaired: Sequence[RepairedBlocks]) -> Tensor:
+        """Return the objective of K masks on the batch at a position: `(K,)` float64, nats per token.
+
+        All processes of the search call this for the same position, each with its own masks.
+        """
+        tokens = self.batches.at(position)
         if self.divergence is None:
             return self.context.evaluator.losses(model_masks, tokens, repaired)
+        dense = self._dense_states(self.divergence, position)
         if not model_masks:
             return torch.zeros(0, dtype=torch.float64)
-        return self.divergence.values(model_masks, tokens, repaired, self.divergence.dense_states(tokens)).objective
+        return self.divergence.values(model_masks, tokens, repaired, dense).objective
+
+    def _dense_states(self, divergence: Divergence, position: int) -> States:
+        """Return the dense model's states on the batch at a position.
+
+        Several processes compute those of as many steps at a time, one each.
+        """
+        ranks, steps = self.context.ranks, self.context.recipe.search.steps
+        if ranks.world_size == 1:
+            return divergence.dense_states(self.batches.at(position))
+        if position not in self._ahead:
+            positions = range(position, max(position + 1, min(position + ranks.world_size, steps)))
+            batches = [self.batches.at(step) for step in positions]
+            packed = ranks.divide(
+                lambda index: divergence.dense_states(batches[index]).packed(),
+                [divergence.packed_shape(tokens) for tokens in batches],
+                self.context.model.dtype,
+            )
+            states = (States.of(rows, tokens) for rows, tokens in zip(packed, batches, strict=True))
+            self._ahead = dict(zip(positions, states, strict=True))
+        return self._ahead[position].to(self.context.model.device)
 
     def on_heldout(self, model_mask: ModelMask, repaired: RepairedBlocks) -> HeldOut:
         """Return what one mask costs on the held-out text. The processes of the search share its batches."""

@@ -11,7 +11,6 @@ from torch import Tensor
 from pgprune_cli.core.grid import element_order
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.space import WHOLE_FAMILIES, Budget, MaskSpace
-from pgprune_cli.data.windows import Batches
 from pgprune_cli.forward.uploads import CudaLane, Uploads
 from pgprune_cli.model.devices import room_beside
 from pgprune_cli.model.masks import ModelMask
@@ -22,7 +21,6 @@ from pgprune_cli.search.context import SearchContext
 from pgprune_cli.search.objective import Objective
 from pgprune_cli.search.policies import Policy, UnitPolicy, WidthPolicy
 from pgprune_cli.search.table import solve_table
-from pgprune_cli.search.texts import step_batches
 
 
 @dataclass
@@ -34,7 +32,6 @@ class Problem:
     partitions: Partitions
     policy: Policy  # type: ignore[type-arg]  # of whichever state it began with
     objective: Objective
-    batches: Batches
 
     def model_mask(self, mask: Tensor) -> ModelMask:
         """Return a mask `(n,)` over the space's units as the masks of every layer."""
@@ -71,13 +68,14 @@ class Problem:
         rooms = {gpu: room_beside(gpu, self.context.step_bytes) for gpu in gpus}
         return Uploads(weights, devices, rooms, CudaLane)
 
-    def losses(self, masks: Tensor, tokens: Tensor) -> Tensor:
-        """Return the objective of masks `(K, n)` on one batch, repaired as the policy says: `(K,)` nats per token."""
+    def losses(self, masks: Tensor, position: int) -> Tensor:
+        """Return the objective of masks `(K, n)` on the batch at a position, repaired as the policy says: `(K,)` nats
+        per token."""
         ranks = self.context.ranks
-        ranks.check_same(masks, tokens)
+        ranks.check_same(masks, self.objective.batches.at(position))
         model_masks = [self.model_mask(masks[index]) for index in ranks.share(len(masks))]
         repaired = [self.policy.repaired(model_mask) for model_mask in model_masks]
-        own_losses = self.objective.values(model_masks, tokens, repaired)
+        own_losses = self.objective.values(model_masks, position, repaired)
         return ranks.gather(own_losses, len(masks))
 
 
@@ -85,7 +83,7 @@ def set_up(context: SearchContext, space: MaskSpace, budget: Budget, partitions:
     """Build the problem of a search. A width search solves its table here, which takes minutes."""
     build = _unit_policy if context.recipe.search.policy == "units" else _width_policy
     policy = build(context, space, budget, partitions, scores)
-    return Problem(context, space, partitions, policy, Objective(context), step_batches(context.recipe, context.text))
+    return Problem(context, space, partitions, policy, Objective(context))
 
 
 def _unit_policy(

@@ -40,7 +40,7 @@ def compute_scores(
         for block in model.family.blocks
     }
     with progress.layers(f"scoring with {metric}", len(own_layers)) as layers:
-        own_scores = score(model, metric, batches, recipe.seed, own_layers, layers)
+        own_scores = score(model, metric, batches, recipe.seed, own_layers, layers, ranks)
         tensors = ranks.merge(own_scores, sizes)
     for name, values in tensors.items():
         if not values.isfinite().all():

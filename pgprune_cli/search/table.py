@@ -43,7 +43,7 @@ def solve_table(
     missing = [index for index in own_layers if not has_layer(folder, index, identity)]
     done = len(own_layers) - len(missing)
     with context.progress.layers("solving every layer's widths", len(own_layers), done) as layers:
-        if missing:
+        if ranks.max(len(missing)):  # then every process takes part in the passes
             refuse_full_disk(folder, model.shape.layers, table_bytes(model, partitions, multiples) if solve else 0)
             damping = recipe.repair.damping
             solved = solve_layers(
@@ -56,6 +56,7 @@ def solve_table(
                 multiples=multiples,
                 only=missing,
                 roots=context.error_roots,
+                processes=ranks,
                 progress=layers,
             )
             save_layers(folder, solved, identity, layers.layer_done)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pgprune_cli.data.windows import Batches, CalibrationText, spread
 from pgprune_cli.forward.curvature import curvature_windows
+from pgprune_cli.forward.shards import SHARDS
 from pgprune_cli.model.families import refuse_for_experts
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.repair.last_layer import last_layer_batches
@@ -59,9 +60,13 @@ def scoring_batches(recipe: Recipe, text: CalibrationText) -> list[Tensor]:
 
 
 def repair_batches(recipe: Recipe, text: CalibrationText) -> list[Tensor]:
-    """Return the batches that the width table and the repair are fitted to, each at least as large as a step's."""
+    """Return the batches that the width table and the repair are fitted to.
+
+    Each is at least as large as a step's, unless there would be fewer than `SHARDS` of them to divide among processes.
+    """
     windows = spread(text.search, recipe.repair.windows)
-    return list(windows.split(max(recipe.calibration.batch, REPAIR_TOKENS // windows.shape[1])))
+    size = max(recipe.calibration.batch, REPAIR_TOKENS // windows.shape[1])
+    return list(windows.split(max(1, min(size, len(windows) // SHARDS))))
 
 
 def step_batches(recipe: Recipe, text: CalibrationText) -> Batches:

@@ -27,7 +27,7 @@ from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.repair import least_squares, training
+from pgprune_cli.repair import last_layer, least_squares, training
 from pgprune_cli.repair.least_squares import repair as run_repair
 from pgprune_cli.repair.sublayer import SublayerFit
 from pgprune_cli.repair.training import Weights
@@ -174,7 +174,7 @@ def test_the_fit_of_whole_blocks(epochs: int, model: nn.Module, monkeypatch: pyt
 def test_the_fit_of_the_last_layer(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "TOKENS_PER_STEP", 64)
     text, counts = random_batches(windows=32), []
-    fit, states = least_squares.fit_last_layer, least_squares.dense_states
+    fit, states = least_squares.fit_last_layer, last_layer.dense_states
 
     def count(run: Callable[..., Any]) -> Callable[..., Any]:
         def counting(*arguments: object) -> Any:
@@ -185,7 +185,7 @@ def test_the_fit_of_the_last_layer(model: nn.Module, monkeypatch: pytest.MonkeyP
         return counting
 
     monkeypatch.setattr(least_squares, "fit_last_layer", count(fit))
-    monkeypatch.setattr(least_squares, "dense_states", count(states))
+    monkeypatch.setattr(last_layer, "dense_states", count(states))
     run_repair(PrunableModel.of(model), half(model), text, "sublayer", 1e-3, epochs=1, predictions=True)
     assert len(counts) == 2
     sizes = Sizes(PrunableModel.of(model), medium_recipe())

@@ -164,7 +164,7 @@ def test_pass_in_parts_equals_the_whole_pass(name: str) -> None:
     expected = PASSES[name](model)
     with memory_for(2, *layers_of(model)) as sizes:
         in_parts = PASSES[name](model)
-    assert max(sizes) >= WINDOWS  # a step of a fit has more than a batch
+    assert max(sizes) >= WINDOWS - 1  # a fit does not read the windows set aside
     assert sizes.count(max(sizes)) < 4  # it remembers what fits
     for part, whole in zip(in_parts, expected, strict=True):
         torch.testing.assert_close(part, whole, rtol=1e-3, atol=1e-4 * float(whole.abs().max()))

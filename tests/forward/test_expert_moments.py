@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pgprune_cli.forward.expert_moments import ExpertMoments, gated_inputs
-from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.moments import observe_moments
+from pgprune_cli.forward.shards import start_sharded
 from pgprune_cli.model.families.experts import ExpertsFamily
 from pgprune_cli.model.prunable import PrunableModel
 
@@ -42,7 +42,7 @@ def logits_of(layer: nn.Module, inputs: Tensor) -> Tensor:
 
 def moments_of(model: nn.Module, index: int, kept: Tensor | None = None) -> ExpertMoments:
     prunable = PrunableModel.of(model)
-    run = start_layerwise(prunable, batches())
+    run = start_sharded(prunable, batches())
     for layer in range(index):
         run.advance(layer)
     moments = observe_moments(run, index, prunable.family, prunable.family.ffn, kept)

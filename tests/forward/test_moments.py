@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.moments import MomentCollector, Moments, observe_moments
+from pgprune_cli.forward.shards import start_sharded
 from pgprune_cli.model.families import family_of
 from pgprune_cli.model.families.llama import LLAMA
 from pgprune_cli.model.prunable import PrunableModel
@@ -48,12 +49,12 @@ def test_one_pass_collects_the_moments_of_every_block(architecture: str) -> None
 def test_observing_runs_one_layer_and_does_not_advance_the_run(architecture: str, name: str) -> None:
     model = tiny_model(architecture)
     with model_unchanged(model):
-        run = start_layerwise(PrunableModel.of(model), batches())
+        run = start_sharded(PrunableModel.of(model), batches())
         run.advance(0)
         before = [hidden.clone() for hidden in run.hidden_states]
         prunable = PrunableModel.of(model)
         moments = observe_moments(run, 1, prunable.family, prunable.shape.blocks[1][name])
-        assert run.position == 1
+        assert {own.position for own in run.runs} == {1}
         assert all(torch.equal(after, states) for after, states in zip(run.hidden_states, before, strict=True))
     assert_moments(moments, moments_by_hand(*observed_inputs(model, 1, name)))
 
@@ -108,7 +109,7 @@ def test_moments_do_not_depend_on_how_tokens_are_batched() -> None:
     tokens = torch.randint(VOCABULARY, (6, 20), generator=torch.Generator().manual_seed(0))
 
     def moments(text: list[Tensor]) -> Moments:
-        return observe_moments(start_layerwise(PrunableModel.of(model), text), 0, LLAMA, LLAMA.ffn)
+        return observe_moments(start_sharded(PrunableModel.of(model), text), 0, LLAMA, LLAMA.ffn)
 
     whole = moments([tokens])
     for sizes in ([1] * 6, [2, 4], [3, 1, 2]):

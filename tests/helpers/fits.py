@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.forward.block_text import BlockRunner, BlockText
-from pgprune_cli.forward.layerwise import LayerwiseRun, start_layerwise
+from pgprune_cli.forward.shards import ShardedRun, start_sharded
 from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.unit_tensors import KeptElements, gather
+from pgprune_cli.repair.sublayer import SublayerFit
 
 LENGTH = 20
 """Tokens of a window: more than the sliding windows of the tiny models."""
@@ -31,7 +32,7 @@ class ReadBlock(NamedTuple):
     """A dense block behind dense layers, with what it reads and writes on `windows()`."""
 
     model: PrunableModel
-    run: LayerwiseRun
+    run: ShardedRun
     index: int
     block: Block
     text: BlockText
@@ -49,7 +50,11 @@ class ReadBlock(NamedTuple):
     def runner(self, mask: Tensor) -> BlockRunner:
         """Return what runs the block on weights for the elements of a regular mask."""
         size = self.model.family.grid(self.layer, self.block).kept(mask)
-        return BlockRunner(self.run, self.index, self.model.family, self.block, size)
+        return BlockRunner(self.run.runs[0], self.index, self.model.family, self.block, size)
+
+    def fit(self, mask: Tensor) -> SublayerFit:
+        """Return the fit of the block in one epoch."""
+        return SublayerFit(self.runner(mask), self.text, self.run.shards, 1, 0)
 
     def weights(self, mask: Tensor) -> dict[str, Tensor]:
         """Return the block's own weights for the elements of a regular mask."""
@@ -63,11 +68,12 @@ def read_block(model: nn.Module, index: int, name: str, text: list[Tensor] | Non
     """Run dense layers up to a block, and record what it reads and writes."""
     prunable = PrunableModel.of(model)
     block = prunable.shape.blocks[index][name]
-    run = start_layerwise(prunable, windows() if text is None else text)
+    run = start_sharded(prunable, windows() if text is None else text)
     for before in range(index):
         run.advance(before)
-    block_text = BlockText(run, prunable.family, block)
-    run.observe(index, block_text.observers, block_text.watchers)
+    block_text = BlockText(run.runs, prunable.family, block)
+    for own in run.runs:
+        own.observe(index, block_text.observers, block_text.watchers)
     return ReadBlock(prunable, run, index, block, block_text)
 
 

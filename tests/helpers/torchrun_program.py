@@ -3,7 +3,7 @@
     torchrun … torchrun_program.py ACCIDENT STEP search RECIPE --out RUN …
 
 The accident comes after step STEP on all ranks, before its losses and its checkpoint are written. ACCIDENT is
-`exception` or the name of a signal.
+`exception`, `wait` (rank 1 says so in a file and does nothing until it is killed), `none` or the name of a signal.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ from pgprune_cli.cli import program
 from pgprune_cli.search import loop as search_loop
 
 POLL_INTERVAL = 0.02
+
+WAITING = "rank-1-waits"
+"""The file in the run directory that says that rank 1 waits."""
 
 
 def order_the_restart(run: Path, rank: str) -> None:
@@ -50,9 +53,12 @@ def main() -> None:
 
     def take_step(problem: search_loop.Problem, loop: search_loop.LoopState) -> search_loop.Row:
         row = original(problem, loop)
-        if loop.step == step and rank == "1" and not is_restart:
+        if loop.step == step and rank == "1" and not is_restart and accident != "none":
             if accident == "exception":
                 raise ArithmeticError("an accident")
+            if accident == "wait":
+                (problem.context.run / WAITING).touch()
+                signal.pause()
             os.kill(os.getpid(), getattr(signal, accident))
         return row
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pgprune_cli.core.grid import element_order
 from pgprune_cli.forward.expert_moments import ExpertMoments
-from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.moments import observe_moments
+from pgprune_cli.forward.shards import start_sharded
 from pgprune_cli.model.families.experts import ExpertsFamily
 from pgprune_cli.model.masks import LayerMask
 from pgprune_cli.model.prunable import PrunableModel
@@ -29,7 +29,7 @@ DAMPING = 1e-6
 def moments_of(model: nn.Module) -> ExpertMoments:
     """Return the moments of the experts of layer 0."""
     prunable = PrunableModel.of(model)
-    moments = observe_moments(start_layerwise(prunable, batches()), 0, prunable.family, prunable.family.ffn)
+    moments = observe_moments(start_sharded(prunable, batches()), 0, prunable.family, prunable.family.ffn)
     assert isinstance(moments, ExpertMoments)
     return moments
 

@@ -11,12 +11,12 @@ from helpers.models import EXPERT_ARCHITECTURES, tiny_model
 from torch import Tensor, nn
 
 from pgprune_cli.forward.divergence import Divergence
-from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.masked import Evaluator
+from pgprune_cli.forward.shards import start_sharded
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair import last_layer, training
-from pgprune_cli.repair.last_layer import dense_states, fit_last_layer, last_layer_batches
+from pgprune_cli.repair.last_layer import Predictions, fit_last_layer, last_layer_batches
 from pgprune_cli.repair.least_squares import Repaired, repair
 
 DAMPING = 1e-3
@@ -46,7 +46,7 @@ def divergence(model: nn.Module, repaired: Repaired, tokens: Tensor) -> float:
 
 
 def test_only_the_last_layer_changes_and_predicts_more_like_the_dense_model(architecture: str) -> None:
-    model, text = tiny_model(architecture), windows(32)
+    model, text = tiny_model(architecture), windows(64)
     mask = draw(model, COUNTS, seed=1)
     before, after = refit(model, mask, text, predictions=False), refit(model, mask, text, predictions=True)
     assert sorted(after.blocks) == sorted(before.blocks)
@@ -131,11 +131,11 @@ def test_one_window_cannot_be_set_aside_so_nothing_is_fitted() -> None:
     mask = draw(model, COUNTS, seed=1)
     prunable = PrunableModel.of(model)
     repaired = refit(model, mask, text, predictions=False)
-    run = start_layerwise(prunable, text)
+    run = start_sharded(prunable, text)
     for index in range(len(prunable.layers) - 1):
         run.advance(index)
     blocks = {name: own for (index, name), own in repaired.blocks.items() if index == len(mask) - 1}
-    fitted = fit_last_layer(run, prunable, mask[-1], blocks, dense_states(prunable, text))
+    fitted = fit_last_layer(run, prunable, mask[-1], blocks, Predictions.of(prunable, text, run))
     assert all(fitted[name] is own for name, own in blocks.items())
 
 

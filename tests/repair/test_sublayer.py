@@ -21,7 +21,6 @@ from pgprune_cli.model.unit_tensors import KeptElements, gather, kept_shape
 from pgprune_cli.repair import sublayer, training
 from pgprune_cli.repair.equations import repaired_output
 from pgprune_cli.repair.least_squares import Repaired, repair
-from pgprune_cli.repair.sublayer import SublayerFit
 from pgprune_cli.repair.training import scheduled
 
 DAMPING = 1e-3
@@ -214,7 +213,7 @@ def test_gradients_are_those_of_the_masked_dense_block(architecture: str, index:
     read = read_block(model, index, name)
     moved = {key: weight.requires_grad_() for key, weight in read.weights(mask).items()}
     chosen = torch.tensor([4, 1])
-    SublayerFit(read.runner(mask), read.text, 1, 0)._add_gradients(moved, chosen, 0.5)
+    read.fit(mask)._set_gradients(moved, chosen, 0.5)
 
     copied = repaired_by_hand(model, model_mask, {})
     prunable = PrunableModel.of(copied)
@@ -242,10 +241,10 @@ def test_gradients_are_the_slopes_of_the_error() -> None:
     model = tiny_model("qwen2").double()
     mask = dense_except(model, 0, ((2, 1)), (4, 9))[0].attention
     read = read_block(model, 0, "attention")
-    fit, weights, chosen = SublayerFit(read.runner(mask), read.text, 1, 0), read.weights(mask), torch.arange(3)
+    fit, weights, chosen = read.fit(mask), read.weights(mask), torch.arange(3)
     moved = {key: weight.requires_grad_() for key, weight in weights.items()}
     size = float((read.text.outputs[chosen].square().sum(-1) * read.text.weights[chosen]).sum())
-    fit._add_gradients(moved, chosen, 1 / size)
+    fit._set_gradients(moved, chosen, 1 / size)
     torch.manual_seed(0)
     way = {key: torch.randn_like(weight) for key, weight in weights.items()}
     step = 1e-3
@@ -278,13 +277,13 @@ def test_a_step_that_does_not_fit_is_taken_in_parts(largest: int) -> None:
         own = mask.of(name)
         whole = read_block(model, 0, name)
         start = whole.weights(own)
-        expected = SublayerFit(whole.runner(own), whole.text, 1, 0).solve(start)
+        expected = whole.fit(own).solve(start)
         parts = read_block(model, 0, name)
         failing = fails_above(largest, parts.layer.mlp.act_fn if name == "ffn" else parts.layer.self_attn.o_proj)
         next(failing)
-        got = SublayerFit(parts.runner(own), parts.text, 1, 0).solve(start)
+        got = parts.fit(own).solve(start)
         list(failing)
-        assert parts.run.splitter.max_windows == largest
+        assert parts.run.runs[0].splitter.max_windows == largest
         assert expected is not start
         for key, value in expected.items():
             torch.testing.assert_close(got[key], value, rtol=1e-2, atol=1e-3)
@@ -298,7 +297,7 @@ def test_a_window_that_does_not_fit_is_an_error_and_the_model_is_unchanged() -> 
         failing = fails_above(0, read.layer.mlp.act_fn)
         next(failing)
         with pytest.raises(RunError, match="out of memory with one window at a time"):
-            SublayerFit(read.runner(mask), read.text, 1, 0).solve(read.weights(mask))
+            read.fit(mask).solve(read.weights(mask))
         list(failing)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import shutil
 import sys
@@ -15,6 +16,7 @@ import torch
 from helpers.blocks import BLOCKS, LAYERS, batches
 from helpers.contexts import context_of
 from helpers.models import tiny_model
+from helpers.processes import run_together
 from helpers.units import chain_units, random_scores, ranks_of
 from torch import Tensor, nn
 
@@ -23,7 +25,6 @@ from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.repair import width_files
 from pgprune_cli.repair.width_files import has_layer, load_layer, refuse_full_disk, remove_widths, save_layer
 from pgprune_cli.repair.width_table import BlockWidths, WidthTable, solve_layers
 from pgprune_cli.run.layout import WIDTHS_FOLDER
@@ -234,16 +235,10 @@ def test_of_another_search_everything_is_solved(changed: str, model: nn.Module, 
 
 
 @pytest.mark.parametrize("world", [2, 3, 7])
-def test_shares_of_processes_make_the_same_table(
-    world: int, model: nn.Module, tmp_path: Path, solved, monkeypatch
-) -> None:
+def test_shares_of_processes_make_the_same_table(world: int, model: nn.Module, tmp_path: Path, solved) -> None:
     alone = table(model, tmp_path / "alone")
-    monkeypatch.setattr(Ranks, "barrier", lambda self: None)
-    monkeypatch.setattr(job, "load_layer", lambda run, index: {})  # the others' are not there yet
-    for rank in range(world):
-        table(model, tmp_path / "together", ranks=Ranks(rank, world))
-    monkeypatch.setattr(job, "load_layer", width_files.load_layer)
-    assert_same(table(model, tmp_path / "together"), alone)
+    for own in run_together(world, lambda ranks: table(copy.deepcopy(model), tmp_path / "together", ranks=ranks)):
+        assert_same(own, alone)
     assert sorted(index for call in solved[1:] for index in call) == list(range(LAYERS))
 
 

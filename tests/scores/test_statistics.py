@@ -95,7 +95,10 @@ def test_covariances_are_relative_to_each_tokens_residual_stream(architecture: s
     assert block_count == 8
 
 
-def test_at_most_the_two_covariances_of_one_layer_exist_at_a_time(monkeypatch) -> None:
+@pytest.mark.parametrize("shards", [1, 2])
+def test_at_most_the_two_covariances_of_one_layer_exist_at_a_time(shards: int, monkeypatch) -> None:
+    """In each shard of the text."""
+    monkeypatch.setattr("pgprune_cli.forward.shards.SHARDS", shards)
     matrices: list[weakref.ref] = []
     peak = 0
     add = MomentCollector._add
@@ -110,8 +113,8 @@ def test_at_most_the_two_covariances_of_one_layer_exist_at_a_time(monkeypatch) -
 
     monkeypatch.setattr(MomentCollector, "_add", counting)
     score(PrunableModel.of(tiny_model("llama-gqa")), "obs", calibration(), seed=0)
-    assert len(matrices) == 8
-    assert peak == 2
+    assert len(matrices) == 8 * shards
+    assert peak == 2 * shards
 
 
 def test_loss_gradients_leave_the_model_unchanged() -> None:

@@ -50,7 +50,8 @@ def test_heldout_values_are_means_over_all_windows(objective: str, small, tmp_pa
     values = divergence.values([model_mask], tokens, [repaired], divergence.dense_states(tokens))
     assert heldout.loss == pytest.approx(loss, rel=1e-5)
     assert heldout.objective == pytest.approx(loss if objective == "loss" else float(values.objective), rel=1e-5)
-    step = Objective(context).values([model_mask], tokens, [repaired])
+    one_batch = small(f"search.objective={objective}", "calibration.batch=5")
+    step = Objective(context_of(one_batch, model, tmp_path, context.text)).values([model_mask], 0, [repaired])
     assert float(step) == pytest.approx(heldout.objective, rel=1e-5)
 
 

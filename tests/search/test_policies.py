@@ -16,8 +16,8 @@ from pgprune_cli.core.grid import element_order
 from pgprune_cli.core.policy import starting_theta
 from pgprune_cli.core.space import Budget, MaskSpace, budget_of
 from pgprune_cli.core.widths import LEAST_SPREAD, SPREAD
-from pgprune_cli.forward.layerwise import start_layerwise
 from pgprune_cli.forward.moments import observe_moments
+from pgprune_cli.forward.shards import start_sharded
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair.least_squares import repaired_output
@@ -197,7 +197,7 @@ def test_the_same_seed_gives_the_same_search(build: Callable[..., UnitPolicy | W
 
 def test_every_sample_is_repaired_for_the_very_units_it_keeps(model: nn.Module) -> None:
     policy, shape = layer_policy(model), PrunableModel.of(model).shape
-    run, moments = start_layerwise(PrunableModel.of(model), batches()), {}
+    run, moments = start_sharded(PrunableModel.of(model), batches()), {}
     for index in range(LAYERS):
         for name in FAMILIES:
             moments[index, name] = observe_moments(run, index, shape.family, shape.blocks[index][name])
