@@ -78,7 +78,8 @@ def test_processes_that_share_a_repair_get_the_weights_of_one(architecture: str,
         return repair(own, mask, windows(), "sublayer", 1e-3, epochs=2, predictions=True, reselect=True, ranks=ranks)
 
     alone = repaired(Ranks())
-    assert any(block.inner for block in alone.blocks.values())  # the fits have found something
+    if architecture not in EXPERT_ARCHITECTURES:
+        assert any(block.inner for block in alone.blocks.values())  # the fits have found something
     for own in run_together(world, repaired):
         assert list(own.blocks) == list(alone.blocks)
         assert all(bits(block.tensors) == bits(alone.blocks[key].tensors) for key, block in own.blocks.items())

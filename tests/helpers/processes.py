@@ -14,7 +14,7 @@ from pgprune_cli.distributed import Ranks
 
 Result = TypeVar("Result")
 
-SECONDS = 100
+SECONDS = 30
 """A thread that waits for another for so long fails."""
 
 
