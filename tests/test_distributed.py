@@ -38,8 +38,8 @@ def run_program(program: list[str], variables: dict[str, str]) -> subprocess.Com
     return subprocess.run(program, capture_output=True, text=True, check=False, timeout=SECONDS, env=environment)
 
 
-def torchrun(run: Path, accident: str, step: int, restarts: int = 0):
-    """The program on two processes under torchrun, with an accident to rank 1 after a step."""
+def torchrun(run: Path, accident: str, step: int | str, restarts: int = 0):
+    """The program on two processes under torchrun, with an accident to rank 1 after a step or in the repair."""
     what = [str(Path(__file__).parent / "helpers" / "torchrun_program.py"), accident, str(step)]
     started = ["--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
     return run_program([sys.executable, "-m", "torch.distributed.run", *started, *what, "search", *arguments(run)], {})
@@ -61,11 +61,12 @@ def test_four_processes_that_the_slurm_script_starts_find_what_one_does(alone, t
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_a_killed_rank_costs_nothing_but_time(alone, tmp_path) -> None:
-    """Killed after step 3, the checkpoint being of step 2: torchrun restarts all, and they go on from there."""
-    done = torchrun(tmp_path, "SIGKILL", 3, restarts=1)
+@pytest.mark.parametrize(("place", "saved"), [(3, 2), ("repair", STEPS)])
+def test_a_killed_rank_costs_nothing_but_time(place: int | str, saved: int, alone, tmp_path) -> None:
+    """Killed after step 3, the checkpoint being of step 2, or while both repair: torchrun restarts all from there."""
+    done = torchrun(tmp_path, "SIGKILL", place, restarts=1)
     assert done.returncode == 0, done.stderr
-    assert f"from step 2 of {STEPS}" in done.stderr
+    assert f"from step {saved} of {STEPS}" in done.stderr
     assert result_of(tmp_path) == alone
 
 
@@ -81,8 +82,9 @@ def test_a_signal_to_one_rank_stops_all_with_their_step_saved(alone, tmp_path) -
     assert result_of(tmp_path) == alone
 
 
-def test_an_exception_on_one_rank_ends_all(tmp_path) -> None:
-    done = torchrun(tmp_path, "exception", 2)
+@pytest.mark.parametrize("place", [2, "repair"])
+def test_an_exception_on_one_rank_ends_all(place: int | str, tmp_path) -> None:
+    done = torchrun(tmp_path, "exception", place)
     assert done.returncode != 0
     assert "ArithmeticError: an accident" in done.stderr
     assert not (tmp_path / DECISION_RECORD).exists()

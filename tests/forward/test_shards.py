@@ -101,6 +101,30 @@ def test_processes_that_share_the_scores_get_those_of_one(architecture: str, met
     assert all(torch.equal(values, alone[name]) for name, values in shared.items())
 
 
+def test_processes_continue_alike_when_memory_runs_out_on_one_of_them(monkeypatch) -> None:
+    """It splits its batches, and the others get what it computed."""
+    monkeypatch.setattr(training, "TOKENS_PER_STEP", 160)
+    model = tiny_model("llama-gqa")
+    mask = draw(model, COUNTS, seed=1)
+
+    def fail(_: object, inputs: tuple[Tensor, ...]) -> None:
+        if len(inputs[0]) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def repaired(ranks: Ranks) -> Repaired:
+        own = copy.deepcopy(model)
+        if ranks.rank == 1:
+            own.model.layers[0].mlp.act_fn.register_forward_pre_hook(fail)
+        return repair(PrunableModel.of(own), mask, windows(), "sublayer", 1e-3, epochs=1, ranks=ranks)
+
+    alone = repaired(Ranks())
+    first, second = run_together(2, repaired)
+    for key, block in alone.blocks.items():
+        assert bits(first.blocks[key].tensors) == bits(second.blocks[key].tensors)
+        for own, whole in zip(first.blocks[key].tensors, block.tensors, strict=True):
+            torch.testing.assert_close(own, whole, rtol=1e-2, atol=1e-3)
+
+
 def test_processes_whose_repairs_differ_are_refused() -> None:
     """For example by a machine of another kind."""
     model, mask = tiny_model("llama-gqa"), draw(tiny_model("llama-gqa"), COUNTS, seed=1)

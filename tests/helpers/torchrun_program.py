@@ -2,7 +2,8 @@
 
     torchrun … torchrun_program.py ACCIDENT STEP search RECIPE --out RUN …
 
-The accident comes after step STEP on all ranks, before its losses and its checkpoint are written. ACCIDENT is
+The accident comes after step STEP on all ranks, before its losses and its checkpoint are written, or, if STEP is
+`repair`, before the first fit of a block of layer 1. ACCIDENT is
 `exception`, `wait` (rank 1 says so in a file and does nothing until it is killed), `none` or the name of a signal.
 """
 
@@ -17,6 +18,8 @@ from pathlib import Path
 
 from pgprune_cli import distributed
 from pgprune_cli.cli import program
+from pgprune_cli.repair.sublayer import SublayerFit
+from pgprune_cli.repair.training import Weights
 from pgprune_cli.search import loop as search_loop
 
 POLL_INTERVAL = 0.02
@@ -44,25 +47,34 @@ def order_the_restart(run: Path, rank: str) -> None:
 
 def main() -> None:
     """Run pgprune with the arguments after ACCIDENT and STEP."""
-    accident, step = sys.argv[1], int(sys.argv[2])
+    accident, place = sys.argv[1:3]
     del sys.argv[1:3]
     rank, is_restart = os.environ["RANK"], int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
     if is_restart:
         order_the_restart(Path(sys.argv[sys.argv.index("--out") + 1]), rank)
-    original = search_loop._take_step
+    take_step, solve = search_loop._take_step, SublayerFit.solve
 
-    def take_step(problem: search_loop.Problem, loop: search_loop.LoopState) -> search_loop.Row:
-        row = original(problem, loop)
-        if loop.step == step and rank == "1" and not is_restart and accident != "none":
-            if accident == "exception":
-                raise ArithmeticError("an accident")
-            if accident == "wait":
-                (problem.context.run / WAITING).touch()
-                signal.pause()
-            os.kill(os.getpid(), getattr(signal, accident))
+    def reach(here: str) -> None:
+        if here != place or rank != "1" or is_restart or accident == "none":
+            return
+        if accident == "exception":
+            raise ArithmeticError("an accident")
+        if accident == "wait":
+            (Path(sys.argv[sys.argv.index("--out") + 1]) / WAITING).touch()
+            signal.pause()
+        os.kill(os.getpid(), getattr(signal, accident))
+
+    def take_step_and_reach(problem: search_loop.Problem, loop: search_loop.LoopState) -> search_loop.Row:
+        row = take_step(problem, loop)
+        reach(str(loop.step))
         return row
 
-    search_loop._take_step = take_step
+    def reach_and_solve(fit: SublayerFit, start: Weights) -> Weights:
+        if fit.runner.index == 1:
+            reach("repair")
+        return solve(fit, start)
+
+    search_loop._take_step, SublayerFit.solve = take_step_and_reach, reach_and_solve
     program.main()
 
 

@@ -26,6 +26,7 @@ from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.repair import width_files
 from pgprune_cli.repair.width_files import has_layer, load_layer, refuse_full_disk, remove_widths, save_layer
 from pgprune_cli.repair.width_table import BlockWidths, WidthTable, solve_layers
 from pgprune_cli.run.layout import WIDTHS_FOLDER
