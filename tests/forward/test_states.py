@@ -26,6 +26,12 @@ from pgprune_cli.repair.least_squares import repair
 from pgprune_cli.scores.metrics import score
 
 
+@pytest.fixture(autouse=True)
+def _one_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU."""
+    monkeypatch.setattr("pgprune_cli.forward.shards.SHARDS", 1)
+
+
 def text() -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(VOCABULARY, (windows, 12), generator=generator) for windows in (5, 3, 5)]
@@ -106,19 +112,19 @@ def test_the_text_of_a_block_moves_with_the_states_and_if_it_has_no_room(monkeyp
     run = start_layerwise(prunable, text(), storage="devices")
     moved: list[BlockText] = []
     monkeypatch.setattr(BlockText, "to_host", lambda self: moved.append(self))
-    kept = BlockText(run, prunable.family, prunable.family.ffn)
+    kept = BlockText([run], prunable.family, prunable.family.ffn)
     run.to_host()
     assert moved == [kept]
 
     run, allocate = start_layerwise(prunable, text(), storage="devices"), BlockText._allocate
 
-    def fail(self: BlockText, run: LayerwiseRun) -> None:
+    def fail(self: BlockText, runs: list[LayerwiseRun]) -> None:
         if not run.on_host:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        allocate(self, run)
+        allocate(self, runs)
 
     monkeypatch.setattr(BlockText, "_allocate", fail)
-    assert BlockText(run, prunable.family, prunable.family.ffn).inputs.shape[0] == 13
+    assert BlockText([run], prunable.family, prunable.family.ffn).inputs.shape[0] == 13
     assert run.on_host
 
 
