@@ -43,7 +43,7 @@ def start_agent(
     `ip netns exec NAME`; log: a file for what it prints.
     """
     meeting = ["--rdzv-backend", "c10d", "--rdzv-id", "test", "--rdzv-endpoint", endpoint]
-    meeting += ["--rdzv-conf", f"is_host={int(is_host)},last_call_timeout=2", "--local-addr", address]
+    meeting += ["--rdzv-conf", f"is_host={int(is_host)},last_call_timeout=10", "--local-addr", address]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes, "--nproc-per-node", str(processes)]
     with log.open("ab") as file:
         return subprocess.Popen(
