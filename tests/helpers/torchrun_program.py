@@ -50,7 +50,7 @@ def main() -> None:
     accident, place = sys.argv[1:3]
     del sys.argv[1:3]
     rank, is_restart = os.environ["RANK"], int(os.environ["TORCHELASTIC_RESTART_COUNT"]) > 0
-    if is_restart:
+    if is_restart and os.environ["WORLD_SIZE"] != "1":
         order_the_restart(Path(sys.argv[sys.argv.index("--out") + 1]), rank)
     take_step, solve = search_loop._take_step, SublayerFit.solve
 
