@@ -1,9 +1,9 @@
 """Calibration text in shards, which the processes of a search run and add up in a fixed order.
 
 Whatever is summed over text (moments, gradients, errors) is summed within each shard first, and then over the shards in
-a binary tree. Which process has which shards does not change a bit. On CPUs there are SHARDS of them, and processes
-have half or a quarter of the text each. On GPUs there is one, which every process has: a layer computes in less time
-than gloo takes to send what would have to be added up (docs/scale.md).
+a binary tree. Which process has which shards does not change a bit. On CPUs there are SHARDS of them. On GPUs there is
+one, which every process has: a layer computes in less time than gloo takes to send what would have to be added up
+(docs/scale.md).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pgprune_cli.distributed import ALONE, Ranks
 from pgprune_cli.forward.layerwise import LayerwiseRun, start_layerwise
 from pgprune_cli.model.prunable import PrunableModel
 
-SHARDS = 4
-"""Shards of a text on CPUs: a power of two. A step of eight windows has two of each."""
+SHARDS = 2
+"""Shards of a text on CPUs: a power of two. Each costs a single process some time, because products get smaller."""
 
 
 @dataclass(frozen=True)
