@@ -45,9 +45,18 @@ class BlockText:
             self._allocate(runs)
         for run in runs:
             run.followers.add(self)
-        paths = (family.residual, *([block.post_norm] if block.post_norm else []))
-        self.observers: Observers = {paths: self._weigh}
-        self.watchers: Watchers = {block.module: self._watch}
+        self._weighed_paths = (family.residual, *([block.post_norm] if block.post_norm else []))
+        self._watched_path = block.module
+
+    @property
+    def observers(self) -> Observers:
+        """What a layer-wise run has to call. It is not kept here, where it would keep the text alive."""
+        return {self._weighed_paths: self._weigh}
+
+    @property
+    def watchers(self) -> Watchers:
+        """What a layer-wise run has to tell of calls."""
+        return {self._watched_path: self._watch}
 
     def to_host(self) -> None:
         """Move the text to the host."""

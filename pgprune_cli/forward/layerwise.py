@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from pgprune_cli.console.stderr import warn
 from pgprune_cli.forward import states
 from pgprune_cli.forward.batch_splitting import BatchSplitter
+from pgprune_cli.model.out_of_memory import is_out_of_memory
 from pgprune_cli.model.prunable import PrunableModel
 
 Observers = Mapping[tuple[str, ...], Callable[..., None]]
@@ -110,6 +111,8 @@ class LayerwiseRun:
 
     def to_host(self) -> None:
         """Move the hidden states, and what follows them, to the host."""
+        if self.on_host:
+            return
         device, self.on_host = self.hidden_states[0].device, True
         self.hidden_states[:] = [batch.cpu() for batch in self.hidden_states]
         for follower in self.followers:
@@ -236,9 +239,21 @@ def start_layerwise(
         raise ValueError("there is no calibration text to run")
     calls = LayerCalls(model)
     on_host = storage != "devices" if storage else not _have_room(model, batches, copies)
-    first = (calls.first_inputs(tokens) for tokens in batches)
-    hidden_states = [batch.cpu() if on_host else batch for batch in first]
+    hidden_states = None if on_host else _states_on_devices(calls, batches)
+    if hidden_states is None:
+        on_host, hidden_states = True, [calls.first_inputs(tokens).cpu() for tokens in batches]
     return LayerwiseRun(model.layers, hidden_states, calls, BatchSplitter(), on_host)
+
+
+def _states_on_devices(calls: LayerCalls, batches: Sequence[Tensor]) -> list[Tensor] | None:
+    """Return the inputs of the first layer, batch by batch `(B, T, hidden)`, or None if memory runs out."""
+    try:
+        return [calls.first_inputs(tokens) for tokens in batches]
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    torch.cuda.empty_cache()
+    return None
 
 
 def _have_room(model: PrunableModel, batches: Sequence[Tensor], copies: int) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from pgprune_cli.model.devices import free_bytes
+from pgprune_cli.model.devices import room_beside
 from pgprune_cli.model.prunable import PrunableModel
 
 TRAINED = 26
@@ -53,9 +53,9 @@ def have_room(states: int, beside: int, free: int | None) -> bool:
 
 
 def free_for_states(model: PrunableModel) -> int | None:
-    """Return the free bytes of the fullest of the model's devices, None if they are not known."""
+    """Return the free bytes of the fullest of the model's devices, less a reserve. None if they are not known."""
     devices = {next(layer.parameters()).device for layer in model.layers}
     if any(device.type != "cuda" for device in devices):
         return None
     torch.cuda.empty_cache()
-    return min(map(free_bytes, devices))
+    return min(room_beside(device, 0) for device in devices)

@@ -46,6 +46,11 @@ class RepairedBlock(NamedTuple):
         """All refitted weights."""
         return [self.weight, *([] if self.bias is None else [self.bias]), *self.inner.values()]
 
+    def on_host(self) -> RepairedBlock:
+        """Return the block in the host's memory."""
+        bias = None if self.bias is None else self.bias.cpu()
+        return RepairedBlock(self.weight.cpu(), bias, {name: tensor.cpu() for name, tensor in self.inner.items()})
+
 
 RepairedBlocks = Mapping[tuple[int, str], RepairedBlock]
 """Repaired blocks by (layer, block name). A block without an entry keeps the weights of the base model."""

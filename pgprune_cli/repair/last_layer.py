@@ -126,6 +126,8 @@ def fit_last_layer(
         nothing = run.hidden_states[0][:0]  # of some texts, none of the own batches is read
         inputs = torch.cat([nothing, *(run.hidden_states[place] for place in predicted.states)])
         states = torch.cat([nothing.cpu(), *predicted.states.values()])
+        for own_run in run.runs:
+            del own_run.hidden_states[1:]  # only the fit reads them from now on
         fit = _Fit(model, runner, inputs, states, predicted.shards)
         solved = fit.solve(start)
     if solved is start:
@@ -197,7 +199,7 @@ class _Fit:
     def _states(self, weights: Weights, rows: Tensor) -> Tensor:
         """Return the hidden states behind the final norm `(n · T, hidden)` of some rows, with a graph."""
         device = next(iter(weights.values())).device
-        inputs = self.inputs[rows.to(self.inputs.device)]
+        inputs = self.inputs[rows.to(self.inputs.device, non_blocking=True)]
         output = self.runner.output(weights, inputs.to(device, self._compute_dtype))
         norm, head = self.model.final_norm, self.model.head
         own = next(norm.parameters())

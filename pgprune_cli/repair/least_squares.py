@@ -117,6 +117,8 @@ def repair(
             layer_masks.append(LayerMask(**masks))
             if index + 1 < len(model.layers):
                 run.advance(index)
+        if index + 1 < len(model.layers):  # a device need not hold the repaired weights of all layers besides the model
+            repaired |= {key: block.on_host() for key, block in repaired.items() if key[0] == index}
         progress.layer_done()
     if predicted is not None:
         last = len(model.layers) - 1

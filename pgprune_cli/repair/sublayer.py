@@ -135,7 +135,7 @@ class SublayerFit:
 
     def _read(self, text: Tensor, rows: Tensor) -> Tensor:
         """Return some rows of the text on the block's device, whose numbers do not depend on where they are kept."""
-        return text[rows.to(text.device)].to(self.runner.device)
+        return text[rows.to(text.device, non_blocking=True)].to(self.runner.device, non_blocking=True)
 
     @property
     def _compute_dtype(self) -> torch.dtype:

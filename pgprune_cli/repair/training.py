@@ -41,7 +41,11 @@ def trained(
         learning_rate: the largest. It rises linearly during the first steps and then falls to 0 along a cosine.
         set_gradients: sets the gradients of the float32 weights for the windows of a step, on every process alike.
     """
-    moved = {name: weight.to(torch.float32, copy=True).requires_grad_() for name, weight in start.items()}
+    # Contiguous, like their gradients: a fused AdamW takes the numbers as they lie in memory.
+    moved = {
+        name: torch.empty(weight.shape, dtype=torch.float32, device=weight.device).copy_(weight).requires_grad_()
+        for name, weight in start.items()
+    }
     optimizer = torch.optim.AdamW(
         moved.values(), lr=learning_rate, betas=BETAS, weight_decay=0.0, eps=1e-10, fused=True
     )
@@ -75,7 +79,7 @@ def converted(weights: Weights, dtype: torch.dtype) -> Weights:
 def add_gradients(weights: Weights, gradients: Sequence[Tensor]) -> None:
     """Add gradients to those of the weights."""
     for weight, gradient in zip(weights.values(), gradients, strict=True):
-        weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+        weight.grad = gradient.contiguous() if weight.grad is None else weight.grad.add_(gradient)
 
 
 def set_gradients(shards: Shards, weights: Weights, windows: Tensor, add: Callable[[Tensor], None]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from helpers.blocks import model_unchanged, observed_inputs
@@ -45,6 +48,19 @@ def read_and_written(
     handle.remove()
     inputs, outputs = zip(*seen, strict=True)
     return torch.cat(inputs), torch.cat(outputs)
+
+
+def test_a_text_is_freed_with_its_last_reference() -> None:
+    """It is as large as the hidden states, so it must not wait for the garbage collector."""
+    gc.disable()
+    try:
+        read = read_block(tiny_model("llama-gqa"), 1, "ffn")
+        text = weakref.ref(read.text)
+        assert text() is not None
+        del read
+        assert text() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(("index", "name"), BLOCKS)

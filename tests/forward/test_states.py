@@ -19,7 +19,7 @@ from pgprune_cli.estimate.memory import block_fit_bytes, observing_bytes, solvin
 from pgprune_cli.estimate.sizes import Sizes
 from pgprune_cli.forward import states
 from pgprune_cli.forward.block_text import BlockText
-from pgprune_cli.forward.layerwise import LayerwiseRun, start_layerwise
+from pgprune_cli.forward.layerwise import LayerCalls, LayerwiseRun, start_layerwise
 from pgprune_cli.forward.states import bytes_beside, have_room, states_bytes
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair.least_squares import repair
@@ -142,3 +142,20 @@ def test_the_work_on_a_layer_needs_no_more_than_is_left_for_it(shape: dict[str, 
     assert beside >= solving_bytes(sizes)
     assert beside >= observing_bytes(sizes, tokens) / 2
     assert beside + states_bytes(model, tokens, 3) >= block_fit_bytes(sizes, 512) / 2
+
+
+def test_states_are_on_the_host_if_the_first_ones_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, failures = PrunableModel.of(tiny_model("llama-gqa")), iter([False, True])
+    first_inputs = LayerCalls.first_inputs
+
+    def fail_once(calls: LayerCalls, tokens: Tensor) -> Tensor:
+        if next(failures, False):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return first_inputs(calls, tokens)
+
+    expected = start_layerwise(model, text(), storage="host").hidden_states
+    monkeypatch.setattr(LayerCalls, "first_inputs", fail_once)
+    run = start_layerwise(model, text(), storage="devices")
+    assert run.on_host
+    assert same(run.hidden_states, expected)
+    assert next(failures, None) is None

@@ -21,7 +21,7 @@ from pgprune_cli.model.unit_tensors import KeptElements, gather, kept_shape
 from pgprune_cli.repair import sublayer, training
 from pgprune_cli.repair.equations import repaired_output
 from pgprune_cli.repair.least_squares import Repaired, repair
-from pgprune_cli.repair.training import scheduled
+from pgprune_cli.repair.training import Weights, add_gradients, scheduled, trained
 
 DAMPING = 1e-3
 
@@ -299,6 +299,21 @@ def test_a_window_that_does_not_fit_is_an_error_and_the_model_is_unchanged() -> 
         with pytest.raises(RunError, match="out of memory with one window at a time"):
             read.fit(mask).solve(read.weights(mask))
         list(failing)
+
+
+def test_training_does_not_depend_on_how_weights_lie_in_memory() -> None:
+    generator = torch.Generator().manual_seed(0)
+    start, goal = torch.randn(4, 6, generator=generator), torch.randn(4, 6, generator=generator)
+
+    def set_own(weights: Weights, _: Tensor) -> None:
+        add_gradients(weights, [weights["weight"].detach().T.contiguous().T - goal])
+
+    steps = list(torch.arange(8).split(1))
+    rows, columns = (
+        list(trained({"weight": weight}, steps, 0.1, set_own)) for weight in (start, start.T.contiguous().T)
+    )
+    for own, other in zip(rows, columns, strict=True):
+        torch.testing.assert_close(own["weight"], other["weight"], rtol=0, atol=0)
 
 
 def test_learning_rate_rises_and_then_falls_to_nothing() -> None:
