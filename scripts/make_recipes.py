@@ -178,7 +178,8 @@ def base(model: Model) -> str:
         f"{model.title} ({model.hub}), {model.size} parameters.",
         "The settings that its recipes share. Written by scripts/make_recipes.py; do not edit.",
     )
-    by_key = {setting.key: setting for setting in (*size_settings(model.parameters * 10**6, 2048), *model.settings)}
+    own = size_settings(model.parameters * 10**6, 2048, experts=EXPERTS in model.notes)
+    by_key = {setting.key: setting for setting in (*own, *model.settings)}
     settings = sorted(by_key.values(), key=lambda setting: _order(setting.key))
     lines += [f"extends: {HAND_WRITTEN[0].removesuffix('.yaml')}"]
     return "\n".join([*lines, *yaml_lines([Setting("model", model.reads), *settings])]) + "\n"

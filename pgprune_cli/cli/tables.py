@@ -41,7 +41,9 @@ MEMORY = {
     "gradients": "gradients and their activations",
     "device": "peak on {device}",
     "hidden_states": "hidden states of the calibration text, and of one block, on the {where}",
+    "dense_states": "hidden states of the dense model, on the host",
     "written_widths": "repaired projections of one layer while they are written, and of the next",
+    "repaired_weights": "repaired weights of all blocks, after the search",
     "host": "peak in host memory, in addition",
     "width_table": "on disk: repaired projections of all widths",
 }
@@ -92,7 +94,7 @@ def _placement(estimate: dict[str, Any]) -> list[list[str]]:
     count = f"{placed['processes']} × {placed['gpus']} {estimate['device']}"
     return [
         ["processes × GPUs that each of them uses", count],
-        ["fits", " ".join([FITS[placed["fits"]], placed["advice"]]).strip()],
+        ["fits", ". ".join(filter(None, [FITS[placed["fits"]], placed["advice"]]))],
     ]
 
 

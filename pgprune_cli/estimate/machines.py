@@ -25,6 +25,9 @@ OPERATION = 15e-6
 PAGEABLE = 6e9
 """Bytes per second that are copied between a GPU and memory of the host that is not pinned."""
 
+STAGED = 1e10
+"""Bytes per second that one thread copies from a mapped file, cached in memory, to a pinned buffer: an assumption."""
+
 DISK = 2e9
 """Bytes per second of an NVMe disk, read or written by one process."""
 
@@ -41,8 +44,8 @@ HOST_PRODUCTS = 1e12
 class Gpu(NamedTuple):
     """A row of the table, from data sheets.
 
-    gibibytes: of memory, as the driver shows it; bfloat16 (dense, with float32 sums), float32, float64: TFLOP/s;
-    memory, pcie: GB/s, PCIe in one direction.
+    gibibytes: of memory, as the driver shows it; bfloat16 (dense, with float32 sums), float32, float64: TFLOP/s of
+    matrix products, with tensor cores where there are any for the dtype; memory, pcie: GB/s, PCIe in one direction.
     """
 
     gibibytes: int
@@ -58,11 +61,11 @@ GPUS: Mapping[str, Gpu] = {
     "rtx-3090": Gpu(24, 71.0, 35.6, 0.56, 936, 31.5),
     "rtx-4090": Gpu(24, 165.2, 82.6, 1.29, 1008, 31.5),
     "rtx-5090": Gpu(32, 209.5, 104.8, 1.64, 1792, 63.0),
-    # NVIDIA L40S, A100, H100 and H200 data sheets, those of SXM modules
-    "l40s-48gb": Gpu(45, 362.0, 91.6, 1.41, 864, 31.5),
-    "a100-80gb": Gpu(80, 312.0, 19.5, 9.7, 2039, 31.5),
-    "h100-80gb": Gpu(80, 989.0, 67.0, 34.0, 3350, 63.0),
-    "h200-141gb": Gpu(140, 989.0, 67.0, 34.0, 4800, 63.0),
+    # NVIDIA data sheets: of the L40S, a PCIe card, and of the SXM modules of A100, H100 and H200
+    "l40s-48gb": Gpu(45, 362.0, 91.6, 1.43, 864, 31.5),
+    "a100-80gb": Gpu(80, 312.0, 19.5, 19.5, 2039, 31.5),
+    "h100-80gb": Gpu(80, 989.0, 67.0, 67.0, 3350, 63.0),
+    "h200-141gb": Gpu(140, 989.0, 67.0, 67.0, 4800, 63.0),
 }
 """GPUs by name."""
 

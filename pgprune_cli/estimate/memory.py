@@ -28,10 +28,11 @@ class Memory:
     On the device: weights; activations of one forward pass with its logits; slices of one block; covariances of one
     layer, with the matrices they are solved in; block_fit, the fit of one block if whole blocks are fitted; gradients
     of the metric `taylor`, with everything that a backward pass keeps. In the host's memory: hidden_states of the
-    calibration text, and what fits of whole blocks read; written_widths, one layer's
-    repaired projections of all widths and their file while it is written, and those of the next layer. On disk:
-    width_table, the projections of all layers. During the steps, as many as fit beside a forward pass are on the GPUs;
-    the others are in the system's file cache as far as there is room.
+    calibration text, and what fits of whole blocks read, unless a device has room for them; dense_states, those of the
+    dense model that losses and the last layer are compared with; written_widths, one layer's repaired projections of
+    all widths and their file while it is written, and those of the next layer; repaired_weights of all blocks, after
+    the steps. On disk: width_table, the projections of all layers. During the steps, as many as fit beside a forward
+    pass are on the GPUs; the others are in the system's file cache as far as there is room.
     """
 
     weights: int
@@ -41,7 +42,9 @@ class Memory:
     block_fit: int
     gradients: int
     hidden_states: int
+    dense_states: int
     written_widths: int
+    repaired_weights: int
     width_table: int
 
     @property
@@ -52,7 +55,7 @@ class Memory:
     @property
     def host(self) -> int:
         """What the host needs besides. On a CPU, host and device share one memory."""
-        return self.hidden_states + self.written_widths
+        return self.hidden_states + self.dense_states + max(self.written_widths, self.repaired_weights)
 
 
 def memory(sizes: Sizes, texts: Texts, *, solves: bool = True) -> Memory:
@@ -64,6 +67,7 @@ def memory(sizes: Sizes, texts: Texts, *, solves: bool = True) -> Memory:
     largest = max((batch.numel() for batch in [*layerwise, *fitted]), default=0)
     context = max(batch.shape[1] for batch in [*layerwise, *fitted, texts.step])
     solved = fits or sizes.statistic == "covariance"
+    state = sizes.hidden * sizes.dtype.itemsize
     return Memory(
         weights=sum(parameter.nbytes for parameter in sizes.model.module.parameters()),
         activations=max(
@@ -77,11 +81,11 @@ def memory(sizes: Sizes, texts: Texts, *, solves: bool = True) -> Memory:
         else 0,
         block_fit=block_fit_bytes(sizes, context) if sizes.fits_blocks else 0,
         gradients=backward_bytes(sizes, texts.scoring[0]) if sizes.statistic == "gradients" else 0,
-        hidden_states=(max(tokens_in(layerwise), tokens_in(fitted)) + dense_states(sizes) * texts.heldout.numel())
-        * sizes.hidden
-        * sizes.dtype.itemsize
-        + (block_text_bytes(sizes, fitted) if fitted and sizes.fits_blocks else 0),
+        hidden_states=max(tokens_in(layerwise), tokens_in(fitted)) * state
+        + (block_text_bytes(sizes, fitted) if sizes.fits_blocks else 0),
+        dense_states=dense_states(sizes) * texts.heldout.numel() * state + predicted_bytes(sizes, fitted),
         written_widths=3 * table // sizes.layers,
+        repaired_weights=repaired_bytes(sizes),
         width_table=table,
     )
 
@@ -117,7 +121,8 @@ def score_bytes(sizes: Sizes, block: BlockSizes, context: int) -> int:
 def fit_score_bytes(sizes: Sizes, block: BlockSizes, context: int) -> int:
     """Return the bytes per token of attention scores and their gradients in a fit.
 
-    On a CPU they exist in short windows in any case (forward/short_attention.py).
+    On a CPU they exist in short windows in any case (forward/short_attention.py). On a GPU they don't, so there this is
+    a little too much.
     """
     in_short_windows = block.block == sizes.model.family.attention and context <= LONGEST
     plain = block.elements * context * compute_dtype(sizes.dtype).itemsize if in_short_windows else 0
@@ -197,14 +202,28 @@ def observing_bytes(sizes: Sizes, tokens: int) -> int:
 
 
 def block_text_bytes(sizes: Sizes, batches: Sequence[Tensor]) -> int:
-    """Return the bytes of what one block reads and writes, with a float32 weight per token.
+    """Return the bytes of what one block reads and writes, with a float32 weight per token."""
+    return tokens_in(batches) * (2 * sizes.hidden * sizes.dtype.itemsize + 4)
 
-    The dense model's hidden states on some of the text are kept beside that; in the end, when no block is read any
-    more, they exist twice, with the inputs of the last layer.
-    """
-    state, tokens = sizes.hidden * sizes.dtype.itemsize, tokens_in(batches)
-    predicted = tokens_in([batches[index] for index in last_layer_batches(batches)]) if sizes.fits_predictions else 0
-    return max(tokens * (2 * state + 4) + predicted * state, 3 * predicted * state)
+
+def predicted_bytes(sizes: Sizes, batches: Sequence[Tensor]) -> int:
+    """Return the bytes of the dense model's hidden states that the last layer is fitted to. In the end they exist
+    twice."""
+    if not sizes.fits_predictions or not batches:
+        return 0
+    tokens = tokens_in([batches[index] for index in last_layer_batches(batches)])
+    return 2 * tokens * sizes.hidden * sizes.dtype.itemsize
+
+
+def repaired_bytes(sizes: Sizes) -> int:
+    """Return the bytes of the repaired weights of all blocks: of whole blocks if they are fitted, else of their output
+    projections."""
+    total = 0.0
+    for block in sizes.blocks:
+        if block.keep_fraction < 1 and sizes.repairs:
+            output = block.experts * block.inputs * block.outputs * sizes.dtype.itemsize
+            total += block.keep_fraction * (block.nbytes if sizes.fits_blocks and block.experts == 1 else output)
+    return round(total)
 
 
 def block_fit_bytes(sizes: Sizes, context: int) -> int:

@@ -20,6 +20,7 @@ from pgprune_cli.estimate.traffic import (
     operations,
     rows_operations,
     stream_traffic,
+    unpacking,
 )
 from pgprune_cli.estimate.work import Work
 from pgprune_cli.forward.curvature import curvature_windows
@@ -33,28 +34,35 @@ class Setup:
 
     table: fraction of the width table that is on the device; states: bytes that it has for the hidden states of
     layer-wise passes, which are on the host otherwise; solves: whether equations are solved there; processes: how many
-    share the masks of a step and the layers to solve.
+    share the masks of a step and the layers to solve; shards: of calibration text, which they share too
+    (forward/shards.py).
     """
 
     table: float = 1.0
     states: float = math.inf
     solves: bool = True
     processes: int = 1
+    shards: int = 1
 
 
 def layers(sizes: Sizes, batches: Sequence[Tensor]) -> Work:
     """Return what running all dense layers on batches `(B, T)` takes."""
     blocks = sizes.blocks
+    weights = len(batches) * sum(block.nbytes for block in blocks)
+    per_token = sum(stream_traffic(sizes) + inner_traffic(sizes, block) for block in blocks)
     return Work(
         flops.layer_passes(sizes, batches),
-        len(batches) * sum(block.nbytes for block in blocks),
-        tokens_in(batches) * sum(stream_traffic(sizes) + inner_traffic(sizes, block) for block in blocks),
+        weights,
+        tokens_in(batches) * per_token + unpacking(sizes, weights),
         operations=len(batches) * sum(operations(sizes, block) for block in blocks),
     )
 
 
 def masks(sizes: Sizes, tokens: Tensor, count: int, setup: Setup) -> Work:
-    """Return what the losses of `count` masks on `tokens` `(B, T)` take, without what the dense model takes."""
+    """Return what the losses of `count` masks on `tokens` `(B, T)` take, without what the dense model takes.
+
+    Weights of the table that the device has no room for are read from memory: the system has cached their files.
+    """
     rows, blocks = tokens.shape[0] * (tokens.shape[1] - 1), sizes.blocks
     logit = LOSS_LOGIT if sizes.recipe.search.objective == "loss" else LOGIT
     kept = sum(block.keep_fraction * block.nbytes for block in blocks)
@@ -66,12 +74,14 @@ def masks(sizes: Sizes, tokens: Tensor, count: int, setup: Setup) -> Work:
     # A width search reads the kept weights where they lie; a unit search gathers them first.
     gathered = [block for block in blocks if block.keep_fraction < 1 and not sizes.has_table]
     copies = 2 * sum(block.keep_fraction * block.nbytes for block in gathered)
+    unpacked = unpacking(sizes, kept - table)  # repaired projections are not rounded
     per_token = sum(stream_traffic(sizes) + block.keep_fraction * inner_traffic(sizes, block) for block in blocks)
     work = Work(
         flops.forward_passes(sizes, tokens, 1),
         kept + head_bytes(sizes, rows),
-        copies + tokens.numel() * per_token + rows * sizes.vocabulary * logit,
-        (1 - setup.table) * table,
+        copies + unpacked + tokens.numel() * per_token + rows * sizes.vocabulary * logit,
+        copied=(1 - setup.table) * table,
+        staged=(1 - setup.table) * table,
         operations=sum(operations(sizes, block) for block in blocks) + GATHERED * len(gathered) + rows_operations(rows),
     )
     return work.times(count)

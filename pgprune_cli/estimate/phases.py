@@ -66,12 +66,11 @@ def scores(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> list[Work]:
         return [
             Work(flops.gradients(sizes, batches), 3 * once.weights, 3 * once.traffic, operations=3 * once.operations)
         ]
-    passes = layers(sizes, batches) + states(sizes, batches, 1, setup)
     if sizes.statistic != "covariance":
-        return [passes]
+        return [layers(sizes, batches) + states(sizes, batches, 1, setup)]
     return [
         curvature(sizes, batches),
-        passes + moments(sizes, batches),
+        observed_layers(sizes, batches, setup),
         solving(removals(sizes), setup).divided(sizes.layers, setup.processes),
     ]
 
@@ -86,12 +85,10 @@ def width_table(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> list[W
     checked = Work(awaited=table, checked=table)
     return [
         curvature(sizes, batches),
-        layers(sizes, batches)
-        + moments(sizes, batches)
-        + states(sizes, batches, 1, setup)
+        observed_layers(sizes, batches, setup)
         + (solved + checked).divided(sizes.layers, setup.processes)
         + Work(disk=table),  # in the background, to the disk that the processes share
-        Work(copied=setup.table * table),
+        Work(awaited=setup.table * table),  # from mapped files
     ]
 
 
@@ -155,6 +152,17 @@ def moments(sizes: Sizes, batches: Sequence[Tensor]) -> Work:
         # A batch's products are written, read and added to the sums, which are read and written.
         total += len(batches) * 16 * entries + tokens * block.experts_per_token * block.inputs * 16
     return Work(flops.moments(sizes, batches), traffic=total, operations=40 * len(batches) * len(sizes.blocks))
+
+
+def observed_layers(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> Work:
+    """Return what one process takes to run the layers and to sum the moments of their blocks.
+
+    If there is one shard, it runs all of the text and observes the layers that it solves. Otherwise it has some shards.
+    """
+    run = layers(sizes, batches) + states(sizes, batches, 1, setup)
+    if setup.shards > 1:
+        return (run + moments(sizes, batches)).divided(setup.shards, setup.processes)
+    return run + moments(sizes, batches).divided(sizes.layers, setup.processes)
 
 
 def removals(sizes: Sizes) -> Work:

@@ -9,7 +9,10 @@ from typing import Literal
 from pgprune_cli.estimate.memory import Memory, memory
 from pgprune_cli.estimate.passes import Setup
 from pgprune_cli.estimate.sizes import Sizes, Texts
+from pgprune_cli.forward.shards import SHARDS
 from pgprune_cli.forward.states import bytes_beside
+from pgprune_cli.forward.uploads import SLOTS
+from pgprune_cli.model.devices import RESERVE
 
 Fits = Literal["whole", "parts", "no"]
 
@@ -22,8 +25,8 @@ class Need:
     """What a search needs, in bytes.
 
     weights: of the model, divided among its devices; beside: the rest on each device; least: the same with one window
-    at a time and equations solved on the CPU, which is how a search goes on when a GPU's memory runs out; step: beside
-    the weights, during the steps alone; host: in main memory.
+    at a time and equations solved on the CPU, which is how a search continues when a GPU's memory runs out; step:
+    beside the weights, during the steps alone; host: in main memory.
     """
 
     weights: int
@@ -75,10 +78,20 @@ def place(needed: Need, room: int, gpus: int, most_processes: int) -> Placement:
 def setup(sizes: Sizes, texts: Texts, room: int | None, gpus: int, processes: int) -> Setup:
     """Return how the search runs on each process's GPUs of `room` bytes each, None if host and device are the same."""
     if room is None:
-        return Setup(processes=processes)
+        return Setup(processes=processes, shards=SHARDS)
     needed, whole = need(sizes, texts), memory(sizes, texts).width_table
-    free = int(room - needed.weights / gpus)
-    table = min(1.0, max(0, free - needed.step) * gpus / whole) if whole else 1.0
+    free, reserve = int(room - needed.weights / gpus), round(RESERVE * room)
+    weight = max(block.experts * block.inputs * block.outputs for block in sizes.blocks) * sizes.dtype.itemsize
+    table = share_of_table(whole / gpus, free - needed.step - reserve, SLOTS * weight)
     largest = max((batch.numel() for batch in [*texts.scoring, *texts.fitting]), default=0)
-    for_states = max(0, free - bytes_beside(sizes.model, largest))
+    for_states = max(0, free - reserve - bytes_beside(sizes.model, largest))
     return Setup(table, for_states, free >= needed.beside, processes)
+
+
+def share_of_table(table: float, room: float, ring: int) -> float:
+    """Return the fraction of a width table that a GPU keeps (forward/uploads.py).
+
+    table: bytes of its part of the table; room: what is free for it; ring: bytes of the buffers through which the rest
+    of the table passes.
+    """
+    return 1.0 if table <= room else max(0.0, room - ring) / table

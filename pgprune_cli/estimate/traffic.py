@@ -36,6 +36,15 @@ def inner_traffic(sizes: Sizes, block: BlockSizes) -> float:
     return 5 * sizes.dtype.itemsize * block.experts_per_token * block.inputs
 
 
+def unpacking(sizes: Sizes, nbytes: float) -> float:
+    """Return the bytes that unpacking int8 weights moves, 0 for other formats. nbytes: of the weights once unpacked.
+
+    One byte per weight is read, and one number of the model's dtype is written.
+    """
+    itemsize = sizes.dtype.itemsize
+    return nbytes / itemsize * (1 + itemsize) if sizes.recipe.weight_format == "int8" else 0.0
+
+
 def operations(sizes: Sizes, block: BlockSizes) -> int:
     """Return how many operations a forward pass of a block launches."""
     if block.experts > 1:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from pgprune_cli.estimate.flops import Flops
-from pgprune_cli.estimate.machines import CHECKSUM, DISK, HOST_PRODUCTS, OPERATION, PAGEABLE, TOKENIZED, Machine
+from pgprune_cli.estimate.machines import CHECKSUM, DISK, HOST_PRODUCTS, OPERATION, PAGEABLE, STAGED, TOKENIZED, Machine
 from pgprune_cli.search.phases import Phase
 
 
@@ -16,10 +16,10 @@ class Work:
     """What a part of a search takes. All of it runs at the same time, as far as the machine can.
 
     flops: of matrix products, by dtype; weights: bytes that these read at least; traffic: bytes that everything else
-    reads and writes on the device; copied: bytes between the host and the device; awaited: the same, from or to memory
-    that is not pinned, so that everything else waits; disk: bytes read and written; operations: that the host launches;
-    checked: bytes whose checksum the host computes; tokenized: tokens that it makes of text; solved: FLOPs of equations
-    that the host solves.
+    reads and writes on the device; copied: bytes between the host and the device; staged: those of them that a thread
+    of the host copies to pinned buffers first; awaited: bytes from or to memory that is not pinned, so that everything
+    else waits; disk: bytes read and written; operations: that the host launches; checked: bytes whose checksum the host
+    computes; tokenized: tokens that it makes of text; solved: FLOPs of equations that the host solves.
     """
 
     flops: Flops = field(default_factory=Flops)
@@ -32,6 +32,7 @@ class Work:
     checked: float = 0
     tokenized: float = 0
     solved: float = 0
+    staged: float = 0
 
     def __add__(self, other: Work) -> Work:
         """Return both works as one."""
@@ -73,11 +74,14 @@ class Seconds:
         products = sum(count / machine.flops_per_second[dtype] for dtype, count in work.flops.items() if count)
         # Weights can take longer to read than to multiply.
         waiting = max(0.0, work.weights / machine.memory_bandwidth - products)
+        # One weight is staged while the one before it is copied.
+        copying = 0.0 if machine.pcie is None else max(work.copied / machine.pcie, work.staged / STAGED)
+        awaited = 0.0 if machine.pcie is None else work.awaited / PAGEABLE
         return cls(
             products,
             work.traffic / machine.memory_bandwidth + waiting,
-            0.0 if machine.pcie is None else work.copied / machine.pcie + work.awaited / PAGEABLE,
-            0.0 if machine.pcie is None else work.awaited / PAGEABLE,
+            copying + awaited,
+            awaited,
             work.disk / DISK + work.checked / CHECKSUM,
             work.operations * OPERATION + work.tokenized / TOKENIZED + work.solved / HOST_PRODUCTS,
         )

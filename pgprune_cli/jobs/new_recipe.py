@@ -49,7 +49,7 @@ def new_recipe(
         *_text_settings(model, calibration),
         *_units(empty),
         Setting("budget.sparsity", sparsity, "fraction of the prunable parameters to remove"),
-        *size_settings(_parameters(empty), longest_context(empty.config) or 2048),
+        *size_settings(_parameters(empty), longest_context(empty.config) or 2048, experts=_has_experts(empty)),
     ]
     settings.sort(key=lambda setting: _SECTIONS.index(setting.key.rpartition(".")[0]))
     recipe = _load(settings, overrides)
@@ -121,6 +121,10 @@ def _load(settings: Sequence[Setting], overrides: Sequence[str]) -> Recipe:
     """Build the recipe through the reader, which checks every value."""
     own = [f"{setting.key}={json.dumps(setting.value, ensure_ascii=False)}" for setting in settings]
     return load(shipped_folder() / f"{BASE}.yaml", [*own, *overrides])
+
+
+def _has_experts(model: PrunableModel) -> bool:
+    return any(grid.separate for grids in model.shape.grids.values() for grid in grids)
 
 
 def _parameters(model: PrunableModel) -> int:

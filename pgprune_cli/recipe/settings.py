@@ -22,7 +22,7 @@ SERVER_MODEL = 6_000_000_000
 """Parameters from which a model is searched on a large GPU, which affords more forward passes and more text."""
 
 SERVER_TIME = 10_000_000_000
-"""Parameters up to which that takes about five minutes there."""
+"""Parameters up to which that takes about five minutes there, if the model has no experts."""
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,11 @@ class Setting:
     comment: str = ""
 
 
-def size_settings(parameters: int, longest: int) -> list[Setting]:
+def size_settings(parameters: int, longest: int, *, experts: bool) -> list[Setting]:
     """Return window lengths that a model can read, and how much text and time suit a model of this size.
 
-    parameters: of the whole model; longest: the most tokens that it reads at once. Empty if the values of `_base` fit.
+    parameters: of the whole model; longest: the most tokens that it reads at once; experts: whether it has any. Empty
+    if the values of `_base` fit.
     """
     settings = []
     if longest < 128:
@@ -52,7 +53,7 @@ def size_settings(parameters: int, longest: int) -> list[Setting]:
     elif longest < 1024:
         settings.append(Setting("scores.seqlen", longest, "the model reads no more tokens at once"))
     if parameters >= SERVER_MODEL:
-        settings += server_settings(parameters)
+        settings += server_settings(parameters, experts=experts)
     settings += recovery_settings(parameters, longest)
     if longest < 2048:
         lengths = sorted({min(128, longest), longest})
@@ -60,11 +61,12 @@ def size_settings(parameters: int, longest: int) -> list[Setting]:
     return settings
 
 
-def server_settings(parameters: int) -> list[Setting]:
+def server_settings(parameters: int, *, experts: bool) -> list[Setting]:
     """Return as many forward passes and as much text of the repair as a large GPU affords (docs/performance.md)."""
-    minutes = "5 minutes on an H100, 20 on an RTX 4090" if parameters < SERVER_TIME else "8 minutes at 13B on an H100"
+    minutes = "5 minutes" if parameters < SERVER_TIME else "9 minutes at 13B"
+    time = "for large GPUs" if experts else f"by estimate {minutes} on an H100"
     return [
-        Setting("search.forward_passes", 5120, f"{minutes} by estimate, with all phases; 320 take far less"),
+        Setting("search.forward_passes", 5120, f"{time}; 320 passes take far less time and suit a CPU"),
         Setting("repair.windows", 1536, "wide projections need more text; 384 take far less time"),
     ]
 

@@ -20,6 +20,8 @@ from pgprune_cli.estimate.memory import (
     layer_bytes,
     logit_bytes,
     memory,
+    predicted_bytes,
+    repaired_bytes,
     slice_bytes,
     solving_bytes,
     unpacked_bytes,
@@ -167,7 +169,7 @@ def test_what_the_fit_of_a_block_allocates(
     repair(PrunableModel.of(model), keep, text, "sublayer", 1e-3, epochs=1)
     assert 0.9 < block_fit_bytes(sizes, 64) / max(peaks) < 1.2
     whole, states = Sizes(PrunableModel.of(model), medium_recipe()), tokens_in(text) * sizes.hidden * dtype.itemsize
-    assert block_text_bytes(whole, text) == block_text_bytes(sizes, text) + states
+    assert (predicted_bytes(whole, text), predicted_bytes(sizes, text)) == (2 * states, 0)
     held = sum(tensor.nbytes for tensor in (made[0].inputs, made[0].outputs, made[0].weights))
     assert block_text_bytes(sizes, text) == held
 
@@ -228,6 +230,7 @@ def test_what_a_recipe_does_not_do_takes_no_memory() -> None:
     assert (bare.covariances, bare.gradients, bare.hidden_states, bare.width_table) == (0, 0, 0, 0)
     assert bare.block_fit == needed("repair.method=least-squares").block_fit == 0
     assert bare.host == 0
+    assert needed("repair.method=none").repaired_weights == 0
     assert bare.device == bare.weights + bare.activations + bare.slices
     flap = needed("search.policy=units", "repair.method=none", "scores.metric=flap")
     assert (flap.covariances, flap.hidden_states) == (0, 2 * 4 * 16 * 64 * 4)
@@ -237,8 +240,24 @@ def test_what_a_recipe_does_not_do_takes_no_memory() -> None:
     whole = needed()
     assert min(whole.covariances, whole.block_fit, whole.hidden_states, whole.width_table) > 0
     closed = needed("repair.method=least-squares")
-    assert whole.hidden_states == closed.hidden_states + 2 * 4 * 16 * (3 * 64 * 4 + 4)
-    assert whole.host == whole.hidden_states + 3 * whole.width_table // 3  # one layer, its file, and the next layer
+    assert whole.hidden_states == closed.hidden_states + 2 * 4 * 16 * (2 * 64 * 4 + 4)
+    assert (whole.dense_states, closed.dense_states) == (2 * 2 * 4 * 16 * 64 * 4, 0)
+    assert needed("search.objective=kl").dense_states == whole.dense_states + 4 * 16 * 64 * 4
+    assert whole.written_widths == 3 * whole.width_table // 3  # one layer, its file, and the next layer
+    layers = medium_model().model.layers
+    assert whole.repaired_weights == pytest.approx(0.5 * sum(p.nbytes for p in layers.parameters()), rel=0.01)
+    assert closed.repaired_weights == 0.5 * 3 * (64 * 64 + 64 * 192) * 4
+    assert whole.host == whole.hidden_states + whole.dense_states + max(whole.written_widths, whole.repaired_weights)
+
+
+def test_repaired_weights_take_what_is_said() -> None:
+    model, text = PrunableModel.of(medium_model()), random_batches(windows=16, length=64)
+    keep = keep_first(model.module, [(1, 96)] * 3)
+    for method in ("least-squares", "sublayer"):
+        sizes = Sizes(model, medium_recipe(f"repair.method={method}"))
+        repaired = repair(model, keep, text, method, 1e-3, epochs=1).blocks.values()
+        held = sum(tensor.nbytes for block in repaired for tensor in [block.weight, *block.inner.values()])
+        assert repaired_bytes(sizes) == pytest.approx(held, rel=0.05)
 
 
 def test_a_backward_pass_takes_what_is_said() -> None:

@@ -14,12 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pgprune_cli.estimate.passes import Setup, dense_model, layers, masks
-from pgprune_cli.estimate.phases import block_fits, phases
+from pgprune_cli.estimate.phases import block_fits, moments, phases
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.estimate.work import Work
 from pgprune_cli.forward.divergence import Divergence
 from pgprune_cli.forward.masked import Evaluator, last_hidden_states
 from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.repair.training import CHECKS, set_aside
 
 PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product_flash_attention_for_cpu"}
 
@@ -97,25 +98,65 @@ def work(setup: Setup, phase: str, *overrides: str) -> Work:
 @pytest.mark.parametrize("phase", ["scores", "width table", "repair"])
 def test_hidden_states_on_the_host_are_copied_in_every_pass(phase: str) -> None:
     state = 2 * text().numel() * 64 * 2
-    away, here = (work(Setup(states=room), phase).awaited for room in (0, 1e9))
-    assert away - here >= (4 if phase == "repair" else 2) * 3 * state
+    away, here = (work(Setup(states=room), phase, "repair.method=least-squares").awaited for room in (0, 1e9))
+    assert away - here == (4 if phase == "repair" else 2) * 3 * state
+
+
+def test_a_fit_copies_what_its_block_reads_and_writes_in_every_epoch() -> None:
+    state = 2 * text().numel() * 64 * 2
+    away, here = (work(Setup(states=room), "repair", "repair.epochs=3").awaited for room in (0, 1e9))
+    runs = 1 + 3 + 2 + (1 + CHECKS) * set_aside(16) / 16
+    assert away - here == pytest.approx(4 * 3 * state + 6 * 2 * state * runs)
+
+
+def test_the_table_is_copied_from_pageable_memory_to_where_it_is_kept() -> None:
+    none, half, whole = (work(Setup(table=part), "width table") for part in (0.0, 0.5, 1.0))
+    table = whole.awaited - none.awaited
+    assert table == none.checked > 0  # all of it has a checksum
+    assert half.awaited - none.awaited == pytest.approx(table / 2)
+    assert none.copied == whole.copied
+
+
+def test_int8_weights_are_unpacked_in_every_pass() -> None:
+    plain, model, tokens = of(medium_model(torch.bfloat16)), medium_model(torch.bfloat16), text()
+    rounded = of(model, "weight_format=int8")
+    weights = sum(parameter.numel() for parameter in model.model.layers.parameters() if parameter.dim() == 2)
+    repaired = 3 * (64 * 64 + 64 * 192)  # they come from the table, which is not rounded
+    extra = layers(rounded, [tokens] * 2).traffic - layers(plain, [tokens] * 2).traffic
+    assert extra == pytest.approx(2 * 3 * weights)
+    extra = masks(rounded, tokens, 2, Setup()).traffic - masks(plain, tokens, 2, Setup()).traffic
+    assert extra == pytest.approx(2 * 3 * 0.5 * (weights - repaired), rel=0.01)
 
 
 def test_weights_of_the_table_that_the_device_has_no_room_for_are_copied_by_every_mask() -> None:
-    own, none = (work(Setup(table=part), "steps").copied for part in (0.5, 1.0))
+    parts = [work(Setup(table=part), "steps") for part in (0.5, 1.0)]
+    own, none = (part.copied for part in parts)
+    assert [part.staged for part in parts] == [own, none]
     passes = 320 + 9 * 1
     outputs = 3 * (64 * 64 + 64 * 192) * 2 * 0.5
     assert none == 0
     assert own == pytest.approx(0.5 * outputs * passes, rel=0.05)
 
 
-def test_processes_divide_masks_and_equations_but_not_passes_or_fits() -> None:
+def test_gpus_divide_masks_moments_and_equations_but_not_passes_or_fits() -> None:
     one, eight = Setup(), Setup(processes=8)
     assert work(eight, "steps").weights < 0.3 * work(one, "steps").weights
     assert work(eight, "repair") == work(one, "repair")
     for phase in ("scores", "width table"):
         assert work(eight, phase).flops[torch.float32] < work(one, phase).flops[torch.float32]
-        assert work(eight, phase).flops[torch.bfloat16] == work(one, phase).flops[torch.bfloat16]
+        saved = work(one, phase).flops[torch.bfloat16] - work(eight, phase).flops[torch.bfloat16]
+        assert saved == 2 * moments(of(medium_model(torch.bfloat16)), [text(), text()]).flops[torch.bfloat16] // 3
+
+
+def test_cpus_divide_passes_and_moments_by_shard() -> None:
+    one, two, eight = (Setup(shards=2, processes=processes) for processes in (1, 2, 8))
+    for phase in ("scores", "width table"):
+        work_of_one, work_of_two, work_of_eight = (work(setup, phase).flops for setup in (one, two, eight))
+        assert work_of_one == work(Setup(), phase).flops
+        assert work_of_two[torch.bfloat16] == work_of_eight[torch.bfloat16]  # there are no more shards
+        sizes, batches = of(medium_model(torch.bfloat16)), [text(), text()]
+        divided = layers(sizes, batches).flops[torch.bfloat16] + moments(sizes, batches).flops[torch.bfloat16]
+        assert work_of_one[torch.bfloat16] - work_of_two[torch.bfloat16] == divided // 2
 
 
 def test_equations_that_the_host_solves_are_no_work_of_the_device() -> None:

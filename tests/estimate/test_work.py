@@ -19,6 +19,7 @@ def _host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "OPERATION", 1.0)
     monkeypatch.setattr(module, "DISK", 4.0)
     monkeypatch.setattr(module, "PAGEABLE", 3.0)
+    monkeypatch.setattr(module, "STAGED", 4.0)
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,8 @@ def _host(monkeypatch: pytest.MonkeyPatch) -> None:
         (Work(Flops({torch.float32: 20}), weights=10, traffic=30), 5, 5),
         (Work(Flops({torch.float32: 20}), operations=3), 5, 3),
         (Work(Flops({torch.float32: 20}), copied=40), 2, 8),
+        (Work(Flops({torch.float32: 20}), copied=40, staged=20), 2, 8),
+        (Work(Flops({torch.float32: 20}), copied=40, staged=40), 2, 10),  # by a thread, behind which the copies wait
         (Work(Flops({torch.float32: 20}), awaited=12), 2, 2 + 4),
         (Work(Flops({torch.float32: 20}), copied=40, awaited=12), 2, 8 + 4),
         (Work(Flops({torch.float32: 20}), disk=12), 3, 3),

@@ -11,6 +11,7 @@ import pytest
 import torch
 from helpers.messages import refused
 
+from pgprune_cli.cli.tables import _placement
 from pgprune_cli.errors import UserError
 from pgprune_cli.estimate.machines import GPUS
 from pgprune_cli.jobs import estimate as job
@@ -102,6 +103,13 @@ def test_a_gpu_that_is_not_here_needs_only_the_config(large, monkeypatch: pytest
         estimate(large(), on="h1000")
 
 
+def test_only_hidden_states_that_a_device_has_room_for_leave_main_memory(large) -> None:
+    ours, other = (estimate(large("repair.windows=8000"), on=on)["memory"] for on in ("h200-141gb", "rtx-4090"))
+    assert (ours["hidden_states_on_device"], other["hidden_states_on_device"]) == (True, False)
+    assert other["host"] - ours["host"] == other["hidden_states"]
+    assert ours["host"] == ours["dense_states"] + max(ours["written_widths"], ours["repaired_weights"]) > 0
+
+
 def test_several_gpus_share_the_masks_and_the_equations(large) -> None:
     one, eight = (estimate(large(), on="h100-80gb", gpus=gpus) for gpus in (1, 8))
     assert eight["placement"] == {"gpus": 1, "processes": 8, "fits": "whole", "advice": ""}
@@ -117,6 +125,9 @@ def test_a_search_that_does_not_fit_is_told_what_helps(large, monkeypatch: pytes
     assert [row["fits"] for row in rows.values()][0::3] == ["whole", "no"]
     assert "int8" in rows[14]["advice"]
     assert "GPUs" in rows[10]["advice"]
+    texts = [dict(_placement({"device": "some", "placement": row}))["fits"] for row in (rows[24], rows[6])]
+    assert texts[0] == "yes"
+    assert f". {rows[6]['advice']}" in texts[1]
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,12 @@ def test_written_files_match_the_table() -> None:
         assert path.read_text(encoding="utf-8") == text
 
 
+def test_minutes_are_promised_for_large_dense_models_alone() -> None:
+    for model in make_recipes.MODELS:
+        dense = model.family not in ("mixtral", "qwen3_moe", "gpt_oss")
+        assert ("minutes on an H100" in make_recipes.base(model)) == (dense and model.parameters >= 6000)
+
+
 def test_check_fails_on_a_stale_a_missing_and_an_extra_recipe(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path, text in [("llama2-7b-20.yaml", "stale"), ("_qwen3-4b.yaml", None), ("paper/mine-20.yaml", "extra")]:
         before = (copied / path).read_text() if (copied / path).exists() else None
