@@ -94,4 +94,4 @@ def share_of_table(table: float, room: float, ring: int) -> float:
     table: bytes of its part of the table; room: what is free for it; ring: bytes of the buffers through which the rest
     of the table passes.
     """
-    return 1.0 if table <= room else max(0.0, room - ring) / table
+    return 1.0 if table <= max(0.0, room) else max(0.0, room - ring) / table

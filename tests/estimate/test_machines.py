@@ -53,3 +53,4 @@ def test_a_model_gets_as_few_gpus_as_suffice_and_the_others_get_copies(
 @pytest.mark.parametrize(("room", "kept"), [(101, 1), (100, 1), (99, 0.69), (60, 0.3), (30, 0), (5, 0), (-10, 0)])
 def test_a_table_without_room_shares_it_with_the_buffers_of_a_ring(room: float, kept: float) -> None:
     assert share_of_table(100, room, ring=30) == pytest.approx(kept)
+    assert share_of_table(0, room, ring=0) == 1  # there is no table
