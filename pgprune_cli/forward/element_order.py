@@ -25,7 +25,7 @@ ElementOrders = Mapping[tuple[int, str], Tensor]
 def elements_in_order(model: PrunableModel, orders: ElementOrders) -> Iterator[None]:
     """Put the elements of these blocks into an order inside the `with`. The weights are back on every way out.
 
-    It takes the memory of one more tensor at a time.
+    It takes the memory of one more tensor at a time, and of two for fused projections and stacked experts.
     """
     with ExitStack() as undo, torch.no_grad():
         for (index, name), order in orders.items():

@@ -178,4 +178,6 @@ def _gather_stacked(values: Tensor, tensor: UnitTensor, kept: KeptElements) -> T
     index = torch.cat(rows, 1).to(values.device)
     chosen = values.index_select(0, groups.to(values.device)).movedim(tensor.axis, 1)
     expanded = index.view(*index.shape, *(1,) * (chosen.dim() - 2)).expand(-1, -1, *chosen.shape[2:])
-    return chosen.gather(1, expanded).movedim(1, tensor.axis).contiguous()
+    picked = chosen.gather(1, expanded)
+    del chosen  # at most two copies exist at a time
+    return picked.movedim(1, tensor.axis).contiguous()

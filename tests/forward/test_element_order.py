@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.blocks import model_unchanged
 from helpers.masks import is_refused, logits_of, random_tokens
+from helpers.memory import Allocations
 from helpers.models import ARCHITECTURES, EXPERT_ARCHITECTURES, tiny_model
 from helpers.units import chain_units, ranks_of
 from torch import Tensor, nn
@@ -179,6 +180,18 @@ def test_mask_that_is_no_prefix_is_gathered_from_the_ordered_weights() -> None:
     with evaluator.in_order(orders):
         torch.testing.assert_close(evaluator.losses([other], tokens), expected, rtol=1e-6, atol=0)
     assert torch.equal(evaluator.losses([other], tokens), expected)
+
+
+@pytest.mark.parametrize("architecture", ["llama-gqa", "phi3", "mixtral", "gpt_oss"])
+def test_reordering_takes_the_memory_of_two_tensors_at_most(architecture: str) -> None:
+    model = tiny_model(architecture)
+    prunable, (orders, _) = PrunableModel.of(model), chains(model)
+    for (index, name), order in orders.items():
+        module = prunable.layers[index].get_submodule(prunable.shape.blocks[index][name].module)
+        largest = max(parameter.nbytes for parameter in module.parameters())
+        with Allocations() as seen, elements_in_order(prunable, {(index, name): order}):
+            pass
+        assert largest <= seen.peak < 2.4 * largest  # indices included
 
 
 @pytest.mark.parametrize("architecture", ("llama-biased", "mixtral", "qwen3_5_text"))
