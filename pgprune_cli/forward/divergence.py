@@ -143,7 +143,7 @@ class Divergence:
                 last = last_hidden_states(model, tokens[windows])
             parts.append((windows, States(last[:, :-1].reshape(-1, last.shape[-1]), tuple(stream))))
 
-        self.evaluator.splitter.run_slices(len(tokens), run)
+        self.evaluator.splitter.run_slices(len(tokens), run, self.evaluator.make_room)
         return parts
 
     @contextmanager
@@ -179,7 +179,7 @@ class Divergence:
             ]
             total.add_(torch.stack(sums))
 
-        self.rows.run_slices(len(dense), run)
+        self.rows.run_slices(len(dense), run, self.evaluator.make_room)
         return total / len(dense)
 
     def _logits(self, hidden_states: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ equals that of the dense model with the outputs of the removed units set to zero
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
@@ -97,7 +97,8 @@ def _one_sequence_per_row() -> Iterator[None]:
 class Evaluator:
     """Computes losses of a model under masks. The model is unchanged after every call.
 
-    Once memory has run out, batches go through in parts.
+    If memory runs out, the weights that uploads keep on the devices are freed. If it runs out again, batches go through
+    in parts from then on.
     """
 
     def __init__(self, model: PrunableModel) -> None:
@@ -131,6 +132,11 @@ class Evaluator:
             if uploads is not None:
                 uploads.close()
 
+    @property
+    def make_room(self) -> Callable[[], None] | None:
+        """Return what frees memory on the devices before a batch is split, None if nothing does."""
+        return self._uploads.make_room if self._uploads is not None and self._uploads.keeps_weights else None
+
     def losses(
         self, model_masks: Sequence[ModelMask], tokens: Tensor, repaired: Sequence[RepairedBlocks] | None = None
     ) -> Tensor:
@@ -155,7 +161,7 @@ class Evaluator:
             with self.shrunk(model_mask, repaired) as model:
                 parts.append(summed_loss(model, tokens[windows]))
 
-        self.splitter.run_slices(len(tokens), run)
+        self.splitter.run_slices(len(tokens), run, self.make_room)
         return torch.stack(parts).double().sum()
 
     @contextmanager

@@ -2,19 +2,21 @@
 
 All of them are mapped from files, so the processes of one machine share the pages. The steps of a search keep as many
 on the GPUs as fit, spread evenly over the layers. The others pass through a ring of a few buffers: while a block
-computes, a thread fills the next pinned buffer, and a stream of its own copies it to the GPU. Only the ring is pinned.
+computes, a thread fills the next pinned buffer, and a stream of its own copies it to the GPU. Nothing else of the table
+is pinned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from pgprune_cli.console.stderr import warn
 from pgprune_cli.model.masks import RepairedBlocks
 from pgprune_cli.model.out_of_memory import is_out_of_memory
 
@@ -38,14 +40,20 @@ class Lane(Protocol):
 
 
 class CudaLane:
-    """The lane of a GPU. Copies and computation are ordered by events, so the launching thread never waits."""
+    """The lane of a GPU. Events order copies and computation.
+
+    The thread that launches forward passes waits only for the thread that copies: while a weight is still read from its
+    file, or while the GPU still receives the one that was in the pinned buffer before, three uploads earlier.
+    """
 
     def __init__(self, device: torch.device, size: int) -> None:
         """Allocate the buffers, for weights of up to `size` bytes."""
         self._device, self._stream = device, torch.cuda.Stream(device)
-        self._host = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(SLOTS)]
         self._buffers = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(SLOTS)]
-        self._copied = [torch.cuda.Event() for _ in range(SLOTS)]
+        self._host = [torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(SLOTS)]
+        # What was launched before may still use the memory that the buffers now have.
+        self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._copied = [torch.cuda.Event(blocking=True) for _ in range(SLOTS)]  # waiting leaves the core to others
         self._used = [torch.cuda.Event() for _ in range(SLOTS)]
 
     def copy(self, slot: int, weight: Tensor) -> None:
@@ -87,40 +95,78 @@ class Uploads:
         weights: Mapping[Key, Sequence[Tensor]],
         devices: Mapping[Key, torch.device],
         rooms: Mapping[torch.device, int],
-        open_lane: Callable[[torch.device, int], Lane],
+        new_lane: Callable[[torch.device, int], Lane],
     ) -> None:
         """Place the weights.
 
         weights: by (layer, block) in the order in which the blocks run, those of all widths, on the host; devices:
-        where each block is; rooms: the bytes that weights may take on each device.
+        where each block is; rooms: the bytes that weights may take on each device; new_lane: makes the lane of a
+        device, for weights of up to some bytes.
         """
-        self._devices = devices
-        self._resident: dict[int, Tensor] = {}
+        self._weights, self._devices, self._new_lane = weights, devices, new_lane
+        self._resident: dict[int, Tensor] = {}  # by the id of the host's weight, which `_weights` keeps alive
         self._lanes: dict[torch.device, Lane] = {}
         for device, room in rooms.items():
-            here = [weights[key] for key in weights if devices[key] == device]
-            largest = max((weight.nbytes for block in here for weight in block), default=0)
-            sizes = [sum(weight.nbytes for weight in block) for block in here]
-            if sum(sizes) > room:
-                self._lanes[device] = open_lane(device, largest)
-                room -= SLOTS * largest
-            self._place(device, [block for block, fits in zip(here, evenly(sizes, room), strict=True) if fits])
+            self._place(device, room)
         self._worker = ThreadPoolExecutor(max_workers=1)
 
-    def _place(self, device: torch.device, blocks: Sequence[Sequence[Tensor]]) -> None:
-        for weight in (weight for block in blocks for weight in block):
-            try:
-                self._resident[id(weight)] = weight.to(device)
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or device not in self._lanes:
-                    raise
-                return  # something else takes the memory: the others are uploaded
+    def _place(self, device: torch.device, room: int) -> None:
+        """Keep the weights of some blocks on a device, and open a lane for the others."""
+        blocks = self._blocks_on(device)
+        sizes = [sum(weight.nbytes for weight in block) for block in blocks]
+        if sum(sizes) > room:
+            room -= self._open_lane(device)
+        kept = [weight for block, fits in zip(blocks, evenly(sizes, room), strict=True) if fits for weight in block]
+        try:
+            self._resident |= {id(weight): weight.to(device) for weight in kept}
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+        else:
+            return
+        self._upload_all(device)  # something else takes the memory
+
+    def _blocks_on(self, device: torch.device) -> list[Sequence[Tensor]]:
+        return [block for key, block in self._weights.items() if self._devices[key] == device]
+
+    def _open_lane(self, device: torch.device) -> int:
+        """Open a lane and return the bytes that it takes on the device: 0 if there is no memory for it.
+
+        The weights of blocks without a lane are copied when the blocks run.
+        """
+        largest = max(weight.nbytes for block in self._blocks_on(device) for weight in block)
+        try:
+            with torch.inference_mode(False):  # otherwise the thread could not write to the buffers
+                self._lanes[device] = self._new_lane(device, largest)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            warn(f"{device}: no memory to copy the width table ahead of time. Blocks wait for it, which takes longer.")
+            return 0
+        return SLOTS * largest
+
+    @property
+    def keeps_weights(self) -> bool:
+        """Return whether any weights are kept on a device."""
+        return bool(self._resident)
+
+    def make_room(self) -> None:
+        """Free the weights that are kept on the devices. From now on, all are uploaded."""
+        devices = dict.fromkeys(weight.device for weight in self._resident.values())
+        self._resident.clear()
+        for device in devices:
+            self._upload_all(device)
+
+    def _upload_all(self, device: torch.device) -> None:
+        warn(f"{device}: out of memory. The width table is copied there in every forward pass, which takes longer.")
+        if device not in self._lanes:
+            self._open_lane(device)
 
     @contextmanager
     def during(self, repaired: RepairedBlocks) -> Iterator[tuple[RepairedBlocks, Mapping[Key, Upload]]]:
         """Start to upload the weights of one mask, which is evaluated inside the `with`.
 
-        repaired: in the order in which the blocks run. Yields the repaired blocks with weights on their devices as far
+        repaired: of blocks that all run, in this order. Yields the repaired blocks with weights on their devices as far
         as they are kept there, and for the others their upload.
         """
         placed, coming = dict(repaired), dict[torch.device, list[Key]]()
@@ -149,26 +195,23 @@ class Uploads:
 
 
 class Ring:
-    """The weights of one forward pass on one lane, in the order in which they are taken, a few ahead."""
+    """The weights of one forward pass on one lane, each taken once and in order, a few ahead."""
 
     def __init__(self, lane: Lane, weights: Sequence[Tensor], worker: ThreadPoolExecutor) -> None:
         self._lane, self._weights, self._worker = lane, weights, worker
-        self._coming: dict[int, tuple[int, Future[None]]] = {}  # by slot: what was last copied there
+        self._coming: dict[int, Future[None]] = {}  # by place: the copies of weights that were not taken yet
         self._taken: set[int] = set()
         for place in range(SLOTS):
             self._start(place)
 
     def _start(self, place: int) -> None:
         if place < len(self._weights):
-            slot = place % SLOTS
-            self._coming[slot] = place, self._worker.submit(self._lane.copy, slot, self._weights[place])
+            self._coming[place] = self._worker.submit(self._lane.copy, place % SLOTS, self._weights[place])
 
     def take(self, place: int) -> Tensor:
         """Return a weight on the device. Nothing that is launched after it runs before the weight has arrived."""
         slot = place % SLOTS
-        if slot not in self._coming or self._coming[slot][0] != place:  # a pass that starts again
-            self._start(place)
-        self._coming[slot][1].result()
+        self._coming.pop(place).result()
         self._taken.add(slot)
         return self._lane.arrived(slot, self._weights[place])
 
@@ -180,9 +223,11 @@ class Ring:
         self._start(place + SLOTS)
 
     def close(self) -> None:
-        """Wait until nothing is written to the buffers any more."""
-        for _, copy in self._coming.values():
-            copy.result()
+        """Wait until nothing is written to the buffers any more.
+
+        Copies that nobody took may have failed: the pass has stopped with an error of its own.
+        """
+        wait(self._coming.values())
         for slot in self._taken:  # the pass has failed in a block
             self._lane.used(slot)
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 import torch
 from helpers.lanes import PlainLane
 from helpers.masks import MODEL_MASKS, random_repair, random_tokens
+from helpers.messages import says
 from helpers.models import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from pgprune_cli.forward.divergence import Divergence
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.forward.uploads import SLOTS, Ring, Uploads, evenly
 from pgprune_cli.model.masks import ModelMask, RepairedBlocks
@@ -79,16 +84,6 @@ def test_weights_arrive_in_order_while_earlier_ones_are_used(count: int, lane: P
     assert [event for event, _ in lane.events].count("copied") == count
 
 
-def test_pass_that_starts_again_gets_the_right_weights(lane: PlainLane, worker) -> None:
-    sent = weights(7)
-    ring = Ring(lane, sent, worker)
-    for upto in (4, 0, 6, 7):  # the block after these fails, and the next pass begins at the first
-        for place in range(upto):
-            assert torch.equal(ring.take(place), sent[place])
-            ring.release(place)
-    ring.close()
-
-
 def test_copy_that_fails_is_an_error_where_the_weight_is_needed(lane: PlainLane, worker, monkeypatch) -> None:
     def fail(slot: int, weight: Tensor) -> None:
         raise OSError("the file is gone")
@@ -97,6 +92,23 @@ def test_copy_that_fails_is_an_error_where_the_weight_is_needed(lane: PlainLane,
     ring = Ring(lane, weights(2), worker)
     with pytest.raises(OSError, match="the file is gone"):
         ring.take(0)
+    ring.close()
+
+
+def test_ring_is_closed_whole_when_a_copy_failed(lane: PlainLane, worker, monkeypatch) -> None:
+    copy = lane.copy
+
+    def fail_second(slot: int, weight: Tensor) -> None:
+        if slot == 1:
+            raise OSError("the file is gone")
+        copy(slot, weight)
+
+    monkeypatch.setattr(lane, "copy", fail_second)
+    ring = Ring(lane, weights(SLOTS), worker)
+    ring.take(0)
+    ring.close()
+    assert lane.events[-1] == ("used", 0)  # the block that took it has failed
+    assert ("copied", SLOTS - 1) in lane.events[:-1]
 
 
 # --- forward passes
@@ -108,17 +120,41 @@ def problem() -> tuple[nn.Module, list[ModelMask], list[RepairedBlocks]]:
     return model, masks, [random_repair(model, mask, bias=True) for mask in masks]
 
 
-def uploads_of(repaired: list[RepairedBlocks], share: float) -> tuple[Uploads, list[PlainLane]]:
-    """Return uploads of the weights of both repairs, of which a share has room on the device."""
+def uploads_of(
+    repaired: list[RepairedBlocks], share: float, make: Callable[[torch.device, int], PlainLane] = PlainLane
+) -> tuple[Uploads, list[PlainLane]]:
+    """Return uploads of the weights of both repairs, of which a share has room on the device, and their lanes."""
     by_block = {key: [own[key].weight for own in repaired if key in own] for key in repaired[0]}
     total = sum(weight.nbytes for block in by_block.values() for weight in block)
     lanes: list[PlainLane] = []
 
-    def open_lane(device: torch.device, size: int) -> PlainLane:
-        lanes.append(PlainLane(device, size))
-        return lanes[0]
+    def new_lane(device: torch.device, size: int) -> PlainLane:
+        lanes.append(make(device, size))
+        return lanes[-1]
 
-    return Uploads(by_block, dict.fromkeys(by_block, CPU), {CPU: round(share * total)}, open_lane), lanes
+    return Uploads(by_block, dict.fromkeys(by_block, CPU), {CPU: round(share * total)}, new_lane), lanes
+
+
+def copies_of(lanes: list[PlainLane]) -> int:
+    return sum(event == "copied" for lane in lanes for event, _ in lane.events)
+
+
+@contextmanager
+def running_out(module: nn.Module, times: int) -> Iterator[None]:
+    """Inside the `with`, the first calls of a module run out of memory."""
+    failing = [True] * times
+
+    def fail(*_: object) -> None:
+        if failing:
+            failing.pop()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = module.register_forward_pre_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
+    assert not failing
 
 
 @pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
@@ -129,8 +165,7 @@ def test_losses_are_the_same_with_any_placement(share: float) -> None:
     uploads, lanes = uploads_of(repaired, share)
     with evaluator.uploading(uploads):
         assert torch.equal(evaluator.losses(masks, tokens, repaired), expected)
-        copies = sum(event == "copied" for lane in lanes for event, _ in lane.events)
-        streamed = len(repaired[0]) + len(repaired[1])
+        copies, streamed = copies_of(lanes), len(repaired[0]) + len(repaired[1])
         assert copies == streamed if share == 0.0 else copies == 0 if share == 1.0 else 0 < copies < streamed
     assert torch.equal(evaluator.losses(masks, tokens, repaired), expected)
 
@@ -139,15 +174,98 @@ def test_losses_are_the_same_after_a_pass_that_failed_in_a_block() -> None:
     model, masks, repaired = problem()
     evaluator, tokens = Evaluator(PrunableModel.of(model)), random_tokens(rows=3)
     expected = evaluator.losses(masks, tokens, repaired)
-    failing = [True]
-
-    def fail(*_: object) -> None:
-        if failing and failing.pop():
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
-    handle = model.model.layers[2].mlp.down_proj.register_forward_pre_hook(fail)
-    with evaluator.uploading(uploads_of(repaired, 0.0)[0]):
+    with evaluator.uploading(uploads_of(repaired, 0.0)[0]), running_out(model.model.layers[2].mlp.down_proj, 1):
         actual = evaluator.losses(masks, tokens, repaired)
-    handle.remove()
     assert evaluator.splitter.max_windows == 2
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+
+
+# --- memory that runs out
+
+
+def no_lane(*_: object) -> PlainLane:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.7])
+def test_losses_are_the_same_without_memory_for_a_lane(share: float, capsys) -> None:
+    model, masks, repaired = problem()
+    evaluator, tokens = Evaluator(PrunableModel.of(model)), random_tokens()
+    expected = evaluator.losses(masks, tokens, repaired)
+    with evaluator.uploading(uploads_of(repaired, share, no_lane)[0]):
+        assert torch.equal(evaluator.losses(masks, tokens, repaired), expected)
+    err = capsys.readouterr().err
+    assert err.count("no memory") == 1
+    if not share:
+        says(err, "cpu", "no memory", "width table")
+
+
+def test_other_errors_of_a_lane_are_passed_on() -> None:
+    def fail(*_: object) -> PlainLane:
+        raise RuntimeError("CUDA error: invalid device ordinal")
+
+    with pytest.raises(RuntimeError, match="invalid device"):
+        uploads_of(problem()[2], 0.0, fail)
+
+
+@pytest.mark.parametrize("share", [0.7, 1.0])
+def test_everything_is_uploaded_when_memory_runs_out_while_weights_are_placed(share: float, monkeypatch) -> None:
+    model, masks, repaired = problem()
+    evaluator, tokens = Evaluator(PrunableModel.of(model)), random_tokens()
+    expected = evaluator.losses(masks, tokens, repaired)
+    placed: list[Tensor] = []
+
+    def fails_third(weight: Tensor, device: torch.device) -> Tensor:
+        if len(placed) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        placed.append(weight)
+        return weight
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "to", fails_third)
+        uploads, lanes = uploads_of(repaired, share)
+    with evaluator.uploading(uploads):
+        assert torch.equal(evaluator.losses(masks, tokens, repaired), expected)
+    assert len(placed) == 2 and len(lanes) == 1
+    assert copies_of(lanes) == len(repaired[0]) + len(repaired[1])
+
+
+@pytest.mark.parametrize("objective", ["loss", "divergence"])
+@pytest.mark.parametrize("module", ["model.layers.2.mlp.down_proj", "lm_head"])
+def test_kept_weights_are_freed_once_before_a_batch_is_split(module: str, objective: str, capsys) -> None:
+    model, masks, repaired = problem()
+    evaluator, tokens = Evaluator(PrunableModel.of(model)), random_tokens(rows=3)
+    divergence = Divergence(evaluator)
+    dense = divergence.dense_states(tokens)
+
+    def values() -> Tensor:
+        if objective == "loss":
+            return evaluator.losses(masks, tokens, repaired)
+        return divergence.values(masks, tokens, repaired, dense).objective
+
+    expected = values()
+    uploads, lanes = uploads_of(repaired, 1.0)
+    with evaluator.uploading(uploads):
+        assert uploads.keeps_weights
+        with running_out(model.get_submodule(module), 1):
+            assert torch.equal(values(), expected)
+        assert not uploads.keeps_weights and evaluator.splitter.max_windows is None
+        assert torch.equal(values(), expected)
+        assert len(lanes) == 1 and copies_of(lanes) >= len(repaired[0]) + len(repaired[1])
+        with running_out(model.model.layers[2].mlp.down_proj, 1):
+            torch.testing.assert_close(values(), expected, rtol=1e-5, atol=1e-7)
+        assert evaluator.splitter.max_windows == 2
+    err = capsys.readouterr().err
+    assert err.count("out of memory") == 1
+    if (module, objective) == ("lm_head", "loss"):
+        says(err, "cpu", "out of memory", "width table")
+
+
+def test_weights_live_as_long_as_their_uploads() -> None:
+    """Another weight in the place of a freed one would be taken for it."""
+    weight, key, elsewhere = torch.ones(2, 2), (0, "ffn"), torch.device("meta")
+    alive = weakref.ref(weight)
+    uploads = Uploads({key: [weight]}, {key: elsewhere}, {elsewhere: 1000}, PlainLane)
+    del weight
+    assert uploads.keeps_weights and alive() is not None
+    uploads.close()

@@ -27,7 +27,7 @@ from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.forward.uploads import CudaLane, Uploads
 from pgprune_cli.jobs.search import search
 from pgprune_cli.model.loading import load_prunable
-from pgprune_cli.model.masks import ModelMask
+from pgprune_cli.model.masks import ModelMask, RepairedBlocks
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import Fp8Linear, check_fp8, quantize_projections
 from pgprune_cli.model.source import resolve
@@ -211,6 +211,14 @@ def test_a_window_that_does_not_fit_is_refused(monkeypatch) -> None:
         evaluator.losses(some_masks(evaluator.model), random_tokens())
 
 
+def uploads_to(model: PrunableModel, repaired: list[RepairedBlocks], share: float) -> Uploads:
+    """Return uploads of repaired weights, of which a share has room on the GPU."""
+    keys = sorted({key for own in repaired for key in own})
+    weights = {key: [own[key].weight for own in repaired if key in own] for key in keys}
+    room = round(share * sum(weight.nbytes for block in weights.values() for weight in block))
+    return Uploads(weights, dict.fromkeys(keys, model.device), {model.device: room}, CudaLane)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
 def test_uploaded_weights_give_the_losses_of_weights_on_the_gpu_without_waiting(on_both, share: float) -> None:
     """Placed on the GPU, or copied while earlier blocks compute: many passes in a row, so that slots are reused."""
@@ -219,14 +227,31 @@ def test_uploaded_weights_give_the_losses_of_weights_on_the_gpu_without_waiting(
     repaired = [random_repair(on_both[0].module, mask, bias=True) for mask in masks]
     evaluator, tokens = Evaluator(model), random_tokens().cuda()
     expected = evaluator.losses(masks * 10, tokens, repaired * 10)
-    keys = sorted({key for own in repaired for key in own})
-    weights = {key: [own[key].weight for own in repaired if key in own] for key in keys}
-    room = round(share * sum(weight.nbytes for block in weights.values() for weight in block))
-    devices = dict.fromkeys(keys, model.device)
-    with evaluator.uploading(Uploads(weights, devices, {model.device: room}, CudaLane)):
+    with evaluator.uploading(uploads_to(model, repaired, share)):
         with waiting_is_an_error():
             evaluator._summed(masks[0], tokens, repaired[0])
         assert torch.equal(evaluator.losses(masks * 10, tokens, repaired * 10), expected)
+
+
+def test_kept_weights_are_freed_and_uploaded_after_memory_has_run_out(on_both) -> None:
+    model, failing = on_both[1], [True]
+    masks, tokens = some_masks(model), random_tokens()
+    repaired = [random_repair(on_both[0].module, mask, bias=True) for mask in masks]
+    divergence = Divergence(Evaluator(model))
+    dense = divergence.dense_states(tokens)
+    expected = divergence.values(masks, tokens, repaired, dense).objective
+
+    def fail(*_: object) -> None:
+        if failing and failing.pop():
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = model.layers[2].register_forward_pre_hook(fail)
+    uploads = uploads_to(model, repaired, 1.0)
+    with divergence.evaluator.uploading(uploads):
+        for _ in range(3):
+            assert torch.equal(divergence.values(masks, tokens, repaired, dense).objective, expected)
+        assert not uploads.keeps_weights and divergence.evaluator.splitter.max_windows is None
+    handle.remove()
 
 
 def test_a_search_streams_its_table_with_the_same_result(small, tmp_path, monkeypatch) -> None:
