@@ -16,7 +16,7 @@ import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def register(library: str) -> None:
     torch._register_device_module(SIMULATED, module)
     torch.utils.generate_methods_for_privateuse1_backend()
     # On an out-of-tree device, tensors created in inference mode cannot replace parameters.
-    torch.inference_mode = torch.no_grad
+    torch.inference_mode = lambda mode=True: torch.no_grad() if mode else nullcontext()
 
 
 @contextmanager
