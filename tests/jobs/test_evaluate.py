@@ -18,7 +18,6 @@ from pgprune_cli.console.progress import StderrProgress
 from pgprune_cli.data.tokens import tokens_of
 from pgprune_cli.demo.grammar import generate
 from pgprune_cli.errors import RunError
-from pgprune_cli.forward import masked
 from pgprune_cli.jobs import targets
 from pgprune_cli.jobs.evaluate import evaluate
 from pgprune_cli.jobs.evaluation_request import Corpus, EvaluationRequest
@@ -26,7 +25,7 @@ from pgprune_cli.jobs.export import export
 from pgprune_cli.jobs.perplexity import measure_perplexity, perplexity
 from pgprune_cli.jobs.speed import measure_speed
 from pgprune_cli.jobs.targets import open_target
-from pgprune_cli.model import families
+from pgprune_cli.model import families, unit_tensors
 from pgprune_cli.model.families.llama import LLAMA
 from pgprune_cli.model.loading import load_tokenizer
 from pgprune_cli.recipe.schema import EvaluationSettings
@@ -135,7 +134,7 @@ def test_run_and_its_export_have_the_same_perplexity(run: Path, text: Corpus, tm
 
 def test_no_forward_pass_of_a_run_gathers_weights(run: Path, text: Corpus, monkeypatch) -> None:
     target = open_target(str(run), device="cpu")
-    monkeypatch.setattr(masked, "gather", None)
+    monkeypatch.setattr(unit_tensors, "gather", None)
     assert measure_perplexity(target, [text], [32])[0]["ppl"] > 1
 
 
