@@ -15,6 +15,8 @@ pytest.register_assert_rewrite("helpers")  # before anything imports it
 
 from helpers.fp8 import multiplies_fp8_on_cpu
 from helpers.models import ARCHITECTURES, EXPERT_ARCHITECTURES, save_tokenizer, tiny_model
+from helpers.one_search import RECIPE as ONE_SEARCH
+from helpers.one_search import result_of
 from helpers.recipes import COMMAND, SMALL, WIDTH_SEARCH
 
 from pgprune_cli.recipe.reader import find, load
@@ -190,3 +192,13 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
         for kind in kinds:
             terminalreporter.write_line(f"{kind}: {tried[kind]:,}, of which refused: {tried[f'{kind}, refused']:,}")
         terminalreporter.write_line(f"all readings: {sum(tried[kind] for kind in kinds):,}")
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory, token_cache: str) -> tuple:
+    """What one process finds in the search of helpers/one_search.py."""
+    from pgprune_cli.jobs.search import search
+
+    run = tmp_path_factory.mktemp("alone")
+    search(load(find("demo"), ONE_SEARCH), run)
+    return result_of(run)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.messages import says
-from helpers.one_search import RECIPE, STEPS, arguments, result_of
+from helpers.one_search import RECIPE, SECONDS, STEPS, arguments, result_of
 
 from pgprune_cli.cli import program as cli
 from pgprune_cli.distributed import Ranks, join, ranks_from_environment, ranks_of_this_machine
@@ -20,16 +20,6 @@ from pgprune_cli.jobs.search import search
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.layout import DECISION_RECORD
-
-SECONDS = 240
-"""No test may hang: after so long its processes are killed, and it fails."""
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, token_cache: str) -> tuple:
-    run = tmp_path_factory.mktemp("alone")
-    search(load(find("demo"), RECIPE), run)
-    return result_of(run)
 
 
 def run_program(program: list[str], variables: dict[str, str]) -> subprocess.CompletedProcess[str]:

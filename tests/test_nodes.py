@@ -9,24 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.nodes import ADDRESSES, NAMESPACES, free_port, kill, network_refusal, set_link, start_agent, two_namespaces
-from helpers.one_search import RECIPE, STEPS, arguments, result_of
+from helpers.one_search import SECONDS, STEPS, arguments, result_of
 from helpers.torchrun_program import WAITING
 from helpers.waiting import wait_until
 
-from pgprune_cli.jobs.search import search
-from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.run.checkpoint import latest_checkpoint
-
-SECONDS = 240
-"""No test may hang: after so long its processes are killed, and it fails."""
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory, token_cache: str) -> tuple:
-    run = tmp_path_factory.mktemp("alone")
-    search(load(find("demo"), RECIPE), run)
-    return result_of(run)
-
 
 Start = Callable[..., subprocess.Popen]
 

@@ -13,6 +13,9 @@ from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, METRICS_FILE
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.storage.records import read_record
 
+SECONDS = 240
+"""No test may hang: after so long its processes are killed, and it fails."""
+
 STEPS = 5
 # 3 masks a step leave one of 4 ranks without any, and 5 held-out windows make batches of 2, 2 and 1.
 RECIPE = [
