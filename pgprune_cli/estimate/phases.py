@@ -167,21 +167,20 @@ def observed_layers(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> Wo
 
 def removals(sizes: Sizes) -> Work:
     """Return what `obs` takes for every block."""
-    return Work(
-        flops.removals(sizes),
-        traffic=sum(map(removal_traffic, sizes.blocks)),
-        operations=sum(ROUND * block.experts * sum(1 for _ in flops.rounds(block)) for block in sizes.blocks),
-    )
+    return replace(choosing(sizes.blocks), flops=flops.removals(sizes))
 
 
 def repairs(sizes: Sizes) -> Work:
     """Return what choosing the kept units again and the closed-form repair take."""
     pruned = [block for block in sizes.blocks if block.keep_fraction < 1]
-    again = pruned if sizes.has_table else []
+    return replace(choosing(pruned if sizes.has_table else []), flops=flops.repairs(sizes))
+
+
+def choosing(blocks: Sequence[BlockSizes]) -> Work:
+    """Return what `obs` takes for some blocks besides its products."""
     return Work(
-        flops.repairs(sizes),
-        traffic=sum(map(removal_traffic, again)),
-        operations=sum(ROUND * block.experts * sum(1 for _ in flops.rounds(block)) for block in again),
+        traffic=sum(map(removal_traffic, blocks)),
+        operations=sum(ROUND * block.experts * sum(1 for _ in flops.rounds(block)) for block in blocks),
     )
 
 
