@@ -15,11 +15,12 @@ from torch import nn
 
 from pgprune_cli.estimate.sizes import flops_per_token
 from pgprune_cli.forward.masked import LOGIT_ROWS, SOFTMAX_ROWS
+from pgprune_cli.forward.short_attention import LONGEST
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.schema import RecoverSettings
 from pgprune_cli.recover.checkpoints import MOST, STATE_BYTES
 from pgprune_cli.recover.schedule import Schedule
-from pgprune_cli.recover.student import norms_and_outputs
+from pgprune_cli.recover.student import trained_names
 from pgprune_cli.recover.teacher_cache import CacheKey
 
 Flops = Counter[torch.dtype]
@@ -56,7 +57,7 @@ class RecoverySizes:
     """A recovery whose needs are counted.
 
     student, teacher: the two models, in the dtypes that they are loaded in; settings: of the recipe; processes: how
-    many share the batches; dtype: of the matrix products.
+    many share the batches; dtype: of the matrix products; on_cpu: whether a CPU trains.
     """
 
     student: PrunableModel
@@ -64,6 +65,7 @@ class RecoverySizes:
     settings: RecoverSettings
     processes: int
     dtype: torch.dtype
+    on_cpu: bool = False
 
     @property
     def schedule(self) -> Schedule:
@@ -102,9 +104,7 @@ class RecoverySizes:
         if self.settings.train == "lora":
             return self.adapters
         named = dict(self.student.module.named_parameters())
-        if self.settings.train == "all":
-            return sum(parameter.numel() for parameter in named.values())
-        return sum(named[name].numel() for name in set(norms_and_outputs(self.student)))
+        return sum(named[name].numel() for name in set(trained_names(self.student, self.settings.train)))
 
 
 def recovery_memory(sizes: RecoverySizes) -> RecoveryMemory:
@@ -148,9 +148,13 @@ def recovery_flops(sizes: RecoverySizes) -> dict[str, Flops]:
     settings = sizes.settings
     student, teacher = _token_flops(sizes.student, settings.seqlen), _token_flops(sizes.teacher, settings.seqlen)
     layers = student - _head_flops(sizes.student)
-    backward = student + {"all": student, "lora": 0, "norms-and-outputs": 0}[settings.train]
-    if settings.train != "all":
-        backward += 2 * sizes.trained * (2 if settings.train == "lora" else 1)
+    to_weights = {
+        "all": student,
+        "layers": layers,
+        "lora": 4 * sizes.trained,  # also to their inputs
+        "norms-and-outputs": 2 * sizes.trained,
+    }
+    backward = student + to_weights[settings.train]
     forward = student + (2 * sizes.trained if settings.train == "lora" else 0)
     again = layers if settings.gradient_checkpointing else 0
     trained = sizes.schedule.steps * sizes.step_tokens
@@ -168,10 +172,12 @@ def activation_bytes(sizes: RecoverySizes) -> int:
 
     Per token and layer: in the residual stream, what the norms keep in float32 and what the projections read; the
     outputs of the inner projections, those of the FFN also behind the activation function; the inputs of the output
-    projections. With gradient checkpointing, only the residual stream between the layers, and one layer at a time.
+    projections; in short windows on a CPU also the attention's weights. With gradient checkpointing, only the residual
+    stream between the layers, and one layer at a time.
     """
     model, itemsize = sizes.student, sizes.dtype.itemsize
     hidden = model.head.weight.shape[1]
+    short = sizes.on_cpu and sizes.settings.seqlen <= LONGEST and not sizes.settings.gradient_checkpointing
     layers = []
     for layer in model.layers:
         blocks = model.family.blocks_of(layer)
@@ -184,6 +190,9 @@ def activation_bytes(sizes: RecoverySizes) -> int:
             else:
                 width = 3 * used * model.family.grid(layer, block).members
             times = 1 if block == model.family.attention else 4 / 3
+            if short and block == model.family.attention:  # its weights in float32, and in the dtype of the products
+                scores = model.family.grid(layer, block).elements * sizes.settings.seqlen
+                per_token += scores * (4 if itemsize == 4 else 4 + itemsize)
             per_token += hidden * (8 + itemsize) + round(width * times) * itemsize
         layers.append(per_token)
     stream = len(layers) * 4 * hidden
@@ -193,13 +202,14 @@ def activation_bytes(sizes: RecoverySizes) -> int:
 
 
 def logit_bytes(sizes: RecoverySizes) -> int:
-    """Return the bytes of the logits of one batch and of the dense model's log-probabilities in float32.
+    """Return the bytes of the logits of one batch, of their gradient and of what the dense model predicts.
 
-    Beside the logits there are their gradient and some rows in float32.
+    Of the whole vocabulary these are its logits; of the likeliest tokens, log-probabilities in float32 and ids. A few
+    rows exist in float32.
     """
     settings = sizes.settings
     rows, vocabulary = settings.batch * settings.seqlen, len(sizes.student.head.weight)
-    listed = 4 * vocabulary if settings.top_k in (0, vocabulary) else 12 * settings.top_k
+    listed = 12 * settings.top_k if settings.top_k else _itemsize(sizes.teacher) * vocabulary
     text = 8 * vocabulary if settings.lm else 0
     logits = rows * vocabulary * sizes.dtype.itemsize
     return rows * (listed + text) + 2 * logits + 4 * 4 * min(SOFTMAX_ROWS, rows) * vocabulary

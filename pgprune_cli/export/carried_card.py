@@ -29,6 +29,7 @@ from pgprune_cli.run.decision import Decision
 RECOVERY = "## Recovery"
 TRAINED = {
     "all": "All weights were trained",
+    "layers": "The weights of the decoder layers were trained",
     "lora": "Adapters of rank {lora_rank} were trained and merged into the weights",
     "norms-and-outputs": "The norms and the output projections were trained",
 }

@@ -29,10 +29,12 @@ class ShortAttention(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Replace `scaled_dot_product_attention`, and leave everything else alone."""
-        if function is functional.scaled_dot_product_attention and args[0].shape[-2] <= LONGEST:
-            return plain_attention(*args, **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
+        """Replace `scaled_dot_product_attention` without dropout, and leave everything else alone."""
+        named = dict(kwargs or {})
+        is_attention = function is functional.scaled_dot_product_attention
+        if is_attention and args[0].shape[-2] <= LONGEST and not named.get("dropout_p"):
+            return plain_attention(*args, **named)
+        return function(*args, **named)
 
 
 def plain_attention(

@@ -161,6 +161,7 @@ def estimate_recovery(
         settings,
         ranks_from_environment().world_size,
         getattr(torch, dtype),
+        on_cpu=devices[0].type == "cpu",
     )
     refuse_longer_windows(sizes.student.config, model, {"recover.seqlen": settings.seqlen})
     parts = recovery_flops(sizes)

@@ -78,7 +78,7 @@ MetricName = Literal["wanda-sp", "flap", "flap-adaptive", "obs", "taylor", "magn
 Bos = Literal["auto", True, False]
 Objective = Literal["loss", "kl", "kl-hidden"]
 RepairMethod = Literal["none", "bias", "least-squares", "least-squares-bias", "sublayer"]
-Trained = Literal["all", "lora", "norms-and-outputs"]
+Trained = Literal["all", "layers", "lora", "norms-and-outputs"]
 EVALUATIONS = 8
 """About how often a search evaluates its decision, besides the start, if the recipe leaves it open."""
 FITTED: tuple[RepairMethod, ...] = ("least-squares", "least-squares-bias", "sublayer")
@@ -239,9 +239,10 @@ class RecoverSettings:
     heldout: Count = 64
     # Which tokens are trained on: all of them, or only the assistant's turns of conversations (a `messages` column).
     turns: Literal["all", "assistant"] = "all"
-    # What is trained: all weights (`all`), low-rank adapters that are merged into the weights at the end (`lora`), or
-    # the norms and the output projections (attention o, FFN down) only.
-    train: Trained = "all"
+    # What is trained: all weights (`all`); those of the decoder layers and the final norm, not the embeddings and the
+    # unembedding (`layers`); low-rank adapters that are merged into the weights at the end (`lora`); or the norms and
+    # the output projections (attention o, FFN down) only.
+    train: Trained = "layers"
     # Rank of the adapters, for `train: lora`.
     lora_rank: Count = 16
     # Where the predictions of the dense model come from: `live` runs it beside the model that is trained, `cached`

@@ -43,14 +43,18 @@ class _Divergence(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, log_probs: Tensor, tokens: Tensor | None, temperature: float) -> Tensor:
         divergences = logits.new_empty(len(logits), dtype=torch.float32)
         gradient = torch.empty_like(logits)
+        # Allocated once: the pages of large tensors that come and go are new every time.
+        buffers = logits.new_empty(3, min(SOFTMAX_ROWS, len(logits)), logits.shape[1], dtype=torch.float32)
         for start in range(0, len(logits), SOFTMAX_ROWS):
             rows = slice(start, start + SOFTMAX_ROWS)
-            student = (logits[rows].float() / temperature).log_softmax(-1)
+            scaled, student, spare = buffers[:, : len(logits[rows])]
+            torch.log_softmax(_scaled(logits[rows], temperature, scaled), -1, out=student)
             if tokens is None:
-                divergences[rows], slope = _full(student, log_probs[rows].float())
+                torch.log_softmax(scaled.copy_(log_probs[rows]), -1, out=spare)
+                divergences[rows], slope = _full(student, spare, scaled)
             else:
                 divergences[rows], slope = _with_rest(student, log_probs[rows].float(), tokens[rows])
-            gradient[rows] = slope / temperature
+            gradient[rows] = slope if temperature == 1 else slope.div_(temperature)
         ctx.save_for_backward(gradient)
         return divergences
 
@@ -63,11 +67,20 @@ class _Divergence(torch.autograd.Function):
         return gradient, None, None, None
 
 
-def _full(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the divergences `(rows,)` and their gradients `(rows, V)`, from log-probabilities `(rows, V)` of both."""
-    probabilities = teacher.exp()
-    divergence = (probabilities * (teacher - student)).sum(-1)
-    return divergence, student.exp().sub_(probabilities)
+def _scaled(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
+    """Return the logits divided by the temperature, in `out`, which is float32."""
+    return out.copy_(logits) if temperature == 1 else torch.div(logits.float(), temperature, out=out)
+
+
+def _full(student: Tensor, teacher: Tensor, spare: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the divergences `(rows,)` and their gradients `(rows, V)`, from log-probabilities `(rows, V)` of both.
+
+    All three arguments are used up. spare: of the same shape, its values do not matter.
+    """
+    torch.sub(teacher, student, out=spare)
+    probabilities = teacher.exp_()
+    divergence = spare.mul_(probabilities).sum(-1)
+    return divergence, student.exp_().sub_(probabilities)
 
 
 def _with_rest(student: Tensor, teacher: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:

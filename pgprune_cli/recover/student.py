@@ -23,8 +23,8 @@ ADAPTER = "default"
 def trainable(model: PrunableModel, train: Trained, lora_rank: int) -> nn.Module:
     """Return the model with gradients on for what is trained, in float32, and off for everything else.
 
-    train: `all` weights; `lora`, which wraps the model in peft's adapters of `lora_rank` for every linear layer but the
-    head; or `norms-and-outputs`.
+    train: `lora` wraps the model in peft's adapters of `lora_rank` for every linear layer but the head; for the others
+    see `trained_names`.
     """
     module = model.module.requires_grad_(False)
     if train == "lora":
@@ -34,12 +34,26 @@ def trainable(model: PrunableModel, train: Trained, lora_rank: int) -> nn.Module
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft uses names that transformers 5.24 has deprecated
             return get_peft_model(module, config)
-    names = None if train == "all" else set(norms_and_outputs(model))
+    names = set(trained_names(model, train))
     for name, parameter in module.named_parameters():
-        if names is None or name in names:
+        if name in names:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     return module
+
+
+def trained_names(model: PrunableModel, train: Trained) -> Iterator[str]:
+    """Yield the names of the weights that are trained themselves, a tied one once. With `lora` there are none.
+
+    train: `all` weights; those of the decoder `layers` and the final norm; or `norms-and-outputs`.
+    """
+    family = model.family
+    if train == "norms-and-outputs":
+        yield from norms_and_outputs(model)
+    elif train != "lora":
+        for name, _ in model.module.named_parameters():
+            if train == "all" or name.startswith((f"{family.layers}.", f"{family.final_norm}.")):
+                yield name
 
 
 def norms_and_outputs(model: PrunableModel) -> Iterator[str]:

@@ -26,9 +26,9 @@ class Targets:
     """What the teacher predicts on B windows of T tokens: a distribution of the next token at every position.
 
     log_probs: `(B, T, k)` float32, in nats, at the temperature of the recovery, of the k most likely tokens, the
-    likeliest first, or of the whole vocabulary in order; tokens: their ids `(B, T, k)` int64, None for the whole
-    vocabulary; hidden: the residual stream `(B, T, D)` behind the layers that were asked for, in the teacher's dtype,
-    None if none were.
+    likeliest first. Those of the whole vocabulary are in order, and may be logits in the teacher's dtype instead, which
+    differ by a constant at each position; tokens: the ids `(B, T, k)` int64, None for the whole vocabulary; hidden: the
+    residual stream `(B, T, D)` behind the layers that were asked for, in the teacher's dtype, None if none were.
     """
 
     log_probs: Tensor
@@ -66,26 +66,41 @@ class LiveTeacher:
         # The student's products may be autocast around this. The teacher computes in its own dtype.
         layers = [causal.get_decoder().layers[layer] for layer in self.hidden]
         with torch.autocast(tokens.device.type, enabled=False), residual_streams(layers) as streams:
-            parts = [self._predicted(logits) for logits in self._logits(tokens)]
-        log_probs = torch.cat([part for part, _ in parts]).view(*shape, -1).to(home)
-        ids = [part for _, part in parts if part is not None]
+            log_probs, ids = self._likeliest(tokens) if self.top_k else (self._whole(tokens), None)
         hidden = [stream.to(home) for stream in streams]
-        return Targets(log_probs, torch.cat(ids).view(*shape, -1).to(home) if ids else None, hidden or None)
+        found = [part if part is None else part.view(*shape, -1).to(home) for part in (log_probs, ids)]
+        return Targets(found[0], found[1], hidden or None)
 
-    def _logits(self, tokens: Tensor) -> Iterator[Tensor]:
-        """Yield the logits `(rows, V)` of consecutive positions of all windows."""
+    def _whole(self, tokens: Tensor) -> Tensor:
+        """Return the logits `(B * T, V)` of all positions, divided by the temperature."""
+        whole = None
+        for start, logits in self._logits(tokens):
+            if whole is None:
+                whole = logits.new_empty(tokens.numel(), logits.shape[1])
+            torch.div(logits, self.temperature, out=whole[start : start + len(logits)])
+        return whole
+
+    def _likeliest(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the log-probabilities `(B * T, k)` and the ids `(B * T, k)` of the likeliest tokens."""
+        parts = [self._predicted(logits) for _, logits in self._logits(tokens)]
+        ids = [part for _, part in parts if part is not None]
+        return torch.cat([part for part, _ in parts]), torch.cat(ids) if ids else None
+
+    def _logits(self, tokens: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield the logits `(rows, V)` of consecutive positions of all windows, and the first of these positions."""
         causal: Any = self.model
         family = find_family(causal.config.model_type)
         if family is None:  # any model may teach, but only a family's adapter knows what follows the head
-            yield causal(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
+            yield 0, causal(input_ids=tokens, use_cache=False).logits.flatten(0, 1)
             return
         head = causal.get_output_embeddings()
-        for part in last_hidden_states(self.model, tokens).flatten(0, 1).split(LOGIT_ROWS):
-            yield family.finish_logits(causal.config, head(part))
+        states = last_hidden_states(self.model, tokens).flatten(0, 1)
+        for start in range(0, len(states), LOGIT_ROWS):
+            yield start, family.finish_logits(causal.config, head(states[start : start + LOGIT_ROWS]))
 
     def _predicted(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the log-probabilities `(rows, k)` and the tokens `(rows, k)` for logits `(rows, V)`."""
-        whole = not 0 < self.top_k < logits.shape[1]
+        whole = self.top_k >= logits.shape[1]
         log_probs = logits.new_empty(len(logits), logits.shape[1] if whole else self.top_k, dtype=torch.float32)
         tokens = None if whole else torch.empty(log_probs.shape, dtype=torch.int64, device=logits.device)
         for start in range(0, len(logits), SOFTMAX_ROWS):  # few enough in float32 for the caches of a CPU

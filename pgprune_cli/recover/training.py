@@ -15,6 +15,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from pgprune_cli.distributed import ranks_from_environment
+from pgprune_cli.forward.short_attention import ShortAttention
 from pgprune_cli.recipe.schema import RecoverSettings
 from pgprune_cli.recover.checkpoints import TRAINED, TrainingCheckpoint
 from pgprune_cli.recover.schedule import Schedule
@@ -41,6 +42,8 @@ def train(student: nn.Module, arguments: TrainingArguments, training: Training) 
     folder = None if training.resumed is None else str(training.resumed.folder)
     ranks = training.ranks
     with ExitStack() as stack:
+        if arguments.use_cpu and not training.settings.gradient_checkpointing:  # which would not see the mode again
+            stack.enter_context(ShortAttention())
         signals = stack.enter_context(stop_signals(ranks))
         history = stack.enter_context(TrainingHistory(training.run)) if ranks.is_writer else None
         trainer = RecoveryTrainer(student, arguments, training, history, signals)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,7 +12,14 @@ from helpers.memory import Allocations
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from pgprune_cli.estimate.recovery import RecoverySizes, recovery_disk, recovery_flops, recovery_memory
+from pgprune_cli.estimate.recovery import (
+    RecoverySizes,
+    activation_bytes,
+    recovery_disk,
+    recovery_flops,
+    recovery_memory,
+)
+from pgprune_cli.forward.short_attention import ShortAttention
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.schema import RecoverSettings, Trained
 from pgprune_cli.recover.loss import divergences
@@ -23,10 +31,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 BATCH, LENGTH = 4, 64
 
 
-def sizes_of(train: Trained, dtype: torch.dtype) -> RecoverySizes:
+def sizes_of(train: Trained, dtype: torch.dtype, on_cpu: bool = False) -> RecoverySizes:
     """Return the sizes of a recovery of one step."""
     settings = RecoverSettings(train=train, lora_rank=4, batch=BATCH, seqlen=LENGTH, heldout=2, tokens=BATCH * LENGTH)
-    return RecoverySizes(PrunableModel.of(medium_model()), PrunableModel.of(medium_model(dtype)), settings, 1, dtype)
+    student, teacher = PrunableModel.of(medium_model()), PrunableModel.of(medium_model(dtype))
+    return RecoverySizes(student, teacher, settings, 1, dtype, on_cpu)
 
 
 def training_of(sizes: RecoverySizes) -> tuple[nn.Module, Callable[[], None]]:
@@ -44,7 +53,7 @@ def training_of(sizes: RecoverySizes) -> tuple[nn.Module, Callable[[], None]]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("train", ["all", "lora", "norms-and-outputs"])
+@pytest.mark.parametrize("train", ["all", "layers", "lora", "norms-and-outputs"])
 def test_memory_is_what_a_step_allocates(train: Trained, dtype: torch.dtype) -> None:
     if train == "lora":
         pytest.importorskip("peft", reason="pgprune[recovery] is not installed")
@@ -59,7 +68,19 @@ def test_memory_is_what_a_step_allocates(train: Trained, dtype: torch.dtype) -> 
     assert needed.optimizer == 2 * needed.gradients == 8 * sizes.trained
 
 
-@pytest.mark.parametrize("train", ["all", "lora", "norms-and-outputs"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_in_short_windows_on_a_cpu_keeps_its_weights(dtype: torch.dtype) -> None:
+    more = activation_bytes(sizes_of("layers", dtype, on_cpu=True)) - activation_bytes(sizes_of("layers", dtype))
+    _, step = training_of(sizes_of("layers", dtype))
+    peaks = []
+    for mode in (ShortAttention(), nullcontext()):
+        with mode, Allocations() as seen:
+            step()
+        peaks.append(seen.peak)
+    assert 0.4 * more < peaks[0] - peaks[1] < 1.5 * more  # the kernel that keeps none needs other copies
+
+
+@pytest.mark.parametrize("train", ["all", "layers", "lora", "norms-and-outputs"])
 def test_flops_are_those_that_torch_counts(train: Trained) -> None:
     if train == "lora":
         pytest.importorskip("peft", reason="pgprune[recovery] is not installed")

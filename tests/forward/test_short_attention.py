@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -57,3 +58,14 @@ def test_only_short_windows_are_attended_to_by_the_plain_formula(
     assert len(calls) == plain
     torch.testing.assert_close(inside, scaled_dot_product_attention(*states, is_causal=True))
     assert len(calls) == plain
+
+
+def test_attention_with_dropout_is_that_of_pytorch() -> None:
+    states = inputs(12)
+    settings = {"is_causal": True, "dropout_p": 0.5}
+    outputs = []
+    for mode in (ShortAttention(), nullcontext()):
+        torch.manual_seed(0)
+        with mode:
+            outputs.append(torch.nn.functional.scaled_dot_product_attention(*states, **settings))
+    assert torch.equal(*outputs)

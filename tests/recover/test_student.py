@@ -7,7 +7,7 @@ import torch
 from helpers.models import VOCABULARY, tiny_model
 
 from pgprune_cli.model.prunable import PrunableModel
-from pgprune_cli.recover.student import norms_and_outputs, trainable, trained_parameters, trained_tensors
+from pgprune_cli.recover.student import norms_and_outputs, trainable, trained_names, trained_parameters, trained_tensors
 
 TOKENS = torch.arange(2 * 12).view(2, 12) % VOCABULARY
 
@@ -38,6 +38,19 @@ def test_all_weights_are_trained_in_float32_and_a_tied_one_once() -> None:
     assert "lm_head.weight" not in trained_parameters(student)
     assert module.lm_head.weight is module.model.embed_tokens.weight
     assert trained_parameters(student).keys() == dict(module.named_parameters()).keys()
+
+
+def test_weights_of_the_layers_are_all_but_embeddings_and_unembedding(any_architecture: str) -> None:
+    model = PrunableModel.of(tiny_model(any_architecture))
+    names = set(trained_names(model, "layers"))
+    left = {name: parameter for name, parameter in model.module.named_parameters() if name not in names}
+    of_decoder = [name for name in left if not name.startswith(("model.vision", "model.multi_modal"))]
+    assert all("embed" in name or name.startswith("lm_head.") for name in of_decoder)
+    assert model.head.weight.data_ptr() in {parameter.data_ptr() for parameter in left.values()}
+    assert {name for name in names if "layers" in name} >= set(norms_and_outputs(model)) - {
+        f"{model.family.final_norm}.weight",
+        f"{model.family.final_norm}.bias",
+    }
 
 
 def test_weights_that_are_not_trained_keep_their_dtype() -> None:

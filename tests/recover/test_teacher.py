@@ -63,11 +63,13 @@ def test_live_teacher_predicts_what_its_model_does(architecture: str, text: Reco
     expected = (model(input_ids=windows).logits / 1.5).log_softmax(-1)
     whole = LiveTeacher(model, 0, 1.5).targets(windows, ROWS)
     assert whole.tokens is whole.hidden is None
-    torch.testing.assert_close(whole.log_probs, expected)
+    torch.testing.assert_close(whole.log_probs.log_softmax(-1), expected)
     likeliest = LiveTeacher(model, 5, 1.5).targets(windows, ROWS)
     assert torch.equal(likeliest.tokens, expected.topk(5).indices)
     torch.testing.assert_close(likeliest.log_probs, expected.topk(5).values)
-    assert LiveTeacher(model, VOCABULARY, 1.0).targets(windows, ROWS).tokens is None
+    in_order = LiveTeacher(model, VOCABULARY, 1.5).targets(windows, ROWS)
+    assert in_order.tokens is None
+    torch.testing.assert_close(in_order.log_probs, expected)
 
 
 def test_live_teacher_returns_the_residual_stream_and_ignores_autocast(text: RecoveryText) -> None:
