@@ -68,14 +68,14 @@ class LiveTeacher:
         with torch.autocast(tokens.device.type, enabled=False), residual_streams(layers) as streams:
             log_probs, ids = self._likeliest(tokens) if self.top_k else (self._whole(tokens), None)
         hidden = [stream.to(home) for stream in streams]
-        found = [part if part is None else part.view(*shape, -1).to(home) for part in (log_probs, ids)]
-        return Targets(found[0], found[1], hidden or None)
+        ids = None if ids is None else ids.view(*shape, -1).to(home)
+        return Targets(log_probs.view(*shape, -1).to(home), ids, hidden or None)
 
     def _whole(self, tokens: Tensor) -> Tensor:
         """Return the logits `(B * T, V)` of all positions, divided by the temperature."""
-        whole = None
+        whole = torch.empty(0)
         for start, logits in self._logits(tokens):
-            if whole is None:
+            if start == 0:
                 whole = logits.new_empty(tokens.numel(), logits.shape[1])
             torch.div(logits, self.temperature, out=whole[start : start + len(logits)])
         return whole
