@@ -226,7 +226,8 @@ def _student_bytes(sizes: RecoverySizes) -> int:
     stored = _weight_bytes(sizes.student)
     if sizes.settings.train == "lora":
         return stored + 4 * sizes.trained
-    copies = sizes.dtype.itemsize * sizes.trained if sizes.dtype.itemsize < 4 else 0
+    in_float32 = sizes.trained if _itemsize(sizes.student) < 4 else stored // 4
+    copies = sizes.dtype.itemsize * in_float32 if sizes.dtype.itemsize < 4 else 0
     return stored + (4 - _itemsize(sizes.student)) * sizes.trained + copies
 
 

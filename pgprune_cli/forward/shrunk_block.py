@@ -8,10 +8,11 @@ matrices, and its rows are views of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +32,29 @@ def shrunk_block(
     return ShrinkableBlock.of(family, layer, block).shrunk(mask, repaired)
 
 
+KEPT, REMOVED = b"\x01", b"\x00"
+"""An element of a mask in memory."""
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a mask keeps of a block.
+
+    settings: attributes (module, name, value) of the smaller block; order: in which the elements lie, see `shrunk`.
+    """
+
+    elements: KeptElements | FirstElements
+    settings: Sequence[tuple[nn.Module, str, Any]]
+    order: Tensor | None
+
+
 @dataclass(frozen=True)
 class ShrinkableBlock:
     """A block of a dense layer, with what shrinking it needs to know about it.
 
     module: the block's; tensors: those with rows of elements, the output's weight last; is_unpacked: whether int8
-    weights are unpacked each time it runs.
+    weights are unpacked each time it runs; prefixes: by mask, what it keeps in the order that was asked for last. A
+    width search asks for the same few widths again and again.
     """
 
     family: ModelFamily
@@ -47,6 +65,7 @@ class ShrinkableBlock:
     tensors: tuple[UnitTensor, ...]
     device: torch.device
     is_unpacked: bool
+    prefixes: dict[bytes, _Kept] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, family: ModelFamily, layer: nn.Module, block: Block) -> ShrinkableBlock:
@@ -66,19 +85,35 @@ class ShrinkableBlock:
         `(elements,)` int64 in the order in which they lie, ascending by default; upload: if given, brings the repaired
         output projection to the device.
         """
-        if not mask.any():
+        key = mask.numpy().tobytes()  # tests of a few bytes take less time than operations on tensors
+        if KEPT not in key:
             return _replaced(self.layer, self.block.module, self.family.placeholder(self.block))
         # int8 weights are unpacked when they are gathered, outside of what a latency measurement times.
-        if repaired is None and not self.is_unpacked and mask.all():
+        if repaired is None and not self.is_unpacked and REMOVED not in key:
             return nullcontext()
-        return self._on_slices(_Slices(self, mask, repaired, order, upload))
+        kept = self.prefixes.get(key)
+        if kept is None or kept.order is not order:
+            kept = self._kept(mask, order)
+            if isinstance(kept.elements, FirstElements):
+                self.prefixes[key] = kept
+        return self._on_slices(_Slices(self, kept, repaired, upload))
 
     def shrink(self, mask: Tensor, repaired: RepairedBlock | None) -> None:
         """Keep only the kept elements for good. mask, repaired: as in `shrunk`."""
         if not mask.any():
             setattr(self.layer, self.block.module, self.family.placeholder(self.block))
         elif repaired is not None or not mask.all():
-            _Slices(self, mask, repaired).put()
+            _Slices(self, self._kept(mask, None), repaired).put()
+
+    def _kept(self, mask: Tensor, order: Tensor | None) -> _Kept:
+        """Return what a regular mask `(elements,)` that keeps something keeps of the block."""
+        if order is not None:
+            mask = mask[order]
+        grid = self.grid
+        groups, members = grid.kept(mask)
+        is_prefix = order is not None and bool(mask.view(grid.groups, grid.members)[:groups, :members].all())
+        elements = FirstElements(grid, groups, members) if is_prefix else KeptElements(mask)
+        return _Kept(elements, tuple(self.family.settings(self.layer, self.block, groups, members)), order)
 
     @contextmanager
     def _on_slices(self, slices: _Slices) -> Iterator[None]:
@@ -111,19 +146,12 @@ class _Slices:
     def __init__(
         self,
         block: ShrinkableBlock,
-        mask: Tensor,
+        kept: _Kept,
         repaired: RepairedBlock | None,
-        order: Tensor | None = None,
         upload: Upload | None = None,
     ) -> None:
-        if order is not None:
-            mask = mask[order]
-        grid = block.grid
-        groups, members = grid.kept(mask)
-        is_prefix = order is not None and bool(mask.view(grid.groups, grid.members)[:groups, :members].all())
-        self.kept = FirstElements(grid, groups, members) if is_prefix else KeptElements(mask)
+        self.kept, self.settings = kept.elements, kept.settings
         self.module, self.tensors, self.device = block.module, block.tensors, block.device
-        self.settings = block.family.settings(block.layer, block.block, groups, members)
         self.refitted = _refitted(block.block, block.tensors[-1].name, repaired)
         self.output, self.upload = block.tensors[-1].name, upload
         self.undo: list[Callable[[], None]] = []

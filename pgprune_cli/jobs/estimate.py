@@ -30,6 +30,7 @@ from pgprune_cli.model.loading import WeightFormat, empty_prunable
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.recover.checks import find_teacher
+from pgprune_cli.recover.student import loaded_dtype
 from pgprune_cli.search.checks import ESTIMATE_CHECKS, run_checks
 from pgprune_cli.search.preparation import Preparation
 from pgprune_cli.search.texts import calibration_forward_passes, empty_text, refuse_unsupported
@@ -154,9 +155,8 @@ def estimate_recovery(
     student, settings = resolve(model, weights=False), recipe.recover
     dense = find_teacher(student, teacher)
     devices, dtype = devices_of(recipe.device), fastest_dtype(recipe.device)
-    frozen = settings.train != "all" and dtype == "bfloat16"  # then what is not trained is loaded as it is stored
     sizes = RecoverySizes(
-        empty_prunable(student, "auto" if frozen else "float32"),
+        empty_prunable(student, loaded_dtype(settings.train, bfloat16=dtype == "bfloat16")),
         empty_prunable(dense, dtype),
         settings,
         ranks_from_environment().world_size,

@@ -20,7 +20,7 @@ from pgprune_cli.recipe.reader import dump
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.recover.checkpoints import TrainingCheckpoint, best, latest, remove_all
 from pgprune_cli.recover.schedule import Schedule
-from pgprune_cli.recover.student import trainable, trained_tensors
+from pgprune_cli.recover.student import loaded_dtype, trainable, trained_tensors
 from pgprune_cli.recover.teacher import LiveTeacher, Teacher, load_teacher
 from pgprune_cli.recover.teacher_writing import cached_teacher
 from pgprune_cli.recover.trainer import Training
@@ -136,15 +136,12 @@ def _train(
 def _load_student(
     opened: Opened, recipe: Recipe, checkpoint: TrainingCheckpoint | None
 ) -> tuple[PrunableModel, nn.Module]:
-    """Return the model, and what is trained of it, with the weights of a checkpoint if there is one.
-
-    Weights that are not trained keep their stored dtype if products are in bfloat16 anyway.
-    """
+    """Return the model, and what is trained of it, with the weights of a checkpoint if there is one."""
     from transformers import set_seed
 
     settings = recipe.recover
-    frozen = settings.train != "all" and opened.record.products == "bfloat16"
-    model = load_prunable(opened.student, "auto" if frozen else "float32", "cpu")
+    dtype = loaded_dtype(settings.train, bfloat16=opened.record.products == "bfloat16")
+    model = load_prunable(opened.student, dtype, "cpu")
     set_seed(recipe.seed)  # adapters begin with random weights
     student = trainable(model, settings.train, settings.lora_rank)
     if checkpoint is not None:

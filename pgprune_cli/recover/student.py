@@ -20,6 +20,15 @@ ADAPTER = "default"
 """The name that peft gives to the only adapter of a model."""
 
 
+def loaded_dtype(train: Trained, *, bfloat16: bool) -> str:
+    """Return the dtype to load a student in: `auto`, as it is stored, where that saves much memory, else `float32`.
+
+    bfloat16: whether matrix products are in bfloat16. Embeddings stay float32, and with them the residual stream, if
+    all layers are trained: in bfloat16 they learn a little less.
+    """
+    return "auto" if bfloat16 and train in ("lora", "norms-and-outputs") else "float32"
+
+
 def trainable(model: PrunableModel, train: Trained, lora_rank: int) -> nn.Module:
     """Return the model with gradients on for what is trained, in float32, and off for everything else.
 

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.core.projection import hard_mask
+from pgprune_cli.core.projection import coarser, hard_mask
 from pgprune_cli.core.space import budget_of
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.loading import devices_of, load_prunable
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import resolve
+from pgprune_cli.repair.width_table import width_step
 from pgprune_cli.scores.metrics import partitions
 from pgprune_cli.search.costs import synchronised_clock
 
@@ -109,12 +110,16 @@ def random_tokens(evaluator: Evaluator, options: argparse.Namespace) -> Tensor:
 
 
 def random_mask(evaluator: Evaluator, kept: float, seed: int = 0) -> ModelMask:
-    """Return a mask that keeps the fraction `kept` of every family's units, drawn at random."""
+    """Return a mask that keeps the fraction `kept` of every family's units, drawn at random.
+
+    Like the masks of a width search, it has widths of the table.
+    """
     shape, families = evaluator.model.shape, ("attention", "ffn")
     units = partitions(shape, families, True, shape.parameters, {}, "random")
     space = shape.space(families, units)
     theta = torch.rand(space.n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    mask = hard_mask(theta, space, budget_of(space, 1.0 - kept, "per-family"))
+    steps = torch.tensor([width_step(count) for count in space.pair_counts.tolist()])
+    mask = hard_mask(theta, space, coarser(budget_of(space, 1.0 - kept, "per-family"), space, steps))
     return shape.model_mask(space, mask, units)
 
 

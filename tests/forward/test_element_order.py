@@ -231,3 +231,14 @@ def test_first_elements_of_a_whole_tensor_are_the_tensor() -> None:
     queries: Sequence = prunable.family.unit_tensors(prunable.layers[0], prunable.family.attention)
     kept = FirstElements(grid, grid.groups, grid.members).rows_of(values, queries[0])
     assert kept.data_ptr() == values.data_ptr() and torch.equal(kept, values)
+
+
+def test_a_mask_that_was_a_prefix_is_none_in_another_order() -> None:
+    model = tiny_model("llama-gqa")
+    orders, model_mask = chains(model)
+    evaluator, tokens = Evaluator(PrunableModel.of(model)), random_tokens()
+    expected = evaluator.losses([model_mask], tokens)
+    reversed_orders = {key: order.flip(0) for key, order in orders.items()}
+    for each in (orders, orders, reversed_orders, {}):
+        with evaluator.in_order(each):
+            torch.testing.assert_close(evaluator.losses([model_mask], tokens), expected, rtol=1e-6, atol=0)

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from helpers.models import VOCABULARY, tiny_model
 
 from pgprune_cli.model.prunable import PrunableModel
-from pgprune_cli.recover.student import norms_and_outputs, trainable, trained_names, trained_parameters, trained_tensors
+from pgprune_cli.recipe.schema import Trained
+from pgprune_cli.recover.student import (
+    loaded_dtype,
+    norms_and_outputs,
+    trainable,
+    trained_names,
+    trained_parameters,
+    trained_tensors,
+)
 
 TOKENS = torch.arange(2 * 12).view(2, 12) % VOCABULARY
 
@@ -51,6 +61,12 @@ def test_weights_of_the_layers_are_all_but_embeddings_and_unembedding(any_archit
         f"{model.family.final_norm}.weight",
         f"{model.family.final_norm}.bias",
     }
+
+
+def test_a_student_is_loaded_in_float32_if_most_of_it_is_trained() -> None:
+    loaded = {train: loaded_dtype(train, bfloat16=True) for train in get_args(Trained)}
+    assert loaded == {"all": "float32", "layers": "float32", "lora": "auto", "norms-and-outputs": "auto"}
+    assert {loaded_dtype(train, bfloat16=False) for train in get_args(Trained)} == {"float32"}
 
 
 def test_weights_that_are_not_trained_keep_their_dtype() -> None:

@@ -66,10 +66,19 @@ def width_table(
 
 
 def test_a_step_between_levels_is_a_sixteenth_of_the_units_rounded_up() -> None:
-    for count in (1, 4, 15, 16, 17, 24, 32, 33, 1536, 11008):
+    for count in (1, 4, 15, 16, 17, 24, 32, 33, 496, 1536):
         level = width_step(count)
         assert level * WIDTH_STEPS >= count > (level - 1) * WIDTH_STEPS
     assert (width_step(4), width_step(CHANNELS), width_step(0)) == (1, 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("units", "multiple", "step"), [(1536, 1, 96), (11008, 1, 704), (4864, 1, 320), (11008, 48, 768), (600, 20, 40)]
+)
+def test_a_step_of_a_wide_block_is_a_multiple_of_what_kernels_multiply_at_a_time(
+    units: int, multiple: int, step: int
+) -> None:
+    assert width_step(units, multiple) == step
 
 
 def test_a_table_holds_what_every_width_would_be_repaired_to(architecture: str) -> None:
