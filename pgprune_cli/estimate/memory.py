@@ -170,7 +170,8 @@ def slice_bytes(sizes: Sizes, block: BlockSizes) -> int:
     if sizes.recipe.weight_format == "fp8":
         repaired = block.inputs * block.outputs * (sizes.dtype.itemsize - 1) if sizes.repairs else 0
         return block.nbytes // sizes.dtype.itemsize + max(block.largest, repaired)
-    gathered_twice = 2 * block.nbytes // 3 if block.experts > 1 else 0  # first the experts, then their channels
+    # First the experts are gathered, then their channels: two copies of one tensor, the others exist once.
+    gathered_twice = block.nbytes // 3 if block.experts > 1 else 0
     return block.nbytes + gathered_twice + (block.largest if sizes.recipe.weight_format == "int8" else 0)
 
 

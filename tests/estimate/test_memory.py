@@ -9,7 +9,7 @@ import torch
 from helpers.masks import keep_first
 from helpers.medium import medium_model, medium_recipe, random_batches
 from helpers.memory import Allocations
-from helpers.models import tiny_config
+from helpers.models import EXPERT_ARCHITECTURES, tiny_config
 from helpers.units import ranks_of
 
 from pgprune_cli.estimate.memory import (
@@ -29,7 +29,9 @@ from pgprune_cli.estimate.memory import (
 from pgprune_cli.estimate.sizes import Sizes, Texts, tokens_in
 from pgprune_cli.forward.block_text import BlockText
 from pgprune_cli.forward.divergence import Divergence
+from pgprune_cli.forward.element_order import elements_in_order
 from pgprune_cli.forward.masked import Evaluator, summed_loss
+from pgprune_cli.forward.shrunk_block import ShrinkableBlock, _Slices
 from pgprune_cli.model.masks import RepairedBlock
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import quantize_projections
@@ -122,6 +124,33 @@ def test_a_pruned_forward_allocates_no_more_than_one_blocks_slices_on_top(weight
     repaired = [{} if method == "none" else blocks] * 3
     seen = peak(lambda: evaluator.losses([keep] * 3, tokens, repaired))
     assert 0.9 * expected.slices < seen < 1.05 * (expected.slices + expected.activations)
+
+
+@pytest.mark.parametrize("way", ["gathered", "reordered"])
+@pytest.mark.parametrize("architecture", EXPERT_ARCHITECTURES)
+def test_experts_are_copied_with_one_more_copy_of_a_tensor(architecture: str, way: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    config = tiny_config(architecture)
+    for name, size in {"hidden_size": 256, "intermediate_size": 64, "moe_intermediate_size": 64}.items():
+        setattr(config, name, size)
+    model = PrunableModel.of(AutoModelForCausalLM.from_config(config).eval().requires_grad_(False))
+    sizes = Sizes(model, medium_recipe("search.policy=units"))
+    block = next(block for block in sizes.blocks if block.experts > 1)
+    mask = torch.ones(block.experts, 64, dtype=torch.bool)
+    mask[:, 0] = False
+    shrinkable = ShrinkableBlock.of(model.family, model.layers[0], block.block)
+    order = torch.arange(mask.numel()).flip(0)
+
+    def gathered() -> None:
+        _Slices(shrinkable, mask.flatten(), None).put()
+
+    def reordered() -> None:
+        with elements_in_order(model, {(0, "ffn"): order}):
+            pass
+
+    seen = peak(gathered if way == "gathered" else reordered)
+    assert seen == pytest.approx(slice_bytes(sizes, block), rel=0.05)
 
 
 @pytest.mark.parametrize("weights", ["full", "int8", "fp8"])
