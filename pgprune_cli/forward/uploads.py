@@ -199,7 +199,7 @@ class Ring:
 
     def __init__(self, lane: Lane, weights: Sequence[Tensor], worker: ThreadPoolExecutor) -> None:
         self._lane, self._weights, self._worker = lane, weights, worker
-        self._coming: dict[int, Future[None]] = {}  # by place: the copies of weights that were not taken yet
+        self._coming: dict[int, Future[None]] = {}  # by place: the copies of weights that have not arrived yet
         self._taken: set[int] = set()
         for place in range(SLOTS):
             self._start(place)
@@ -211,7 +211,8 @@ class Ring:
     def take(self, place: int) -> Tensor:
         """Return a weight on the device. Nothing that is launched after it runs before the weight has arrived."""
         slot = place % SLOTS
-        self._coming.pop(place).result()
+        self._coming[place].result()  # an interruption leaves it there, so that `close` waits for it
+        del self._coming[place]
         self._taken.add(slot)
         return self._lane.arrived(slot, self._weights[place])
 

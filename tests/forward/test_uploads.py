@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import threading
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from pgprune_cli.errors import RunError
 from pgprune_cli.forward.divergence import Divergence
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.forward.uploads import SLOTS, Ring, Uploads, evenly
@@ -111,6 +115,28 @@ def test_ring_is_closed_whole_when_a_copy_failed(lane: PlainLane, worker, monkey
     assert ("copied", SLOTS - 1) in lane.events[:-1]
 
 
+def test_ring_waits_for_a_copy_when_ctrl_c_interrupts_the_wait_for_it(lane: PlainLane, worker, monkeypatch) -> None:
+    copy, waiting, done = lane.copy, threading.Event(), []
+
+    def interrupt(slot: int, weight: Tensor) -> None:
+        if not slot:
+            waiting.wait()
+            time.sleep(0.2)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            time.sleep(0.2)
+        copy(slot, weight)
+        done.append(slot)
+
+    monkeypatch.setattr(lane, "copy", interrupt)
+    ring = Ring(lane, weights(1), worker)
+    with pytest.raises(KeyboardInterrupt):
+        waiting.set()
+        ring.take(0)
+    assert not done
+    ring.close()
+    assert done == [0]
+
+
 # --- forward passes
 
 
@@ -178,6 +204,29 @@ def test_losses_are_the_same_after_a_pass_that_failed_in_a_block() -> None:
         actual = evaluator.losses(masks, tokens, repaired)
     assert evaluator.splitter.max_windows == 2
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, torch.OutOfMemoryError])
+@pytest.mark.parametrize("module", ["model.layers.0.self_attn.o_proj", "model.layers.2.mlp.down_proj", "lm_head"])
+def test_threads_of_uploads_end_whatever_stops_a_step(module: str, error: type[BaseException]) -> None:
+    """If memory runs out for good, a RunError stops it."""
+    model, masks, repaired = problem()
+    evaluator, tokens, threads = Evaluator(PrunableModel.of(model)), random_tokens(), threading.active_count()
+    expected = evaluator.losses(masks, tokens, repaired)
+    uploads, lanes = uploads_of(repaired, 0.0)
+
+    def fail(*_: object) -> None:
+        assert threading.active_count() == threads + 1
+        raise error("stopped")
+
+    handle = model.get_submodule(module).register_forward_pre_hook(fail)
+    with pytest.raises((error, RunError)), evaluator.uploading(uploads):
+        evaluator.losses(masks, tokens, repaired)
+    handle.remove()
+    assert threading.active_count() == threads
+    copied, used = ([slot for event, slot in lanes[0].events if event == name] for name in ("arrived", "used"))
+    assert sorted(copied) == sorted(used)  # no slot is left in use
+    torch.testing.assert_close(evaluator.losses(masks, tokens, repaired), expected, rtol=1e-6, atol=0)
 
 
 # --- memory that runs out
