@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -28,6 +28,8 @@ from pgprune_cli.forward import states
 from pgprune_cli.forward.batch_splitting import BatchSplitter
 from pgprune_cli.model.out_of_memory import is_out_of_memory
 from pgprune_cli.model.prunable import PrunableModel
+
+Result = TypeVar("Result")
 
 Observers = Mapping[tuple[str, ...], Callable[..., None]]
 """By the paths of submodules inside the layer: a function to call with the first input `(B, T, in)` of each, batch
@@ -130,6 +132,18 @@ class LayerwiseRun:
     def run_slices(self, windows: int, run: Callable[[slice], None]) -> None:
         """Call `run` for slices of `windows` windows, one if memory suffices. The hidden states move first."""
         self.splitter.run_slices(windows, run, None if self.on_host else self.to_host)
+
+    def with_room(self, compute: Callable[[], Result]) -> Result:
+        """Return what `compute` returns. If memory runs out, the hidden states move, and it is called again."""
+        try:
+            return compute()
+        except RuntimeError as error:
+            if self.on_host or not is_out_of_memory(error):
+                raise
+        # Only after the except clause: until then the traceback keeps the tensors of the failed attempt alive.
+        self.to_host()
+        torch.cuda.empty_cache()
+        return compute()
 
     def call(self, index: int, path: str, windows: int) -> ModuleCall:
         """Return how layer `index` calls a submodule for `windows` windows, each of them the run's first.

@@ -1,11 +1,13 @@
 """Where the hidden states of a layer-wise run are kept: on the devices of its layers if there is room, or on the host.
 
-A batch's states move twice per layer if they are on the host. Numbers are the same either way.
+A batch's states move twice per layer if they are on the host, and fits of whole blocks read them in every step. Numbers
+are the same either way.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from pgprune_cli.model.devices import room_beside
 from pgprune_cli.model.prunable import PrunableModel
@@ -44,6 +46,19 @@ def bytes_beside(model: PrunableModel, tokens: int) -> int:
         solver = 4 * (6 * inputs**2 + 4 * inputs * hidden + 3 * hidden**2) + moments
         most = max(most, max(solver, TRAINED * trained) + tokens * (width * itemsize + 6 * inputs))
     return most
+
+
+def rows_on(device: torch.device, states: Tensor, rows: Tensor) -> Tensor:
+    """Return some rows `(n, …)` of hidden states on a device: the same numbers wherever the states are kept.
+
+    From the host they get to a GPU through pinned memory, while the GPU computes. PyTorch reuses that memory only once
+    the copy is done.
+    """
+    if states.device.type != "cpu":
+        return states[rows.to(states.device, non_blocking=True)].to(device, non_blocking=True)
+    staged = torch.empty(len(rows), *states.shape[1:], dtype=states.dtype, pin_memory=device.type == "cuda")
+    torch.index_select(states, 0, rows, out=staged)
+    return staged.to(device, non_blocking=True)
 
 
 def have_room(states: int, beside: int, free: int | None) -> bool:

@@ -9,7 +9,7 @@ of a few hundred positions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +22,7 @@ from pgprune_cli.forward.block_text import ModuleRunner
 from pgprune_cli.forward.masked import last_hidden_states
 from pgprune_cli.forward.shards import ShardedRun, Shards, shard_batches
 from pgprune_cli.forward.shrunk_block import shrunk_block
+from pgprune_cli.forward.states import rows_on
 from pgprune_cli.model.masks import LayerMask, RepairedBlock
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair.training import (
@@ -31,6 +32,7 @@ from pgprune_cli.repair.training import (
     compute_dtype,
     converted,
     epochs_of,
+    fitted,
     parts,
     set_aside_and_trained,
     set_gradients,
@@ -122,26 +124,33 @@ def fit_last_layer(
             settings += family.settings(layer, block, *grids[block.name].kept(kept))
             weights = kept_weights(family, layer, block, kept, own)
             start |= {f"{block.module}.{name}": weight for name, weight in weights.items()}
-        runner = ModuleRunner(run.runs[0], index, "", settings)
-        nothing = run.hidden_states[0][:0]  # of some texts, none of the own batches is read
-        inputs = torch.cat([nothing, *(run.hidden_states[place] for place in predicted.states)])
-        states = torch.cat([nothing.cpu(), *predicted.states.values()])
+        first = run.runs[0]
+        runner = ModuleRunner(first, index, "", settings)
+        inputs = first.with_room(lambda: _joined(run.hidden_states, predicted.states))
+        states = torch.cat([inputs[:0].cpu(), *predicted.states.values()])
         for own_run in run.runs:
             del own_run.hidden_states[1:]  # only the fit reads them from now on
         fit = _Fit(model, runner, inputs, states, predicted.shards)
-        solved = fit.solve(start)
+        first.followers.add(fit)
+        del inputs  # the fit can move them
+        solved = fitted(first, lambda: fit.solve(start))
     if solved is start:
         return dict(repaired)
-    fitted = dict(repaired)
+    refitted = dict(repaired)
     for block in family.blocks_of(layer):
         prefix = f"{block.module}."
         weights = {name.removeprefix(prefix): value for name, value in solved.items() if name.startswith(prefix)}
         if weights:
-            fitted[block.name] = block_of(family, layer, block, weights, repaired[block.name].bias)
-    return fitted
+            refitted[block.name] = block_of(family, layer, block, weights, repaired[block.name].bias)
+    return refitted
 
 
-@dataclass(frozen=True)
+def _joined(batches: Sequence[Tensor], places: Iterable[int]) -> Tensor:
+    """Return the batches `(B, T, hidden)` at some places as one. Of some texts, none of the own batches is read."""
+    return torch.cat([batches[0][:0], *(batches[place] for place in places)])
+
+
+@dataclass(eq=False)
 class _Fit:
     """One fit: inputs of the last layer and hidden states of the dense model, each `(rows, T, hidden)`: windows of the
     own shards.
@@ -152,6 +161,10 @@ class _Fit:
     inputs: Tensor
     predicted: Tensor
     shards: Shards
+
+    def to_host(self) -> None:
+        """Move the inputs to the host, with the hidden states of the run."""
+        self.inputs = self.inputs.cpu()
 
     def solve(self, start: Weights) -> Weights:
         """Return weights that predict more like the dense model does on the windows set aside, or `start` itself."""
@@ -199,8 +212,8 @@ class _Fit:
     def _states(self, weights: Weights, rows: Tensor) -> Tensor:
         """Return the hidden states behind the final norm `(n · T, hidden)` of some rows, with a graph."""
         device = next(iter(weights.values())).device
-        inputs = self.inputs[rows.to(self.inputs.device, non_blocking=True)]
-        output = self.runner.output(weights, inputs.to(device, self._compute_dtype))
+        inputs = rows_on(device, self.inputs, rows)
+        output = self.runner.output(weights, inputs.to(self._compute_dtype))
         norm, head = self.model.final_norm, self.model.head
         own = next(norm.parameters())
         states: Tensor = norm(output.to(own.device, own.dtype))
@@ -208,7 +221,7 @@ class _Fit:
 
     def _wanted(self, rows: Tensor) -> Tensor:
         """Return the dense model's hidden states `(n · T, hidden)` of some rows."""
-        return self.predicted[rows].flatten(0, 1).to(next(self.model.head.parameters()).device)
+        return rows_on(next(self.model.head.parameters()).device, self.predicted, rows).flatten(0, 1)
 
     def _summed_divergence(self, states: Tensor, dense: Tensor) -> Tensor:
         """Return the summed divergence of some rows of hidden states: a float32 scalar."""

@@ -33,6 +33,7 @@ from pgprune_cli.repair.equations import compensated_output, repaired_output
 from pgprune_cli.repair.experts import has_too_few_tokens, repaired_experts, reselected_experts
 from pgprune_cli.repair.last_layer import Predictions, fit_last_layer
 from pgprune_cli.repair.sublayer import SublayerFit
+from pgprune_cli.repair.training import fitted
 from pgprune_cli.repair.whole_block import block_of, kept_weights
 from pgprune_cli.scores.obs import chain_errors, removal_order, units_per_round
 
@@ -165,11 +166,15 @@ class _BlockRepair:
 
     def _whole_block(self, mask: Tensor, repaired: RepairedBlock, text: BlockText) -> RepairedBlock:
         """Refit every kept weight of the block, from its repaired output projection on."""
-        family, layer = self.model.family, self.layer
-        start = kept_weights(family, layer, self.block, mask, repaired)
-        runner = BlockRunner(self.run.runs[0], self.index, family, self.block, self.grid.kept(mask))
-        solved = SublayerFit(runner, text, self.run.shards, self.epochs, self.index).solve(start)
-        return repaired if solved is start else block_of(family, layer, self.block, solved, repaired.bias)
+        family, layer, run = self.model.family, self.layer, self.run.runs[0]
+
+        def refitted() -> RepairedBlock:
+            start = kept_weights(family, layer, self.block, mask, repaired)
+            runner = BlockRunner(run, self.index, family, self.block, self.grid.kept(mask))
+            solved = SublayerFit(runner, text, self.run.shards, self.epochs, self.index).solve(start)
+            return repaired if solved is start else block_of(family, layer, self.block, solved, repaired.bias)
+
+        return fitted(run, refitted)
 
     def _output(self, mask: Tensor, moments: Moments) -> RepairedBlock:
         """Return the repaired output projection on the kept elements."""

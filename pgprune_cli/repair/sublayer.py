@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pgprune_cli.forward.block_text import BlockRunner, BlockText
 from pgprune_cli.forward.shards import Shards
+from pgprune_cli.forward.states import rows_on
 from pgprune_cli.repair.training import (
     Weights,
     add_gradients,
@@ -117,25 +118,21 @@ class SublayerFit:
 
     def _errors(self, output: Tensor, rows: Tensor) -> Tensor:
         """Return what an output `(n, T, hidden)` of the block on some rows differs by: the same shape, float32."""
-        return output.float().sub_(self._read(self.text.outputs, rows))
+        return output.float().sub_(rows_on(self.runner.device, self.text.outputs, rows))
 
     def _squared_outputs(self, rows: Tensor) -> float:
         """Return the weighted sum of squares of what the dense block writes in some rows."""
         total = 0.0
         for part in self._parts(rows):
-            squares = self._read(self.text.outputs, part).float().square().sum(-1)
+            squares = rows_on(self.runner.device, self.text.outputs, part).float().square().sum(-1)
             total += float((squares * self._weights(part)).double().sum())
         return total
 
     def _inputs(self, rows: Tensor) -> Tensor:
-        return self._read(self.text.inputs, rows).to(self._compute_dtype)
+        return rows_on(self.runner.device, self.text.inputs, rows).to(self._compute_dtype)
 
     def _weights(self, rows: Tensor) -> Tensor:
-        return self._read(self.text.weights, rows)
-
-    def _read(self, text: Tensor, rows: Tensor) -> Tensor:
-        """Return some rows of the text on the block's device, whose numbers do not depend on where they are kept."""
-        return text[rows.to(text.device, non_blocking=True)].to(self.runner.device, non_blocking=True)
+        return rows_on(self.runner.device, self.text.weights, rows)
 
     @property
     def _compute_dtype(self) -> torch.dtype:

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from pgprune_cli.errors import RunError
+from pgprune_cli.forward.layerwise import LayerwiseRun
 from pgprune_cli.forward.shards import Shards
+from pgprune_cli.model.out_of_memory import is_out_of_memory
+
+Result = TypeVar("Result")
 
 WARM_UP = 0.1
 """Fraction of the steps during which the learning rate rises."""
@@ -24,8 +30,26 @@ SET_ASIDE = 1 / 16
 CHECKS = 4
 """How many times a fit looks at the windows set aside."""
 
+OUT_OF_MEMORY = (
+    "out of memory while a block is fitted, with its gradients and AdamW's means. Stop other programs or use more "
+    "devices, then start the search again. It resumes at the repair."
+)
+
 Weights = Mapping[str, Tensor]
 """Weights by their names inside the module that is trained."""
+
+
+def fitted(run: LayerwiseRun, fit: Callable[[], Result]) -> Result:
+    """Return what `fit` returns. If memory runs out, the hidden states of `run` move to the host, and it starts again.
+
+    Raises RunError if memory does not suffice then either.
+    """
+    try:
+        return run.with_room(fit)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(OUT_OF_MEMORY) from error
 
 
 def trained(
@@ -77,9 +101,10 @@ def converted(weights: Weights, dtype: torch.dtype) -> Weights:
 
 
 def add_gradients(weights: Weights, gradients: Sequence[Tensor]) -> None:
-    """Add gradients to those of the weights."""
-    for weight, gradient in zip(weights.values(), gradients, strict=True):
-        weight.grad = gradient.contiguous() if weight.grad is None else weight.grad.add_(gradient)
+    """Add gradients to those of the weights, to all of them or, if memory runs out, to none."""
+    own = [gradient.contiguous() for gradient in gradients]
+    for weight, gradient in zip(weights.values(), own, strict=True):
+        weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
 
 
 def set_gradients(shards: Shards, weights: Weights, windows: Tensor, add: Callable[[Tensor], None]) -> None:

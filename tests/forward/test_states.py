@@ -20,10 +20,12 @@ from pgprune_cli.estimate.sizes import Sizes
 from pgprune_cli.forward import states
 from pgprune_cli.forward.block_text import BlockText
 from pgprune_cli.forward.layerwise import LayerCalls, LayerwiseRun, start_layerwise
-from pgprune_cli.forward.states import bytes_beside, have_room, states_bytes
+from pgprune_cli.forward.states import bytes_beside, have_room, rows_on, states_bytes
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair.least_squares import repair
 from pgprune_cli.scores.metrics import score
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -142,6 +144,33 @@ def test_the_work_on_a_layer_needs_no_more_than_is_left_for_it(shape: dict[str, 
     assert beside >= solving_bytes(sizes)
     assert beside >= observing_bytes(sizes, tokens) / 2
     assert beside + states_bytes(model, tokens, 3) >= block_fit_bytes(sizes, 512) / 2
+
+
+@pytest.mark.parametrize("shape", [(7,), (7, 3), (7, 3, 2)])
+@pytest.mark.parametrize("rows", [[], [4], [6, 0, 0, 3]])
+def test_rows_are_those_of_indexing(shape: tuple[int, ...], rows: list[int]) -> None:
+    kept, index = torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.tensor(rows, dtype=torch.int64)
+    assert torch.equal(rows_on(CPU, kept, index), kept[index])
+    assert rows_on(torch.device("meta"), kept, index).shape == kept[index].shape
+
+
+def test_rows_get_to_a_gpu_through_pinned_memory_and_nobody_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU is needed: what is asked for is recorded."""
+    kept, empty, asked = torch.randn(5, 3), torch.empty, list[object]()
+
+    def pinned(*sizes: int, dtype: torch.dtype, pin_memory: bool) -> Tensor:
+        asked.append(pin_memory)
+        return empty(*sizes, dtype=dtype)
+
+    def to(tensor: Tensor, device: torch.device, non_blocking: bool) -> Tensor:
+        asked.extend([device.type, non_blocking])
+        return tensor
+
+    monkeypatch.setattr(torch, "empty", pinned)
+    monkeypatch.setattr(Tensor, "to", to)
+    moved = rows_on(torch.device("cuda"), kept, torch.tensor([2, 0]))
+    assert torch.equal(moved, kept[[2, 0]])
+    assert asked == [True, "cuda", True]
 
 
 def test_states_are_on_the_host_if_the_first_ones_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:

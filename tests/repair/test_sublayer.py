@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from helpers.blocks import BLOCKS, columns_of, model_unchanged, moments_by_hand, observed_inputs, output_linear
 from helpers.fits import read_block, windows
 from helpers.masks import dense_except, dense_mask, draw, masked, repaired_by_hand
+from helpers.messages import refused
 from helpers.models import EXPERT_ARCHITECTURES, tiny_model
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from pgprune_cli.errors import RunError
+from pgprune_cli.forward import states
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.masks import LayerMask, ModelMask, RepairedBlock, RepairedBlocks
 from pgprune_cli.model.prunable import PrunableModel
@@ -299,6 +305,80 @@ def test_a_window_that_does_not_fit_is_an_error_and_the_model_is_unchanged() -> 
         with pytest.raises(RunError, match="out of memory with one window at a time"):
             read.fit(mask).solve(read.weights(mask))
         list(failing)
+
+
+PLACES = {"gradients": (sublayer, "add_gradients"), "norm": (nn.utils, "clip_grad_norm_"), "means": (AdamW, "step")}
+
+
+def all_fits(model: nn.Module) -> list[Tensor]:
+    """Return what all fits of a model's blocks find, the last of which is to predictions."""
+    mask = draw(model, [((2, 1), 11), (4, 13), (3, 9), ((2, 1), 6)], seed=1)
+    blocks = repair(PrunableModel.of(model), mask, windows(), "sublayer", DAMPING, epochs=1, predictions=True).blocks
+    return [tensor for block in blocks.values() for tensor in block.tensors]
+
+
+@contextmanager
+def out_of_memory(place: str, calls: Collection[int]) -> Iterator[list[int]]:
+    """Inside the `with`, some calls of a function that fits make find no memory. Yields a list of all calls."""
+    owner, name = PLACES[place]
+    run, made = getattr(owner, name), list[int]()
+
+    def fail(*arguments: Any, **options: Any) -> Any:
+        made.append(len(made))
+        if made[-1] in calls:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run(*arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        yield made
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("which", [0, 1, -1])
+def test_a_fit_starts_again_behind_states_on_the_host_when_memory_runs_out(
+    place: str, which: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The last call is one of the fit to predictions, except that it adds its gradients elsewhere."""
+    monkeypatch.setattr("pgprune_cli.forward.shards.SHARDS", 1)  # as on a GPU
+    monkeypatch.setattr(states, "free_for_states", lambda model: 10**12)
+    model = tiny_model("llama-gqa")
+    with out_of_memory(place, ()) as calls:
+        expected = all_fits(model)
+    assert not capfd.readouterr().err
+    with out_of_memory(place, [calls[which]]), model_unchanged(model):
+        assert all(map(torch.equal, all_fits(model), expected))
+    assert capfd.readouterr().err.count("out of memory") == 1
+
+
+@pytest.mark.parametrize("place", ["norm", "means"])
+@pytest.mark.parametrize("which", [0, -1])
+def test_a_fit_without_memory_ends_in_one_line(place: str, which: int) -> None:
+    model = tiny_model("llama-gqa")
+    with out_of_memory(place, ()) as calls:
+        all_fits(model)
+    with (
+        model_unchanged(model),
+        out_of_memory(place, calls[which:]),
+        refused("out of memory", "AdamW", "start the search again", error=RunError),
+    ):
+        all_fits(model)
+
+
+def test_gradients_are_added_to_all_weights_or_to_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {name: torch.ones(2, 2) for name in "ab"}
+    add_gradients(weights, [torch.ones(2, 2)] * 2)
+    contiguous, count = Tensor.contiguous, itertools.count()
+
+    def fail(tensor: Tensor) -> Tensor:
+        if next(count) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return contiguous(tensor)
+
+    monkeypatch.setattr(Tensor, "contiguous", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        add_gradients(weights, [torch.ones(2, 2)] * 2)
+    assert all(torch.equal(weight.grad, torch.ones(2, 2)) for weight in weights.values())
 
 
 def test_training_does_not_depend_on_how_weights_lie_in_memory() -> None:
