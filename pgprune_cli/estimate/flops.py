@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.estimate.sizes import BlockSizes, Sizes, tokens_in
-from pgprune_cli.forward.curvature import SHARE, curvature_windows
+from pgprune_cli.forward.curvature import SHARE
 from pgprune_cli.forward.gram import block_rows
-from pgprune_cli.repair.last_layer import last_layer_batches
 from pgprune_cli.repair.training import CHECKS, compute_dtype, set_aside
 from pgprune_cli.scores.obs import EXPERT_ROUNDS, must_shrink, units_per_round
 
@@ -32,16 +31,14 @@ def seconds(parts: Mapping[str, Flops], rates: Mapping[torch.dtype, float]) -> f
 
 def forward_passes(sizes: Sizes, tokens: Tensor, times: int) -> Flops:
     """Return the FLOPs of `times` losses of the pruned model on `tokens` `(B, T)`."""
-    predictions = tokens.shape[0] * (tokens.shape[1] - 1)
-    return Flops({sizes.dtype: times * (pruned(sizes, [tokens]) + 2 * predictions * sizes.hidden * sizes.vocabulary)})
+    head = head_passes(sizes, tokens)[sizes.dtype]
+    return Flops({sizes.dtype: times * (pruned(sizes, [tokens]) + head)})
 
 
-def dense_passes(sizes: Sizes, tokens: Tensor, times: int, times_head: int) -> Flops:
-    """Return the FLOPs of running the dense layers `times` times on `tokens` `(B, T)`, and its head `times_head`
-    times."""
+def head_passes(sizes: Sizes, tokens: Tensor) -> Flops:
+    """Return the FLOPs of the head on `tokens` `(B, T)`."""
     predictions = tokens.shape[0] * (tokens.shape[1] - 1)
-    head = 2 * predictions * sizes.hidden * sizes.vocabulary
-    return Flops({sizes.dtype: times * dense(sizes, [tokens]) + times_head * head})
+    return Flops({sizes.dtype: 2 * predictions * sizes.hidden * sizes.vocabulary})
 
 
 def gradients(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
@@ -117,12 +114,11 @@ def block_fits(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
     return Flops({compute_dtype(sizes.dtype): round(total)})
 
 
-def last_layer_fit(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
-    """Return the FLOPs of fitting the last layer (repair/last_layer.py), with the dense model's hidden states.
+def last_layer_fit(sizes: Sizes, text: Sequence[Tensor]) -> Flops:
+    """Return the FLOPs of fitting the last layer (repair/last_layer.py), without the dense model's hidden states.
 
     Training reads the text once. The head runs on both models' hidden states, and backwards once.
     """
-    text = [batches[index] for index in last_layer_batches(batches)]
     windows = sum(map(len, text))
     held = set_aside(windows)
     trained, looks = (windows - held) / windows, (1 + CHECKS) * held / windows
@@ -134,7 +130,7 @@ def last_layer_fit(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
             inner = 2 * sizes.hidden * sum(block.inner) * (place == 0)  # nobody needs the gradient of its inputs
             total += tokens * block.keep_fraction * (looks * cost + trained * (3 * cost - inner))
         total += tokens * head * (2 * looks + 3 * trained) * bool(sizes.last_blocks)
-    return Flops({sizes.dtype: dense(sizes, text)}) + Flops({compute_dtype(sizes.dtype): round(total * bool(held))})
+    return Flops({compute_dtype(sizes.dtype): round(total * bool(held))})
 
 
 def dense(sizes: Sizes, batches: Sequence[Tensor]) -> int:
@@ -165,14 +161,18 @@ def moments(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
     return count
 
 
-def error_roots(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
-    """Return the FLOPs of the curvature and of R of the later layers (forward/curvature.py)."""
-    windows, h = curvature_windows(batches), sizes.hidden
-    tokens = tokens_in(windows)
-    weighted_layers = sum(SHARE * (2 * index / max(1, sizes.layers - 1) - 1) > 0 for index in range(sizes.layers))
-    count = Flops({torch.float32: 2 * (tokens + sizes.vocabulary) * h * h + weighted_layers * h**3 // 3})
-    count[sizes.dtype] += dense(sizes, windows) + 4 * tokens * sizes.vocabulary * h
+def curvature(sizes: Sizes, windows: Sequence[Tensor]) -> Flops:
+    """Return the FLOPs of the curvature on its windows, behind the layers (forward/curvature.py)."""
+    tokens, h = tokens_in(windows), sizes.hidden
+    count = Flops({torch.float32: 2 * (tokens + sizes.vocabulary) * h * h})
+    count[sizes.dtype] += 4 * tokens * sizes.vocabulary * h
     return count
+
+
+def roots(sizes: Sizes) -> Flops:
+    """Return the FLOPs of R of the later layers."""
+    weighted_layers = sum(SHARE * (2 * index / max(1, sizes.layers - 1) - 1) > 0 for index in range(sizes.layers))
+    return Flops({torch.float32: weighted_layers * sizes.hidden**3 // 3})
 
 
 def removal(block: BlockSizes) -> int:

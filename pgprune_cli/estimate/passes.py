@@ -1,4 +1,7 @@
-"""What passes through a model take: through dense layers, under masks; and where the hidden states are meanwhile."""
+"""What passes through a model take: through dense layers, under masks; and where the hidden states are meanwhile.
+
+Everything is counted for the process that does most.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from pgprune_cli.distributed import Ranks
 from pgprune_cli.estimate import flops
 from pgprune_cli.estimate.sizes import Sizes, Texts, tokens_in
 from pgprune_cli.estimate.traffic import (
@@ -24,6 +28,7 @@ from pgprune_cli.estimate.traffic import (
 )
 from pgprune_cli.estimate.work import Work
 from pgprune_cli.forward.curvature import curvature_windows
+from pgprune_cli.forward.shards import own_batches, shards_of, split_batches
 from pgprune_cli.forward.states import states_bytes
 from pgprune_cli.repair.least_squares import COPIES
 
@@ -34,8 +39,7 @@ class Setup:
 
     table: fraction of the width table that is on the device; states: bytes that it has for the hidden states of
     layer-wise passes, which are on the host otherwise; solves: whether equations are solved there; processes: how many
-    share the masks of a step and the layers to solve; shards: of calibration text, which they share too
-    (forward/shards.py).
+    share the work; shards: of calibration text, at most, which they share too (forward/shards.py).
     """
 
     table: float = 1.0
@@ -43,6 +47,30 @@ class Setup:
     solves: bool = True
     processes: int = 1
     shards: int = 1
+
+
+@dataclass(frozen=True)
+class OwnText:
+    """What a process has of a text: which of its batches, in how many shards.
+
+    is_divided: whether other processes have the rest.
+    """
+
+    batches: range
+    shards: int
+    is_divided: bool
+
+    @classmethod
+    def of(cls, batches: Sequence[Tensor], setup: Setup) -> OwnText:
+        """Return what the process with most of a text `(B, T)` has of it."""
+        places = split_batches(len(batches), setup.shards)
+        by_rank = [shards_of(batches, places, Ranks(rank, setup.processes)) for rank in range(setup.processes)]
+        most = max(by_rank, key=lambda shards: sum(shards.windows[shard] for shard in shards.own))
+        return cls(own_batches(most, places), len(most.own), most.is_divided)
+
+    def __call__(self, batches: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the batches that the process has."""
+        return batches[self.batches.start : self.batches.stop]
 
 
 def layers(sizes: Sizes, batches: Sequence[Tensor]) -> Work:
@@ -87,28 +115,30 @@ def masks(sizes: Sizes, tokens: Tensor, count: int, setup: Setup) -> Work:
     return work.times(count)
 
 
-def dense_model(sizes: Sizes, tokens: Tensor, heads: int) -> Work:
-    """Return what one pass of the dense model on `tokens` takes, with `heads` passes through its head."""
-    rows, once = tokens.shape[0] * (tokens.shape[1] - 1), layers(sizes, [tokens])
+def dense_head(sizes: Sizes, tokens: Tensor) -> Work:
+    """Return what one pass through the dense model's head on `tokens` takes."""
+    rows = tokens.shape[0] * (tokens.shape[1] - 1)
     return Work(
-        flops.dense_passes(sizes, tokens, 1, heads),
-        once.weights + heads * head_bytes(sizes, rows),
-        once.traffic + heads * rows * sizes.vocabulary * DENSE_LOGIT,
-        operations=once.operations + heads * rows_operations(rows),
+        flops.head_passes(sizes, tokens),
+        head_bytes(sizes, rows),
+        rows * sizes.vocabulary * DENSE_LOGIT,
+        operations=rows_operations(rows),
     )
 
 
-def curvature(sizes: Sizes, batches: Sequence[Tensor]) -> Work:
-    """Return what the weight of an error in every direction takes (forward/curvature.py)."""
+def curvature(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> Work:
+    """Return what the weight of an error in every direction takes (forward/curvature.py).
+
+    Processes divide the passes through the layers, batch by batch.
+    """
     windows = curvature_windows(batches)
-    tokens, once = tokens_in(windows), layers(sizes, windows)
-    logits = 26 * tokens * sizes.vocabulary + 20 * sizes.vocabulary * sizes.hidden
-    return Work(
-        flops.error_roots(sizes, batches),
-        once.weights + 2 * head_bytes(sizes, tokens),
-        once.traffic + logits,
-        operations=once.operations,
+    tokens = tokens_in(windows)
+    logits = Work(
+        flops.curvature(sizes, windows),
+        2 * head_bytes(sizes, tokens),
+        26 * tokens * sizes.vocabulary + 20 * sizes.vocabulary * sizes.hidden,
     )
+    return layers(sizes, windows[:: setup.processes]) + logits
 
 
 def states(sizes: Sizes, batches: Sequence[Tensor], passes: int, setup: Setup, copies: int = 1) -> Work:

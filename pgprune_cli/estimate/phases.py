@@ -12,8 +12,16 @@ from dataclasses import replace
 from torch import Tensor
 
 from pgprune_cli.estimate import flops
-from pgprune_cli.estimate.flops import Flops
-from pgprune_cli.estimate.passes import Setup, curvature, dense_model, layers, masks, on_device, states
+from pgprune_cli.estimate.passes import (
+    OwnText,
+    Setup,
+    curvature,
+    dense_head,
+    layers,
+    masks,
+    on_device,
+    states,
+)
 from pgprune_cli.estimate.sizes import BlockSizes, Sizes, Texts, tokens_in
 from pgprune_cli.estimate.traffic import (
     FITTED_LOGIT,
@@ -69,9 +77,9 @@ def scores(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> list[Work]:
     if sizes.statistic != "covariance":
         return [layers(sizes, batches) + states(sizes, batches, 1, setup)]
     return [
-        curvature(sizes, batches),
+        curvature(sizes, batches, setup),
         observed_layers(sizes, batches, setup),
-        solving(removals(sizes), setup).divided(sizes.layers, setup.processes),
+        (Work(flops.roots(sizes)) + solving(removals(sizes), setup)).divided(sizes.layers, setup.processes),
     ]
 
 
@@ -84,9 +92,9 @@ def width_table(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> list[W
     solved = solving(Work(flops.widths(sizes), traffic=24 * inputs + 6 * table, operations=400 * sizes.layers), setup)
     checked = Work(awaited=table, checked=table)
     return [
-        curvature(sizes, batches),
+        curvature(sizes, batches, setup),
         observed_layers(sizes, batches, setup)
-        + (solved + checked).divided(sizes.layers, setup.processes)
+        + (Work(flops.roots(sizes)) + solved + checked).divided(sizes.layers, setup.processes)
         + Work(disk=table),  # in the background, to the disk that the processes share
         Work(awaited=setup.table * table),  # from mapped files
     ]
@@ -95,43 +103,51 @@ def width_table(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> list[W
 def steps(sizes: Sizes, texts: Texts, setup: Setup) -> list[Work]:
     """Return what the steps take, with the evaluations on held-out text."""
     settings = sizes.recipe.search
+    if not settings.steps:
+        return []
     diverges = settings.objective != "loss"
     looks = sum(map(settings.evaluates, range(settings.steps + 1)))
     own = masks(sizes, texts.step, settings.masks_per_step, setup)
     parts = [own.divided(settings.masks_per_step, setup.processes).times(settings.steps)]
     if diverges:
-        groups = -(-settings.masks_per_step // MASKS)
-        parts.append(dense_model(sizes, texts.step, groups).times(settings.steps))
-        parts += on_heldout(sizes, texts, setup, lambda batch: dense_model(sizes, batch, looks))
+        # Each process runs the dense model for one of the next steps, and needs its logits for its own masks.
+        groups = -(-settings.masks_per_step // (setup.processes * MASKS))
+        parts.append(layers(sizes, [texts.step]).times(settings.steps).divided(settings.steps, setup.processes))
+        parts.append(dense_head(sizes, texts.step).times(groups * settings.steps))
+        parts += on_heldout(
+            sizes, texts, setup, lambda batch: layers(sizes, [batch]) + dense_head(sizes, batch).times(looks)
+        )
     parts += on_heldout(sizes, texts, setup, lambda batch: masks(sizes, batch, 1, setup).times(looks))
-    return parts if settings.steps else []
+    return parts
 
 
 def repair(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> list[Work]:
-    """Return what the repair takes."""
+    """Return what the repair takes. Processes divide the text, if it has several shards, and solve all equations."""
     if not sizes.repairs:
         return []
-    passes = layers(sizes, batches)
+    own = OwnText.of(batches, setup)(batches)
     copies = COPIES if sizes.fits_blocks else 1
     # Every block is observed on its own, the FFN behind the pruned attention; then the layer advances.
-    observed = replace(passes.times(2), flops=flops.repair_passes(sizes, batches))
+    observed = replace(layers(sizes, own).times(2), flops=flops.repair_passes(sizes, own))
     parts = [
-        observed + moments(sizes, batches) + states(sizes, batches, 2, setup, copies),
+        observed + moments(sizes, own) + states(sizes, own, 2, setup, copies),
         solving(repairs(sizes), setup),
     ]
     if sizes.fits_blocks:
         parts.append(block_fits(sizes, batches, setup))
     if sizes.fits_predictions:
-        parts.append(last_layer(sizes, batches))
+        parts.append(last_layer(sizes, batches, setup))
     return parts
 
 
 def final_losses(sizes: Sizes, texts: Texts, setup: Setup) -> list[Work]:
     """Return what the losses of the repaired and of the dense model on held-out text take."""
     heads = 1 + 2 * (sizes.recipe.search.objective != "loss")
-    return on_heldout(
-        sizes, texts, setup, lambda batch: masks(sizes, batch, 1, setup) + dense_model(sizes, batch, heads)
-    )
+
+    def work(batch: Tensor) -> Work:
+        return masks(sizes, batch, 1, setup) + layers(sizes, [batch]) + dense_head(sizes, batch).times(heads)
+
+    return on_heldout(sizes, texts, setup, work)
 
 
 def on_heldout(sizes: Sizes, texts: Texts, setup: Setup, work: Callable[[Tensor], Work]) -> list[Work]:
@@ -157,12 +173,14 @@ def moments(sizes: Sizes, batches: Sequence[Tensor]) -> Work:
 def observed_layers(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> Work:
     """Return what one process takes to run the layers and to sum the moments of their blocks.
 
-    If there is one shard, it runs all of the text and observes the layers that it solves. Otherwise it has some shards.
+    It observes all layers on its own shards. If every process has the whole text, it observes those that it solves.
     """
-    run = layers(sizes, batches) + states(sizes, batches, 1, setup)
-    if setup.shards > 1:
-        return (run + moments(sizes, batches)).divided(setup.shards, setup.processes)
-    return run + moments(sizes, batches).divided(sizes.layers, setup.processes)
+    text = OwnText.of(batches, setup)
+    own = text(batches)
+    observed = moments(sizes, own)
+    if not text.is_divided:
+        observed = observed.divided(sizes.layers, setup.processes)
+    return layers(sizes, own) + states(sizes, own, 1, setup) + observed
 
 
 def removals(sizes: Sizes) -> Work:
@@ -194,48 +212,56 @@ def solving(work: Work, setup: Setup) -> Work:
 
 def block_fits(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> Work:
     """Return what the fits of whole blocks take, each of which reads and writes all weights of the block per step."""
-    windows = sum(map(len, batches))
+    text = OwnText.of(batches, setup)
+    own, windows = text(batches), sum(map(len, batches))
     fitted = [block for block in sizes.blocks if block.experts == 1 and block.keep_fraction < 1]
     epochs, looks = sizes.recipe.repair.epochs, (1 + CHECKS) * set_aside(windows) / windows + 2
-    text = tokens_in(batches)
-    moved = 2 * sizes.hidden * sizes.dtype.itemsize * text * (1 + epochs + looks)
-    work = Work(
-        flops.block_fits(sizes, batches), awaited=0 if on_device(sizes, batches, setup, COPIES) else len(fitted) * moved
-    )
+    # What the host has is written there once, and each run through the block reads it through pinned memory.
+    moved = 0 if on_device(sizes, own, setup, COPIES) else 2 * sizes.hidden * sizes.dtype.itemsize * tokens_in(own)
+    read = len(fitted) * moved * (epochs + looks)
+    work = Work(flops.block_fits(sizes, own), copied=read, staged=read, awaited=len(fitted) * moved)
     for block in fitted:
-        work += training(sizes, block, batches, epochs, looks)
+        work += training(sizes, block, batches, epochs, looks, tokens_in(own), text.shards)
     return work
 
 
-def last_layer(sizes: Sizes, batches: Sequence[Tensor]) -> Work:
-    """Return what the fit of the last layer takes, with the dense model's hidden states."""
-    read = [batches[index] for index in last_layer_batches(batches)]
-    windows, tokens = sum(map(len, read)), tokens_in(read)
+def last_layer(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> Work:
+    """Return what the fit of the last layer takes, with the dense model's hidden states.
+
+    Processes that have the whole text divide the passes of the dense model, batch by batch.
+    """
+    text, chosen = OwnText.of(batches, setup), last_layer_batches(batches)
+    read, own = [batches[index] for index in chosen], [batches[index] for index in chosen if index in text.batches]
+    windows, tokens = sum(map(len, read)), tokens_in(own)
     looks = (1 + CHECKS) * set_aside(windows) / windows
     logits = Work(
         weights=(3 + 2 * looks) * head_bytes(sizes, tokens),
         traffic=(1 + looks) * tokens * sizes.vocabulary * FITTED_LOGIT,
         operations=(1 + looks) * 40 * tokens / ROWS,
     )
-    work = Work(flops.last_layer_fit(sizes, batches)) + replace(layers(sizes, read), flops=Flops()) + logits
+    dense = layers(sizes, own if text.is_divided else own[:: setup.processes])
+    work = Work(flops.last_layer_fit(sizes, own)) + dense + logits
     for block in sizes.last_blocks:
-        work += training(sizes, block, read, 1, looks)
+        work += training(sizes, block, read, 1, looks, tokens, text.shards)
     return work
 
 
-def training(sizes: Sizes, block: BlockSizes, batches: Sequence[Tensor], epochs: int, looks: float) -> Work:
+def training(
+    sizes: Sizes, block: BlockSizes, batches: Sequence[Tensor], epochs: int, looks: float, tokens: int, shards: int
+) -> Work:
     """Return what the fit of one block takes besides its products.
 
-    epochs: how many times it is trained on the text; looks: how many times it only runs on it.
+    batches: that all processes read together; epochs: how many times it is trained on them; looks: how many times it
+    only runs on them; tokens, shards: what this process has of them. In each step it runs its shards one by one.
     """
-    windows, tokens = sum(map(len, batches)), tokens_in(batches)
+    windows = sum(map(len, batches))
     trained = epochs * (windows - set_aside(windows)) / windows
     at_once = max(1, TOKENS_PER_STEP // batches[0].shape[1])
-    updates, runs = trained * windows / at_once, looks * windows / at_once
+    updates, runs = trained * windows / at_once, looks * tokens / batches[0].shape[1] / at_once
     kept = block.keep_fraction * block.nbytes
     return Work(
-        weights=(3 * updates + runs) * kept,
+        weights=(3 * updates * shards + runs) * kept,
         traffic=updates * kept / sizes.dtype.itemsize * UPDATED
         + (3 * trained + looks) * tokens * block.keep_fraction * inner_traffic(sizes, block),
-        operations=updates * (3 * operations(sizes, block) + UPDATE) + runs * operations(sizes, block),
+        operations=updates * (3 * shards * operations(sizes, block) + UPDATE) + runs * operations(sizes, block),
     )

@@ -16,8 +16,8 @@ class Work:
     """What a part of a search takes. All of it runs at the same time, as far as the machine can.
 
     flops: of matrix products, by dtype; weights: bytes that these read at least; traffic: bytes that everything else
-    reads and writes on the device; copied: bytes between the host and the device; staged: those of them that a thread
-    of the host copies to pinned buffers first; awaited: bytes from or to memory that is not pinned, so that everything
+    reads and writes on the device; copied: bytes between the host and the device; staged: those of them that the host
+    copies to pinned buffers first; awaited: bytes from or to memory that is not pinned, so that everything
     else waits; disk: bytes read and written; operations: that the host launches; checked: bytes whose checksum the host
     computes; tokenized: tokens that it makes of text; solved: FLOPs of equations that the host solves.
     """

@@ -107,8 +107,8 @@ def start_sharded(
     copies: as in `start_layerwise`.
     """
     places = shard_batches(len(batches), model.device)
-    shards = Shards(tuple(sum(len(batches[place]) for place in part) for part in places), ranks)
-    own = range(places[shards.own.start].start, places[shards.own.stop - 1].stop)
+    shards = shards_of(batches, places, ranks)
+    own = own_batches(shards, places)
     whole = start_layerwise(model, batches[own.start : own.stop], copies=copies)
     parts = [whole.hidden_states[places[shard].start - own.start :][: len(places[shard])] for shard in shards.own]
     runs = [replace(whole, hidden_states=states, followers=WeakSet()) for states in parts]
@@ -117,8 +117,23 @@ def start_sharded(
 
 def shard_batches(count: int, device: torch.device) -> list[range]:
     """Return which of `count` batches each shard has. This depends on the kind of device, not on the processes."""
-    shards = _power_of_two(min(SHARDS, max(1, count))) if device.type == "cpu" else 1
+    return split_batches(count, SHARDS if device.type == "cpu" else 1)
+
+
+def split_batches(count: int, most: int) -> list[range]:
+    """Return which of `count` batches each shard has, if there are at most `most` shards."""
+    shards = _power_of_two(min(most, max(1, count)))
     return [range(shard * count // shards, (shard + 1) * count // shards) for shard in range(shards)]
+
+
+def shards_of(batches: Sequence[Tensor], places: Sequence[range], ranks: Ranks) -> Shards:
+    """Return the shards of some batches `(B, T)` for a process. places: which of the batches each shard has."""
+    return Shards(tuple(sum(len(batches[place]) for place in part) for part in places), ranks)
+
+
+def own_batches(shards: Shards, places: Sequence[range]) -> range:
+    """Return which batches a process has. places: which of the batches each shard has."""
+    return range(places[shards.own.start].start, places[shards.own.stop - 1].stop)
 
 
 def _power_of_two(most: int) -> int:

@@ -37,7 +37,8 @@ from pgprune_cli.search.texts import calibration_forward_passes, empty_text, ref
 
 BASIS = (
     "These are estimates from the shapes of the model and the recipe, for a corpus with as much text as the recipe "
-    "reads at most. Rates of the disk and of the host are assumed. Downloads are not counted. "
+    "reads at most. Rates of the disk and of the host are assumed. Downloads and what processes send each other are "
+    "not counted. "
 )
 HERE = "The device's rates were just measured. If other work keeps the machine busy, they mean little."
 ELSEWHERE = "The GPU's rates are fractions of its data sheet: nothing was measured."

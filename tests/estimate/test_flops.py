@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.flops import counted
 from helpers.masks import keep_first
 from helpers.medium import medium_model, medium_recipe, random_batches
 from helpers.units import ranks_of
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from pgprune_cli.estimate.flops import Flops, block_fits, dense_passes, forward_passes, last_layer_fit, seconds
+from pgprune_cli.estimate.flops import Flops, block_fits, forward_passes, head_passes, layer_passes, seconds
 from pgprune_cli.estimate.passes import Setup
+from pgprune_cli.estimate.phases import last_layer as last_layer_work
 from pgprune_cli.estimate.phases import phases, repair, scores, width_table
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.estimate.work import Work
@@ -35,45 +36,7 @@ from pgprune_cli.repair.width_table import solve_layers
 from pgprune_cli.scores.metrics import score
 from pgprune_cli.search.budget import estimated_units
 
-aten = torch.ops.aten
-
 SETUP = Setup()
-
-
-def _each(a: Any) -> int:
-    """Matrices in a batch of them."""
-    return a[0] if len(a) == 3 else 1
-
-
-SOLVERS: dict[Any, Callable[..., int]] = {
-    # What torch's counter does not know, by textbook, attention without the keys that are not seen. Shapes come in.
-    aten.addmm_: lambda _, a, b, *x, **k: 2 * a[0] * a[1] * b[1],
-    aten.linalg_cholesky_ex: lambda a, *x, **k: _each(a) * a[-1] ** 3 // 3,
-    aten.cholesky_inverse: lambda a, *x, **k: 2 * a[-1] ** 3 // 3,
-    aten.linalg_solve_triangular: lambda a, b, *x, **k: _each(a) * a[-1] ** 2 * b[-1],
-    aten.cholesky_solve: lambda b, a, *x, **k: _each(a) * 2 * a[-1] ** 2 * b[-1],
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, *x, **k: 2 * q[0] * q[1] * q[3] * q[2] * (q[2] + 1),
-}
-
-
-class NoModules:
-    """Takes the place of torch's tracker of modules, which does not allow torch.autograd.grad."""
-
-    parents = frozenset({"Global"})
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-
-def counted(run: Callable[[], object]) -> int:
-    counter = FlopCounterMode(display=False, custom_mapping=SOLVERS)
-    counter.mod_tracker = NoModules()
-    with counter:
-        run()
-    return counter.get_total_flops()
 
 
 @pytest.fixture(scope="module")
@@ -189,9 +152,10 @@ def test_the_fit_of_the_last_layer(model: nn.Module, monkeypatch: pytest.MonkeyP
     run_repair(PrunableModel.of(model), half(model), text, "sublayer", 1e-3, epochs=1, predictions=True)
     assert len(counts) == 2
     sizes = Sizes(PrunableModel.of(model), medium_recipe())
-    assert last_layer_fit(sizes, text).total() == pytest.approx(sum(counts), rel=0.05)
+    own = last_layer_work(sizes, text, SETUP).flops
+    assert own.total() == pytest.approx(sum(counts), rel=0.05)
     outputs = Sizes(PrunableModel.of(model), medium_recipe("repair.last_layer=outputs"))
-    assert repaired(sizes, text) == repaired(outputs, text) + last_layer_fit(sizes, text)
+    assert repaired(sizes, text) == repaired(outputs, text) + own
 
 
 def test_forwards(model: nn.Module) -> None:
@@ -226,7 +190,7 @@ def test_the_phases_of_a_search_and_how_often_it_looks_at_the_text_held_out(mode
     assert list(few) == ["opening", "steps", "repair"]
     sizes = Sizes(PrunableModel.of(model), medium_recipe())
     once = forward_passes(sizes, text[1], 1).total()
-    layers, head = (dense_passes(sizes, text[1], *times).total() for times in ((1, 0), (0, 1)))
+    layers, head = layer_passes(sizes, text[1:]).total(), head_passes(sizes, text[1]).total()
     assert few["repair"].total() == once + layers + head  # the losses of the final and of the dense model
     # The start, the steps in between, and the last step.
     for steps, every, looks in ((0, 5, 0), (1, 5, 2), (20, 5, 5), (21, 5, 6), (3, 100, 2), (16, 0, 9), (17, 0, 7)):
@@ -245,8 +209,8 @@ def test_the_divergence_of_a_step(objective: str, model: nn.Module) -> None:
     masks = [half(model)] * 10
     expected = counted(lambda: divergence.values(masks, text, [{}] * 10, divergence.dense_states(text)))
     sizes = Sizes(PrunableModel.of(model), medium_recipe(f"search.objective={objective}"))
-    total = forward_passes(sizes, text, 10) + dense_passes(sizes, text, 1, 2)
-    assert total.total() == pytest.approx(expected, rel=0.01)
+    total = forward_passes(sizes, text, 10) + layer_passes(sizes, [text])
+    assert total.total() + 2 * head_passes(sizes, text).total() == pytest.approx(expected, rel=0.01)
 
 
 def test_dtypes_are_counted_apart_and_take_their_own_time() -> None:

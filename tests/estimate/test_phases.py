@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pgprune_cli.estimate.passes import Setup, dense_model, layers, masks
+from pgprune_cli.estimate.passes import Setup, dense_head, layers, masks
 from pgprune_cli.estimate.phases import block_fits, moments, phases
 from pgprune_cli.estimate.sizes import Sizes, Texts
+from pgprune_cli.estimate.traffic import UPDATE
 from pgprune_cli.estimate.work import Work
 from pgprune_cli.forward.divergence import Divergence
 from pgprune_cli.forward.masked import Evaluator, last_hidden_states
@@ -81,10 +82,12 @@ def test_what_a_mask_moves_and_launches(shape: dict[str, int]) -> None:
     mask, dense = keep_first(model, [(1, half)] * count), divergence.dense_states(tokens)
     seen = moved(lambda: divergence.values([mask], tokens, [{}], dense))
     sizes = of(model, "search.objective=kl", "search.policy=units")
-    own, reference = masks(sizes, tokens, 1, Setup()), dense_model(sizes, tokens, 1)
-    head = reference.traffic - layers(sizes, [tokens]).traffic
-    assert own.traffic + head == pytest.approx(seen.bytes, rel=0.2)
+    own, head = masks(sizes, tokens, 1, Setup()), dense_head(sizes, tokens)
+    assert own.traffic + head.traffic == pytest.approx(seen.bytes, rel=0.2)
     assert own.operations == pytest.approx(seen.operations, rel=0.25)
+
+
+CLOSED = ("repair.method=least-squares",)
 
 
 def work(setup: Setup, phase: str, *overrides: str) -> Work:
@@ -104,9 +107,11 @@ def test_hidden_states_on_the_host_are_copied_in_every_pass(phase: str) -> None:
 
 def test_a_fit_copies_what_its_block_reads_and_writes_in_every_epoch() -> None:
     state = 2 * text().numel() * 64 * 2
-    away, here = (work(Setup(states=room), "repair", "repair.epochs=3").awaited for room in (0, 1e9))
-    runs = 1 + 3 + 2 + (1 + CHECKS) * set_aside(16) / 16
-    assert away - here == pytest.approx(4 * 3 * state + 6 * 2 * state * runs)
+    away, here = (work(Setup(states=room), "repair", "repair.epochs=3") for room in (0, 1e9))
+    runs = 3 + 2 + (1 + CHECKS) * set_aside(16) / 16
+    assert away.awaited - here.awaited == 4 * 3 * state + 6 * 2 * state
+    assert away.copied - here.copied == pytest.approx(6 * 2 * state * runs)
+    assert away.staged - here.staged == away.copied - here.copied
 
 
 def test_the_table_is_copied_from_pageable_memory_to_where_it_is_kept() -> None:
@@ -138,14 +143,17 @@ def test_weights_of_the_table_that_the_device_has_no_room_for_are_copied_by_ever
     assert own == pytest.approx(0.5 * outputs * passes, rel=0.05)
 
 
-def test_gpus_divide_masks_moments_and_equations_but_not_passes_or_fits() -> None:
+def test_gpus_divide_masks_moments_equations_and_predictions_but_not_fits() -> None:
     one, eight = Setup(), Setup(processes=8)
+    sizes, once = of(medium_model(torch.bfloat16)), layers(of(medium_model(torch.bfloat16)), [text()])
     assert work(eight, "steps").weights < 0.3 * work(one, "steps").weights
-    assert work(eight, "repair") == work(one, "repair")
+    assert work(one, "repair") == work(eight, "repair") + once  # the dense model runs on one of two batches
+    assert work(one, "repair", *CLOSED) == work(eight, "repair", *CLOSED)
     for phase in ("scores", "width table"):
         assert work(eight, phase).flops[torch.float32] < work(one, phase).flops[torch.float32]
         saved = work(one, phase).flops[torch.bfloat16] - work(eight, phase).flops[torch.bfloat16]
-        assert saved == 2 * moments(of(medium_model(torch.bfloat16)), [text(), text()]).flops[torch.bfloat16] // 3
+        divided = 2 * moments(sizes, [text(), text()]).flops[torch.bfloat16] // 3
+        assert saved == divided + once.flops[torch.bfloat16]  # of two batches for the curvature
 
 
 def test_cpus_divide_passes_and_moments_by_shard() -> None:
@@ -155,8 +163,20 @@ def test_cpus_divide_passes_and_moments_by_shard() -> None:
         assert work_of_one == work(Setup(), phase).flops
         assert work_of_two[torch.bfloat16] == work_of_eight[torch.bfloat16]  # there are no more shards
         sizes, batches = of(medium_model(torch.bfloat16)), [text(), text()]
-        divided = layers(sizes, batches).flops[torch.bfloat16] + moments(sizes, batches).flops[torch.bfloat16]
-        assert work_of_one[torch.bfloat16] - work_of_two[torch.bfloat16] == divided // 2
+        divided = 2 * layers(sizes, batches).flops[torch.bfloat16] + moments(sizes, batches).flops[torch.bfloat16]
+        assert work_of_one[torch.bfloat16] - work_of_two[torch.bfloat16] == divided // 2  # also for the curvature
+
+
+def test_cpus_divide_all_of_a_fit_but_its_updates() -> None:
+    sizes, batches = of(medium_model(torch.bfloat16), "repair.epochs=4"), [text()] * 4
+    one, two, eight = (block_fits(sizes, batches, Setup(shards=2, processes=processes)) for processes in (1, 2, 8))
+    assert two == eight
+    assert one.flops.total() == pytest.approx(2 * two.flops.total(), rel=0.01)
+    updates = 4 * 30 / 8 * len(sizes.blocks)  # of 8 windows of 128 tokens, one of 16 windows is set aside
+    assert 2 * two.operations - one.operations == pytest.approx(UPDATE * updates)
+    assert 2 * two.traffic - one.traffic > 40 * sum(block.nbytes // 2 * block.keep_fraction for block in sizes.blocks)
+    whole = block_fits(sizes, batches, Setup())
+    assert whole.operations < one.operations  # each shard is run apart
 
 
 def test_equations_that_the_host_solves_are_no_work_of_the_device() -> None:
