@@ -31,7 +31,7 @@ from pgprune_cli.forward.block_text import BlockText
 from pgprune_cli.forward.divergence import Divergence
 from pgprune_cli.forward.element_order import elements_in_order
 from pgprune_cli.forward.masked import Evaluator, summed_loss
-from pgprune_cli.forward.shrunk_block import ShrinkableBlock, _Slices
+from pgprune_cli.forward.shrunk_block import ShrinkableBlock
 from pgprune_cli.model.masks import RepairedBlock
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import quantize_projections
@@ -143,7 +143,7 @@ def test_experts_are_copied_with_one_more_copy_of_a_tensor(architecture: str, wa
     order = torch.arange(mask.numel()).flip(0)
 
     def gathered() -> None:
-        _Slices(shrinkable, mask.flatten(), None).put()
+        shrinkable.shrink(mask.flatten(), None)
 
     def reordered() -> None:
         with elements_in_order(model, {(0, "ffn"): order}):
