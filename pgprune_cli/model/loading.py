@@ -19,6 +19,7 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.model.devices import devices_of, emptiest, free_bytes
 from pgprune_cli.model.families import model_type_of_gguf, refuse_units
 from pgprune_cli.model.families.wrapper import decoder_config
+from pgprune_cli.model.fingerprint import TOKENIZER_FILES
 from pgprune_cli.model.gguf_header import read_header
 from pgprune_cli.model.plain_tokenizer import write_plain
 from pgprune_cli.model.prunable import PrunableModel
@@ -141,6 +142,9 @@ def load_tokenizer(source: Source) -> Any:
     from pgprune_cli.serving import modeling_pruned  # noqa: F401  (else transformers asks to run a copy)
 
     _check_files(source)
+    if source.gguf is None and not any(any(source.directory.glob(pattern)) for pattern in TOKENIZER_FILES):
+        # Some versions of transformers would make up an empty one.
+        raise UserError(f"{source.name}: has no tokenizer. Copy tokenizer.json or tokenizer.model there.")
     arguments = {} if source.gguf is None else {"gguf_file": source.gguf}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False, **arguments)

@@ -16,8 +16,6 @@ from pgprune_cli.storage.records import read_json, write_json
 
 TOKEN_IDS = "token_ids.json"
 """Texts with their token ids, by which a tokenizer can be checked later, in another version of transformers."""
-FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
-"""Patterns of files that can hold a tokenizer."""
 TEXTS = (
     "The quick brown fox didn't jump over 12345.67 lazy dogs, they're told.",
     "  two spaces,\ttabs\n\n and   newlines \n",
@@ -82,8 +80,6 @@ def _difference(directory: Path) -> str | None:
 
 def _tokenizer_of(source: Source) -> Any:
     """Return the tokenizer of a model, None if it has none or one that pgprune cannot load."""
-    if source.gguf is None and not any(any(source.directory.glob(pattern)) for pattern in FILES):
-        return None  # transformers would make up an empty one
     try:
         return load_tokenizer(source)
     except UserError:

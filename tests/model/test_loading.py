@@ -120,7 +120,13 @@ def test_the_tokenizer_is_loaded_and_its_absence_refused(damaged):
     text = "Anna owned two red kites."
     tokenizer = load_tokenizer(resolve("demo"))
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
-    with pytest.raises(UserError) as caught:  # this model has none
+    with refused(f"{damaged}: has no tokenizer"):
+        load_tokenizer(resolve(str(damaged)))
+
+
+def test_a_damaged_tokenizer_is_refused_in_one_line(damaged):
+    (damaged / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError) as caught:
         load_tokenizer(resolve(str(damaged)))
     assert "\n" not in str(caught.value)
     refusal, colon, _ = str(caught.value).partition("loaded: ")  # then it quotes the library
