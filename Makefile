@@ -138,7 +138,7 @@ $(SERVING)/.installed: pyproject.toml
 
 $(VENV)-oldest/.installed: TORCH := torch==2.6.0
 $(VENV)-newest/.installed: TORCH := torch
-$(VENV)-oldest/.installed: OTHER := transformers==5.22.2
+$(VENV)-oldest/.installed: OTHER := transformers==5.18.0
 $(VENV)-newest/.installed: OTHER := --upgrade transformers
 $(VENV)-oldest/.installed $(VENV)-newest/.installed: pyproject.toml
 	$(check_python)

@@ -208,9 +208,12 @@ def _build_empty(source: Source, dtype: str) -> nn.Module:
     config = read_config(source)
     name = str(config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
     build: Any = AutoModelForCausalLM.from_config
+    # transformers up to 5.20 lets PyTorch's attention ignore soft-capping, without a word.
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    attention = {"attn_implementation": "eager"} if capped else {}
     try:
         with torch.device("meta"):
-            model: nn.Module = build(config, dtype=getattr(torch, name))
+            model: nn.Module = build(config, dtype=getattr(torch, name), **attention)
     except Exception as error:  # dozens of kinds, see above
         raise UserError(f"{source.name}: no model can be built from its config: {reason_of(error)}.") from error
     return model.eval().requires_grad_(False)

@@ -39,8 +39,10 @@ def read_weights(source: Source, empty: nn.Module, dtype: str, devices: list[tor
     arguments: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     arguments |= {"use_safetensors": True, "trust_remote_code": False}
     arguments["ignore_mismatched_sizes"] = True  # they are refused below, by name
+    causal_empty: Any = empty
+    if causal_empty.config._attn_implementation == "eager":
+        arguments["attn_implementation"] = "eager"
     if source.is_wrapped or source.gguf is not None:  # transformers would read a whole GGUF file once more
-        causal_empty: Any = empty
         arguments["config"] = copy.deepcopy(causal_empty.config)
     if source.is_wrapped:
         arguments["key_mapping"] = {f"^{re.escape(stored)}": name for stored, name in PREFIXES}

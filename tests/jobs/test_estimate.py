@@ -158,8 +158,11 @@ def test_a_recovery_is_estimated_from_the_configs_of_both_models(exported: Path,
     recipe = small("recover.tokens=3000", "recover.batch=2", "recover.seqlen=32", "device=cpu")
     said = estimate_recovery(str(tmp_path), recipe)
     assert (said["teacher"], said["steps"], said["tokens"]) == ("demo", 47, 47 * 64)
-    assert said["parameters"] == said["trained_parameters"] < estimate(recipe)["parameters"]
-    assert said["memory"]["device"] > 12 * said["parameters"]
+    assert said["trained_parameters"] < said["parameters"] < estimate(recipe)["parameters"]
+    assert said["memory"]["device"] > 12 * said["trained_parameters"]
+    everything = estimate_recovery(str(tmp_path), replace(recipe, recover=replace(recipe.recover, train="all")))
+    assert everything["trained_parameters"] == everything["parameters"]
+    assert everything["memory"]["device"] > 12 * said["parameters"]
     cached = estimate_recovery(
         str(tmp_path), replace(recipe, recover=replace(recipe.recover, teacher="cached", top_k=8))
     )

@@ -10,6 +10,7 @@ from helpers.messages import refused, says
 from helpers.models import save_shards, tiny_model
 from helpers.units import group_units
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.forward.divergence import Divergence
@@ -105,6 +106,18 @@ def test_weights_go_straight_to_a_gpu_if_accelerate_is_installed(
 def test_a_model_is_loaded_in_the_requested_dtype(saved, dtype):
     model = load_model(resolve(str(saved)), dtype, "cpu")
     assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, dtype)}
+
+
+def test_attention_with_soft_capping_is_never_left_to_a_kernel_that_ignores_it(tmp_path):
+    config = tiny_model("gemma2").config
+    config.attn_logit_softcapping = 0.01  # so low that it shows
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    tokens = torch.arange(12)[None]
+    expected = model(input_ids=tokens).logits
+    model.save_pretrained(tmp_path)
+    loaded = load_model(resolve(str(tmp_path)), "float32", "cpu")
+    assert loaded.config._attn_implementation == "eager"
+    torch.testing.assert_close(loaded(input_ids=tokens).logits, expected)
 
 
 def test_no_code_of_a_model_is_run(damaged):
