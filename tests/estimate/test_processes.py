@@ -95,9 +95,16 @@ def model(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     return medium_model(num_hidden_layers=LAYERS)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("shards", [1, 2])
-@pytest.mark.parametrize("phase", PHASES)
+CASES = [
+    (phase, shards, world)
+    for phase in PHASES
+    for shards in (1, 2)
+    for world in (1, 2, 3)
+    if phase != "repair" or (shards, world) in {(1, 2), (2, 1), (2, 3)}  # repairs take long
+]
+
+
+@pytest.mark.parametrize(("phase", "shards", "world"), CASES)
 def test_the_busiest_process_does_what_is_said(
     phase: str, shards: int, world: int, model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:

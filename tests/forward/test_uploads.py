@@ -115,6 +115,15 @@ def test_ring_is_closed_whole_when_a_copy_failed(lane: PlainLane, worker, monkey
     assert ("copied", SLOTS - 1) in lane.events[:-1]
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt, which it does not in a process that a shell has put in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ring_waits_for_a_copy_when_ctrl_c_interrupts_the_wait_for_it(lane: PlainLane, worker, monkeypatch) -> None:
     copy, waiting, done = lane.copy, threading.Event(), []
 

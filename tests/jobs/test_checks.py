@@ -108,7 +108,7 @@ DAMAGES = {
         ("model.safetensors", "damaged"), act=lambda: os.truncate("model/model.safetensors", 20_000)
     ),
     "oversized config": Damage(("9000",), act=lambda: edit_config(intermediate_size=9000)),
-    "no tokenizer": Damage(("tokenizer cannot be loaded",), act=remove_tokenizer),
+    "no tokenizer": Damage(("has no tokenizer", "tokenizer.json"), act=remove_tokenizer),
     "no BOS": Damage(
         ("no BOS token",), ("calibration.bos=true",), lambda: save_tokenizer(Path("model"), bos_token=None)
     ),
