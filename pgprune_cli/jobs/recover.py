@@ -13,7 +13,17 @@ from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.distributed import Ranks, join, ranks_from_environment
 from pgprune_cli.export.trained import plan_again
 from pgprune_cli.jobs.recovery_disk import check_disk
-from pgprune_cli.jobs.recovery_request import Opened, Request, begin, cache_of, check, device_of, finished, open_request
+from pgprune_cli.jobs.recovery_request import (
+    Opened,
+    Request,
+    begin,
+    cache_of,
+    check,
+    device_of,
+    finished,
+    holds_result,
+    open_request,
+)
 from pgprune_cli.model.loading import load_prunable
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.reader import dump
@@ -228,8 +238,9 @@ def _write(request: Request, opened: Opened, progress: Progress) -> None:
         recipe=dump(recipe),
     )
     out = request.out.expanduser()
-    plan = plan_again(opened.student.directory, None, request.format, tensors, recovery)
-    with progress.writing(f"writing {out}", plan.progress_bytes) as on_bytes:
-        plan.write(out, on_bytes)
+    if not holds_result(out, run):
+        plan = plan_again(opened.student.directory, None, request.format, tensors, recovery)
+        with progress.writing(f"writing {out}", plan.progress_bytes) as on_bytes:
+            plan.write(out, on_bytes)
     write_record(run / RECOVERY_RECORD, recovery.content(read_recoveries(opened.student.directory)))
     remove_all(run)

@@ -32,12 +32,15 @@ from pgprune_cli.run.layout import (
     RECIPE_FILE,
     RECOVERY_RECORD,
     TEACHER_FOLDER,
+    TRAINING_HISTORY,
     TRAINING_RECORD,
     is_run,
 )
 from pgprune_cli.run.lock import refuse_unusable, refuse_unwritable
 from pgprune_cli.run.provenance import record_command
+from pgprune_cli.run.recovery import read_recoveries
 from pgprune_cli.run.trackers import TrackerName, check_installed
+from pgprune_cli.run.training_history import read_training_history
 from pgprune_cli.run.training_record import TrainingRecord
 from pgprune_cli.storage.records import read_record
 
@@ -100,7 +103,8 @@ def check(request: Request, tracker: TrackerName | None) -> None:
     if is_run(request.run) and not (request.run / TRAINING_RECORD).exists():
         raise UserError(f"{request.run}: holds a search. Choose another directory for the recovery with --run-dir.")
     out = request.out.expanduser()
-    check_new(out, directory=not FORMATS[request.format].suffix)
+    if not holds_result(out, request.run):
+        check_new(out, directory=not FORMATS[request.format].suffix)
     refuse_unwritable(out)
     for option, folder in {"--run-dir": request.run, "--teacher-cache": request.teacher_cache}.items():
         if folder is not None and folder.resolve().is_relative_to(out.resolve()):
@@ -108,6 +112,20 @@ def check(request: Request, tracker: TrackerName | None) -> None:
                 f"{request.out}: the recovered model cannot be written there, because {folder} keeps what the training "
                 f"needs. Choose another directory with --out or {option}."
             )
+
+
+def holds_result(out: Path, run: Path) -> bool:
+    """Return whether a directory holds the model of this run already, because a kill prevented the run's own record.
+
+    No two trainings take the same time to the last digit. A single file (`--format gguf`) is never recognised.
+    """
+    if not (run / TRAINING_HISTORY).exists():
+        return False
+    rows, written = read_training_history(run), read_recoveries(out)
+    return bool(rows and written) and (written[-1]["tokens"], written[-1]["seconds"]) == (
+        rows[-1].tokens,
+        rows[-1].seconds,
+    )
 
 
 def _student(model: str) -> Source:

@@ -162,6 +162,22 @@ def test_finished_recovery_returns_its_record(folder: Path, capfd: pytest.Captur
         recover(replace(request(folder), out=folder / "elsewhere"))
 
 
+def test_kill_between_the_model_and_the_record_of_its_run_costs_nothing(folder: Path) -> None:
+    asked = request(folder, name="killed")
+    if (child := os.fork()) == 0:
+        job.write_record = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        recover(asked)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    written = recovery_of(folder / "killed")
+    assert not (asked.run / RECOVERY_RECORD).exists()
+    with refused("better", "already exists"):  # the model of another run
+        recover(replace(asked, out=folder / "better"))
+    assert recover(asked) == written == recovery_of(asked.run)
+    assert not verify(folder / "killed").faults
+    assert not (asked.run / "checkpoints").exists()
+
+
 def test_recovered_model_can_be_recovered_again(folder: Path) -> None:
     again = replace(request(folder, name="again"), model=str(folder / "better"))
     record = recover(again)
