@@ -227,7 +227,8 @@ class RecoverSettings:
 
     # The text to train on, as `calibration.corpus`. Empty means the text of the calibration.
     corpus: Annotated[str, may_be_empty] = ""
-    # Tokens that are trained on in all. A shorter text is read several times.
+    # Tokens that are trained on in all. A shorter text is read several times, each time cut into other windows (with
+    # `teacher: live`).
     tokens: Count = 800_000
     # Tokens per window.
     seqlen: Length = 128

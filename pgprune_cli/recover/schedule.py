@@ -39,27 +39,45 @@ class Schedule:
 class WindowOrder(Dataset[dict[str, Tensor]]):
     """The windows of a whole training in order: those of the first step, of the second, and so on.
 
-    Every pass over the text has its own random order, which depends on the seed only. Every item has the window
-    `input_ids` `(T,)` int64, its row `rows` in the text `()` int64, and `positions` `(T,)` bool, which say what is
-    trained on.
+    Every reading of the text has its own random order, which depends on the seed only. If the order is `shifted`, the
+    windows of every reading but the first also begin elsewhere in the text, so that no token is predicted from the same
+    context again. Every item has the window `input_ids` `(T,)` int64, its row `rows` in the text `()` int64, and
+    `positions` `(T,)` bool, which say what is trained on.
     """
 
-    def __init__(self, text: RecoveryText, windows: int, seed: int) -> None:
-        self.text, self.windows, self.seed = text, windows, seed
+    def __init__(self, text: RecoveryText, windows: int, seed: int, *, shifted: bool) -> None:
+        self.text, self.windows, self.seed, self.shifted = text, windows, seed, shifted
         self._shuffled = (-1, torch.empty(0, dtype=torch.int64))
 
     def __len__(self) -> int:
         return self.windows
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return window_at(self.text, int(self._order(index // self.text.training)[index % self.text.training]))
+        reading, place = divmod(index, self.text.training)
+        row = int(self._order(reading)[place])
+        item = window_at(self.text, row)
+        if self.shifted:
+            item["input_ids"] = self.text.window(row, int(self.text.text_tokens * share_of_window(reading)))
+        return item
 
-    def _order(self, number: int) -> Tensor:
-        """Return the rows of the pass of this number in their order."""
-        if self._shuffled[0] != number:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + number)
-            self._shuffled = (number, torch.randperm(self.text.training, generator=generator))
+    def _order(self, reading: int) -> Tensor:
+        """Return the rows of this reading of the text in their order."""
+        if self._shuffled[0] != reading:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + reading)
+            self._shuffled = (reading, torch.randperm(self.text.training, generator=generator))
         return self._shuffled[1]
+
+
+def share_of_window(reading: int) -> float:
+    """Return where the windows of a reading begin, as a share of a window: 0, 1/2, 1/4, 3/4, 1/8, 5/8 …
+
+    This is van der Corput's sequence: each reading begins as far as possible from those before.
+    """
+    share, step = 0.0, 0.5
+    while reading:
+        share += step * (reading % 2)
+        reading, step = reading // 2, step / 2
+    return share
 
 
 def window_at(text: RecoveryText, row: int) -> dict[str, Tensor]:

@@ -54,6 +54,20 @@ class RecoveryText:
         """The number N of windows that are trained on."""
         return len(self.windows) - self.heldout
 
+    @property
+    def text_tokens(self) -> int:
+        """Tokens of the text in a window, without BOS."""
+        return text_tokens_in(self.windows.shape[1], self.bos)
+
+    def window(self, row: int, shift: int) -> Tensor:
+        """Return the window `(seqlen,)` that begins `shift` tokens of text behind that of a row that is trained on.
+
+        It ends in the next row. After the last one comes the first.
+        """
+        first = self.windows.shape[1] - self.text_tokens
+        own, following = self.windows[row], self.windows[(row + 1) % self.training]
+        return torch.cat([own[:first], own[first + shift :], following[first : first + shift]])
+
 
 class _Stream(NamedTuple):
     """The tokens `(n,)` int64 of a corpus, and for each whether it is trained on, `(n,)` bool, or None for all."""

@@ -75,7 +75,10 @@ class RecoveryTrainer(Trainer):
     ) -> None:
         self.training, self.history = training, history
         self.trained = list(trained_parameters(student))
-        order = WindowOrder(training.text, training.schedule.steps * training.schedule.windows_per_step, training.seed)
+        # Cached predictions, and which positions are trained on, are known for the windows of the text only.
+        shifted = training.settings.teacher == "live" and training.text.trained is None
+        windows = training.schedule.steps * training.schedule.windows_per_step
+        order = WindowOrder(training.text, windows, training.seed, shifted=shifted)
         super().__init__(
             student,
             arguments,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from helpers.experts import WIDTH_MULTIPLE, mask_experts
 from helpers.models import VOCABULARY
 from pgprune_cli.core.grid import Grid, first_elements
+from pgprune_cli.model.families import family_of
 from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.masks import LayerMask, ModelMask, RepairedBlock, RepairedBlocks
 from pgprune_cli.model.prunable import PrunableModel
@@ -36,8 +37,8 @@ def grids_of(model: nn.Module, block: str) -> tuple[Grid, ...]:
 
 def is_refused(model: nn.Module, block: str) -> bool:
     """Return whether a block of this model can be removed only as a whole."""
-    prunable = PrunableModel.of(model)
-    return bool(prunable.family.refusal(prunable.config.model_type, block))
+    model_type = model.config.model_type
+    return bool(family_of(model_type).refusal(model_type, block))
 
 
 def size_of(grid: Grid, block: str, count: Count, whole_only: bool = False) -> tuple[int, int]:
@@ -80,11 +81,12 @@ def keep_first(model: nn.Module, counts: Sequence[tuple[Count, Count]]) -> Model
 def _masks(
     model: nn.Module, counts: Sequence[tuple[Count, Count]], choose: Callable[[Grid, int, int], Tensor]
 ) -> ModelMask:
+    grids = PrunableModel.of(model).shape.grids
     layers = []
     for index, layer_counts in enumerate(counts):
         masks = []
         for block, count in zip(("attention", "ffn"), layer_counts, strict=True):
-            grid = grids_of(model, block)[index]
+            grid = grids[block][index]
             masks.append(choose(grid, *size_of(grid, block, count, is_refused(model, block))))
         layers.append(LayerMask(*masks))
     return tuple(layers)
@@ -95,11 +97,12 @@ def random_mask(
 ) -> ModelMask:
     """Return a regular mask that keeps a random part of every block, except in the given layers."""
     generator = torch.Generator().manual_seed(seed)
+    grids = PrunableModel.of(model).shape.grids
     layers = []
     for index in range(LAYERS):
         masks = []
         for block, empty in (("attention", empty_attention), ("ffn", empty_ffn)):
-            grid = grids_of(model, block)[index]
+            grid = grids[block][index]
             groups = _random(max(grid.min_groups, 1), grid.groups - (grid.groups > grid.min_groups), generator)
             members = _random(1, grid.members - (grid.groups == 1 and grid.members > 1), generator)
             if grid.separate:

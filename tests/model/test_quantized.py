@@ -208,19 +208,18 @@ def test_int8_forward_pass_uses_the_rounded_weights() -> None:
 # --- readers of weights
 
 
-@pytest.mark.parametrize("with_repair", [False, True], ids=["not repaired", "repaired"])
 @pytest.mark.parametrize("name", MODEL_MASKS)
-def test_shrunk_model_uses_the_rounded_weights(pair, name: str, with_repair: bool) -> None:
+def test_shrunk_model_uses_the_rounded_weights(pair, name: str) -> None:
     model, twin = pair
     model_mask, tokens = MODEL_MASKS[name](twin.module), random_tokens()
-    repaired = random_repair(twin.module, model_mask, bias=True) if with_repair else {}
     before = {key: value.clone() for key, value in model.module.state_dict().items()}
     dense = logits_of(model.module, tokens)
-    with (
-        Evaluator(model).shrunk(model_mask, repaired) as shrunk,
-        Evaluator(twin).shrunk(model_mask, repaired) as expected,
-    ):
-        torch.testing.assert_close(logits_of(shrunk, tokens), logits_of(expected, tokens), rtol=1e-5, atol=1e-5)
+    for repaired in ({}, random_repair(twin.module, model_mask, bias=True)):
+        with (
+            Evaluator(model).shrunk(model_mask, repaired) as shrunk,
+            Evaluator(twin).shrunk(model_mask, repaired) as expected,
+        ):
+            torch.testing.assert_close(logits_of(shrunk, tokens), logits_of(expected, tokens), rtol=1e-5, atol=1e-5)
     after = model.module.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
     assert torch.equal(logits_of(model.module, tokens), dense)
@@ -304,15 +303,14 @@ def test_an_evaluation_converts_the_weights_of_one_block_at_a_time() -> None:
 # --- fp8: a single input that is rounded differently changes everything after it, so products are compared one by one
 
 
-@pytest.mark.parametrize("with_repair", [False, True], ids=["not repaired", "repaired"])
 @pytest.mark.parametrize("name", MODEL_MASKS)
 def test_every_product_of_a_shrunk_fp8_model_uses_rounded_inputs_and_weights(
-    architecture: str, name: str, with_repair: bool, scaled_mm: StrictScaledMM
+    architecture: str, name: str, scaled_mm: StrictScaledMM
 ) -> None:
     module, tokens = tiny_model(architecture), random_tokens()
     model_mask = MODEL_MASKS[name](module)
-    repaired = random_repair(module, model_mask, bias=True) if with_repair else {}
-    expected = Evaluator(PrunableModel.of(module)).losses([model_mask], tokens, [repaired])
+    repairs = [{}, random_repair(module, model_mask, bias=True)]
+    expected = Evaluator(PrunableModel.of(module)).losses([model_mask] * 2, tokens, repairs)
     quantize_projections(module, "fp8")
     model = PrunableModel.of(module)
     before = {key: value.clone() for key, value in module.state_dict().items()}
@@ -328,20 +326,21 @@ def test_every_product_of_a_shrunk_fp8_model_uses_rounded_inputs_and_weights(
 
     for linear in linears_of(model):
         linear.register_forward_hook(check)
-    torch.testing.assert_close(Evaluator(model).losses([model_mask], tokens, [repaired]), expected, rtol=0.06, atol=0)
+    torch.testing.assert_close(Evaluator(model).losses([model_mask] * 2, tokens, repairs), expected, rtol=0.06, atol=0)
     expected_shapes = list(shapes_of_running_projections(model, model_mask))
-    assert shapes == expected_shapes
+    assert shapes == expected_shapes * 2
     paths = [
         (index, f"{block.module}.{name}.weight")
         for index, layer in enumerate(model.layers)
         for block, name, _ in model.family.linears(layer)
     ]
+    repaired = repairs[1]
     refitted = {
         (index, f"{model.shape.blocks[index][block].module}.{name}")
         for (index, block), own in repaired.items()
         for name in own.inner
     }
-    assert scaled_mm.calls == len(expected_shapes) - len(repaired) - len(refitted & set(paths))
+    assert scaled_mm.calls == 2 * len(expected_shapes) - len(repaired) - len(refitted & set(paths))
     after = module.state_dict()
     assert after.keys() == before.keys() and all(torch.equal(after[key], before[key]) for key in before)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import AutoTokenizer
 
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.recover.schedule import WindowOrder, share_of_window
 from pgprune_cli.recover.texts import RecoveryText, recovery_text
 
 TEMPLATE = (
@@ -150,3 +152,37 @@ def test_texts_and_windows_that_do_not_fit_are_refused(corpus: Path, tokenizer: 
         read(recipe_for(corpus), tokenizer, small)
     with refused("text.jsonl", "'messages'"):
         read(recipe_for(corpus, turns="assistant"), tokenizer)
+
+
+# --- the order of the windows
+
+
+def numbered(bos: int | None = None) -> RecoveryText:
+    """Return 5 windows of 8 numbered tokens to train on and 2 held-out ones, all with BOS in front if there is one."""
+    rows = torch.arange(56).view(7, 8)
+    return RecoveryText.of(rows if bos is None else torch.cat([torch.full((7, 1), bos), rows], dim=1), 2, bos=bos)
+
+
+@pytest.mark.parametrize("bos", [None, 99])
+def test_every_reading_has_each_token_once_and_begins_elsewhere(bos: int | None) -> None:
+    order = WindowOrder(numbered(bos), 4 * 5, seed=3, shifted=True)
+    items = [order[index]["input_ids"].tolist() for index in range(len(order))]
+    readings = [items[first : first + 5] for first in range(0, 20, 5)]
+    for reading, begin in zip(readings, (0, 4, 2, 6), strict=True):
+        assert all(window.pop(0) == bos for window in reading if bos is not None)
+        assert sorted(token for window in reading for token in window) == list(range(40))
+        assert sorted(window[0] % 8 for window in reading) == [begin] * 5
+        assert all((after - before) % 40 == 1 for window in reading for before, after in pairwise(window))
+    assert len({tuple(window[0] // 8 for window in reading) for reading in readings}) > 1
+
+
+def test_windows_stay_what_they_are_unless_they_are_shifted() -> None:
+    text = numbered()
+    order = WindowOrder(text, 3 * 5, seed=3, shifted=False)
+    for index in range(len(order)):
+        item = order[index]
+        assert torch.equal(item["input_ids"], text.windows[item["rows"]])
+
+
+def test_shares_of_a_window_halve_the_widest_gap() -> None:
+    assert [share_of_window(reading) for reading in range(8)] == [0, 1 / 2, 1 / 4, 3 / 4, 1 / 8, 5 / 8, 3 / 8, 7 / 8]
