@@ -233,8 +233,8 @@ def block_fit_bytes(sizes: Sizes, context: int) -> int:
     Per parameter: weights, gradients and two means in float32; the first, the best and the newest weights as they are
     stored; weights and gradients in the dtype of the computation, if that is not float32. Per token: what the block
     reads and writes, its error, and every activation inside it with its gradient, a little more than twice. The last
-    layer is fitted as a whole. With some rows of both models' logits in float32 and what a softmax makes of them there
-    are not yet gradients inside the layer.
+    layer is fitted as a whole. With some rows of both models' logits and their gradient, a few of them in float32,
+    there are not yet gradients inside the layer.
     """
     stored, computed = sizes.dtype.itemsize, compute_dtype(sizes.dtype).itemsize
     tokens = max(TOKENS_PER_STEP, context)
@@ -247,7 +247,7 @@ def block_fit_bytes(sizes: Sizes, context: int) -> int:
 
     one = max((needed(block) for block in sizes.blocks if block.experts == 1), default=0)
     whole = sum(map(needed, sizes.last_blocks)) if sizes.fits_predictions else 0
-    logits = LAST_ROWS * sizes.vocabulary * (4 * 4 + stored) if whole else 0
+    logits = sizes.vocabulary * (3 * stored * LAST_ROWS + 4 * 4 * SOFTMAX_ROWS) if whole else 0
     return max(one, whole, 3 * whole // 5 + logits, layer_bytes(sizes, tokens, context))
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from pgprune_cli.distributed import ALONE, Ranks
 from pgprune_cli.forward.block_text import ModuleRunner
 from pgprune_cli.forward.masked import last_hidden_states
+from pgprune_cli.forward.row_divergence import row_divergences
 from pgprune_cli.forward.shards import ShardedRun, Shards, shard_batches
 from pgprune_cli.forward.shrunk_block import shrunk_block
 from pgprune_cli.forward.states import rows_on
@@ -225,13 +226,12 @@ class _Fit:
 
     def _summed_divergence(self, states: Tensor, dense: Tensor) -> Tensor:
         """Return the summed divergence of some rows of hidden states: a float32 scalar."""
-        log_probabilities = self._logits(states).log_softmax(-1)
         with torch.no_grad():
-            reference = self._logits(dense).log_softmax(-1)
-        return (reference.exp() * (reference - log_probabilities)).sum()
+            reference = self._logits(dense)
+        return row_divergences(self._logits(states), reference).sum()
 
     def _logits(self, states: Tensor) -> Tensor:
-        return self.model.family.finish_logits(self.model.config, self.model.head(states)).float()
+        return self.model.family.finish_logits(self.model.config, self.model.head(states))
 
     @property
     def _compute_dtype(self) -> torch.dtype:
