@@ -15,12 +15,11 @@ from torch import nn
 
 from pgprune_cli.estimate.sizes import flops_per_token
 from pgprune_cli.forward.masked import LOGIT_ROWS, SOFTMAX_ROWS
-from pgprune_cli.forward.short_attention import LONGEST
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.schema import RecoverSettings
 from pgprune_cli.recover.checkpoints import MOST, STATE_BYTES
 from pgprune_cli.recover.schedule import Schedule
-from pgprune_cli.recover.student import trained_names
+from pgprune_cli.recover.student import attends_plainly, trained_names
 from pgprune_cli.recover.teacher_cache import CacheKey
 
 Flops = Counter[torch.dtype]
@@ -177,7 +176,7 @@ def activation_bytes(sizes: RecoverySizes) -> int:
     """
     model, itemsize = sizes.student, sizes.dtype.itemsize
     hidden = model.head.weight.shape[1]
-    short = sizes.on_cpu and sizes.settings.seqlen <= LONGEST and not sizes.settings.gradient_checkpointing
+    plain = attends_plainly(sizes.settings, on_cpu=sizes.on_cpu)
     layers = []
     for layer in model.layers:
         blocks = model.family.blocks_of(layer)
@@ -190,7 +189,7 @@ def activation_bytes(sizes: RecoverySizes) -> int:
             else:
                 width = 3 * used * model.family.grid(layer, block).members
             times = 1 if block == model.family.attention else 4 / 3
-            if short and block == model.family.attention:  # its weights in float32, and in the dtype of the products
+            if plain and block == model.family.attention:  # its weights in float32, and in the dtype of the products
                 scores = model.family.grid(layer, block).elements * sizes.settings.seqlen
                 per_token += scores * (4 if itemsize == 4 else 4 + itemsize)
             per_token += hidden * (8 + itemsize) + round(width * times) * itemsize

@@ -1,4 +1,4 @@
-"""The student of a recovery: which of its weights are trained, and what they are in the end.
+"""The student of a recovery: which of its weights are trained, how it computes, and what they are in the end.
 
 Trained weights are float32. The others keep the dtype that they are loaded in, so that a large model trains with
 adapters in little memory.
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pgprune_cli.forward.short_attention import LONGEST
 from pgprune_cli.model.prunable import PrunableModel
-from pgprune_cli.recipe.schema import Trained
+from pgprune_cli.recipe.schema import RecoverSettings, Trained
 
 ADAPTER = "default"
 """The name that peft gives to the only adapter of a model."""
@@ -27,6 +28,14 @@ def loaded_dtype(train: Trained, *, bfloat16: bool) -> str:
     all layers are trained: in bfloat16 they learn a little less.
     """
     return "auto" if bfloat16 and train in ("lora", "norms-and-outputs") else "float32"
+
+
+def attends_plainly(settings: RecoverSettings, *, on_cpu: bool) -> bool:
+    """Return whether the training computes attention by the plain formula, which keeps its weights (short_attention.py).
+
+    With gradient checkpointing the second pass over a layer would not see the mode that chooses the formula.
+    """
+    return on_cpu and settings.seqlen <= LONGEST and not settings.gradient_checkpointing
 
 
 def trainable(model: PrunableModel, train: Trained, lora_rank: int) -> nn.Module:

@@ -19,7 +19,7 @@ from pgprune_cli.forward.short_attention import ShortAttention
 from pgprune_cli.recipe.schema import RecoverSettings
 from pgprune_cli.recover.checkpoints import TRAINED, TrainingCheckpoint
 from pgprune_cli.recover.schedule import Schedule
-from pgprune_cli.recover.student import trained_parameters
+from pgprune_cli.recover.student import attends_plainly, trained_parameters
 from pgprune_cli.recover.trainer import RecoveryTrainer, Training
 from pgprune_cli.run.interruption import Interrupted, stop_signals
 from pgprune_cli.run.layout import CHECKPOINTS_FOLDER
@@ -42,7 +42,7 @@ def train(student: nn.Module, arguments: TrainingArguments, training: Training) 
     folder = None if training.resumed is None else str(training.resumed.folder)
     ranks = training.ranks
     with ExitStack() as stack:
-        if arguments.use_cpu and not training.settings.gradient_checkpointing:  # which would not see the mode again
+        if attends_plainly(training.settings, on_cpu=arguments.use_cpu):
             stack.enter_context(ShortAttention())
         signals = stack.enter_context(stop_signals(ranks))
         history = stack.enter_context(TrainingHistory(training.run)) if ranks.is_writer else None
