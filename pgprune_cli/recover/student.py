@@ -31,7 +31,7 @@ def loaded_dtype(train: Trained, *, bfloat16: bool) -> str:
 
 
 def attends_plainly(settings: RecoverSettings, *, on_cpu: bool) -> bool:
-    """Return whether the training computes attention by the plain formula, which keeps its weights (short_attention.py).
+    """Return whether the training computes attention by the plain formula, which keeps its weights.
 
     With gradient checkpointing the second pass over a layer would not see the mode that chooses the formula.
     """
