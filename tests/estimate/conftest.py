@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from helpers.attention import skip_without_kernel_for_groups
 
 
 @pytest.fixture(autouse=True)
 def _one_shard(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pgprune_cli.forward.shards.SHARDS", 1)
+
+
+@pytest.fixture
+def kernel_for_groups() -> None:
+    """Skip tests that compare estimates with what torch computes or allocates, if attention is not one operator."""
+    skip_without_kernel_for_groups()

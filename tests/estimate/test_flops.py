@@ -36,6 +36,8 @@ from pgprune_cli.repair.width_table import solve_layers
 from pgprune_cli.scores.metrics import score
 from pgprune_cli.search.budget import estimated_units
 
+pytestmark = pytest.mark.usefixtures("kernel_for_groups")
+
 SETUP = Setup()
 
 

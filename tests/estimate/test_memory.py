@@ -43,6 +43,8 @@ from pgprune_cli.repair.width_table import solve_layers, table_bytes
 from pgprune_cli.scores.metrics import score
 from pgprune_cli.search.budget import estimated_units
 
+pytestmark = pytest.mark.usefixtures("kernel_for_groups")
+
 
 def peak(run: Callable[[], object]) -> int:
     with Allocations() as seen:

@@ -65,6 +65,7 @@ def of(model: nn.Module, *overrides: str) -> Sizes:
     return Sizes(PrunableModel.of(model), medium_recipe(*overrides))
 
 
+@pytest.mark.usefixtures("kernel_for_groups")
 @pytest.mark.parametrize("shape", [{}, {"intermediate_size": 768}, {"num_key_value_heads": 8}, {"hidden_size": 128}])
 def test_what_the_dense_layers_move_and_launch(shape: dict[str, int]) -> None:
     model, tokens = medium_model(torch.bfloat16, **shape), text()
@@ -74,6 +75,7 @@ def test_what_the_dense_layers_move_and_launch(shape: dict[str, int]) -> None:
     assert expected.operations == pytest.approx(seen.operations, rel=0.25)
 
 
+@pytest.mark.usefixtures("kernel_for_groups")
 @pytest.mark.parametrize("shape", [{}, {"intermediate_size": 768}, {"vocab_size": 2000}, {"num_hidden_layers": 6}])
 def test_what_a_mask_moves_and_launches(shape: dict[str, int]) -> None:
     model, tokens = medium_model(torch.bfloat16, **shape), text()

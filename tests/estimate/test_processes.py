@@ -36,6 +36,8 @@ from pgprune_cli.scores.metrics import score
 from pgprune_cli.search.budget import estimated_units
 from pgprune_cli.search.objective import Objective
 
+pytestmark = pytest.mark.usefixtures("kernel_for_groups")
+
 TEXT = random_batches(windows=8, length=16, batches=4)
 FITTED = random_batches(windows=32, length=16, batches=4)
 LAYERS, HALF = 5, (1, 96)

@@ -26,7 +26,10 @@ from pgprune_cli.recover.loss import divergences
 from pgprune_cli.recover.student import trainable
 from pgprune_cli.recover.teacher import LiveTeacher
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # by peft
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # by peft
+    pytest.mark.usefixtures("kernel_for_groups"),
+]
 
 BATCH, LENGTH = 4, 64
 
