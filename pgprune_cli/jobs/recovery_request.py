@@ -122,10 +122,10 @@ def holds_result(out: Path, run: Path) -> bool:
     if not (run / TRAINING_HISTORY).exists():
         return False
     rows, written = read_training_history(run), read_recoveries(out)
-    return bool(rows and written) and (written[-1]["tokens"], written[-1]["seconds"]) == (
-        rows[-1].tokens,
-        rows[-1].seconds,
-    )
+    if not (rows and written):
+        return False
+    newest, last = written[-1], rows[-1]
+    return (newest["tokens"], newest["seconds"]) == (last.tokens, last.seconds)
 
 
 def _student(model: str) -> Source:
