@@ -220,8 +220,11 @@ def join(backend: str = "gloo") -> Iterator[Ranks]:
         raise RunError(f"cannot reach the other processes: {in_short(error, 160)}") from error
     try:
         yield ranks
-    finally:
-        distributed.destroy_process_group()
+    except BaseException as error:
+        if not isinstance(error, RunError):  # after which another process may be gone, and torch 2.6 waits for it
+            distributed.destroy_process_group()
+        raise
+    distributed.destroy_process_group()
 
 
 def _private_store(ranks: Ranks) -> Store:

@@ -13,7 +13,7 @@ import torch
 
 pytest.register_assert_rewrite("helpers")  # before anything imports it
 
-from helpers.fp8 import multiplies_fp8_on_cpu
+from helpers.fp8 import lacks_fp8
 from helpers.models import ARCHITECTURES, EXPERT_ARCHITECTURES, save_tokenizer, tiny_model
 from helpers.one_search import RECIPE as ONE_SEARCH
 from helpers.one_search import result_of
@@ -24,16 +24,13 @@ from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.layout import EVALUATION_FILE
 from pgprune_cli.storage.records import write_record
 
-FP8_MISSING = ("fp8", "scaled_mm", "ScalingType")
-"""What an error says if PyTorch lacks the products of fp8 matrices."""
-
 
 def _skipped_without_fp8(item: pytest.Item):
     """Skip a test that fails because this PyTorch cannot multiply fp8 matrices on the CPU."""
     try:
         return (yield)
     except Exception as error:
-        if multiplies_fp8_on_cpu() or not any(name in str(error) for name in FP8_MISSING):
+        if not lacks_fp8(error):
             raise
         pytest.skip(f"PyTorch {torch.__version__} cannot multiply fp8 matrices on the CPU")
 

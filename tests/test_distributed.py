@@ -83,33 +83,32 @@ def test_an_exception_on_one_rank_ends_all(place: int | str, tmp_path) -> None:
 # --- without the search: three processes and a few numbers
 
 EXCHANGE = """
-import json, sys, torch
+import json, os, sys, torch
 from pgprune_cli.distributed import join
 from pgprune_cli.errors import RunError
 found = {}
-with join() as ranks:
-    values = torch.tensor([0.1, float("nan"), float("-inf"), 1e300, 5e-324, -0.1, 1 / 3], dtype=torch.float64)
-    found["few"] = ranks.gather(values[:2][list(ranks.share(2))], 2).view(torch.int64).tolist()
-    found["all"] = ranks.gather(values[list(ranks.share(7))], 7).view(torch.int64).tolist()
-    found["expected"] = values.view(torch.int64).tolist()
-    found["greatest"] = ranks.max(15 if ranks.rank == 1 else 0)
-    with ranks.run_writer_first():
-        if ranks.is_writer:
-            open(sys.argv[1], "w").write("whole")
-        found["read"] = open(sys.argv[1]).read()
-    ranks.check_same(values, torch.arange(3))
-    try:
-        ranks.check_same(torch.arange(3) == (2 if ranks.rank == 2 else 1))
-    except RunError as error:
-        found["different"] = str(error)
-    if ranks.rank == 2:
-        print(json.dumps(found), flush=True)
-        import os
-        os._exit(1)
-    try:
+try:
+    with join() as ranks:
+        values = torch.tensor([0.1, float("nan"), float("-inf"), 1e300, 5e-324, -0.1, 1 / 3], dtype=torch.float64)
+        found["few"] = ranks.gather(values[:2][list(ranks.share(2))], 2).view(torch.int64).tolist()
+        found["all"] = ranks.gather(values[list(ranks.share(7))], 7).view(torch.int64).tolist()
+        found["expected"] = values.view(torch.int64).tolist()
+        found["greatest"] = ranks.max(15 if ranks.rank == 1 else 0)
+        with ranks.run_writer_first():
+            if ranks.is_writer:
+                open(sys.argv[1], "w").write("whole")
+            found["read"] = open(sys.argv[1]).read()
+        ranks.check_same(values, torch.arange(3))
+        try:
+            ranks.check_same(torch.arange(3) == (2 if ranks.rank == 2 else 1))
+        except RunError as error:
+            found["different"] = str(error)
+        if ranks.rank == 2:
+            print(json.dumps(found), flush=True)
+            os._exit(1)
         ranks.barrier()
-    except RunError as error:
-        found["gone"] = str(error)
+except RunError as error:
+    found["gone"] = str(error)
 print(json.dumps(found))
 """
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from helpers.exports import DECISIONS, decide, export, replay
+from helpers.exports import DECISIONS, capped_attention, decide, export, replay
 from helpers.masks import draw, masked, random_repair, repaired_by_hand
 from helpers.messages import refused
 from helpers.models import VOCABULARY, tiny_model
@@ -44,7 +44,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def load(directory: Path):
     """Load a model and fail if a weight is missing, unexpected or of the wrong shape."""
-    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True)
+    options = {"dtype": "auto", "output_loading_info": True, **capped_attention(directory)}
+    model, info = AutoModelForCausalLM.from_pretrained(directory, **options)
     assert not any(info.values()), info
     return model.eval()
 

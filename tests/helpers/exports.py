@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from helpers.masks import Count
 from pgprune_cli.export import hf
@@ -22,6 +25,19 @@ DECISIONS: dict[str, list[tuple[Count, Count]]] = {
     "first layer removed, no heads in the next": [(0, 0), (0, 3), ((2, 1), 0), (4, 6)],
 }
 """What each layer keeps: KV heads, or (KV heads, query heads of each), and FFN channels. `draw` decides which."""
+
+
+def capped_attention(directory: Path) -> dict[str, str]:
+    """Return how to load a model with soft-capping, which transformers up to 5.20 ignores if PyTorch attends."""
+    config = json.loads((directory / "config.json").read_text())
+    return {"attn_implementation": "eager"} if config.get("attn_logit_softcapping") else {}
+
+
+def load_export(directory: Path) -> Any:
+    """Load a model as its users do, in float32."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **capped_attention(directory)).eval()
 
 
 def decide(base: Path, model_mask: ModelMask) -> Decision:

@@ -10,6 +10,9 @@ from torch import Tensor
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.quantized import FP8, check_fp8
 
+FP8_MISSING = ("fp8", "scaled_mm", "ScalingType")
+"""What an error says if PyTorch lacks the products of fp8 matrices."""
+
 
 def slowly_rounded(row: Tensor) -> Tensor:
     """Return a row rounded to e4m3 and back."""
@@ -32,3 +35,8 @@ def multiplies_fp8_on_cpu() -> bool:
     except UserError:
         return False
     return True
+
+
+def lacks_fp8(error: object) -> bool:
+    """Return whether an error or its text comes from a PyTorch that cannot multiply fp8 matrices on the CPU."""
+    return not multiplies_fp8_on_cpu() and any(name in str(error) for name in FP8_MISSING)

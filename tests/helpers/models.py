@@ -136,7 +136,10 @@ def tiny_model(architecture: str, seed: int = 0) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(architecture), dtype=torch.float32)
+    config = tiny_config(architecture)
+    # transformers up to 5.20 lets PyTorch's attention ignore soft-capping.
+    eager = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **eager)
     for parameter in model.parameters():
         if parameter.dim() >= 2:
             nn.init.normal_(parameter, std=0.3)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.exports import decide
+from helpers.exports import decide, load_export
 from helpers.masks import (
     LAYERS,
     Count,
@@ -86,7 +86,7 @@ def assert_exported(run: Path, model: Path, decision: Decision) -> None:
     """Fail unless the export has the logits of the shrunk model, generates with a cache, and is intact."""
     prunable = load_prunable(resolve(str(model)), "float32", "cpu")
     export(run, run / "small")
-    exported = AutoModelForCausalLM.from_pretrained(run / "small", dtype=torch.float32).eval()
+    exported = load_export(run / "small")
     tokens, prompt = random_tokens(length=30) % 93 + 3, torch.arange(3, 12)[None]
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     with torch.inference_mode(), Evaluator(prunable).shrunk(decision.model_mask, decision.repaired) as shrunk:
@@ -142,7 +142,7 @@ def test_a_search_on_int8_weights_is_close_to_one_on_full_weights(base, any_arch
     assert int8.heldout_loss != full.heldout_loss
     assert int8.sparsity == pytest.approx(full.sparsity, abs=0.05)
     export(tmp_path / "int8", tmp_path / "small")
-    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype=torch.float32)
+    exported = load_export(tmp_path / "small")
     assert exported.num_parameters() < model.num_parameters()
 
 

@@ -9,13 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.exports import decide, export, replay
+from helpers.exports import decide, export, load_export, replay
 from helpers.masks import draw, random_tokens
 from helpers.messages import refused
 from helpers.models import save_tokenizer, tiny_model
 from helpers.recipes import WIDTH_SEARCH
 from helpers.recoveries import RECORD, recover
-from transformers import AutoModelForCausalLM
 
 from pgprune_cli.core.grid import Grid, first_elements
 from pgprune_cli.export import gguf
@@ -60,7 +59,7 @@ def test_second_decision_gives_the_masked_model(pruned: Path, tmp_path: Path) ->
     repaired = repair(model, second, [tokens], "least-squares", 1e-3)
     decision = replace(decide(pruned, second), repaired=repaired.blocks)
     replay(decision, tmp_path / "again")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    loaded = load_export(tmp_path / "again")
     with torch.no_grad(), Evaluator(model).shrunk(second, repaired.blocks) as masked:
         expected = masked(tokens).logits
         torch.testing.assert_close(loaded(tokens).logits, expected, atol=1e-4, rtol=1e-4)
@@ -80,7 +79,7 @@ def test_first_sizes_can_be_equalised_into_a_stock_model(tmp_path: Path) -> None
     assert plan.stock and config["model_type"] == "llama" and config["architectures"] == ["LlamaForCausalLM"]
     assert not {"per_layer_config", "auto_map", "output_biases"} & config.keys()
     tokens = random_tokens()
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    loaded = load_export(tmp_path / "again")
     with torch.no_grad(), Evaluator(model).shrunk(mask) as masked:
         torch.testing.assert_close(loaded(tokens).logits, masked(tokens).logits, atol=1e-5, rtol=1e-4)
 

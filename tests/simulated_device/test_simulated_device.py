@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.fp8 import lacks_fp8
 from helpers.simulated_device_parts import PARTS
 from torch.utils.cpp_extension import include_paths, library_paths
 
@@ -55,5 +56,7 @@ def test_every_part_works_on_simulated_devices(faults: dict[str, str], subtests:
     assert tuple(faults) == tuple(PARTS)
     for part, fault in faults.items():
         with subtests.test(part):
+            if lacks_fp8(fault):
+                pytest.skip(f"PyTorch {torch.__version__} cannot multiply fp8 matrices on the CPU")
             if fault:
                 pytest.fail(fault, pytrace=False)
