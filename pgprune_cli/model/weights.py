@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
@@ -67,9 +67,20 @@ def read_weights(source: Source, empty: nn.Module, dtype: str, devices: list[tor
     finally:
         logging.enable_progress_bar()
         logging.set_verbosity(verbosity)
-    _refuse_mismatches(source, info["missing_keys"], info["mismatched_keys"])
     causal: nn.Module = model
+    _refuse_mismatches(source, info["missing_keys"], [*info["mismatched_keys"], *_other_shapes(causal, empty)])
     return causal.to(devices[0]) if len(devices) == 1 else causal
+
+
+def _other_shapes(model: nn.Module, empty: nn.Module) -> Iterator[tuple[str, torch.Size, torch.Size]]:
+    """Yield the weights that do not have the shape that the config says: name, shape, and the right one.
+
+    transformers 5.18 takes them from GGUF files as they are.
+    """
+    expected = {name: parameter.shape for name, parameter in empty.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if parameter.shape != expected.get(name, parameter.shape):
+            yield name, parameter.shape, expected[name]
 
 
 def read_quantized(

@@ -211,3 +211,17 @@ def test_weights_that_do_not_fit_the_config_are_refused_in_one_line(damaged, cap
     with refused(f"{damaged}: 12 weights", "model.layers.0.mlp.down_proj.weight", "(32, 24)", "(32, 23)"):
         load_model(resolve(str(damaged)), "auto", "cpu")
     assert capfd.readouterr().err == "", "transformers printed its own table"
+
+
+def test_weights_of_other_shapes_are_refused_where_transformers_takes_them(saved, monkeypatch):
+    """As transformers 5.18 does with those of GGUF files."""
+    from_pretrained = AutoModelForCausalLM.from_pretrained
+
+    def taken_as_they_are(*args, **options):
+        model, info = from_pretrained(*args, **options)
+        model.model.layers[1].mlp.down_proj.weight = torch.nn.Parameter(torch.zeros(32, 7))
+        return model, info
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", taken_as_they_are)
+    with refused("1 weight", "model.layers.1.mlp.down_proj.weight", "(32, 7) instead of (32, 24)"):
+        load_prunable(resolve(str(saved)), "float32", "cpu")
