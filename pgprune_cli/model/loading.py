@@ -202,18 +202,24 @@ def _emptiest_devices(empty: nn.Module, weight_format: WeightFormat, devices: li
     return [devices[index] for index in emptiest([*map(free_bytes, devices)], weights)]
 
 
+def eager_if_capped(config: Any) -> dict[str, str]:
+    """Return how transformers has to build or load a model with soft-capping: with eager attention.
+
+    Up to 5.20 it lets PyTorch's attention ignore soft-capping, without a word.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return {"attn_implementation": "eager"} if capped else {}
+
+
 def _build_empty(source: Source, dtype: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     config = read_config(source)
     name = str(config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
     build: Any = AutoModelForCausalLM.from_config
-    # transformers up to 5.20 lets PyTorch's attention ignore soft-capping, without a word.
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    attention = {"attn_implementation": "eager"} if capped else {}
     try:
         with torch.device("meta"):
-            model: nn.Module = build(config, dtype=getattr(torch, name), **attention)
+            model: nn.Module = build(config, dtype=getattr(torch, name), **eager_if_capped(config))
     except Exception as error:  # dozens of kinds, see above
         raise UserError(f"{source.name}: no model can be built from its config: {reason_of(error)}.") from error
     return model.eval().requires_grad_(False)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from helpers.exports import DECISIONS, capped_attention, decide, export, replay
+from helpers.exports import DECISIONS, decide, export, replay
 from helpers.masks import draw, masked, random_repair, repaired_by_hand
 from helpers.messages import refused
 from helpers.models import VOCABULARY, tiny_model
@@ -29,6 +29,7 @@ from pgprune_cli.export import hf, hf_config
 from pgprune_cli.export.plan import Options
 from pgprune_cli.export.shapes import ShapeRequirements
 from pgprune_cli.forward.masked import Evaluator
+from pgprune_cli.model.loading import eager_if_capped
 from pgprune_cli.model.masks import RepairedBlock
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import resolve
@@ -44,8 +45,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def load(directory: Path):
     """Load a model and fail if a weight is missing, unexpected or of the wrong shape."""
-    options = {"dtype": "auto", "output_loading_info": True, **capped_attention(directory)}
-    model, info = AutoModelForCausalLM.from_pretrained(directory, **options)
+    eager = eager_if_capped(AutoConfig.from_pretrained(directory))
+    model, info = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", output_loading_info=True, **eager)
     assert not any(info.values()), info
     return model.eval()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import pytest
 import torch
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,9 +29,3 @@ def has_kernel_for_groups() -> bool:
     with _Operators() as operators:
         functional.scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
     return not any(name.endswith("mm") for name in operators.names)
-
-
-def skip_without_kernel_for_groups() -> None:
-    """Skip a test that counts what attention allocates or computes, where it is made of matrix products."""
-    if not has_kernel_for_groups():
-        pytest.skip(f"PyTorch {torch.__version__} has no kernel for attention of grouped heads on the CPU")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from helpers.masks import Count
 from pgprune_cli.export import hf
 from pgprune_cli.export.plan import Options
+from pgprune_cli.model.loading import eager_if_capped
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run.decision import Decision
@@ -27,17 +27,12 @@ DECISIONS: dict[str, list[tuple[Count, Count]]] = {
 """What each layer keeps: KV heads, or (KV heads, query heads of each), and FFN channels. `draw` decides which."""
 
 
-def capped_attention(directory: Path) -> dict[str, str]:
-    """Return how to load a model with soft-capping, which transformers up to 5.20 ignores if PyTorch attends."""
-    config = json.loads((directory / "config.json").read_text())
-    return {"attn_implementation": "eager"} if config.get("attn_logit_softcapping") else {}
-
-
 def load_export(directory: Path) -> Any:
     """Load a model as its users do, in float32."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **capped_attention(directory)).eval()
+    eager = eager_if_capped(AutoConfig.from_pretrained(directory))
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, **eager).eval()
 
 
 def decide(base: Path, model_mask: ModelMask) -> Decision:

@@ -135,11 +135,11 @@ def tiny_model(architecture: str, seed: int = 0) -> nn.Module:
     """Return a random float32 model in eval mode, with weights so large that every unit matters."""
     from transformers import AutoModelForCausalLM
 
+    from pgprune_cli.model.loading import eager_if_capped
+
     torch.manual_seed(seed)
     config = tiny_config(architecture)
-    # transformers up to 5.20 lets PyTorch's attention ignore soft-capping.
-    eager = {"attn_implementation": "eager"} if getattr(config, "attn_logit_softcapping", None) else {}
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **eager)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **eager_if_capped(config))
     for parameter in model.parameters():
         if parameter.dim() >= 2:
             nn.init.normal_(parameter, std=0.3)
