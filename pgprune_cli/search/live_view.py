@@ -45,7 +45,7 @@ class LiveView:
         self.units = units
         self.budget = budget
         self.losses: list[float] = []
-        self.heldout_losses: list[float] = []
+        self.heldout: list[float] = []
         self.best: Row | None = None
         self.kept: Mapping[str, Sequence[int]] | None = None
         self.recent: deque[Row] = deque(maxlen=RECENT_STEPS + 1)
@@ -65,8 +65,8 @@ class LiveView:
         self.recent.append(row)
         if row.mean_loss is not None:
             self.losses.append(row.mean_loss)
-        if row.heldout_loss is not None:
-            self.heldout_losses.append(row.heldout_loss)
+        if row.heldout_objective is not None:
+            self.heldout.append(row.heldout_objective)
         self.best = best_row([self.best, row] if self.best else [row])
         self.kept = row.kept or self.kept
 
@@ -77,7 +77,7 @@ class LiveView:
         last = self.recent[-1] if self.recent else None
         overflows = last is not None and bool(last.losses) and last.mean_loss is None
         table.add_row(self.objective, "not finite" if overflows else _nats(self.losses), curve(self.losses, width))
-        table.add_row("held-out", _nats(self.heldout_losses), curve(self.heldout_losses, width))
+        table.add_row("held-out", _nats(self.heldout), curve(self.heldout, width))
         for family, kept in (self.kept or {}).items():
             counts = self.units[family]
             fractions = [layer_kept / count for layer_kept, count in zip(kept, counts, strict=True)]

@@ -61,10 +61,10 @@ class SearchProgress:
     def show(self, row: Row) -> None:
         """Show a step that has been done."""
         self.view.add(row)
-        if row.heldout_loss is not None:
+        if row.heldout_objective is not None:
             best = self.view.best
-            earlier = "" if best in (None, row) else f" (best {best.heldout_loss:.3f} at step {best.step})"
-            self.heldout = f"{row.heldout_loss:.3f}{earlier}"
+            earlier = "" if best in (None, row) else f" (best {best.heldout_objective:.3f} at step {best.step})"
+            self.heldout = f"{row.heldout_objective:.3f}{earlier}"
         due = row.step % max(1, self.steps // PLAIN_LINES) == 0 or row.step in (1, self.steps)
         if due and self.live is None:
             loss = "not finite" if row.mean_loss is None else f"{row.mean_loss:.3f}"

@@ -20,7 +20,8 @@ from pgprune_cli.search.progress import PLAIN_LINES, SearchProgress
 
 
 def row(step: int, losses: list[float | None], heldout: float | None = None, skipped: int = 0) -> Row:
-    return Row(step, losses, 3.0, 0.01, 9.0, heldout, skipped, 1234.5, 2_500_000_000, 60.0 + step, None)
+    numbers = (skipped, 1234.5, 2_500_000_000, 60.0 + step)
+    return Row(step, losses, 3.0, 0.01, 9.0, heldout, *numbers, None, heldout_objective=heldout)
 
 
 BUDGET = "removing 50% of parameters"
@@ -48,7 +49,7 @@ def test_in_a_pipe_a_search_prints_a_few_plain_lines(capsys: pytest.CaptureFixtu
 
 def test_the_best_decision_so_far_is_shown_with_its_step(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [row(step, [] if step == 0 else [0.5], heldout) for step, heldout in enumerate((3.0, 2.5, 2.75))]
-    rows = [replace(row, heldout_objective=row.heldout_loss / 10) for row in rows]
+    rows = [replace(row, heldout_loss=8.0 - row.step) for row in rows]  # the loss need not agree with the objective
     with SearchProgress(2, UNITS, BUDGET, progress=StderrProgress(), objective="kl") as view:
         for each in rows:
             view.show(each)
