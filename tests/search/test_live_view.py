@@ -17,7 +17,8 @@ UNITS = {"attention": [4, 4], "ffn": [24, 24]}
 
 
 def row(step: int, kept: dict[str, list[int]] | None = None, losses: tuple[float | None, ...] = (3.0, 4.0)) -> Row:
-    return Row(step, list(losses), None, None, 9.0, 2.75 if kept else None, 0, 1000.0, 2_500_000_000, 10.0 * step, kept)
+    heldout, numbers = 2.75 if kept else None, (0, 1000.0, 2_500_000_000, 10.0 * step)
+    return Row(step, list(losses), None, None, 9.0, None, *numbers, kept, heldout_objective=heldout)
 
 
 def shown(view: LiveView, width: int = 80, **options) -> list[str]:
