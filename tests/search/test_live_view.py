@@ -55,7 +55,7 @@ def test_the_view_says_how_much_of_every_family_stays_where() -> None:
     view = LiveView(10, UNITS, "50% of parameters go")
     view.add(row(1, {"attention": [1, 4], "ffn": [24, 0]}))
     view.add(row(2))
-    lines = plain(view)
+    lines = plain(view, 100)
     assert [line.split() for line in lines[1:5]] == [
         ["loss", "3.500", "▁▁"],
         ["held-out", "2.750", "▁"],
@@ -63,7 +63,8 @@ def test_the_view_says_how_much_of_every_family_stays_where() -> None:
         ["ffn", "50%", "█▁"],
     ]
     assert "2/10" in lines[0]
-    assert lines[5].rstrip() == "50% of parameters go · 0.2 passes/s · 1,000 tok/s · 2.5 GB · not saved yet"
+    numbers = "50% of parameters go · 0.2 passes/s · 1,000 tok/s · 2.5 GB · best at step 1 · not saved yet"
+    assert lines[5].rstrip() == numbers
 
 
 def test_the_view_goes_on_where_the_search_does() -> None:
