@@ -114,8 +114,8 @@ def block_fits(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
     return Flops({compute_dtype(sizes.dtype): round(total)})
 
 
-def last_layer_fit(sizes: Sizes, text: Sequence[Tensor]) -> Flops:
-    """Return the FLOPs of fitting the last layer (repair/last_layer.py), without the dense model's hidden states.
+def last_layers_fit(sizes: Sizes, text: Sequence[Tensor]) -> Flops:
+    """Return the FLOPs of fitting the last layers (repair/last_layers.py), without the dense model's hidden states.
 
     Training reads the text once. The head runs on both models' hidden states, and backwards once.
     """

@@ -15,8 +15,8 @@ from pgprune_cli.estimate.sizes import BlockSizes, Sizes, Texts, tokens_in
 from pgprune_cli.forward.divergence import MASKS, ROWS, stream_places
 from pgprune_cli.forward.masked import LOGIT_ROWS, SOFTMAX_ROWS
 from pgprune_cli.forward.short_attention import LONGEST
-from pgprune_cli.repair.last_layer import ROWS as LAST_ROWS
-from pgprune_cli.repair.last_layer import last_layer_batches
+from pgprune_cli.repair.last_layers import ROWS as LAST_ROWS
+from pgprune_cli.repair.last_layers import last_layers_batches
 from pgprune_cli.repair.training import TOKENS_PER_STEP, compute_dtype
 from pgprune_cli.repair.width_table import table_bytes
 
@@ -208,12 +208,12 @@ def block_text_bytes(sizes: Sizes, batches: Sequence[Tensor]) -> int:
 
 
 def predicted_bytes(sizes: Sizes, batches: Sequence[Tensor]) -> int:
-    """Return the bytes of the dense model's hidden states that the last layer is fitted to. In the end they exist
-    twice."""
-    if not sizes.fits_predictions or not batches:
+    """Return the bytes of the hidden states that the last layers are fitted to: those of the dense model, which exist
+    twice in the end, and the inputs of the first of these layers."""
+    if not sizes.last_blocks or not batches:
         return 0
-    tokens = tokens_in([batches[index] for index in last_layer_batches(batches)])
-    return 2 * tokens * sizes.hidden * sizes.dtype.itemsize
+    tokens = tokens_in([batches[index] for index in last_layers_batches(batches)])
+    return 3 * tokens * sizes.hidden * sizes.dtype.itemsize
 
 
 def repaired_bytes(sizes: Sizes) -> int:
@@ -233,20 +233,23 @@ def block_fit_bytes(sizes: Sizes, context: int) -> int:
     Per parameter: weights, gradients and two means in float32; the first, the best and the newest weights as they are
     stored; weights and gradients in the dtype of the computation, if that is not float32. Per token: what the block
     reads and writes, its error, and every activation inside it with its gradient, a little more than twice. The last
-    layer is fitted as a whole. With some rows of both models' logits and their gradient, a few of them in float32,
-    there are not yet gradients inside the layer.
+    layers are fitted together, with gradients inside one of them at a time, or, before these exist, with some rows of
+    both models' logits and their gradient, a few of them in float32.
     """
     stored, computed = sizes.dtype.itemsize, compute_dtype(sizes.dtype).itemsize
     tokens = max(TOKENS_PER_STEP, context)
     per_parameter = 16 + 3 * stored + (2 * computed if computed < 4 else 0)
 
-    def needed(block: BlockSizes) -> int:
-        per_token = 9 * sum((*block.inner, block.inputs)) * computed // 4 + sizes.hidden * (6 + 2 * computed)
-        per_token += fit_score_bytes(sizes, block, context)
-        return block.nbytes // stored * per_parameter + tokens * per_token
+    def trained(block: BlockSizes) -> int:
+        return block.nbytes // stored * per_parameter
 
-    one = max((needed(block) for block in sizes.blocks if block.experts == 1), default=0)
-    whole = sum(map(needed, sizes.last_blocks)) if sizes.fits_predictions else 0
+    def activations(block: BlockSizes) -> int:
+        per_token = 9 * sum((*block.inner, block.inputs)) * computed // 4 + sizes.hidden * (6 + 2 * computed)
+        return tokens * (per_token + fit_score_bytes(sizes, block, context))
+
+    one = max((trained(block) + activations(block) for block in sizes.blocks if block.experts == 1), default=0)
+    whole = sum(map(trained, sizes.last_blocks)) + sum(map(activations, sizes.last_blocks)) // 2
+    whole += max((sum(map(activations, layer)) for layer in sizes.last_layers), default=0) // 2
     logits = sizes.vocabulary * (3 * stored * LAST_ROWS + 4 * 4 * SOFTMAX_ROWS) if whole else 0
     return max(one, whole, 3 * whole // 5 + logits, layer_bytes(sizes, tokens, context))
 

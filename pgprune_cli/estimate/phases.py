@@ -36,7 +36,7 @@ from pgprune_cli.estimate.traffic import (
 from pgprune_cli.estimate.work import Work
 from pgprune_cli.forward.divergence import MASKS, ROWS
 from pgprune_cli.forward.gram import block_rows
-from pgprune_cli.repair.last_layer import last_layer_batches
+from pgprune_cli.repair.last_layers import last_layers_batches
 from pgprune_cli.repair.least_squares import COPIES
 from pgprune_cli.repair.training import CHECKS, TOKENS_PER_STEP, set_aside
 from pgprune_cli.repair.width_table import table_bytes
@@ -135,8 +135,8 @@ def repair(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> list[Work]:
     ]
     if sizes.fits_blocks:
         parts.append(block_fits(sizes, batches, setup))
-    if sizes.fits_predictions:
-        parts.append(last_layer(sizes, batches, setup))
+    if sizes.last_blocks:
+        parts.append(last_layers(sizes, batches, setup))
     return parts
 
 
@@ -225,12 +225,12 @@ def block_fits(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> Work:
     return work
 
 
-def last_layer(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> Work:
-    """Return what the fit of the last layer takes, with the dense model's hidden states.
+def last_layers(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> Work:
+    """Return what the fit of the last layers takes, with the dense model's hidden states.
 
     Processes that have the whole text divide the passes of the dense model, batch by batch.
     """
-    text, chosen = OwnText.of(batches, setup), last_layer_batches(batches)
+    text, chosen = OwnText.of(batches, setup), last_layers_batches(batches)
     read, own = [batches[index] for index in chosen], [batches[index] for index in chosen if index in text.batches]
     windows, tokens = sum(map(len, read)), tokens_in(own)
     looks = (1 + CHECKS) * set_aside(windows) / windows
@@ -240,7 +240,7 @@ def last_layer(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> Work:
         operations=(1 + looks) * 40 * tokens / ROWS,
     )
     dense = layers(sizes, own if text.is_divided else own[:: setup.processes])
-    work = Work(flops.last_layer_fit(sizes, own)) + dense + logits
+    work = Work(flops.last_layers_fit(sizes, own)) + dense + logits
     for block in sizes.last_blocks:
         work += training(sizes, block, read, 1, looks, tokens, text.shards)
     return work

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from pgprune_cli.core.space import BLOCKS_OF
 from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.prunable import Partitions, PrunableModel
 from pgprune_cli.recipe.schema import FITTED, Recipe
+from pgprune_cli.repair.last_layers import fitted_layers
 from pgprune_cli.repair.width_table import width_step
 from pgprune_cli.scores.metrics import CALIBRATED, NEEDS
 from pgprune_cli.scores.statistics import Statistic
@@ -155,15 +157,17 @@ class Sizes:
         return self.recipe.repair.method == "sublayer"
 
     @property
-    def fits_predictions(self) -> bool:
-        """Whether the last layer is fitted to the dense model's predictions in the end."""
-        return self.fits_blocks and self.recipe.repair.last_layer == "predictions"
+    def last_layers(self) -> list[list[BlockSizes]]:
+        """The blocks of each layer that is fitted to the dense model's predictions in the end."""
+        last = fitted_layers(self.model, self.recipe.repair.last_layers if self.fits_blocks else 0)
+        blocks = iter(self.blocks)
+        layers = [list(islice(blocks, len(self.model.family.blocks_of(layer)))) for layer in self.model.layers]
+        return layers[last.start : last.stop]
 
     @property
     def last_blocks(self) -> list[BlockSizes]:
-        """The blocks of the last layer, none if it has experts, which are not fitted."""
-        last = self.blocks[-len(self.model.family.blocks_of(self.model.layers[-1])) :]
-        return [] if any(block.experts > 1 for block in last) else last
+        """All blocks of these layers."""
+        return [block for layer in self.last_layers for block in layer]
 
     @property
     def repairs(self) -> bool:

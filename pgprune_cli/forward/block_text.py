@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map
 
-from pgprune_cli.forward.layerwise import LayerwiseRun, ModuleCall, Observers, Watchers
+from pgprune_cli.forward.layerwise import LayerArguments, LayerwiseRun, ModuleCall, Observers, Watchers
 from pgprune_cli.forward.moments import token_weights
 from pgprune_cli.forward.short_attention import ShortAttention
 from pgprune_cli.model.families.adapter import Block, ModelFamily
@@ -85,14 +85,16 @@ class ModuleRunner:
     """Runs a submodule of layer `index` on given weights, without the rest of the layer. The module must be dense.
 
     path: of the module inside the layer, "" for the layer itself; settings: the attributes (owner, name, value) that it
-    has while it runs, because they depend on the size of the weights.
+    has while it runs, because they depend on the size of the weights. A layer can run at any time, a part of one only
+    while `run` is at that layer.
     """
 
     def __init__(self, run: LayerwiseRun, index: int, path: str, settings: Settings) -> None:
         self.run, self.index, self.path, self.settings = run, index, path, settings
         self.module = run.layers[index].get_submodule(path)
         self.device = next(self.module.parameters()).device
-        self._calls: dict[int, ModuleCall] = {}
+        self.dtype = run.hidden_states[0].dtype
+        self._arguments_by_windows: dict[int, LayerArguments] = {}
 
     def output(self, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """Return the output `(B, T, hidden)` of the module for `inputs` of the same shape, with a graph.
@@ -100,15 +102,14 @@ class ModuleRunner:
         It is computed in the dtype of the inputs. weights: in that dtype, by their names inside the module, on its
         device. The other tensors of the module are the model's own.
         """
-        call = self._call(len(inputs))
         own = dict(self.module.named_parameters())
         parameters = {
-            name: _converted(value, call.inputs.dtype, inputs.dtype)
+            name: _converted(value, self.dtype, inputs.dtype)
             for name, value in own.items()
-            if name not in weights and inputs.dtype != call.inputs.dtype
+            if name not in weights and inputs.dtype != self.dtype
         }
         args, kwargs = tree_map(
-            lambda value: _converted(value, call.inputs.dtype, inputs.dtype), (call.args, call.kwargs)
+            lambda value: _converted(value, self.dtype, inputs.dtype), tuple(self._arguments(inputs.shape[:2]))
         )
         with ExitStack() as undo:
             if self.device.type == "cpu":
@@ -127,11 +128,15 @@ class ModuleRunner:
         first: Tensor = output[0] if isinstance(output, tuple) else output
         return first
 
-    def _call(self, windows: int) -> ModuleCall:
-        """Return how the module is called for this number of windows. Raises torch.OutOfMemoryError."""
-        if windows not in self._calls:
-            self._calls[windows] = self.run.call(self.index, self.path, windows)
-        return self._calls[windows]
+    def _arguments(self, shape: torch.Size) -> LayerArguments:
+        """Return what the module is called with besides windows `(B, T)`. Raises torch.OutOfMemoryError."""
+        if not self.path:
+            return self.run.calls.for_shape(shape)[self.index]
+        windows = shape[0]
+        if windows not in self._arguments_by_windows:
+            call = self.run.call(self.index, self.path, windows)
+            self._arguments_by_windows[windows] = LayerArguments(call.args, call.kwargs)
+        return self._arguments_by_windows[windows]
 
 
 class BlockRunner(ModuleRunner):

@@ -83,7 +83,7 @@ def estimate(recipe: Recipe, *, on: str | None = None, gpus: int = 1, progress: 
         "memory": _memory(needed, on_device=room is not None and all_on_device(sizes, texts, own_setup)),
         "forward_passes": {
             "search": settings.steps * settings.masks_per_step,
-            "calibration": calibration_forward_passes(recipe, text),
+            "calibration": calibration_forward_passes(recipe, text, sizes.model),
             "tokens": texts.step.numel(),
         },
         "flops": {name: {_name(dtype): count for dtype, count in part.items()} for name, part in flops.items()},

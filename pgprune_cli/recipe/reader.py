@@ -41,6 +41,9 @@ def _walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
 _KINDS = {key: kind for key, kind, _ in _walk(Recipe)}
 _REQUIRED = [key for key, _, required in _walk(Recipe) if required]
 
+_FORMER = {"repair.last_layer": ("repair.last_layers", {"outputs": "0", "predictions": "1"})}
+"""Keys of earlier versions, which recipes and runs may still have: the key of today, and its values by theirs."""
+
 # --- public
 
 
@@ -255,6 +258,10 @@ class _Reader:
 
     def entry(self, key: str, name: yaml.Node, value: yaml.Node, place: _Place, first: dict[str, yaml.Node]) -> None:
         """Read one key with its value. `first` holds the keys already read from this source."""
+        if key in _FORMER:
+            key, values = _FORMER[key]
+            if isinstance(value, yaml.ScalarNode) and value.value in values:
+                value = yaml.ScalarNode("tag:yaml.org,2002:int", values[value.value], value.start_mark, value.end_mark)
         if key in first:
             self.fault(f"{place(name, key)}: given twice, first on line {first[key].start_mark.line + 1}")
         elif key in _KINDS and is_dataclass(_KINDS[key]):

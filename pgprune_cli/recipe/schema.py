@@ -213,8 +213,8 @@ class RepairSettings:
     method: RepairMethod = "sublayer"
     # How many times `sublayer` reads the text of each block.
     epochs: Count = 3
-    # What `sublayer` fits the last layer to in the end: what its dense blocks write, or what the dense model predicts.
-    last_layer: Literal["outputs", "predictions"] = "predictions"
+    # How many of the last layers `sublayer` fits together in the end, to what the dense model predicts.
+    last_layers: Natural = 1
     # Windows of `calibration.seqlen` tokens that the repair is fitted to.
     windows: Count = 384
     # Regularisation, relative to the mean second moment. Higher values stay closer to the original weights.

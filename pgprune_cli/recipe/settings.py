@@ -15,8 +15,11 @@ SMALL_MODEL = 500_000_000
 """Parameters up to which a search affords more text, and windows as short as its own."""
 
 LARGE_MODEL = 2_000_000_000
-"""Parameters from which a recovery trains adapters: weights, gradients and AdamW take 16 bytes per trained one."""
+"""Parameters from which training takes too much memory: weights, gradients and AdamW take 16 bytes per trained one.
+The repair then fits only the last layer to the dense model's predictions, and a recovery trains adapters."""
 
+LAST_LAYERS = 8
+"""Layers that the repair of a smaller model fits to the dense model's predictions."""
 
 SERVER_MODEL = 6_000_000_000
 """Parameters from which a model is searched on a large GPU, which affords more forward passes and more text."""
@@ -52,6 +55,8 @@ def size_settings(parameters: int, longest: int, *, experts: bool) -> list[Setti
         ]
     elif longest < 1024:
         settings.append(Setting("scores.seqlen", longest, "the model reads no more tokens at once"))
+    if parameters < LARGE_MODEL:
+        settings.append(Setting("repair.last_layers", LAST_LAYERS, "a small model has the memory"))
     if parameters >= SERVER_MODEL:
         settings += server_settings(parameters, experts=experts)
     settings += recovery_settings(parameters, longest)

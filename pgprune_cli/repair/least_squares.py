@@ -31,7 +31,7 @@ from pgprune_cli.model.masks import LayerMask, ModelMask, RepairedBlock, Repaire
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair.equations import compensated_output, repaired_output
 from pgprune_cli.repair.experts import has_too_few_tokens, repaired_experts, reselected_experts
-from pgprune_cli.repair.last_layer import Predictions, fit_last_layer
+from pgprune_cli.repair.last_layers import Predictions, fit_last_layers, fitted_layers, inputs_of_fit
 from pgprune_cli.repair.sublayer import SublayerFit
 from pgprune_cli.repair.training import fitted
 from pgprune_cli.repair.whole_block import block_of, kept_weights
@@ -66,7 +66,7 @@ def repair(
     damping: float,
     *,
     epochs: int = 0,
-    predictions: bool = False,
+    last_layers: int = 0,
     reselect: bool = False,
     roots: ErrorRoots | None = None,
     ranks: Ranks = ALONE,
@@ -83,7 +83,7 @@ def repair(
         method: `least-squares`, `least-squares-bias`, `bias` or `sublayer`.
         damping: λ as a fraction of the mean of C's diagonal.
         epochs: how many times `sublayer` reads the text of each block.
-        predictions: fit the last layer to the dense model's predictions in the end, for `sublayer`.
+        last_layers: how many layers `sublayer` fits to the dense model's predictions in the end.
         reselect: keep as many units per block as `model_mask` does, but choose them again with `obs`.
         roots: what errors cost a choice, if that is known already.
         ranks: of the processes that call this alike; all get the same blocks.
@@ -94,11 +94,14 @@ def repair(
     if reselect:
         roots = roots or error_roots(model, batches, progress)
     run = start_sharded(model, batches, ranks, copies=COPIES if epochs else 1)
-    predicted = Predictions.of(model, batches, run) if method == "sublayer" and predictions else None
+    last = fitted_layers(model, last_layers if method == "sublayer" else 0)
+    predicted = Predictions.of(model, batches, run) if last else None
     repaired: dict[tuple[int, str], RepairedBlock] = {}
     layer_masks = []
     for index, layer in enumerate(model.layers):
         masks = dict(vars(model_mask[index]))
+        if predicted and index == last.start:
+            inputs = inputs_of_fit(run, predicted)
         with ExitStack() as undo:
             for block in model.family.blocks_of(layer):
                 mask = masks[block.name]
@@ -121,11 +124,9 @@ def repair(
         if index + 1 < len(model.layers):  # a device need not hold the repaired weights of all layers besides the model
             repaired |= {key: block.on_host() for key, block in repaired.items() if key[0] == index}
         progress.layer_done()
-    if predicted is not None:
-        last = len(model.layers) - 1
-        blocks = {name: block for (index, name), block in repaired.items() if index == last}
-        fitted = fit_last_layer(run, model, layer_masks[-1], blocks, predicted)
-        repaired |= {(last, name): block for name, block in fitted.items()}
+    if predicted:
+        fitted_masks = {index: layer_masks[index] for index in last}
+        repaired |= fit_last_layers(run, model, fitted_masks, repaired, inputs, predicted)
     return Repaired(tuple(layer_masks), repaired)
 
 

@@ -21,8 +21,9 @@ from pgprune_cli.data.windows import Batches, CalibrationText, spread
 from pgprune_cli.forward.curvature import curvature_windows
 from pgprune_cli.forward.shards import SHARDS
 from pgprune_cli.model.families import refuse_for_experts
+from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.repair.last_layer import last_layer_batches
+from pgprune_cli.repair.last_layers import fitted_layers, last_layers_batches
 from pgprune_cli.repair.least_squares import PASSES
 from pgprune_cli.scores.metrics import CALIBRATED, NEEDS
 
@@ -79,11 +80,11 @@ def reselects(recipe: Recipe) -> bool:
     return recipe.search.policy == "widths"
 
 
-def calibration_forward_passes(recipe: Recipe, text: CalibrationText) -> int:
+def calibration_forward_passes(recipe: Recipe, text: CalibrationText, model: PrunableModel) -> int:
     """Return the forward passes over calibration text besides those of the masks, in batches of the search.
 
     They are those of scores, width table and repair, and one of the dense model per step if the objective needs it.
-    Passes through single blocks or the last layer, with which `repair.method: sublayer` fits them, are not passes
+    Passes through single blocks or the last layers, with which `repair.method: sublayer` fits them, are not passes
     through the model and do not count.
     """
     repairs = recipe.repair.method != "none"
@@ -96,7 +97,7 @@ def calibration_forward_passes(recipe: Recipe, text: CalibrationText) -> int:
         batches += repairing + curvature_windows(repairing)
     if repairs:
         batches += PASSES * repairing
-    if recipe.repair.method == "sublayer" and recipe.repair.last_layer == "predictions":
-        batches += [repairing[index] for index in last_layer_batches(repairing)]
+    if recipe.repair.method == "sublayer" and fitted_layers(model, recipe.repair.last_layers):
+        batches += [repairing[index] for index in last_layers_batches(repairing)]
     passes = math.ceil(sum(map(Tensor.numel, batches)) / (recipe.calibration.batch * recipe.calibration.seqlen))
     return passes + (recipe.search.steps if recipe.search.objective != "loss" else 0)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pgprune_cli.estimate.flops import Flops, block_fits, forward_passes, head_passes, layer_passes, seconds
 from pgprune_cli.estimate.passes import Setup
-from pgprune_cli.estimate.phases import last_layer as last_layer_work
+from pgprune_cli.estimate.phases import last_layers as last_layers_work
 from pgprune_cli.estimate.phases import phases, repair, scores, width_table
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.estimate.work import Work
@@ -28,7 +28,7 @@ from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.repair import last_layer, least_squares, training
+from pgprune_cli.repair import last_layers, least_squares, training
 from pgprune_cli.repair.least_squares import repair as run_repair
 from pgprune_cli.repair.sublayer import SublayerFit
 from pgprune_cli.repair.training import Weights
@@ -111,7 +111,7 @@ def test_the_fit_of_whole_blocks(epochs: int, model: nn.Module, monkeypatch: pyt
     monkeypatch.setattr(training, "TOKENS_PER_STEP", 64)
     monkeypatch.setattr(short_attention, "LONGEST", 0)  # no products with keys that are not seen
     text, counts, looks = random_batches(windows=32), [], itertools.count()
-    recipe = medium_recipe(f"repair.epochs={epochs}", "repair.last_layer=outputs")
+    recipe = medium_recipe(f"repair.epochs={epochs}", "repair.last_layers=0")
     solve, error = SublayerFit.solve, SublayerFit.error
 
     def count(fit: SublayerFit, start: Weights) -> Weights:
@@ -136,27 +136,28 @@ def test_the_fit_of_whole_blocks(epochs: int, model: nn.Module, monkeypatch: pyt
     assert block_fits(sizes, [text[0][:1]]).total() == 0  # nothing to set aside
 
 
-def test_the_fit_of_the_last_layer(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_fit_of_the_last_layers(count: int, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "TOKENS_PER_STEP", 64)
     text, counts = random_batches(windows=32), []
-    fit, states = least_squares.fit_last_layer, last_layer.dense_states
+    fit, states = least_squares.fit_last_layers, last_layers.dense_states
 
-    def count(run: Callable[..., Any]) -> Callable[..., Any]:
-        def counting(*arguments: object) -> Any:
+    def counting(run: Callable[..., Any]) -> Callable[..., Any]:
+        def counting_run(*arguments: object) -> Any:
             results: list[Any] = []
             counts.append(counted(lambda: results.append(run(*arguments))))
             return results[0]
 
-        return counting
+        return counting_run
 
-    monkeypatch.setattr(least_squares, "fit_last_layer", count(fit))
-    monkeypatch.setattr(last_layer, "dense_states", count(states))
-    run_repair(PrunableModel.of(model), half(model), text, "sublayer", 1e-3, epochs=1, predictions=True)
+    monkeypatch.setattr(least_squares, "fit_last_layers", counting(fit))
+    monkeypatch.setattr(last_layers, "dense_states", counting(states))
+    run_repair(PrunableModel.of(model), half(model), text, "sublayer", 1e-3, epochs=1, last_layers=count)
     assert len(counts) == 2
-    sizes = Sizes(PrunableModel.of(model), medium_recipe())
-    own = last_layer_work(sizes, text, SETUP).flops
+    sizes = Sizes(PrunableModel.of(model), medium_recipe(f"repair.last_layers={count}"))
+    own = last_layers_work(sizes, text, SETUP).flops
     assert own.total() == pytest.approx(sum(counts), rel=0.05)
-    outputs = Sizes(PrunableModel.of(model), medium_recipe("repair.last_layer=outputs"))
+    outputs = Sizes(PrunableModel.of(model), medium_recipe("repair.last_layers=0"))
     assert repaired(sizes, text) == repaired(outputs, text) + own
 
 

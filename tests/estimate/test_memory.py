@@ -35,7 +35,7 @@ from pgprune_cli.forward.shrunk_block import ShrinkableBlock
 from pgprune_cli.model.masks import RepairedBlock
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.quantized import quantize_projections
-from pgprune_cli.repair import last_layer
+from pgprune_cli.repair import last_layers
 from pgprune_cli.repair.least_squares import repair
 from pgprune_cli.repair.sublayer import SublayerFit
 from pgprune_cli.repair.training import Weights
@@ -186,7 +186,7 @@ def test_what_the_fit_of_a_block_allocates(
 ) -> None:
     model, text = medium_model(dtype, **shape), random_batches(windows=16, length=64)
     keep = keep_first(model, [(2, shape.get("intermediate_size", 192) - 4)] * 3)
-    sizes = Sizes(PrunableModel.of(model), medium_recipe("repair.last_layer=outputs"))
+    sizes = Sizes(PrunableModel.of(model), medium_recipe("repair.last_layers=0"))
     solve, peaks = SublayerFit.solve, []
 
     def count(fit: SublayerFit, start: Weights) -> Weights:
@@ -200,28 +200,30 @@ def test_what_the_fit_of_a_block_allocates(
     repair(PrunableModel.of(model), keep, text, "sublayer", 1e-3, epochs=1)
     assert 0.9 < block_fit_bytes(sizes, 64) / max(peaks) < 1.2
     whole, states = Sizes(PrunableModel.of(model), medium_recipe()), tokens_in(text) * sizes.hidden * dtype.itemsize
-    assert (predicted_bytes(whole, text), predicted_bytes(sizes, text)) == (2 * states, 0)
+    assert (predicted_bytes(whole, text), predicted_bytes(sizes, text)) == (3 * states, 0)
     held = sum(tensor.nbytes for tensor in (made[0].inputs, made[0].outputs, made[0].weights))
     assert block_text_bytes(sizes, text) == held
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [{}, {"vocab_size": 3000}], ids=str)
-def test_what_the_fit_of_the_last_layer_allocates(
-    shape: dict[str, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_what_the_fit_of_the_last_layers_allocates(
+    layers: int, shape: dict[str, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, text = medium_model(dtype, **shape), random_batches(windows=16, length=64)
     keep = keep_first(model, [(2, 188), (2, 188), ((2, 3), 188)])
-    sizes, solve, peaks = Sizes(PrunableModel.of(model), medium_recipe()), last_layer._Fit.solve, []
+    sizes = Sizes(PrunableModel.of(model), medium_recipe(f"repair.last_layers={layers}"))
+    solve, peaks = last_layers._Fit.solve, []
 
     def count(fit: object, start: Weights) -> Weights:
         solved: list[Weights] = []
         peaks.append(peak(lambda: solved.append(solve(fit, start))))
         return solved[0]
 
-    monkeypatch.setattr(last_layer._Fit, "solve", count)
-    repair(PrunableModel.of(model), keep, text, "sublayer", 1e-3, epochs=1, predictions=True)
-    assert 0.9 < block_fit_bytes(sizes, 64) / max(peaks) < 1.3
+    monkeypatch.setattr(last_layers._Fit, "solve", count)
+    repair(PrunableModel.of(model), keep, text, "sublayer", 1e-3, epochs=1, last_layers=layers)
+    assert 0.9 < block_fit_bytes(sizes, 64) / max(peaks) < 1.4
 
 
 def recording(make: Callable[..., None], made: list[BlockText]) -> Callable[..., None]:
@@ -272,7 +274,7 @@ def test_what_a_recipe_does_not_do_takes_no_memory() -> None:
     assert min(whole.covariances, whole.block_fit, whole.hidden_states, whole.width_table) > 0
     closed = needed("repair.method=least-squares")
     assert whole.hidden_states == closed.hidden_states + 2 * 4 * 16 * (2 * 64 * 4 + 4)
-    assert (whole.dense_states, closed.dense_states) == (2 * 2 * 4 * 16 * 64 * 4, 0)
+    assert (whole.dense_states, closed.dense_states) == (3 * 2 * 4 * 16 * 64 * 4, 0)
     assert needed("search.objective=kl").dense_states == whole.dense_states + 4 * 16 * 64 * 4
     assert whole.written_widths == 3 * whole.width_table // 3  # one layer, its file, and the next layer
     layers = medium_model().model.layers

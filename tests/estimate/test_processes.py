@@ -70,7 +70,7 @@ def steps(model: PrunableModel, ranks: Ranks, _: ErrorRoots) -> None:
 
 def whole_repair(model: PrunableModel, ranks: Ranks, roots: ErrorRoots) -> None:
     mask = keep_first(model.module, [HALF] * LAYERS)
-    repair(model, mask, FITTED, "sublayer", 1e-3, epochs=1, predictions=True, reselect=True, roots=roots, ranks=ranks)
+    repair(model, mask, FITTED, "sublayer", 1e-3, epochs=1, last_layers=1, reselect=True, roots=roots, ranks=ranks)
 
 
 PHASES: dict[str, Callable[[PrunableModel, Ranks, ErrorRoots], None]] = {

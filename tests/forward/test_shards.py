@@ -75,7 +75,7 @@ def test_processes_that_share_a_repair_get_the_weights_of_one(architecture: str,
 
     def repaired(ranks: Ranks) -> Repaired:
         own = PrunableModel.of(copy.deepcopy(model))
-        return repair(own, mask, windows(), "sublayer", 1e-3, epochs=2, predictions=True, reselect=True, ranks=ranks)
+        return repair(own, mask, windows(), "sublayer", 1e-3, epochs=2, last_layers=2, reselect=True, ranks=ranks)
 
     alone = repaired(Ranks())
     if architecture not in EXPERT_ARCHITECTURES:

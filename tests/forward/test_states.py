@@ -48,7 +48,7 @@ def layerwise(model: nn.Module) -> list[Tensor]:
 
 def whole_blocks(model: nn.Module) -> list[Tensor]:
     mask = keep_first(model, [(1, 9)] * len(model.model.layers))
-    blocks = repair(PrunableModel.of(model), mask, text(), "sublayer", 1e-2, epochs=1, predictions=True).blocks
+    blocks = repair(PrunableModel.of(model), mask, text(), "sublayer", 1e-2, epochs=1, last_layers=2).blocks
     return [tensor for block in blocks.values() for tensor in (block.weight, *block.inner.values())]
 
 

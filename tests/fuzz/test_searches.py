@@ -48,7 +48,7 @@ KEYS: dict[str, list[object]] = {
     "search.evaluate_every": HUGE,
     "repair.method": ["none", "bias", "least-squares", "least-squares-bias", "sublayer"],
     "repair.epochs": [1, 2],
-    "repair.last_layer": ["outputs", "predictions"],
+    "repair.last_layers": [0, 1, 2, 9],
     "repair.windows": [1, 2, 16, 10**30],
     "repair.damping": [1e-300, 1e-3, 1e300],
 }

@@ -68,10 +68,17 @@ def test_recipe_has_the_defaults_of_the_schema() -> None:
         checkpoint_every=100,
         evaluate_every=0,
     )
-    assert got.repair == recipe.RepairSettings(
-        method="sublayer", epochs=3, last_layer="predictions", windows=384, damping=1e-3
-    )
+    assert got.repair == recipe.RepairSettings(method="sublayer", epochs=3, last_layers=1, windows=384, damping=1e-3)
     assert got.evaluation == recipe.EvaluationSettings(corpora=("wikitext2",), seqlen=(128, 2048))
+
+
+@pytest.mark.parametrize(("former", "last_layers"), [("outputs", 0), ("predictions", 1)])
+def test_a_key_of_an_earlier_version_is_read_as_the_key_of_today(former: str, last_layers: int) -> None:
+    assert read(MINIMAL + f"repair: {{last_layer: {former}}}").repair.last_layers == last_layers
+    with refused("repair.last_layers: ", "given twice"):
+        read(MINIMAL + f"repair: {{last_layers: 2, last_layer: {former}}}")
+    with refused("repair.last_layers: ", "expected an integer", "both"):
+        read(MINIMAL + "repair: {last_layer: both}")
 
 
 @pytest.mark.parametrize("text", ["2e-3", "2E-3", "0.002", "2.0e-3", ".002", "+2e-3"])

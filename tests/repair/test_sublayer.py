@@ -313,7 +313,7 @@ PLACES = {"gradients": (sublayer, "add_gradients"), "norm": (nn.utils, "clip_gra
 def all_fits(model: nn.Module) -> list[Tensor]:
     """Return what all fits of a model's blocks find, the last of which is to predictions."""
     mask = draw(model, [((2, 1), 11), (4, 13), (3, 9), ((2, 1), 6)], seed=1)
-    blocks = repair(PrunableModel.of(model), mask, windows(), "sublayer", DAMPING, epochs=1, predictions=True).blocks
+    blocks = repair(PrunableModel.of(model), mask, windows(), "sublayer", DAMPING, epochs=1, last_layers=1).blocks
     return [tensor for block in blocks.values() for tensor in block.tensors]
 
 

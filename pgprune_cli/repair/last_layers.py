@@ -1,15 +1,15 @@
-"""Fit of the last layer to the dense model's predictions.
+"""Fit of the last layers to the dense model's predictions.
 
-Behind the last layer there are only the final norm and the unembedding, so its blocks need not imitate what the dense
-blocks write: their weights can be fitted to what the dense model predicts. AdamW minimises KL(dense ‖ pruned) of the
-next-token distributions, in nats per token, over the weights of the repaired blocks of the last layer. Everything
-before it is fixed: nothing is back-propagated beyond this layer, and the memory is that of one layer and of the logits
-of a few hundred positions.
+Little follows the last layers, so their blocks need not imitate what the dense blocks write: in the end, their weights
+can be fitted together to what the dense model predicts. AdamW minimises KL(dense ‖ pruned) of the next-token
+distributions, in nats per token, over the weights of the repaired blocks of these layers. Everything before them is
+fixed: nothing is back-propagated beyond them, and the memory is that of these few layers and of the logits of a few
+hundred positions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +24,8 @@ from pgprune_cli.forward.row_divergence import row_divergences
 from pgprune_cli.forward.shards import ShardedRun, Shards, shard_batches
 from pgprune_cli.forward.shrunk_block import shrunk_block
 from pgprune_cli.forward.states import rows_on
-from pgprune_cli.model.masks import LayerMask, RepairedBlock
+from pgprune_cli.model.families.adapter import Block
+from pgprune_cli.model.masks import LayerMask, RepairedBlock, RepairedBlocks
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair.training import (
     Weights,
@@ -51,7 +52,7 @@ ROWS = 256
 """Positions whose logits exist at the same time."""
 
 
-def last_layer_batches(batches: Sequence[Tensor]) -> list[int]:
+def last_layers_batches(batches: Sequence[Tensor]) -> list[int]:
     """Return the indices of the batches `(B, T)` that the fit reads: TOKENS tokens at most, spread over the text."""
     count = min(len(batches), max(1, TOKENS // batches[0].numel()))
     return [index * len(batches) // count for index in range(count)]
@@ -71,7 +72,7 @@ class Predictions:
     @classmethod
     def of(cls, model: PrunableModel, batches: Sequence[Tensor], run: ShardedRun) -> Predictions:
         """Run the dense model on some `batches` of the text of `run`, all of it. Processes share what all need."""
-        chosen, ranks = last_layer_batches(batches), run.shards.ranks
+        chosen, ranks = last_layers_batches(batches), run.shards.ranks
         places = shard_batches(len(batches), model.device)
         windows = tuple(sum(len(batches[index]) for index in chosen if index in part) for part in places)
         own = [index for index in chosen if index in run.batches]
@@ -94,78 +95,95 @@ def dense_states(model: PrunableModel, batches: Sequence[Tensor], ranks: Ranks =
     return list(ranks.divide(compute, [(*tokens.shape, hidden) for tokens in batches], model.dtype))
 
 
-def fit_last_layer(
+def fitted_layers(model: PrunableModel, count: int) -> range:
+    """Return which layers a fit of the last `count` of them changes: not those with experts, nor any before them."""
+    end = len(model.layers)
+    first = max(0, end - count)
+    for index in range(first, end):
+        layer = model.layers[index]
+        if any(model.shape.grids[block.name][index].separate for block in model.family.blocks_of(layer)):
+            first = index + 1
+    return range(first, end)
+
+
+def inputs_of_fit(run: ShardedRun, predicted: Predictions) -> Tensor:
+    """Return what the fit reads of the hidden states of a run at its first layer: `(rows, T, hidden)`, on the host."""
+    batches = run.hidden_states
+    if not predicted.states:  # of some texts, none of the own batches is read
+        return batches[0][:0].cpu()
+    return torch.cat([batches[place].cpu() for place in predicted.states])
+
+
+def fit_last_layers(
     run: ShardedRun,
     model: PrunableModel,
-    mask: LayerMask,
-    repaired: Mapping[str, RepairedBlock],
+    masks: Mapping[int, LayerMask],
+    repaired: RepairedBlocks,
+    inputs: Tensor,
     predicted: Predictions,
-) -> dict[str, RepairedBlock]:
-    """Return the repaired blocks of the last layer, refitted to the dense model's predictions if that helps.
+) -> dict[tuple[int, str], RepairedBlock]:
+    """Return the repaired blocks of the last layers, refitted to the dense model's predictions if that helps.
 
     Args:
-        run: at the last layer. The layer is dense.
-        mask, repaired: of the last layer, the blocks by name. A block that keeps all of its units stays as it is, and
-            so does a whole layer with experts.
+        run: at the last layer. All layers are dense.
+        masks: of the layers that are fitted, in order, by index.
+        repaired: theirs at least. A block that keeps all of its units stays as it is.
+        inputs: of the first of these layers, see `inputs_of_fit`.
         predicted: what the fit reads of the text of `run`.
     """
-    index = len(model.layers) - 1
-    layer, family = model.layers[index], model.family
-    grids = {block.name: model.shape.grids[block.name][index] for block in family.blocks_of(layer)}
-    if any(grid.separate for grid in grids.values()):
-        return dict(repaired)
-    settings: list[tuple[nn.Module, str, Any]] = []
+    family, first = model.family, run.runs[0]
     start: dict[str, Tensor] = {}
+    runners = []
     with ExitStack() as undo:
-        for block in family.blocks_of(layer):
-            own, kept = repaired.get(block.name), mask.of(block.name)
-            if own is None:
-                undo.enter_context(shrunk_block(family, layer, block, kept, None))
-                continue
-            settings += family.settings(layer, block, *grids[block.name].kept(kept))
-            weights = kept_weights(family, layer, block, kept, own)
-            start |= {f"{block.module}.{name}": weight for name, weight in weights.items()}
-        first = run.runs[0]
-        runner = ModuleRunner(first, index, "", settings)
-        inputs = first.with_room(lambda: _joined(run.hidden_states, predicted.states))
-        states = torch.cat([inputs[:0].cpu(), *predicted.states.values()])
+        for index, mask in masks.items():
+            layer, settings = model.layers[index], list[tuple[nn.Module, str, Any]]()
+            for block in family.blocks_of(layer):
+                own, kept = repaired.get((index, block.name)), mask.of(block.name)
+                if own is None:
+                    undo.enter_context(shrunk_block(family, layer, block, kept, None))
+                    continue
+                settings += family.settings(layer, block, *model.shape.grids[block.name][index].kept(kept))
+                device = next(layer.get_submodule(block.module).parameters()).device
+                weights = kept_weights(family, layer, block, kept, own)
+                start |= {_name(index, block, name): weight.to(device) for name, weight in weights.items()}
+            runners.append(ModuleRunner(first, index, "", settings))
+        states = torch.cat([inputs[:0], *predicted.states.values()])
         for own_run in run.runs:
-            del own_run.hidden_states[1:]  # only the fit reads them from now on
-        fit = _Fit(model, runner, inputs, states, predicted.shards)
-        first.followers.add(fit)
-        del inputs  # the fit can move them
+            del own_run.hidden_states[1:]  # the fit has read what it needs of them
+        fit = _Fit(model, runners, inputs, states, predicted.shards)
         solved = fitted(first, lambda: fit.solve(start))
+    refitted = {key: block for key, block in repaired.items() if key[0] in masks}
     if solved is start:
-        return dict(repaired)
-    refitted = dict(repaired)
-    for block in family.blocks_of(layer):
-        prefix = f"{block.module}."
-        weights = {name.removeprefix(prefix): value for name, value in solved.items() if name.startswith(prefix)}
-        if weights:
-            refitted[block.name] = block_of(family, layer, block, weights, repaired[block.name].bias)
+        return refitted
+    for index in masks:
+        for block in family.blocks_of(model.layers[index]):
+            prefix = _name(index, block, "")
+            weights = {name.removeprefix(prefix): value for name, value in solved.items() if name.startswith(prefix)}
+            if weights:
+                bias = repaired[index, block.name].bias
+                own = block_of(family, model.layers[index], block, weights, bias)
+                refitted[index, block.name] = own if index == first.position else own.on_host()
     return refitted
 
 
-def _joined(batches: Sequence[Tensor], places: Iterable[int]) -> Tensor:
-    """Return the batches `(B, T, hidden)` at some places as one. Of some texts, none of the own batches is read."""
-    return torch.cat([batches[0][:0], *(batches[place] for place in places)])
+def _name(index: int, block: Block, name: str) -> str:
+    """Return the name of a weight in the fit. name: inside the block's module."""
+    return f"{index}.{block.module}.{name}"
 
 
 @dataclass(eq=False)
 class _Fit:
-    """One fit: inputs of the last layer and hidden states of the dense model, each `(rows, T, hidden)`: windows of the
-    own shards.
+    """One fit.
+
+    runners: of the layers, in order; inputs of the first of them and final hidden states of the dense model: each
+    `(rows, T, hidden)`, windows of the own shards, on the host.
     """
 
     model: PrunableModel
-    runner: ModuleRunner
+    runners: Sequence[ModuleRunner]
     inputs: Tensor
     predicted: Tensor
     shards: Shards
-
-    def to_host(self) -> None:
-        """Move the inputs to the host, with the hidden states of the run."""
-        self.inputs = self.inputs.cpu()
 
     def solve(self, start: Weights) -> Weights:
         """Return weights that predict more like the dense model does on the windows set aside, or `start` itself."""
@@ -206,19 +224,21 @@ class _Fit:
             add_gradients(weights, gradients)
 
         def add_slices(rows: Tensor) -> None:
-            self.runner.run.run_slices(len(rows), lambda part: add(rows[part]))
+            self.runners[0].run.run_slices(len(rows), lambda part: add(rows[part]))
 
         set_gradients(self.shards, weights, windows, add_slices)
 
     def _states(self, weights: Weights, rows: Tensor) -> Tensor:
         """Return the hidden states behind the final norm `(n · T, hidden)` of some rows, with a graph."""
-        device = next(iter(weights.values())).device
-        inputs = rows_on(device, self.inputs, rows)
-        output = self.runner.output(weights, inputs.to(self._compute_dtype))
+        states = rows_on(self.runners[0].device, self.inputs, rows).to(self._compute_dtype)
+        for runner in self.runners:
+            prefix = f"{runner.index}."
+            own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+            states = runner.output(own, states.to(runner.device))
         norm, head = self.model.final_norm, self.model.head
-        own = next(norm.parameters())
-        states: Tensor = norm(output.to(own.device, own.dtype))
-        return states.flatten(0, 1).to(next(head.parameters()).device)
+        weight = next(norm.parameters())
+        normed: Tensor = norm(states.to(weight.device, weight.dtype))
+        return normed.flatten(0, 1).to(next(head.parameters()).device)
 
     def _wanted(self, rows: Tensor) -> Tensor:
         """Return the dense model's hidden states `(n · T, hidden)` of some rows."""
