@@ -16,7 +16,7 @@ from pgprune_cli.forward.divergence import MASKS, ROWS, stream_places
 from pgprune_cli.forward.masked import LOGIT_ROWS, SOFTMAX_ROWS
 from pgprune_cli.forward.short_attention import LONGEST
 from pgprune_cli.repair.last_layers import ROWS as LAST_ROWS
-from pgprune_cli.repair.last_layers import last_layers_batches
+from pgprune_cli.repair.last_layers import last_layers_batches, tokens_at_once
 from pgprune_cli.repair.training import TOKENS_PER_STEP, compute_dtype
 from pgprune_cli.repair.width_table import table_bytes
 
@@ -26,13 +26,14 @@ class Memory:
     """Bytes.
 
     On the device: weights; activations of one forward pass with its logits; slices of one block; covariances of one
-    layer, with the matrices they are solved in; block_fit, the fit of one block if whole blocks are fitted; gradients
-    of the metric `taylor`, with everything that a backward pass keeps. In the host's memory: hidden_states of the
-    calibration text, and what fits of whole blocks read, unless a device has room for them; dense_states, those of the
-    dense model that losses and the last layer are compared with; written_widths, one layer's repaired projections of
-    all widths and their file while it is written, and those of the next layer; repaired_weights of all blocks, after
-    the steps. On disk: width_table, the projections of all layers. During the steps, as many as fit beside a forward
-    pass are on the GPUs; the others are in the system's file cache as far as there is room.
+    layer, with the matrices they are solved in; block_fit, the fit of one block or of the last layers, if whole blocks
+    are fitted; gradients of the metric `taylor`, with everything that a backward pass keeps. In the host's memory:
+    hidden_states of the calibration text, and what fits of whole blocks read, unless a device has room for them;
+    dense_states, those of the dense model that losses and the last layers are compared with, and the inputs of these
+    layers; written_widths, one layer's repaired projections of all widths and their file while it is written, and
+    those of the next layer; repaired_weights of all blocks, after the steps. On disk: width_table, the projections of
+    all layers. During the steps, as many as fit beside a forward pass are on the GPUs; the others are in the system's
+    file cache as far as there is room.
     """
 
     weights: int
@@ -245,11 +246,12 @@ def block_fit_bytes(sizes: Sizes, context: int) -> int:
 
     def activations(block: BlockSizes) -> int:
         per_token = 9 * sum((*block.inner, block.inputs)) * computed // 4 + sizes.hidden * (6 + 2 * computed)
-        return tokens * (per_token + fit_score_bytes(sizes, block, context))
+        return per_token + fit_score_bytes(sizes, block, context)
 
-    one = max((trained(block) + activations(block) for block in sizes.blocks if block.experts == 1), default=0)
-    whole = sum(map(trained, sizes.last_blocks)) + sum(map(activations, sizes.last_blocks)) // 2
-    whole += max((sum(map(activations, layer)) for layer in sizes.last_layers), default=0) // 2
+    one = max((trained(block) + tokens * activations(block) for block in sizes.blocks if block.experts == 1), default=0)
+    layers = [sum(map(activations, layer)) for layer in sizes.last_layers]
+    at_once = max(tokens_at_once(len(layers)), context) if layers else 0
+    whole = sum(map(trained, sizes.last_blocks)) + at_once * (sum(layers) + max(layers, default=0)) // 2
     logits = sizes.vocabulary * (3 * stored * LAST_ROWS + 4 * 4 * SOFTMAX_ROWS) if whole else 0
     return max(one, whole, 3 * whole // 5 + logits, layer_bytes(sizes, tokens, context))
 

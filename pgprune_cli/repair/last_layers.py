@@ -28,6 +28,7 @@ from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.masks import LayerMask, RepairedBlock, RepairedBlocks
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair.training import (
+    TOKENS_PER_STEP,
     Weights,
     add_gradients,
     best_of,
@@ -104,6 +105,11 @@ def fitted_layers(model: PrunableModel, count: int) -> range:
         if any(model.shape.grids[block.name][index].separate for block in model.family.blocks_of(layer)):
             first = index + 1
     return range(first, end)
+
+
+def tokens_at_once(layers: int) -> int:
+    """Return how many tokens of a step run through some layers at once: the fewer, the more layers, to save memory."""
+    return max(ROWS, TOKENS_PER_STEP // layers)
 
 
 def inputs_of_fit(run: ShardedRun, predicted: Predictions) -> Tensor:
@@ -224,7 +230,8 @@ class _Fit:
             add_gradients(weights, gradients)
 
         def add_slices(rows: Tensor) -> None:
-            self.runners[0].run.run_slices(len(rows), lambda part: add(rows[part]))
+            for some in rows.split(max(1, tokens_at_once(len(self.runners)) // self.inputs.shape[1])):
+                self.runners[0].run.run_slices(len(some), lambda part, some=some: add(some[part]))
 
         set_gradients(self.shards, weights, windows, add_slices)
 
