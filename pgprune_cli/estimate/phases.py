@@ -36,7 +36,7 @@ from pgprune_cli.estimate.traffic import (
 from pgprune_cli.estimate.work import Work
 from pgprune_cli.forward.divergence import MASKS, ROWS
 from pgprune_cli.forward.gram import block_rows
-from pgprune_cli.repair.last_layers import last_layers_batches
+from pgprune_cli.repair.last_layers import last_layers_batches, tokens_at_once
 from pgprune_cli.repair.least_squares import COPIES
 from pgprune_cli.repair.training import CHECKS, TOKENS_PER_STEP, set_aside
 from pgprune_cli.repair.width_table import table_bytes
@@ -241,18 +241,19 @@ def last_layers(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> Work:
     )
     dense = layers(sizes, own if text.is_divided else own[:: setup.processes])
     work = Work(flops.last_layers_fit(sizes, own)) + dense + logits
+    parts = max(text.shards, TOKENS_PER_STEP // tokens_at_once(len(sizes.last_layers)))
     for block in sizes.last_blocks:
-        work += training(sizes, block, read, 1, looks, tokens, text.shards)
+        work += training(sizes, block, read, 1, looks, tokens, parts)
     return work
 
 
 def training(
-    sizes: Sizes, block: BlockSizes, batches: Sequence[Tensor], epochs: int, looks: float, tokens: int, shards: int
+    sizes: Sizes, block: BlockSizes, batches: Sequence[Tensor], epochs: int, looks: float, tokens: int, parts: int
 ) -> Work:
     """Return what the fit of one block takes besides its products.
 
     batches: that all processes read together; epochs: how many times it is trained on them; looks: how many times it
-    only runs on them; tokens, shards: what this process has of them. In each step it runs its shards one by one.
+    only runs on them; tokens: what this process has of them; parts: in which it runs each step, its shards among them.
     """
     windows = sum(map(len, batches))
     trained = epochs * (windows - set_aside(windows)) / windows
@@ -260,8 +261,8 @@ def training(
     updates, runs = trained * windows / at_once, looks * tokens / batches[0].shape[1] / at_once
     kept = block.keep_fraction * block.nbytes
     return Work(
-        weights=(3 * updates * shards + runs) * kept,
+        weights=(3 * updates * parts + runs) * kept,
         traffic=updates * kept / sizes.dtype.itemsize * UPDATED
         + (3 * trained + looks) * tokens * block.keep_fraction * inner_traffic(sizes, block),
-        operations=updates * (3 * shards * operations(sizes, block) + UPDATE) + runs * operations(sizes, block),
+        operations=updates * (3 * parts * operations(sizes, block) + UPDATE) + runs * operations(sizes, block),
     )
