@@ -34,10 +34,11 @@ class Model:
 
     name: what its recipes are called, without the sparsity; title: its name in text; hub: its repository on the Hugging
     Face Hub; family: its `model_type` in transformers; parameters: millions, of the text model with its embeddings, as
-    transformers builds it from the repository's config.json; access: `GATED`, `MAYBE_GATED`, or "" if everyone can
-    download it; directory: what the recipe reads if not the hub; notes: comment lines for the top of the file, in which
-    {0} is the repository and {1} the directory; settings: what differs from `_base`, beyond the rules for the model's
-    size; paper: what differs from the paper's settings, None if it has no recipes with them.
+    transformers builds it from the repository's config.json; layers: of a model below 2 billion parameters; access:
+    `GATED`, `MAYBE_GATED`, or "" if everyone can download it; directory: what the recipe reads if not the hub; notes:
+    comment lines for the top of the file, in which {0} is the repository and {1} the directory; settings: what differs
+    from `_base`, beyond the rules for the model's size; paper: what differs from the paper's settings, None if it has
+    no recipes with them.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Model:
     hub: str
     family: str
     parameters: int
+    layers: int = 0
     access: str = ""
     directory: str = ""
     notes: tuple[str, ...] = ()
@@ -94,7 +96,7 @@ MODELS = (
         access=GATED,
         paper=(Setting("search.learning_rate", 6.0e-3, "the paper's value for LLaMA-3"),),
     ),
-    Model("llama-3.2-1b", "Llama-3.2-1B", "meta-llama/Llama-3.2-1B", "llama", 1236, access=GATED),
+    Model("llama-3.2-1b", "Llama-3.2-1B", "meta-llama/Llama-3.2-1B", "llama", 1236, 16, access=GATED),
     Model("llama-3.2-3b", "Llama-3.2-3B", "meta-llama/Llama-3.2-3B", "llama", 3213, access=GATED),
     Model(
         *("vicuna-7b", "Vicuna-7B", "lmsys/vicuna-7b-v1.5", "llama", 6738),
@@ -109,7 +111,7 @@ MODELS = (
         paper=(),
     ),
     Model(
-        *("smollm2-135m", "SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct", "llama", 135),
+        *("smollm2-135m", "SmolLM2-135M", "HuggingFaceTB/SmolLM2-135M-Instruct", "llama", 135, 30),
         directory="models/smollm2-135m",
         notes=(
             "The model is small enough for a laptop CPU. scripts/fetch_smollm2.sh downloads a GGUF file into {1}.",
@@ -134,7 +136,7 @@ MODELS = (
         notes=(EXPERTS, several_gpus(93)),
         settings=(repair_of_experts(2, 8),),
     ),
-    Model("qwen3-0.6b", "Qwen3-0.6B", "Qwen/Qwen3-0.6B-Base", "qwen3", 596),
+    Model("qwen3-0.6b", "Qwen3-0.6B", "Qwen/Qwen3-0.6B-Base", "qwen3", 596, 28),
     Model("qwen3-4b", "Qwen3-4B", "Qwen/Qwen3-4B-Base", "qwen3", 4022),
     Model("qwen3-8b", "Qwen3-8B", "Qwen/Qwen3-8B-Base", "qwen3", 8191),
     Model(
@@ -142,14 +144,14 @@ MODELS = (
         notes=(EXPERTS, several_gpus(61)),
         settings=(repair_of_experts(8, 128),),
     ),
-    Model("gemma-3-1b", "Gemma-3-1B", "google/gemma-3-1b-pt", "gemma3_text", 1000, access=GATED),
+    Model("gemma-3-1b", "Gemma-3-1B", "google/gemma-3-1b-pt", "gemma3_text", 1000, 26, access=GATED),
     Model(
         *("gemma-3-4b", "Gemma-3-4B", "google/gemma-3-4b-pt", "gemma3", 3880),
         access=GATED,
         notes=(VISION,),
     ),
     Model("phi-4-mini", "Phi-4-mini", "microsoft/Phi-4-mini-instruct", "phi3", 3836),
-    Model("olmo-2-1b", "OLMo-2-1B", "allenai/OLMo-2-0425-1B", "olmo2", 1485, settings=(FFN_ONLY,)),
+    Model("olmo-2-1b", "OLMo-2-1B", "allenai/OLMo-2-0425-1B", "olmo2", 1485, 16, settings=(FFN_ONLY,)),
     Model("olmo-2-7b", "OLMo-2-7B", "allenai/OLMo-2-1124-7B", "olmo2", 7299, settings=(FFN_ONLY,)),
     Model(
         *("gpt-oss-20b", "gpt-oss-20b", "openai/gpt-oss-20b", "gpt_oss", 20915),
@@ -178,7 +180,7 @@ def base(model: Model) -> str:
         f"{model.title} ({model.hub}), {model.size} parameters.",
         "The settings that its recipes share. Written by scripts/make_recipes.py; do not edit.",
     )
-    own = size_settings(model.parameters * 10**6, 2048, experts=EXPERTS in model.notes)
+    own = size_settings(model.parameters * 10**6, model.layers, 2048, experts=EXPERTS in model.notes)
     by_key = {setting.key: setting for setting in (*own, *model.settings)}
     settings = sorted(by_key.values(), key=lambda setting: _order(setting.key))
     lines += [f"extends: {HAND_WRITTEN[0].removesuffix('.yaml')}"]

@@ -49,7 +49,12 @@ def new_recipe(
         *_text_settings(model, calibration),
         *_units(empty),
         Setting("budget.sparsity", sparsity, "fraction of the prunable parameters to remove"),
-        *size_settings(_parameters(empty), longest_context(empty.config) or 2048, experts=_has_experts(empty)),
+        *size_settings(
+            _parameters(empty),
+            len(empty.layers),
+            longest_context(empty.config) or 2048,
+            experts=_has_experts(empty),
+        ),
     ]
     settings.sort(key=lambda setting: _SECTIONS.index(setting.key.rpartition(".")[0]))
     recipe = _load(settings, overrides)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,8 +19,8 @@ LARGE_MODEL = 2_000_000_000
 """Parameters from which training takes too much memory: weights, gradients and AdamW take 16 bytes per trained one.
 The repair then fits only the last layer to the dense model's predictions, and a recovery trains adapters."""
 
-LAST_LAYERS = 8
-"""Layers that the repair of a smaller model fits to the dense model's predictions."""
+LAST_LAYERS = 1 / 4
+"""Fraction of the layers that the repair of a smaller model fits to the dense model's predictions."""
 
 SERVER_MODEL = 6_000_000_000
 """Parameters from which a model is searched on a large GPU, which affords more forward passes and more text."""
@@ -37,11 +38,11 @@ class Setting:
     comment: str = ""
 
 
-def size_settings(parameters: int, longest: int, *, experts: bool) -> list[Setting]:
+def size_settings(parameters: int, layers: int, longest: int, *, experts: bool) -> list[Setting]:
     """Return window lengths that a model can read, and how much text and time suit a model of this size.
 
-    parameters: of the whole model; longest: the most tokens that it reads at once; experts: whether it has any. Empty
-    if the values of `_base` fit.
+    parameters, layers: of the whole model; longest: the most tokens that it reads at once; experts: whether it has any.
+    Empty if the values of `_base` fit.
     """
     settings = []
     if longest < 128:
@@ -55,8 +56,11 @@ def size_settings(parameters: int, longest: int, *, experts: bool) -> list[Setti
         ]
     elif longest < 1024:
         settings.append(Setting("scores.seqlen", longest, "the model reads no more tokens at once"))
-    if parameters < LARGE_MODEL:
-        settings.append(Setting("repair.last_layers", LAST_LAYERS, "a small model has the memory"))
+    last_layers = math.ceil(LAST_LAYERS * layers)
+    if parameters < LARGE_MODEL and not experts and last_layers > 1:
+        settings.append(
+            Setting("repair.last_layers", last_layers, "a quarter of the layers, for which memory suffices")
+        )
     if parameters >= SERVER_MODEL:
         settings += server_settings(parameters, experts=experts)
     settings += recovery_settings(parameters, longest)
