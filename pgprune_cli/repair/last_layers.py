@@ -230,10 +230,13 @@ class _Fit:
             add_gradients(weights, gradients)
 
         def add_slices(rows: Tensor) -> None:
-            for some in rows.split(max(1, tokens_at_once(len(self.runners)) // self.inputs.shape[1])):
-                self.runners[0].run.run_slices(len(some), lambda part, some=some: add(some[part]))
+            self.runners[0].run.run_slices(len(rows), lambda part: add(rows[part]))
 
-        set_gradients(self.shards, weights, windows, add_slices)
+        def add_parts(rows: Tensor) -> None:
+            for part in rows.split(max(1, tokens_at_once(len(self.runners)) // self.inputs.shape[1])):
+                add_slices(part)
+
+        set_gradients(self.shards, weights, windows, add_parts)
 
     def _states(self, weights: Weights, rows: Tensor) -> Tensor:
         """Return the hidden states behind the final norm `(n · T, hidden)` of some rows, with a graph."""
