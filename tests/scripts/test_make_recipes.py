@@ -80,6 +80,9 @@ def test_recipe_differs_from_the_base_only_in_what_the_table_says(model) -> None
     expected = load(find("demo").parent / "_base.yaml", [f"model={model.reads}", "budget.sparsity=0.5"])
     loaded = load(find(f"{model.name}-50"))
     own = {setting.key.partition(".")[0] for setting in model.settings}
+    if model.parameters < 2000:  # there is memory for a fit of several layers
+        own |= {"repair"}
+        assert loaded.repair.last_layers == -(-model.layers // 4) > expected.repair.last_layers
     if model.parameters >= 2000:  # all weights of it are not trained in the memory of one GPU
         own |= {"recover"}
         assert (loaded.recover.train, loaded.recover.teacher, loaded.recover.top_k) == ("lora", "cached", 64)
