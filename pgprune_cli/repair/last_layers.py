@@ -163,11 +163,9 @@ def fit_last_layers(
         return refitted
     for index in masks:
         for block in family.blocks_of(model.layers[index]):
-            prefix = _name(index, block, "")
-            weights = {name.removeprefix(prefix): value for name, value in solved.items() if name.startswith(prefix)}
-            if weights:
+            if own_weights := _inside(solved, _name(index, block, "")):
                 bias = repaired[index, block.name].bias
-                own = block_of(family, model.layers[index], block, weights, bias)
+                own = block_of(family, model.layers[index], block, own_weights, bias)
                 refitted[index, block.name] = own if index == first.position else own.on_host()
     return refitted
 
@@ -175,6 +173,11 @@ def fit_last_layers(
 def _name(index: int, block: Block, name: str) -> str:
     """Return the name of a weight in the fit. name: inside the block's module."""
     return f"{index}.{block.module}.{name}"
+
+
+def _inside(weights: Weights, prefix: str) -> Weights:
+    """Return the weights whose names begin with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 @dataclass(eq=False)
@@ -242,9 +245,7 @@ class _Fit:
         """Return the hidden states behind the final norm `(n · T, hidden)` of some rows, with a graph."""
         states = rows_on(self.runners[0].device, self.inputs, rows).to(self._compute_dtype)
         for runner in self.runners:
-            prefix = f"{runner.index}."
-            own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
-            states = runner.output(own, states.to(runner.device))
+            states = runner.output(_inside(weights, f"{runner.index}."), states.to(runner.device))
         norm, head = self.model.final_norm, self.model.head
         weight = next(norm.parameters())
         normed: Tensor = norm(states.to(weight.device, weight.dtype))

@@ -90,11 +90,11 @@ def repair(
         note: called with what a user should know about single layers, a line each.
     """
     if method != "sublayer":
-        epochs = 0
+        epochs = last_layers = 0
     if reselect:
         roots = roots or error_roots(model, batches, progress)
     run = start_sharded(model, batches, ranks, copies=COPIES if epochs else 1)
-    last = fitted_layers(model, last_layers if method == "sublayer" else 0)
+    last = fitted_layers(model, last_layers)
     predicted = Predictions.of(model, batches, run) if last else None
     repaired: dict[tuple[int, str], RepairedBlock] = {}
     layer_masks = []
