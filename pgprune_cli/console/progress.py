@@ -35,6 +35,9 @@ class LayerProgress:
     def batches_done(self, done: int, total: int) -> None:
         """Report, before the first layer, that `done` of `total` batches have gone through the whole model."""
 
+    def steps_done(self, done: int, total: int) -> None:
+        """Report, after the last layer, that `done` of `total` steps of a fit are done."""
+
 
 NO_PROGRESS = LayerProgress()
 """Shows nothing."""
@@ -112,7 +115,7 @@ class StderrProgress(Progress):
         with RichProgress(*before, *columns, TextColumn("eta"), TimeRemainingColumn(), console=console) as drawing:
             bar = Bar(drawing, text, total, done, unit)
             yield bar
-            drawing.update(bar.task, completed=total)
+            bar.fill()
 
 
 class Bar(LayerProgress):
@@ -126,6 +129,11 @@ class Bar(LayerProgress):
         """Move the bar on by `count` units of work."""
         self.drawing.update(self.task, advance=count)
 
+    def fill(self) -> None:
+        """Show that everything is done."""
+        for task in self.drawing.tasks:
+            self.drawing.update(task.id, completed=task.total)
+
     def layer_done(self) -> None:
         self.advance(1)
 
@@ -134,3 +142,8 @@ class Bar(LayerProgress):
             self.drawing.update(self.task, completed=done, total=total, unit="batches")
         else:  # reset the clock: a layer takes longer than a batch
             self.drawing.reset(self.task, completed=self.done, total=self.total, unit="layers")
+
+    def steps_done(self, done: int, total: int) -> None:
+        if done == 0:  # reset the clock here too
+            self.drawing.reset(self.task, total=total, unit="steps")
+        self.drawing.update(self.task, completed=done)

@@ -9,6 +9,7 @@ hundred positions.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
 from pgprune_cli.distributed import ALONE, Ranks
 from pgprune_cli.forward.block_text import ModuleRunner
 from pgprune_cli.forward.masked import last_hidden_states
@@ -127,6 +129,7 @@ def fit_last_layers(
     repaired: RepairedBlocks,
     inputs: Tensor,
     predicted: Predictions,
+    progress: LayerProgress = NO_PROGRESS,
 ) -> dict[tuple[int, str], RepairedBlock]:
     """Return the repaired blocks of the last layers, refitted to the dense model's predictions if that helps.
 
@@ -156,7 +159,7 @@ def fit_last_layers(
         states = torch.cat([inputs[:0], *predicted.states.values()])
         for own_run in run.runs:
             del own_run.hidden_states[1:]  # the fit has read what it needs of them
-        fit = _Fit(model, runners, inputs, states, predicted.shards)
+        fit = _Fit(model, runners, inputs, states, predicted.shards, progress)
         solved = fitted(first, lambda: fit.solve(start))
     refitted = {key: block for key, block in repaired.items() if key[0] in masks}
     if solved is start:
@@ -193,6 +196,7 @@ class _Fit:
     inputs: Tensor
     predicted: Tensor
     shards: Shards
+    progress: LayerProgress
 
     def solve(self, start: Weights) -> Weights:
         """Return weights that predict more like the dense model does on the windows set aside, or `start` itself."""
@@ -200,7 +204,14 @@ class _Fit:
         if not start or not len(set_aside):
             return start
         steps = epochs_of(rest, self.inputs.shape[1], epochs=1, seed=0)
-        candidates = trained(start, steps, LEARNING_RATE, self._set_gradients)
+        done = itertools.count(1)
+        self.progress.steps_done(0, len(steps))
+
+        def set_own(weights: Weights, windows: Tensor) -> None:
+            self._set_gradients(weights, windows)
+            self.progress.steps_done(next(done), len(steps))
+
+        candidates = trained(start, steps, LEARNING_RATE, set_own)
         return best_of(start, candidates, lambda weights: self.divergence(weights, set_aside))
 
     @torch.no_grad()

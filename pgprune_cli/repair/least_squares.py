@@ -126,7 +126,7 @@ def repair(
         progress.layer_done()
     if predicted:
         fitted_masks = {index: layer_masks[index] for index in last}
-        repaired |= fit_last_layers(run, model, fitted_masks, repaired, inputs, predicted)
+        repaired |= fit_last_layers(run, model, fitted_masks, repaired, inputs, predicted, progress)
     return Repaired(tuple(layer_masks), repaired)
 
 

@@ -151,8 +151,19 @@ def test_what_goes_through_all_layers_before_the_first_is_counted_too(screen: io
     assert "3/30 layers" in screen.getvalue().split(text)[-1]
 
 
+def test_steps_of_a_fit_are_counted_after_the_layers(screen: io.StringIO) -> None:
+    with StderrProgress().layers("repairing", 2) as bar:
+        bar.layer_done()
+        bar.layer_done()
+        for done in range(3):
+            bar.steps_done(done, 60)
+        bar.drawing.refresh()
+        assert re.search(r" 2/60 steps eta ", screen.getvalue().split("repairing")[-1])
+    assert "60/60 steps" in screen.getvalue().split("repairing")[-1]
+
+
 class CountedLayers(LayerProgress):
-    """Records the kinds of reports in order: "layer", or "batches", or "all batches"."""
+    """Records the kinds of reports in order: "layer", "batches", "all batches", "steps" or "all steps"."""
 
     def __init__(self, reports: list[str]) -> None:
         self.reports = reports
@@ -162,6 +173,9 @@ class CountedLayers(LayerProgress):
 
     def batches_done(self, done: int, total: int) -> None:
         self.reports.append("all batches" if done == total else "batches")
+
+    def steps_done(self, done: int, total: int) -> None:
+        self.reports.append("all steps" if done == total else "steps")
 
 
 class CountedProgress(Progress):
@@ -185,6 +199,15 @@ def test_scores_and_width_table_report_all_batches_before_their_first_layer(smal
     for reports in with_batches:
         assert reports[reports.index("layer") - 1] == "all batches"
         assert "layer" not in reports[: reports.index("all batches")]
+
+
+def test_the_repair_reports_the_fit_of_the_last_layers_after_all_layers(small, tmp_path) -> None:
+    progress = CountedProgress()
+    search(small(*WIDTH_SEARCH, "repair.method=sublayer", "repair.last_layers=2"), tmp_path / "run", progress=progress)
+    reports = progress.reports["repairing the kept weights"]
+    layers, steps = reports.index("steps"), reports.count("steps")
+    assert reports == ["layer"] * layers + ["steps"] * steps + ["all steps"]
+    assert layers and steps
 
 
 def test_search_is_silent_by_default(small, tmp_path, capfd) -> None:
