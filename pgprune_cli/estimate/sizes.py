@@ -154,12 +154,12 @@ class Sizes:
     @property
     def fits_blocks(self) -> bool:
         """Whether whole blocks are fitted after that. Experts are not."""
-        return self.recipe.repair.method == "sublayer"
+        return self.recipe.repair.fits_blocks
 
     @property
     def last_layers(self) -> list[list[BlockSizes]]:
         """The blocks of each layer that is fitted to the dense model's predictions in the end."""
-        last = fitted_layers(self.model, self.recipe.repair.last_layers if self.fits_blocks else 0)
+        last = fitted_layers(self.model, self.recipe.repair.fitted_last_layers)
         blocks = iter(self.blocks)
         layers = [list(islice(blocks, len(self.model.family.blocks_of(layer)))) for layer in self.model.layers]
         return layers[last.start : last.stop]

@@ -220,6 +220,16 @@ class RepairSettings:
     # Regularisation, relative to the mean second moment. Higher values stay closer to the original weights.
     damping: Positive = 1e-3
 
+    @property
+    def fits_blocks(self) -> bool:
+        """Whether whole blocks are fitted, behind the closed form."""
+        return self.method == "sublayer"
+
+    @property
+    def fitted_last_layers(self) -> int:
+        """How many layers are fitted to what the dense model predicts: none unless blocks are fitted."""
+        return self.last_layers if self.fits_blocks else 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecoverSettings:

@@ -89,8 +89,6 @@ def repair(
         ranks: of the processes that call this alike; all get the same blocks.
         note: called with what a user should know about single layers, a line each.
     """
-    if method != "sublayer":
-        epochs = last_layers = 0
     if reselect:
         roots = roots or error_roots(model, batches, progress)
     run = start_sharded(model, batches, ranks, copies=COPIES if epochs else 1)

@@ -97,7 +97,7 @@ def calibration_forward_passes(recipe: Recipe, text: CalibrationText, model: Pru
         batches += repairing + curvature_windows(repairing)
     if repairs:
         batches += PASSES * repairing
-    if recipe.repair.method == "sublayer" and fitted_layers(model, recipe.repair.last_layers):
+    if fitted_layers(model, recipe.repair.fitted_last_layers):
         batches += [repairing[index] for index in last_layers_batches(repairing)]
     passes = math.ceil(sum(map(Tensor.numel, batches)) / (recipe.calibration.batch * recipe.calibration.seqlen))
     return passes + (recipe.search.steps if recipe.search.objective != "loss" else 0)
