@@ -1,0 +1,90 @@
+"""Let a model write text, to calibrate on: alone where there is no other text, or mixed with text from elsewhere.
+
+    python scripts/sample_text.py MODEL --out sampled.jsonl [--documents 256] [--tokens 128] [--seed 0]
+
+MODEL: anything a recipe's `model` may be. Every document begins behind one special token that is not written: by
+default what separated the documents of the training, `<|endoftext|>`, or the BOS token. Tokens are drawn from the
+model's own distribution, at temperature 1. The file has a row {"text": …} for each document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pgprune_cli.errors import UserError
+from pgprune_cli.model.loading import load_model, load_tokenizer
+from pgprune_cli.model.source import resolve
+from pgprune_cli.storage.atomic import new_file
+
+SEPARATOR = "<|endoftext|>"
+
+
+def first_token(tokenizer: Any, chosen: str | None) -> int:
+    """Return the id of the token that documents begin behind. Raises UserError if there is none."""
+    names = [chosen] if chosen else [SEPARATOR, tokenizer.bos_token, tokenizer.eos_token]
+    known = tokenizer.get_vocab()
+    for name in names:
+        if name in known:
+            return int(known[name])
+    raise UserError(f"--first: the tokenizer has no token {chosen}." if chosen else "Name a token with --first.")
+
+
+@torch.no_grad()
+def sampled(model: Any, first: int, documents: int, tokens: int, batch: int) -> Iterator[Tensor]:
+    """Yield tokens `(B, tokens)` int64 that the model draws behind `first`, until there are `documents` rows."""
+    for done in range(0, documents, batch):
+        start = torch.full((min(batch, documents - done), 1), first, device=next(model.parameters()).device)
+        written = model.generate(
+            start,
+            attention_mask=torch.ones_like(start),
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,  # a document that ended early would be padded
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            pad_token_id=first,
+        )
+        yield written[:, 1:].cpu()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--out", type=Path, required=True, help="a .jsonl file, which is replaced")
+    parser.add_argument("--documents", type=int, default=256, help="how many (default: 256)")
+    parser.add_argument("--tokens", type=int, default=128, help="in each document (default: 128)")
+    parser.add_argument("--batch", type=int, default=128, help="documents that are written at once (default: 128)")
+    parser.add_argument("--seed", type=int, default=0, help="the same one writes the same text (default: 0)")
+    parser.add_argument("--first", help="the token that documents begin behind")
+    parser.add_argument("--dtype", default="auto", help="float32, float16, bfloat16 (default: as stored)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU where there is one)")
+    options = parser.parse_args(arguments)
+    source = resolve(options.model)
+    tokenizer = load_tokenizer(source)
+    first = first_token(tokenizer, options.first)
+    model = load_model(source, options.dtype, options.device)
+    torch.manual_seed(options.seed)
+    written = 0
+    with new_file(options.out) as temporary, temporary.open("w", encoding="utf-8") as out:
+        for rows in sampled(model, first, options.documents, options.tokens, options.batch):
+            for text in tokenizer.batch_decode(rows, skip_special_tokens=True):
+                out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            written += len(rows)
+            print(f"{written} of {options.documents} documents", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(str(error))

@@ -1,0 +1,91 @@
+"""scripts/sample_text.py: text that a model draws from its own distribution."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.models import save_tokenizer, tiny_model
+from helpers.scripts import script_module
+
+from pgprune_cli.data.tokens import tokens_of
+from pgprune_cli.errors import UserError
+from pgprune_cli.model.loading import load_tokenizer
+from pgprune_cli.model.source import resolve
+
+sample_text = script_module("sample_text")
+SMALL = ["--documents", "6", "--tokens", "16", "--batch", "4"]
+
+
+@pytest.fixture
+def model(saved: Path, tmp_path: Path) -> Path:
+    directory = Path(shutil.copytree(saved, tmp_path / "model"))
+    save_tokenizer(directory)
+    return directory
+
+
+def written(model: Path, out: Path, *words: str) -> list[str]:
+    """Return the texts that the program writes."""
+    sample_text.main([str(model), "--out", str(out), *SMALL, *words])
+    return [json.loads(line)["text"] for line in out.read_text("utf-8").splitlines()]
+
+
+def test_a_seed_writes_the_same_documents_again(model: Path, tmp_path: Path) -> None:
+    texts = written(model, tmp_path / "a.jsonl")
+    assert len(texts) == 6
+    assert len(set(texts)) == 6
+    assert not any("<|endoftext|>" in text for text in texts)
+    assert written(model, tmp_path / "b.jsonl") == texts
+    assert written(model, tmp_path / "a.jsonl", "--seed", "1") != texts
+
+
+def test_the_file_is_a_text_to_calibrate_on(model: Path, tmp_path: Path) -> None:
+    written(model, tmp_path / "a.jsonl")
+    tokens = tokens_of(str(tmp_path / "a.jsonl"), "calibration", load_tokenizer(resolve(str(model))))
+    assert len(tokens) >= 6 * 8  # cut letters and special tokens are read back as fewer or more tokens
+
+
+def test_tokens_are_drawn_from_the_distribution_of_the_model() -> None:
+    """Whatever its generation config says; but the token that ends a document is never drawn. Frequencies lie within five deviations."""
+    model = tiny_model("llama-gqa")
+    end, first, count = 2, 0, 4096
+    settings = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.5}
+    model.generation_config.update(eos_token_id=end, **settings)  # as models for chats have them
+    torch.manual_seed(0)
+    drawn = torch.cat(list(sample_text.sampled(model, first, count, 1, batch=1000)))
+    assert drawn.shape == (count, 1)
+    with torch.no_grad():
+        logits = model(torch.tensor([[first]]), use_cache=False).logits[0, -1]
+    logits[end] = -torch.inf
+    expected = logits.softmax(0)
+    frequencies = torch.bincount(drawn.flatten(), minlength=len(expected)) / count
+    assert 1.5 < torch.special.entr(expected).sum() < 2.5  # neither one token nor all of them alike
+    assert frequencies[end] == 0
+    assert bool(((frequencies - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt()).all())
+
+
+def test_documents_begin_behind_the_separator_of_the_training_or_the_named_token(model: Path) -> None:
+    tokenizer = load_tokenizer(resolve(str(model)))
+    assert sample_text.first_token(tokenizer, None) == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert sample_text.first_token(tokenizer, "</s>") == tokenizer.eos_token_id
+    with pytest.raises(UserError, match=r"--first: the tokenizer has no token <none>"):
+        sample_text.first_token(tokenizer, "<none>")
+
+
+def test_an_interrupted_program_leaves_the_old_file(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "a.jsonl"
+    out.write_text("old")
+
+    def stopped(*arguments: object) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample_text, "sampled", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        written(model, out)
+    assert out.read_text() == "old"
+    assert [path.name for path in tmp_path.glob("*a.jsonl*")] == ["a.jsonl"]
