@@ -49,7 +49,10 @@ def test_the_file_is_a_text_to_calibrate_on(model: Path, tmp_path: Path) -> None
 
 
 def test_tokens_are_drawn_from_the_distribution_of_the_model() -> None:
-    """Whatever its generation config says; but the token that ends a document is never drawn. Frequencies lie within five deviations."""
+    """Whatever its generation config says, but for the token that ends a document, which is never drawn.
+
+    Frequencies lie within five standard deviations.
+    """
     model = tiny_model("llama-gqa")
     end, first, count = 2, 0, 4096
     settings = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.5}
