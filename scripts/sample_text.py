@@ -25,6 +25,14 @@ from pgprune_cli.model.source import resolve
 from pgprune_cli.storage.atomic import new_file
 
 SEPARATOR = "<|endoftext|>"
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def count(text: str) -> int:
+    """Return a whole number above 0. Raises ArgumentTypeError for anything else."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number above 0, got {text!r}")
+    return int(text)
 
 
 def first_token(tokenizer: Any, chosen: str | None) -> int:
@@ -61,12 +69,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--out", type=Path, required=True, help="a .jsonl file, which is replaced")
-    parser.add_argument("--documents", type=int, default=256, help="how many (default: 256)")
-    parser.add_argument("--tokens", type=int, default=128, help="in each document (default: 128)")
-    parser.add_argument("--batch", type=int, default=128, help="documents that are written at once (default: 128)")
+    parser.add_argument("--documents", type=count, default=256, help="how many (default: 256)")
+    parser.add_argument("--tokens", type=count, default=128, help="in each document (default: 128)")
+    parser.add_argument("--batch", type=count, default=128, help="documents that are written at once (default: 128)")
     parser.add_argument("--seed", type=int, default=0, help="the same one writes the same text (default: 0)")
     parser.add_argument("--first", help="the token that documents begin behind")
-    parser.add_argument("--dtype", default="auto", help="float32, float16, bfloat16 (default: as stored)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the model (default: as stored)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 … (default: a GPU where there is one)")
     options = parser.parse_args(arguments)
     source = resolve(options.model)
@@ -87,4 +95,5 @@ if __name__ == "__main__":
     try:
         main()
     except UserError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -78,6 +78,14 @@ def test_documents_begin_behind_the_separator_of_the_training_or_the_named_token
         sample_text.first_token(tokenizer, "<none>")
 
 
+@pytest.mark.parametrize("words", [["--documents", "0"], ["--tokens", "-1"], ["--batch", "x"], ["--dtype", "int3"]])
+def test_bad_options_are_refused(model: Path, tmp_path: Path, words: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        written(model, tmp_path / "a.jsonl", *words)
+    assert stopped.value.code == 2
+    assert not (tmp_path / "a.jsonl").exists()
+
+
 def test_an_interrupted_program_leaves_the_old_file(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
