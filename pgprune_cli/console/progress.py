@@ -131,8 +131,8 @@ class Bar(LayerProgress):
 
     def fill(self) -> None:
         """Show that everything is done."""
-        for task in self.drawing.tasks:
-            self.drawing.update(task.id, completed=task.total)
+        [task] = self.drawing.tasks
+        self.drawing.update(self.task, completed=task.total)
 
     def layer_done(self) -> None:
         self.advance(1)

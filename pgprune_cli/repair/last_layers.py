@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.console.progress import NO_PROGRESS, LayerProgress
+from pgprune_cli.console.progress import LayerProgress
 from pgprune_cli.distributed import ALONE, Ranks
 from pgprune_cli.forward.block_text import ModuleRunner
 from pgprune_cli.forward.masked import last_hidden_states
@@ -129,7 +129,7 @@ def fit_last_layers(
     repaired: RepairedBlocks,
     inputs: Tensor,
     predicted: Predictions,
-    progress: LayerProgress = NO_PROGRESS,
+    progress: LayerProgress,
 ) -> dict[tuple[int, str], RepairedBlock]:
     """Return the repaired blocks of the last layers, refitted to the dense model's predictions if that helps.
 
@@ -139,6 +139,7 @@ def fit_last_layers(
         repaired: theirs at least. A block that keeps all of its units stays as it is.
         inputs: of the first of these layers, see `inputs_of_fit`.
         predicted: what the fit reads of the text of `run`.
+        progress: is told the steps of the fit.
     """
     family, first = model.family, run.runs[0]
     start: dict[str, Tensor] = {}
