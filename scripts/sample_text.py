@@ -3,7 +3,7 @@
     python scripts/sample_text.py MODEL --out sampled.jsonl [--documents 256] [--tokens 128] [--seed 0]
 
 MODEL: anything a recipe's `model` may be. Every document begins behind one special token that is not written: by
-default what separated the documents of the training, `<|endoftext|>`, or the BOS token. Tokens are drawn from the
+default what separated the documents of the training, `<|endoftext|>`, or the BOS token. All others are drawn from the
 model's own distribution, at temperature 1. The file has a row {"text": …} for each document.
 """
 
@@ -12,19 +12,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from pgprune_cli.data.tokens import first_token, ordinary_tokens
 from pgprune_cli.errors import UserError
+from pgprune_cli.forward.sampling import sampled_batches
 from pgprune_cli.model.loading import load_model, load_tokenizer
 from pgprune_cli.model.source import resolve
 from pgprune_cli.storage.atomic import new_file
 
-SEPARATOR = "<|endoftext|>"
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -35,34 +33,13 @@ def count(text: str) -> int:
     return int(text)
 
 
-def first_token(tokenizer: Any, chosen: str | None) -> int:
+def chosen_token(tokenizer: Any, chosen: str | None, name: str) -> int:
     """Return the id of the token that documents begin behind. Raises UserError if there is none."""
-    names = [chosen] if chosen else [SEPARATOR, tokenizer.bos_token, tokenizer.eos_token]
-    known = tokenizer.get_vocab()
-    for name in names:
-        if name in known:
-            return int(known[name])
-    raise UserError(f"--first: the tokenizer has no token {chosen}." if chosen else "Name a token with --first.")
-
-
-@torch.no_grad()
-def sampled(model: Any, first: int, documents: int, tokens: int, batch: int) -> Iterator[Tensor]:
-    """Yield tokens `(B, tokens)` int64 that the model draws behind `first`, until there are `documents` rows."""
-    for done in range(0, documents, batch):
-        start = torch.full((min(batch, documents - done), 1), first, device=next(model.parameters()).device)
-        written = model.generate(
-            start,
-            attention_mask=torch.ones_like(start),
-            max_new_tokens=tokens,
-            min_new_tokens=tokens,  # a document that ended early would be padded
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=1.0,
-            repetition_penalty=1.0,
-            pad_token_id=first,
-        )
-        yield written[:, 1:].cpu()
+    if chosen is None:
+        return first_token(tokenizer, name, "Name a token with --first.")
+    if (token := tokenizer.get_vocab().get(chosen)) is None:
+        raise UserError(f"--first: the tokenizer has no token {chosen}.")
+    return int(token)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -79,13 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     source = resolve(options.model)
     tokenizer = load_tokenizer(source)
-    first = first_token(tokenizer, options.first)
+    first = chosen_token(tokenizer, options.first, source.name)
     model = load_model(source, options.dtype, options.device)
-    torch.manual_seed(options.seed)
+    ordinary = ordinary_tokens(tokenizer, model.get_output_embeddings().weight.shape[0])
+    starts = range(0, options.documents, options.batch)
+    shapes = [(min(options.batch, options.documents - start), options.tokens) for start in starts]
     written = 0
     with new_file(options.out) as temporary, temporary.open("w", encoding="utf-8") as out:
-        for rows in sampled(model, first, options.documents, options.tokens, options.batch):
-            for text in tokenizer.batch_decode(rows, skip_special_tokens=True):
+        for rows in sampled_batches(model, first, ordinary, shapes, options.seed):
+            for text in tokenizer.batch_decode(rows):
                 out.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
             written += len(rows)
             print(f"{written} of {options.documents} documents", file=sys.stderr)

@@ -25,6 +25,9 @@ READERS = 2
 DOCUMENTS_PER_CALL = 64
 """How many documents the tokenizer gets at a time."""
 
+SEPARATOR = "<|endoftext|>"
+"""What many models were trained to begin a document behind, even if chats begin with another token."""
+
 
 def cache_directory() -> Path:
     """Return where token streams are cached: $PGPRUNE_CACHE, or else pgprune/ in the user's cache directory."""
@@ -64,6 +67,33 @@ def check_vocabulary(tokens: Tensor, corpus: str, embeddings: int, bos: int | No
             f"{corpus}: its token ids go up to {highest}, but the model has only {embeddings} embeddings. "
             "The tokenizer in the model's directory belongs to another model."
         )
+
+
+def first_token(tokenizer: Any, name: str, advice: str) -> int:
+    """Return the token that a document begins behind: the separator of the training, BOS, or else EOS.
+
+    name, advice: the model and what to do, for the error message. Raises UserError if the tokenizer has none of them.
+    """
+    known = tokenizer.get_vocab()
+    for token in (SEPARATOR, tokenizer.bos_token, tokenizer.eos_token):
+        if token in known:
+            return int(known[token])
+    raise UserError(
+        f"{name}: its tokenizer has neither {SEPARATOR} nor BOS nor EOS to begin a document behind. {advice}"
+    )
+
+
+def ordinary_tokens(tokenizer: Any, vocabulary: int) -> Tensor:
+    """Return which of the tokens below `vocabulary` stand for text: a mask `(vocabulary,)`.
+
+    Special tokens do not, nor those that only pad the embeddings.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
+    ordinary = torch.zeros(vocabulary, dtype=torch.bool)
+    ordinary[[number for number in tokenizer.get_vocab().values() if number < vocabulary]] = True
+    ordinary[[number for number in special if number < vocabulary]] = False
+    return ordinary
 
 
 def cache_file(*settings: object) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,12 @@ def begin_with(bos: int | None, rows: Tensor) -> Tensor:
 def spread(rows: Tensor, count: int) -> Tensor:
     """Return `count` evenly spaced rows, or all rows if there are no more than that."""
     return rows if len(rows) <= count else rows[torch.arange(count) * len(rows) // count]
+
+
+def interleaved(parts: Sequence[Tensor]) -> Tensor:
+    """Return the rows of all parts `(n, …)` in one order, in which those of each part are evenly spread."""
+    places = torch.cat([(torch.arange(len(rows)) + 0.5) / max(1, len(rows)) for rows in parts])
+    return torch.cat(list(parts))[places.argsort(stable=True)]
 
 
 @dataclass(frozen=True)

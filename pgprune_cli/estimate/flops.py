@@ -52,6 +52,11 @@ def layer_passes(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
     return Flops({sizes.dtype: dense(sizes, batches)})
 
 
+def sampling(sizes: Sizes, batches: Sequence[Tensor]) -> Flops:
+    """Return the FLOPs of writing batches `(B, T)` of text, with the logits of every token."""
+    return layer_passes(sizes, batches) + Flops({sizes.dtype: 2 * tokens_in(batches) * sizes.hidden * sizes.vocabulary})
+
+
 def removals(sizes: Sizes) -> Flops:
     """Return the FLOPs of `obs` for every block."""
     return Flops({torch.float32: sum(map(removal, sizes.blocks))})

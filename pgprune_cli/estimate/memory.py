@@ -19,6 +19,7 @@ from pgprune_cli.repair.last_layers import ROWS as LAST_ROWS
 from pgprune_cli.repair.last_layers import last_layers_batches, tokens_at_once
 from pgprune_cli.repair.training import TOKENS_PER_STEP, compute_dtype
 from pgprune_cli.repair.width_table import table_bytes
+from pgprune_cli.search.costs import kv_cache
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ def memory(sizes: Sizes, texts: Texts, *, solves: bool = True) -> Memory:
     """Return the bytes that a search needs at most. solves: whether equations are solved on the device."""
     fits = sizes.has_table or sizes.repairs
     layerwise = texts.scoring if sizes.scores_on_text and sizes.statistic != "gradients" else []
-    fitted = texts.fitting if fits else []
+    table_text, repair_text = (texts.table if sizes.has_table else []), (texts.repair if sizes.repairs else [])
+    fitted = [*table_text, *repair_text]
     table = table_bytes(sizes.model, sizes.partitions, sizes.multiples) if sizes.has_table and sizes.solves else 0
     largest = max((batch.numel() for batch in [*layerwise, *fitted]), default=0)
     context = max(batch.shape[1] for batch in [*layerwise, *fitted, texts.step])
@@ -75,6 +77,7 @@ def memory(sizes: Sizes, texts: Texts, *, solves: bool = True) -> Memory:
             layer_bytes(sizes, max(largest, texts.step.numel()), context),
             logit_bytes(sizes, texts.step),
             divergence_bytes(sizes, texts.step),
+            sampling_bytes(sizes, texts.sampled),
         ),
         slices=max(slice_bytes(sizes, block) for block in sizes.blocks),
         covariances=max(solving_bytes(sizes) if solves else 0, observing_bytes(sizes, largest)) + unpacked_bytes(sizes)
@@ -82,9 +85,9 @@ def memory(sizes: Sizes, texts: Texts, *, solves: bool = True) -> Memory:
         else 0,
         block_fit=block_fit_bytes(sizes, context) if sizes.fits_blocks else 0,
         gradients=backward_bytes(sizes, texts.scoring[0]) if sizes.statistic == "gradients" else 0,
-        hidden_states=max(tokens_in(layerwise), tokens_in(fitted)) * state
-        + (block_text_bytes(sizes, fitted) if sizes.fits_blocks else 0),
-        dense_states=dense_states(sizes) * texts.heldout.numel() * state + predicted_bytes(sizes, fitted),
+        hidden_states=max(map(tokens_in, (layerwise, table_text, repair_text))) * state
+        + (block_text_bytes(sizes, repair_text) if sizes.fits_blocks else 0),
+        dense_states=dense_states(sizes) * texts.heldout.numel() * state + predicted_bytes(sizes, repair_text),
         written_widths=3 * table // sizes.layers,
         repaired_weights=repaired_bytes(sizes),
         width_table=table,
@@ -160,6 +163,25 @@ def divergence_bytes(sizes: Sizes, tokens: Tensor) -> int:
     logits = (rows * (4 + sizes.dtype.itemsize) + 8 * min(SOFTMAX_ROWS, rows)) * sizes.vocabulary
     forward = layer_bytes(sizes, tokens.numel(), tokens.shape[1]) + kept * state
     return (kept + masks) * state + max(forward, logits)
+
+
+def sampling_bytes(sizes: Sizes, batches: Sequence[Tensor]) -> int:
+    """Return the bytes that writing a batch of text takes.
+
+    They are the KV cache, a layer's part of which is copied when it grows, and the logits of one token of every window,
+    with their softmax and its sums in float64.
+    """
+    logit = sizes.dtype.itemsize + 28
+    return max(
+        (len(batch) * (window_cache_bytes(sizes, batch.shape[1]) + logit * sizes.vocabulary) for batch in batches),
+        default=0,
+    )
+
+
+def window_cache_bytes(sizes: Sizes, tokens: int) -> int:
+    """Return the bytes of the KV cache of one window, and those of a layer once more."""
+    whole = sizes.model.shape.cost(kv_cache(sizes.model, tokens))
+    return whole + whole // sizes.layers
 
 
 def slice_bytes(sizes: Sizes, block: BlockSizes) -> int:

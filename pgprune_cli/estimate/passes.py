@@ -155,4 +155,8 @@ def on_device(sizes: Sizes, batches: Sequence[Tensor], setup: Setup, copies: int
 def all_on_device(sizes: Sizes, texts: Texts, setup: Setup) -> bool:
     """Return whether the hidden states of every layer-wise pass are on the device."""
     copies = COPIES if sizes.fits_blocks else 1
-    return on_device(sizes, texts.scoring, setup) and on_device(sizes, texts.fitting, setup, copies)
+    return (
+        on_device(sizes, texts.scoring, setup)
+        and on_device(sizes, texts.table, setup)
+        and on_device(sizes, texts.repair, setup, copies)
+    )

@@ -26,6 +26,7 @@ from pgprune_cli.estimate.sizes import BlockSizes, Sizes, Texts, tokens_in
 from pgprune_cli.estimate.traffic import (
     FITTED_LOGIT,
     ROUND,
+    SAMPLED_LOGIT,
     UPDATE,
     UPDATED,
     head_bytes,
@@ -48,9 +49,13 @@ def phases(sizes: Sizes, texts: Texts, setup: Setup) -> dict[Phase, list[Work]]:
     parts: dict[Phase, list[Work]] = {
         "opening": opening(sizes),
         "scores": scores(sizes, texts.scoring, setup),
-        "width table": width_table(sizes, texts.fitting, setup),
+        "width table": width_table(sizes, texts.table, setup),
         "steps": steps(sizes, texts, setup),
-        "repair": [*repair(sizes, texts.fitting, setup), *final_losses(sizes, texts, setup)],
+        "repair": [
+            *sampling(sizes, texts, setup),
+            *repair(sizes, texts.repair, setup),
+            *final_losses(sizes, texts, setup),
+        ],
     }
     return {phase: works for phase, works in parts.items() if works}
 
@@ -119,6 +124,27 @@ def steps(sizes: Sizes, texts: Texts, setup: Setup) -> list[Work]:
         )
     parts += on_heldout(sizes, texts, setup, lambda batch: masks(sizes, batch, 1, setup).times(looks))
     return parts
+
+
+def sampling(sizes: Sizes, texts: Texts, setup: Setup) -> list[Work]:
+    """Return what the text takes that the dense model writes for the repair, token by token, and the curvature on it.
+
+    The host draws every token from probabilities in float64. Processes share the batches.
+    """
+    if not texts.sampled:
+        return []
+    tokens, rounds = tokens_in(texts.sampled), sum(batch.shape[1] for batch in texts.sampled)
+    logits = tokens * sizes.vocabulary
+    written = Work(
+        flops.sampling(sizes, texts.sampled),
+        rounds * (sum(block.nbytes for block in sizes.blocks) + sizes.hidden * sizes.vocabulary * sizes.dtype.itemsize),
+        layers(sizes, texts.sampled).traffic + logits * SAMPLED_LOGIT,
+        copied=4 * logits,
+        awaited=4 * logits,
+        operations=rounds * sum(operations(sizes, block) for block in sizes.blocks),
+    )
+    parts = [written.divided(len(texts.sampled), setup.processes)]
+    return [*parts, curvature(sizes, texts.repair, setup)] if sizes.has_table else parts
 
 
 def repair(sizes: Sizes, batches: Sequence[Tensor], setup: Setup) -> list[Work]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from pgprune_cli.estimate.memory import Memory, memory
@@ -48,8 +48,9 @@ def _beside(needed: Memory) -> int:
 
 
 def _one_window_each(texts: Texts) -> Texts:
-    scoring, fitting = ([batch[:1] for batch in batches] for batches in (texts.scoring, texts.fitting))
-    return replace(texts, scoring=scoring, fitting=fitting, step=texts.step[:1])
+    kinds = (texts.scoring, texts.table, texts.repair, texts.sampled)
+    scoring, table, repair, sampled = ([batch[:1] for batch in batches] for batches in kinds)
+    return Texts(scoring, table, repair, texts.step[:1], texts.heldout, sampled)
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def setup(sizes: Sizes, texts: Texts, room: int | None, gpus: int, processes: in
     free, reserve = int(room - needed.weights / gpus), round(RESERVE * room)
     weight = max(block.experts * block.inputs * block.outputs for block in sizes.blocks) * sizes.dtype.itemsize
     table = share_of_table(whole / gpus, free - needed.step - reserve, SLOTS * weight)
-    largest = max((batch.numel() for batch in [*texts.scoring, *texts.fitting]), default=0)
+    largest = max((batch.numel() for batch in [*texts.scoring, *texts.table, *texts.repair]), default=0)
     for_states = max(0, free - reserve - bytes_beside(sizes.model, largest))
     return Setup(table, for_states, free >= needed.beside, processes)
 

@@ -27,14 +27,16 @@ from pgprune_cli.search.costs import flops
 class Texts:
     """What a search reads, in batches of tokens `(B, T)`; only their shapes count.
 
-    scoring: read by the metric; fitting: by the width table and the repair; step: by one step; heldout: by one
-    evaluation on held-out text.
+    scoring: read by the metric; table: by the width table; repair: by the repair; step: by one step; heldout: by one
+    evaluation on held-out text; sampled: those windows of the repair that the dense model writes.
     """
 
     scoring: Sequence[Tensor]
-    fitting: Sequence[Tensor]
+    table: Sequence[Tensor]
+    repair: Sequence[Tensor]
     step: Tensor
     heldout: Tensor
+    sampled: Sequence[Tensor] = ()
 
 
 @dataclass(frozen=True)

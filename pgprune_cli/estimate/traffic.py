@@ -14,6 +14,9 @@ LOGIT, DENSE_LOGIT, LOSS_LOGIT, FITTED_LOGIT = 70, 30, 30, 70
 """Bytes that are moved for a logit: of a mask by the divergence, of the dense model, by the loss alone, and by the fit
 of the last layer."""
 
+SAMPLED_LOGIT = 60
+"""Bytes that are moved for a logit of text that the dense model writes, on the device and on the host."""
+
 UPDATED, UPDATE = 60, 40
 """Bytes that a step of AdamW moves for a parameter, with its gradient and its dtypes; operations of a step."""
 

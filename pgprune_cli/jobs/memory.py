@@ -17,7 +17,7 @@ from pgprune_cli.model.loading import empty_prunable
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.search.checks import CHECKS, Check
 from pgprune_cli.search.preparation import Preparation
-from pgprune_cli.search.texts import repair_batches, scoring_batches
+from pgprune_cli.search.texts import empty_repair_batches, empty_sampled_batches, repair_batches, scoring_batches
 
 LOWER = "Lower calibration.seqlen, set weight_format to int8 or use a smaller model."
 
@@ -32,7 +32,14 @@ def need_of(preparation: Preparation) -> Need:
 def texts_of(recipe: Recipe, text: CalibrationText) -> Texts:
     """Return what a search reads of its text."""
     step = text.search[: recipe.calibration.batch]
-    return Texts(scoring_batches(recipe, text), repair_batches(recipe, text), step, text.heldout)
+    return Texts(
+        scoring_batches(recipe, text),
+        repair_batches(recipe, text),
+        empty_repair_batches(recipe, text),
+        step,
+        text.heldout,
+        empty_sampled_batches(recipe),
+    )
 
 
 def devices_for(preparation: Preparation) -> list[torch.device]:

@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from pgprune_cli.estimate.memory import memory
-from pgprune_cli.estimate.sizes import Sizes, Texts
+from pgprune_cli.estimate.sizes import Sizes
+from pgprune_cli.jobs.memory import texts_of
 from pgprune_cli.model.context import longest_context
 from pgprune_cli.model.devices import devices_of, fastest_dtype
 from pgprune_cli.model.families import refuse_units
@@ -24,7 +25,7 @@ from pgprune_cli.recipe.reader import load, shipped_folder
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.recipe.settings import Setting, size_settings, yaml_lines
 from pgprune_cli.run.settled import absolute_text
-from pgprune_cli.search.texts import empty_text, repair_batches, scoring_batches
+from pgprune_cli.search.texts import empty_text
 
 _SECTIONS = ("", "calibration", "units", "budget", "scores", "search", "repair", "recover", "evaluation")
 
@@ -100,14 +101,7 @@ def _weight_format(recipe: Recipe, model: PrunableModel) -> Setting | None:
     """Choose int8 if the search needs more memory than is free; None if it fits, or if that would not help."""
     devices = devices_of("auto")
     free = _free_bytes(devices)
-    text = empty_text(recipe)
-    batches = Texts(
-        scoring_batches(recipe, text),
-        repair_batches(recipe, text),
-        text.search[: recipe.calibration.batch],
-        text.heldout,
-    )
-    needed = memory(Sizes(model, recipe), batches).device
+    needed = memory(Sizes(model, recipe), texts_of(recipe, empty_text(recipe))).device
     if needed <= free:
         return None
     comment = f"in full it would need {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on {devices[0].type}"

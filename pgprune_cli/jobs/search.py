@@ -36,6 +36,7 @@ from pgprune_cli.search.loop import LoopState, finite, run_steps
 from pgprune_cli.search.phases import Stopwatch
 from pgprune_cli.search.preparation import Preparation
 from pgprune_cli.search.problem import Problem, set_up
+from pgprune_cli.search.sampled_text import text_of_repair
 from pgprune_cli.search.scoring import load_or_compute_scores
 from pgprune_cli.search.texts import calibration_forward_passes, reselects
 from pgprune_cli.storage.atomic import write_bytes
@@ -190,17 +191,19 @@ def _repaired(context: SearchContext, model_mask: ModelMask) -> Repaired:
     if settings.method == "none":
         return Repaired(model_mask, {})
     notes: list[str] = []
+    batches = text_of_repair(context)
+    knows_roots = reselects(context.recipe) and batches is context.repair_batches  # the text of the width table
     with context.progress.layers("repairing the kept weights", len(model_mask)) as layers:
         repaired = repair(
             context.model,
             model_mask,
-            context.repair_batches,
+            batches,
             settings.method,
             settings.damping,
             epochs=settings.epochs if settings.fits_blocks else 0,
             last_layers=settings.fitted_last_layers,
             reselect=reselects(context.recipe),
-            roots=context.error_roots if reselects(context.recipe) else None,
+            roots=context.error_roots if knows_roots else None,
             ranks=context.ranks,
             progress=layers,
             note=notes.append,

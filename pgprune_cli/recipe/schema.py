@@ -217,6 +217,8 @@ class RepairSettings:
     last_layers: Natural = 1
     # Windows of `calibration.seqlen` tokens that the repair is fitted to.
     windows: Count = 384
+    # Windows that the dense model writes itself and that the repair is fitted to in addition.
+    sampled_windows: Natural = 0
     # Regularisation, relative to the mean second moment. Higher values stay closer to the original weights.
     damping: Positive = 1e-3
 

@@ -48,7 +48,7 @@ from pgprune_cli.repair.whole_block import block_of, kept_weights
 LEARNING_RATE = 5e-4
 """Largest learning rate of AdamW."""
 
-TOKENS = 65_536
+TOKENS = 98_304
 """Tokens that the fit reads, at most. It reads them once."""
 
 ROWS = 256

@@ -90,7 +90,7 @@ def repair(
         note: called with what a user should know about single layers, a line each.
     """
     if reselect:
-        roots = roots or error_roots(model, batches, progress)
+        roots = roots or error_roots(model, batches, progress, ranks)
     run = start_sharded(model, batches, ranks, copies=COPIES if epochs else 1)
     last = fitted_layers(model, last_layers)
     predicted = Predictions.of(model, batches, run) if last else None

@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from pgprune_cli.data.windows import interleaved
 from pgprune_cli.errors import RunError
 from pgprune_cli.forward.layerwise import LayerwiseRun
 from pgprune_cli.forward.shards import Shards
@@ -163,15 +164,9 @@ def epochs_of(shards: Sequence[Tensor], seqlen: int, epochs: int, seed: int) -> 
         part
         for _ in range(epochs)
         for part in parts(
-            _interleaved([windows[torch.randperm(len(windows), generator=generator)] for windows in shards]), seqlen
+            interleaved([windows[torch.randperm(len(windows), generator=generator)] for windows in shards]), seqlen
         )
     ]
-
-
-def _interleaved(shards: Sequence[Tensor]) -> Tensor:
-    """Return the windows of all shards in one order, in which those of each are evenly spread."""
-    places = torch.cat([(torch.arange(len(windows)) + 0.5) / max(1, len(windows)) for windows in shards])
-    return torch.cat(list(shards))[places.argsort(stable=True)]
 
 
 def scheduled(step: int, steps: int) -> float:

@@ -17,6 +17,7 @@ from typing import Literal
 
 import torch
 
+from pgprune_cli.data.tokens import first_token
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.context import refuse_longer_windows
 from pgprune_cli.model.loading import check_prunable, check_weights
@@ -32,6 +33,7 @@ from pgprune_cli.run.settled import with_metric_of_scores
 from pgprune_cli.scores.metrics import CALIBRATED
 from pgprune_cli.search.budget import check_budget
 from pgprune_cli.search.preparation import Preparation
+from pgprune_cli.search.sampled_text import NO_SAMPLED_WINDOWS
 from pgprune_cli.search.scoring import refuse_other_scores
 from pgprune_cli.search.texts import refuse_unsupported
 
@@ -143,6 +145,8 @@ def _scores(preparation: Preparation) -> str:
 
 def _tokenizer(preparation: Preparation) -> str:
     bos = preparation.bos
+    if preparation.recipe.repair.sampled_windows and bos is None:
+        first_token(preparation.tokenizer, preparation.source.name, NO_SAMPLED_WINDOWS)
     return f"{len(preparation.tokenizer):,} tokens, windows begin {'without' if bos is None else 'with'} BOS"
 
 

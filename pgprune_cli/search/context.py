@@ -52,12 +52,12 @@ class SearchContext:
 
     @cached_property
     def repair_batches(self) -> list[Tensor]:
-        """The batches that the width table and the repair are fitted to."""
+        """The batches that the width table is fitted to, and the repair unless it reads sampled ones too."""
         return repair_batches(self.recipe, self.text)
 
     @cached_property
     def error_roots(self) -> ErrorRoots:
-        """What errors cost, for the width table and the repair."""
+        """What errors cost on these batches, for the width table and the repair."""
         return error_roots(self.model, self.repair_batches, ranks=self.ranks)
 
     @cached_property

@@ -15,7 +15,7 @@ from helpers.medium import medium_model, medium_recipe, random_batches
 from helpers.units import ranks_of
 from torch import Tensor, nn
 
-from pgprune_cli.estimate.flops import Flops, block_fits, forward_passes, head_passes, layer_passes, seconds
+from pgprune_cli.estimate.flops import Flops, block_fits, forward_passes, head_passes, layer_passes, sampling, seconds
 from pgprune_cli.estimate.passes import Setup
 from pgprune_cli.estimate.phases import last_layers as last_layers_work
 from pgprune_cli.estimate.phases import phases, repair, scores, width_table
@@ -25,6 +25,7 @@ from pgprune_cli.forward import short_attention
 from pgprune_cli.forward.curvature import error_roots
 from pgprune_cli.forward.divergence import Divergence
 from pgprune_cli.forward.masked import Evaluator
+from pgprune_cli.forward.sampling import sampled_batches
 from pgprune_cli.model.masks import ModelMask
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.schema import Recipe
@@ -56,7 +57,7 @@ def repaired(sizes: Sizes, text: list[Tensor]) -> Flops:
 
 
 def flops_by_phase(recipe: Recipe, model: nn.Module, text: list[Tensor]) -> dict[str, Flops]:
-    texts = Texts(text, text, text[0], text[1])
+    texts = Texts(text, text, text, text[0], text[1])
     return {
         name: flops_of(works) for name, works in phases(Sizes(PrunableModel.of(model), recipe), texts, SETUP).items()
     }
@@ -159,6 +160,29 @@ def test_the_fit_of_the_last_layers(count: int, model: nn.Module, monkeypatch: p
     assert own.total() == pytest.approx(sum(counts), rel=0.05)
     outputs = Sizes(PrunableModel.of(model), medium_recipe("repair.last_layers=0"))
     assert repaired(sizes, text) == repaired(outputs, text) + own
+
+
+@pytest.mark.parametrize("vocabulary", [200, 2000])
+def test_the_text_that_the_dense_model_writes(vocabulary: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every token is a pass of its own, through layers that remember those before it."""
+    model, text = medium_model(vocab_size=vocabulary), random_batches(windows=8, length=32)
+    shapes = [(len(batch), batch.shape[1]) for batch in text]
+    every = torch.ones(vocabulary, dtype=torch.bool)
+    expected = counted(lambda: list(sampled_batches(model, 0, every, shapes, 0)))
+    sizes = Sizes(PrunableModel.of(model), medium_recipe())
+    assert sampling(sizes, text).total() == pytest.approx(expected, rel=0.02)
+
+
+def test_text_is_written_in_the_phase_of_the_repair(model: nn.Module) -> None:
+    text, sizes = random_batches(), Sizes(PrunableModel.of(model), medium_recipe())
+    texts = Texts(text, text, text, text[0], text[1])
+    without, own = (phases(sizes, given, SETUP) for given in (texts, replace(texts, sampled=text[:1])))
+    assert {name for name, works in own.items() if flops_of(works) != flops_of(without[name])} == {"repair"}
+    curvature = flops_of(own["repair"]) - flops_of(without["repair"]) - sampling(sizes, text[:1])
+    assert curvature.total() > 0
+    units = Sizes(PrunableModel.of(model), medium_recipe("search.policy=units"))
+    without, own = (phases(units, given, SETUP) for given in (texts, replace(texts, sampled=text[:1])))
+    assert flops_of(own["repair"]) == flops_of(without["repair"]) + sampling(units, text[:1])
 
 
 def test_forwards(model: nn.Module) -> None:

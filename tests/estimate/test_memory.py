@@ -22,6 +22,7 @@ from pgprune_cli.estimate.memory import (
     memory,
     predicted_bytes,
     repaired_bytes,
+    sampling_bytes,
     slice_bytes,
     solving_bytes,
     unpacked_bytes,
@@ -31,6 +32,7 @@ from pgprune_cli.forward.block_text import BlockText
 from pgprune_cli.forward.divergence import Divergence
 from pgprune_cli.forward.element_order import elements_in_order
 from pgprune_cli.forward.masked import Evaluator, summed_loss
+from pgprune_cli.forward.sampling import sampled_batches
 from pgprune_cli.forward.shrunk_block import ShrinkableBlock
 from pgprune_cli.model.masks import RepairedBlock
 from pgprune_cli.model.prunable import PrunableModel
@@ -119,7 +121,7 @@ def test_a_pruned_forward_allocates_no_more_than_one_blocks_slices_on_top(weight
         PrunableModel.of(model),
         medium_recipe(f"weight_format={weights}", "search.policy=units", f"repair.method={method}"),
     )
-    expected = memory(sizes, Texts([], [], tokens, tokens))
+    expected = memory(sizes, Texts([], [], [], tokens, tokens))
     evaluator = Evaluator(PrunableModel.of(model))
     fp8 = 3 + 1 if method == "none" else 2 + 4
     assert expected.slices == 512 * 64 * {"full": 3 * 4, "int8": 3 * 4 + 1, "fp8": fp8}[weights]
@@ -226,6 +228,15 @@ def test_what_the_fit_of_the_last_layers_allocates(
     assert 0.9 < block_fit_bytes(sizes, 64) / max(peaks) < 1.4
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [{}, {"vocab_size": 3000}, {"num_key_value_heads": 8}], ids=str)
+def test_what_writing_text_allocates(shape: dict[str, int], dtype: torch.dtype) -> None:
+    model, (tokens,) = medium_model(dtype, **shape), random_batches(windows=16, length=64, batches=1)
+    every = torch.ones(model.config.vocab_size, dtype=torch.bool)
+    seen = peak(lambda: list(sampled_batches(model, 0, every, [tuple(tokens.shape)], 0)))
+    assert 0.9 < sampling_bytes(Sizes(PrunableModel.of(model), medium_recipe()), [tokens]) / seen < 1.3
+
+
 def recording(make: Callable[..., None], made: list[BlockText]) -> Callable[..., None]:
     def init(self: BlockText, *arguments: object) -> None:
         make(self, *arguments)
@@ -247,14 +258,14 @@ def test_weights_are_counted_once_where_they_are_tied() -> None:
         model = medium_model(torch.bfloat16, tie_word_embeddings=tied)
         (text,) = random_batches(batches=1)
         storages = {parameter.untyped_storage().data_ptr(): parameter.nbytes for parameter in model.parameters()}
-        assert memory(Sizes(PrunableModel.of(model), medium_recipe()), Texts([], [], text, text)).weights == sum(
+        assert memory(Sizes(PrunableModel.of(model), medium_recipe()), Texts([], [], [], text, text)).weights == sum(
             storages.values()
         )
 
 
 def test_what_a_recipe_does_not_do_takes_no_memory() -> None:
     text = random_batches()
-    texts = Texts(text, text, text[0], text[1])
+    texts = Texts(text, text, text, text[0], text[1])
 
     def needed(*overrides: str) -> Memory:
         return memory(Sizes(PrunableModel.of(medium_model()), medium_recipe(*overrides)), texts)
@@ -295,5 +306,5 @@ def test_a_backward_pass_takes_what_is_said() -> None:
     model = medium_model(num_hidden_layers=6)
     (text,) = random_batches(windows=4, length=32, batches=1)
     sizes = Sizes(PrunableModel.of(model), medium_recipe("scores.metric=taylor"))
-    expected = memory(sizes, Texts([text], [], text, text)).gradients
+    expected = memory(sizes, Texts([text], [], [], text, text)).gradients
     assert 0.6 * expected < peak(lambda: score(PrunableModel.of(model), "taylor", [text], 0)) < 1.2 * expected

@@ -96,7 +96,7 @@ def work(setup: Setup, phase: str, *overrides: str) -> Work:
     """Return a phase of the medium model's search as one."""
     batches = [text(), text()]
     sizes = of(medium_model(torch.bfloat16), "search.objective=kl", "repair.windows=16", *overrides)
-    parts = phases(sizes, Texts(batches, batches, batches[0], batches[1]), setup)[phase]
+    parts = phases(sizes, Texts(batches, batches, batches, batches[0], batches[1]), setup)[phase]
     return sum(parts[1:], parts[0])
 
 

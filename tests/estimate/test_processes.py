@@ -118,7 +118,7 @@ def test_the_busiest_process_does_what_is_said(
         own = PrunableModel.of(copy.deepcopy(model))
         return counted(lambda: PHASES[phase](own, ranks, roots))
 
-    texts = Texts(TEXT, FITTED if phase == "repair" else TEXT, TEXT[0], TEXT[0][:0])
+    texts = Texts(TEXT, TEXT, FITTED, TEXT[0], TEXT[0][:0])
     parts = phases(sizes, texts, Setup(processes=world, shards=shards))[phase]
     expected = sum(part.flops.total() for part in parts)
     assert expected == pytest.approx(max(run_together(world, count)), rel=0.03)

@@ -50,6 +50,7 @@ KEYS: dict[str, list[object]] = {
     "repair.epochs": [1, 2],
     "repair.last_layers": [0, 1, 2, 9],
     "repair.windows": [1, 2, 16, 10**30],
+    "repair.sampled_windows": [0, 1, 7],
     "repair.damping": [1e-300, 1e-3, 1e300],
 }
 

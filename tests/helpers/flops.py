@@ -23,8 +23,13 @@ SOLVERS: dict[Any, Callable[..., int]] = {
     aten.cholesky_inverse: lambda a, *x, **k: 2 * a[-1] ** 3 // 3,
     aten.linalg_solve_triangular: lambda a, b, *x, **k: _each(a) * a[-1] ** 2 * b[-1],
     aten.cholesky_solve: lambda b, a, *x, **k: _each(a) * 2 * a[-1] ** 2 * b[-1],
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, *x, **k: 2 * q[0] * q[1] * q[3] * q[2] * (q[2] + 1),
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, *x, **kw: 4 * q[0] * q[1] * q[3] * _seen(q[2], k[2]),
 }
+
+
+def _seen(queries: int, keys: int) -> int:
+    """Return how many keys the last `queries` of `keys` positions see together."""
+    return queries * (keys - queries) + queries * (queries + 1) // 2
 
 
 class NoModules:

@@ -26,7 +26,8 @@ RECIPE = [
     "search.policy=widths",
     "search.objective=kl-hidden",
 ]
-RECIPE += ["repair.method=sublayer", "repair.epochs=1", "repair.windows=32", "search.checkpoint_every=2"]
+RECIPE += ["repair.method=sublayer", "repair.epochs=1", "repair.windows=32", "repair.sampled_windows=20"]
+RECIPE += ["search.checkpoint_every=2"]
 TIMING = ("seconds", "tokens_per_second", "memory_bytes")
 
 

@@ -36,6 +36,9 @@ def _a_rate_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
         (),
         ("scores.metric=magnitude", "search.forward_passes=7"),
         ("search.policy=widths", "search.masks_per_step=4", "repair.method=least-squares", "repair.windows=9"),
+        ("search.policy=widths", "search.masks_per_step=4", "repair.method=sublayer", "repair.sampled_windows=40"),
+        ("repair.method=least-squares", "repair.windows=9", "repair.sampled_windows=40"),
+        ("repair.method=none", "repair.sampled_windows=8"),
     ],
 )
 def test_a_search_takes_as_many_forward_passes_as_were_said(overrides: tuple[str, ...], small, tmp_path: Path) -> None:

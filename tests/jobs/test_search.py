@@ -499,6 +499,37 @@ def test_a_search_over_widths_resumes_bit_for_bit_and_repairs_the_same(step, obj
     assert first.calibration_forward_passes > 0
 
 
+@pytest.mark.parametrize("policy", ["units", "widths"])
+def test_text_that_the_dense_model_writes_changes_the_repair_and_nothing_before_it(policy, small, tmp_path) -> None:
+    def searched(name: str, *overrides: str) -> tuple[Decision, Path]:
+        run = tmp_path / name
+        return search(small(*WIDTHS, f"search.policy={policy}", *overrides), run), run
+
+    (plain, without), (first, run), (_, again) = (
+        searched(name, f"repair.sampled_windows={count}") for name, count in (("none", 0), ("one", 6), ("two", 6))
+    )
+    assert rows_of(run) == rows_of(without)
+    assert (run / REPAIR_FILE).read_bytes() == (again / REPAIR_FILE).read_bytes()
+    assert (run / DECISION_MASKS).read_bytes() == (again / DECISION_MASKS).read_bytes()
+    assert (run / REPAIR_FILE).read_bytes() != (without / REPAIR_FILE).read_bytes()
+    assert first.calibration_forward_passes > plain.calibration_forward_passes
+    assert first.sparsity == pytest.approx(plain.sparsity, abs=1e-9)
+
+
+def test_a_model_that_cannot_begin_a_document_is_refused_before_the_text_is_read(small, tmp_path, monkeypatch) -> None:
+    tiny_model("llama-gqa").save_pretrained(tmp_path / "model")
+    save_tokenizer(tmp_path / "model")
+    monkeypatch.setattr(preparation, "calibration_text", None)
+    tokenizer = load_tokenizer(resolve(str(tmp_path / "model")))
+    tokenizer.bos_token = tokenizer.eos_token = None
+    monkeypatch.setattr(preparation, "load_tokenizer", lambda source: tokenizer)
+    monkeypatch.setattr("pgprune_cli.data.tokens.SEPARATOR", "<none>")
+    with refused(f"{tmp_path / 'model'}: ", "neither <none> nor BOS nor EOS", "sampled_windows to 0"):
+        search(
+            small("repair.method=least-squares", "repair.sampled_windows=1", f"model={tmp_path / 'model'}"), tmp_path
+        )
+
+
 def test_the_repair_lowers_the_loss_and_is_what_the_decision_carries(small, tmp_path) -> None:
     # of fewer windows it learns too much by heart
     enough = ("search.policy=units", "search.forward_passes=0", "calibration.windows=132", "scores.metric=obs")

@@ -68,7 +68,9 @@ def test_recipe_has_the_defaults_of_the_schema() -> None:
         checkpoint_every=100,
         evaluate_every=0,
     )
-    assert got.repair == recipe.RepairSettings(method="sublayer", epochs=3, last_layers=1, windows=384, damping=1e-3)
+    assert got.repair == recipe.RepairSettings(
+        method="sublayer", epochs=3, last_layers=1, windows=384, sampled_windows=0, damping=1e-3
+    )
     assert got.evaluation == recipe.EvaluationSettings(corpora=("wikitext2",), seqlen=(128, 2048))
 
 

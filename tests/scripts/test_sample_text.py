@@ -7,8 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
-from helpers.models import save_tokenizer, tiny_model
+from helpers.models import save_tokenizer
 from helpers.scripts import script_module
 
 from pgprune_cli.data.tokens import tokens_of
@@ -48,34 +47,12 @@ def test_the_file_is_a_text_to_calibrate_on(model: Path, tmp_path: Path) -> None
     assert len(tokens) >= 6 * 8  # cut letters and special tokens are read back as fewer or more tokens
 
 
-def test_tokens_are_drawn_from_the_distribution_of_the_model() -> None:
-    """Whatever its generation config says, but for the token that ends a document, which is never drawn.
-
-    Frequencies lie within five standard deviations.
-    """
-    model = tiny_model("llama-gqa")
-    end, first, count = 2, 0, 4096
-    settings = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.9, "repetition_penalty": 1.5}
-    model.generation_config.update(eos_token_id=end, **settings)  # as models for chats have them
-    torch.manual_seed(0)
-    drawn = torch.cat(list(sample_text.sampled(model, first, count, 1, batch=1000)))
-    assert drawn.shape == (count, 1)
-    with torch.no_grad():
-        logits = model(torch.tensor([[first]]), use_cache=False).logits[0, -1]
-    logits[end] = -torch.inf
-    expected = logits.softmax(0)
-    frequencies = torch.bincount(drawn.flatten(), minlength=len(expected)) / count
-    assert 1.5 < torch.special.entr(expected).sum() < 2.5  # neither one token nor all of them alike
-    assert frequencies[end] == 0
-    assert bool(((frequencies - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt()).all())
-
-
 def test_documents_begin_behind_the_separator_of_the_training_or_the_named_token(model: Path) -> None:
     tokenizer = load_tokenizer(resolve(str(model)))
-    assert sample_text.first_token(tokenizer, None) == tokenizer.convert_tokens_to_ids("<|endoftext|>")
-    assert sample_text.first_token(tokenizer, "</s>") == tokenizer.eos_token_id
+    assert sample_text.chosen_token(tokenizer, None, "m") == tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    assert sample_text.chosen_token(tokenizer, "</s>", "m") == tokenizer.eos_token_id
     with pytest.raises(UserError, match=r"--first: the tokenizer has no token <none>"):
-        sample_text.first_token(tokenizer, "<none>")
+        sample_text.chosen_token(tokenizer, "<none>", "m")
 
 
 @pytest.mark.parametrize("words", [["--documents", "0"], ["--tokens", "-1"], ["--batch", "x"], ["--dtype", "int3"]])
@@ -95,7 +72,7 @@ def test_an_interrupted_program_leaves_the_old_file(
     def stopped(*arguments: object) -> object:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample_text, "sampled", stopped)
+    monkeypatch.setattr(sample_text, "sampled_batches", stopped)
     with pytest.raises(KeyboardInterrupt):
         written(model, out)
     assert out.read_text() == "old"
