@@ -41,7 +41,7 @@ def sampled_batches(
 
 @torch.no_grad()
 def _written(model: nn.Module, first: int, drawable: Tensor, chances: Tensor) -> Tensor:
-    """Return the tokens `(B, T)` that numbers between 0 and 1, `(B, T)` float64, choose among the predicted ones."""
+    """Return tokens `(B, T)`, drawn with one number between 0 and 1 for each: chances `(B, T)` float64."""
     causal: Any = model
     device = causal.get_input_embeddings().weight.device
     # Its name depends on the version of transformers.
@@ -54,7 +54,7 @@ def _written(model: nn.Module, first: int, drawable: Tensor, chances: Tensor) ->
         cumulative = probabilities.mul_(drawable).cumsum(-1)
         if not cumulative[:, -1].isfinite().all():
             raise RunError("the logits of text that the model writes are not finite. Try dtype float32 or bfloat16.")
-        # On one row, whatever the others are: a batch that is split for want of memory has the same tokens.
+        # Each token has a number of its own, so a batch that is split for want of memory gets the same tokens.
         drawn = torch.searchsorted(cumulative, chance * cumulative[:, -1:], right=True)
         tokens = torch.cat([tokens, drawn], dim=1)
     return tokens[:, 1:]

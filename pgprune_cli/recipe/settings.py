@@ -52,7 +52,9 @@ def size_settings(parameters: int, layers: int, longest: int, *, experts: bool) 
             Setting("scores.windows", 384),
             Setting("scores.seqlen", min(128, longest), "the same length as the windows of the search"),
             Setting("search.forward_passes", 256),
+            Setting("repair.epochs", 2, "fewer readings of more text"),
             Setting("repair.windows", 512, "a small model affords more text"),
+            Setting("repair.sampled_windows", 256, "they preserve what the calibration text does not show"),
         ]
     elif longest < 1024:
         settings.append(Setting("scores.seqlen", longest, "the model reads no more tokens at once"))

@@ -12,6 +12,7 @@ from torch import Tensor
 from pgprune_cli.errors import RunError
 from pgprune_cli.forward import sampling
 from pgprune_cli.forward.sampling import sampled_batches
+from pgprune_cli.model.quantized import quantize_projections
 
 FIRST = 0
 EVERY = torch.ones(VOCABULARY, dtype=torch.bool)
@@ -25,7 +26,17 @@ def sampled(model: Any, seed: int = 0, ordinary: Tensor = EVERY) -> list[Tensor]
 @pytest.mark.parametrize("architecture", [*ARCHITECTURES, *EXPERT_ARCHITECTURES])
 def test_every_token_is_drawn_from_the_prediction_behind_those_before_it(architecture: str) -> None:
     """The same draws from the logits of one pass over the whole text give the same text."""
-    model = tiny_model(architecture)
+    check_draws(tiny_model(architecture))
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "fp8"])
+def test_rounded_weights_write_text_too(weight_format: str) -> None:
+    model = tiny_model("llama-gqa")
+    quantize_projections(model, weight_format)
+    check_draws(model, tolerance=1e-5 if weight_format == "int8" else 0.05)
+
+
+def check_draws(model: Any, tolerance: float = 1e-5) -> None:
     for index, rows in enumerate(sampled(model)):
         chances = torch.rand(SHAPES[index], generator=torch.Generator().manual_seed(index), dtype=torch.float64)
         with torch.no_grad():
@@ -33,8 +44,8 @@ def test_every_token_is_drawn_from_the_prediction_behind_those_before_it(archite
             cumulative = model(read, use_cache=False).logits.softmax(-1).double().cumsum(-1)
         below = torch.gather(torch.nn.functional.pad(cumulative, (1, 0)), -1, rows[..., None])[..., 0]
         above = torch.gather(cumulative, -1, rows[..., None])[..., 0]
-        assert bool((below - 1e-5 <= chances).all())
-        assert bool((chances <= above + 1e-5).all())
+        assert bool((below - tolerance <= chances).all())
+        assert bool((chances <= above + tolerance).all())
 
 
 def test_tokens_come_as_often_as_the_model_predicts_them() -> None:

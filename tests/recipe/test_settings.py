@@ -21,6 +21,11 @@ def test_a_quarter_of_the_layers_of_a_small_model_is_fitted_to_predictions(
     assert settings(parameters, layers).get("repair.last_layers") == fitted
 
 
+def test_a_small_model_writes_text_for_its_own_repair() -> None:
+    assert settings(SMALL_MODEL)["repair.sampled_windows"] == 256
+    assert "repair.sampled_windows" not in settings(SMALL_MODEL + 1)
+
+
 def test_large_models_and_those_with_experts_keep_what_base_says() -> None:
     assert "repair.last_layers" not in settings(LARGE_MODEL)
     assert "repair.last_layers" not in settings(SMALL_MODEL, experts=True)
