@@ -41,7 +41,7 @@ def needed(evaluator: Evaluator, tokens: Tensor, weight_format: WeightFormat) ->
         calibration=CalibrationSettings(corpus=""),
         budget=BudgetSettings(sparsity=0.5),
     )
-    return memory(Sizes(evaluator.model, recipe), Texts([], [], tokens, tokens))
+    return memory(Sizes(evaluator.model, recipe), Texts([], [], [], tokens, tokens))
 
 
 def measured(folder: str, options: argparse.Namespace) -> dict[str, int]:
