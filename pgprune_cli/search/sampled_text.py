@@ -17,7 +17,7 @@ NO_SAMPLED_WINDOWS = "Set repair.sampled_windows to 0."
 def text_of_repair(context: SearchContext) -> list[Tensor]:
     """Return the batches `(B, T)` that the repair is fitted to: calibration text, and what the dense model writes.
 
-    Sampled windows begin as those of the calibration text do: with BOS, or in the middle of a document.
+    Sampled windows hold the beginning of a document each, behind BOS if windows of the calibration text begin with it.
     """
     recipe, bos, model = context.recipe, context.text.bos, context.model
     if not (empty := empty_sampled_batches(recipe)):
@@ -27,5 +27,6 @@ def text_of_repair(context: SearchContext) -> list[Tensor]:
     ordinary = ordinary_tokens(tokenizer, model.head.weight.shape[0])
     shapes = [(len(batch), text_tokens_in(batch.shape[1], bos)) for batch in empty]
     with context.progress.working("letting the dense model write text"):
-        sampled = sampled_batches(model.module, first, ordinary, shapes, recipe.seed, context.ranks)
-    return repair_batches(recipe, context.text, [begin_with(bos, rows) for rows in sampled])
+        written = sampled_batches(model.module, first, ordinary, shapes, recipe.seed, context.ranks)
+        sampled = [begin_with(bos, rows) for rows in written]
+    return repair_batches(recipe, context.text, sampled)

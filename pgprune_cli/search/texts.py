@@ -106,20 +106,16 @@ def calibration_forward_passes(recipe: Recipe, text: CalibrationText, model: Pru
     """Return the forward passes over calibration text besides those of the masks, in batches of the search.
 
     They are those of scores, width table and repair, one for the text that the dense model writes, and one of the dense
-    model per step if the objective needs it.
-    Passes through single blocks or the last layers, with which `repair.method: sublayer` fits them, are not passes
-    through the model and do not count.
+    model per step if the objective needs it. Passes through single blocks or the last layers, with which
+    `repair.method: sublayer` fits them, are not passes through the model and do not count.
     """
     repairs = recipe.repair.method != "none"
     scoring = scoring_batches(recipe, text)
     batches: list[Tensor] = [*scoring]
     if NEEDS.get(recipe.scores.metric) == "covariance":
         batches += curvature_windows(scoring)
-    table, sampled, repairing = (
-        repair_batches(recipe, text),
-        empty_sampled_batches(recipe),
-        empty_repair_batches(recipe, text),
-    )
+    table, repairing = repair_batches(recipe, text), empty_repair_batches(recipe, text)
+    sampled = empty_sampled_batches(recipe)
     if recipe.search.policy == "widths":
         batches += table + curvature_windows(table)
     if repairs:

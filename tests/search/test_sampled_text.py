@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +14,14 @@ from helpers.models import save_tokenizer, tiny_model
 from helpers.processes import run_together
 from torch import Tensor
 
+from pgprune_cli.console.progress import Progress
 from pgprune_cli.data.tokens import first_token, ordinary_tokens
 from pgprune_cli.data.windows import CalibrationText, interleaved
 from pgprune_cli.model.loading import load_tokenizer
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.search import sampled_text
 from pgprune_cli.search.context import SearchContext
 from pgprune_cli.search.sampled_text import text_of_repair
 from pgprune_cli.search.texts import empty_repair_batches, empty_sampled_batches
@@ -97,6 +101,29 @@ def test_the_text_depends_on_the_seed_and_not_on_the_processes(small, saved_with
     for world in (2, 4):
         texts = run_together(world, lambda ranks: torch.cat(text_of_repair(replace(own, ranks=ranks))))
         assert all(torch.equal(text, first) for text in texts)
+
+
+def test_the_user_is_told_for_as_long_as_the_model_writes(
+    small, saved_with_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    class Told(Progress):
+        @contextmanager
+        def working(self, text: str) -> Iterator[None]:
+            told.append(text)
+            yield
+            told.clear()
+
+    def writing(*arguments: object) -> Iterator[Tensor]:
+        for rows in sampling(*arguments):
+            assert told == ["letting the dense model write text"]
+            yield rows
+
+    sampling = sampled_text.sampled_batches
+    monkeypatch.setattr(sampled_text, "sampled_batches", writing)
+    text_of_repair(replace(context(small(*SETTINGS), saved_with_tokenizer), progress=Told()))
+    assert told == []
 
 
 def test_special_tokens_are_neither_drawn_nor_are_paddings_of_the_embeddings(saved_with_tokenizer: Path) -> None:
