@@ -121,8 +121,8 @@ def test_a_directory_without_a_search_is_refused(tmp_path) -> None:
 
 
 def test_a_recipe_with_unknown_keys_is_refused(searching) -> None:
-    with (searching / "recipe.yaml").open("a") as recipe:
-        recipe.write("weights: int8\n")
+    recipe = searching / "recipe.yaml"  # at the top: the message names the line, and settings are added below
+    recipe.write_text("weights: int8\n" + recipe.read_text())
     with refused("recipe.yaml:", "weights"):
         read_run(searching, "it")
 
