@@ -95,11 +95,11 @@ def loop() -> str:
     """From scores to a smaller model; the four boxes in the middle are one step."""
     parts = box(30, 20, "Scores", "how much each unit", "seems to matter")
     parts += box(30, 190, "Policy", "how wide each block should be,", "and how sure it is")
-    parts += box(270, 190, "Sample", "16 sets of widths, each", "meets the budget exactly")
+    parts += box(270, 190, "Sample", "16 sets of widths, each", "within the budget")
     parts += box(510, 190, "Forward passes", "the same text through each", "shrunk, repaired model")
     parts += box(510, 20, "Losses", "nats per token: no gradient,", "no backward pass")
     parts += box(270, 20, "Update", "what an error of each block", "costs: a regression")
-    parts += box(30, 330, "Repair", "chooses the units, refits o", "and down to the original")
+    parts += box(30, 330, "Repair", "chooses the units, refits", "the kept weights")
     parts += box(270, 330, "Decision", "which units are kept:", "small, replayable")
     parts += box(510, 330, "Export", "a smaller, ordinary model")
     parts += [arrow("125,102 125,190"), arrow("220,231 270,231"), arrow("460,231 510,231"), arrow("605,190 605,102")]

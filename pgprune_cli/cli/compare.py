@@ -48,7 +48,7 @@ def compare(
 ) -> None:
     """Compare pruning methods and an ablation on your model.
 
-    Prints one table with the perplexity of every variant. The ablation is the paper's: it adds one part of the method
+    Prints one table with the perplexity of every variant. The ablation is of the recipe: it adds one part of the method
     at a time (metric, start, widths, repair). This takes many searches. If it is interrupted, run the same command
     again to resume.
     """
