@@ -113,7 +113,7 @@ def recovery_memory(sizes: RecoverySizes) -> RecoveryMemory:
     teacher = _weight_bytes(sizes.teacher)
     return RecoveryMemory(
         weights=_student_bytes(sizes),
-        gradients=in_float32,
+        gradients=in_float32 * (2 if sizes.processes > 1 else 1),  # those that are sent are copies
         optimizer=2 * in_float32,
         activations=activation_bytes(sizes),
         logits=logit_bytes(sizes),
@@ -122,8 +122,8 @@ def recovery_memory(sizes: RecoverySizes) -> RecoveryMemory:
     )
 
 
-def recovery_disk(sizes: RecoverySizes) -> dict[str, int]:
-    """Return the bytes on disk of the cached predictions, of all checkpoints, and of the written model."""
+def recovery_disk(sizes: RecoverySizes, stored: torch.dtype) -> dict[str, int]:
+    """Return the bytes on disk of the cached predictions, of all checkpoints, and of the written model in `stored`."""
     settings = sizes.settings
     cache = 0
     if settings.teacher == "cached":
@@ -135,7 +135,7 @@ def recovery_disk(sizes: RecoverySizes) -> dict[str, int]:
     return {
         "cache": cache,
         "checkpoints": MOST * STATE_BYTES * sizes.trained,
-        "model": _weight_bytes(sizes.student),
+        "model": stored.itemsize * sum(parameter.numel() for parameter in sizes.student.module.parameters()),
     }
 
 
@@ -171,12 +171,14 @@ def activation_bytes(sizes: RecoverySizes) -> int:
 
     Per token and layer: in the residual stream, what the norms keep in float32 and what the projections read; the
     outputs of the inner projections, those of the FFN also behind the activation function; the inputs of the output
-    projections; in short windows on a CPU also the attention's weights. With gradient checkpointing, only the residual
+    projections; where attention is computed by the plain formula, as in short windows on a CPU or with soft-capping,
+    also its weights, and the capped scores. With gradient checkpointing, only the residual
     stream between the layers, and one layer at a time.
     """
     model, itemsize = sizes.student, sizes.dtype.itemsize
     hidden = model.head.weight.shape[1]
-    plain = attends_plainly(sizes.settings, on_cpu=sizes.on_cpu)
+    plain = attends_plainly(sizes.settings, on_cpu=sizes.on_cpu) or model.config._attn_implementation == "eager"
+    capped = itemsize if getattr(model.config, "attn_logit_softcapping", None) else 0
     layers = []
     for layer in model.layers:
         blocks = model.family.blocks_of(layer)
@@ -191,7 +193,7 @@ def activation_bytes(sizes: RecoverySizes) -> int:
             times = 1 if block == model.family.attention else 4 / 3
             if plain and block == model.family.attention:  # its weights in float32, and in the dtype of the products
                 scores = model.family.grid(layer, block).elements * sizes.settings.seqlen
-                per_token += scores * (4 if itemsize == 4 else 4 + itemsize)
+                per_token += scores * ((4 if itemsize == 4 else 4 + itemsize) + capped)
             per_token += hidden * (8 + itemsize) + round(width * times) * itemsize
         layers.append(per_token)
     stream = len(layers) * 4 * hidden
@@ -204,14 +206,19 @@ def logit_bytes(sizes: RecoverySizes) -> int:
     """Return the bytes of the logits of one batch, of their gradient and of what the dense model predicts.
 
     Of the whole vocabulary these are its logits; of the likeliest tokens, log-probabilities in float32 and ids. A few
-    rows exist in float32.
+    rows exist in float32. Soft-capping keeps its own result and has a gradient of its own; a division has the latter.
     """
-    settings = sizes.settings
+    settings, config = sizes.settings, sizes.student.config
+    copies = 2
+    if getattr(config, "final_logit_softcapping", None):
+        copies = 4
+    elif getattr(config, "logits_scaling", 1) != 1:
+        copies = 3
     rows, vocabulary = settings.batch * settings.seqlen, len(sizes.student.head.weight)
     listed = 12 * settings.top_k if settings.top_k else _itemsize(sizes.teacher) * vocabulary
     text = 8 * vocabulary if settings.lm else 0
     logits = rows * vocabulary * sizes.dtype.itemsize
-    return rows * (listed + text) + 2 * logits + 4 * 4 * min(SOFTMAX_ROWS, rows) * vocabulary
+    return rows * (listed + text) + copies * logits + 4 * 4 * min(SOFTMAX_ROWS, rows) * vocabulary
 
 
 def _teacher_activation_bytes(sizes: RecoverySizes) -> int:

@@ -50,8 +50,8 @@ def _written(model: nn.Module, first: int, ordinary: Tensor, chances: Tensor) ->
     for chance in chances.split(1, dim=1):
         output = causal(input_ids=tokens[:, -1:].to(device), use_cache=True, **{name: cache})
         cache = output[name]
-        probabilities = output.logits[:, -1].float().cpu().softmax(-1).double()
-        cumulative = probabilities.mul_(ordinary).cumsum(-1)
+        logits = output.logits[:, -1].float().cpu().masked_fill(~ordinary, -torch.inf)
+        cumulative = logits.softmax(-1).double().cumsum(-1)
         if not cumulative[:, -1].isfinite().all():
             raise RunError("the logits of text that the model writes are not finite. Try dtype float32 or bfloat16.")
         # Each token has a number of its own, so a batch that is split for want of memory gets the same tokens.

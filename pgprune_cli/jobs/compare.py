@@ -8,9 +8,9 @@ tables are computed once for all variants that need the same ones.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,9 +30,15 @@ from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.contradictions import refuse_contradictions
 from pgprune_cli.recipe.schema import FITTED, Bos, Recipe
 from pgprune_cli.recipe.strict_yaml import to_yaml
-from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.evaluation import perplexity_name
-from pgprune_cli.run.layout import COMPARISON_RECORD, COMPARISON_TABLE, MEASURED_FILE, SCORES_FILE, TABLES_FOLDER
+from pgprune_cli.run.layout import (
+    COMPARISON_RECORD,
+    COMPARISON_TABLE,
+    MEASURED_FILE,
+    SCORES_FILE,
+    SCORES_FOLDER,
+    TABLES_FOLDER,
+)
 from pgprune_cli.run.lock import locked
 from pgprune_cli.run.resume import refuse_other_recipe
 from pgprune_cli.run.settled import settled
@@ -199,14 +205,12 @@ def _run(
         return conditions.read(path)
     progress.say(f"{variant.name}, seed {recipe.seed}: {variant.shows}")
     _share_scores(recipe, run, out, progress)
-    earlier_seconds, start = _seconds_of_interrupted_search(run), time.monotonic()
     decision = search(recipe, run, shared_widths=_shared_widths(recipe, out), progress=progress)
-    seconds = earlier_seconds + time.monotonic() - start
     target = open_target(str(run), bos=recipe.evaluation.bos, progress=progress)
     measurements = _measure(target, recipe, conditions, progress) | {
         "forward_passes": decision.forward_passes,
         "calibration_forward_passes": decision.calibration_forward_passes,
-        "seconds": seconds,
+        "seconds": sum(decision.phases.values()),
         "seed": recipe.seed,
     }
     conditions.write(path, measurements)
@@ -214,14 +218,21 @@ def _run(
 
 
 def _share_scores(recipe: Recipe, run: Path, out: Path, progress: Progress) -> None:
-    """Copy the scores into a run. Variants with the same metric share them; random scores differ between seeds."""
+    """Copy the scores into a run. Variants with the same settings of them share them."""
     if (run / SCORES_FILE).exists():
         return
-    metric = recipe.scores.metric
-    shared = out / "scores" / (f"{metric}-{recipe.seed}" if metric == "random" else metric)
+    shared = out / SCORES_FOLDER / _name_of_scores(recipe)
     if not (shared / SCORES_FILE).exists():
         init_scores(recipe, shared, progress=progress)
     write_bytes(run / SCORES_FILE, (shared / SCORES_FILE).read_bytes())
+
+
+def _name_of_scores(recipe: Recipe) -> str:
+    """Return a name that says the metric, with a digest of what its scores depend on: the seed if they are random."""
+    metric = recipe.scores.metric
+    seed = recipe.seed if metric == "random" else None
+    settings = [asdict(recipe.scores), asdict(recipe.calibration), recipe.dtype, recipe.weight_format, seed]
+    return f"{metric}-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
 
 
 def _shared_widths(recipe: Recipe, out: Path) -> Path | None:
@@ -234,12 +245,6 @@ def _shared_widths(recipe: Recipe, out: Path) -> Path | None:
     folder = out / TABLES_FOLDER / ("repaired" if recipe.repair.method in FITTED else "unrepaired")
     make_directory(folder)
     return folder
-
-
-def _seconds_of_interrupted_search(run: Path) -> float:
-    """Return how long the search ran before it was interrupted, 0 if it never started."""
-    checkpoint = latest_checkpoint(run)
-    return checkpoint.seconds if checkpoint else 0.0
 
 
 def _measure(target: Target, recipe: Recipe, conditions: EvaluationConditions, progress: Progress) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from pgprune_cli.estimate.work import phase_seconds
 from pgprune_cli.jobs.memory import texts_of
 from pgprune_cli.model.context import refuse_longer_windows
 from pgprune_cli.model.devices import devices_of, fastest_dtype, free_bytes
-from pgprune_cli.model.loading import WeightFormat, empty_prunable
+from pgprune_cli.model.loading import WeightFormat, empty_prunable, read_config, stored_dtype
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.recover.checks import find_teacher
@@ -177,7 +177,7 @@ def estimate_recovery(
         "dtype": dtype,
         "device": _device_name(devices[:1]),
         "memory": vars(needed) | {"device": needed.device},
-        "disk": recovery_disk(sizes),
+        "disk": recovery_disk(sizes, stored_dtype(read_config(student))),
         "tokens": schedule.steps * sizes.step_tokens,
         "steps": schedule.steps,
         "flops": {name: {_name(dtype): count for dtype, count in part.items()} for name, part in parts.items()},

@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.distributed import Ranks, join, ranks_from_environment
@@ -35,8 +36,8 @@ from pgprune_cli.recover.teacher import LiveTeacher, Teacher, load_teacher
 from pgprune_cli.recover.teacher_writing import cached_teacher
 from pgprune_cli.recover.trainer import Training
 from pgprune_cli.recover.training import load_trained, train, training_arguments
-from pgprune_cli.run.interruption import stop_signals
-from pgprune_cli.run.layout import RECOVERY_RECORD, TRAINING_HISTORY
+from pgprune_cli.run.interruption import Interrupted, stop_signals
+from pgprune_cli.run.layout import CHECKPOINTS_FOLDER, RECOVERY_RECORD, TRAINING_HISTORY, WRITING_RECORD
 from pgprune_cli.run.lock import locked
 from pgprune_cli.run.recovery import RecoveryRecord, read_recoveries
 from pgprune_cli.run.settled import settled
@@ -68,7 +69,11 @@ def recover(
     request = replace(request, recipe=settled(request.recipe))
     if (request.run / RECOVERY_RECORD).exists():
         record = finished(request)
-        (progress if ranks_from_environment().is_writer else SILENT).say(f"{request.run}: is finished already")
+        if ranks_from_environment().is_writer:
+            progress.say(f"{request.run}: is finished already")
+            if (request.run / CHECKPOINTS_FOLDER).exists():  # a kill came while they were removed
+                with locked(request.run):
+                    _clean_up(request.run)
         return record
     check(request, tracker)
     backend = "cpu:gloo,cuda:nccl" if device_of(request.recipe).type == "cuda" else "gloo"
@@ -81,7 +86,8 @@ def recover(
             if ranks.is_writer:
                 check_disk(request, opened)
                 begin(request, opened)
-        _train(request, opened, ranks, shown, tracker, skip_corrupt_checkpoint)
+        if not ranks.max(holds_result(request.out.expanduser(), request.run)):
+            _train(request, opened, ranks, shown, tracker, skip_corrupt_checkpoint)
         gc.collect()  # the Trainer and its parts refer to each other, and hold the models
         with ranks.run_writer_first():
             if ranks.is_writer:
@@ -171,7 +177,7 @@ def _cached_teacher(request: Request, opened: Opened, ranks: Ranks, progress: Pr
     """Return the dense model's predictions on disk, after writing what is missing of them."""
     folder, key = cache_of(request, opened)
     with stop_signals(ranks) as stop:
-        return cached_teacher(
+        teacher = cached_teacher(
             folder,
             key,
             opened.text,
@@ -181,6 +187,9 @@ def _cached_teacher(request: Request, opened: Opened, ranks: Ranks, progress: Pr
             stop=stop,
             progress=progress,
         )
+        if stop_signal := ranks.max(stop[0] if stop else 0):  # it came while the files were checked
+            raise Interrupted(stop_signal, 0)
+    return teacher
 
 
 class _Shown:
@@ -204,14 +213,42 @@ class _Shown:
 
 
 def _write(request: Request, opened: Opened, progress: Progress) -> None:
-    """Export the best weights on held-out text, those before the training included, and record the recovery."""
+    """Write the recovered model, if it is not there already, and record the recovery in its run.
+
+    The record lies beside the model's path before the model is written, so that a kill in between costs nothing.
+    """
+    run, out = request.run, request.out.expanduser()
+    if not holds_result(out, run):
+        recovery, tensors = _result(request, opened, progress)
+        record = recovery.content(read_recoveries(opened.student.directory))
+        write_record(run / WRITING_RECORD, record | {"out": str(out.resolve())})
+        plan = plan_again(opened.student.directory, None, request.format, tensors, recovery)
+        with progress.writing(f"writing {out}", plan.progress_bytes) as on_bytes:
+            plan.write(out, on_bytes)
+    record = read_record(run / WRITING_RECORD)
+    del record["out"]
+    write_record(run / RECOVERY_RECORD, record)
+    _clean_up(run)
+
+
+def _clean_up(run: Path) -> None:
+    """Remove what a finished recovery no longer needs."""
+    (run / WRITING_RECORD).unlink(missing_ok=True)
+    remove_all(run)
+
+
+def _result(request: Request, opened: Opened, progress: Progress) -> tuple[RecoveryRecord, dict[str, Tensor]]:
+    """Return the record of the recovery, and the weights that did best on held-out text.
+
+    There are none if no step did better than the weights before the training.
+    """
     recipe, run = request.recipe, request.run
     chosen, rows = best(run), read_training_history(run)
     before = rows[0].heldout_divergence
     assert chosen is not None and chosen.heldout_divergence is not None, "the last step has a checkpoint"
     assert before is not None, "the first row is that of the start"
     helped = chosen.heldout_divergence < before
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     if helped:
         tensors = trained_tensors(_load_student(opened, recipe, chosen)[1])
     else:
@@ -237,10 +274,4 @@ def _write(request: Request, opened: Opened, progress: Progress) -> None:
         best_step=chosen.step if helped else 0,
         recipe=dump(recipe),
     )
-    out = request.out.expanduser()
-    if not holds_result(out, run):
-        plan = plan_again(opened.student.directory, None, request.format, tensors, recovery)
-        with progress.writing(f"writing {out}", plan.progress_bytes) as on_bytes:
-            plan.write(out, on_bytes)
-    write_record(run / RECOVERY_RECORD, recovery.content(read_recoveries(opened.student.directory)))
-    remove_all(run)
+    return recovery, tensors

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pgprune_cli.errors import RunError
-from pgprune_cli.jobs.recovery_request import Opened, Request, cache_of
+from pgprune_cli.jobs.recovery_request import Opened, Request, cache_of, holds_result
 from pgprune_cli.model.loading import empty_prunable
 from pgprune_cli.recover.checkpoints import MOST, STATE_BYTES, is_finished
 from pgprune_cli.recover.student import trainable, trained_parameters
@@ -42,8 +42,8 @@ def check_disk(request: Request, opened: Opened) -> None:
 
 
 def _needs(request: Request, opened: Opened) -> list[Need]:
-    run, settings = request.run, request.recipe.recover
-    needs = [Need(request.out.expanduser().resolve(), "the recovered model", "--out", opened.model_bytes)]
+    run, settings, out = request.run, request.recipe.recover, request.out.expanduser().resolve()
+    needs = [Need(out, "the recovered model", "--out", 0 if holds_result(out, run) else opened.model_bytes)]
     finished = [folder for folder in training_checkpoint_folders(run) if is_finished(folder)]
     if finished and training_checkpoint_step(finished[-1]) == opened.schedule.steps:
         return needs

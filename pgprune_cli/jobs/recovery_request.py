@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pgprune_cli.console.progress import Progress
-from pgprune_cli.distributed import Ranks
+from pgprune_cli.distributed import Ranks, ranks_from_environment
 from pgprune_cli.errors import UserError
 from pgprune_cli.export.formats import FORMATS
 from pgprune_cli.export.plan import check_new
@@ -32,16 +32,15 @@ from pgprune_cli.run.layout import (
     RECIPE_FILE,
     RECOVERY_RECORD,
     TEACHER_FOLDER,
-    TRAINING_HISTORY,
     TRAINING_RECORD,
+    WRITING_RECORD,
     is_run,
 )
 from pgprune_cli.run.lock import refuse_unusable, refuse_unwritable
 from pgprune_cli.run.provenance import record_command
-from pgprune_cli.run.recovery import read_recoveries
 from pgprune_cli.run.trackers import TrackerName, check_installed
-from pgprune_cli.run.training_history import read_training_history
 from pgprune_cli.run.training_record import TrainingRecord
+from pgprune_cli.storage.atomic import write_bytes
 from pgprune_cli.storage.records import read_record
 
 IRRELEVANT = ("recover.corpus", "recover.checkpoint_every", "recover.gradient_checkpointing")
@@ -99,7 +98,8 @@ def check(request: Request, tracker: TrackerName | None) -> None:
         raise UserError(f"recover: needs {' and '.join(missing)}. Install it with: pip install 'pgprune[recovery]'")
     if tracker is not None:
         check_installed(tracker)
-    refuse_unusable(request.run, "--run-dir")
+    if ranks_from_environment().is_writer:  # the test of the lock is in the way of another process's
+        refuse_unusable(request.run, "--run-dir")
     if is_run(request.run) and not (request.run / TRAINING_RECORD).exists():
         raise UserError(f"{request.run}: holds a search. Choose another directory for the recovery with --run-dir.")
     out = request.out.expanduser()
@@ -115,17 +115,14 @@ def check(request: Request, tracker: TrackerName | None) -> None:
 
 
 def holds_result(out: Path, run: Path) -> bool:
-    """Return whether a directory holds the model of this run already, because a kill prevented the run's own record.
+    """Return whether `out` holds the whole model of this run already, because a kill prevented the run's own record.
 
-    No two trainings take the same time to the last digit. A single file (`--format gguf`) is never recognised.
+    There was nothing at `out` when the run began to write the model, which appears there only when it is whole.
     """
-    if not (run / TRAINING_HISTORY).exists():
+    path = run / WRITING_RECORD
+    if not path.exists() or read_record(path)["out"] != str(out.resolve()):
         return False
-    rows, written = read_training_history(run), read_recoveries(out)
-    if not (rows and written):
-        return False
-    newest, last = written[-1], rows[-1]
-    return (newest["tokens"], newest["seconds"]) == (last.tokens, last.seconds)
+    return out.is_file() or (out.is_dir() and any(out.iterdir()))
 
 
 def _student(model: str) -> Source:
@@ -183,8 +180,8 @@ def open_request(request: Request, ranks: Ranks, progress: Progress) -> Opened:
 
 def begin(request: Request, opened: Opened) -> None:
     """Write the resolved recipe and what is trained into the run directory."""
-    (request.run / RECIPE_FILE).write_bytes(dump(request.recipe).encode())
-    opened.record.write(request.run)
+    opened.record.write(request.run)  # first: a run with a recipe and without this is that of a search
+    write_bytes(request.run / RECIPE_FILE, dump(request.recipe).encode())
     record_command(request.run)
 
 

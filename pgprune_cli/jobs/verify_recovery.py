@@ -20,6 +20,7 @@ from pgprune_cli.run.layout import (
     TEACHER_RECORD,
     TRAINING_HISTORY,
     TRAINING_RECORD,
+    WRITING_RECORD,
     training_checkpoint_folders,
     training_checkpoint_step,
 )
@@ -29,7 +30,15 @@ from pgprune_cli.run.training_record import TrainingRecord
 from pgprune_cli.storage.records import read_record
 from pgprune_cli.storage.rows import refuse_other_rows
 
-PARTS = (RECIPE_FILE, TRAINING_RECORD, TRAINING_HISTORY, CHECKPOINTS_FOLDER, TEACHER_FOLDER, RECOVERY_RECORD)
+PARTS = (
+    RECIPE_FILE,
+    TRAINING_RECORD,
+    TRAINING_HISTORY,
+    CHECKPOINTS_FOLDER,
+    TEACHER_FOLDER,
+    WRITING_RECORD,
+    RECOVERY_RECORD,
+)
 """What the run directory of a recovery may contain. An unfinished one has only some of it."""
 
 
@@ -56,6 +65,8 @@ def _check_part(run: Path, part: str) -> Iterable[str]:
         TrainingRecord.read(run)
     elif part == TRAINING_HISTORY:
         read_training_history(run)
+    elif part == WRITING_RECORD:
+        read_record(run / WRITING_RECORD)
     elif part == RECOVERY_RECORD:
         read_recoveries(run)
     elif part == TEACHER_FOLDER and is_cache(run / TEACHER_FOLDER):

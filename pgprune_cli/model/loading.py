@@ -211,15 +211,21 @@ def eager_if_capped(config: Any) -> dict[str, str]:
     return {"attn_implementation": "eager"} if capped else {}
 
 
+def stored_dtype(config: Any) -> torch.dtype:
+    """Return the dtype in which a model's weights are stored, as its config says."""
+    dtype: torch.dtype = getattr(torch, str(config.dtype or "float32").removeprefix("torch."))
+    return dtype
+
+
 def _build_empty(source: Source, dtype: str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     config = read_config(source)
-    name = str(config.dtype or "float32").removeprefix("torch.") if dtype == "auto" else dtype
+    chosen = stored_dtype(config) if dtype == "auto" else getattr(torch, dtype)
     build: Any = AutoModelForCausalLM.from_config
     try:
         with torch.device("meta"):
-            model: nn.Module = build(config, dtype=getattr(torch, name), **eager_if_capped(config))
+            model: nn.Module = build(config, dtype=chosen, **eager_if_capped(config))
     except Exception as error:  # dozens of kinds, see above
         raise UserError(f"{source.name}: no model can be built from its config: {reason_of(error)}.") from error
     return model.eval().requires_grad_(False)

@@ -148,6 +148,8 @@ def drop_old(run: Path) -> None:
 
 def remove_all(run: Path) -> None:
     """Remove all checkpoints of a finished recovery."""
+    for folder in training_checkpoint_folders(run):
+        (folder / CHECKPOINT_RECORD).unlink(missing_ok=True)  # first, as above
     shutil.rmtree(run / CHECKPOINTS_FOLDER, ignore_errors=True)
 
 

@@ -241,8 +241,9 @@ class _Fit:
                 for own, dense in zip(states.split(ROWS), self._wanted(part).split(ROWS), strict=True):
                     leaf = own.detach().requires_grad_()
                     slopes += torch.autograd.grad(self._summed_divergence(leaf, dense), [leaf])
-                gradients = torch.autograd.grad(states, list(weights.values()), torch.cat(slopes) / tokens)
-            add_gradients(weights, gradients)
+                gradients = torch.autograd.grad(states, list(weights.values()), torch.cat(slopes))
+            # Divided last: those of the states can be float16, in which small numbers lose their digits.
+            add_gradients(weights, [gradient / tokens for gradient in gradients])
 
         def add_slices(rows: Tensor) -> None:
             self.runners[0].run.run_slices(len(rows), lambda part: add(rows[part]))

@@ -41,6 +41,7 @@ REPAIR_FILE = "repair.safetensors"  # refitted weights
 # A recovery has a run directory of its own, with a recipe, a provenance and checkpoints as that of a search
 TRAINING_RECORD = "training.json"  # what is trained: the student, its dense model and the text, with fingerprints
 TRAINING_HISTORY = "training.jsonl"  # the history, one row per logged step
+WRITING_RECORD = "writing.json"  # where the recovered model is being written, and what recovery.json will hold
 TEACHER_FOLDER = "teacher"  # the cached predictions of the dense model, which recoveries can share elsewhere
 TEACHER_RECORD = "teacher.json"  # of which model, on which text, and how much they cover
 _TEACHER_SHARD = "predictions-{:05d}.safetensors"
@@ -53,6 +54,7 @@ REPORT_FILE = "report.html"  # by `pgprune report`
 # A comparison: these in its directory, and one file in each of its runs
 COMPARISON_RECORD = "comparison.json"
 COMPARISON_TABLE = "comparison.md"
+SCORES_FOLDER = "scores"  # the scores that its searches share
 TABLES_FOLDER = "tables"  # the width tables that its searches share, until all are finished
 MEASURED_FILE = "measured.json"  # the perplexities of one run
 

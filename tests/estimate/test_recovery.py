@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from helpers.medium import medium_model, random_batches
+from helpers.medium import VOCABULARY, medium_model, random_batches
 from helpers.memory import Allocations
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, Gemma2Config
 
 from pgprune_cli.estimate.recovery import (
     RecoverySizes,
@@ -20,6 +23,7 @@ from pgprune_cli.estimate.recovery import (
     recovery_memory,
 )
 from pgprune_cli.forward.short_attention import ShortAttention
+from pgprune_cli.model.loading import eager_if_capped
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.schema import RecoverSettings, Trained
 from pgprune_cli.recover.loss import divergences
@@ -44,11 +48,11 @@ def sizes_of(train: Trained, dtype: torch.dtype, on_cpu: bool = False) -> Recove
 def training_of(sizes: RecoverySizes) -> tuple[nn.Module, Callable[[], None]]:
     """Return the student, with adapters if they are trained, and what trains it for one step without the optimizer."""
     student = trainable(sizes.student, sizes.settings.train, sizes.settings.lora_rank)
-    (windows,) = random_batches(BATCH, LENGTH, batches=1)
+    (windows,) = random_batches(sizes.settings.batch, sizes.settings.seqlen, batches=1)
     teacher = LiveTeacher(sizes.teacher.module, 0, 1.0)
 
     def step() -> None:
-        targets = teacher.targets(windows, torch.arange(BATCH))
+        targets = teacher.targets(windows, torch.arange(len(windows)))
         with torch.autocast("cpu", torch.bfloat16, enabled=sizes.dtype == torch.bfloat16):
             divergences(student(input_ids=windows, use_cache=False).logits, targets).mean().backward()
 
@@ -104,7 +108,53 @@ def test_a_cached_teacher_needs_disk_and_no_memory_beside_the_training() -> None
     needed = recovery_memory(sizes)
     assert needed.teacher == 0
     assert needed.caching > sum(parameter.nbytes for parameter in model.module.parameters())
-    assert recovery_disk(sizes)["cache"] == pytest.approx((100 + 4) * 100 * 8 * 4, rel=0.02)  # float16, 16-bit ids
+    cache = recovery_disk(sizes, torch.bfloat16)["cache"]
+    assert cache == pytest.approx((100 + 4) * 100 * 8 * 4, rel=0.02)  # float16, 16-bit ids
+
+
+def test_the_written_model_has_the_dtype_that_it_is_stored_in() -> None:
+    sizes = sizes_of("layers", torch.float32)
+    parameters = sum(parameter.numel() for parameter in sizes.student.module.parameters())
+    assert recovery_disk(sizes, torch.bfloat16)["model"] == 2 * parameters
+
+
+def test_the_gradients_that_processes_exchange_are_copies() -> None:
+    sizes = sizes_of("layers", torch.float32)
+    alone, shared = (recovery_memory(replace(sizes, processes=count)) for count in (1, 2))
+    assert shared.gradients == 2 * alone.gradients
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_soft_capping_keeps_the_scores_and_the_logits(dtype: torch.dtype) -> None:
+    """What a step takes more with it than without, where the scores outweigh all else."""
+    settings = RecoverSettings(train="layers", batch=2, seqlen=256, heldout=2, tokens=512)
+    needed, seen = [], []
+    for caps in ({"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}, {}):
+        student, teacher = (capped_model(dtype, caps) for dtype in (torch.float32, dtype))
+        sizes = RecoverySizes(student, teacher, settings, 1, dtype)
+        _, step = training_of(sizes)
+        with Allocations() as allocated:
+            step()
+        memory = recovery_memory(sizes)
+        needed.append(memory.activations + memory.logits)
+        seen.append(allocated.peak)
+    assert needed[0] - needed[1] == pytest.approx(seen[0] - seen[1], rel=0.3)
+
+
+def capped_model(dtype: torch.dtype, caps: dict[str, float]) -> PrunableModel:
+    """Return a random Gemma 2 with these soft-caps, and without the ones that are not there."""
+    config = Gemma2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        **{"attn_logit_softcapping": None, "final_logit_softcapping": None} | caps,
+    )
+    model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, **eager_if_capped(config))
+    return PrunableModel.of(model.eval().requires_grad_(False))
 
 
 def test_gradient_checkpointing_saves_memory_and_takes_time() -> None:

@@ -13,7 +13,16 @@ from pgprune_cli.jobs import compare as job
 from pgprune_cli.jobs.compare import EvaluationConditions, compare
 from pgprune_cli.jobs.variants import select_variants, variants_of
 from pgprune_cli.repair.width_table import solve_layers
-from pgprune_cli.run.layout import COMPARISON_RECORD, COMPARISON_TABLE, DECISION_MASKS, MEASURED_FILE, TABLES_FOLDER
+from pgprune_cli.run.decision import Decision
+from pgprune_cli.run.layout import (
+    COMPARISON_RECORD,
+    COMPARISON_TABLE,
+    DECISION_MASKS,
+    MEASURED_FILE,
+    SCORES_FILE,
+    SCORES_FOLDER,
+    TABLES_FOLDER,
+)
 from pgprune_cli.search import table
 from pgprune_cli.storage.records import read_record, write_record
 
@@ -93,6 +102,29 @@ def test_searches_with_the_same_repair_share_one_width_table(recipe, tmp_path, m
     shared, alone = (tmp_path / name / "widths-repaired" / "seed-0" / DECISION_MASKS for name in ("shared", "alone"))
     assert shared.read_bytes() == alone.read_bytes()
     assert [len(row["runs"]) for row in compared["rows"]] == [1, 1, 2, 2]
+
+
+def test_variants_share_scores_only_if_they_read_the_same_text(small, tmp_path) -> None:
+    """LLM-Pruner's ten examples must not score the other rows of a recipe with its metric, nor the other way round."""
+    recipe = small("scores.metric=taylor", "repair.method=none")
+    compare(recipe, tmp_path, only=["llm-pruner-uniform", "llm-pruner", "metric"], max_windows=2)
+    scores = {name: (tmp_path / name / "seed-0" / SCORES_FILE).read_bytes() for name in ("llm-pruner", "metric")}
+    assert scores["llm-pruner"] == (tmp_path / "llm-pruner-uniform" / "seed-0" / SCORES_FILE).read_bytes()
+    assert scores["llm-pruner"] != scores["metric"]
+    assert len(list((tmp_path / SCORES_FOLDER).iterdir())) == 2
+
+
+def test_the_seconds_of_a_search_are_kept_if_its_evaluation_is_interrupted(recipe, tmp_path, monkeypatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    compare(recipe, tmp_path, only=["metric"], max_windows=2)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(job, "_measure", interrupted)
+        compare(recipe, tmp_path, only=["metric-repaired"], max_windows=2)
+    row = compare(recipe, tmp_path, only=["metric-repaired"], max_windows=2)["rows"][-1]
+    searched = Decision.load(tmp_path / "metric-repaired" / "seed-0")
+    assert row["runs"][0]["seconds"] == sum(searched.phases.values()) > 0
 
 
 def test_a_cell_shows_the_mean_and_the_standard_deviation_over_the_seeds() -> None:

@@ -43,7 +43,16 @@ from pgprune_cli.recover import teacher
 from pgprune_cli.recover.loss import divergences
 from pgprune_cli.recover.teacher import LiveTeacher
 from pgprune_cli.recover.texts import recovery_text
-from pgprune_cli.run.layout import CHECKPOINT_RECORD, RECOVERY_RECORD, TEACHER_FOLDER, TRAINING_RECORD
+from pgprune_cli.run.interruption import Interrupted
+from pgprune_cli.run.layout import (
+    CHECKPOINT_RECORD,
+    CHECKPOINTS_FOLDER,
+    LOCK_FILE,
+    RECOVERY_RECORD,
+    TEACHER_FOLDER,
+    TRAINING_RECORD,
+    WRITING_RECORD,
+)
 from pgprune_cli.run.training_history import read_training_history
 from pgprune_cli.storage.records import read_record, write_record
 
@@ -162,20 +171,82 @@ def test_finished_recovery_returns_its_record(folder: Path, capfd: pytest.Captur
         recover(replace(request(folder), out=folder / "elsewhere"))
 
 
-def test_kill_between_the_model_and_the_record_of_its_run_costs_nothing(folder: Path) -> None:
-    asked = request(folder, name="killed")
+def killed_at(asked: Request, module: Any, name: str, calls: int = 1) -> None:
+    """Recover in a process that is killed in place of the given call of a function in a module."""
     if (child := os.fork()) == 0:
-        job.write_record = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        function, places = getattr(module, name), iter(range(1, calls + 1))
+
+        def call(*arguments: Any) -> Any:
+            if next(places) == calls:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments)
+
+        setattr(module, name, call)
         recover(asked)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    written = recovery_of(folder / "killed")
+
+
+@pytest.mark.parametrize("format_name", ["hf", "gguf"])
+def test_kill_between_the_model_and_the_record_of_its_run_costs_nothing(
+    folder: Path, format_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if format_name == "gguf":
+        pytest.importorskip("gguf", reason="needs the extra: pip install 'pgprune[gguf]'")
+    asked = request(folder, name=f"killed.{format_name}", format=format_name)
+    killed_at(asked, job, "write_record", calls=2)
     assert not (asked.run / RECOVERY_RECORD).exists()
     with refused("better", "already exists"):  # the model of another run
         recover(replace(asked, out=folder / "better"))
-    assert recover(asked) == written == recovery_of(asked.run)
-    assert not verify(folder / "killed").faults
+    monkeypatch.setattr(recovery_disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    record = recover(asked)  # takes no disk, as nothing is left to write
+    assert record == recovery_of(asked.run)
+    assert "out" not in record
+    if format_name == "hf":
+        assert record == recovery_of(asked.out)
+    assert not verify(asked.out).faults
     assert not (asked.run / "checkpoints").exists()
+    assert not (asked.run / WRITING_RECORD).exists()
+
+
+def test_kill_before_the_model_is_there_writes_it_again(folder: Path) -> None:
+    asked = request(folder, name="unwritten")
+    killed_at(asked, job, "plan_again")
+    assert (asked.run / WRITING_RECORD).exists()
+    assert not asked.out.exists()
+    assert not verify(asked.run).faults
+    assert recover(asked) == recovery_of(asked.out) == recovery_of(asked.run)
+
+
+def test_kill_at_the_beginning_leaves_a_run_that_can_be_resumed(folder: Path) -> None:
+    asked = request(folder, name="begun")
+    killed_at(asked, recovery_request, "write_bytes")
+    assert {path.name for path in asked.run.iterdir()} == {TRAINING_RECORD, LOCK_FILE}
+    assert recover(asked)["best_step"] == recovery_of(folder / "better")["best_step"]
+
+
+def test_checkpoints_that_a_kill_left_are_removed_by_the_next_start(folder: Path) -> None:
+    asked = request(folder, name="left")
+    killed_at(asked, job, "remove_all")
+    assert (asked.run / CHECKPOINTS_FOLDER).exists()
+    recover(asked)
+    assert not (asked.run / CHECKPOINTS_FOLDER).exists()
+
+
+def test_signal_while_the_predictions_are_checked_stops_the_recovery(folder: Path, monkeypatch) -> None:
+    asked = request(folder, "recover.teacher=cached", "recover.top_k=8", name="signalled")
+    cached = job.cached_teacher
+
+    def signalled(*arguments: Any, **options: Any) -> Any:
+        written = cached(*arguments, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return written
+
+    monkeypatch.setattr(job, "cached_teacher", signalled)
+    with pytest.raises(Interrupted) as stopped:
+        recover(asked)
+    assert (stopped.value.signum, stopped.value.step) == (signal.SIGTERM, 0)
+    assert not (asked.run / CHECKPOINTS_FOLDER).exists()
 
 
 def test_recovered_model_can_be_recovered_again(folder: Path) -> None:
