@@ -200,10 +200,11 @@ def _reported() -> Iterator[None]:
 
 
 @contextmanager
-def join(backend: str = "gloo") -> Iterator[Ranks]:
+def join(backend: str = "gloo", common: tuple[type[Exception], ...] = ()) -> Iterator[Ranks]:
     """Connect to the other processes inside the `with`. Raises RunError if they cannot be reached.
 
     backend: of `torch.distributed`. A training also exchanges gradients, on the GPUs with NCCL: `cpu:gloo,cuda:nccl`.
+    common: exceptions that all processes raise at the same time.
     """
     ranks = ranks_from_environment()
     if ranks.world_size == 1:
@@ -221,7 +222,9 @@ def join(backend: str = "gloo") -> Iterator[Ranks]:
     try:
         yield ranks
     except BaseException as error:
-        if not isinstance(error, RunError):  # after which another process may be gone, and torch 2.6 waits for it
+        # After a RunError another process may be gone, and torch 2.6 waits for it. NCCL also waits for processes that
+        # do not know of the error. This one then ends without goodbye, and torchrun stops the others.
+        if isinstance(error, common) or ("nccl" not in backend and not isinstance(error, RunError)):
             distributed.destroy_process_group()
         raise
     distributed.destroy_process_group()

@@ -14,11 +14,14 @@ import torch
 from helpers.messages import says
 from helpers.one_search import RECIPE, SECONDS, STEPS, arguments, result_of
 
+from pgprune_cli import distributed
 from pgprune_cli.cli import program as cli
 from pgprune_cli.distributed import Ranks, join, ranks_from_environment, ranks_of_this_machine
+from pgprune_cli.errors import RunError
 from pgprune_cli.jobs.search import search
 from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.run.checkpoint import latest_checkpoint
+from pgprune_cli.run.interruption import Interrupted
 from pgprune_cli.run.layout import DECISION_RECORD
 
 
@@ -196,3 +199,36 @@ def test_torchrun_is_for_search(verb, second_of_two, monkeypatch, capfd) -> None
         cli.main()
     assert ended.value.code == 2
     says(capfd.readouterr().err, f"pgprune, rank 1: {verb}: ", "torchrun")
+
+
+@pytest.mark.parametrize(
+    ("backend", "error", "leaves"),
+    [
+        ("gloo", ValueError("only here"), True),
+        ("gloo", RunError("another process has died"), False),
+        ("cpu:gloo,cuda:nccl", ValueError("only here"), False),
+        ("cpu:gloo,cuda:nccl", KeyboardInterrupt(), False),
+        ("cpu:gloo,cuda:nccl", Interrupted(15, 3), True),
+        ("cpu:gloo,cuda:nccl", None, True),
+    ],
+)
+def test_a_process_that_fails_alone_never_waits_for_the_others(backend, error, leaves, monkeypatch) -> None:
+    """To leave a group with NCCL is to wait for all of its processes, which are in the middle of a sum."""
+    left = []
+    for name, value in {"TORCHELASTIC_RUN_ID": "test", "RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(distributed, "_private_store", lambda ranks: None)
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
+
+    def work() -> None:
+        with join(backend, common=(Interrupted,)):
+            if error is not None:
+                raise error
+
+    if error is None:
+        work()
+    else:
+        with pytest.raises(type(error)):
+            work()
+    assert bool(left) is leaves

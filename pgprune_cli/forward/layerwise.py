@@ -172,7 +172,12 @@ class LayerwiseRun:
                 parts: list[Tensor] = []
 
                 def run(windows: slice, batch: Tensor = batch, parts: list[Tensor] = parts) -> None:
-                    output = self._run(layer, index, batch[windows])
+                    try:
+                        output = self._run(layer, index, batch[windows])
+                    except BaseException:  # for want of memory: a smaller part needs the room of what is recorded
+                        inputs.clear()
+                        calls.clear()
+                        raise
                     for paths, observe in observers.items():
                         self._show(observe, [inputs[path] for path in paths])
                     inputs.clear()

@@ -77,7 +77,7 @@ def recover(
         return record
     check(request, tracker)
     backend = "cpu:gloo,cuda:nccl" if device_of(request.recipe).type == "cuda" else "gloo"
-    with join(backend) as ranks, ExitStack() as until_finished:
+    with join(backend, common=(Interrupted,)) as ranks, ExitStack() as until_finished:
         shown = progress if ranks.is_writer else SILENT
         if ranks.is_writer:
             until_finished.enter_context(locked(request.run))

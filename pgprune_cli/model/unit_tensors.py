@@ -68,15 +68,11 @@ class KeptElements:
         return kept
 
     def runs(self, runs: int, device: torch.device) -> Tensor:
-        """Return the kept runs of a part with `runs` runs, int64, in the order of the elements, on a device.
-
-        From pinned memory, the host does not wait for the copy.
-        """
+        """Return the kept runs of a part with `runs` runs, int64, in the order of the elements, on a device."""
         key = (runs, device)
         if key not in self._indices:
             index = (self._elements // (self._count // runs)).unique_consecutive()
-            on_host = index.pin_memory() if device.type == "cuda" else index
-            self._indices[key] = on_host.to(device, non_blocking=True)
+            self._indices[key] = _sent(index, device)
         return self._indices[key]
 
     def members(self, groups: int) -> tuple[Tensor, Tensor]:
@@ -175,9 +171,14 @@ def _gather_stacked(values: Tensor, tensor: UnitTensor, kept: KeptElements) -> T
         start + (members[:, :, None] * part.width + torch.arange(part.width)).flatten(1)
         for start, part in zip(starts, tensor.parts, strict=False)
     ]
-    index = torch.cat(rows, 1).to(values.device)
-    chosen = values.index_select(0, groups.to(values.device)).movedim(tensor.axis, 1)
+    index = _sent(torch.cat(rows, 1), values.device)
+    chosen = values.index_select(0, _sent(groups, values.device)).movedim(tensor.axis, 1)
     expanded = index.view(*index.shape, *(1,) * (chosen.dim() - 2)).expand(-1, -1, *chosen.shape[2:])
     picked = chosen.gather(1, expanded)
     del chosen  # at most two copies exist at a time
     return picked.movedim(1, tensor.axis).contiguous()
+
+
+def _sent(index: Tensor, device: torch.device) -> Tensor:
+    """Return an index of the host on a device. From pinned memory, the host does not wait for the copy."""
+    return (index.pin_memory() if device.type == "cuda" else index).to(device, non_blocking=True)

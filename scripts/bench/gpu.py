@@ -82,9 +82,11 @@ def main() -> None:
     options = arguments()
     transformers.utils.logging.disable_progress_bar()
     began = time.monotonic()
-    results = {name: measure(name, options) for name in options.shapes}
-    text = markdown(results, devices_of(options.device)[0], time.monotonic() - began)
-    options.out.write_text(text)
+    results: dict[str, Measured] = {}
+    for name in options.shapes:
+        results[name] = measure(name, options)
+        text = markdown(results, devices_of(options.device)[0], time.monotonic() - began)
+        options.out.write_text(text)  # each time: a later shape may be stopped from outside
     print(text)
     raise SystemExit(any(result.failure for result in results.values()))
 
@@ -94,7 +96,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("shapes", nargs="*", default=list(RECIPES), metavar="SHAPE", help=", ".join(RECIPES))
     parser.add_argument("--layers", type=int, default=8, help="layers to measure (default: 8)")
     parser.add_argument("--hidden", type=int, default=HIDDEN, help="shrink everything else alike (default: 4096)")
-    parser.add_argument("--device", default="cuda", help="cuda, cuda:1, cpu (default: cuda)")
+    parser.add_argument(
+        "--device", choices=["cuda", "cpu"], default="cuda", help="CUDA_VISIBLE_DEVICES chooses the GPU (default: cuda)"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipes")
     parser.add_argument("--folder", type=Path, help="where the models are written, about 25 GB (default: $TMPDIR)")
     parser.add_argument("--out", type=Path, default=Path("gpu.md"), help="the table (default: gpu.md)")
@@ -105,14 +109,15 @@ def arguments() -> argparse.Namespace:
 
 
 def measure(name: str, options: argparse.Namespace) -> Measured:
-    """Measure one shape. What fails is recorded."""
+    """Measure one shape. Whatever fails is recorded, and the other shapes are still measured."""
     whole = int(SHAPES[name]["layers"])
     result = Measured((min(options.layers, whole), whole))
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         try:
             _measure(name, options, Path(folder), result)
-        except (RunError, UserError, torch.OutOfMemoryError) as error:
-            result.failure = " ".join(str(error).split())
+        except Exception as error:  # of dozens of kinds on a machine where nothing has run yet
+            kind = "" if isinstance(error, (RunError, UserError)) else f"{type(error).__name__}: "
+            result.failure = kind + " ".join(str(error).split())
     return result
 
 

@@ -1,5 +1,10 @@
 """A layer-wise run over all batches computes what the model's own forward pass computes."""
 
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
 import pytest
 import torch
 from helpers.models import VOCABULARY, tiny_config, tiny_model
@@ -107,17 +112,28 @@ def test_watchers_see_every_call_of_a_module_as_the_layer_makes_it(architecture:
 def test_watchers_see_each_window_once_when_memory_runs_out() -> None:
     model = tiny_model("mistral")
     run, calls = start_layerwise(PrunableModel.of(model), batches()), []
+    newest: list[weakref.ref[Tensor]] = []
+    failed: list[weakref.ref[Tensor]] = []
+
+    def begin(_: nn.Module, __: tuple[Tensor, ...], arguments: dict[str, Any]) -> None:
+        assert all(tensor() is None for tensor in failed), "a failed attempt still holds memory"
+        newest.append(weakref.ref(arguments["hidden_states"]))
 
     def fail(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         if len(inputs[0]) > 1:  # behind the attention, which has been called by then
+            failed.append(newest[-1])
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    handle = model.model.layers[0].mlp.register_forward_pre_hook(fail)
+    first = model.model.layers[0]
+    begun = first.self_attn.register_forward_pre_hook(begin, with_kwargs=True)
+    handle = first.mlp.register_forward_pre_hook(fail)
     run.observe(0, {}, {"self_attn": calls.append})
     assert [len(call.inputs) for call in calls] == [1] * sum(map(len, batches()))
     with pytest.raises(torch.OutOfMemoryError):
         run.call(0, "self_attn", 2)
     assert isinstance(run.call(0, "self_attn", 1), ModuleCall)
+    assert failed
+    begun.remove()
     handle.remove()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
