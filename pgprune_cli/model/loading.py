@@ -94,21 +94,28 @@ def load_prunable(
 
 
 def load_model(
-    source: Source, dtype: str, device: str | Sequence[torch.device], weight_format: WeightFormat = "full"
+    source: Source,
+    dtype: str,
+    device: str | Sequence[torch.device],
+    weight_format: WeightFormat = "full",
+    *,
+    beside_another: bool = False,
 ) -> nn.Module:
     """Load a causal model for forward passes: eval mode, no gradients, in `dtype` ("auto": as stored), on `device`.
 
     device: auto (the emptiest GPU, or as many as the weights need, or the CPU), a torch device, or a list of them, as
     text with commas or as a sequence, over which the layers are spread in order (several need accelerate).
     weight_format: int8 and fp8 round the prunable projections, each as it is read; a GGUF file is unpacked as a whole
-    in main memory first. Raises UserError if the weights or the device are not available.
+    in main memory first. beside_another: auto leaves the first of several GPUs to another model.
+
+    Raises UserError if the weights or the device are not available.
     """
     devices = devices_of(device) if isinstance(device, str) else list(device)
     _check_files(source)
     empty = _build_empty(source, dtype)
     check_weights(source, empty)
     if device == "auto" and len(devices) > 1:
-        devices = _emptiest_devices(empty, weight_format, devices)
+        devices = _emptiest_devices(empty, weight_format, devices[1:] if beside_another else devices)
     if weight_format == "full":
         model = read_weights(source, empty, dtype, devices)
     else:

@@ -162,6 +162,17 @@ def test_auto_uses_as_many_devices_as_the_weights_need(free, count, monkeypatch)
     assert used == devices[:count]
 
 
+def test_auto_leaves_the_first_of_several_devices_to_another_model(monkeypatch):
+    devices, used = [torch.device("cpu", index) for index in range(3)], []
+    monkeypatch.setattr(loading, "devices_of", lambda _: devices)
+    monkeypatch.setattr(loading, "free_bytes", lambda _: 1 << 40)
+    monkeypatch.setattr(loading, "read_weights", lambda *args: used.append(args[-1]) or tiny_model("llama-gqa"))
+    load_model(resolve("demo"), "bfloat16", "auto")
+    load_model(resolve("demo"), "bfloat16", "auto", beside_another=True)
+    load_model(resolve("demo"), "bfloat16", "cpu:0,cpu:1", beside_another=True)  # named ones are all used
+    assert used == [devices[:1], devices[1:2], devices]
+
+
 def test_a_spread_model_gives_the_same_losses_as_on_one_device():
     """Everything is on the CPU, but with accelerate's hooks, which shrunk and layer-wise passes must work with."""
     accelerate = pytest.importorskip("accelerate", reason="needs the extra: pip install 'pgprune[multi-gpu]'")
