@@ -9,6 +9,7 @@ import typer
 
 from pgprune_cli.cli.options import AsJson, Calibration, RecipeName, Set, Sparsity, examples, model_names
 from pgprune_cli.cli.tables import print_result
+from pgprune_cli.console.commands import command_line
 
 recipes_app = typer.Typer(
     invoke_without_command=True,
@@ -93,4 +94,6 @@ def copy(
     from pgprune_cli.recipe.text import copy
 
     written = copy(recipe, file)
-    print_result({"recipe": str(written)}, as_json, f"{written}: edit it, then pgprune search {written}")
+    print_result(
+        {"recipe": str(written)}, as_json, f"{written}: edit it, then {command_line('pgprune', 'search', written)}"
+    )

@@ -22,6 +22,7 @@ from pgprune_cli.cli.options import (
 from pgprune_cli.cli.saved import saved_by_recover
 from pgprune_cli.cli.stopping import resumable
 from pgprune_cli.cli.tables import print_recovery_estimate, print_result
+from pgprune_cli.console.commands import command_line
 from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.distributed import ranks_from_environment
 from pgprune_cli.run.layout import runs_folder
@@ -120,7 +121,7 @@ def recover(
         f"(before {record['loss_before']:.4f}), best at step {record['best_step']} of {record['steps']}",
     )
     if not quiet:
-        print(f"next: pgprune eval {out} --baseline {model}", file=STDERR)
+        print(f"next: {command_line('pgprune', 'eval', out, '--baseline', model)}", file=STDERR)
 
 
 def _open(model: str, recipe: str | None, text: str | None, overrides: list[str]) -> Recipe:

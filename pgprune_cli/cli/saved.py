@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pgprune_cli.console.commands import command_line
 from pgprune_cli.run.layout import (
     CHECKPOINT_RECORD,
     DECISION_RECORD,
@@ -85,7 +86,7 @@ def saved_by_export(out: Path, repository: str | None = None) -> SavedWork:
     """Describe what an export to `out` has written, and how to finish its upload. An export is complete or absent."""
     if not out.exists():
         return SavedWork(f"nothing is written to {out}")
-    upload = f". Upload it with: hf upload {repository} {out}" if repository else ""
+    upload = f". Upload it with: {command_line('hf', 'upload', repository, out)}" if repository else ""
     return SavedWork(f"{out} is complete{upload}", complete=True)
 
 

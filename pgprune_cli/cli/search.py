@@ -26,6 +26,7 @@ from pgprune_cli.cli.options import (
 from pgprune_cli.cli.saved import saved_by_search
 from pgprune_cli.cli.stopping import resumable
 from pgprune_cli.cli.tables import print_estimate, print_result
+from pgprune_cli.console.commands import command_line
 from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.distributed import ranks_from_environment
 from pgprune_cli.errors import UserError
@@ -126,7 +127,7 @@ def search(
     if decision.phases and not quiet:
         print(f"seconds: {decision.seconds_by_phase()}", file=STDERR)
     if not quiet:
-        print(f"next: pgprune export {run}, or pgprune eval {run}", file=STDERR)
+        print(f"next: {command_line('pgprune', 'export', run)}, or {command_line('pgprune', 'eval', run)}", file=STDERR)
 
 
 def _open(
@@ -138,9 +139,8 @@ def _open(
     if not is_model(name):
         return open_recipe(name, out, [*options, *overrides])
     if sparsity is None:
-        raise UserError(
-            f"{name}: a model, not a recipe. Say how much to remove, for example: pgprune search {name} --sparsity 0.3"
-        )
+        example = command_line("pgprune", "search", name, "--sparsity", 0.3)
+        raise UserError(f"{name}: a model, not a recipe. Say how much to remove, for example: {example}")
     from pgprune_cli.jobs.new_recipe import new_recipe, run_name
 
     run = out or runs_folder() / run_name(name, sparsity)

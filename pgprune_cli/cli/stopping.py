@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +13,7 @@ import typer
 from pgprune_cli.cli.complaints import complain
 from pgprune_cli.cli.saved import SavedWork
 from pgprune_cli.console import signals
+from pgprune_cli.console.commands import command_line
 from pgprune_cli.distributed import ranks_from_environment
 
 
@@ -59,6 +59,6 @@ def _print_stop(work: SavedWork) -> None:
     text = f"stopped: {work.text}"
     if not work.complete:
         is_alone = ranks_from_environment().world_size == 1
-        command = shlex.join(["pgprune", *sys.argv[1:]]) if is_alone else "the same torchrun command"
-        text += f". Resume with: {command}"
+        again = command_line("pgprune", *sys.argv[1:]) if is_alone else "the same torchrun command"
+        text += f". Resume with: {again}"
     complain(text)

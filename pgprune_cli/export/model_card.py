@@ -16,6 +16,7 @@ from pgprune_cli.model.masks import ModelMask, RepairedBlocks
 from pgprune_cli.model.names import is_absolute, is_hub_name, short_name
 from pgprune_cli.model.prunable import Shape
 from pgprune_cli.run.decision import Decision
+from pgprune_cli.run.evaluation import accuracy
 from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD
 
 LOADING = "## How to load it"
@@ -144,7 +145,7 @@ class ModelCard:
                 row["task"],
                 "" if row["shots"] is None else row["shots"],
                 row["metric"],
-                f"{row['value']:.4f}",
+                accuracy(row),
                 "" if row["stderr"] is None else f"{row['stderr']:.4f}",
                 f"{row['items']:,}",
                 _yes_or_no(row["bos"]),

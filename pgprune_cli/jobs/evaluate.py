@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pgprune_cli.console.progress import SILENT, Progress
+from pgprune_cli.console.stderr import warn
 from pgprune_cli.jobs.evaluation_request import Corpus, EvaluationRequest
 from pgprune_cli.jobs.perplexity import measure_perplexity
 from pgprune_cli.jobs.speed import measure_speed
@@ -31,6 +32,8 @@ def evaluate(request: EvaluationRequest, *, progress: Progress = SILENT) -> list
     request.check()
     tasks = load_tasks(request.tasks, progress=progress) if request.tasks else None
     targets = _open_targets(request, progress)
+    is_complete = request.max_windows is None and request.max_items is None
+    earlier = [_remembered(target) if is_complete else {} for target in targets]  # damage is refused at once
     evaluation = targets[0].evaluation
     corpora = Corpus.of(evaluation) if request.uses_recipe else request.parsed_corpora()
     seqlens = request.seqlens or evaluation.seqlen
@@ -44,10 +47,10 @@ def evaluate(request: EvaluationRequest, *, progress: Progress = SILENT) -> list
     if request.speed:
         for result, speed in zip(results, measure_speed(targets), strict=True):
             result["speed"] = speed
-    is_complete = request.max_windows is None and request.max_items is None
     if is_complete and (corpora or tasks):
-        for target, result in zip(targets, results, strict=True):
-            remember(target, result)
+        for target, before, result in zip(targets, earlier, results, strict=True):
+            if target.is_run:
+                remember(Path(target.name), before, result)
     return results
 
 
@@ -72,19 +75,33 @@ def _open_targets(request: EvaluationRequest, progress: Progress) -> list[Target
     return [target, *(load(name, bos=target.evaluation.bos, source=source) for name, source in sources.items())]
 
 
-def remember(target: Target, result: dict[str, Any]) -> None:
-    """Store the result of a run in its directory. Do nothing for any other model.
-
-    Perplexities and accuracies that an earlier call measured in the same dtype on the same device, and this one did
-    not measure, are kept.
-    """
-    if not target.is_run:
-        return
+def _remembered(target: Target) -> dict[str, Any]:
+    """Return what earlier calls measured of a run, nothing for any other model. Raises UserError if it is damaged."""
     path = Path(target.name) / EVALUATION_FILE
-    before = read_record(path) if path.exists() else {}
+    return read_record(path) if target.is_run and path.exists() else {}
+
+
+def remember(run: Path, before: dict[str, Any], result: dict[str, Any]) -> None:
+    """Store the result of a run in its directory, or say why it cannot be stored.
+
+    before: what earlier calls stored. Rows that were measured in the same dtype on the same device, and not by this
+    call, are kept.
+    """
     if all(before.get(key) == result[key] for key in ("parameters", "dtype", "device")):
-        result = result | {
-            key: before[key] for key in ("perplexity", "tasks") if before.get(key) and not result.get(key)
-        }
-    write_record(path, result)
-    record_command(path.parent)
+        lists = [key for key in ("perplexity", "tasks") if key in before or key in result]
+        result = result | {key: _merged(before.get(key, []), result.get(key, [])) for key in lists}
+    path = run / EVALUATION_FILE
+    try:
+        write_record(path, result)
+        record_command(run)
+    except OSError as error:  # the measurements took hours, and are still returned
+        warn(f"{path}: the results cannot be stored there ({error.strerror}).")
+
+
+def _merged(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows of two evaluations. One that both have is that of the later evaluation."""
+
+    def name(row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row.get(key) for key in ("corpus", "seqlen", "task", "metric", "shots", "bos"))
+
+    return [*(row for row in before if name(row) not in map(name, now)), *now]

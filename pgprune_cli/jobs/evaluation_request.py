@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pgprune_cli.console.commands import command_line
 from pgprune_cli.data.corpora import check_corpus
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.source import find_local
@@ -35,11 +36,8 @@ class Corpus:
 
     @classmethod
     def of(cls, evaluation: EvaluationSettings) -> list[Corpus]:
-        """Return the corpora that a recipe names. Raises UserError for one that does not exist."""
-        corpora = [cls(*name_and_text(corpus)) for corpus in evaluation.corpora]
-        for corpus in corpora:
-            check_corpus(corpus.text)
-        return corpora
+        """Return the corpora that a recipe names. Raises UserError for one that does not exist, or names alike."""
+        return _checked([cls(*name_and_text(corpus)) for corpus in evaluation.corpora], "evaluation.corpora:")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,11 +84,8 @@ class EvaluationRequest:
         return not (self.corpora or self.speed or self.tasks)
 
     def parsed_corpora(self) -> list[Corpus]:
-        """Return the requested corpora. Raises UserError for one that does not exist."""
-        corpora = [Corpus.parse(option) for option in self.corpora]
-        for corpus in corpora:
-            check_corpus(corpus.text)
-        return corpora
+        """Return the requested corpora. Raises UserError for one that does not exist, or names alike."""
+        return _checked([Corpus.parse(option) for option in self.corpora], "--ppl")
 
     def check(self) -> None:
         """Raise UserError if a model, corpus or dtype does not exist, or if speed is requested of a run directory."""
@@ -114,12 +109,22 @@ class EvaluationRequest:
             if self.speed:
                 raise UserError(
                     f"{name}: speed is measured on an exported model, not on a run directory. "
-                    f"Run `pgprune export {name}` first."
+                    f"Export it first: {command_line('pgprune', 'export', name)}"
                 )
         elif runs_folder() in path.parents and not path.exists():
             refuse_unfinished(path)
         else:
             find_local(name)
+
+
+def _checked(corpora: list[Corpus], option: str) -> list[Corpus]:
+    """Return the corpora. Raise UserError if one does not exist, or if two would be reported under one name."""
+    for corpus in corpora:
+        check_corpus(corpus.text)
+    names = [corpus.name for corpus in corpora]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{option} {twice[0]}: named twice. Give every text a name of its own, as NAME=FILE.")
+    return corpora
 
 
 def task_names(option: str) -> list[str]:

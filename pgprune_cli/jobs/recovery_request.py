@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from pgprune_cli.console.commands import command_line
 from pgprune_cli.console.progress import Progress
 from pgprune_cli.distributed import Ranks, ranks_from_environment
 from pgprune_cli.errors import UserError
@@ -128,7 +129,7 @@ def holds_result(out: Path, run: Path) -> bool:
 def _student(model: str) -> Source:
     """Return the files of the model to recover. Raises UserError if it is not an exported model."""
     if is_run(Path(model)):
-        raise UserError(f"{model}: a run, not a model. Export it first: pgprune export {model}")
+        raise UserError(f"{model}: a run, not a model. Export it first: {command_line('pgprune', 'export', model)}")
     source = find_local(model)
     if source is None or source.gguf is not None:
         raise UserError(f"{model}: not a directory that `pgprune export` wrote. Export the model with --format hf.")

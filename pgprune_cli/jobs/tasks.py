@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.console.suggest import nearest
 from pgprune_cli.data.bos import adds_bos
-from pgprune_cli.errors import UserError, in_short
+from pgprune_cli.errors import RunError, UserError, in_short
 from pgprune_cli.jobs.targets import Target
 from pgprune_cli.model.loading import load_tokenizer
 
@@ -76,10 +77,10 @@ def measure_tasks(
     """Measure every metric of every task, as the rows that `--json` prints. A group with metrics of its own is one row.
 
     max_items: only the first items of each task, as the harness's own `--limit`. `stderr` is the standard error over
-    the items, None if the harness has none. Prompts begin with BOS as `target.evaluation.bos` says; `auto` leaves it to
-    the tokenizer, as the harness does.
+    the items. It and `value` are None if they are not finite, `stderr` also if the harness has none. Prompts begin with
+    BOS as `target.evaluation.bos` says; `auto` leaves it to the tokenizer, as the harness does.
 
-    Raises UserError if prompts should begin with BOS and the tokenizer cannot add it.
+    Raises UserError if prompts should begin with BOS and the tokenizer cannot add it, RunError if a metric overflows.
     """
     from lm_eval.evaluator import evaluate
     from lm_eval.models.huggingface import HFLM
@@ -95,7 +96,12 @@ def measure_tasks(
             batch_size=BATCH,
             add_bos_token=add_special_tokens,
         )
-        measured: Any = evaluate(wrapped, tasks, limit=max_items, bootstrap_iters=1000, log_samples=False)
+        try:
+            measured: Any = evaluate(wrapped, tasks, limit=max_items, bootstrap_iters=1000, log_samples=False)
+        except ArithmeticError as error:  # a perplexity too large for a number
+            raise RunError(
+                f"{target.name}: the harness cannot compute a metric ({error}). Leave its task out."
+            ) from error
     in_groups = {task for group in measured.get("groups", {}) for task in measured["group_subtasks"].get(group, [])}
     rows = []
     for name, metrics in measured["results"].items():
@@ -104,19 +110,24 @@ def measure_tasks(
             is_metric = filters and not metric.endswith("_stderr") and isinstance(value, int | float)
             if name in in_groups or not is_metric:
                 continue
-            error = metrics.get(f"{metric}_stderr,{filters}")
+            spread = metrics.get(f"{metric}_stderr,{filters}")
             rows.append(
                 {
                     "task": name,
                     "metric": metric if filters == "none" else key,
-                    "value": float(value),
-                    "stderr": float(error) if isinstance(error, int | float) else None,
+                    "value": _finite(value),
+                    "stderr": _finite(spread),
                     "items": metrics["sample_len"],
                     "shots": measured["n-shot"].get(name),
                     "bos": bos,
                 }
             )
     return rows
+
+
+def _finite(value: object) -> float | None:
+    """Return a number that JSON can hold, None for anything else."""
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _tokenizer(target: Target) -> tuple[Any, bool]:
@@ -135,9 +146,13 @@ def _tokenizer(target: Target) -> tuple[Any, bool]:
 
 @contextmanager
 def _working(text: str, progress: Progress) -> Iterator[None]:
-    """Let the harness draw its own bars on a terminal. Elsewhere hide them and announce the work in one line."""
+    """Let the harness draw its own bars on a terminal. Elsewhere hide them and announce the work in one line.
+
+    What it prints on stdout is not a result.
+    """
     if sys.stderr.isatty() and progress.shows:
-        yield
+        with redirect_stdout(sys.stderr):
+            yield
     else:
-        with progress.working(text), redirect_stderr(StringIO()):
+        with progress.working(text), redirect_stderr(StringIO()), redirect_stdout(StringIO()):
             yield

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -12,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pgprune_cli.console.commands import command_line
 from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.errors import UserError
@@ -83,7 +83,7 @@ class Run:
     @property
     def repeat_command(self) -> str:
         """Return the command that repeats the search from the resolved recipe."""
-        return shlex.join(["pgprune", "search", str(self.directory / RECIPE_FILE), "--out", f"{self.directory}-again"])
+        return command_line("pgprune", "search", self.directory / RECIPE_FILE, "--out", f"{self.directory}-again")
 
     @property
     def forward_passes(self) -> list[int]:

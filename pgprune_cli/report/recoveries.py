@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pgprune_cli.console.commands import command_line
 from pgprune_cli.recipe.reader import load
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.layout import RECIPE_FILE, RECOVERY_RECORD
@@ -54,8 +54,7 @@ class Recovery:
     def repeat_command(self) -> str:
         """Return the command that repeats the recovery from the resolved recipe."""
         words = ["pgprune", "recover", self.record.student, "--teacher", self.record.teacher]
-        words += ["--recipe", str(self.directory / RECIPE_FILE), "--out", f"{self.directory.name}-again"]
-        return shlex.join(words)
+        return command_line(*words, "--recipe", self.directory / RECIPE_FILE, "--out", f"{self.directory.name}-again")
 
 
 def read_recovery(directory: Path, name: str) -> Recovery:

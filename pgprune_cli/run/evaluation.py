@@ -30,6 +30,11 @@ def with_bos(bos: bool) -> str:
     return ", with BOS" if bos else ""
 
 
+def accuracy(row: Mapping[str, Any]) -> str:
+    """Return the value of a task's row as text."""
+    return "not finite" if row["value"] is None else f"{row['value']:.4f}"
+
+
 def measurements(result: dict[str, Any]) -> dict[str, str]:
     """Return the measurements of a model as text, by the name of their table row."""
     cells = {"parameters": f"{result['parameters']:,}"}
@@ -38,7 +43,7 @@ def measurements(result: dict[str, Any]) -> dict[str, str]:
     for row in result.get("tasks", []):
         cells["BOS in prompts"] = "yes" if row["bos"] else "no"
         error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
-        cells[f"{row['task']} {row['metric']}"] = f"{row['value']:.4f}{error}"
+        cells[f"{row['task']} {row['metric']}"] = accuracy(row) + error
     if "speed" in result:
         speed = result["speed"]
         cells["prefill tokens/s"] = f"{speed['prefill_tokens_per_second']:,.0f}"

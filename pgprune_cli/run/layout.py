@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from pgprune_cli.console.commands import command_line
 from pgprune_cli.errors import UserError
 
 RUNS_VARIABLE = "PGPRUNE_RUNS"
@@ -153,9 +154,10 @@ def refuse_unfinished(run: Path) -> None:
     if is_recovery_run(run):
         raise UserError(f"{run}: holds a recovery, not a search. Give the model that it wrote, or the run of a search.")
     if (run / RECIPE_FILE).exists():
-        command = f"pgprune search {run / RECIPE_FILE} --out {run}"
-        raise UserError(f"{run}: the search is not finished, so there is no decision yet. Resume it with: {command}")
+        again = command_line("pgprune", "search", run / RECIPE_FILE, "--out", run)
+        raise UserError(f"{run}: the search is not finished, so there is no decision yet. Resume it with: {again}")
     if is_run(run):
-        raise UserError(f"{run}: holds scores but no decision. Run the search with: pgprune search RECIPE --out {run}")
+        search = command_line("pgprune", "search", "RECIPE", "--out", run)
+        raise UserError(f"{run}: holds scores but no decision. Run the search with: {search}")
     problem = "is not a run directory" if run.is_dir() else "no such run directory"
     raise UserError(f"{run}: {problem}. `pgprune runs` lists the existing runs.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import platform
-import shlex
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pgprune_cli import __version__
+from pgprune_cli.console.commands import command_line
 from pgprune_cli.errors import UserError
 from pgprune_cli.run.layout import PROVENANCE_FILE
 
@@ -67,7 +67,7 @@ def _this_process() -> dict[str, Any]:
 def _command() -> str:
     program = Path(sys.argv[0])
     words = ["python", "-m", program.parent.name] if program.name == "__main__.py" else [program.name]
-    return shlex.join([*words, *sys.argv[1:]])
+    return command_line(*words, *sys.argv[1:])
 
 
 def _versions() -> dict[str, str]:

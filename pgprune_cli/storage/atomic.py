@@ -33,7 +33,7 @@ def new_file(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise _naming(out, temporary, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def scratch_file(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise _naming(out, temporary, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 @contextmanager
@@ -116,6 +116,11 @@ def _remove_leftovers(out: Path) -> None:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
             finally:
                 os.close(handle)
+
+
+def _remove(temporary: Path) -> None:
+    with suppress(OSError):  # it may not exist: then the error that prevented it is the one to report
+        temporary.unlink()
 
 
 def _naming(out: Path, temporary: Path, error: OSError) -> OSError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import shutil
@@ -18,6 +19,7 @@ from pgprune_cli.console.progress import StderrProgress
 from pgprune_cli.data.tokens import tokens_of
 from pgprune_cli.demo.grammar import generate
 from pgprune_cli.errors import RunError
+from pgprune_cli.jobs import evaluate as job
 from pgprune_cli.jobs import targets
 from pgprune_cli.jobs.evaluate import evaluate
 from pgprune_cli.jobs.evaluation_request import Corpus, EvaluationRequest
@@ -258,6 +260,48 @@ def test_evaluation_of_a_run_is_stored_and_written_into_the_model_card(run: Path
     row = result["perplexity"][0]
     card = (tmp_path / "small" / "README.md").read_text()
     assert f"| tales | 32 | {row['ppl']:.2f} | {row['tokens']:,} |" in card
+
+
+def test_evaluations_of_other_texts_are_added_and_of_the_same_text_replaced(run: Path, text: Corpus, tmp_path) -> None:
+    (tmp_path / "other.txt").write_text("The king was glad. " * 40)
+
+    def rows(*corpora: str) -> list[tuple[str, int]]:
+        evaluate(EvaluationRequest(model=str(run), corpora=corpora, seqlens=[32]))
+        return [(row["corpus"], row["tokens"]) for row in read_record(run / EVALUATION_FILE)["perplexity"]]
+
+    first, second = f"tales={text.text}", f"other={tmp_path / 'other.txt'}"
+    tales = rows(first)
+    (other,) = set(rows(second)) - set(tales)
+    assert rows(second) == [*tales, other]
+    (tmp_path / "other.txt").write_text("The queen was sad. " * 80)
+    changed = rows(second)
+    assert changed[:1] == tales and changed[1][0] == "other" and changed[1] != other
+
+
+def test_damaged_results_are_refused_before_anything_is_measured(run: Path, text: Corpus, monkeypatch) -> None:
+    (run / EVALUATION_FILE).write_text("{}")
+    monkeypatch.setattr(job, "measure_perplexity", None)
+    with refused("evaluation.json", "damaged"):
+        evaluate(EvaluationRequest(model=str(run), corpora=[f"tales={text.text}"], seqlens=[32]))
+
+
+def test_results_that_cannot_be_stored_are_still_returned(run: Path, text: Corpus, monkeypatch, capsys) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(job, "write_record", full)
+    (result,) = evaluate(EvaluationRequest(model=str(run), corpora=[f"tales={text.text}"], seqlens=[32]))
+    assert result["perplexity"][0]["ppl"] > 1
+    says(capsys.readouterr().err.strip(), "evaluation.json", "cannot be stored", "No space left")
+
+
+def test_two_texts_of_one_name_are_refused(text: Corpus, small) -> None:
+    with refused("--ppl mine", "NAME=FILE"):
+        EvaluationRequest(model="demo", corpora=[f"mine={text.text}", f"mine={text.text}"]).check()
+    other = Path(text.text).parent / "again.txt"
+    shutil.copy(text.text, other)
+    with refused("evaluation.corpora: mine", "NAME=FILE"):
+        Corpus.of(small(f"evaluation.corpora=[mine={text.text},mine={other}]").evaluation)
 
 
 def test_open_target_refuses_a_run_whose_base_model_changed(run: Path) -> None:

@@ -15,7 +15,7 @@ from helpers.messages import refused
 from helpers.models import save_tokenizer, tiny_model
 from helpers.multiple_choice import by_hand, items_of, task_file
 
-from pgprune_cli.errors import UserError
+from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs.evaluate import remember
 from pgprune_cli.jobs.evaluation_request import task_names
 from pgprune_cli.jobs.export import export
@@ -109,16 +109,18 @@ def test_results_of_several_calls_are_kept_in_the_run_and_written_into_the_model
     target = open_target(str(run), device="cpu")
     empty = target.description() | {"perplexity": []}
     perplexity = [{"corpus": "tales", "seqlen": 32, "bos": False, "ppl": 5.0, "tokens": 100}]
-    remember(target, empty | {"perplexity": perplexity})
+    remember(run, {}, empty | {"perplexity": perplexity})
     rows = measure_tasks(target, load_tasks([str(task)]))
-    remember(target, empty | {"tasks": rows})
+    remember(run, read_record(run / EVALUATION_FILE), empty | {"tasks": rows})
     assert read_record(run / EVALUATION_FILE) == empty | {"perplexity": perplexity, "tasks": rows}
     export(run, tmp_path / "exported")
     card = (tmp_path / "exported" / "README.md").read_text()
     assert "| tales | 32 | 5.00 | 100 |" in card
     for row in rows:
         assert f"| tales | 0 | {row['metric']} | {row['value']:.4f} | {row['stderr']:.4f} | 12 | no |" in card
-    remember(target, empty | {"tasks": rows, "dtype": "bfloat16"})  # another dtype: results are not mixed
+    remember(
+        run, read_record(run / EVALUATION_FILE), empty | {"tasks": rows, "dtype": "bfloat16"}
+    )  # another dtype: results are not mixed
     assert read_record(run / EVALUATION_FILE)["perplexity"] == []
 
 
@@ -184,3 +186,41 @@ def test_perplexity_does_not_import_the_harness(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_the_harness_prints_is_not_on_stdout(harness, task: Path, monkeypatch, capsys) -> None:
+    from lm_eval import evaluator
+
+    evaluate = evaluator.evaluate
+
+    def talkative(*arguments: Any, **options: Any) -> Any:
+        print("bootstrapping for stddev: perplexity")
+        return evaluate(*arguments, **options)
+
+    monkeypatch.setattr(evaluator, "evaluate", talkative)
+    measure_tasks(open_target("demo", device="cpu"), load_tasks([str(task)]), max_items=2)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_metric_that_is_not_finite_is_none_and_one_that_overflows_an_error(harness, task: Path, monkeypatch) -> None:
+    from lm_eval import evaluator
+
+    evaluate, target = evaluator.evaluate, open_target("demo", device="cpu")
+
+    def infinite(*arguments: Any, **options: Any) -> Any:
+        measured = evaluate(*arguments, **options)
+        measured["results"]["tales"] |= {"acc,none": float("inf"), "acc_stderr,none": float("nan")}
+        return measured
+
+    monkeypatch.setattr(evaluator, "evaluate", infinite)
+    rows = measure_tasks(target, load_tasks([str(task)]), max_items=2)
+    (row,) = (row for row in rows if row["metric"] == "acc")
+    assert row["value"] is row["stderr"] is None
+    assert measurements(target.description() | {"perplexity": [], "tasks": [row]})["tales acc"] == "not finite"
+
+    def overflowing(*_: Any, **__: Any) -> Any:
+        raise OverflowError("math range error")
+
+    monkeypatch.setattr(evaluator, "evaluate", overflowing)
+    with refused("demo", "math range error", error=RunError):
+        measure_tasks(target, load_tasks([str(task)]), max_items=2)
