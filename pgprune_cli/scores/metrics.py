@@ -153,15 +153,34 @@ def unit_ranks(scores: Tensor, partition: Partition, grid: Grid, metric: str) ->
     return unit_scores(scores, partition, metric)
 
 
-def flat_scores(scores: Mapping[str, Tensor], space: MaskSpace, partitions: Partitions, metric: str) -> Tensor:
-    """Return scores along the space's flat axis, `(n,)` float64. A whole block or layer gets its elements' sum."""
+def block_score(scores: Tensor, grid: Grid, metric: str) -> Tensor:
+    """Return the score of a whole block, float64, from those of its elements `(elements,)`.
+
+    Cumulative scores do not add up: the last element's is that of the block, or of its group if groups are separate.
+    """
+    if metric not in CUMULATIVE or not len(scores):
+        return scores.double().sum()
+    return scores.double().view(grid.groups if grid.separate else 1, -1).amax(1).sum()
+
+
+def flat_scores(
+    scores: Mapping[str, Tensor],
+    space: MaskSpace,
+    partitions: Partitions,
+    grids: Mapping[str, Sequence[Grid]],
+    metric: str,
+) -> Tensor:
+    """Return scores along the space's flat axis, `(n,)` float64. A whole layer gets the sum of its blocks' scores.
+
+    grids: by block, one for each layer.
+    """
     parts = []
     for family in space.families:
         for layer in range(len(family.counts)):
             blocks = {block: scores[score_name(layer, block)] for block in BLOCKS_OF[family.name]}
             if family.name in WHOLE_FAMILIES:
-                whole = torch.stack([values.sum() for values in blocks.values()]).sum(0, keepdim=True)
-                parts.append(whole[: family.counts[layer]])
+                whole = [block_score(values, grids[block][layer], metric) for block, values in blocks.items()]
+                parts.append(torch.stack(whole).sum(0, keepdim=True)[: family.counts[layer]])
             else:
                 parts += [unit_scores(values, partitions[layer, block], metric) for block, values in blocks.items()]
     return torch.cat(parts)

@@ -103,14 +103,16 @@ def _take_step(problem: Problem, loop: LoopState) -> Row:
     settings, policy = problem.context.recipe.search, problem.policy
     began = time.perf_counter()
     state, draws, masks = policy.propose(loop.policy_state, settings.masks_per_step)
-    losses = problem.losses(masks, loop.data_position)
+    # A budget for every layer, or few units, lets the same masks through again and again.
+    distinct, places = masks.unique(dim=0, return_inverse=True)
+    losses = problem.losses(distinct, loop.data_position)[places]
     rate = policy.rate(state)
     loop.policy_state = policy.update(state, draws, losses)
     spent = time.perf_counter() - began
 
     tokens = problem.objective.batches.at(loop.data_position)
     loop.data_position += 1
-    loop.forward_passes += len(masks)
+    loop.forward_passes += len(distinct)
     loop.bad_steps = 0 if losses.isfinite().any() else loop.bad_steps + 1
     _refuse_overflow(problem, loop)
     return _row(
@@ -118,7 +120,7 @@ def _take_step(problem: Problem, loop: LoopState) -> Row:
         loop,
         losses=[finite(float(loss)) for loss in losses],
         learning_rate=rate,
-        tokens_per_second=len(masks) * tokens.numel() / spent,
+        tokens_per_second=len(distinct) * tokens.numel() / spent,
     )
 
 

@@ -90,7 +90,7 @@ def _unit_policy(
     context: SearchContext, space: MaskSpace, budget: Budget, partitions: Partitions, scores: Scores
 ) -> UnitPolicy:
     start, settings = context.recipe.start, context.recipe.search
-    flat = flat_scores(scores.tensors, space, partitions, scores.metric)
+    flat = flat_scores(scores.tensors, space, partitions, context.model.shape.grids, scores.metric)
     theta = starting_theta(flat, space, budget, start.mapping, start.temperature)
     return UnitPolicy(
         theta, space, budget, settings.estimator, settings.learning_rate, settings.schedule, settings.steps

@@ -356,7 +356,7 @@ def policy_of(recipe: Recipe, run: Path):
     space, units = group_units(evaluator.model.shape, recipe.units.families)
     budget = budget_of(space, recipe.budget.sparsity, recipe.budget.scope)
     loaded = Scores.load(run)
-    scores = flat_scores(loaded.tensors, space, units, loaded.metric)
+    scores = flat_scores(loaded.tensors, space, units, evaluator.model.shape.grids, loaded.metric)
     return evaluator, space, budget, starting_theta(scores, space, budget, "sigmap", recipe.start.temperature)
 
 

@@ -129,7 +129,10 @@ def test_errors_are_what_the_text_loses_at_every_width(architecture: str, solve:
             kept_weight = weight[:, columns]
             if solve and kept:
                 kept_weight = repaired_output(weight, None, moments, columns, 1e-9, with_bias=False).weight
-            gone = (x @ weight.T - x[:, columns] @ kept_weight.T) @ root.T
+            gone = x @ weight.T - x[:, columns] @ kept_weight.T
+            if not kept and linear.bias is not None:  # it is removed with the last unit
+                gone += linear.bias
+            gone = gone @ root.T
             lost = weighted_error(gone, torch.zeros_like(gone), weights / len(x))
             assert float(errors[kept]) == pytest.approx(lost, rel=1e-2, abs=1e-4 * float(errors[0]))
         if level == 2:  # in between, a straight line

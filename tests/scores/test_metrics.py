@@ -16,7 +16,16 @@ from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.unit_tensors import UnitTensor
 from pgprune_cli.recipe import schema as recipe
-from pgprune_cli.scores.metrics import CALIBRATED, METRICS, NEEDS, flat_scores, partitions, score, unit_ranks
+from pgprune_cli.scores.metrics import (
+    CALIBRATED,
+    METRICS,
+    NEEDS,
+    block_score,
+    flat_scores,
+    partitions,
+    score,
+    unit_ranks,
+)
 from pgprune_cli.scores.obs import chain_errors, removal_order
 from pgprune_cli.scores.statistics import BlockStatistics
 
@@ -271,17 +280,25 @@ def test_flat_scores_follow_the_axis_of_the_space(families: tuple[str, ...], met
     for family in families:
         for layer in range(LAYERS):
             attention, ffn = scores[f"layers.{layer}.attention"].tolist(), scores[f"layers.{layer}.ffn"].tolist()
-            of_pair = max if metric == "obs" else sum
+            of_pair = of_block = max if metric == "obs" else sum
             expected += {
                 "attention": [of_pair(attention[head : head + 2]) for head in range(0, 8, 2)],
                 "ffn": ffn,
-                "attention-block": [sum(attention)],
-                "ffn-block": [sum(ffn)],
-                "layer": [sum(attention) + sum(ffn)],
+                "attention-block": [of_block(attention)],
+                "ffn-block": [of_block(ffn)],
+                "layer": [of_block(attention) + of_block(ffn)],
             }[family]
-    flat = flat_scores(scores, space, units, metric)
+    flat = flat_scores(scores, space, units, shape.grids, metric)
     assert flat.tolist() == expected
     assert len(flat) == space.n
+
+
+def test_whole_blocks_of_experts_score_the_sum_of_their_experts_errors() -> None:
+    grid = Grid(groups=2, members=3, separate=True)
+    scores = torch.tensor([1.0, 5.0, 2.0, 3.0, 4.0, 7.0])
+    assert float(block_score(scores, grid, "obs")) == 5.0 + 7.0
+    assert float(block_score(scores, grid, "magnitude")) == 22.0
+    assert float(block_score(scores[:0], grid, "obs")) == 0.0
 
 
 # --- units
