@@ -375,7 +375,7 @@ def test_eval_refuses_the_speed_of_a_run_before_loading_anything(place, finished
     code, out, err = pgprune(*words)
     assert (code, out) == (2, "")
     assert err.startswith(f"pgprune: {run}: speed ")
-    assert f"`pgprune export {run}`" in err
+    assert err.endswith(f"Export it first: pgprune export {run}\n")
 
 
 def test_eval_speed_reads_the_decision_once(pgprune, monkeypatch) -> None:
