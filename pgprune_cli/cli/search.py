@@ -145,8 +145,11 @@ def _open(
 
     run = out or runs_folder() / run_name(name, sparsity)
     if (run / RECIPE_FILE).exists():  # resumed with the values chosen then, whatever this machine has free now
+        from pgprune_cli.model.names import absolute_name
         from pgprune_cli.recipe.reader import load
 
-        return load(run / RECIPE_FILE, [*options, *overrides]), run
+        # Models of other owners or folders have the same run name: the search compares this one with the run's.
+        model = f"model={json.dumps(absolute_name(name), ensure_ascii=False)}"
+        return load(run / RECIPE_FILE, [model, *options, *overrides]), run
     loaded, _ = new_recipe(name, sparsity=sparsity, calibration=calibration, overrides=overrides)
     return loaded, run

@@ -23,11 +23,13 @@ from helpers.multiple_choice import items_of, task_file
 from helpers.recipes import SMALL
 from helpers.schemas import SCHEMAS
 from helpers.waiting import lines_in, wait_until
+from safetensors.torch import load_file, save_file
 
 from pgprune_cli.cli import program as cli
 from pgprune_cli.errors import RunError
+from pgprune_cli.model.source import DEMO_MODEL
 from pgprune_cli.recipe.reader import find, load, name_of, shipped
-from pgprune_cli.run.layout import DECISION_MASKS
+from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD
 
 SET = [word for override in SMALL for word in ("--set", override)]
 
@@ -365,6 +367,32 @@ def test_usage_errors_are_one_line_and_exit_code_2(arguments, fact, pgprune) -> 
     assert err.startswith(f"pgprune: {fact}")
     assert " See `pgprune" in err
     assert err.count("\n") == 1
+
+
+def test_search_of_a_model_refuses_the_run_of_another_one_with_the_same_name(pgprune) -> None:
+    for owner, factor in (("a", 1), ("b", -3)):
+        shutil.copytree(DEMO_MODEL, Path(owner, "model"))
+        tensors = load_file(Path(owner, "model/model.safetensors"))
+        tensors["model.layers.1.mlp.down_proj.weight"] *= factor
+        save_file(tensors, Path(owner, "model/model.safetensors"), metadata={"format": "pt"})
+    words = ["--sparsity", "0.5", "--calibration", "demo", *SET, "--quiet"]
+    assert pgprune("search", "a/model", *words)[0] == 0
+    assert pgprune("search", "a/model", *words)[0] == 0
+    run = Path("runs/model-50")
+    for other in ("b/model", "owner/model"):  # the second one is on the hub
+        code, out, err = pgprune("search", other, *words)
+        assert (code, out) == (2, "")
+        says(err, f"{run}: ", "a/model → ", other, "--out")
+    (run / DECISION_RECORD).unlink()
+    code, out, err = pgprune("search", "b/model", *words)
+    assert (code, out) == (2, "")
+    says(err, f"{run}/scores.safetensors: ", "b/model", "--out")
+    (run / "scores.safetensors").unlink()
+    code, out, err = pgprune("search", "b/model", *words)
+    assert (code, out) == (2, "")
+    says(err, f"{run}: ", "a/model → ", "b/model", "--out")
+    moved = ["--set", f"model={Path('a/model').absolute()}"]
+    assert pgprune("search", "b/model", *words, *moved)[0] == 0
 
 
 @pytest.mark.parametrize("place", ["model", "--baseline"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,7 @@ def test_search_of_a_model_resumes_with_the_recipe_it_began_with(
 
     (run / "recipe.yaml").write_text(dump(recipe))
     monkeypatch.setattr(job, "_free_bytes", lambda devices: 1000)
-    assert _open("model", None, [], 0.4, "demo") == (recipe, run)
+    assert _open("model", None, [], 0.4, "demo") == (replace(recipe, model=str(tmp_path / "model")), run)
 
 
 def test_search_of_a_model_without_sparsity_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
