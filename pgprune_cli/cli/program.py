@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -73,6 +75,13 @@ def _program(
         )
 
 
+def _replace_closed_streams() -> None:
+    """Send what is written to a stream that the caller closed (`2>&-`) to /dev/null: Python leaves it None."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  (for as long as it runs)
+
+
 def _escape_what_stdout_cannot_encode() -> None:
     """Let stdout escape characters that its encoding lacks, as stderr does: a container's may be ASCII."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -82,6 +91,7 @@ def _escape_what_stdout_cannot_encode() -> None:
 def main() -> NoReturn:
     """Run the `pgprune` program and exit with its exit code."""
     code: int = ExitCode.OK
+    _replace_closed_streams()
     _escape_what_stdout_cannot_encode()
     try:
         with stoppable():

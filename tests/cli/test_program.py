@@ -459,6 +459,14 @@ def test_bug_shows_its_traceback(pgprune, monkeypatch) -> None:
         cli.app(["search", "demo"], standalone_mode=False)
 
 
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "2>&- >&-"])
+@pytest.mark.parametrize(("words", "expected"), [("runs nowhere", 2), ("recipes --json", 0)])
+def test_closed_streams_do_not_change_the_exit_code(words, expected, closed) -> None:
+    command = f"{shlex.quote(sys.executable)} -m pgprune_cli {words} {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (expected, False), done.stderr
+
+
 # --- signals
 
 
