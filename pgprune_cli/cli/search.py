@@ -142,7 +142,10 @@ def _open(
             f"{name}: a model, not a recipe. Say how much to remove, for example: pgprune search {name} --sparsity 0.3"
         )
     from pgprune_cli.jobs.new_recipe import new_recipe, run_name
+    from pgprune_cli.recipe.schema import Range
 
+    if problem := Range(0, 1)(sparsity):  # before it becomes a part of the run's name
+        raise UserError(f"--sparsity {sparsity}: {problem}.")
     run = out or runs_folder() / run_name(name, sparsity)
     if (run / RECIPE_FILE).exists():  # resumed with the values chosen then, whatever this machine has free now
         from pgprune_cli.model.names import absolute_name

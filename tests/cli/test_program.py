@@ -336,6 +336,9 @@ def test_bad_recipe_prints_one_line_per_fault(pgprune) -> None:
         ),
         (["eval", "demo", "--dtype", "int8"], ["--dtype int8: ", "auto, float32, float16 or bfloat16"]),
         (["eval", "demo", "--device", "tpu"], ["device: ", "'tpu'"]),
+        (["eval", "demo", "--device", "meta"], ["device: ", "'meta'"]),
+        (["compare", "demo", "--seeds", "-1"], ["--seeds -1: ", "0 <= value < 4294967296"]),
+        (["compare", "demo", "--seeds", "0,99999999999"], ["--seeds 0,99999999999: ", "0 <= value < 4294967296"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, facts, pgprune) -> None:
