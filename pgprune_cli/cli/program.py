@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -25,7 +26,7 @@ from pgprune_cli.cli import (
     search,
     verify,
 )
-from pgprune_cli.cli.complaints import complain, memory_fault, usage_fault
+from pgprune_cli.cli.complaints import complain, loop_fault, memory_fault, usage_fault
 from pgprune_cli.cli.options import examples
 from pgprune_cli.cli.stopping import stoppable
 from pgprune_cli.distributed import ranks_from_environment
@@ -104,12 +105,12 @@ def main() -> NoReturn:
         code = ExitCode.FAILED
     except OSError as error:
         complain(f"{error.filename or 'a file'}: {error.strerror or error}{advice_on(error)}")
-        code = ExitCode.FAILED
+        code = ExitCode.BAD_INPUT if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else ExitCode.FAILED
     except Exception as error:
-        usage, memory = usage_fault(error), memory_fault(error)
-        if usage is None and memory is None:  # a bug: show its traceback
+        usage, loop, memory = usage_fault(error), loop_fault(error), memory_fault(error)
+        if usage is None and loop is None and memory is None:  # a bug: show its traceback
             raise
-        complain(usage or memory or "")
+        complain(usage or loop or memory or "")
         code = ExitCode.FAILED if memory else ExitCode.BAD_INPUT
     sys.exit(code)
 

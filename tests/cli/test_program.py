@@ -462,6 +462,42 @@ def test_bug_shows_its_traceback(pgprune, monkeypatch) -> None:
         cli.app(["search", "demo"], standalone_mode=False)
 
 
+@pytest.mark.parametrize(
+    ("words", "facts"),
+    [
+        ("search mine.yml", ["mine.yml: ", ".yaml"]),
+        ("search mine.YAML --sparsity 0.3", ["mine.YAML: ", ".yaml"]),
+        ("recipes show mine.yml", ["mine.yml: ", ".yaml"]),
+        ("report run --out folder", ["folder: ", "folder/report.html"]),
+        ("eval demo --ppl ~nosuchuser/x", ["~nosuchuser/x: "]),
+        ("search ~nosuchuser/x --sparsity 0.3", ["~nosuchuser/x: "]),
+        ("search demo --set model=~nosuchuser/x", ["~nosuchuser/x: "]),
+        ("search demo --quiet --set calibration.corpus=~nosuchuser/x", ["~nosuchuser/x: "]),
+        ("recipes new ~nosuchuser/x", ["~nosuchuser/x: "]),
+        ("convert ~nosuchuser/x out", ["~nosuchuser/x: "]),
+        ("verify ~nosuchuser/x", ["~nosuchuser/x: "]),
+        ("recover ~nosuchuser/x --out ~nosuchuser/y", ["~nosuchuser/x: "]),
+        ("recover x --out loop/y", ["loop/y: "]),
+        ("search demo --quiet --out loop/y", ["loop/y: "]),
+        ("report loop/y", ["loop/y: "]),
+        ("verify LONG", ["LONG", "too long"]),
+        ("eval LONG", ["LONG", "too long"]),
+        ("search LONG --sparsity 0.3", ["LONG", "too long"]),
+        ("search demo --quiet --out LONG", ["LONG", "too long"]),
+        ("eval demo --ppl LONG", ["LONG", "too long"]),
+        ("export LONG", ["LONG", "too long"]),
+    ],
+)
+def test_paths_that_cannot_be_used_are_one_line_and_exit_code_2(words, facts, pgprune) -> None:
+    Path("loop").symlink_to("loop")
+    Path("folder").mkdir()
+    for name in ("mine.yml", "mine.YAML"):
+        Path(name).write_text("extends: demo\n")
+    code, out, err = pgprune(*words.replace("LONG", "x" * 300).split())
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    says(err.replace("x" * 300, "LONG"), *facts)
+
+
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", "2>&- >&-"])
 @pytest.mark.parametrize(("words", "expected"), [("runs nowhere", 2), ("recipes --json", 0)])
 def test_closed_streams_do_not_change_the_exit_code(words, expected, closed) -> None:
