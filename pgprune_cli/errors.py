@@ -34,6 +34,8 @@ def advice_on(error: OSError) -> str:
         return "; make room, then run the same command again"
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return "; make it writable for you, or choose another place"
+    if error.errno == errno.ENAMETOOLONG:
+        return "; choose a shorter one"
     if error.errno in (errno.EIO, errno.ESTALE):
         return "; check the disk, then run the same command again"
     return ""

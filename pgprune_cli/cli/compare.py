@@ -56,6 +56,10 @@ def compare(
         numbers = list(dict.fromkeys(int(seed) for seed in seeds.split(",")))
     except ValueError:
         raise UserError(f"--seeds {seeds}: expected comma-separated whole numbers, such as 0,1,2.") from None
+    from pgprune_cli.recipe.schema import SEEDS
+
+    if problem := next(filter(None, map(SEEDS, numbers)), ""):
+        raise UserError(f"--seeds {seeds}: {problem}.")
     loaded, run = open_recipe(recipe, out, overrides or [], runs_folder() / "compare")
     from pgprune_cli.jobs.compare import cells, compare, runs_of
     from pgprune_cli.run.layout import COMPARISON_TABLE

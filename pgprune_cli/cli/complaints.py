@@ -44,6 +44,15 @@ def usage_fault(error: Exception) -> str | None:
     return f"{message} See `{command} --help`."
 
 
+def loop_fault(error: Exception) -> str | None:
+    """Return one line for a link that leads back to itself, and None for any other error."""
+    start = "Symlink loop from "  # Path.resolve raises a RuntimeError before Python 3.13
+    if not isinstance(error, RuntimeError) or not str(error).startswith(start):
+        return None
+    path = str(error).removeprefix(start).strip("'")
+    return f"{path}: a link that leads back to itself. Choose another path."
+
+
 def memory_fault(error: Exception) -> str | None:
     """Return one line if a GPU or the host has run out of memory, and None for any other error."""
     if "torch" not in sys.modules:

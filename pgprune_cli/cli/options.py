@@ -10,6 +10,7 @@ import typer
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.run.layout import DECISION_RECORD, is_recovery_run, run_directories, runs_folder
+from pgprune_cli.storage.paths import expanded
 
 if TYPE_CHECKING:
     from pgprune_cli.console.progress import Progress
@@ -133,12 +134,12 @@ def is_model(name: str) -> bool:
         find(name)
         return False
     except UserError:
-        if name.endswith(".yaml"):
+        if name.lower().endswith((".yaml", ".yml")):
             return False
     try:
         find_local(name, weights=False)
     except UserError:
-        return Path(name).expanduser().exists() or is_hub_name(name)
+        return expanded(name).exists() or is_hub_name(name)
     return True
 
 

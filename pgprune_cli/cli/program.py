@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
+import os
 import sys
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -23,7 +26,7 @@ from pgprune_cli.cli import (
     search,
     verify,
 )
-from pgprune_cli.cli.complaints import complain, memory_fault, usage_fault
+from pgprune_cli.cli.complaints import complain, loop_fault, memory_fault, usage_fault
 from pgprune_cli.cli.options import examples
 from pgprune_cli.cli.stopping import stoppable
 from pgprune_cli.distributed import ranks_from_environment
@@ -73,6 +76,13 @@ def _program(
         )
 
 
+def _replace_closed_streams() -> None:
+    """Send what is written to a stream that the caller closed (`2>&-`) to /dev/null: Python leaves it None."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115  (for as long as it runs)
+
+
 def _escape_what_stdout_cannot_encode() -> None:
     """Let stdout escape characters that its encoding lacks, as stderr does: a container's may be ASCII."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -82,6 +92,7 @@ def _escape_what_stdout_cannot_encode() -> None:
 def main() -> NoReturn:
     """Run the `pgprune` program and exit with its exit code."""
     code: int = ExitCode.OK
+    _replace_closed_streams()
     _escape_what_stdout_cannot_encode()
     try:
         with stoppable():
@@ -94,12 +105,12 @@ def main() -> NoReturn:
         code = ExitCode.FAILED
     except OSError as error:
         complain(f"{error.filename or 'a file'}: {error.strerror or error}{advice_on(error)}")
-        code = ExitCode.FAILED
+        code = ExitCode.BAD_INPUT if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else ExitCode.FAILED
     except Exception as error:
-        usage, memory = usage_fault(error), memory_fault(error)
-        if usage is None and memory is None:  # a bug: show its traceback
+        usage, loop, memory = usage_fault(error), loop_fault(error), memory_fault(error)
+        if usage is None and loop is None and memory is None:  # a bug: show its traceback
             raise
-        complain(usage or memory or "")
+        complain(usage or loop or memory or "")
         code = ExitCode.FAILED if memory else ExitCode.BAD_INPUT
     sys.exit(code)
 

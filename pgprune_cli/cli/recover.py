@@ -26,6 +26,7 @@ from pgprune_cli.console.commands import command_line
 from pgprune_cli.console.stderr import STDERR
 from pgprune_cli.distributed import ranks_from_environment
 from pgprune_cli.run.layout import runs_folder
+from pgprune_cli.storage.paths import expanded
 
 if TYPE_CHECKING:
     from pgprune_cli.recipe.schema import Recipe
@@ -97,7 +98,7 @@ def recover(
     The model that did best on held-out text is exported with everything that the pruned one came with. Needs the extra
     `recovery`.
     """
-    run = run or runs_folder() / out.expanduser().resolve().name
+    run = run or runs_folder() / expanded(out).resolve().name
     loaded = _open(model, recipe, text, overrides or [])
     if dry_run:
         from pgprune_cli.jobs.estimate import estimate_recovery

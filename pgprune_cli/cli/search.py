@@ -142,11 +142,17 @@ def _open(
         example = command_line("pgprune", "search", name, "--sparsity", 0.3)
         raise UserError(f"{name}: a model, not a recipe. Say how much to remove, for example: {example}")
     from pgprune_cli.jobs.new_recipe import new_recipe, run_name
+    from pgprune_cli.recipe.schema import Range
 
+    if problem := Range(0, 1)(sparsity):  # before it becomes a part of the run's name
+        raise UserError(f"--sparsity {sparsity}: {problem}.")
     run = out or runs_folder() / run_name(name, sparsity)
     if (run / RECIPE_FILE).exists():  # resumed with the values chosen then, whatever this machine has free now
+        from pgprune_cli.model.names import absolute_name
         from pgprune_cli.recipe.reader import load
 
-        return load(run / RECIPE_FILE, [*options, *overrides]), run
+        # Models of other owners or folders have the same run name: the search compares this one with the run's.
+        model = f"model={json.dumps(absolute_name(name), ensure_ascii=False)}"
+        return load(run / RECIPE_FILE, [model, *options, *overrides]), run
     loaded, _ = new_recipe(name, sparsity=sparsity, calibration=calibration, overrides=overrides)
     return loaded, run

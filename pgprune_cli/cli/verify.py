@@ -10,6 +10,7 @@ import typer
 from pgprune_cli.cli.options import AsJson, examples
 from pgprune_cli.cli.tables import print_result
 from pgprune_cli.errors import ExitCode, UserError
+from pgprune_cli.storage.paths import expanded
 
 EXAMPLES = examples("verify runs/smollm2-135m-30")
 
@@ -28,7 +29,7 @@ def verify(
 
     Prints one line for every fault. The exit code is 1 if there is any.
     """
-    if not path.expanduser().exists():  # before seconds of imports
+    if not expanded(path).exists():  # before seconds of imports
         raise UserError(f"{path}: no such file or directory")
     from dataclasses import asdict
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pgprune_cli.errors import UserError, in_short
+from pgprune_cli.storage.paths import expanded
 
 FORMATS = (".txt", ".jsonl", ".json", ".parquet")
 GZIPPED = tuple(f"{format}.gz" for format in FORMATS if format != ".parquet")
@@ -46,10 +47,10 @@ def find_file(corpus: str) -> TextFile | None:
 
     A directory counts as a file here, and is refused when it is read.
     """
-    if (path := Path(corpus).expanduser()).exists():
+    if (path := expanded(corpus)).exists():
         return TextFile(path)
     name, colon, column = corpus.rpartition(":")
-    path = Path(name).expanduser()
+    path = expanded(name)
     return TextFile(path, column) if colon and column and path.is_file() else None
 
 

@@ -37,6 +37,7 @@ from pgprune_cli.model.names import short_name
 from pgprune_cli.model.source import Source
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.storage.atomic import new_file, scratch_file
+from pgprune_cli.storage.paths import expanded
 
 DTYPES = (*gguf_types.TYPES, *gguf_quantize.K_QUANTS)
 """The dtypes that matrices can be stored in. llama.cpp makes the k-quants."""
@@ -89,7 +90,7 @@ class FilePlan(Plan):
         return dtype, gguf_types.bytes_of(edit.shape, dtype)
 
     def write(self, out: Path, on_bytes: Callable[[int], None]) -> None:
-        out = out.expanduser().resolve()
+        out = expanded(out).resolve()
         check_new(out, directory=False)
         check_space(out, self.bytes + self.estimated * self._full_bytes() + DISK_RESERVE)
         with new_file(out) as temporary:

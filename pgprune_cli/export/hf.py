@@ -29,6 +29,7 @@ from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD, RECOVERY_REC
 from pgprune_cli.serving import modeling_pruned
 from pgprune_cli.storage import safetensors_file
 from pgprune_cli.storage.atomic import new_directory, write_bytes
+from pgprune_cli.storage.paths import expanded
 from pgprune_cli.storage.records import write_json, write_record
 
 SHARD_SIZE = 5 * 10**9
@@ -58,7 +59,7 @@ class DirectoryPlan(Plan):
         )
 
     def write(self, out: Path, on_bytes: Callable[[int], None]) -> None:
-        out = out.expanduser().resolve()
+        out = expanded(out).resolve()
         check_new(out, directory=True)
         check_space(out, self.bytes + DISK_RESERVE)
         with new_directory(out) as directory:

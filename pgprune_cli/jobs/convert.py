@@ -16,6 +16,7 @@ from pgprune_cli.export.plan import check_new
 from pgprune_cli.model.names import is_hub_name
 from pgprune_cli.model.source import INDEX, download
 from pgprune_cli.storage.atomic import new_directory
+from pgprune_cli.storage.paths import expanded
 
 COPIED = ("*.json", "*.jinja", "tokenizer*", "*.model", "LICENSE*", "NOTICE*")
 PICKLES = "pytorch_model*.bin"
@@ -31,7 +32,7 @@ def convert(source: str, out: Path, *, progress: Progress = SILENT) -> list[Path
         UserError: `source` has no pickled weights, or some that need code to be read; `out` is not empty.
     """
     check_new(out, directory=True)
-    folder = Path(source).expanduser()
+    folder = expanded(source)
     if not folder.is_dir():
         if not is_hub_name(source):
             raise UserError(f"{source}: no such directory, and not a hub name (owner/name) either. Check the spelling.")

@@ -88,9 +88,20 @@ class EvaluationRequest:
         return _checked([Corpus.parse(option) for option in self.corpora], "--ppl")
 
     def check(self) -> None:
-        """Raise UserError if a model, corpus or dtype does not exist, or if speed is requested of a run directory."""
+        """Raise UserError if a model, corpus or dtype does not exist, or if speed is requested of a run directory.
+
+        Numbers that are too small are refused too: the Python API passes them on as they are.
+        """
         if self.dtype not in (None, *DTYPES):
             raise UserError(f"--dtype {self.dtype}: expected {', '.join(DTYPES[:-1])} or {DTYPES[-1]}.")
+        for option, least, numbers in (
+            ("--seqlen", 2, self.seqlens),  # one token predicts nothing
+            ("--max-windows", 1, (self.max_windows,)),
+            ("--max-items", 1, (self.max_items,)),
+        ):
+            for number in numbers:
+                if number is not None and number < least:
+                    raise UserError(f"{option} {number}: expected at least {least}.")
         for name in (self.model, *self.baselines):
             self._check_model(name)
         if self.base is not None:

@@ -18,6 +18,7 @@ from pgprune_cli.model.names import absolute_name
 from pgprune_cli.run.base import find_base
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.layout import EVALUATION_FILE
+from pgprune_cli.storage.paths import expanded
 from pgprune_cli.storage.records import read_record
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -100,7 +101,7 @@ def export(
 
     Raises UserError as `plan` and `Plan.write` do, and for an exported model whose files changed since.
     """
-    check_new(out.expanduser(), directory=not FORMATS[format].suffix)
+    check_new(expanded(out), directory=not FORMATS[format].suffix)
     if (run / CHECKSUMS_FILE).exists():
         with progress.working(f"checking {run}"):
             refuse_changed(run)

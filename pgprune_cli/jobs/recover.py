@@ -43,6 +43,7 @@ from pgprune_cli.run.recovery import RecoveryRecord, read_recoveries
 from pgprune_cli.run.settled import settled
 from pgprune_cli.run.trackers import TrackerName, tracking
 from pgprune_cli.run.training_history import TrainingRow, read_training_history
+from pgprune_cli.storage.paths import expanded
 from pgprune_cli.storage.records import read_record, write_record
 from pgprune_cli.storage.rows import cut_back
 
@@ -86,7 +87,7 @@ def recover(
             if ranks.is_writer:
                 check_disk(request, opened)
                 begin(request, opened)
-        if not ranks.max(holds_result(request.out.expanduser(), request.run)):
+        if not ranks.max(holds_result(expanded(request.out), request.run)):
             _train(request, opened, ranks, shown, tracker, skip_corrupt_checkpoint)
         gc.collect()  # the Trainer and its parts refer to each other, and hold the models
         with ranks.run_writer_first():
@@ -217,7 +218,7 @@ def _write(request: Request, opened: Opened, progress: Progress) -> None:
 
     The record lies beside the model's path before the model is written, so that a kill in between costs nothing.
     """
-    run, out = request.run, request.out.expanduser()
+    run, out = request.run, expanded(request.out)
     if not holds_result(out, run):
         recovery, tensors = _result(request, opened, progress)
         record = recovery.content(read_recoveries(opened.student.directory))

@@ -14,6 +14,7 @@ from pgprune_cli.recover.checkpoints import MOST, STATE_BYTES, is_finished
 from pgprune_cli.recover.student import trainable, trained_parameters
 from pgprune_cli.recover.teacher_cache import missing_shards
 from pgprune_cli.run.layout import CHECKPOINTS_FOLDER, training_checkpoint_folders, training_checkpoint_step
+from pgprune_cli.storage.paths import expanded
 
 
 class Need(NamedTuple):
@@ -42,7 +43,7 @@ def check_disk(request: Request, opened: Opened) -> None:
 
 
 def _needs(request: Request, opened: Opened) -> list[Need]:
-    run, settings, out = request.run, request.recipe.recover, request.out.expanduser().resolve()
+    run, settings, out = request.run, request.recipe.recover, expanded(request.out).resolve()
     needs = [Need(out, "the recovered model", "--out", 0 if holds_result(out, run) else opened.model_bytes)]
     finished = [folder for folder in training_checkpoint_folders(run) if is_finished(folder)]
     if finished and training_checkpoint_step(finished[-1]) == opened.schedule.steps:

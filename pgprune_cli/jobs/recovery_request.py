@@ -42,6 +42,7 @@ from pgprune_cli.run.provenance import record_command
 from pgprune_cli.run.trackers import TrackerName, check_installed
 from pgprune_cli.run.training_record import TrainingRecord
 from pgprune_cli.storage.atomic import write_bytes
+from pgprune_cli.storage.paths import expanded
 from pgprune_cli.storage.records import read_record
 
 IRRELEVANT = ("recover.corpus", "recover.checkpoint_every", "recover.gradient_checkpointing")
@@ -103,7 +104,7 @@ def check(request: Request, tracker: TrackerName | None) -> None:
         refuse_unusable(request.run, "--run-dir")
     if is_run(request.run) and not (request.run / TRAINING_RECORD).exists():
         raise UserError(f"{request.run}: holds a search. Choose another directory for the recovery with --run-dir.")
-    out = request.out.expanduser()
+    out = expanded(request.out)
     if not holds_result(out, request.run):
         check_new(out, directory=not FORMATS[request.format].suffix)
     refuse_unwritable(out)
@@ -221,7 +222,7 @@ def finished(request: Request) -> dict[str, Any]:
         changed.append(f"text: {before.text} → {text}")
     if changed:
         raise _other_recovery(request.run, changed)
-    if not request.out.expanduser().exists():
+    if not expanded(request.out).exists():
         raise UserError(
             f"{request.run}: the recovery is finished, but {request.out} is missing. Give the path that it wrote, or "
             "remove the run directory to recover again."

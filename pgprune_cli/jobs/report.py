@@ -39,7 +39,12 @@ def report(
 
 
 def target(directories: Sequence[Path], out: Path | None) -> Path:
-    """Return the path of the page: `out`, or report.html in the run or, for several runs, in the working directory."""
+    """Return the path of the page: `out`, or report.html in the run or, for several runs, in the working directory.
+
+    Raises UserError if `out` is a directory.
+    """
+    if out is not None and out.is_dir():
+        raise UserError(f"{out}: a directory. Name the file to write with --out, such as {out / REPORT_FILE}.")
     if out is not None:
         return out
     return directories[0] / REPORT_FILE if len(directories) == 1 else Path(REPORT_FILE)

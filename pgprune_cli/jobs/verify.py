@@ -46,6 +46,7 @@ from pgprune_cli.run.layout import (
 from pgprune_cli.run.resume import refuse_other_decision
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.search.costs import is_cost_list
+from pgprune_cli.storage.paths import expanded
 from pgprune_cli.storage.records import read_record
 from pgprune_cli.storage.rows import refuse_other_rows
 
@@ -86,7 +87,7 @@ class Kind:
 
 def verify(path: Path) -> Verdict:
     """Check every byte of `path`. Raises UserError if pgprune did not write it."""
-    path = path.expanduser()
+    path = expanded(path)
     if path.name in (CHECKPOINT_RECORD, CHECKPOINT_TENSORS):
         path = path.parent
     for kind in KINDS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -16,6 +17,9 @@ from torch.torch_version import TorchVersion
 from pgprune_cli.distributed import ranks_of_this_machine
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.families.adapter import ModelFamily
+
+GPU = "cuda"
+"""The kind of the devices that a model runs on besides the CPU."""
 
 BESIDE = 0.25
 """What is needed on a GPU beside the weights, as a fraction of them, where nobody knows it better."""
@@ -35,12 +39,14 @@ def devices_of(device: str) -> list[torch.device]:
     if device in ("auto", "cuda") and count:
         gpus = _share_of_process([torch.device("cuda", index) for index in range(count)])
         return gpus if device == "auto" else gpus[:1]
-    try:
-        devices = [torch.device(name.strip()) for name in device.split(",")]
-    except RuntimeError:
+    names = [name.strip() for name in device.split(",")]
+    numbered = rf"{GPU}:(0|[1-9][0-9]?)"  # torch.device takes cuda:256 for cuda:0
+    is_known = re.fullmatch(rf"cpu|{GPU}|{numbered}(,{numbered})*", ",".join(names))
+    if not is_known or len(set(names)) < len(names):
         raise UserError(
             f"device: {device!r} is not a device. Expected auto, cpu, cuda, cuda:N or a list such as cuda:0,cuda:1."
-        ) from None
+        )
+    devices = [torch.device(name) for name in names]
     for gpu in devices:
         if gpu.type == "cuda" and (gpu.index or 0) >= count:
             raise UserError(f"device: {gpu} does not exist, this machine has {_cuda_devices(count)}. Choose another.")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import PurePosixPath, PureWindowsPath
+
+from pgprune_cli.storage.paths import expanded
 
 DEMO = "demo"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -22,7 +24,7 @@ def absolute_name(name: str) -> str:
 
     Links are kept, because the user chose them, unless the path climbs over one with `..`.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name == DEMO or not path.exists():
         return name
     return str(path.resolve() if ".." in path.parts else path.absolute())

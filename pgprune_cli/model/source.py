@@ -20,6 +20,7 @@ from pgprune_cli.model.safety import (
     check_weight_name,
     refuse_links_out,
 )
+from pgprune_cli.storage.paths import expanded
 from pgprune_cli.storage.records import read_json
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
@@ -105,7 +106,7 @@ def find_local(name: str, weights: bool = True) -> Source | None:
     """Return where a model on this machine is, or None if `name` is a hub name. Raises UserError as `resolve` does."""
     if name == DEMO:
         return Source(name, DEMO_MODEL, None)
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
         if path.suffix in PICKLED:
             raise UserError(f"{name}: {PICKLES_REFUSED}")

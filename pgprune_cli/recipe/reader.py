@@ -99,6 +99,8 @@ def find(name_or_path: str) -> Path:
     path = Path(name_or_path)
     if path.suffix == ".yaml" and is_file(path):
         return path
+    if path.suffix.lower() in (".yaml", ".yml") and is_file(path):
+        raise UserError(one_line(f"{path}: not read as a recipe, because recipe files end in .yaml. Rename it."))
     shipped_names = {name_of(recipe): recipe for recipe in shipped()}
     name = name_or_path.removesuffix(".yaml")
     if name in shipped_names:

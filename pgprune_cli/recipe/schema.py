@@ -72,6 +72,7 @@ Length = Annotated[int, Range(2, COUNT_LIMIT)]
 """Tokens. A window of one token predicts nothing."""
 Positive = Annotated[float, Range(0, above=True)]
 Fraction = Annotated[float, Range(0, 1)]
+SEEDS = Range(0, 2**32)
 Family = Literal["attention", "ffn", "attention-block", "ffn-block", "layer"]
 Measure = Literal["parameters", "active-parameters", "flops", "kv-cache", "latency"]
 MetricName = Literal["wanda-sp", "flap", "flap-adaptive", "obs", "taylor", "magnitude", "random", "uniform"]
@@ -307,7 +308,7 @@ class Recipe:
     # `auto`, `cpu`, `cuda`, `cuda:N`, or a list such as `cuda:0,cuda:1`, which spreads the layers over several GPUs.
     device: Annotated[str, _device] = "auto"
     # Seed of all random choices. The same seed on the same machine gives the same search.
-    seed: Annotated[int, Range(0, 2**32)] = 0
+    seed: Annotated[int, SEEDS] = 0
     calibration: CalibrationSettings
     units: UnitsSettings = UnitsSettings()
     budget: BudgetSettings

@@ -8,6 +8,7 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.model.names import DEMO, is_hub_name
 from pgprune_cli.model.source import Source, resolve, resolve_recorded
 from pgprune_cli.run.decision import Decision, Origin
+from pgprune_cli.storage.paths import expanded
 
 
 def find_base(decided: Decision | Origin, where: Path, moved_to: str | None = None, option: str = "--model") -> Source:
@@ -22,7 +23,7 @@ def find_base(decided: Decision | Origin, where: Path, moved_to: str | None = No
     if moved_to is not None:
         return resolve(moved_to)
     name = decided.model
-    if name != DEMO and not is_hub_name(name) and not Path(name).expanduser().exists():
+    if name != DEMO and not is_hub_name(name) and not expanded(name).exists():
         raise UserError(f"{name}: missing. It is the base model of {where}. Say where it is now with {option}.")
     try:
         return resolve_recorded(name)

@@ -47,7 +47,7 @@ def locked(run: Path) -> Iterator[None]:
 
 def refuse_unwritable(path: Path, option: str = "--out") -> None:
     """Raise UserError if a file or directory `path`, chosen with `option`, cannot be created. Writes nothing."""
-    existing = next(folder for folder in path.absolute().parents if folder.exists())
+    existing = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     _refuse_unwritable(path, existing, option)
 
 
@@ -56,7 +56,7 @@ def refuse_unusable(run: Path, option: str = "--out") -> None:
 
     option: chooses it on the command line.
     """
-    existing = next(path for path in (run, *run.absolute().parents) if path.exists())
+    existing = next(path for path in (run, *run.absolute().parents) if os.path.lexists(path))  # a broken link too
     _refuse_unwritable(run, existing, option)
     if (run / LOCK_FILE).exists():
         with suppress(OSError):  # released in the meantime, or no locks on this file system

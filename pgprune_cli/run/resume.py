@@ -15,6 +15,7 @@ import yaml
 from torch import Tensor
 
 from pgprune_cli.errors import UserError
+from pgprune_cli.model.names import is_hub_name
 from pgprune_cli.model.source import find_recorded
 from pgprune_cli.recipe.reader import by_key, parse
 from pgprune_cli.recipe.schema import EvaluationSettings, Recipe, RecoverSettings
@@ -36,21 +37,24 @@ def load_finished(run: Path, recipe: Recipe) -> Decision:
     """Return the decision of a finished run.
 
     Raises:
-        UserError: it is damaged, belongs to another recipe, or to another model than the recipe's if that one is on
-            this machine.
+        UserError: it is damaged, belongs to another recipe, or to another model than the recipe's. Paths that do not
+            exist are not compared.
     """
     decision = Decision.load(run)
     refuse_other_decision(run, decision)
     searched = parse(decision.recipe, f"{run / DECISION_RECORD}: its recipe")
     _refuse_changes(run, searched, with_metric_of_scores(recipe, run))
     source = find_recorded(recipe.model)
+    changed = _changed({"model": decision.model}, {"model": recipe.model})
     if source is not None:
         try:
             refuse_other_base(source, decision, run / DECISION_RECORD)
         except UserError as error:
-            if changed := _changed({"model": decision.model}, {"model": recipe.model}):
+            if changed:
                 raise _other_recipe(run, changed) from None
             raise UserError(f"{run}: the search is finished. {error}") from None
+    elif changed and is_hub_name(recipe.model):  # not downloaded yet
+        raise _other_recipe(run, changed)
     return decision
 
 

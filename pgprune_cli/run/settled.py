@@ -12,6 +12,7 @@ from pgprune_cli.recipe.reader import parse
 from pgprune_cli.recipe.schema import Recipe, name_and_text
 from pgprune_cli.run.layout import RECIPE_FILE, SCORES_FILE
 from pgprune_cli.run.scores import Scores
+from pgprune_cli.storage.paths import expanded
 
 
 def settled(recipe: Recipe, run: Path | None = None) -> Recipe:
@@ -68,7 +69,7 @@ def absolute_text(corpus: str) -> str:
     """Return a corpus with an absolute path. A column may follow the path of a file: `a.parquet:story`."""
     if corpus == "demo" or corpus in NAMED:
         return corpus
-    if Path(corpus).expanduser().exists():
+    if expanded(corpus).exists():
         return absolute_name(corpus)
     file, colon, column = corpus.rpartition(":")
-    return absolute_name(file) + colon + column if Path(file).expanduser().is_file() else corpus
+    return absolute_name(file) + colon + column if expanded(file).is_file() else corpus

@@ -68,5 +68,6 @@ def refuse_other_scores(run: Path, scores: Scores, fingerprint: str, model: str)
     """Raise UserError if the scores in a run directory belong to a model with another fingerprint than `model`'s."""
     if scores.fingerprint != fingerprint:
         raise UserError(
-            f"{run / SCORES_FILE}: the scores belong to another model, not to {model}. Run `pgprune init-scores` again."
+            f"{run / SCORES_FILE}: the scores belong to another model, not to {model}. Run `pgprune init-scores` "
+            "again, or choose another directory with --out."
         )

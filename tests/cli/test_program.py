@@ -23,11 +23,13 @@ from helpers.multiple_choice import items_of, task_file
 from helpers.recipes import SMALL
 from helpers.schemas import SCHEMAS
 from helpers.waiting import lines_in, wait_until
+from safetensors.torch import load_file, save_file
 
 from pgprune_cli.cli import program as cli
 from pgprune_cli.errors import RunError
+from pgprune_cli.model.source import DEMO_MODEL
 from pgprune_cli.recipe.reader import find, load, name_of, shipped
-from pgprune_cli.run.layout import DECISION_MASKS
+from pgprune_cli.run.layout import DECISION_MASKS, DECISION_RECORD
 
 SET = [word for override in SMALL for word in ("--set", override)]
 
@@ -334,6 +336,9 @@ def test_bad_recipe_prints_one_line_per_fault(pgprune) -> None:
         ),
         (["eval", "demo", "--dtype", "int8"], ["--dtype int8: ", "auto, float32, float16 or bfloat16"]),
         (["eval", "demo", "--device", "tpu"], ["device: ", "'tpu'"]),
+        (["eval", "demo", "--device", "meta"], ["device: ", "'meta'"]),
+        (["compare", "demo", "--seeds", "-1"], ["--seeds -1: ", "0 <= value < 4294967296"]),
+        (["compare", "demo", "--seeds", "0,99999999999"], ["--seeds 0,99999999999: ", "0 <= value < 4294967296"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, facts, pgprune) -> None:
@@ -365,6 +370,32 @@ def test_usage_errors_are_one_line_and_exit_code_2(arguments, fact, pgprune) -> 
     assert err.startswith(f"pgprune: {fact}")
     assert " See `pgprune" in err
     assert err.count("\n") == 1
+
+
+def test_search_of_a_model_refuses_the_run_of_another_one_with_the_same_name(pgprune) -> None:
+    for owner, factor in (("a", 1), ("b", -3)):
+        shutil.copytree(DEMO_MODEL, Path(owner, "model"))
+        tensors = load_file(Path(owner, "model/model.safetensors"))
+        tensors["model.layers.1.mlp.down_proj.weight"] *= factor
+        save_file(tensors, Path(owner, "model/model.safetensors"), metadata={"format": "pt"})
+    words = ["--sparsity", "0.5", "--calibration", "demo", *SET, "--quiet"]
+    assert pgprune("search", "a/model", *words)[0] == 0
+    assert pgprune("search", "a/model", *words)[0] == 0
+    run = Path("runs/model-50")
+    for other in ("b/model", "owner/model"):  # the second one is on the hub
+        code, out, err = pgprune("search", other, *words)
+        assert (code, out) == (2, "")
+        says(err, f"{run}: ", "a/model → ", other, "--out")
+    (run / DECISION_RECORD).unlink()
+    code, out, err = pgprune("search", "b/model", *words)
+    assert (code, out) == (2, "")
+    says(err, f"{run}/scores.safetensors: ", "b/model", "--out")
+    (run / "scores.safetensors").unlink()
+    code, out, err = pgprune("search", "b/model", *words)
+    assert (code, out) == (2, "")
+    says(err, f"{run}: ", "a/model → ", "b/model", "--out")
+    moved = ["--set", f"model={Path('a/model').absolute()}"]
+    assert pgprune("search", "b/model", *words, *moved)[0] == 0
 
 
 @pytest.mark.parametrize("place", ["model", "--baseline"])
@@ -429,6 +460,50 @@ def test_bug_shows_its_traceback(pgprune, monkeypatch) -> None:
     monkeypatch.setattr("pgprune_cli.jobs.search.search", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.app(["search", "demo"], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "facts"),
+    [
+        ("search mine.yml", ["mine.yml: ", ".yaml"]),
+        ("search mine.YAML --sparsity 0.3", ["mine.YAML: ", ".yaml"]),
+        ("recipes show mine.yml", ["mine.yml: ", ".yaml"]),
+        ("report run --out folder", ["folder: ", "folder/report.html"]),
+        ("eval demo --ppl ~nosuchuser/x", ["~nosuchuser/x: "]),
+        ("search ~nosuchuser/x --sparsity 0.3", ["~nosuchuser/x: "]),
+        ("search demo --set model=~nosuchuser/x", ["~nosuchuser/x: "]),
+        ("search demo --quiet --set calibration.corpus=~nosuchuser/x", ["~nosuchuser/x: "]),
+        ("recipes new ~nosuchuser/x", ["~nosuchuser/x: "]),
+        ("convert ~nosuchuser/x out", ["~nosuchuser/x: "]),
+        ("verify ~nosuchuser/x", ["~nosuchuser/x: "]),
+        ("recover ~nosuchuser/x --out ~nosuchuser/y", ["~nosuchuser/x: "]),
+        ("recover x --out loop/y", ["loop/y: "]),
+        ("search demo --quiet --out loop/y", ["loop/y: "]),
+        ("report loop/y", ["loop/y: "]),
+        ("verify LONG", ["LONG", "too long"]),
+        ("eval LONG", ["LONG", "too long"]),
+        ("search LONG --sparsity 0.3", ["LONG", "too long"]),
+        ("search demo --quiet --out LONG", ["LONG", "too long"]),
+        ("eval demo --ppl LONG", ["LONG", "too long"]),
+        ("export LONG", ["LONG", "too long"]),
+    ],
+)
+def test_paths_that_cannot_be_used_are_one_line_and_exit_code_2(words, facts, pgprune) -> None:
+    Path("loop").symlink_to("loop")
+    Path("folder").mkdir()
+    for name in ("mine.yml", "mine.YAML"):
+        Path(name).write_text("extends: demo\n")
+    code, out, err = pgprune(*words.replace("LONG", "x" * 300).split())
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    says(err.replace("x" * 300, "LONG"), *facts)
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", "2>&- >&-"])
+@pytest.mark.parametrize(("words", "expected"), [("runs nowhere", 2), ("recipes --json", 0)])
+def test_closed_streams_do_not_change_the_exit_code(words, expected, closed) -> None:
+    command = f"{shlex.quote(sys.executable)} -m pgprune_cli {words} {closed}"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (expected, False), done.stderr
 
 
 # --- signals

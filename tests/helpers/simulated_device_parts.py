@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from pgprune_cli.model import devices
 from pgprune_cli.model.prunable import PrunableModel
 
 SIMULATED = "simulated"
@@ -339,6 +340,7 @@ PARTS: dict[str, Callable[[], None]] = {
 def main() -> None:
     warnings.simplefilter("ignore")  # PyTorch warns about out-of-tree backends
     register(sys.argv[1])
+    devices.GPU = SIMULATED
     sys.path.insert(0, str(Path(__file__).parents[1]))
     for name, part in PARTS.items():
         try:

@@ -140,6 +140,20 @@ def test_no_forward_pass_of_a_run_gathers_weights(run: Path, text: Corpus, monke
     assert measure_perplexity(target, [text], [32])[0]["ppl"] > 1
 
 
+@pytest.mark.parametrize(
+    ("numbers", "fact"),
+    [
+        ({"seqlens": [32, 1]}, "--seqlen 1: "),
+        ({"seqlens": [0]}, "--seqlen 0: "),
+        ({"max_windows": 0}, "--max-windows 0: "),
+        ({"max_items": 0}, "--max-items 0: "),
+    ],
+)
+def test_numbers_that_are_too_small_are_refused(numbers, fact) -> None:
+    with refused(fact):
+        EvaluationRequest(model="demo", **numbers).check()
+
+
 def test_evaluate_returns_the_documented_object(text: Corpus) -> None:
     request = EvaluationRequest(model="demo", corpora=[f"tales={text.text}"], seqlens=[32], device="cpu")
     (result,) = evaluate(request)

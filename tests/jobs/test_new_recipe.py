@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,7 +108,7 @@ def test_search_of_a_model_resumes_with_the_recipe_it_began_with(
 
     (run / "recipe.yaml").write_text(dump(recipe))
     monkeypatch.setattr(job, "_free_bytes", lambda devices: 1000)
-    assert _open("model", None, [], 0.4, "demo") == (recipe, run)
+    assert _open("model", None, [], 0.4, "demo") == (replace(recipe, model=str(tmp_path / "model")), run)
 
 
 def test_search_of_a_model_without_sparsity_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,3 +118,11 @@ def test_search_of_a_model_without_sparsity_is_refused(tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     with refused("model", "--sparsity 0.3"):
         _open("model", None, [], None, None)
+
+
+@pytest.mark.parametrize("sparsity", [float("nan"), float("inf"), 1.0, -0.1])
+def test_search_of_a_model_refuses_a_sparsity_that_is_no_fraction(config_only: str, sparsity: float) -> None:
+    from pgprune_cli.cli.search import _open
+
+    with refused(f"--sparsity {sparsity}: ", "0 <= value < 1"):
+        _open(config_only, None, [], sparsity, None)

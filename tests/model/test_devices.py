@@ -96,9 +96,15 @@ def test_a_missing_device_is_refused(monkeypatch):
         devices_of("cuda")
 
 
-@pytest.mark.parametrize("device", ["gpu", "cuda:x", "", "cpu,", "cuda:-1"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "", "cpu,", "cuda:-1", "cuda:256"])
 def test_a_name_that_is_not_a_device_is_refused(device):
     with refused("device"):
+        devices_of(device)
+
+
+@pytest.mark.parametrize("device", ["meta", "xpu", "mps", "cpu,cuda:0", "cpu,cpu", "cuda:0,cuda:0", "cuda,cuda:1"])
+def test_a_device_that_no_recipe_can_name_is_refused(device, eight_gpus):
+    with refused(f"device: {device!r} "):
         devices_of(device)
 
 
