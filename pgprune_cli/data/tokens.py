@@ -25,6 +25,11 @@ READERS = 2
 DOCUMENTS_PER_CALL = 64
 """How many documents the tokenizer gets at a time."""
 
+PROBE = (
+    "The old king owned 1,234.5 km² of land: \"l'été\", и 東京 🙂\n\n\tif x != y:  return  # they're unbelievably kind"
+)
+"""Ordinary text whose tokens are part of a tokenizer's identity."""
+
 SEPARATOR = "<|endoftext|>"
 """What many models were trained to begin a document behind, even if chats begin with another token."""
 
@@ -127,10 +132,24 @@ def _digest(tokens: Tensor) -> str:
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
-    """Return a digest of everything that decides which tokens a text becomes."""
+    """Return a digest of what decides which tokens a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(f"{described}{tokenizer.bos_token}{tokenizer.eos_token}".encode()).hexdigest()
+    identity = f"{described}{tokenizer.bos_token}{tokenizer.eos_token}{_probed(tokenizer)}"
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def _probed(tokenizer: Any) -> list[int] | None:
+    """Return the tokens of a text with every special token. None if the tokenizer cannot write it.
+
+    They show what a description lacks: whether special tokens are split, which ones are added, and the merges.
+    """
+    added = (token.content for token in tokenizer.added_tokens_decoder.values())
+    text = " ".join([PROBE, *sorted({*tokenizer.all_special_tokens, *added})])
+    try:
+        return list(tokenizer.encode(text, verbose=False))
+    except Exception:  # a vocabulary without <unk>, which may suffice for the corpus
+        return None
 
 
 def _tokenize(documents: Iterator[str], tokenizer: Any, at_least: int | None, drop_bos: bool) -> Tensor:

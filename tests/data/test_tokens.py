@@ -11,7 +11,7 @@ from helpers.messages import refused, says
 from helpers.texts import TEXTS, CountingTokenizer, token_ids
 from safetensors.torch import save
 from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import pgprune_cli.demo
@@ -56,6 +56,30 @@ def test_the_tokenizer_and_the_length_are_part_of_the_cache_key(tokenizer: Any) 
     counting = CountingTokenizer(tokenizer)
     tokens_of("a.txt", "calibration", counting, at_least=3)
     assert counting.texts == 1
+
+
+def test_whether_special_tokens_are_split_is_part_of_the_cache_key(tokenizer: Any) -> None:
+    """`split_special_tokens` of tokenizer_config.json is not in what the backend writes about itself."""
+    Path("a.txt").write_text(f"Mira owned {tokenizer.eos_token} one red kite.")
+    splitting = AutoTokenizer.from_pretrained(
+        Path(pgprune_cli.demo.__file__).parent / "model", split_special_tokens=True
+    )
+    before = tokens_of("a.txt", "calibration", tokenizer)
+    assert tokens_of("a.txt", "calibration", splitting).tolist() != before.tolist()
+
+
+def test_the_merges_of_a_tokenizer_without_a_backend_are_part_of_the_cache_key() -> None:
+    class WithoutBackend(CountingTokenizer):
+        backend_tokenizer = None
+
+    Path("a.txt").write_text("the")
+    vocabulary = {token: number for number, token in enumerate(["<unk>", "t", "h", "e", "th", "he", "the"])}
+    tokens = []
+    for merges in ([("t", "h")], [("h", "e")]):
+        model = BPE(vocabulary, merges, unk_token="<unk>")
+        tokenizer = WithoutBackend(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model)))
+        tokens.append(tokens_of("a.txt", "calibration", tokenizer).tolist())
+    assert tokens == [[4, 3], [1, 5]]
 
 
 def test_a_damaged_cache_file_is_written_again(tokenizer: Any) -> None:
