@@ -2,6 +2,7 @@
 
 import json
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,25 @@ def test_the_merges_of_a_tokenizer_without_a_backend_are_part_of_the_cache_key()
         tokenizer = WithoutBackend(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(model)))
         tokens.append(tokens_of("a.txt", "calibration", tokenizer).tolist())
     assert tokens == [[4, 3], [1, 5]]
+
+
+def test_a_long_text_takes_the_memory_of_its_tensors(tokenizer: Any) -> None:
+    class Long(CountingTokenizer):
+        def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
+            return {"input_ids": [list(range(1000, 2000)) for _ in texts]}
+
+    Path("a.jsonl").write_text(json.dumps({"text": TEXTS[0]}) + "\n")
+    Path("b.jsonl").write_text((json.dumps({"text": TEXTS[0]}) + "\n") * 640)
+    peaks = []
+    for name in ("a.jsonl", "b.jsonl"):
+        tracemalloc.start()
+        try:
+            tokens = tokens_of(name, "calibration", Long(tokenizer))
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+    assert len(tokens) == 640_000
+    assert peaks[1] - peaks[0] < 12 * len(tokens)  # a list of integers takes 36 bytes for each
 
 
 def test_a_damaged_cache_file_is_written_again(tokenizer: Any) -> None:
