@@ -26,7 +26,7 @@ KEYS = {"command": str, "began": str, "versions": dict, "machine": dict}
 def record_command(run: Path) -> None:
     """Append this process to the provenance: its command line, versions, machine, and when it `began` (UTC)."""
     with (run / PROVENANCE_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_this_process(), ensure_ascii=False) + "\n")
+        file.write(json.dumps(_this_process()) + "\n")
 
 
 def read_provenance(run: Path) -> list[dict[str, Any]]:
