@@ -36,9 +36,9 @@ SEPARATOR = "<|endoftext|>"
 
 def cache_directory() -> Path:
     """Return where token streams are cached: $PGPRUNE_CACHE, or else pgprune/ in the user's cache directory."""
-    if "PGPRUNE_CACHE" in os.environ:
-        return Path(os.environ["PGPRUNE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pgprune"
+    if own := os.environ.get("PGPRUNE_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pgprune"
 
 
 def tokens_of(

@@ -128,13 +128,23 @@ def test_a_cache_that_cannot_be_written_is_only_a_warning(tokenizer: Any, capsys
 
 
 def test_the_cache_directory_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty variable counts as none, and the home directory is only asked for where it is used."""
+
+    def homeless() -> Path:
+        raise RuntimeError("no home directory")
+
     assert cache_directory() == tmp_path / "cache"
-    monkeypatch.delenv("PGPRUNE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_directory() == tmp_path / "xdg" / "pgprune"
-    monkeypatch.delenv("XDG_CACHE_HOME")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "home", homeless)
+        for set_or_not in (lambda: patch.setenv("PGPRUNE_CACHE", ""), lambda: patch.delenv("PGPRUNE_CACHE")):
+            set_or_not()
+            assert cache_directory() == tmp_path / "xdg" / "pgprune"
+    monkeypatch.setenv("PGPRUNE_CACHE", "")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert cache_directory() == tmp_path / ".cache" / "pgprune"
+    for set_or_not in (lambda: monkeypatch.setenv("XDG_CACHE_HOME", ""), lambda: monkeypatch.delenv("XDG_CACHE_HOME")):
+        set_or_not()
+        assert cache_directory() == tmp_path / ".cache" / "pgprune"
 
 
 def test_check_vocabulary_refuses_a_token_without_an_embedding() -> None:
