@@ -235,7 +235,9 @@ def _parquet_values(file: TextFile, fits: Callable[[Any], bool], held: str) -> I
     try:
         table = parquet.ParquetFile(path)
         schema = table.schema_arrow
-        if column not in schema.names:
+        if (found := schema.names.count(column)) > 1:
+            raise UserError(f"{path}: {found} columns are called {column!r}. Rename all but one.")
+        if not found:
             raise UserError(_no_column(f"{path}", column, schema.names, f"{path}", held))
         if not fits(kind := schema.field(column).type):
             raise UserError(
@@ -244,6 +246,8 @@ def _parquet_values(file: TextFile, fits: Callable[[Any], bool], held: str) -> I
             )
         for batch in table.iter_batches(columns=[column]):
             yield from batch[column].to_pylist()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: column {column!r} holds bytes that are not UTF-8 text. Convert them.") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: this is not a readable parquet file ({' '.join(str(error).split())}).") from None
 

@@ -25,15 +25,20 @@ READERS = 2
 DOCUMENTS_PER_CALL = 64
 """How many documents the tokenizer gets at a time."""
 
+PROBE = (
+    "The old king owned 1,234.5 km² of land: \"l'été\", и 東京 🙂\n\n\tif x != y:  return  # they're unbelievably kind"
+)
+"""Ordinary text whose tokens are part of a tokenizer's identity."""
+
 SEPARATOR = "<|endoftext|>"
 """What many models were trained to begin a document behind, even if chats begin with another token."""
 
 
 def cache_directory() -> Path:
     """Return where token streams are cached: $PGPRUNE_CACHE, or else pgprune/ in the user's cache directory."""
-    if "PGPRUNE_CACHE" in os.environ:
-        return Path(os.environ["PGPRUNE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "pgprune"
+    if own := os.environ.get("PGPRUNE_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pgprune"
 
 
 def tokens_of(
@@ -127,10 +132,24 @@ def _digest(tokens: Tensor) -> str:
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
-    """Return a digest of everything that decides which tokens a text becomes."""
+    """Return a digest of what decides which tokens a text becomes."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     described = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(f"{described}{tokenizer.bos_token}{tokenizer.eos_token}".encode()).hexdigest()
+    identity = f"{described}{tokenizer.bos_token}{tokenizer.eos_token}{_probed(tokenizer)}"
+    return hashlib.sha256(identity.encode()).hexdigest()
+
+
+def _probed(tokenizer: Any) -> list[int] | None:
+    """Return the tokens of a text with every special token. None if the tokenizer cannot write it.
+
+    They show what a description lacks: whether special tokens are split, which ones are added, and the merges.
+    """
+    added = (token.content for token in tokenizer.added_tokens_decoder.values())
+    text = " ".join([PROBE, *sorted({*tokenizer.all_special_tokens, *added})])
+    try:
+        return list(tokenizer.encode(text, verbose=False))
+    except Exception:  # a vocabulary without <unk>, which may suffice for the corpus
+        return None
 
 
 def _tokenize(documents: Iterator[str], tokenizer: Any, at_least: int | None, drop_bos: bool) -> Tensor:
@@ -138,7 +157,7 @@ def _tokenize(documents: Iterator[str], tokenizer: Any, at_least: int | None, dr
 
     Special tokens other than BOS stay as the tokenizer adds them. Raises UserError if the tokenizer fails.
     """
-    pieces: list[list[int]] = []
+    pieces = [torch.empty(0, dtype=torch.int32)]  # a list of Python's integers takes nine times the memory
     total = 0
     while texts := [document for _, document in zip(range(DOCUMENTS_PER_CALL), documents, strict=False)]:
         try:
@@ -148,8 +167,8 @@ def _tokenize(documents: Iterator[str], tokenizer: Any, at_least: int | None, dr
                 f"the model's tokenizer does not work ({in_short(error)}). Fetch its files again."
             ) from error
         for ids in tokenized:
-            pieces.append(ids[1:] if drop_bos else ids)
+            pieces.append(torch.tensor(ids[1:] if drop_bos else ids, dtype=torch.int32))
             total += len(pieces[-1])
         if at_least is not None and total >= at_least:
             break
-    return torch.tensor([token for piece in pieces for token in piece], dtype=torch.int64)
+    return torch.cat(pieces).long()

@@ -25,6 +25,7 @@ from pgprune_cli.run.decision import Decision, refuse_other_base
 from pgprune_cli.run.layout import DECISION_RECORD
 from pgprune_cli.run.recovery import RecoveryRecord
 from pgprune_cli.storage import safetensors_file
+from pgprune_cli.storage.atomic import refuse_unencodable
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -202,7 +203,11 @@ def _whole(exported: DenseModel, requirements: ShapeRequirements) -> tuple[Dense
 
 
 def check_new(out: Path, directory: bool) -> None:
-    """Raise UserError if an export to `out` would replace something. An empty directory may become the export."""
+    """Raise UserError if an export to `out` would replace something, or if that path cannot be used.
+
+    An empty directory may become the export.
+    """
+    refuse_unencodable(out)
     if out.exists() and not (directory and out.is_dir() and not any(out.iterdir())):
         fault = "already exists and is not an empty directory" if directory else "already exists"
         raise UserError(f"{out}: {fault}. Choose another name or remove it.")

@@ -5,7 +5,6 @@ Only the model's config is read (of a GGUF file the header), so this takes secon
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +23,7 @@ from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.reader import load, shipped_folder
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.recipe.settings import Setting, size_settings, yaml_lines
+from pgprune_cli.recipe.strict_yaml import one_line, to_yaml
 from pgprune_cli.run.settled import absolute_text
 from pgprune_cli.search.texts import empty_text
 
@@ -118,7 +118,7 @@ def _free_bytes(devices: Sequence[torch.device]) -> int:
 
 def _load(settings: Sequence[Setting], overrides: Sequence[str]) -> Recipe:
     """Build the recipe through the reader, which checks every value."""
-    own = [f"{setting.key}={json.dumps(setting.value, ensure_ascii=False)}" for setting in settings]
+    own = [f"{setting.key}={to_yaml(setting.value)}" for setting in settings]
     return load(shipped_folder() / f"{BASE}.yaml", [*own, *overrides])
 
 
@@ -134,7 +134,7 @@ def _text(settings: Sequence[Setting], model: PrunableModel, sparsity: float) ->
     """Return the recipe as YAML: a comment that describes it, then the settings, section by section."""
     *units, last = [part for block in model.family.kinds for part in _counts(model, block)]
     lines = [
-        f"# {settings[0].value} with {sparsity:.0%} of its prunable parameters removed.",
+        f"# {one_line(settings[0].value)} with {sparsity:.0%} of its prunable parameters removed.",
         f"# {_parameters(model) / 1e6:,.1f} M parameters; {model.shape.layers} layers of {', '.join(units)} "
         f"and {last}.",
         "#     pgprune search THIS_FILE",

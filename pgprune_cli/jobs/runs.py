@@ -20,7 +20,7 @@ from pgprune_cli.run.layout import (
 )
 from pgprune_cli.run.training_history import best_training_row, read_training_history
 from pgprune_cli.run.training_record import TrainingRecord
-from pgprune_cli.storage.records import read_json
+from pgprune_cli.storage.records import read_record
 
 State = Literal["scored", "searching", "recovering", "finished", "damaged"]
 
@@ -50,11 +50,11 @@ def _row(run: Path) -> dict[str, Any]:
             row |= {"state": "searching", "model": recipe.model, "target": recipe.budget.sparsity}
             row |= {"step": step, "steps": recipe.search.steps}
         if (run / DECISION_RECORD).exists() and (run / DECISION_MASKS).exists():
-            record = read_json(run / DECISION_RECORD)
+            record = read_record(run / DECISION_RECORD)
             row |= {"state": "finished", "sparsity": record["sparsity"], "heldout_loss": record["heldout_loss"]}
             row |= {"bos": record["bos"], "best_step": record["best_step"]}
         row["perplexity"] = (read_measured(run) or {"perplexity": []})["perplexity"]
-    except (UserError, KeyError, ValueError) as error:
+    except (UserError, KeyError, OSError) as error:
         fault = str(error) if isinstance(error, UserError) else f"{run}: damaged ({error!r})."
         row |= {"state": "damaged", "fault": fault}
     return row
@@ -74,9 +74,15 @@ def _recovery(run: Path) -> dict[str, Any]:
 
 
 def _steps_done(history: Path) -> int:
-    """Return the step of the last complete row. A running search may be writing the next one."""
-    lines = history.read_text(encoding="utf-8").split("\n")[:-1] if history.exists() else []
-    return int(json.loads(lines[-1])["step"]) if lines else 0
+    """Return the step of the last complete row. A running search may be writing the next one.
+
+    Raises UserError if this is not a row.
+    """
+    lines = history.read_bytes().split(b"\n")[:-1] if history.exists() else []
+    try:
+        return int(json.loads(lines[-1])["step"]) if lines else 0
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise UserError(f"{history}:{len(lines)}: damaged: not a row of the history.") from None
 
 
 def cells(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:

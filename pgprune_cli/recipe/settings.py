@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pgprune_cli.recipe.strict_yaml import to_yaml
+from pgprune_cli.recipe.strict_yaml import one_line, to_yaml
 
 SMALL_MODEL = 500_000_000
 """Parameters up to which a search affords more text, and windows as short as its own."""
@@ -106,6 +106,6 @@ def yaml_lines(settings: Iterable[Setting]) -> list[str]:
         if name != section and name:
             lines.append(f"{name}:")
         section = name
-        comment = f"  # {setting.comment}" if setting.comment else ""
+        comment = f"  # {one_line(setting.comment)}" if setting.comment else ""
         lines.append(f"{'  ' if name else ''}{key}: {to_yaml(setting.value)}{comment}")
     return lines

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -10,7 +9,7 @@ from typing import Any
 
 from pgprune_cli.report.gather import Run
 from pgprune_cli.report.recoveries import Recovery
-from pgprune_cli.run.evaluation import measurements, with_bos
+from pgprune_cli.run.evaluation import measurements, perplexity_of, with_bos
 from pgprune_cli.run.history import best_row
 
 
@@ -136,7 +135,7 @@ def _environment(note: dict[str, Any]) -> dict[str, str]:
 
 
 def _nats(loss: float) -> str:
-    return f"{loss:.4f} nats per token, perplexity {math.exp(loss):,.2f}"
+    return f"{loss:.4f} nats per token, perplexity {perplexity_of(loss):,.2f}"
 
 
 def _duration(seconds: float) -> str:

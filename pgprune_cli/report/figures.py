@@ -11,7 +11,7 @@ import altair as alt
 from pgprune_cli.report.charts import HEIGHT, Chart, Figure, spec_of, tooltip
 from pgprune_cli.report.gather import ELEMENT, Run, kept_cells, sensitivities, theta_cells, unit_name
 from pgprune_cli.report.pareto import Measure
-from pgprune_cli.run.evaluation import with_bos
+from pgprune_cli.run.evaluation import perplexity_of, with_bos
 
 OBJECTIVES = {
     "loss": "loss",
@@ -92,7 +92,7 @@ def _losses(run: Run) -> Chart:
     x = _forward_passes_axis()
     left = alt.Axis(title="nats per token")
     right = alt.Axis(title="perplexity", orient="right", grid=False, labelExpr="format(exp(datum.value), ',.3~r')")
-    names = dict(step="step:Q", forward_passes="forward_passes:Q", loss="loss:Q", perplexity="perplexity:Q")
+    names = dict(step="step:Q", forward_passes="forward_passes:Q", loss="loss:Q", perplexity="perplexity:N")
     if run.recipe.search.objective != "loss":  # it has no perplexity
         right = alt.Axis(title=None, orient="right", grid=False, labels=False, ticks=False)
         names = {"step": "step:Q", "forward_passes": "forward_passes:Q", "objective": "loss:Q"}
@@ -121,11 +121,12 @@ def _heldout(run: Run, measure: Literal["heldout_loss", "heldout_objective"] = "
 
 def _loss(loss: float | None, forward_passes: int, step: int) -> dict[str, Any]:
     assert loss is not None, "only finite losses are drawn"
+    perplexity = perplexity_of(loss)
     return {
         "step": step,
         "forward_passes": forward_passes,
         "loss": round(loss, 5),
-        "perplexity": round(math.exp(loss), 3),
+        "perplexity": round(perplexity, 3) if math.isfinite(perplexity) else "∞",  # JSON has no infinity
     }
 
 
@@ -216,7 +217,7 @@ def _forward_passes_axis() -> Any:
 
 
 def _heldout_courses(points: list[dict[str, Any]]) -> Chart:
-    tip = tooltip(run="run:N", forward_passes="forward_passes:Q", loss="loss:Q", perplexity="perplexity:Q")
+    tip = tooltip(run="run:N", forward_passes="forward_passes:Q", loss="loss:Q", perplexity="perplexity:N")
     return (
         alt.Chart(alt.Data(values=points))
         .mark_line(point=True)

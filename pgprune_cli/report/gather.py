@@ -17,6 +17,7 @@ from pgprune_cli.core.widths import WidthState
 from pgprune_cli.errors import UserError
 from pgprune_cli.recipe.reader import load
 from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.recipe.strict_yaml import read_text
 from pgprune_cli.report.recoveries import Recovery, read_recovery
 from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.decision import Decision
@@ -139,7 +140,7 @@ def read_run(directory: Path, name: str) -> Run:
         name=name,
         directory=directory,
         recipe=recipe,
-        recipe_text=path.read_text(encoding="utf-8"),
+        recipe_text=read_text(path),
         rows=read_history(directory),
         elements={
             name: [len(scores.tensors[f"layers.{i}.{name}"]) if name in ELEMENT else 1 for i in layers]

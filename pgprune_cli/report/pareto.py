@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pgprune_cli.report.gather import Run
-from pgprune_cli.run.evaluation import with_bos
+from pgprune_cli.run.evaluation import perplexity_of, with_bos
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ def measures(runs: Sequence[Run]) -> list[Measure]:
             key = (row["corpus"], row["seqlen"], row["bos"], row["tokens"])
             by_name.setdefault(key, []).append(_point(run, row["ppl"]))
         if run.decision is not None and run.decision.heldout_loss is not None:
-            heldout.setdefault(run.decision.bos, []).append(_point(run, math.exp(run.decision.heldout_loss)))
+            perplexity = perplexity_of(run.decision.heldout_loss)
+            if math.isfinite(perplexity):  # no axis has a place for infinity
+                heldout.setdefault(run.decision.bos, []).append(_point(run, perplexity))
     candidates = [
         Measure(f"{corpus} perplexity, {seqlen} tokens{with_bos(bos)}", points)
         for (corpus, seqlen, bos, _), points in by_name.items()

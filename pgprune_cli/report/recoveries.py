@@ -9,6 +9,7 @@ from typing import Any
 from pgprune_cli.console.commands import command_line
 from pgprune_cli.recipe.reader import load
 from pgprune_cli.recipe.schema import Recipe
+from pgprune_cli.recipe.strict_yaml import read_text
 from pgprune_cli.run.layout import RECIPE_FILE, RECOVERY_RECORD
 from pgprune_cli.run.provenance import required_provenance
 from pgprune_cli.run.training_history import TrainingRow, best_training_row, read_training_history
@@ -64,7 +65,7 @@ def read_recovery(directory: Path, name: str) -> Recovery:
         name=name,
         directory=directory,
         recipe=load(path),
-        recipe_text=path.read_text(encoding="utf-8"),
+        recipe_text=read_text(path),
         record=TrainingRecord.read(directory),
         rows=read_training_history(directory),
         result=read_record(result) if result.exists() else None,

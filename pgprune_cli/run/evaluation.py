@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,14 @@ def read_measured(run: Path) -> dict[str, Any] | None:
 def perplexity_name(row: Mapping[str, Any]) -> str:
     """Return the heading of a perplexity. Only perplexities with the same name can be compared."""
     return f"{row['corpus']} PPL, {row['seqlen']} tokens{with_bos(row['bos'])}"
+
+
+def perplexity_of(loss: float) -> float:
+    """Return exp of a loss in nats per token. Infinity above 709, where a float cannot hold it."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
 
 
 def with_bos(bos: bool) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from pgprune_cli.console.commands import command_line
@@ -137,14 +138,26 @@ def is_recovery_run(folder: Path) -> bool:
 
 
 def run_directories(folder: Path) -> Iterator[Path]:
-    """Yield every run in a folder and below it, sorted by name. Runs are not nested."""
+    """Yield every run in a folder and below it, sorted by name. Runs are not nested.
+
+    A folder that several links lead to is entered once. Folders below that cannot be read are left out.
+    """
+    return _runs_in(folder, set())
+
+
+def _runs_in(folder: Path, entered: set[str]) -> Iterator[Path]:
+    """Yield every run in a folder that is not in `entered`, and add the folders that are entered to it."""
     if is_run(folder):
         yield folder
         return
-    subfolders = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    for subfolder in subfolders:
+    place = os.path.realpath(folder)
+    if place in entered or not folder.is_dir():
+        return
+    entered.add(place)
+    for subfolder in sorted(path for path in folder.iterdir() if path.is_dir()):
         if not subfolder.name.startswith("."):
-            yield from run_directories(subfolder)
+            with suppress(OSError):
+                yield from _runs_in(subfolder, entered)
 
 
 def refuse_unfinished(run: Path) -> None:

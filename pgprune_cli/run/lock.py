@@ -20,7 +20,7 @@ from pathlib import Path
 from pgprune_cli.console.stderr import warn
 from pgprune_cli.errors import UserError
 from pgprune_cli.run.layout import LOCK_FILE
-from pgprune_cli.storage.atomic import make_directory, try_lock
+from pgprune_cli.storage.atomic import make_directory, refuse_unencodable, try_lock
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
@@ -30,8 +30,9 @@ def locked(run: Path) -> Iterator[None]:
     """Create `run` and lock it inside the `with`. A new directory that is still empty afterwards is removed.
 
     Raises:
-        UserError: another process holds the lock.
+        UserError: another process holds the lock, or the path is not UTF-8.
     """
+    refuse_unencodable(run)
     new = not run.exists()
     make_directory(run)
     handle = _open(run)
@@ -69,6 +70,7 @@ def refuse_unusable(run: Path, option: str = "--out") -> None:
 
 
 def _refuse_unwritable(path: Path, existing: Path, option: str) -> None:
+    refuse_unencodable(path, option)
     if not existing.is_dir():
         raise UserError(f"{path}: {existing} is not a directory. Choose another directory with {option}.")
     if not os.access(existing, os.W_OK | os.X_OK):

@@ -19,28 +19,34 @@ PACKAGES = ("torch", "transformers", "safetensors", "datasets", "accelerate", "l
 """The packages whose version can change a result."""
 
 
+KEYS = {"command": str, "began": str, "versions": dict, "machine": dict}
+"""What every line holds."""
+
+
 def record_command(run: Path) -> None:
     """Append this process to the provenance: its command line, versions, machine, and when it `began` (UTC)."""
     with (run / PROVENANCE_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_this_process(), ensure_ascii=False) + "\n")
+        file.write(json.dumps(_this_process()) + "\n")
 
 
 def read_provenance(run: Path) -> list[dict[str, Any]]:
-    """Return the recorded commands, oldest first, without truncated lines. A missing file gives an empty list."""
+    """Return the recorded commands, oldest first, without damaged lines. A missing file gives an empty list."""
     path = run / PROVENANCE_FILE
     commands = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
         try:
-            commands.append(json.loads(line))
-        except ValueError:  # truncated by a full disk or a crash; the search does not need it
+            command = json.loads(line)
+        except (ValueError, RecursionError):  # truncated by a full disk or a crash; the search does not need it
             continue
+        if isinstance(command, dict) and all(isinstance(command.get(key), kind) for key, kind in KEYS.items()):
+            commands.append(command)
     return commands
 
 
 def required_provenance(run: Path) -> list[dict[str, Any]]:
     """Return the recorded commands as `read_provenance` does. Raises UserError if there are none."""
     if not (commands := read_provenance(run)):
-        raise UserError(f"{run}: damaged, {PROVENANCE_FILE} is missing or empty.")
+        raise UserError(f"{run}: damaged, {PROVENANCE_FILE} is missing or holds no command.")
     return commands
 
 

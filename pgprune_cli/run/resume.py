@@ -19,7 +19,7 @@ from pgprune_cli.model.names import is_hub_name
 from pgprune_cli.model.source import find_recorded
 from pgprune_cli.recipe.reader import by_key, parse
 from pgprune_cli.recipe.schema import EvaluationSettings, Recipe, RecoverSettings
-from pgprune_cli.recipe.strict_yaml import to_yaml
+from pgprune_cli.recipe.strict_yaml import read_text, to_yaml
 from pgprune_cli.run.checkpoint import Checkpoint, drop_old, latest_checkpoint
 from pgprune_cli.run.decision import Decision, refuse_other_base
 from pgprune_cli.run.layout import DECISION_RECORD, METRICS_FILE, RECIPE_FILE, is_recovery_run
@@ -59,11 +59,13 @@ def load_finished(run: Path, recipe: Recipe) -> Decision:
 
 
 def refuse_other_decision(run: Path, decision: Decision) -> None:
-    """Raise UserError if the decision was made with another recipe than the one in the run directory."""
+    """Raise UserError if the run directory holds another recipe than that of the decision, or a damaged one."""
     path = run / RECIPE_FILE
     if not path.exists():
         return
-    decided, recorded = _search_settings(decision.recipe), _search_settings(path.read_text(encoding="utf-8"))
+    text = read_text(path)
+    parse(text, f"{path}")  # refuses a damaged one
+    decided, recorded = _search_settings(decision.recipe), _search_settings(text)
     if changed := _changed(decided, recorded):
         raise UserError(
             f"{run / DECISION_RECORD}: does not belong to the {RECIPE_FILE} in this directory ({', '.join(changed)}). "
@@ -91,7 +93,7 @@ def refuse_other_recipe(run: Path, recipe: Recipe, *, same_model: bool = False) 
     if is_recovery_run(run):
         raise UserError(f"{run}: holds a recovery. Choose another directory for the search with --out.")
     if (run / RECIPE_FILE).exists():
-        before = parse((run / RECIPE_FILE).read_text(encoding="utf-8"), f"{run / RECIPE_FILE}")
+        before = parse(read_text(run / RECIPE_FILE), f"{run / RECIPE_FILE}")
         if not same_model and (names := _changed({"model": before.model}, {"model": recipe.model})):
             raise _other_recipe(run, names)
         _refuse_changes(run, before, recipe)

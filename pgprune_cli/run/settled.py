@@ -10,6 +10,7 @@ from pgprune_cli.model.devices import fastest_dtype
 from pgprune_cli.model.names import absolute_name
 from pgprune_cli.recipe.reader import parse
 from pgprune_cli.recipe.schema import Recipe, name_and_text
+from pgprune_cli.recipe.strict_yaml import read_text
 from pgprune_cli.run.layout import RECIPE_FILE, SCORES_FILE
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.storage.paths import expanded
@@ -33,7 +34,7 @@ def with_dtype(recipe: Recipe, run: Path | None = None) -> Recipe:
         return recipe
     path = None if run is None else run / RECIPE_FILE
     if path is not None and path.exists():
-        return replace(recipe, dtype=parse(path.read_text(encoding="utf-8"), f"{path}").dtype)
+        return replace(recipe, dtype=parse(read_text(path), f"{path}").dtype)
     return replace(recipe, dtype=fastest_dtype(recipe.device))
 
 

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 
+from pgprune_cli.errors import UserError
+
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `content` to `path` atomically: a reader or a crash sees the old file or the new one. Raises OSError."""
@@ -71,6 +73,14 @@ def new_directory(out: Path) -> Iterator[Path]:
         raise _naming(out, temporary, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_unencodable(path: Path, option: str = "--out") -> None:
+    """Raise UserError if `path`, chosen with `option`, is not UTF-8. safetensors cannot open such a file."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: this path is not UTF-8. Choose another one with {option}.") from None
 
 
 def make_directory(directory: Path) -> None:

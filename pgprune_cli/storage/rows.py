@@ -92,12 +92,12 @@ def read_rows(path: Path, kind: type[Row]) -> list[Row]:
     """
     if not path.exists():
         return []
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    *lines, _ = path.read_bytes().split(b"\n")
     rows = []
     for number, line in enumerate(lines, 1):
         try:
             rows.append(kind(**json.loads(line)))
-        except (ValueError, TypeError):  # not JSON, or other keys than those of a row
+        except (ValueError, TypeError, RecursionError):  # not JSON in UTF-8, or other keys than those of a row
             raise UserError(f"{path}:{number}: damaged: not a row of the history.") from None
     return rows
 

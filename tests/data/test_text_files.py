@@ -117,6 +117,19 @@ def test_every_kind_of_text_in_parquet_is_read(kind: str) -> None:
     assert read("a.parquet") == [*TEXTS, TEXTS[0]]
 
 
+def test_parquet_text_that_is_not_utf_8_is_refused() -> None:
+    texts = pa.array([b"The old king", b"slept\xff"]).view(pa.string())
+    parquet.write_table(pa.table({"id": [0, 1], "text": texts}), "a.parquet")
+    with refused("a.parquet", "'text'", "UTF-8"):
+        read("a.parquet")
+
+
+def test_two_parquet_columns_of_the_same_name_are_refused() -> None:
+    parquet.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], ["text", "text"]), "a.parquet")
+    with refused("a.parquet", "2 columns", "'text'"):
+        read("a.parquet")
+
+
 def test_a_parquet_column_of_nulls_holds_no_text(tokenizer: Any) -> None:
     parquet.write_table(pa.table({"text": pa.nulls(3)}), "a.parquet")
     with refused("a.parquet", "no text"):

@@ -172,6 +172,17 @@ def test_a_decision_of_another_run_is_refused(base, run, tmp_path) -> None:
         search(load(base / "recipe.yaml"), run)
 
 
+def test_a_recipe_that_is_not_text_is_refused_by_a_search_before_and_after_its_decision(base, run) -> None:
+    for content, fault in ((b"\xff", "UTF-8"), (b"model: [", "YAML"), (b"null", "expected keys")):
+        (run / RECIPE_FILE).write_bytes(content)
+        for dtype in ("fastest", "float32"):
+            with refused_with(f"{run / RECIPE_FILE}:", fault):
+                search(load(base / "recipe.yaml", [f"dtype={dtype}"]), run)
+    (run / DECISION_RECORD).unlink()
+    with refused_with(f"{run / RECIPE_FILE}:"):
+        search(load(base / "recipe.yaml"), run)
+
+
 def test_compare_accepts_a_history_whose_last_line_is_half_written(base, tmp_path) -> None:
     """A comparison reads how long a stopped search took. A power cut may have cut off its last line."""
     recipe = load(base / "recipe.yaml")

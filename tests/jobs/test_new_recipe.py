@@ -12,7 +12,7 @@ from helpers.models import tiny_config, tiny_model
 
 from pgprune_cli.jobs import new_recipe as job
 from pgprune_cli.jobs.new_recipe import new_recipe, run_name
-from pgprune_cli.recipe.reader import load
+from pgprune_cli.recipe.reader import find, load
 
 
 @pytest.fixture
@@ -28,6 +28,16 @@ def test_new_recipe_reads_back_as_the_recipe_it_was_printed_for(tmp_path: Path, 
     (tmp_path / "mine.yaml").write_text(text)
     assert load(tmp_path / "mine.yaml") == recipe
     assert (recipe.budget.sparsity, recipe.calibration.corpus) == (0.4, "wikitext2")
+
+
+def test_a_name_with_line_ends_adds_no_keys_to_the_recipe(tmp_path: Path) -> None:
+    model = tmp_path / "odd\nseed: 7\u2028\x85name"
+    tiny_config("llama-gqa").save_pretrained(model)
+    recipe, text = new_recipe(str(model))
+    (tmp_path / "mine.yaml").write_text(text, encoding="utf-8")
+    assert load(tmp_path / "mine.yaml") == recipe
+    assert (recipe.model, recipe.seed) == (str(model), load(find("demo")).seed)
+    assert "odd\\nseed: 7\\u2028\\x85name with 30%" in text.splitlines()[0]
 
 
 def test_new_recipe_needs_no_weights(config_only: str) -> None:

@@ -133,6 +133,25 @@ def test_a_run_without_provenance_is_refused(searching) -> None:
         read_run(searching, "it")
 
 
+def test_damaged_lines_of_the_provenance_are_left_out(searching) -> None:
+    whole = read_run(searching, "it").provenance
+    with (searching / "provenance.jsonl").open("ab") as file:
+        file.write(b'{}\nnull\n{"began": "\xff"}\n' + b"[" * 10**5 + b'\n{"command": "pgpr')
+    run = read_run(searching, "it")
+    assert run.provenance == whole
+    assert len(commands(run).rows) == len(whole)
+
+
+def test_bytes_that_are_no_text_are_refused_in_a_history_and_a_recipe(searching) -> None:
+    with (searching / "metrics.jsonl").open("ab") as file:
+        file.write(b"\xff\n")  # ends the row that is half written
+    with refused("metrics.jsonl:8", "damaged"):
+        read_run(searching, "it")
+    (searching / "recipe.yaml").write_bytes(b"\xff")
+    with refused("recipe.yaml:1", "UTF-8"):
+        read_run(searching, "it")
+
+
 def test_a_damaged_history_is_refused(searching) -> None:
     (searching / "metrics.jsonl").write_text("{}\n")
     with refused("metrics.jsonl"):

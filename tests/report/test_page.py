@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -81,6 +82,18 @@ def test_every_plot_has_an_element_and_a_specification(html, finished) -> None:
         *(f"run-0-{name}" for name in [*common, *of_units]),
         *(f"run-1-{name}" for name in [*common, *of_widths]),
     }
+
+
+def test_a_run_whose_perplexity_exceeds_every_number_has_a_page(finished) -> None:
+    whole, other = read_runs(list(finished.values()))
+    rows = [*whole.rows[:-1], replace(whole.rows[-1], losses=[800.0], heldout_loss=900.0, heldout_objective=900.0)]
+    decision = replace(whole.decision, heldout_loss=900.0, heldout_objective=900.0, dense_loss=750.0)
+    html = page([replace(whole, rows=rows, decision=decision), other])
+    assert "900.0000 nats per token, perplexity inf" in html
+    specs = next(script for script in Parts(html).scripts if script.startswith("{"))
+    assert "Infinity" not in specs
+    assert '"loss":900.0,"perplexity":"∞"' in specs
+    assert "pareto-1" not in json.loads(specs)  # the held-out perplexities: only one is a number
 
 
 def test_text_from_a_run_is_escaped(finished, tmp_path) -> None:

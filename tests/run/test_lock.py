@@ -11,15 +11,18 @@ import stat
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 from helpers.messages import says
 
 from pgprune_cli.errors import UserError
+from pgprune_cli.export.plan import check_new
+from pgprune_cli.recipe.strict_yaml import one_line
 from pgprune_cli.run import lock
 from pgprune_cli.run.layout import LOCK_FILE
-from pgprune_cli.run.lock import locked
+from pgprune_cli.run.lock import locked, refuse_unusable, refuse_unwritable
 from pgprune_cli.storage import atomic
 
 HOLD = "import sys, pathlib; from pgprune_cli.run.lock import locked\n"
@@ -50,6 +53,16 @@ def test_lock_refuses_a_second_process_and_names_the_owner(owner, tmp_path) -> N
     owner.communicate("\n")
     with locked(tmp_path / "run"):
         pass
+
+
+@pytest.mark.parametrize("refuse", [refuse_unusable, refuse_unwritable, partial(check_new, directory=True)])
+def test_a_path_that_is_not_utf_8_is_refused(refuse, tmp_path) -> None:
+    with pytest.raises(UserError) as error:
+        refuse(Path("runs/\udcff"))
+    says(one_line(str(error.value)), "runs/", "UTF-8", "--out")
+    with pytest.raises(UserError, match="UTF-8"), locked(tmp_path / "\udcff"):
+        pass
+    refuse(tmp_path / "ä\u2028b")
 
 
 def test_lock_is_free_when_its_owner_was_killed(owner, tmp_path) -> None:
