@@ -298,6 +298,18 @@ def test_old_buffers_and_tied_duplicates_are_dropped_and_dtypes_kept(llama, tmp_
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
 
 
+@pytest.mark.parametrize("counts", [[(2, 24)] * LAYERS, DECISIONS["mixed sizes"]], ids=["equal", "unequal"])
+def test_a_config_does_not_tie_a_head_that_differs_from_the_embedding(llama, tmp_path, counts):
+    """transformers 5 does not tie them either way, but other runtimes follow the config."""
+    model, base = llama
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    export(base, tmp_path / "out", draw(model, counts))
+    assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+    assert torch.equal(load(tmp_path / "out").lm_head.weight, tensors["lm_head.weight"])
+
+
 def test_the_weights_shrink_and_the_other_files_are_copied(llama, tmp_path):
     model, base = llama
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"):
