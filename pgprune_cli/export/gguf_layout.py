@@ -121,6 +121,11 @@ class Layout:
             raise InexpressibleError("cannot store a model without some of its heads")
         if architecture.head == "tied" and not config.tie_word_embeddings:
             raise InexpressibleError("cannot store an output matrix apart from the embedding")
+        absent = [
+            key for key in ("attn_logit_softcapping", "final_logit_softcapping") if getattr(config, key, 0) is None
+        ]
+        if absent and architecture.name == "gemma2":  # llama.cpp's gemma3 caps nothing unless the file says so
+            raise InexpressibleError(f"always caps scores and logits, but the base model's {absent[0]} is null")
         rotated = getattr(config, "no_rope_layers", None) or [1] * len(surgery.shapes.kept)
         every = architecture.unrotated
         expected = [int(not every or (number + 1) % every != 0) for number in range(len(self.kept))]

@@ -123,18 +123,20 @@ def test_llama_cpp_has_the_outputs_of_the_masked_dense_model(name, refitted, tmp
 
 
 @pytest.mark.parametrize(
-    ("architecture", "counts", "facts"),
+    ("architecture", "changes", "counts", "facts"),
     [
-        ("smollm3", UNEQUAL, ("smollm3", "different sizes", "budget.scope: per-layer", "--format hf")),
-        ("gemma2", UNEQUAL, ("gemma2", "different sizes", "budget.scope: per-layer")),
-        ("gemma3_text", UNEQUAL, ("gemma3_text", "different sizes", "budget.scope: per-layer")),
-        ("olmo2", UNEQUAL, ("olmo2", "different sizes", "budget.scope: per-layer")),
-        ("smollm3", [(0, 0), *EQUAL[1:]], ("smollm3", "every 4th layer", "--format hf")),
+        ("smollm3", {}, UNEQUAL, ("smollm3", "different sizes", "budget.scope: per-layer", "--format hf")),
+        ("gemma2", {}, UNEQUAL, ("gemma2", "different sizes", "budget.scope: per-layer")),
+        ("gemma3_text", {}, UNEQUAL, ("gemma3_text", "different sizes", "budget.scope: per-layer")),
+        ("olmo2", {}, UNEQUAL, ("olmo2", "different sizes", "budget.scope: per-layer")),
+        ("smollm3", {}, [(0, 0), *EQUAL[1:]], ("smollm3", "every 4th layer", "--format hf")),
+        ("gemma2", {"attn_logit_softcapping": None}, EQUAL, ("gemma2", "attn_logit_softcapping", "--format hf")),
+        ("gemma2", {"final_logit_softcapping": None}, EQUAL, ("gemma2", "final_logit_softcapping", "--format hf")),
     ],
-    ids=["smollm3", "gemma2", "gemma3", "olmo2", "smollm3-without-a-layer"],
+    ids=["smollm3", "gemma2", "gemma3", "olmo2", "smollm3-without-a-layer", "uncapped-scores", "uncapped-logits"],
 )
-def test_what_llama_cpp_cannot_compute_is_refused_with_what_can_be_done(architecture, counts, facts, tmp_path):
-    model = saved(architecture, tmp_path / "base")
+def test_what_llama_cpp_cannot_compute_is_refused_with_what_can_be_done(architecture, changes, counts, facts, tmp_path):
+    model = saved(architecture, tmp_path / "base", **changes)
     with refused(*facts):
         write(model, tmp_path / "base", tmp_path / "new" / "out.gguf", counts)
     assert not (tmp_path / "new").exists()
