@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from pgprune_cli.errors import RunError
 from pgprune_cli.export import hf, hf_config
-from pgprune_cli.export.plan import Options
+from pgprune_cli.export.plan import Options, check_new
 from pgprune_cli.export.shapes import ShapeRequirements
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.loading import eager_if_capped
@@ -346,6 +346,20 @@ def test_an_existing_target_is_refused(llama, tmp_path):
     (tmp_path / "file").touch()
     with refused(f"{tmp_path / 'file'}: already exists"):
         export(base, tmp_path / "file", model_mask)
+
+
+def test_a_mount_point_is_refused_before_writing(llama, tmp_path, monkeypatch):
+    """As in a container, where a volume is mounted at the name of the export. It cannot be renamed."""
+    model, base = llama
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "out")
+    for name in ("out", "link"):
+        with refused(str(tmp_path / name), "mount point", str(tmp_path / name / "model")):
+            check_new(tmp_path / name, directory=True)
+    with refused("mount point"):
+        export(base, tmp_path / "out", draw(model, DECISIONS["mixed sizes"]))
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "link", "out"}
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no space left"), OSError("no space left")])
