@@ -136,8 +136,14 @@ def open_directory(source: Source) -> DenseModel:
     shape = prunable.shape
     files = stored_files(source, model)
     refuse_incomplete(source.name, files, prunable)
-    if config.tie_word_embeddings and _head_equals_embedding(files, shape.family):
-        files = [file.without(shape.family.head_weight) for file in files]
+    head = shape.family.head_weight
+    if config.tie_word_embeddings and any(head in file.tensors for file in files):
+        if _head_equals_embedding(files, shape.family):
+            files = [file.without(head) for file in files]
+        else:  # transformers 5 unties the two, but other runtimes tie them if the config says so
+            for untied in (config_json, wrapper or {}):
+                untied["tie_word_embeddings"] = False
+            config.tie_word_embeddings = False
     prefixes = _wrapped_prefixes(files) if source.is_wrapped else {}
     shards = [Shard(file.tensors, file.open) for file in files]
 
@@ -180,7 +186,7 @@ def _wrapped_prefixes(files: Sequence[StoredFile]) -> dict[str, tuple[str, str]]
 
 
 def _head_equals_embedding(files: Sequence[StoredFile], family: ModelFamily) -> bool:
-    """Return True if the files hold the head, and it equals the embedding. If it differs, transformers unties them."""
+    """Return True if the files hold both the head and the embedding, and the two are equal."""
     tensors = []
     for name in (family.embedding_weight, family.head_weight):
         for file in files:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,13 +48,15 @@ class FilePlan(Plan):
     """The plan of a GGUF file.
 
     architecture: llama.cpp's; dtype: of the matrices, one of DTYPES; full_dtype: of the matrices as pgprune writes
-    them, which is another one for k-quants; header: the file up to its first tensor, with `full_dtype`.
+    them, which is another one for k-quants; header: the file up to its first tensor, with `full_dtype`; omitted: the
+    tokens that the file leaves out.
     """
 
     architecture: str
     dtype: str
     full_dtype: str
     header: bytes
+    omitted: Sequence[str]
 
     @property
     def model_type(self) -> str:
@@ -81,6 +83,11 @@ class FilePlan(Plan):
         notes = gguf_quantize.notes(self._matrices()) if self.estimated else []
         if self.base.wrapper is not None:
             notes.append("The file holds the language model alone. llama.cpp reads the vision tower from another file.")
+        if self.omitted:
+            tokens = f"{len(self.omitted)} token{'s' if len(self.omitted) > 1 else ''}"
+            notes.append(
+                f"The file leaves out {tokens} for which the model has no embedding. The first is {self.omitted[0]}."
+            )
         return notes
 
     def stored(self, edit: TensorEdit) -> tuple[str, int]:
@@ -149,10 +156,12 @@ def plan(
     if again is not None and again.recoveries:
         writer.add_string("pgprune.recovery", json.dumps(again.recoveries))
     layout.add(writer)
-    add_tokenizer(writer, source, base.config.vocab_size)
+    omitted = add_tokenizer(writer, source, base.config.vocab_size)
     header = _header(writer, edits, full_dtype)
     architecture = layout.architecture.name
-    return FilePlan(base, decision, surgery, {"": edits}, measured, again, architecture, dtype, full_dtype, header)
+    return FilePlan(
+        base, decision, surgery, {"": edits}, measured, again, architecture, dtype, full_dtype, header, omitted
+    )
 
 
 def _import_gguf() -> Any:

@@ -19,7 +19,7 @@ from pgprune_cli.export.gguf_architectures import ARCHITECTURES, GRANITE, Archit
 from pgprune_cli.export.gguf_rope import InexpressibleError, Rope
 from pgprune_cli.export.shapes import ShapeRequirements
 from pgprune_cli.export.surgery import Surgery
-from pgprune_cli.model.families.adapter import ModelFamily, dense_type
+from pgprune_cli.model.families.adapter import ModelFamily, dense_config, dense_type
 
 LARGEST = {"gemma2": 46, "gemma3": 62}
 """Layers of the largest models, whose attention llama.cpp scales by hidden size / heads instead of by head size."""
@@ -102,7 +102,7 @@ class Layout:
             kept=kept,
             windows=tuple(window and types[layer] == "sliding_attention" for layer in layers),
             head_dim=head_dim,
-            rope=Rope.of(config, head_dim, architecture),
+            rope=Rope.of(dense_config(config), head_dim, architecture),
             names=tensor_names(family.gguf[dense_type(config.model_type)].equal or architecture.name, len(kept)),
             factors={},
         )
@@ -121,6 +121,11 @@ class Layout:
             raise InexpressibleError("cannot store a model without some of its heads")
         if architecture.head == "tied" and not config.tie_word_embeddings:
             raise InexpressibleError("cannot store an output matrix apart from the embedding")
+        absent = [
+            key for key in ("attn_logit_softcapping", "final_logit_softcapping") if getattr(config, key, 0) is None
+        ]
+        if absent and architecture.name == "gemma2":  # llama.cpp's gemma3 caps nothing unless the file says so
+            raise InexpressibleError(f"always caps scores and logits, but the base model's {absent[0]} is null")
         rotated = getattr(config, "no_rope_layers", None) or [1] * len(surgery.shapes.kept)
         every = architecture.unrotated
         expected = [int(not every or (number + 1) % every != 0) for number in range(len(self.kept))]

@@ -29,14 +29,15 @@ SPLITS = {
 USE_HF = "Export the model with --format hf."
 
 
-def add_tokenizer(writer: Any, source: Source, vocabulary: int) -> None:
+def add_tokenizer(writer: Any, source: Source, vocabulary: int) -> list[str]:
     """Add the tokenizer of `source` to the metadata of a GGUFWriter. vocabulary: number of embeddings of the model.
 
-    Raises UserError if there is no tokenizer, or llama.cpp does not support its kind.
+    Return the added tokens that are left out, because the model has no embedding for them. Raises UserError if there is
+    no tokenizer, or llama.cpp does not support its kind.
     """
     if source.gguf is not None:
         _copy_metadata(writer, source)
-        return
+        return []
     tokenizer = load_tokenizer(source)
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(f"{source.name}: its tokenizer has no tokenizer.json, which --format gguf needs. {USE_HF}")
@@ -60,7 +61,8 @@ def add_tokenizer(writer: Any, source: Source, vocabulary: int) -> None:
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(_split_name(source.name, splitters))
         writer.add_token_merges(merges)
-    _add_special(writer, tokenizer)
+    _add_special(writer, tokenizer, vocabulary)
+    return [added[index]["content"] for index in sorted(added) if index >= vocabulary]
 
 
 def _copy_metadata(writer: Any, source: Source) -> None:
@@ -115,7 +117,7 @@ def _add_tokens(writer: Any, name: str, model: dict[str, Any], added: dict[int, 
     from gguf import TokenType
 
     texts = {index: text for text, index in model["vocab"].items()}
-    if (largest := max({*texts, *added})) >= vocabulary:
+    if (largest := max(texts.keys() - added.keys(), default=0)) >= vocabulary:
         raise UserError(
             f"{name}: its tokenizer has the token {largest}, but the model has only {vocabulary} embeddings. "
             "Use the tokenizer that belongs to the model."
@@ -154,11 +156,11 @@ def _scores(model: dict[str, Any], merges: list[str], vocabulary: int) -> list[f
     return [float(-rank.get(texts.get(index, ""), len(merges))) for index in range(vocabulary)]
 
 
-def _add_special(writer: Any, tokenizer: Any) -> None:
+def _add_special(writer: Any, tokenizer: Any, vocabulary: int) -> None:
     """Add the ids of special tokens, whether encoding adds them, and the chat template."""
     for kind in ("bos", "eos", "unk", "pad"):
         index = getattr(tokenizer, f"{kind}_token_id")
-        if index is not None:
+        if index is not None and index < vocabulary:
             getattr(writer, f"add_{kind}_token_id")(index)
     plain, encoded = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
     before = encoded[: len(encoded) - len(plain)] if encoded[-len(plain) :] == plain else encoded[:1]

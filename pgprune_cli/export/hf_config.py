@@ -51,8 +51,9 @@ def _wrapped(wrapper: Mapping[str, Any], decoder: dict[str, Any], is_stock: bool
     for key in ("auto_map", "architectures"):  # those of the whole model count
         decoder.pop(key, None)
     result = {key: value for key, value in wrapper.items() if key not in ("auto_map", "torch_dtype")}
-    if "dtype" in decoder:
-        result["dtype"] = decoder["dtype"]
+    names_of_dtype = ("dtype", "torch_dtype")  # the second is the older one
+    if dtype := next((part[key] for part in (decoder, wrapper) for key in names_of_dtype if part.get(key)), None):
+        result["dtype"] = dtype
     kind = dense_type(wrapper["model_type"])
     causal: Any = modeling_pruned.WRAPPERS[kind]
     names: dict[str, Any] = {"model_type": kind, "architectures": [causal.__name__.removeprefix("Pruned")]}

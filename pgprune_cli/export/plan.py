@@ -205,12 +205,16 @@ def _whole(exported: DenseModel, requirements: ShapeRequirements) -> tuple[Dense
 def check_new(out: Path, directory: bool) -> None:
     """Raise UserError if an export to `out` would replace something, or if that path cannot be used.
 
-    An empty directory may become the export.
+    An empty directory may become the export. A mount point may not: it cannot be renamed or removed.
     """
     refuse_unencodable(out)
     if out.exists() and not (directory and out.is_dir() and not any(out.iterdir())):
         fault = "already exists and is not an empty directory" if directory else "already exists"
         raise UserError(f"{out}: {fault}. Choose another name or remove it.")
+    if out.resolve().is_mount():
+        raise UserError(
+            f"{out}: a mount point, which cannot be replaced. Give a directory inside it, such as {out / 'model'}."
+        )
 
 
 def check_space(out: Path, required: int) -> None:

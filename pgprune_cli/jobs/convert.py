@@ -9,6 +9,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.errors import UserError, in_short
@@ -29,8 +30,10 @@ def convert(source: str, out: Path, *, progress: Progress = SILENT) -> list[Path
     source: a directory, or a name on the hub. If the conversion fails, nothing is left.
 
     Raises:
-        UserError: `source` has no pickled weights, or some that need code to be read; `out` is not empty.
+        UserError: `source` has no pickled weights, or some that need code to be read or are no tensors; `out` is not
+            empty.
     """
+    out = out.expanduser().resolve()
     check_new(out, directory=True)
     folder = expanded(source)
     if not folder.is_dir():
@@ -44,7 +47,7 @@ def convert(source: str, out: Path, *, progress: Progress = SILENT) -> list[Path
     with new_directory(out) as temporary:
         names = _convert_weights(pickles, temporary, progress)
         for path in sorted({path for pattern in COPIED for path in folder.glob(pattern)}):
-            if path.name != PICKLE_INDEX:
+            if path.name not in (PICKLE_INDEX, INDEX):  # both list the files of the original
                 shutil.copyfile(path, temporary / path.name)
     return [out / name for name in names]
 
@@ -67,6 +70,7 @@ def _convert_weights(pickles: Sequence[Path], folder: Path, progress: Progress) 
                     f"{pickled}: cannot be read without running code in it, or is damaged ({in_short(error, 200)}). "
                     "Fetch the model's files again, or use another copy of the model."
                 ) from error
+            _refuse_other_values(pickled, state)
             # safetensors refuses tensors that share memory, as tied ones do
             tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in state.items()}
             save_file(tensors, folder / name, metadata={"format": "pt"})
@@ -77,3 +81,18 @@ def _convert_weights(pickles: Sequence[Path], folder: Path, progress: Progress) 
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (folder / INDEX).write_text(json.dumps(index, indent=2))
     return names
+
+
+def _refuse_other_values(pickled: Path, state: Any) -> None:
+    """Raise UserError unless a pickle holds tensors by name, as torch.save(model.state_dict()) writes them."""
+    from torch import Tensor
+
+    others = [f"of type {type(state).__name__}"]
+    if isinstance(state, dict):
+        named = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+        others = [f"{key}, of type {type(value).__name__}" for key, value in named.items()]
+    if others:
+        raise UserError(
+            f"{pickled}: holds something other than tensors by name ({others[0]}). "
+            "Save the weights alone: torch.save(model.state_dict(), 'pytorch_model.bin')"
+        )

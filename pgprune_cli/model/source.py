@@ -26,7 +26,7 @@ from pgprune_cli.storage.records import read_json
 DEMO_MODEL = Path(__file__).parents[1] / "demo" / "model"
 INDEX = "model.safetensors.index.json"
 CONFIGS = ["config.json", ADAPTER]
-DOWNLOADED = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
+DOWNLOADED = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "LICENSE*", "NOTICE*"]
 """Patterns of the files that are downloaded from the hub: no pickles and no code."""
 
 CONVERTED = {"models/vicuna-7b": "lmsys/vicuna-7b-v1.5", "models/vicuna-13b": "lmsys/vicuna-13b-v1.5"}

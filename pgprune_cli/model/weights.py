@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from pgprune_cli.errors import UserError, in_short
 from pgprune_cli.model.devices import device_map
 from pgprune_cli.model.families import family_of
+from pgprune_cli.model.families.adapter import dense_config
 from pgprune_cli.model.families.wrapper import PREFIXES
 from pgprune_cli.model.out_of_memory import is_out_of_memory
 from pgprune_cli.model.quantized import QuantizedLinear, check_fp8, quantize_projections
@@ -111,7 +112,7 @@ def read_quantized(
         head.weight = embedding.weight
     # Computed, so in no file: the rotary frequencies, and what some embeddings are multiplied with.
     decoder = model.get_decoder()
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config).to(devices[0])
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=dense_config(model.config)).to(devices[0])
     if (scale := getattr(embedding, "scalar_embed_scale", None)) is not None:
         embedding.embed_scale = torch.tensor(scale)
     return _place(empty, devices)

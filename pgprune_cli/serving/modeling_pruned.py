@@ -8,7 +8,7 @@ The config's `per_layer_config` holds the sizes, as transformers 5.14 and later 
 that differ from those of the dense model. `"skip": ["attention"]` or `"skip": ["mlp"]` means that the layer has no such
 block and none of the block's norms. `output_biases` lists the blocks that have an output bias in every layer although
 the dense model has none. `layer_types` names the kind of attention of every layer; a layer without attention has the
-kind of a layer that has some, but not linear attention, so that its empty slot in the cache does no harm.
+kind of a layer that has some, but not linear attention, so that it can count the tokens in its slot of the cache.
 """
 
 import copy
@@ -84,6 +84,10 @@ SHARED = "_implementation_internal"
 """How the names of settings end that the user may change after loading, like the implementation of the attention."""
 
 
+COUNTED = 64
+"""Numbers per token that a layer without attention writes to the cache: a group of a quantized one."""
+
+
 class PrunedConfig:
     """What the configs below add to those of transformers."""
 
@@ -123,7 +127,9 @@ class PrunedConfig:
 class Nothing(nn.Module):
     """Runs in place of a removed block: adds nothing to the residual stream.
 
-    pair: the block returns two values; slot: where it counts the tokens in the cache, if no other block does.
+    pair: the block returns two values; slot: of a removed attention in the cache. There it counts the tokens, because
+    transformers takes the length of the cache and the sizes of masks from the first slot of each kind, crops the cache
+    after every draft of a smaller model, and fetches an offloaded slot while the one before it is filled.
     """
 
     def __init__(self, pair: bool, slot: int | None = None) -> None:
@@ -134,7 +140,8 @@ class Nothing(nn.Module):
         zeros = torch.zeros_like(hidden_states)
         cache = kwargs.get("cache", kwargs.get("past_key_values"))  # its name depends on the version of transformers
         if self.slot is not None and cache is not None:
-            cache.update(zeros[:, None, :, :1], zeros[:, None, :, :1], self.slot)
+            counted = torch.ones_like(zeros[:, None, :, :COUNTED])  # transformers 4 does not count zeros
+            cache.update(counted, counted, self.slot, {"cache_position": kwargs.get("cache_position")})
         return (zeros, None) if self.pair else zeros
 
 
@@ -150,6 +157,9 @@ class Pruned:
         for name in [name for name in vars(shell) if name.endswith(SHARED)]:
             setattr(config, name, vars(shell).pop(name))
         self.config = config
+
+    def _get_static_cache_init_shape(self) -> None:
+        """Let every slot of a static cache take its shape from what is written first: without attention, it is small."""
 
     # transformers looks for the answer in the source of a model's module, which is not this one.
     @classmethod
@@ -180,7 +190,6 @@ class PrunedModel(Pruned):
         refuse_unknown_rope(config)
         self.init_without_layers(config)
         self.layers = nn.ModuleList(self.build(layer, index) for index, layer in enumerate(config.of_layers()))
-        self.share_slots()
         self.post_init()
 
     def build(self, config, index: int) -> nn.Module:
@@ -190,38 +199,13 @@ class PrunedModel(Pruned):
                 continue
             if block in config.skip:
                 pair = self.family.mlp_returns_pair if block == "mlp" else module == "self_attn"
-                setattr(layer, module, Nothing(pair))
+                setattr(layer, module, Nothing(pair, slot=index if module == "self_attn" else None))
                 for norm in getattr(self.family.norms, block):
                     setattr(layer, norm, nn.Identity())
             elif block in (getattr(config, "output_biases", None) or ()):
                 linear = getattr(getattr(layer, module), OUTPUTS[module])
                 setattr(getattr(layer, module), OUTPUTS[module], nn.Linear(linear.in_features, linear.out_features))
         return layer
-
-    def share_slots(self) -> None:
-        """Let the first layer with attention of each kind use the first slot of its kind in the cache.
-
-        transformers takes the length of the cache and the sizes of the masks from these slots. When it crops the cache,
-        as it does after every draft of a smaller model, all slots with a sliding window must have been filled: there,
-        layers without attention count tokens.
-        """
-        if not self.layers:  # models with a head build the decoder without layers first
-            return
-        kinds = getattr(self.config, "layer_types", None) or [None] * len(self.layers)
-        slides = {"sliding_attention"} | ({None} if getattr(self.config, "sliding_window", None) else set())
-        filled = set()
-        for index, (kind, layer) in enumerate(zip(kinds, self.layers, strict=True)):
-            blocks = [getattr(layer, name, None) for name in ("self_attn", "linear_attn")]
-            block = next((block for block in blocks if block is not None and not isinstance(block, Nothing)), None)
-            if kind in slides:
-                if block is None:
-                    layer.self_attn.slot = index
-            elif block is not None and kind not in filled:
-                filled.add(kind)
-                block.layer_idx = kinds.index(kind)
-        if filled == {"linear_attention"} != set(kinds):  # such layers do not count tokens
-            slot = next(index for index, kind in enumerate(kinds) if kind not in filled)
-            self.layers[slot].self_attn = Nothing(pair=True, slot=slot)
 
 
 def with_equal_router_logits(forward):
@@ -376,6 +360,7 @@ def define_wrapper(model_type: str, name: str) -> type[PreTrainedModel]:
         raise ImportError(f"{model_type}: this version of transformers builds configs in another way")
     config = strict(define(f"Pruned{base.__name__}", (PrunedWrapperConfig, base), model_type=pruned))
     wrapper = define(f"Pruned{dense}", (getattr(module, dense),), config_class=config)
+    wrapper._get_static_cache_init_shape = Pruned._get_static_cache_init_shape
     register_names_in_files(model_type)
     AutoConfig.register(pruned, config, exist_ok=True)
     AutoModelForImageTextToText.register(config, wrapper, exist_ok=True)

@@ -302,6 +302,20 @@ def test_the_tokenizer_and_its_chat_template_are_converted(tmp_path):
     assert meta["tokenizer.chat_template"] == "{{ messages[0].content }}"
 
 
+def test_added_tokens_without_an_embedding_are_left_out(tmp_path):
+    """Such as <image_soft_token> of the Gemma 3 that see no images."""
+    model = saved("llama-gqa", tmp_path / "base")
+    tokenizer = load_tokenizer(resolve(str(tmp_path / "base")))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"], "pad_token": "[PAD]"})
+    tokenizer.save_pretrained(tmp_path / "base")
+    planned = export(tmp_path / "base", tmp_path / "out.gguf", draw(model, ALIKE))
+    meta = fields(tmp_path / "out.gguf")
+    assert len(meta["tokenizer.ggml.tokens"]) == VOCABULARY and meta["tokenizer.ggml.tokens"][-1] == "ab"
+    assert "tokenizer.ggml.padding_token_id" not in meta
+    [note] = planned.notes
+    assert "2 tokens" in note and "[PAD]" in note
+
+
 UNEQUAL = DECISIONS["mixed sizes"]
 
 

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 from helpers import llamacpp
-from helpers.exports import decide
+from helpers.exports import decide, export
 from helpers.masks import LAYERS, draw, masked, random_repair, repaired_by_hand
 from helpers.messages import refused
 from helpers.models import VOCABULARY, save_tokenizer, tiny_config
 
 from pgprune_cli.export import gguf as writer
 from pgprune_cli.export.plan import Options
+from pgprune_cli.export.trained import plan_again
 from pgprune_cli.model.masks import RepairedBlocks
 from pgprune_cli.model.source import resolve
 
@@ -122,18 +123,41 @@ def test_llama_cpp_has_the_outputs_of_the_masked_dense_model(name, refitted, tmp
 
 
 @pytest.mark.parametrize(
-    ("architecture", "counts", "facts"),
+    ("architecture", "changes", "counts", "facts"),
     [
-        ("smollm3", UNEQUAL, ("smollm3", "different sizes", "budget.scope: per-layer", "--format hf")),
-        ("gemma2", UNEQUAL, ("gemma2", "different sizes", "budget.scope: per-layer")),
-        ("gemma3_text", UNEQUAL, ("gemma3_text", "different sizes", "budget.scope: per-layer")),
-        ("olmo2", UNEQUAL, ("olmo2", "different sizes", "budget.scope: per-layer")),
-        ("smollm3", [(0, 0), *EQUAL[1:]], ("smollm3", "every 4th layer", "--format hf")),
+        ("smollm3", {}, UNEQUAL, ("smollm3", "different sizes", "budget.scope: per-layer", "--format hf")),
+        ("gemma2", {}, UNEQUAL, ("gemma2", "different sizes", "budget.scope: per-layer")),
+        ("gemma3_text", {}, UNEQUAL, ("gemma3_text", "different sizes", "budget.scope: per-layer")),
+        ("olmo2", {}, UNEQUAL, ("olmo2", "different sizes", "budget.scope: per-layer")),
+        ("smollm3", {}, [(0, 0), *EQUAL[1:]], ("smollm3", "every 4th layer", "--format hf")),
+        ("gemma2", {"attn_logit_softcapping": None}, EQUAL, ("gemma2", "attn_logit_softcapping", "--format hf")),
+        ("gemma2", {"final_logit_softcapping": None}, EQUAL, ("gemma2", "final_logit_softcapping", "--format hf")),
     ],
-    ids=["smollm3", "gemma2", "gemma3", "olmo2", "smollm3-without-a-layer"],
+    ids=["smollm3", "gemma2", "gemma3", "olmo2", "smollm3-without-a-layer", "uncapped-scores", "uncapped-logits"],
 )
-def test_what_llama_cpp_cannot_compute_is_refused_with_what_can_be_done(architecture, counts, facts, tmp_path):
-    model = saved(architecture, tmp_path / "base")
+def test_what_llama_cpp_cannot_compute_is_refused_with_what_can_be_done(architecture, changes, counts, facts, tmp_path):
+    model = saved(architecture, tmp_path / "base", **changes)
     with refused(*facts):
         write(model, tmp_path / "base", tmp_path / "new" / "out.gguf", counts)
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes"),
+    [
+        ("llama-gqa", {"rope_parameters": YARN}),
+        ("phi3", {"sliding_window": None, "rope_parameters": LONGROPE | {"original_max_position_embeddings": 64}}),
+    ],
+    ids=["yarn", "longrope"],
+)
+def test_an_exported_model_with_unequal_heads_has_the_rope_of_the_dense_one(architecture, changes, tmp_path):
+    import gguf
+
+    model = saved(architecture, tmp_path / "base", **changes)
+    counts = [((4, 1), 64), ((1, 2), 32), ((3, 2), 32), ((2, 1), 64)]  # nothing to pad
+    write(model, tmp_path / "base", tmp_path / "direct.gguf", counts)
+    export(tmp_path / "base", tmp_path / "pruned", draw(model, counts))
+    plan_again(tmp_path / "pruned", format="gguf").write(tmp_path / "again.gguf", lambda _: None)
+    readers = [gguf.GGUFReader(tmp_path / name) for name in ("direct.gguf", "again.gguf")]
+    ropes = [{t.name: t.data.tolist() for t in reader.tensors if t.name.startswith("rope")} for reader in readers]
+    assert ropes[0] and ropes[0] == ropes[1]

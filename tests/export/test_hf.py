@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from pgprune_cli.errors import RunError
 from pgprune_cli.export import hf, hf_config
-from pgprune_cli.export.plan import Options
+from pgprune_cli.export.plan import Options, check_new
 from pgprune_cli.export.shapes import ShapeRequirements
 from pgprune_cli.forward.masked import Evaluator
 from pgprune_cli.model.loading import eager_if_capped
@@ -298,6 +298,18 @@ def test_old_buffers_and_tied_duplicates_are_dropped_and_dtypes_kept(llama, tmp_
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
 
 
+@pytest.mark.parametrize("counts", [[(2, 24)] * LAYERS, DECISIONS["mixed sizes"]], ids=["equal", "unequal"])
+def test_a_config_does_not_tie_a_head_that_differs_from_the_embedding(llama, tmp_path, counts):
+    """transformers 5 does not tie them either way, but other runtimes follow the config."""
+    model, base = llama
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0)
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    export(base, tmp_path / "out", draw(model, counts))
+    assert not json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+    assert torch.equal(load(tmp_path / "out").lm_head.weight, tensors["lm_head.weight"])
+
+
 def test_the_weights_shrink_and_the_other_files_are_copied(llama, tmp_path):
     model, base = llama
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "merges.txt"):
@@ -334,6 +346,20 @@ def test_an_existing_target_is_refused(llama, tmp_path):
     (tmp_path / "file").touch()
     with refused(f"{tmp_path / 'file'}: already exists"):
         export(base, tmp_path / "file", model_mask)
+
+
+def test_a_mount_point_is_refused_before_writing(llama, tmp_path, monkeypatch):
+    """As in a container, where a volume is mounted at the name of the export. It cannot be renamed."""
+    model, base = llama
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "out")
+    for name in ("out", "link"):
+        with refused(str(tmp_path / name), "mount point", str(tmp_path / name / "model")):
+            check_new(tmp_path / name, directory=True)
+    with refused("mount point"):
+        export(base, tmp_path / "out", draw(model, DECISIONS["mixed sizes"]))
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "link", "out"}
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "no space left"), OSError("no space left")])

@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 from pgprune_cli.jobs.convert import convert
 from pgprune_cli.model.loading import load_model
-from pgprune_cli.model.source import CONVERTED, resolve
+from pgprune_cli.model.source import CONVERTED, INDEX, resolve
 from pgprune_cli.recipe.reader import find, load, shipped
 
 PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
@@ -48,6 +48,37 @@ def test_code_in_a_pickle_does_not_run_and_leaves_nothing(tmp_path: Path) -> Non
     with refused(str(old / "pytorch_model.bin"), "without running code"):
         convert(str(old), tmp_path / "new")
     assert {path.name for path in tmp_path.iterdir()} == {"old"}
+
+
+@pytest.mark.parametrize("content", [{"state_dict": {"weight": torch.ones(2)}}, {"epoch": 3}, torch.ones(2)])
+def test_a_pickle_of_other_values_than_tensors_is_refused(content: object, tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    torch.save(content, old / "pytorch_model.bin")
+    with refused(str(old / "pytorch_model.bin"), next(iter(content)) if isinstance(content, dict) else "Tensor"):
+        convert(str(old), tmp_path / "new")
+    assert {path.name for path in tmp_path.iterdir()} == {"old"}
+
+
+def test_a_foreign_index_does_not_replace_the_one_of_the_new_files(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    for number in (1, 2):
+        torch.save({f"weight{number}": torch.ones(2)}, old / f"pytorch_model-{number}.bin")
+    (old / INDEX).write_text(json.dumps({"weight_map": {"weight1": "elsewhere.safetensors"}}))
+    written = convert(str(old), tmp_path / "new")
+    index = json.loads((tmp_path / "new" / INDEX).read_text())
+    assert list(index["weight_map"].values()) == [path.name for path in written]
+
+
+def test_a_link_to_an_empty_directory_is_followed(tmp_path: Path) -> None:
+    old = tmp_path / "old"
+    old.mkdir()
+    torch.save({"weight": torch.ones(2)}, old / "pytorch_model.bin")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    convert(str(old), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "empty" / "model.safetensors").exists()
 
 
 def test_a_directory_that_holds_something_is_not_overwritten(tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.exports import DECISIONS
+from helpers.exports import export as export_model
 from helpers.fp8 import rounded_product, slowly_rounded
-from helpers.masks import MODEL_MASKS, dense_mask, logits_of, random_repair, random_tokens
+from helpers.masks import MODEL_MASKS, dense_mask, draw, logits_of, random_repair, random_tokens
 from helpers.memory import Allocations
 from helpers.messages import refused, says
 from helpers.models import save_tokenizer, tiny_model
@@ -401,6 +403,18 @@ def test_loading_equals_rounding_a_loaded_model(
     assert [(n, p.shape, p.dtype) for n, p in empty.named_parameters()] == [
         (n, p.shape, p.dtype) for n, p in model.named_parameters()
     ]
+
+
+@pytest.mark.parametrize("kind", ["yarn", "dynamic"])
+def test_layers_with_unequal_heads_have_the_rope_of_the_dense_model(kind: str, tmp_path: Path) -> None:
+    model = tiny_model("llama-gqa")
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 16}
+    model.config.rope_parameters = rope
+    model.save_pretrained(tmp_path / "base")
+    export_model(tmp_path / "base", tmp_path / "out", draw(model, DECISIONS["mixed sizes"]))
+    expected = load_model(resolve(str(tmp_path / "out")), "float32", "cpu")
+    quantize_projections(expected, "int8")
+    assert_same(load_model(resolve(str(tmp_path / "out")), "float32", "cpu", "int8"), expected)
 
 
 def test_loading_reads_shards_and_ignores_tensors_of_old_files(damaged: Path) -> None:

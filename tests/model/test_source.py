@@ -120,7 +120,8 @@ def test_a_hub_model_is_downloaded_without_pickles_and_code(saved: Path, monkeyp
     assert resolve("owner/some.model-1") == Source("owner/some.model-1", saved, None)
     [(name, patterns)] = calls
     assert name == "owner/some.model-1"
-    for file in ("model.safetensors", INDEX, "config.json", "tokenizer.json", "chat_template.jinja", "tokenizer.model"):
+    files = ("model.safetensors", INDEX, "config.json", "tokenizer.json", "chat_template.jinja", "tokenizer.model")
+    for file in (*files, "LICENSE", "LICENSE.txt", "NOTICE"):  # an export has the licence, too
         assert any(fnmatch(file, pattern) for pattern in patterns), file
     for file in ("pytorch_model.bin", "modeling_x.py", "model.gguf", "consolidated.00.pth"):
         assert not any(fnmatch(file, pattern) for pattern in patterns), file

@@ -209,6 +209,35 @@ def test_a_head_that_is_stored_for_both_tied_weights_is_exported(wrapped: Path, 
     assert load_file(tmp_path / "out" / "model.safetensors").keys() == names
 
 
+@pytest.mark.parametrize("requested", [None, "float16"])
+def test_an_export_has_the_dtype_that_only_the_whole_model_names(wrapped: Path, tmp_path: Path, requested) -> None:
+    """Such as google/gemma-3-4b-it, whose config.json has no dtype in its text_config."""
+    path = wrapped / "config.json"
+    config = json.loads(path.read_text())
+    for part in (config, config["text_config"], config["vision_config"]):
+        part.pop("dtype", None)
+    path.write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(wrapped / "model.safetensors").items()}
+    save_file(tensors, wrapped / "model.safetensors", metadata={"format": "pt"})
+    export(wrapped, tmp_path / "out", "unequal", dtype=requested)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == (requested or "bfloat16") and "torch_dtype" not in config
+    loaded = load_prunable(resolve(str(tmp_path / "out")), "auto", "cpu")
+    assert loaded.module.dtype == getattr(torch, config["dtype"])
+
+
+def test_a_config_does_not_tie_a_head_that_differs_from_the_embedding(wrapped: Path, tmp_path: Path) -> None:
+    tensors = tensors_with_tied_head(wrapped / "model.safetensors")
+    head = tensors["language_model.model.embed_tokens.weight"].flip(0)
+    tensors["language_model.lm_head.weight"] = head
+    save_file(tensors, wrapped / "model.safetensors", metadata={"format": "pt"})
+    export(wrapped, tmp_path / "out", "unequal")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not config["tie_word_embeddings"] and not config["text_config"]["tie_word_embeddings"]
+    loaded = tf.AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded.lm_head.weight, head)
+
+
 def test_a_gguf_file_holds_the_decoder_alone(wrapped: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     source, mask = resolve(str(wrapped)), mask_of([(4, 2, 24)] * 4)

@@ -88,8 +88,21 @@ def test_generation_with_a_static_cache_equals_that_with_a_dynamic_one(name, var
     prompts = tokens(rows=2, length=13)
     options = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None}
     options |= {"attention_mask": torch.ones_like(prompts), "disable_compile": True}
-    static = pruned.generate(prompts, cache_implementation="static", **options)
-    assert torch.equal(static, pruned.generate(prompts, **options))
+    dynamic = pruned.generate(prompts, **options)
+    for chunks in ({}, {"prefill_chunk_size": 4}):
+        assert torch.equal(pruned.generate(prompts, cache_implementation="static", **options, **chunks), dynamic)
+
+
+@every_family
+@every_variant
+@torch.inference_mode()
+def test_every_slot_of_the_cache_that_counts_tokens_is_filled(name, variant):
+    """An offloaded cache fetches a slot to the GPU while the one before it is filled."""
+    _, pruned = dense_and_pruned(name, variant)
+    cache = pruned(tokens(length=13), use_cache=True).past_key_values
+    slots = [slot for slot in cache.layers if hasattr(slot, "get_seq_length")]
+    assert {int(slot.get_seq_length()) for slot in slots} == {13}
+    assert len(cache.layers) == pruned.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("name", EXPERT_ARCHITECTURES)

@@ -27,6 +27,11 @@ def dense_type(model_type: str) -> str:
     return model_type.removeprefix(PRUNED)
 
 
+def dense_config(config: Any) -> Any:
+    """Return the config with the dense model's sizes in every layer, for code that reads one size for all of them."""
+    return config.of_layer({}) if config.model_type.startswith(PRUNED) else config
+
+
 @dataclass(frozen=True)
 class Block:
     """A block of a decoder layer.
