@@ -33,7 +33,7 @@ def convert(source: str, out: Path, *, progress: Progress = SILENT) -> list[Path
         UserError: `source` has no pickled weights, or some that need code to be read or are no tensors; `out` is not
             empty.
     """
-    out = out.expanduser().resolve()
+    out = expanded(out).resolve()
     check_new(out, directory=True)
     folder = expanded(source)
     if not folder.is_dir():

@@ -159,7 +159,7 @@ class Pruned:
         self.config = config
 
     def _get_static_cache_init_shape(self) -> None:
-        """Let every slot of a static cache take its shape from what is written first: without attention, it is small."""
+        """Let every slot of a static cache take its shape from what is written to it: little, without attention."""
 
     # transformers looks for the answer in the source of a model's module, which is not this one.
     @classmethod
