@@ -18,7 +18,7 @@ MODEL_CARD = "README.md"
 """Not listed in SHA256SUMS, because people may edit it."""
 
 CODE = {
-    "modeling_pruned.py": "6efdb6e0ea81481c17583f2808b02420e8bc1a23b2c0982e84ee5bbdee368342",
+    "modeling_pruned.py": "be5c00bc2e798829202d76fe1ad67eb7314dfe68907d8c187c1074f6df452d2a",
     "modeling_mlx.py": "fa2b6b2f9254027caff2d3e3486889b7c36d0fcc48cdbe19353e7774d8323461",
 }
 """The sha256 of each file that runs when an export is loaded."""
