@@ -19,7 +19,7 @@ from pgprune_cli.model.names import is_hub_name
 from pgprune_cli.model.source import find_recorded
 from pgprune_cli.recipe.reader import by_key, parse
 from pgprune_cli.recipe.schema import EvaluationSettings, Recipe, RecoverSettings
-from pgprune_cli.recipe.strict_yaml import read_text, to_yaml
+from pgprune_cli.recipe.strict_yaml import compose, kind_of, read_text, to_yaml
 from pgprune_cli.run.checkpoint import Checkpoint, drop_old, latest_checkpoint
 from pgprune_cli.run.decision import Decision, refuse_other_base
 from pgprune_cli.run.layout import DECISION_RECORD, METRICS_FILE, RECIPE_FILE, is_recovery_run
@@ -64,7 +64,8 @@ def refuse_other_decision(run: Path, decision: Decision) -> None:
     if not path.exists():
         return
     text = read_text(path)
-    parse(text, f"{path}")  # refuses a damaged one
+    if not isinstance(root := compose(text, lambda line: f"{path}:{line}"), yaml.MappingNode):
+        raise UserError(f"{path}: expected keys with values, got {kind_of(root)}")
     decided, recorded = _search_settings(decision.recipe), _search_settings(text)
     if changed := _changed(decided, recorded):
         raise UserError(

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 
 import torch
+from torch import Tensor
 
 from pgprune_cli.console.progress import SILENT
 from pgprune_cli.core.units import SearchState
@@ -103,8 +104,7 @@ def _take_step(problem: Problem, loop: LoopState) -> Row:
     settings, policy = problem.context.recipe.search, problem.policy
     began = time.perf_counter()
     state, draws, masks = policy.propose(loop.policy_state, settings.masks_per_step)
-    # A budget for every layer, or few units, lets the same masks through again and again.
-    distinct, places = masks.unique(dim=0, return_inverse=True)
+    distinct, places = _distinct(masks)
     losses = problem.losses(distinct, loop.data_position)[places]
     rate = policy.rate(state)
     loop.policy_state = policy.update(state, draws, losses)
@@ -122,6 +122,16 @@ def _take_step(problem: Problem, loop: LoopState) -> Row:
         learning_rate=rate,
         tokens_per_second=len(distinct) * tokens.numel() / spent,
     )
+
+
+def _distinct(masks: Tensor) -> tuple[Tensor, list[int]]:
+    """Return each different one of some masks `(K, n)` once, in their order, and the place of every mask among them.
+
+    A budget for every layer, or a model with few units, lets few masks through.
+    """
+    first: dict[bytes, int] = {}
+    places = [first.setdefault(mask.numpy().tobytes(), len(first)) for mask in masks]
+    return masks[[places.index(place) for place in range(len(first))]], places
 
 
 def _row(

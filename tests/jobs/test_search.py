@@ -495,8 +495,16 @@ def test_a_search_over_widths_resumes_bit_for_bit_and_repairs_the_same(step, obj
     for name in (DECISION_MASKS, REPAIR_FILE):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
     assert (second.heldout_loss, second.heldout_objective) == (first.heldout_loss, first.heldout_objective)
-    assert first.forward_passes == 12
+    assert 0 < second.forward_passes == first.forward_passes <= 12  # masks that repeat in a step run once
     assert first.calibration_forward_passes > 0
+
+
+def test_masks_that_repeat_in_a_step_run_once(small, tmp_path) -> None:
+    """The same width in every layer leaves one mask to draw."""
+    decision = search(small(*WIDTHS, "budget.scope=per-layer", "repair.method=none"), tmp_path)
+    assert (decision.steps, decision.forward_passes) == (3, 3)
+    assert [len(set(row["losses"])) for row in rows_of(tmp_path)] == [0, 1, 1, 1]
+    assert all(len(row["losses"]) == 4 for row in rows_of(tmp_path)[1:])
 
 
 @pytest.mark.parametrize("policy", ["units", "widths"])
