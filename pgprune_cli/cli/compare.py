@@ -48,9 +48,9 @@ def compare(
 ) -> None:
     """Compare pruning methods and an ablation on your model.
 
-    Prints one table with the perplexity of every variant. The ablation is of the recipe: it adds one part of the method
-    at a time (metric, start, widths, repair). This takes many searches. If it is interrupted, run the same command
-    again to resume.
+    Prints one table with the perplexity of every variant. The ablation starts from the recipe's metric and adds one
+    part of the method at a time (start, widths, repair). This takes many searches. If it is interrupted, run the same
+    command again to resume.
     """
     try:
         numbers = list(dict.fromkeys(int(seed) for seed in seeds.split(",")))

@@ -144,11 +144,11 @@ def _probed(tokenizer: Any) -> list[int] | None:
 
     They show what a description lacks: whether special tokens are split, which ones are added, and the merges.
     """
-    added = (token.content for token in tokenizer.added_tokens_decoder.values())
-    text = " ".join([PROBE, *sorted({*tokenizer.all_special_tokens, *added})])
     try:
+        added = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        text = " ".join([PROBE, *sorted({*tokenizer.all_special_tokens, *added})])
         return list(tokenizer.encode(text, verbose=False))
-    except Exception:  # a vocabulary without <unk>, which may suffice for the corpus
+    except Exception:  # a vocabulary without <unk>, which may suffice for the corpus, or a class without these methods
         return None
 
 

@@ -31,7 +31,8 @@ class RecoveryMemory:
     """Bytes on one device.
 
     weights: of the model that is trained, float32 where they are trained, with the copies of float32 matrices that the
-    computation in bfloat16 makes; gradients, optimizer: of what is trained; activations: kept for the backward pass;
+    computation in bfloat16 makes; gradients: of what is trained, with the copies that
+    processes exchange; optimizer: of what is trained; activations: kept for the backward pass;
     logits: of the model that is trained, with their gradient and the predictions of the dense model; teacher: weights
     of the dense model, while it runs beside the training; caching: what the dense model needs before the training.
     """

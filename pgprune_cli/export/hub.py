@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pgprune_cli.console.commands import command_line
 from pgprune_cli.errors import RunError, UserError, in_short
 
 
@@ -39,7 +40,7 @@ def push(model: Path, name: str) -> str:
             )
     except Exception as error:  # raised by the hub, by its HTTP library (which differs by version) or by the network
         raise RunError(
-            f"--push {name}: upload failed ({in_short(error) or type(error).__name__}). The model is in {model}; "
-            f"run `hf upload {name} {model}` to try again."
+            f"--push {name}: upload failed ({in_short(error) or type(error).__name__}). The model is in {model}. "
+            f"Try again with: {command_line('hf', 'upload', name, model)}"
         ) from None
     return str(repository)

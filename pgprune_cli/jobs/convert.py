@@ -33,7 +33,7 @@ def convert(source: str, out: Path, *, progress: Progress = SILENT) -> list[Path
         UserError: `source` has no pickled weights, or some that need code to be read or are no tensors; `out` is not
             empty.
     """
-    out = expanded(out).resolve()
+    out = expanded(out)
     check_new(out, directory=True)
     folder = expanded(source)
     if not folder.is_dir():
@@ -44,7 +44,7 @@ def convert(source: str, out: Path, *, progress: Progress = SILENT) -> list[Path
     pickles = sorted(folder.glob(PICKLES))
     if not pickles:
         raise UserError(f"{source}: holds no {PICKLES}. Only models with pickled weights have to be converted.")
-    with new_directory(out) as temporary:
+    with new_directory(out.resolve()) as temporary:  # a link to an empty directory cannot be replaced
         names = _convert_weights(pickles, temporary, progress)
         for path in sorted({path for pattern in COPIED for path in folder.glob(pattern)}):
             if path.name not in (PICKLE_INDEX, INDEX):  # both list the files of the original

@@ -33,7 +33,9 @@ def evaluate(request: EvaluationRequest, *, progress: Progress = SILENT) -> list
     tasks = load_tasks(request.tasks, progress=progress) if request.tasks else None
     targets = _open_targets(request, progress)
     is_complete = request.max_windows is None and request.max_items is None
-    earlier = [_remembered(target) if is_complete else {} for target in targets]  # damage is refused at once
+    for target in targets:
+        if is_complete and target.is_run:
+            _remembered(Path(target.name))  # refuses damage before hours of work
     evaluation = targets[0].evaluation
     corpora = Corpus.of(evaluation) if request.uses_recipe else request.parsed_corpora()
     seqlens = request.seqlens or evaluation.seqlen
@@ -48,9 +50,9 @@ def evaluate(request: EvaluationRequest, *, progress: Progress = SILENT) -> list
         for result, speed in zip(results, measure_speed(targets), strict=True):
             result["speed"] = speed
     if is_complete and (corpora or tasks):
-        for target, before, result in zip(targets, earlier, results, strict=True):
+        for target, result in zip(targets, results, strict=True):
             if target.is_run:
-                remember(Path(target.name), before, result)
+                remember(Path(target.name), result)
     return results
 
 
@@ -75,18 +77,18 @@ def _open_targets(request: EvaluationRequest, progress: Progress) -> list[Target
     return [target, *(load(name, bos=target.evaluation.bos, source=source) for name, source in sources.items())]
 
 
-def _remembered(target: Target) -> dict[str, Any]:
-    """Return what earlier calls measured of a run, nothing for any other model. Raises UserError if it is damaged."""
-    path = Path(target.name) / EVALUATION_FILE
-    return read_record(path) if target.is_run and path.exists() else {}
+def _remembered(run: Path) -> dict[str, Any]:
+    """Return what earlier calls stored of a run. Raises UserError if it is damaged."""
+    path = run / EVALUATION_FILE
+    return read_record(path) if path.exists() else {}
 
 
-def remember(run: Path, before: dict[str, Any], result: dict[str, Any]) -> None:
+def remember(run: Path, result: dict[str, Any]) -> None:
     """Store the result of a run in its directory, or say why it cannot be stored.
 
-    before: what earlier calls stored. Rows that were measured in the same dtype on the same device, and not by this
-    call, are kept.
+    Rows that other calls measured in the same dtype on the same device, and this one did not, are kept.
     """
+    before = _remembered(run)
     if all(before.get(key) == result[key] for key in ("parameters", "dtype", "device")):
         lists = [key for key in ("perplexity", "tasks") if key in before or key in result]
         result = result | {key: _merged(before.get(key, []), result.get(key, [])) for key in lists}
@@ -102,6 +104,6 @@ def _merged(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> list[dic
     """Return the rows of two evaluations. One that both have is that of the later evaluation."""
 
     def name(row: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(row.get(key) for key in ("corpus", "seqlen", "task", "metric", "shots", "bos"))
+        return tuple(row.get(key) for key in ("corpus", "seqlen", "task", "metric", "bos"))
 
     return [*(row for row in before if name(row) not in map(name, now)), *now]

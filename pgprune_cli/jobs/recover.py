@@ -123,7 +123,7 @@ def _train(
         model, student = _load_student(opened, recipe, resumed)
     arguments = training_arguments(run, settings, recipe.seed, opened.schedule, on_cpu=device.type == "cpu")
     layers = list(model.layers) if settings.hidden else []
-    teacher: Teacher = cached or _live_teacher(request, opened, progress)
+    teacher: Teacher = cached or _live_teacher(request, opened, progress, beside_student=True)
     log = tracking(tracker if ranks.is_writer else None, run, asdict(recipe), 0 if resumed is None else resumed.step)
     if resumed is not None:
         progress.say(f"resuming from step {resumed.step} of {opened.schedule.steps}")
@@ -166,11 +166,14 @@ def _load_student(
     return model, student
 
 
-def _live_teacher(request: Request, opened: Opened, progress: Progress) -> LiveTeacher:
-    """Load the dense model onto the devices of this process: one GPU, or more if its weights need them."""
+def _live_teacher(request: Request, opened: Opened, progress: Progress, *, beside_student: bool) -> LiveTeacher:
+    """Load the dense model onto the devices of this process: one GPU, or more if its weights need them.
+
+    beside_student: leave the first of several GPUs to the training.
+    """
     settings = request.recipe.recover
     with progress.working(f"loading {opened.teacher.name}"):
-        model = load_teacher(opened.teacher, request.recipe.device)
+        model = load_teacher(opened.teacher, request.recipe.device, beside_student=beside_student)
     return LiveTeacher(model, settings.top_k, settings.temperature, opened.streams)
 
 
@@ -182,7 +185,7 @@ def _cached_teacher(request: Request, opened: Opened, ranks: Ranks, progress: Pr
             folder,
             key,
             opened.text,
-            lambda: _live_teacher(request, opened, progress),
+            lambda: _live_teacher(request, opened, progress, beside_student=False),
             batch=request.recipe.recover.batch,
             ranks=ranks,
             stop=stop,

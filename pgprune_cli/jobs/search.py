@@ -151,10 +151,10 @@ def _decide(problem: Problem, loop: LoopState) -> Decision:
     mask = policy.final_mask(policy.centre(loop.policy_state) if best is None else best.centre)
     model_mask, repaired = _repaired(context, problem.model_mask(mask))
     heldout = problem.objective.on_heldout(model_mask, repaired)
-    if best is not None and not heldout.objective <= best.objective:
+    if repaired and best is not None and not heldout.objective <= best.objective:
         raised = f"from {best.objective:.4f} to {heldout.objective:.4f} nats per token"
         advice = "Use more repair.windows, or a larger repair.damping."
-        context.progress.say(f"warning: the repair raised the held-out objective {raised}. {advice}")
+        context.progress.say(f"warning: the last repair raised the held-out objective {raised}. {advice}")
     dense = problem.objective.on_heldout(problem.model_mask(torch.ones_like(mask)), {})
     return Decision(
         model_mask=model_mask,

@@ -130,10 +130,11 @@ def residual_streams(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
-def load_teacher(source: Source, device: str) -> nn.Module:
+def load_teacher(source: Source, device: str, *, beside_student: bool) -> nn.Module:
     """Load the dense model for forward passes, in bfloat16, or in float32 on a machine without instructions for it.
 
-    device: as in recipes. Of several GPUs, `auto` leaves the first one to the training. Raises UserError if the weights
-    or the device are not available.
+    device: as in recipes; beside_student: of several GPUs, `auto` leaves the first one to the training.
+
+    Raises UserError if the weights or the device are not available.
     """
-    return load_model(source, fastest_dtype(device), device, beside_another=True)
+    return load_model(source, fastest_dtype(device), device, beside_another=beside_student)

@@ -73,7 +73,9 @@ def reselected_experts(
         chosen[expert, order[removed:]] = True
         saved[expert] = errors[-1] - (errors[removed - 1] if removed else 0.0)
         if bias is not None:
-            saved[expert] += bias_error(weights[expert], bias, moments, expert, root)
+            saved[expert] += bias_error(
+                weights[expert], bias[expert], moments.first[expert], root, moments.weight[expert]
+            )
     kept = torch.zeros(grid.groups, dtype=torch.bool)
     kept[saved.argsort(descending=True, stable=True)[:experts]] = True
     return (chosen & kept[:, None]).flatten()
@@ -111,7 +113,9 @@ def solve_expert_widths(
         own, fitted = solve_prefixes(weight, second, columns, counts, root, damping, solve=refit)
         errors += own
         if bias is not None:
-            errors[kept[:, expert] == 0] += bias_error(weight, bias, moments, expert, root.to(weight.device))
+            first, tokens = moments.first[expert], moments.weight[expert]
+            added = bias_error(weight, bias[expert], first, root.to(weight.device), tokens)
+            errors[kept[:, expert] == 0] += added
         for count, elements in zip(counts, kept.sum(1).tolist(), strict=True):
             if solve and 0 < count < channels:
                 unchanged = weight[:, columns[:count]].cpu()

@@ -27,6 +27,7 @@ from pgprune_cli.model.masks import ModelMask, RepairedBlock, RepairedBlocks, co
 from pgprune_cli.model.prunable import Partitions, PrunableModel
 from pgprune_cli.repair.equations import WidthProblem, solve_prefixes
 from pgprune_cli.repair.experts import solve_expert_widths
+from pgprune_cli.scores.obs import bias_error
 
 WIDTH_STEPS = 16
 """How many widths of a block a search chooses among, at most: multiples of about a sixteenth of its units."""
@@ -217,20 +218,13 @@ def _solve_widths(
     counts = [elements_at[kept] * width for kept in widths]
     errors, weights = solve_prefixes(linear.weight, moments.second, columns, counts, root, damping, solve=solve)
     if linear.bias is not None:  # it is removed with the last unit
-        errors[0] += _error_of_bias(linear.weight, linear.bias, moments.first, root)
+        errors[0] += bias_error(linear.weight, linear.bias, moments.first, root.to(linear.weight.device))
     place = element_order(partition, order, grid).argsort()[elements]
     if not torch.equal(place, torch.arange(len(place))):  # several KV heads lose one query head each in a step
         for inputs in weights:
             kept = columns_of(place[: inputs // width].argsort(), width)
             weights[inputs] = weights[inputs][kept]
     return errors * float(moments.weight), {inputs // width: weight for inputs, weight in weights.items()}
-
-
-def _error_of_bias(weight: Tensor, bias: Tensor, first: Tensor, root: Tensor) -> float:
-    """Return how much larger E‖R (W x + b)‖² is than E‖R W x‖², with the mean E[x] `(in,)` of the inputs."""
-    constant = root @ bias.to(root)
-    mean = root @ (weight.to(first) @ first).to(root)
-    return float(constant @ constant + 2.0 * constant @ mean)
 
 
 def _linear_output(layer: nn.Module, block: Block, weight: Tensor) -> RepairedBlock:

@@ -35,7 +35,7 @@ def perplexity_of(loss: float) -> float:
 
 
 def with_bos(bos: bool) -> str:
-    """Return what is added to the name of a loss or perplexity if its windows begin with the BOS token."""
+    """Return what is added to the name of a measurement if its windows or prompts begin with the BOS token."""
     return ", with BOS" if bos else ""
 
 
@@ -50,9 +50,8 @@ def measurements(result: dict[str, Any]) -> dict[str, str]:
     for row in result["perplexity"]:
         cells[perplexity_name(row)] = f"{row['ppl']:,.2f}"
     for row in result.get("tasks", []):
-        cells["BOS in prompts"] = "yes" if row["bos"] else "no"
         error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"
-        cells[f"{row['task']} {row['metric']}"] = accuracy(row) + error
+        cells[f"{row['task']} {row['metric']}{with_bos(row['bos'])}"] = accuracy(row) + error
     if "speed" in result:
         speed = result["speed"]
         cells["prefill tokens/s"] = f"{speed['prefill_tokens_per_second']:,.0f}"

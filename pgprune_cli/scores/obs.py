@@ -71,9 +71,9 @@ def expert_errors(block: BlockStatistics, moments: ExpertMoments) -> Tensor:
         order, values = expert_order(root @ weights[:, expert].to(root.dtype), moments, expert)
         errors[expert, order] = values
         if block.output_bias is not None:  # it is removed with the expert's last channel
-            errors[expert, order[-1]] = values[-1] + bias_error(
-                weights[:, expert], block.output_bias, moments, expert, root
-            )
+            first, tokens = moments.first[expert], moments.weight[expert]
+            added = bias_error(weights[:, expert], block.output_bias[expert], first, root, tokens)
+            errors[expert, order[-1]] = values[-1] + added
     return errors.flatten()
 
 
@@ -86,15 +86,16 @@ def expert_order(weight: Tensor, moments: ExpertMoments, expert: int) -> tuple[T
     return removal_order(weight, moments.second[expert], channels, max(1, channels // EXPERT_ROUNDS))
 
 
-def bias_error(weight: Tensor, bias: Tensor, moments: ExpertMoments, expert: int, root: Tensor) -> float:
-    """Return what an expert's output bias adds to the error of removing the expert, at least 0.
+def bias_error(weight: Tensor, bias: Tensor, first: Tensor, root: Tensor, tokens: Tensor | float = 1.0) -> float:
+    """Return what an output bias adds to the error of removing a whole block or expert, at least 0.
 
-    weight: `(hidden, channels)`; bias: `(experts, hidden)`; root: R.
+    weight: `(hidden, channels)`; bias: `(hidden,)`; first: first moments of the inputs, `(channels,)`; root: R; tokens:
+    the sum of the weights of the tokens that the moments are of.
     """
     root = root.double()
-    mean = root @ (weight.double() @ moments.first[expert].double())
-    own = root @ bias[expert].double()
-    return max(0.0, float(2 * own @ mean + moments.weight[expert].double() * own.square().sum()))
+    mean = root @ (weight.double() @ first.double())
+    own = root @ bias.double()
+    return max(0.0, float(2 * own @ mean) + float(tokens) * float(own @ own))
 
 
 def chain_errors(

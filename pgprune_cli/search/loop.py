@@ -112,7 +112,7 @@ def _take_step(problem: Problem, loop: LoopState) -> Row:
 
     tokens = problem.objective.batches.at(loop.data_position)
     loop.data_position += 1
-    loop.forward_passes += len(distinct)
+    loop.forward_passes += len(masks)
     loop.bad_steps = 0 if losses.isfinite().any() else loop.bad_steps + 1
     _refuse_overflow(problem, loop)
     return _row(
@@ -120,7 +120,7 @@ def _take_step(problem: Problem, loop: LoopState) -> Row:
         loop,
         losses=[finite(float(loss)) for loss in losses],
         learning_rate=rate,
-        tokens_per_second=len(distinct) * tokens.numel() / spent,
+        tokens_per_second=len(masks) * tokens.numel() / spent,
     )
 
 

@@ -56,7 +56,7 @@ def test_push_without_a_network_leaves_the_directory_and_says_how_to_retry(tmp_p
     with pytest.raises(RunError, match=r"^--push me/small: upload failed \(.+\)") as failed:  # quotes the library
         hub.push(tmp_path, "me/small")
     assert "\n" not in str(failed.value)
-    assert f"`hf upload me/small {tmp_path}`" in str(failed.value)
+    assert f"hf upload me/small {tmp_path}" in str(failed.value)
     assert (tmp_path / "config.json").exists()
 
 

@@ -147,8 +147,7 @@ def test_scores_of_a_newer_pgprune_are_refused(base, tmp_path, monkeypatch) -> N
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_evaluation_is_refused_by_export(run, tmp_path, damage) -> None:
-    target = open_target(str(run), device="cpu")
-    remember(target, {"parameters": 1, "dtype": "float32", "device": "cpu", "perplexity": []})
+    remember(run, {"parameters": 1, "dtype": "float32", "device": "cpu", "perplexity": []})
     damage(run / EVALUATION_FILE)
     with refused_with(f"{run / EVALUATION_FILE}: "):
         export(run, tmp_path / "small")
@@ -184,7 +183,7 @@ def test_a_recipe_that_is_not_text_is_refused_by_a_search_before_and_after_its_d
 
 
 def test_compare_accepts_a_history_whose_last_line_is_half_written(base, tmp_path) -> None:
-    """A comparison reads how long a stopped search took. A power cut may have cut off its last line."""
+    """A power cut may have cut off its last line."""
     recipe = load(base / "recipe.yaml")
     compare(recipe, tmp_path, only=["metric-start"], max_windows=2)
     run = tmp_path / "metric-start" / "seed-0"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pgprune_cli.console.commands import command_line
 from pgprune_cli.run.layout import PROVENANCE_FILE
 from pgprune_cli.run.provenance import read_provenance, record_command
 
@@ -23,6 +24,9 @@ def test_commands_with_line_separators_and_bytes_that_are_no_text_are_one_line_e
     lines = (tmp_path / PROVENANCE_FILE).read_text(encoding="ascii").splitlines()
     assert len(lines) == len(arguments)
     with (tmp_path / PROVENANCE_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(json.loads(lines[0]), ensure_ascii=False) + "\n")
+        file.write(json.dumps(json.loads(lines[0]) | {"command": "old a\u2028b"}, ensure_ascii=False) + "\n")
     commands = [command["command"] for command in read_provenance(tmp_path)]
-    assert commands == [f"pgprune search --out '{argument}'" for argument in (*arguments, arguments[0])]
+    assert commands == [
+        *(command_line("pgprune", "search", "--out", argument) for argument in arguments),
+        "old a\u2028b",
+    ]
