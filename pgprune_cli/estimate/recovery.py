@@ -31,10 +31,10 @@ class RecoveryMemory:
     """Bytes on one device.
 
     weights: of the model that is trained, float32 where they are trained, with the copies of float32 matrices that the
-    computation in bfloat16 makes; gradients: of what is trained, with the copies that
-    processes exchange; optimizer: of what is trained; activations: kept for the backward pass;
-    logits: of the model that is trained, with their gradient and the predictions of the dense model; teacher: weights
-    of the dense model, while it runs beside the training; caching: what the dense model needs before the training.
+    computation in bfloat16 makes; gradients: of what is trained, with the copies that processes exchange; optimizer: of
+    what is trained; activations: kept for the backward pass; logits: of the model that is trained, with their gradient
+    and the predictions of the dense model; teacher: weights of the dense model, while it runs beside the training;
+    caching: what the dense model needs before the training.
     """
 
     weights: int
@@ -173,8 +173,8 @@ def activation_bytes(sizes: RecoverySizes) -> int:
     Per token and layer: in the residual stream, what the norms keep in float32 and what the projections read; the
     outputs of the inner projections, those of the FFN also behind the activation function; the inputs of the output
     projections; where attention is computed by the plain formula, as in short windows on a CPU or with soft-capping,
-    also its weights, and the capped scores. With gradient checkpointing, only the residual
-    stream between the layers, and one layer at a time.
+    also its weights, and the capped scores. With gradient checkpointing, only the residual stream between the layers,
+    and one layer at a time.
     """
     model, itemsize = sizes.student, sizes.dtype.itemsize
     hidden = model.head.weight.shape[1]

@@ -8,7 +8,6 @@ tables are computed once for all variants that need the same ones.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 import statistics
 from collections.abc import Sequence
@@ -45,7 +44,7 @@ from pgprune_cli.run.settled import settled
 from pgprune_cli.search.checks import ESTIMATE_CHECKS, run_checks
 from pgprune_cli.search.preparation import Preparation
 from pgprune_cli.storage.atomic import make_directory, write_bytes
-from pgprune_cli.storage.records import read_record, write_record
+from pgprune_cli.storage.records import json_digest, read_record, write_record
 
 
 @dataclass(frozen=True)
@@ -232,7 +231,7 @@ def _name_of_scores(recipe: Recipe) -> str:
     metric = recipe.scores.metric
     seed = recipe.seed if metric == "random" else None
     settings = [asdict(recipe.scores), asdict(recipe.calibration), recipe.dtype, recipe.weight_format, seed]
-    return f"{metric}-{hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]}"
+    return f"{metric}-{json_digest(settings)[:8]}"
 
 
 def _shared_widths(recipe: Recipe, out: Path) -> Path | None:

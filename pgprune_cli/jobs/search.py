@@ -32,7 +32,7 @@ from pgprune_cli.run.trackers import TrackerName, check_installed
 from pgprune_cli.search.budget import budget_for
 from pgprune_cli.search.checks import run_checks
 from pgprune_cli.search.context import SearchContext
-from pgprune_cli.search.loop import LoopState, finite, run_steps
+from pgprune_cli.search.loop import LoopState, run_steps
 from pgprune_cli.search.phases import Stopwatch
 from pgprune_cli.search.preparation import Preparation
 from pgprune_cli.search.problem import Problem, set_up
@@ -40,6 +40,7 @@ from pgprune_cli.search.sampled_text import text_of_repair
 from pgprune_cli.search.scoring import load_or_compute_scores
 from pgprune_cli.search.texts import calibration_forward_passes, reselects
 from pgprune_cli.storage.atomic import write_bytes
+from pgprune_cli.storage.records import finite
 
 
 def search(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ from pgprune_cli.data.bos import adds_bos
 from pgprune_cli.errors import RunError, UserError, in_short
 from pgprune_cli.jobs.targets import Target
 from pgprune_cli.model.loading import load_tokenizer
+from pgprune_cli.storage.records import finite
 
 BATCH = 8
 """Answers scored together. Fixed, so that a result does not depend on how much memory is free."""
@@ -115,19 +115,14 @@ def measure_tasks(
                 {
                     "task": name,
                     "metric": metric if filters == "none" else key,
-                    "value": _finite(value),
-                    "stderr": _finite(spread),
+                    "value": finite(float(value)),
+                    "stderr": finite(float(spread)) if isinstance(spread, int | float) else None,
                     "items": metrics["sample_len"],
                     "shots": measured["n-shot"].get(name),
                     "bos": bos,
                 }
             )
     return rows
-
-
-def _finite(value: object) -> float | None:
-    """Return a number that JSON can hold, None for anything else."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _tokenizer(target: Target) -> tuple[Any, bool]:

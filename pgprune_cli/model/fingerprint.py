@@ -7,7 +7,6 @@ tensors of every layer. How the tensors are distributed over files makes no diff
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +15,7 @@ from typing import Any
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.gguf_header import read_header
-from pgprune_cli.storage.records import read_json
+from pgprune_cli.storage.records import json_digest, read_json
 from pgprune_cli.storage.safetensors_file import stored_tensors
 
 Parts = Mapping[str, str]
@@ -60,7 +59,7 @@ def parts_of(directory: Path, gguf: str | None, weight_files: Sequence[Path]) ->
 
 def digest(parts: Parts) -> str:
     """Return the fingerprint of a model: the sha256 of all its parts."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return json_digest(parts)
 
 
 def difference(before: Parts, now: Parts) -> str:
@@ -78,9 +77,7 @@ def _in_order(name: str) -> list[tuple[int, str]]:
 def _parts_of_json(path: Path) -> dict[str, str]:
     """Return a part for every key of a JSON file that has an effect."""
     return {
-        f"{path.name}: {key}": hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-        for key, value in read_json(path).items()
-        if key not in NO_EFFECT
+        f"{path.name}: {key}": json_digest(value)[:16] for key, value in read_json(path).items() if key not in NO_EFFECT
     }
 
 

@@ -23,7 +23,7 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.recover.teacher import Targets
 from pgprune_cli.recover.texts import RecoveryText
 from pgprune_cli.run.layout import TEACHER_RECORD, teacher_shard
-from pgprune_cli.storage.records import metadata, read_record, read_tensors, refuse_newer, with_checksum
+from pgprune_cli.storage.records import json_digest, metadata, read_record, read_tensors, refuse_newer, with_checksum
 
 VERSION = 1
 
@@ -62,7 +62,7 @@ class CacheKey:
     @cached_property
     def digest(self) -> str:
         """The sha256 of the key, as hex."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+        return json_digest(asdict(self))
 
     def folder_in(self, shared: Path) -> Path:
         """Return the folder of this cache in a directory that holds many."""

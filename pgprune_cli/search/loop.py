@@ -24,6 +24,7 @@ from pgprune_cli.run.trackers import TrackerName, tracking
 from pgprune_cli.search.objective import HeldOut
 from pgprune_cli.search.problem import Problem
 from pgprune_cli.search.progress import SearchProgress
+from pgprune_cli.storage.records import finite
 from pgprune_cli.storage.rows import Written
 
 BAD_STEPS = 10
@@ -186,11 +187,6 @@ def _refuse_overflow(problem: Problem, loop: LoopState) -> None:
             f"step {loop.step}: no finite loss in {loop.bad_steps} steps, so the model overflows in {recipe.dtype}. "
             "Try dtype float32 or bfloat16, or a lower sparsity."
         )
-
-
-def finite(value: float) -> float | None:
-    """Return the value, or None if JSON cannot hold it."""
-    return value if math.isfinite(value) else None
 
 
 def _view(problem: Problem) -> SearchProgress:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +30,17 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
 def with_checksum(record: dict[str, Any]) -> dict[str, Any]:
     """Return the record with a checksum of its other keys."""
     content = {key: value for key, value in record.items() if key != CHECKSUM}
-    return content | {CHECKSUM: hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()}
+    return content | {CHECKSUM: json_digest(content)}
+
+
+def json_digest(value: Any) -> str:
+    """Return the sha256 of a value that JSON can hold. The order of keys makes no difference."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def finite(value: float) -> float | None:
+    """Return the value, or None if JSON cannot hold it."""
+    return value if math.isfinite(value) else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
