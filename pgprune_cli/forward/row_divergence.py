@@ -93,6 +93,7 @@ def _with_rest(own: Tensor, reference: Tensor, tokens: Tensor) -> tuple[Tensor, 
         # Summed over the other tokens themselves: 1 minus the listed ones would leave nothing but rounding errors.
         log_rest = own.scatter(-1, tokens, -torch.inf).logsumexp(-1)
         divergence += torch.xlogy(rest, rest) - rest * log_rest
-        slope *= 1 - (rest.log() - log_rest).exp().unsqueeze(1)
+        # The reference's rest, spread like that of `own`, in logarithms: a quotient of small rests would overflow.
+        slope -= (own + (rest.log() - log_rest).unsqueeze(1)).exp_()
         slope.scatter_(-1, tokens, own.gather(-1, tokens).exp())
     return divergence, slope.scatter_add_(-1, tokens, -listed)

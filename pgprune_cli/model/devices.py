@@ -75,14 +75,18 @@ def unusable_gpu() -> str | None:
 
 
 def _share_of_process(gpus: list[torch.device]) -> list[torch.device]:
-    """Return the consecutive GPUs that belong to this process: all of them, unless torchrun started several."""
+    """Return the GPUs that belong to this process: all of them, unless torchrun started several.
+
+    Then process r has r and every later one at the distance of their number, so that its first GPU is the one that
+    accelerate trains on.
+    """
     ranks = ranks_of_this_machine()
     if ranks.world_size > len(gpus):
         raise UserError(
             f"torchrun: {ranks.world_size} processes on this machine, but only {_cuda_devices(len(gpus))}. "
             "Start fewer processes."
         )
-    return gpus[ranks.rank * len(gpus) // ranks.world_size : (ranks.rank + 1) * len(gpus) // ranks.world_size]
+    return gpus[ranks.rank :: ranks.world_size]
 
 
 def has_bfloat16_products(device: torch.device) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -88,6 +90,14 @@ def test_divergence_is_finite_where_the_listed_tokens_are_all_that_is_likely() -
     divergence.sum().backward()
     assert divergence.item() == pytest.approx(0.0, abs=1e-6)
     assert own.grad.isfinite().all()
+
+
+def test_gradient_is_finite_where_all_other_tokens_have_next_to_no_probability() -> None:
+    """As at a low temperature, where the rounded reference leaves them more than the model does."""
+    own = torch.tensor([[0.0, -100.0, -101.0]], requires_grad=True)
+    row_divergences(own, torch.tensor([[-1e-4]]), torch.tensor([[0]])).sum().backward()
+    rest, parts = 1 - math.exp(-1e-4), torch.tensor([-100.0, -101.0], dtype=torch.float64).softmax(0)
+    assert own.grad[0].tolist() == pytest.approx([rest, -rest * float(parts[0]), -rest * float(parts[1])], rel=1e-3)
 
 
 def test_gradient_has_the_dtype_of_the_logits(logits) -> None:

@@ -45,10 +45,20 @@ def test_processes_share_the_gpus_of_their_machine(eight_gpus):
     assert (indices("auto"), indices("cuda")) == (list(range(8)), [0])
     for rank in range(4):
         eight_gpus(rank, 4)
-        assert indices("auto") == [2 * rank, 2 * rank + 1]
-        assert indices("cuda") == [2 * rank]
+        assert indices("auto") == [rank, rank + 4]  # the first one is what accelerate trains on
+        assert indices("cuda") == [rank]
         assert indices("cuda:1,cuda:3,cuda:5,cuda:7") == [2 * rank + 1]
         assert devices_of("cpu") == [torch.device("cpu")]
+
+
+@pytest.mark.parametrize("processes", [1, 3, 8])
+def test_every_gpu_belongs_to_one_process(eight_gpus, processes):
+    shares = []
+    for rank in range(processes):
+        eight_gpus(rank, processes)
+        shares.append(indices("auto"))
+    assert sorted(index for share in shares for index in share) == list(range(8))
+    assert [share[0] for share in shares] == list(range(processes))
 
 
 def test_more_processes_than_gpus_are_refused(eight_gpus):
