@@ -57,7 +57,8 @@ class RecoverySizes:
     """A recovery whose needs are counted.
 
     student, teacher: the two models, in the dtypes that they are loaded in; settings: of the recipe; processes: how
-    many share the batches; dtype: of the matrix products; on_cpu: whether a CPU trains.
+    many share the batches; dtype: of the matrix products; on_cpu: whether a CPU trains; teacher_apart: whether a live
+    teacher is on other GPUs than the student.
     """
 
     student: PrunableModel
@@ -66,6 +67,7 @@ class RecoverySizes:
     processes: int
     dtype: torch.dtype
     on_cpu: bool = False
+    teacher_apart: bool = False
 
     @property
     def schedule(self) -> Schedule:
@@ -108,7 +110,7 @@ class RecoverySizes:
 
 
 def recovery_memory(sizes: RecoverySizes) -> RecoveryMemory:
-    """Return the bytes that a recovery needs on one device."""
+    """Return the bytes that a recovery needs on the device that trains."""
     settings, in_float32 = sizes.settings, 4 * sizes.trained
     live = settings.teacher == "live"
     teacher = _weight_bytes(sizes.teacher)
@@ -118,7 +120,7 @@ def recovery_memory(sizes: RecoverySizes) -> RecoveryMemory:
         optimizer=2 * in_float32,
         activations=activation_bytes(sizes),
         logits=logit_bytes(sizes),
-        teacher=teacher if live else 0,
+        teacher=teacher if live and not sizes.teacher_apart else 0,
         caching=0 if live else teacher + _teacher_activation_bytes(sizes),
     )
 

@@ -24,12 +24,12 @@ from pgprune_cli.estimate.recovery import RecoverySizes, recovery_disk, recovery
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.estimate.work import phase_seconds
 from pgprune_cli.jobs.memory import texts_of
-from pgprune_cli.model.context import refuse_longer_windows
+from pgprune_cli.jobs.recovery_request import device_of
 from pgprune_cli.model.devices import devices_of, fastest_dtype, free_bytes
-from pgprune_cli.model.loading import WeightFormat, empty_prunable, read_config, stored_dtype
+from pgprune_cli.model.loading import WeightFormat, empty_prunable, stored_dtype
 from pgprune_cli.model.source import resolve
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.recover.checks import find_teacher
+from pgprune_cli.recover.checks import check_pair, find_teacher
 from pgprune_cli.recover.student import loaded_dtype
 from pgprune_cli.search.checks import ESTIMATE_CHECKS, run_checks
 from pgprune_cli.search.preparation import Preparation
@@ -151,23 +151,24 @@ def estimate_recovery(
     """Return memory and disk in bytes, tokens, FLOPs and seconds of a recovery. Reads no weights and no text.
 
     model: the directory of the student; teacher: the dense model, if not the one that the student was pruned from.
-    Raises UserError if one of the two is not there or cannot be used, or if the machine does not have the device.
+    Raises UserError if one of the two is not there or cannot be used, if they do not fit each other, or if the machine
+    does not have the device.
     """
     student, settings = resolve(model, weights=False), recipe.recover
     dense = find_teacher(student, teacher)
-    devices, dtype = devices_of(recipe.device), fastest_dtype(recipe.device)
+    pair, device, dtype = check_pair(student, dense, settings), device_of(recipe), fastest_dtype(recipe.device)
     sizes = RecoverySizes(
         empty_prunable(student, loaded_dtype(settings.train, bfloat16=dtype == "bfloat16")),
         empty_prunable(dense, dtype),
         settings,
         ranks_from_environment().world_size,
         getattr(torch, dtype),
-        on_cpu=devices[0].type == "cpu",
+        on_cpu=device.type == "cpu",
+        teacher_apart=len(devices_of(recipe.device)) > 1,
     )
-    refuse_longer_windows(sizes.student.config, model, {"recover.seqlen": settings.seqlen})
     parts = recovery_flops(sizes)
-    with progress.working(f"measuring matrix products on {devices[0]}"):
-        rates = {dtype: matmul_rate(devices[0], dtype) for part in parts.values() for dtype in part}
+    with progress.working(f"measuring matrix products on {device}"):
+        rates = {dtype: matmul_rate(device, dtype) for part in parts.values() for dtype in part}
     needed, schedule = recovery_memory(sizes), sizes.schedule
     return {
         "model": model,
@@ -175,9 +176,9 @@ def estimate_recovery(
         "parameters": sum(parameter.numel() for parameter in sizes.student.module.parameters()),
         "trained_parameters": sizes.trained,
         "dtype": dtype,
-        "device": _device_name(devices[:1]),
+        "device": _device_name([device]),
         "memory": vars(needed) | {"device": needed.device},
-        "disk": recovery_disk(sizes, stored_dtype(read_config(student))),
+        "disk": recovery_disk(sizes, stored_dtype(pair.config)),
         "tokens": schedule.steps * sizes.step_tokens,
         "steps": schedule.steps,
         "flops": {name: {_name(dtype): count for dtype, count in part.items()} for name, part in parts.items()},

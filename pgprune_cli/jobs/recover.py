@@ -8,10 +8,11 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pgprune_cli.console.progress import SILENT, Progress
-from pgprune_cli.distributed import Ranks, join, ranks_from_environment
+from pgprune_cli.distributed import ALONE, Ranks, join, ranks_from_environment
 from pgprune_cli.export.trained import plan_again
 from pgprune_cli.jobs.recovery_disk import check_disk
 from pgprune_cli.jobs.recovery_request import (
@@ -25,11 +26,12 @@ from pgprune_cli.jobs.recovery_request import (
     holds_result,
     open_request,
 )
-from pgprune_cli.model.loading import load_prunable
+from pgprune_cli.model.loading import load_prunable, read_config, stored_dtype
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.reader import dump
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.recover.checkpoints import TrainingCheckpoint, best, latest, remove_all
+from pgprune_cli.recover.heldout import heldout_divergence, take_rounded
 from pgprune_cli.recover.schedule import Schedule
 from pgprune_cli.recover.student import loaded_dtype, trainable, trained_tensors
 from pgprune_cli.recover.teacher import LiveTeacher, Teacher, load_teacher
@@ -251,15 +253,15 @@ def _result(request: Request, opened: Opened, progress: Progress) -> tuple[Recov
     before = rows[0].heldout_divergence
     assert chosen is not None and chosen.heldout_divergence is not None, "the last step has a checkpoint"
     assert before is not None, "the first row is that of the start"
-    helped = chosen.heldout_divergence < before
-    tensors: dict[str, Tensor] = {}
-    if helped:
-        tensors = trained_tensors(_load_student(opened, recipe, chosen)[1])
-    else:
+    trained: dict[str, Tensor] = {}
+    after = chosen.heldout_divergence
+    if after < before:
+        trained, after = _as_written(request, opened, chosen, progress)
+    helped = after < before
+    if not helped:
         progress.say(
-            f"warning: the training did not help: the held-out divergence was {before:.4f} before it and "
-            f"{chosen.heldout_divergence:.4f} at its best. The weights are written as they were. Lower "
-            "recover.learning_rate, or raise recover.tokens."
+            f"warning: the training did not help: the held-out divergence was {before:.4f} before it and {after:.4f} "
+            "at its best. The weights are written as they were. Lower recover.learning_rate, or raise recover.tokens."
         )
     settings, record = recipe.recover, opened.record
     recovery = RecoveryRecord(
@@ -274,8 +276,34 @@ def _result(request: Request, opened: Opened, progress: Progress) -> tuple[Recov
         steps=opened.schedule.steps,
         seconds=rows[-1].seconds,
         loss_before=before,
-        loss_after=min(before, chosen.heldout_divergence),
+        loss_after=min(before, after),
         best_step=chosen.step if helped else 0,
         recipe=dump(recipe),
     )
-    return recovery, tensors
+    return recovery, trained if helped else {}
+
+
+def _as_written(
+    request: Request, opened: Opened, chosen: TrainingCheckpoint, progress: Progress
+) -> tuple[dict[str, Tensor], float]:
+    """Return the weights of a checkpoint, and the divergence on held-out text that they will have once written.
+
+    A model in 16 bits rounds them, and adapters are added to its weights before that, so they are measured again.
+    """
+    recipe, settings = request.recipe, request.recipe.recover
+    trained = trained_tensors(_load_student(opened, recipe, chosen)[1])
+    stored = stored_dtype(read_config(opened.student))
+    if stored == torch.float32:
+        assert chosen.heldout_divergence is not None, "the best checkpoint was evaluated"
+        return trained, chosen.heldout_divergence
+    bfloat16, device = opened.record.products == "bfloat16", device_of(recipe)
+    teacher: Teacher = (
+        _cached_teacher(request, opened, ALONE, progress)
+        if settings.teacher == "cached"
+        else _live_teacher(request, opened, progress, beside_student=True)
+    )
+    with progress.working(f"measuring what {request.out} will be"):
+        dtype = loaded_dtype(settings.train, bfloat16=bfloat16)
+        student = load_prunable(opened.student, dtype, [device]).module
+        take_rounded(student, trained, stored)
+        return trained, heldout_divergence(student, opened.text, teacher, settings, bfloat16=bfloat16)

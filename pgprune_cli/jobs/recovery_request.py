@@ -17,13 +17,11 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.export.formats import FORMATS
 from pgprune_cli.export.plan import check_new
 from pgprune_cli.export.trained import plan_again
-from pgprune_cli.model.context import refuse_longer_windows
 from pgprune_cli.model.devices import devices_of, fastest_dtype
-from pgprune_cli.model.loading import load_tokenizer, read_config
 from pgprune_cli.model.source import Source, find_local
 from pgprune_cli.recipe.reader import by_key, dump, parse
 from pgprune_cli.recipe.schema import Recipe
-from pgprune_cli.recover.checks import find_teacher, refuse_other_vocabulary, streams_to_match
+from pgprune_cli.recover.checks import check_pair, find_teacher
 from pgprune_cli.recover.schedule import Schedule
 from pgprune_cli.recover.teacher_cache import CacheKey
 from pgprune_cli.recover.texts import RecoveryText, recovery_corpus, recovery_text
@@ -153,13 +151,9 @@ def open_request(request: Request, ranks: Ranks, progress: Progress) -> Opened:
     student = _student(request.model)
     plan = plan_again(student.directory, format=request.format)  # refuses what could not be written in the end
     teacher = find_teacher(student, request.teacher)
-    config, teacher_config = read_config(student), read_config(teacher)
-    tokenizer = load_tokenizer(student)
-    refuse_other_vocabulary(student, config, tokenizer, teacher, teacher_config, load_tokenizer(teacher))
-    refuse_longer_windows(teacher_config, teacher.name, {"recover.seqlen": recipe.recover.seqlen})
-    streams = streams_to_match(student, config, teacher, teacher_config) if recipe.recover.hidden else ()
+    pair = check_pair(student, teacher, recipe.recover)
     with progress.working(f"reading {recovery_corpus(recipe)}"):
-        text = recovery_text(recipe, student.name, config, tokenizer)
+        text = recovery_text(recipe, student.name, pair.config, pair.tokenizer)
     schedule = Schedule.of(recipe.recover, ranks.world_size)
     earlier = TrainingRecord.read(run) if (run / TRAINING_RECORD).exists() else None
     record = TrainingRecord(
@@ -177,7 +171,7 @@ def open_request(request: Request, ranks: Ranks, progress: Progress) -> Opened:
     )
     if earlier is not None and (changed := earlier.differences(record)):
         raise _other_recovery(run, changed)
-    return Opened(student, teacher, text, record, schedule, streams, teacher_config.vocab_size, plan.bytes)
+    return Opened(student, teacher, text, record, schedule, pair.streams, pair.vocabulary, plan.bytes)
 
 
 def begin(request: Request, opened: Opened) -> None:

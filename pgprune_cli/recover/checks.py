@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pgprune_cli.errors import UserError
+from pgprune_cli.model.context import refuse_longer_windows
+from pgprune_cli.model.loading import load_tokenizer, read_config
 from pgprune_cli.model.source import Source, resolve
+from pgprune_cli.recipe.schema import RecoverSettings
 from pgprune_cli.run.base import find_base
 from pgprune_cli.run.decision import kept_layers, read_origin, refuse_other_base
 from pgprune_cli.run.layout import DECISION_RECORD
@@ -46,6 +51,30 @@ def _files(source: Source) -> tuple[Path, str | None]:
     return source.directory.resolve(), source.gguf
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A student and a teacher that fits it. config: of the student; tokenizer: of the student, which makes the text;
+    vocabulary: of the teacher; streams: see `streams_to_match`, empty unless hidden states are compared."""
+
+    config: Any
+    tokenizer: Any
+    vocabulary: int
+    streams: Sequence[int]
+
+
+def check_pair(student: Source, teacher: Source, settings: RecoverSettings) -> Pair:
+    """Return what a training needs to know of the two models. Reads configs and tokenizers only.
+
+    Raises UserError if the teacher cannot teach the student with these settings.
+    """
+    config, theirs = read_config(student), read_config(teacher)
+    tokenizer = load_tokenizer(student)
+    refuse_other_vocabulary(student, config, tokenizer, teacher, theirs, load_tokenizer(teacher))
+    refuse_longer_windows(theirs, teacher.name, {"recover.seqlen": settings.seqlen})
+    streams = streams_to_match(student, config, teacher, theirs) if settings.hidden else ()
+    return Pair(config, tokenizer, theirs.vocab_size, streams)
+
+
 def refuse_other_vocabulary(
     student: Source, student_config: Any, student_tokenizer: Any, teacher: Source, config: Any, tokenizer: Any
 ) -> None:
@@ -61,12 +90,14 @@ def refuse_other_vocabulary(
             f"{student_config.vocab_size:,}. {advice}"
         )
     ours, theirs = ({id: token for token, id in each.get_vocab().items()} for each in (student_tokenizer, tokenizer))
-    different = [id for id in sorted(ours.keys() & theirs.keys()) if ours[id] != theirs[id]]
-    if different or not ours.keys() & theirs.keys():
-        first = f", such as {different[0]} ({theirs[different[0]]!r}, not {ours[different[0]]!r})" if different else ""
+    shared = sorted(ours.keys() & theirs.keys())
+    if not shared:
+        raise UserError(f"{teacher.name}: its tokenizer shares no token id with that of {student.name}. {advice}")
+    if different := [id for id in shared if ours[id] != theirs[id]]:
+        first = different[0]
         raise UserError(
-            f"{teacher.name}: its tokenizer gives {len(different) or len(ours):,} token ids another meaning than that "
-            f"of {student.name}{first}. {advice}"
+            f"{teacher.name}: its tokenizer gives another meaning to {len(different):,} of the {len(shared):,} token "
+            f"ids of {student.name}, such as {first} ({theirs[first]!r}, not {ours[first]!r}). {advice}"
         )
 
 

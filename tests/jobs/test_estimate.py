@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.messages import refused
+from helpers.models import save_tokenizer, tiny_model
 
 from pgprune_cli.cli.tables import _placement
 from pgprune_cli.errors import UserError
@@ -156,7 +157,7 @@ def exported(finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_recovery_is_estimated_from_the_configs_of_both_models(exported: Path, small, tmp_path: Path) -> None:
-    for name in ("config.json", "decision.json"):
+    for name in ("config.json", "decision.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(exported / name, tmp_path)
     recipe = small("recover.tokens=3000", "recover.batch=2", "recover.seqlen=32", "device=cpu")
     said = estimate_recovery(str(tmp_path), recipe)
@@ -175,3 +176,21 @@ def test_a_recovery_is_estimated_from_the_configs_of_both_models(exported: Path,
 def test_a_recovery_with_windows_beyond_the_context_is_refused(exported: Path, small) -> None:
     with refused("recover.seqlen", "4096"):
         estimate_recovery(str(exported), small("recover.seqlen=4096", "recover.batch=1"))
+
+
+def test_a_recovery_that_would_be_refused_is_not_estimated(exported: Path, small, tmp_path: Path) -> None:
+    other = tiny_model("llama-gqa")
+    other.save_pretrained(tmp_path)
+    save_tokenizer(tmp_path)
+    with refused(str(tmp_path), "vocabulary", "--teacher"):
+        estimate_recovery(str(exported), small(), str(tmp_path))
+    with refused("cuda:1", "CUDA_VISIBLE_DEVICES=1"):
+        estimate_recovery(str(exported), small("device=cuda:1"))
+
+
+def test_a_teacher_on_other_gpus_takes_nothing_of_the_one_that_trains(exported: Path, small, monkeypatch) -> None:
+    alone = estimate_recovery(str(exported), small())["memory"]
+    monkeypatch.setattr("pgprune_cli.jobs.estimate.devices_of", lambda device: [torch.device("cpu")] * 2)
+    apart = estimate_recovery(str(exported), small())["memory"]
+    assert alone["teacher"] > apart["teacher"] == 0
+    assert alone["device"] - apart["device"] == alone["teacher"]

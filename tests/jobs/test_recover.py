@@ -70,9 +70,9 @@ SMALL = (
 """8 steps of 8 windows of 16 tokens."""
 
 
-def pruned(folder: Path, architecture: str, decision: str) -> Path:
+def pruned(folder: Path, architecture: str, decision: str, dtype: torch.dtype = torch.float32) -> Path:
     """Write a tiny model, a text, and the export of a decision on the model. Return the export's directory."""
-    model = tiny_model(architecture)
+    model = tiny_model(architecture).to(dtype)
     model.save_pretrained(folder / "base")
     save_tokenizer(folder / "base")
     (folder / "text.txt").write_text("The king was glad, and the queen was not. " * 60)
@@ -151,6 +151,46 @@ def heldout_divergence(asked: Request, name: str) -> float:
     targets = LiveTeacher(dense, settings.top_k, settings.temperature).targets(windows, rows)
     logits: torch.Tensor = load_model(source, "float32", "cpu")(input_ids=windows).logits
     return float(divergences(logits, targets).mean())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("recover.train=layers",), ("recover.train=lora",), ("recover.teacher=cached", "recover.top_k=8")],
+)
+def test_divergence_of_a_model_in_16_bits_is_that_of_its_rounded_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
+) -> None:
+    pytest.importorskip("peft", reason="needs the extra: pip install 'pgprune[recovery]'")
+    for module in (recovery_request, teacher):
+        monkeypatch.setattr(module, "fastest_dtype", lambda device: "float32")
+    pruned(tmp_path, "llama-gqa", "mixed sizes", torch.bfloat16)
+    asked = request(tmp_path, *overrides)
+    record = recover(asked)
+    trained = min(row.heldout_divergence for row in read_training_history(asked.run) if row.heldout_divergence)
+    written = heldout_divergence(asked, "better")
+    assert record["loss_after"] == pytest.approx(written, rel=1e-4)
+    assert abs(trained - written) > 10 * abs(record["loss_after"] - written)  # before the weights were rounded
+
+
+def test_divergence_that_rounding_raises_above_the_start_is_no_help(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pruned(tmp_path, "llama-gqa", "mixed sizes", torch.bfloat16)
+    monkeypatch.setattr(job, "heldout_divergence", lambda *_, **__: 1e9)
+    record = recover(request(tmp_path))
+    assert (record["best_step"], record["loss_after"]) == (0, record["loss_before"])
+
+
+def test_teacher_that_does_not_fit_is_refused_before_the_training(folder: Path, tmp_path: Path) -> None:
+    asked = request(folder, name="new")
+    larger = tiny_model("llama-gqa")
+    larger.resize_token_embeddings(128)
+    larger.save_pretrained(tmp_path / "larger")
+    save_tokenizer(tmp_path / "larger")
+    with refused("larger", "vocabulary", "--teacher"):
+        recover(replace(asked, teacher=str(tmp_path / "larger")))
+    assert not asked.out.exists()
+    assert not asked.run.exists()
 
 
 def test_finished_recovery_returns_its_record(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
