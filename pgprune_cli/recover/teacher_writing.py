@@ -68,7 +68,8 @@ def cached_teacher(
                 writer.begin()
             ranks.barrier()
             writer.write(load, ranks, progress)
-            ranks.barrier()
+            if stop_signal := ranks.max(stop[0] if stop else 0):  # one that another process got counts, too
+                raise Interrupted(stop_signal, 0)
             if ranks.is_writer:
                 writer.finish()
         ranks.barrier()
@@ -104,7 +105,7 @@ class _Writer:
         write_record(self.folder / TEACHER_RECORD, record_of(self.key, None))
 
     def write(self, load: Callable[[], LiveTeacher], ranks: Ranks, progress: Progress) -> None:
-        """Write this process's share of the missing shards. The model is loaded for that, and dropped at the end."""
+        """Write this process's share of the missing shards, until a signal asks to stop. Loads the model for that."""
         key = self.key
         missing = [index for index in missing_shards(self.folder, key) if index in ranks.share(len(key.shards))]
         if not missing:
@@ -115,7 +116,7 @@ class _Writer:
                 parts = []
                 for part in self._predictions(teacher, key.shards[index]):
                     if self.stop:
-                        raise Interrupted(self.stop[0], 0)
+                        return
                     parts.append(part)
                     advance(len(part[LOG_PROBS]) * key.window_bytes)
                 write_bytes(teacher_shard(self.folder, index), self._shard(index, parts))

@@ -13,7 +13,7 @@ from helpers.medium import VOCABULARY, medium_model, random_batches
 from helpers.memory import Allocations
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig
 
 from pgprune_cli.estimate.recovery import (
     RecoverySizes,
@@ -25,6 +25,7 @@ from pgprune_cli.estimate.recovery import (
 from pgprune_cli.forward.short_attention import ShortAttention
 from pgprune_cli.model.loading import eager_if_capped
 from pgprune_cli.model.prunable import PrunableModel
+from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import RecoverSettings, Trained
 from pgprune_cli.recover.loss import divergences
 from pgprune_cli.recover.student import trainable
@@ -43,6 +44,17 @@ def sizes_of(train: Trained, dtype: torch.dtype, on_cpu: bool = False) -> Recove
     settings = RecoverSettings(train=train, lora_rank=4, batch=BATCH, seqlen=LENGTH, heldout=2, tokens=BATCH * LENGTH)
     student, teacher = PrunableModel.of(medium_model()), PrunableModel.of(medium_model(dtype))
     return RecoverySizes(student, teacher, settings, 1, dtype, on_cpu)
+
+
+def test_recipe_of_7b_trains_adapters_on_a_card_of_24_gb() -> None:
+    """Even a student of the dense model's size, beside predictions of it on disk."""
+    with torch.device("meta"):
+        model = PrunableModel.of(AutoModelForCausalLM.from_config(LlamaConfig(), dtype=torch.bfloat16))
+    assert sum(parameter.numel() for parameter in model.module.parameters()) > 6.7e9
+    settings = load(find("llama2-7b-50")).recover
+    memory = recovery_memory(RecoverySizes(model, model, settings, 1, torch.bfloat16))
+    assert (settings.train, settings.teacher) == ("lora", "cached")
+    assert max(memory.device, memory.caching) < 23e9  # 24 GB, less what an allocator wastes
 
 
 def training_of(sizes: RecoverySizes) -> tuple[nn.Module, Callable[[], None]]:

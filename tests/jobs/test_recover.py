@@ -21,6 +21,7 @@ from helpers.exports import DECISIONS, export
 from helpers.masks import draw
 from helpers.messages import refused, says
 from helpers.models import save_tokenizer, tiny_model
+from helpers.trackers import scalars
 from safetensors.torch import load_file
 
 pytest.importorskip("accelerate", reason="needs the extra: pip install 'pgprune[recovery]'")
@@ -41,8 +42,10 @@ from pgprune_cli.recipe.reader import find, load
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.recover import teacher
 from pgprune_cli.recover.loss import divergences
+from pgprune_cli.recover.student import trained_parameters
 from pgprune_cli.recover.teacher import LiveTeacher
 from pgprune_cli.recover.texts import recovery_text
+from pgprune_cli.recover.trainer import RecoveryTrainer
 from pgprune_cli.run.interruption import Interrupted
 from pgprune_cli.run.layout import (
     CHECKPOINT_RECORD,
@@ -191,6 +194,34 @@ def test_teacher_that_does_not_fit_is_refused_before_the_training(folder: Path, 
         recover(replace(asked, teacher=str(tmp_path / "larger")))
     assert not asked.out.exists()
     assert not asked.run.exists()
+
+
+def test_weights_that_were_best_on_held_out_text_are_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, dict[str, torch.Tensor]]] = []
+
+    def evaluate(self: RecoveryTrainer) -> float:
+        """Say that the weights at the second evaluation are the best."""
+        weights = {name: weight.detach().clone() for name, weight in trained_parameters(self.model).items()}
+        seen.append((self.state.global_step, weights))
+        return [9.0, 1.0, 2.0, 3.0][len(seen) - 1]
+
+    monkeypatch.setattr(RecoveryTrainer, "heldout_divergence", evaluate)
+    record = recover(request(folder, "recover.checkpoint_every=3", name="chosen"))
+    assert [step for step, _ in seen] == [0, 3, 6, 8]
+    assert (record["best_step"], record["loss_after"]) == (3, 1.0)
+    written = load_file(folder / "chosen/model.safetensors")
+    assert all(torch.equal(written[name], weight) for name, weight in seen[1][1].items())
+
+
+def test_recovery_tells_tensorboard_what_it_writes_down(folder: Path) -> None:
+    pytest.importorskip("tensorboardX", reason="pgprune[tensorboard] is not installed")
+    asked = request(folder, name="tracked")
+    recover(asked, tracker="tensorboard")
+    told, rows = scalars(asked.run), read_training_history(asked.run)
+    for name in ("loss", "divergence", "heldout_divergence", "learning_rate"):
+        written = {row.step: row.metrics()[name] for row in rows if name in row.metrics()}
+        assert told[name] == pytest.approx(written, rel=1e-6)  # event files hold float32
+    assert len(told["loss"]) == 8
 
 
 def test_finished_recovery_returns_its_record(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -230,6 +230,17 @@ def test_processes_share_the_shards(text: RecoveryText, tmp_path: Path, monkeypa
         assert shard.read_bytes() == teacher_shard(tmp_path / "whole", index).read_bytes()
 
 
+def test_signal_that_another_process_got_stops_all_of_them(
+    text: RecoveryText, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ranks, "barrier", lambda self: None)
+    monkeypatch.setattr(Ranks, "max", lambda self, value: max(value, 15))
+    with pytest.raises(Interrupted) as caught:
+        write(tmp_path / "cache", text, ranks=Ranks(1, 2))
+    assert caught.value.signum == 15
+    assert [teacher_shard(tmp_path / "cache", index).exists() for index in range(3)] == [False, True, False]
+
+
 def test_predictions_that_are_not_numbers_are_refused(text: RecoveryText, tmp_path: Path) -> None:
     model = tiny_model("llama-gqa")
     model.model.norm.weight.fill_(torch.nan)

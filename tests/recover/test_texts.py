@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -12,6 +13,7 @@ import pytest
 import torch
 from helpers.messages import refused
 from helpers.models import save_tokenizer, tiny_config
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from pgprune_cli.recipe.reader import find, load
@@ -112,6 +114,20 @@ def test_windows_begin_with_bos_if_the_recipe_says_so(corpus: Path, tokenizer: A
     text = read(replace(recipe, calibration=replace(recipe.calibration, bos=True)), tokenizer)
     assert text.windows[:, 0].tolist() == [tokenizer.bos_token_id] * len(text.windows)
     assert text.bos == tokenizer.bos_token_id
+
+
+@pytest.mark.parametrize(("architecture", "has_bos"), [("gemma2", True), ("llama-gqa", False)])
+def test_windows_begin_with_bos_if_the_family_was_trained_so(
+    architecture: str, has_bos: bool, corpus: Path, tokenizer: Any
+) -> None:
+    recipe = recipe_for(corpus)
+    assert recipe.calibration.bos == "auto"
+    tokenizer = copy.deepcopy(tokenizer)
+    special = [(tokenizer.bos_token, tokenizer.bos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"{tokenizer.bos_token} $A", special_tokens=special)
+    text = read(recipe, tokenizer, config_of(architecture))
+    assert (text.bos == tokenizer.bos_token_id) == has_bos
+    assert (text.windows[:, 0] == tokenizer.bos_token_id).all() == has_bos
 
 
 @pytest.mark.parametrize("bos", [False, True], ids=["without-bos", "with-bos"])

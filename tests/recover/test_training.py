@@ -20,7 +20,7 @@ from pgprune_cli.errors import RunError
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.recipe.schema import RecoverSettings
 from pgprune_cli.recover import trainer
-from pgprune_cli.recover.checkpoints import TRAINED, best, latest
+from pgprune_cli.recover.checkpoints import TRAINED, TrainingCheckpoint, best, finish, latest
 from pgprune_cli.recover.schedule import Schedule
 from pgprune_cli.recover.student import trainable, trained_tensors
 from pgprune_cli.recover.teacher import LiveTeacher, Teacher
@@ -33,7 +33,7 @@ from pgprune_cli.run.checkpoint import CorruptCheckpoint
 from pgprune_cli.run.interruption import Interrupted
 from pgprune_cli.run.layout import TRAINING_HISTORY
 from pgprune_cli.run.training_history import TrainingRow, read_training_history
-from pgprune_cli.storage.rows import cut_back
+from pgprune_cli.storage.rows import Written, cut_back
 
 SETTINGS = RecoverSettings(tokens=8 * 4 * 16, seqlen=16, batch=4, heldout=4, learning_rate=1e-2, checkpoint_every=3)
 """8 steps of 4 windows of 16 tokens."""
@@ -218,6 +218,17 @@ def test_a_recovery_keeps_its_last_two_checkpoints_and_the_best(whole) -> None:
     rows = [row for row in read_training_history(whole[0]) if row.heldout_divergence is not None]
     assert chosen.heldout_divergence == min(row.heldout_divergence for row in rows)
     assert not list(whole[0].rglob("training_args.bin"))
+
+
+def test_best_checkpoint_is_kept_however_old_it_is(tmp_path: Path) -> None:
+    for step, divergence in ((2, 0.9), (4, 0.5), (6, None), (8, 0.8), (10, 0.7)):
+        folder = tmp_path / f"checkpoints/checkpoint-{step}"
+        folder.mkdir(parents=True)
+        (folder / TRAINED).write_bytes(b"weights")
+        finish(TrainingCheckpoint(folder, divergence, 1.0, Written(0, "")))
+    assert best(tmp_path).step == 4
+    names = sorted(folder.name for folder in (tmp_path / "checkpoints").iterdir())
+    assert names == ["checkpoint-10", "checkpoint-4", "checkpoint-8"]
 
 
 @pytest.mark.parametrize("name", [TRAINED, "optimizer.pt", "rng_state.pth", "state.json"])

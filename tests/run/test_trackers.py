@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import struct
 import sys
-from collections import defaultdict
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 from helpers.messages import refused
+from helpers.trackers import scalars
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.search import search
@@ -23,27 +21,6 @@ ROWS = [
     Row(1, [3.0, 4.0], 3.5, 0.02, 9.0, 2.75, 0, 1000.0, 2_500_000_000, 10.0, KEPT),
     Row(2, [None, None], 3.5, None, 9.0, None, 2, 1000.0, 2_500_000_000, 20.0, None),
 ]
-
-
-def scalars(run: Path) -> dict[str, dict[int, float]]:
-    """Of all event files of a run, in order: by name and step; what was purged is gone."""
-    from tensorboardX.proto.event_pb2 import Event
-
-    actual: dict[str, dict[int, float]] = defaultdict(dict)
-    for file in sorted((run / "tensorboard").iterdir()):
-        data, at = file.read_bytes(), 0
-        while at < len(data):
-            (length,) = struct.unpack("<Q", data[at : at + 8])
-            event = Event.FromString(data[at + 12 : at + 12 + length])
-            at += length + 16  # the length and its checksum before, a checksum after
-            if event.session_log.status == event.session_log.START:
-                for values in actual.values():
-                    for step in [step for step in values if step >= event.step]:
-                        del values[step]
-            for value in event.summary.value:
-                if value.WhichOneof("value") == "simple_value":
-                    actual[value.tag][event.step] = value.simple_value
-    return actual
 
 
 def test_a_row_is_told_by_the_names_of_the_history() -> None:
