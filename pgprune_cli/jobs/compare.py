@@ -21,6 +21,7 @@ from pgprune_cli.data.corpora import text_identity
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.evaluation_request import Corpus
 from pgprune_cli.jobs.init_scores import init_scores
+from pgprune_cli.jobs.memory import SEARCH_CHECKS
 from pgprune_cli.jobs.perplexity import measure_perplexity
 from pgprune_cli.jobs.search import search
 from pgprune_cli.jobs.targets import Target, open_target
@@ -184,7 +185,7 @@ def _dense_row(recipe: Recipe, out: Path, conditions: EvaluationConditions, prog
     """Return the row of the unpruned model, and evaluate it if no earlier call did."""
     path = out / "dense" / MEASURED_FILE
     if not path.exists():
-        run_checks(Preparation(recipe, progress=progress))  # before the evaluation, which takes minutes
+        run_checks(Preparation(recipe, progress=progress), SEARCH_CHECKS)  # before the evaluation, which takes minutes
         target = open_target(
             recipe.model, dtype=recipe.dtype, device=recipe.device, bos=recipe.evaluation.bos, progress=progress
         )

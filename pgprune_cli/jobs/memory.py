@@ -1,4 +1,7 @@
-"""Does a search fit the memory that is free? It is asked before the weights are loaded, by `search` and by `doctor`."""
+"""Check that a search fits the free memory, before its weights are loaded.
+
+`search`, `compare` and `doctor` make this check.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,12 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.estimate.placement import Need, need
 from pgprune_cli.estimate.sizes import Sizes, Texts
 from pgprune_cli.model.devices import emptiest, free_bytes
+from pgprune_cli.model.families import can_be_rounded
 from pgprune_cli.model.loading import empty_prunable
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.search.checks import CHECKS, Check
 from pgprune_cli.search.preparation import Preparation
 from pgprune_cli.search.texts import empty_repair_batches, empty_sampled_batches, repair_batches, scoring_batches
-
-LOWER = "Lower calibration.seqlen, set weight_format to int8 or use a smaller model."
 
 
 def need_of(preparation: Preparation) -> Need:
@@ -42,39 +44,42 @@ def texts_of(recipe: Recipe, text: CalibrationText) -> Texts:
     )
 
 
-def devices_for(preparation: Preparation) -> list[torch.device]:
-    """Return the devices for the weights: those of the recipe; of `auto`, as few as suffice, the emptiest ones."""
+def devices_for(preparation: Preparation, needed: Need) -> list[torch.device]:
+    """Return the devices for the weights: those of the recipe, or for `auto` the emptiest GPUs, as few as suffice."""
     devices = preparation.devices
     if preparation.asked.device != "auto" or len(devices) == 1:
         return devices
-    return _emptiest(devices, need_of(preparation))
-
-
-def _emptiest(devices: Sequence[torch.device], needed: Need) -> list[torch.device]:
     return [devices[index] for index in emptiest([*map(free_bytes, devices)], needed.weights, needed.beside)]
 
 
 def _memory(preparation: Preparation) -> str:
-    needed, devices = need_of(preparation), preparation.devices
-    if preparation.asked.device == "auto" and len(devices) > 1:
-        devices = _emptiest(devices, needed)
+    needed = need_of(preparation)
+    devices = devices_for(preparation, needed)
     kind, free_host = devices[0].type, psutil.virtual_memory().available // ranks_of_this_machine().world_size
+    advice = _advice(preparation)
     if kind == "cpu":
         total = needed.weights + needed.beside + needed.host
-        _refuse(total, free_host, "of main memory", LOWER)
-        return f"needs up to {_gb(total)}, {_gb(free_host)} are free"
+        _refuse(total, free_host, "of main memory", advice)
+        return f"needs up to {_gb(total)}, and {_gb(free_host)} are free"
     _refuse(needed.host, free_host, "of main memory", "Lower calibration.windows or calibration.seqlen.")
     if kind != "cuda":
         return f"the free memory of {devices[0]} is not known"
     shared, free = needed.weights // len(devices), min(map(free_bytes, devices))
-    names = ", ".join(map(str, devices))
-    _refuse(shared + needed.least, free, f"on each of {names}", f"Use more devices (device: auto). {LOWER}")
+    where = f"on {'each of ' if len(devices) > 1 else ''}{', '.join(map(str, devices))}"
+    _refuse(shared + needed.least, free, where, f"Use more devices (device: auto). {advice}")
     total = shared + needed.beside
-    state = f"needs up to {_gb(total)} on each of {names}, {_gb(free)} are free"
+    state = f"needs up to {_gb(total)} {where}, where {'at least ' if len(devices) > 1 else ''}{_gb(free)} are free"
     if total > free:
         state += ": it runs in smaller batches and solves equations on the CPU, which takes longer"
-        preparation.progress.say(f"memory: the search {state}. {LOWER}")
+        preparation.progress.say(f"memory: the search {state}. {advice}")
     return state
+
+
+def _advice(preparation: Preparation) -> str:
+    """Return how to need less memory. int8 is named only if it would change something and the model supports it."""
+    full = preparation.recipe.weight_format == "full"
+    rounded = full and can_be_rounded(preparation.empty.config.model_type)
+    return f"Lower calibration.seqlen{', set weight_format to int8' if rounded else ''} or use a smaller model."
 
 
 def _refuse(needed: int, free: int, where: str, advice: str) -> None:

@@ -15,7 +15,7 @@ from pgprune_cli.estimate.sizes import Sizes
 from pgprune_cli.jobs.memory import texts_of
 from pgprune_cli.model.context import longest_context
 from pgprune_cli.model.devices import devices_of, fastest_dtype
-from pgprune_cli.model.families import refuse_units
+from pgprune_cli.model.families import can_be_rounded, refuse_units
 from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.loading import check_prunable, empty_model
 from pgprune_cli.model.prunable import PrunableModel
@@ -98,7 +98,9 @@ def _units(model: PrunableModel) -> list[Setting]:
 
 
 def _weight_format(recipe: Recipe, model: PrunableModel) -> Setting | None:
-    """Choose int8 if the search needs more memory than is free; None if it fits, or if that would not help."""
+    """Return int8 if the search needs more memory than is free, None if it fits or int8 cannot store the weights."""
+    if not can_be_rounded(model.config.model_type):
+        return None
     devices = devices_of("auto")
     free = _free_bytes(devices)
     needed = memory(Sizes(model, recipe), texts_of(recipe, empty_text(recipe))).device

@@ -115,10 +115,10 @@ def _open(recipe: Recipe, run: Path, ranks: Ranks, progress: Progress, until_fin
             run_checks(preparation, SEARCH_CHECKS)
         if ranks.is_writer:
             until_finished.enter_context(locked(run))
-        source, text = preparation.source, preparation.text
+        source, text, needed = preparation.source, preparation.text, need_of(preparation)
         with progress.working(f"loading {recipe.model}"):
-            model = load_prunable(source, recipe.dtype, devices_for(preparation), recipe.weight_format)
-        step_bytes = need_of(preparation).step if model.device.type == "cuda" else 0  # to place the width table
+            model = load_prunable(source, recipe.dtype, devices_for(preparation, needed), recipe.weight_format)
+        step_bytes = needed.step if model.device.type == "cuda" else 0  # to place the width table
     return SearchContext(recipe, run, source, model, text, ranks, progress, step_bytes=step_bytes)
 
 

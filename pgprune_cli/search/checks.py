@@ -5,7 +5,7 @@ found, so the two cannot disagree. `init-scores` and `search --dry-run` make tho
 values of weights, and none downloads weights before the checks above it have passed.
 
 To refuse something else, write a function that raises UserError and otherwise returns what it found in a few words,
-and add it to CHECKS.
+and add it to CHECKS. The check of the memory is in `jobs/memory.py`.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class Check:
     estimate: bool = False
 
 
-def run_checks(preparation: Preparation, checks: Iterable[Check] | None = None) -> None:
-    """Make the checks, by default those of a search. Raises UserError for the first that fails."""
-    for check in CHECKS if checks is None else checks:
+def run_checks(preparation: Preparation, checks: Iterable[Check]) -> None:
+    """Make the checks in order. Raises UserError for the first that fails."""
+    for check in checks:
         check.find(preparation)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from helpers.messages import refused
-from helpers.models import tiny_config, tiny_model
+from helpers.models import EXPERT_ARCHITECTURES, tiny_config, tiny_model
 
 from pgprune_cli.jobs import new_recipe as job
 from pgprune_cli.jobs.new_recipe import new_recipe, run_name
@@ -64,6 +64,18 @@ def test_weights_are_rounded_when_the_search_would_not_fit(config_only: str, mon
     recipe, text = new_recipe(config_only)
     assert recipe.weight_format == "int8"
     assert "weight_format: int8  # in full it would need" in text
+
+
+@pytest.mark.parametrize("architecture", EXPERT_ARCHITECTURES)
+def test_weights_of_experts_are_never_rounded(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A search would be refused for int8, which does not store experts."""
+    tiny_config(architecture).save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(job, "_free_bytes", lambda devices: 1000)
+    recipe, text = new_recipe(str(tmp_path / "model"))
+    assert recipe.weight_format == "full"
+    assert "weight_format" not in text
 
 
 def test_overrides_win_over_the_chosen_values(config_only: str) -> None:

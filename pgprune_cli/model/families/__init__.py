@@ -77,6 +77,11 @@ def refuse_units(model_type: str, families: Sequence[str]) -> None:
             raise UserError(f"units.families: {reason} Set units.families to [{', '.join(others)}].")
 
 
+def can_be_rounded(model_type: str) -> bool:
+    """Return whether the weights of this model type can be stored in one byte. Those of experts cannot."""
+    return not isinstance(family_of(model_type), ExpertsFamily)
+
+
 def refuse_for_experts(model_type: str, weight_format: str, metric: str, families: Sequence[str], repair: str) -> None:
     """Raise UserError for settings that a mixture of experts does not support: its experts are no linear layers."""
     if not isinstance(family_of(model_type), ExpertsFamily):
