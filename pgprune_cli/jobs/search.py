@@ -165,7 +165,7 @@ def _decide(problem: Problem, loop: LoopState) -> Decision:
         sparsity=_sparsity(context, model_mask),
         recipe=dump(recipe),
         steps=loop.step,
-        forward_passes=loop.forward_passes,
+        forward_passes=loop.step * recipe.search.masks_per_step,
         calibration_forward_passes=calibration_forward_passes(recipe, context.text, context.model),
         heldout_loss=finite(heldout.loss),
         dense_loss=finite(dense.loss),

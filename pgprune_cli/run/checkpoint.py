@@ -24,7 +24,7 @@ from pgprune_cli.storage.atomic import new_directory, write_bytes
 from pgprune_cli.storage.records import checksum, read_record, read_tensors, write_record
 from pgprune_cli.storage.rows import Written
 
-VERSION = 2
+VERSION = 3
 KEPT = 2
 """How many checkpoints a run keeps."""
 BEST_CENTRE = "best_centre"
@@ -51,16 +51,13 @@ class Checkpoint:
     """Everything that a search needs to resume.
 
     state: of the policy, with its step and random generator; best: the best decision seen, None before the first one;
-    data_position: batches drawn so far; bad_steps: steps in a row without a finite loss; forward_passes: model
-    evaluations so far; seconds: search time so far; history: the part of the history that belongs to this checkpoint;
-    identity: digest of the recipe, model and scores.
+    bad_steps: steps in a row without a finite loss; seconds: search time so far; history: the part of the history that
+    belongs to this checkpoint; identity: digest of the recipe, model and scores.
     """
 
     state: SearchState | WidthState
     best: Best | None
-    data_position: int
     bad_steps: int
-    forward_passes: int
     seconds: float
     history: Written
     identity: str
@@ -88,9 +85,7 @@ def save_checkpoint(run: Path, checkpoint: Checkpoint) -> Path:
             "policy": next(name for name, kind in STATES.items() if isinstance(state, kind)),
             **{name: value for name, value in values.items() if name not in tensors},
             "best": None if best is None else {"step": best.step, "objective": best.objective},
-            "data_position": checkpoint.data_position,
             "bad_steps": checkpoint.bad_steps,
-            "forward_passes": checkpoint.forward_passes,
             "seconds": checkpoint.seconds,
             "history_bytes": checkpoint.history.bytes,
             "history_sha256": checkpoint.history.sha256,
@@ -171,9 +166,7 @@ def _checkpoint_of(folder: Path, record: dict[str, Any]) -> Checkpoint:
     return Checkpoint(
         state=kind(**{entry.name: values[entry.name] for entry in fields(kind)}),
         best=None if best is None else Best(best["step"], best["objective"], values[BEST_CENTRE]),
-        data_position=record["data_position"],
         bad_steps=record["bad_steps"],
-        forward_passes=record["forward_passes"],
         seconds=record["seconds"],
         history=Written(record["history_bytes"], record["history_sha256"]),
         identity=record["identity"],

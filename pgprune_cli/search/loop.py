@@ -37,9 +37,7 @@ class LoopState:
 
     policy_state: SearchState | WidthState
     best: Best | None = None
-    data_position: int = 0
     bad_steps: int = 0
-    forward_passes: int = 0
     seconds: float = 0.0
     started: float = field(default_factory=time.monotonic)
 
@@ -77,7 +75,7 @@ def run_steps(
         if loop.step:
             view.say(f"resuming from step {loop.step} of {settings.steps}")
         elif settings.evaluates(0):
-            row = _row(problem, loop)
+            row = _finish_row(problem, loop)
             track(row)
             view.show(row)
             if history:
@@ -106,17 +104,15 @@ def _take_step(problem: Problem, loop: LoopState) -> Row:
     began = time.perf_counter()
     state, draws, masks = policy.propose(loop.policy_state, settings.masks_per_step)
     distinct, places = _distinct(masks)
-    losses = problem.losses(distinct, loop.data_position)[places]
+    tokens = problem.objective.batches.at(loop.step)
+    losses = problem.losses(distinct, loop.step)[places]
     rate = policy.rate(state)
     loop.policy_state = policy.update(state, draws, losses)
     spent = time.perf_counter() - began
 
-    tokens = problem.objective.batches.at(loop.data_position)
-    loop.data_position += 1
-    loop.forward_passes += len(masks)
     loop.bad_steps = 0 if losses.isfinite().any() else loop.bad_steps + 1
     _refuse_overflow(problem, loop)
-    return _row(
+    return _finish_row(
         problem,
         loop,
         losses=[finite(float(loss)) for loss in losses],
@@ -128,21 +124,21 @@ def _take_step(problem: Problem, loop: LoopState) -> Row:
 def _distinct(masks: Tensor) -> tuple[Tensor, list[int]]:
     """Return each different one of some masks `(K, n)` once, in their order, and the place of every mask among them.
 
-    A budget for every layer, or a model with few units, lets few masks through.
+    Few masks differ if the budget holds in every layer or the model has few units.
     """
     first: dict[bytes, int] = {}
     places = [first.setdefault(mask.numpy().tobytes(), len(first)) for mask in masks]
     return masks[[places.index(place) for place in range(len(first))]], places
 
 
-def _row(
+def _finish_row(
     problem: Problem,
     loop: LoopState,
     losses: Sequence[float | None] = (),
     learning_rate: float | None = None,
     tokens_per_second: float = 0.0,
 ) -> Row:
-    """Return the row of the step just done, or of the start. Evaluates the current decision if that is due."""
+    """Evaluate the current decision if that is due, and return the row of the step just done or of the start."""
     due = problem.context.recipe.search.evaluates(loop.step)
     kept, heldout = _evaluate(problem, loop) if due else (None, None)
     state = loop.policy_state
@@ -207,9 +203,7 @@ def _loop_state(problem: Problem, checkpoint: Checkpoint | None) -> LoopState:
     return LoopState(
         checkpoint.state,
         checkpoint.best,
-        checkpoint.data_position,
         checkpoint.bad_steps,
-        checkpoint.forward_passes,
         checkpoint.seconds,
     )
 
@@ -218,9 +212,7 @@ def _checkpoint(loop: LoopState, history: Written, identity: str) -> Checkpoint:
     return Checkpoint(
         state=loop.policy_state,
         best=loop.best,
-        data_position=loop.data_position,
         bad_steps=loop.bad_steps,
-        forward_passes=loop.forward_passes,
         seconds=loop.elapsed(),
         history=history,
         identity=identity,
