@@ -8,17 +8,16 @@ for a few hundred positions at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from pgprune_cli.forward.batch_splitting import BatchSplitter
-from pgprune_cli.forward.masked import SOFTMAX_ROWS, Evaluator, last_hidden_states
-from pgprune_cli.model.masks import LayerMask, ModelMask, RepairedBlocks
+from pgprune_cli.forward.masked import SOFTMAX_ROWS, Evaluator, last_hidden_states, residual_streams
+from pgprune_cli.model.masks import ModelMask, RepairedBlocks
 
 ROWS = 256
 """Positions whose logits exist at the same time: of the dense model in float32, and of one mask."""
@@ -75,14 +74,15 @@ class Divergence:
     def __init__(self, evaluator: Evaluator, hidden_weight: float = 0.0) -> None:
         self.evaluator, self.model = evaluator, evaluator.model
         self.hidden_weight = hidden_weight
-        self.places = stream_places(len(self.model.layers)) if hidden_weight else []
+        places = stream_places(len(self.model.layers)) if hidden_weight else []
+        self.layers = [self.model.layers[place] for place in places]
         self.rows = BatchSplitter()
         self.rows.max_windows = ROWS
 
     def packed_shape(self, tokens: Tensor) -> tuple[int, int]:
         """Return the shape of the packed states of `tokens` `(B, T)`."""
         windows, length = tokens.shape
-        return windows * (length - 1) + len(self.places) * windows * length, self.model.head.weight.shape[1]
+        return windows * (length - 1) + len(self.layers) * windows * length, self.model.head.weight.shape[1]
 
     @torch.inference_mode()
     def dense_states(self, tokens: Tensor) -> States:
@@ -90,11 +90,7 @@ class Divergence:
 
         Raises RunError if memory does not suffice for one window.
         """
-        elements = self.model.shape.elements
-        ones = {name: [torch.ones(count, dtype=torch.bool) for count in counts] for name, counts in elements.items()}
-        dense = tuple(
-            LayerMask(**{name: masks[index] for name, masks in ones.items()}) for index in range(len(self.model.layers))
-        )
+        dense = self.model.shape.all_kept()
         parts = [states for _, states in self._states(dense, tokens.to(self.model.device), {})]
         streams = zip(*(states.stream for states in parts), strict=True)
         return States(torch.cat([states.predicting for states in parts]), tuple(map(torch.cat, streams)))
@@ -132,34 +128,19 @@ class Divergence:
         total = torch.zeros((), dtype=torch.float64, device=parts[0].device)
         for error in errors:
             total += error.to(total.device, non_blocking=True)
-        return torch.cat(parts) if len(parts) > 1 else parts[0], total / (tokens.numel() * max(1, len(self.places)))
+        return torch.cat(parts) if len(parts) > 1 else parts[0], total / (tokens.numel() * max(1, len(self.layers)))
 
     def _states(self, model_mask: ModelMask, tokens: Tensor, repaired: RepairedBlocks) -> list[tuple[slice, States]]:
         """Return the states of a mask on consecutive slices of the windows."""
         parts: list[tuple[slice, States]] = []
 
         def run(windows: slice) -> None:
-            with self.evaluator.shrunk(model_mask, repaired) as model, self._recorded_stream() as stream:
+            with self.evaluator.shrunk(model_mask, repaired) as model, residual_streams(self.layers) as stream:
                 last = last_hidden_states(model, tokens[windows])
             parts.append((windows, States(last[:, :-1].reshape(-1, last.shape[-1]), tuple(stream))))
 
         self.evaluator.splitter.run_slices(len(tokens), run, self.evaluator.make_room)
         return parts
-
-    @contextmanager
-    def _recorded_stream(self) -> Iterator[list[Tensor]]:
-        """Inside the `with`, collect the output of the layers at `places` in one forward pass."""
-        stream: list[Tensor] = []
-
-        def record(_: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            stream.append(output[0] if isinstance(output, tuple) else output)
-
-        handles = [self.model.layers[place].register_forward_hook(record) for place in self.places]
-        try:
-            yield stream
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _against_dense(self, hidden_states: Sequence[Tensor], dense: Tensor, targets: Tensor) -> Tensor:
         """Return for each of K masks the mean divergence from the dense model and the mean loss: `(K, 2)` float64.

@@ -61,6 +61,22 @@ def last_hidden_states(model: nn.Module, tokens: Tensor) -> Tensor:
     return hidden_states
 
 
+@contextmanager
+def residual_streams(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """Yield a list that is filled with the outputs `(B, T, hidden)` of these decoder layers, in one forward pass."""
+    streams: list[Tensor] = []
+
+    def record(_: nn.Module, __: Any, output: Any) -> None:
+        streams.append(output[0] if isinstance(output, tuple) else output)
+
+    handles = [layer.register_forward_hook(record) for layer in layers]
+    try:
+        yield streams
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the summed cross-entropy of logits `(rows, vocabulary)` in any dtype: a float32 scalar."""
     total = torch.zeros((), device=logits.device, dtype=torch.float32)

@@ -167,4 +167,5 @@ def free_memory(device: str) -> int:
 
 
 def gigabytes(count: int) -> str:
+    """Return a number of bytes in words."""
     return f"{count / 1e9:,.1f} GB"

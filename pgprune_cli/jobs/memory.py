@@ -15,6 +15,7 @@ from pgprune_cli.distributed import ranks_of_this_machine
 from pgprune_cli.errors import UserError
 from pgprune_cli.estimate.placement import Need, need
 from pgprune_cli.estimate.sizes import Sizes, Texts
+from pgprune_cli.jobs.machine import gigabytes
 from pgprune_cli.model.devices import emptiest, free_bytes
 from pgprune_cli.model.families import can_be_rounded
 from pgprune_cli.model.loading import empty_prunable
@@ -60,15 +61,16 @@ def _memory(preparation: Preparation) -> str:
     if kind == "cpu":
         total = needed.weights + needed.beside + needed.host
         _refuse(total, free_host, "of main memory", advice)
-        return f"needs up to {_gb(total)}, and {_gb(free_host)} are free"
+        return f"needs up to {gigabytes(total)}, and {gigabytes(free_host)} are free"
     _refuse(needed.host, free_host, "of main memory", "Lower calibration.windows or calibration.seqlen.")
     if kind != "cuda":
         return f"the free memory of {devices[0]} is not known"
     shared, free = needed.weights // len(devices), min(map(free_bytes, devices))
-    where = f"on {'each of ' if len(devices) > 1 else ''}{', '.join(map(str, devices))}"
+    several = len(devices) > 1
+    where = f"on {'each of ' if several else ''}{', '.join(map(str, devices))}"
     _refuse(shared + needed.least, free, where, f"Use more devices (device: auto). {advice}")
     total = shared + needed.beside
-    state = f"needs up to {_gb(total)} {where}, where {'at least ' if len(devices) > 1 else ''}{_gb(free)} are free"
+    state = f"needs up to {gigabytes(total)} {where}, where {'at least ' if several else ''}{gigabytes(free)} are free"
     if total > free:
         state += ": it runs in smaller batches and solves equations on the CPU, which takes longer"
         preparation.progress.say(f"memory: the search {state}. {advice}")
@@ -84,11 +86,9 @@ def _advice(preparation: Preparation) -> str:
 
 def _refuse(needed: int, free: int, where: str, advice: str) -> None:
     if needed > free:
-        raise UserError(f"memory: the search needs {_gb(needed)} {where}, but only {_gb(free)} are free. {advice}")
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:,.1f} GB"
+        raise UserError(
+            f"memory: the search needs {gigabytes(needed)} {where}, but only {gigabytes(free)} are free. {advice}"
+        )
 
 
 SEARCH_CHECKS: Sequence[Check] = (*CHECKS, Check("memory", _memory, "model", scoring=False))

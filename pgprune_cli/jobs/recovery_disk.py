@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pgprune_cli.errors import RunError
+from pgprune_cli.jobs.machine import gigabytes
 from pgprune_cli.jobs.recovery_request import Opened, Request, cache_of, holds_result
 from pgprune_cli.model.loading import empty_prunable
 from pgprune_cli.recover.checkpoints import MOST, STATE_BYTES, is_finished
@@ -34,11 +35,12 @@ def check_disk(request: Request, opened: Opened) -> None:
     for needs in by_disk.values():
         total, free = sum(need.bytes for need in needs), shutil.disk_usage(_existing(needs[0].folder)).free
         if total > free:
-            parts = ", ".join(f"{need.what} {_gb(need.bytes)}" for need in needs)
+            parts = ", ".join(f"{need.what} {gigabytes(need.bytes)}" for need in needs)
             lora = "" if request.recipe.recover.train == "lora" else ", or set recover.train to lora"
             raise RunError(
-                f"{needs[0].folder}: the recovery needs about {_gb(total)} of disk ({parts}), but only {_gb(free)} are "
-                f"free. Make room, choose another disk with {' or '.join(need.option for need in needs)}{lora}."
+                f"{needs[0].folder}: the recovery needs about {gigabytes(total)} of disk ({parts}), but only "
+                f"{gigabytes(free)} are free. Make room, choose another disk with "
+                f"{' or '.join(need.option for need in needs)}{lora}."
             )
 
 
@@ -61,7 +63,3 @@ def _needs(request: Request, opened: Opened) -> list[Need]:
 
 def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.parents) if path.exists())
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:,.2f} GB"

@@ -7,7 +7,6 @@ It is asked batch by batch, and answers from the model itself (`LiveTeacher`) or
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pgprune_cli.forward.masked import LOGIT_ROWS, SOFTMAX_ROWS, last_hidden_states
+from pgprune_cli.forward.masked import residual_streams as residual_streams  # the trainer imports it from here
 from pgprune_cli.model.devices import fastest_dtype
 from pgprune_cli.model.families import find_family
 from pgprune_cli.model.loading import load_model
@@ -112,22 +112,6 @@ class LiveTeacher:
                 likeliest, tokens[rows] = scaled.topk(self.top_k)
                 log_probs[rows] = likeliest - scaled.logsumexp(-1, keepdim=True)
         return log_probs, tokens
-
-
-@contextmanager
-def residual_streams(layers: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Yield a list that is filled with the outputs `(B, T, hidden)` of these decoder layers, in one forward pass."""
-    streams: list[Tensor] = []
-
-    def record(_: nn.Module, __: Any, output: Any) -> None:
-        streams.append(output[0] if isinstance(output, tuple) else output)
-
-    handles = [layer.register_forward_hook(record) for layer in layers]
-    try:
-        yield streams
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def load_teacher(source: Source, device: str, *, beside_student: bool) -> nn.Module:

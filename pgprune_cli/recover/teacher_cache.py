@@ -8,7 +8,6 @@ temperature. Recoveries that agree in these share a cache.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +22,15 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.recover.teacher import Targets
 from pgprune_cli.recover.texts import RecoveryText
 from pgprune_cli.run.layout import TEACHER_RECORD, teacher_shard
-from pgprune_cli.storage.records import json_digest, metadata, read_record, read_tensors, refuse_newer, with_checksum
+from pgprune_cli.storage.records import (
+    json_digest,
+    metadata,
+    read_record,
+    read_tensors,
+    refuse_newer,
+    tensors_digest,
+    with_checksum,
+)
 
 VERSION = 1
 
@@ -164,18 +171,9 @@ def open_shard(folder: Path, key: CacheKey, index: int) -> tuple[dict[str, Tenso
         raise UserError(f"{path}: missing. Run the recovery again to write it.")
     try:
         tensors, about = read_tensors(path), json.loads(metadata(path)[ABOUT])
-        intact = about == with_checksum(about) and about["tensors"] == digest_of(tensors)
+        intact = about == with_checksum(about) and about["tensors"] == tensors_digest(tensors)
         if intact and (about["cache"], about["shard"]) == (key.digest, index):
             return tensors, about
     except (UserError, OSError, KeyError, ValueError):
         pass
     raise UserError(f"{path}: damaged, or of another cache. Remove this file and run the recovery again to write it.")
-
-
-def digest_of(tensors: dict[str, Tensor]) -> str:
-    """Return the sha256 of tensors with their names, dtypes and shapes, as hex."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

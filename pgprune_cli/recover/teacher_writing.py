@@ -24,7 +24,6 @@ from pgprune_cli.recover.teacher_cache import (
     TOKENS,
     CachedTeacher,
     CacheKey,
-    digest_of,
     missing_shards,
     open_shard,
     read_covered,
@@ -35,7 +34,7 @@ from pgprune_cli.run.interruption import Interrupted
 from pgprune_cli.run.layout import TEACHER_RECORD, teacher_shard
 from pgprune_cli.run.lock import locked
 from pgprune_cli.storage.atomic import write_bytes
-from pgprune_cli.storage.records import with_checksum, write_record
+from pgprune_cli.storage.records import tensors_digest, with_checksum, write_record
 
 
 def cached_teacher(
@@ -151,6 +150,6 @@ class _Writer:
         if self.text.trained is not None:
             windows = self.key.shards[index]
             covered = covered[self.text.trained[windows.start : windows.stop]]
-        about = {"cache": self.key.digest, "shard": index, "tensors": digest_of(tensors)}
+        about = {"cache": self.key.digest, "shard": index, "tensors": tensors_digest(tensors)}
         about |= {"covered": float(covered.clamp(max=1.0).sum()), "positions": covered.numel()}
         return save(tensors, metadata={ABOUT: json.dumps(with_checksum(about))})

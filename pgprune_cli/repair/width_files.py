@@ -7,7 +7,6 @@ absent. A layer whose file is whole and belongs to the same search is not solved
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
@@ -17,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
-from torch import Tensor, uint8
+from torch import Tensor
 
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.repair.width_table import BlockWidths
 from pgprune_cli.run.layout import WIDTHS_FOLDER, widths_file
 from pgprune_cli.storage.atomic import write_bytes
-from pgprune_cli.storage.records import metadata, read_tensors, with_checksum
+from pgprune_cli.storage.records import metadata, read_tensors, tensors_digest, with_checksum
 
 ABOUT = "pgprune"
 ERRORS, ORDER = "errors", "order"
@@ -35,7 +34,7 @@ def save_layer(run: Path, index: int, blocks: Mapping[str, BlockWidths], identit
     for name, block in blocks.items():
         tensors |= {f"{name}.{ERRORS}": block.errors, f"{name}.{ORDER}": block.order}
         tensors |= {f"{name}.{kept}": weight for kept, weight in block.weights.items()}
-    about = with_checksum({"identity": identity, "tensors_sha256": _digest(tensors)})
+    about = with_checksum({"identity": identity, "tensors_sha256": tensors_digest(tensors)})
     write_bytes(widths_file(run, index), save(tensors, metadata={ABOUT: json.dumps(about)}))
 
 
@@ -66,7 +65,7 @@ def has_layer(run: Path, index: int, identity: str) -> bool:
         tensors, about = read_tensors(path), json.loads(metadata(path)[ABOUT])
     except (UserError, KeyError, ValueError):
         return False
-    return bool(about == with_checksum({"identity": identity, "tensors_sha256": _digest(tensors)}))
+    return bool(about == with_checksum({"identity": identity, "tensors_sha256": tensors_digest(tensors)}))
 
 
 def load_layer(run: Path, index: int) -> dict[str, BlockWidths]:
@@ -105,11 +104,3 @@ def remove_widths(run: Path) -> None:
             path.unlink()
         with suppress(OSError):  # on NFS, a file that is still mapped keeps a name until its process ends
             folder.rmdir()
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().reshape(-1).view(uint8).numpy().data)
-    return digest.hexdigest()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,17 @@ def with_checksum(record: dict[str, Any]) -> dict[str, Any]:
 def json_digest(value: Any) -> str:
     """Return the sha256 of a value that JSON can hold. The order of keys makes no difference."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of tensors on the CPU with their names, dtypes and shapes, as hex."""
+    from torch import uint8
+
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().reshape(-1).view(uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def finite(value: float) -> float | None:
