@@ -58,11 +58,6 @@ class Grid:
         multiple = math.lcm(multiple, ALIGNMENT)
         return -(-self.members // (SLOTS * multiple)) * multiple
 
-    @property
-    def chain_length(self) -> int:
-        """The number of steps from the whole grid to nothing, which is the number of units of a width search."""
-        return self.groups - self.min_groups + -(-self.members // self.slot()) if not self.is_line else self.elements
-
     def kept_groups(self, mask: Tensor) -> Tensor:
         """Return the groups `(groups,)` bool of which a mask `(elements,)` keeps something."""
         return mask.view(self.groups, self.members).any(1)
@@ -74,11 +69,6 @@ class Grid:
             return (int(count > 0), count) if self.groups == 1 else (count, int(count > 0))
         groups = int(self.kept_groups(mask).sum())
         return groups, count // max(groups, 1)
-
-    def is_regular(self, mask: Tensor) -> bool:
-        """Return whether all groups of which a mask `(elements,)` keeps something keep the same number of members."""
-        counts = mask.view(self.groups, self.members).sum(1)
-        return bool((counts[counts > 0] == counts.max()).all())
 
 
 @dataclass(frozen=True)

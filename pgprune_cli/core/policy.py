@@ -15,11 +15,6 @@ def sample(theta: Tensor, masks_per_step: int, generator: torch.Generator) -> Te
     return uniform < theta
 
 
-def log_probability(theta: Tensor, masks: Tensor) -> Tensor:
-    """Return log p_θ(m) of masks `(K, n)`: `(K,)` nats."""
-    return torch.where(masks, theta.log(), torch.log1p(-theta)).sum(-1)
-
-
 def entropy(theta: Tensor) -> Tensor:
     """Return Σ H(θ_i) in nats. It is 0 if every unit is certain."""
     return -(torch.xlogy(theta, theta) + torch.xlogy(1.0 - theta, 1.0 - theta)).sum()

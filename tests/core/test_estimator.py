@@ -5,10 +5,10 @@ from itertools import product
 
 import pytest
 import torch
+from helpers.grids import log_probability
 from torch import Tensor
 
 from pgprune_cli.core.estimator import BASELINE_RATE, ESTIMATORS, paper, preconditioned_score, rloo
-from pgprune_cli.core.policy import log_probability
 
 Estimator = Callable[[Tensor, Tensor, Tensor, float | None], tuple[Tensor, float]]
 

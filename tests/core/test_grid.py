@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from helpers.grids import chain_length, is_regular
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -55,9 +56,9 @@ def test_elements_lie_group_after_group() -> None:
     grid = Grid(3, 2)
     mask = torch.tensor([0, 1, 0, 0, 1, 1], dtype=torch.bool)
     assert grid.kept_groups(mask).tolist() == [True, False, True]
-    assert not grid.is_regular(mask)
+    assert not is_regular(grid, mask)
     mask[4] = False
-    assert grid.is_regular(mask) and grid.kept(mask) == (2, 1)
+    assert is_regular(grid, mask) and grid.kept(mask) == (2, 1)
     assert grid.kept(torch.zeros(6).bool()) == (0, 0)
     assert first_elements(grid, 2, 1).tolist() == [True, False, True, False, False, False]
     assert (grid.elements, first_elements(grid, 0, 0).any()) == (6, False)
@@ -67,7 +68,7 @@ def test_elements_lie_group_after_group() -> None:
 def test_a_mask_is_regular_if_every_kept_group_keeps_the_same_number(grid: Grid, data: st.DataObject) -> None:
     drawn = data.draw(st.lists(st.booleans(), min_size=grid.elements, max_size=grid.elements))
     counts = {sum(drawn[group * grid.members :][: grid.members]) for group in range(grid.groups)} - {0}
-    assert grid.is_regular(torch.tensor(drawn)) == (len(counts) <= 1)
+    assert is_regular(grid, torch.tensor(drawn)) == (len(counts) <= 1)
     if len(counts) == 1:
         groups, members = grid.kept(torch.tensor(drawn))
         assert (members, groups * members) == (counts.pop(), sum(drawn))
@@ -112,7 +113,7 @@ def test_every_width_of_a_chain_is_regular_nested_and_within_min_groups(
         for narrow, wide in pairwise(masks):
             assert wide[narrow].all() and int(wide.sum()) > int(narrow.sum())
         for mask in masks[1:]:
-            assert grid.is_regular(mask)
+            assert is_regular(grid, mask)
             assert grid.kept(mask)[0] >= grid.min_groups
         sizes = [grid.kept(mask) for mask in masks[1:]]
         for (groups, members), (more_groups, more_members) in pairwise(sizes):
@@ -127,9 +128,9 @@ def test_a_chain_has_a_step_for_every_group_and_member_but_one(problem: tuple[Gr
     units = int(chain_of_scores(scores, grid, cost).max()) + 1
     assert units == grid.groups - grid.min_groups + grid.members
     if not grid.is_line:
-        assert units == grid.chain_length
+        assert units == chain_length(grid)
     else:
-        assert grid.chain_length == grid.elements == int(one_unit_per_group(grid).max()) + 1
+        assert chain_length(grid) == grid.elements == int(one_unit_per_group(grid).max()) + 1
 
 
 @given(scored())
@@ -231,14 +232,14 @@ def test_a_target_is_hit_exactly(grid: Grid, cost: GridCost, data: st.DataObject
         elements = removal.groups * grid.members + members
         return float(scores[elements].sum()), elements
 
-    for _ in range(grid.chain_length + grid.elements):
+    for _ in range(chain_length(grid) + grid.elements):
         if removal.is_finished:
             break
         _, elements = removal.cheapest(
             lambda: torch.stack([scores[removal.elements_of(group)].sum() for group in removal.groups.tolist()]), slot
         )
         removal.remove(elements)
-        assert grid.is_regular(removal.remaining.flatten())
+        assert is_regular(grid, removal.remaining.flatten())
     assert removal.is_finished
     assert grid.kept(removal.remaining.flatten()) == target
 
@@ -255,7 +256,7 @@ def test_without_a_target_a_removal_ends_with_nothing(grid: Grid) -> None:
         removal.remove(elements)
         steps += 1
     assert not removal.remaining.any()
-    assert steps == grid.chain_length
+    assert steps == chain_length(grid)
 
 
 @given(scored())

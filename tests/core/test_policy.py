@@ -5,10 +5,11 @@ from itertools import product
 
 import pytest
 import torch
+from helpers.grids import log_probability
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pgprune_cli.core.policy import entropy, log_probability, sample, starting_theta
+from pgprune_cli.core.policy import entropy, sample, starting_theta
 from pgprune_cli.core.projection import hard_mask
 from pgprune_cli.core.space import Family, MaskSpace, budget_of
 

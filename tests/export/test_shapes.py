@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from helpers.grids import is_regular
 from helpers.messages import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -78,7 +79,7 @@ def test_padding_is_the_least_that_meets_the_requirements(
     fewest = min((ATTENTION.kept(layer.attention)[1] for layer in model_mask if layer.attention.any()), default=1)
     for index, (kept, written) in enumerate(zip(model_mask, shapes.written, strict=True)):
         assert written.attention[kept.attention].all() and written.ffn[kept.ffn].all()
-        assert ATTENTION.is_regular(written.attention)
+        assert is_regular(ATTENTION, written.attention)
         if index not in shapes.layers:
             assert not written.attention.any() and not written.ffn.any()
             continue

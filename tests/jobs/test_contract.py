@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.exports import decide, load_export
+from helpers.grids import is_regular
 from helpers.masks import (
     LAYERS,
     Count,
@@ -119,7 +120,7 @@ def test_a_search_resumes_bit_for_bit_and_its_export_generates(
         assert any(block.inner for block in loaded.repaired.values())
     shape = load_prunable(resolve(str(tmp_path / "model")), "float32", "cpu").shape
     for index, layer in enumerate(loaded.model_mask):
-        assert all(shape.grids[name][index].is_regular(layer.of(name)) for name in shape.grids)
+        assert all(is_regular(shape.grids[name][index], layer.of(name)) for name in shape.grids)
     assert_exported(tmp_path / "run", tmp_path / "model", loaded)
 
 

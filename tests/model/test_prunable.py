@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.grids import is_regular
 from helpers.masks import is_dense
 from helpers.models import tiny_config, tiny_model
 from helpers.units import chain_units, group_units
@@ -99,7 +100,7 @@ def test_every_width_of_a_chain_costs_what_its_mask_keeps(architecture: str) -> 
             (shape.grids["attention"], [layer.attention for layer in model_mask]),
             (shape.grids["ffn"], [layer.ffn for layer in model_mask]),
         ):
-            assert all(grid.is_regular(mask) for grid, mask in zip(grids, masks, strict=True))
+            assert all(is_regular(grid, mask) for grid, mask in zip(grids, masks, strict=True))
 
 
 def test_space_takes_other_costs_than_parameters() -> None:

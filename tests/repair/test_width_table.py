@@ -21,6 +21,7 @@ from helpers.blocks import (
     output_linear,
     weighted_error,
 )
+from helpers.grids import is_regular
 from helpers.masks import CHANNELS, LAYERS, dense_mask, keep_first
 from helpers.models import tiny_model
 from helpers.units import chain_units, ranks_of
@@ -97,7 +98,7 @@ def test_a_table_holds_what_every_width_would_be_repaired_to(architecture: str) 
         masks = [mask_of_first(order, kept, units[key]) for kept in widths]
         assert sorted(table.repaired[key]) == [int(mask.sum()) for mask in masks]
         for mask in masks:
-            assert shape.grids[key[1]][key[0]].is_regular(mask)
+            assert is_regular(shape.grids[key[1]][key[0]], mask)
             output = table.repaired[key][int(mask.sum())]
             elements = element_order(units[key], order, shape.grids[key[1]][key[0]])
             columns = columns_in_order(elements, mask, linear.in_features)

@@ -6,6 +6,7 @@ from typing import get_args
 import pytest
 import torch
 from helpers.blocks import error_root_of, observed_inputs
+from helpers.grids import chain_length
 from helpers.models import VOCABULARY, tiny_model
 from helpers.units import group_units, random_scores
 from torch import Tensor, nn
@@ -316,7 +317,7 @@ def test_units_of_a_width_search_are_steps_of_the_chain_that_the_scores_say(arch
         if grid.is_line:
             assert torch.equal(partition, torch.arange(grid.elements)) and torch.equal(ranks, values)
         elif metric == "obs":
-            assert ranks.tolist() == [-float(unit) for unit in range(grid.chain_length)]
+            assert ranks.tolist() == [-float(unit) for unit in range(chain_length(grid))]
             last_first = values.unique().flip(0)
             assert torch.equal(last_first[partition], values)  # one step, one score
         else:
@@ -333,7 +334,7 @@ def test_units_are_whole_groups_in_a_unit_search_and_where_elements_cost_nothing
         assert units[0, "attention"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
         assert units[0, "ffn"].tolist() == list(range(24))
     chain = partitions(shape, ("attention",), False, shape.parameters, scores, "magnitude")
-    assert int(chain[0, "attention"].max()) + 1 == shape.grids["attention"][0].chain_length == 5
+    assert int(chain[0, "attention"].max()) + 1 == chain_length(shape.grids["attention"][0]) == 5
 
 
 def test_groups_are_ranked_by_the_scores_of_their_elements() -> None:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+from helpers.grids import chain_length, is_regular
 from helpers.memory import Allocations
 from torch import Tensor
 
@@ -228,7 +229,7 @@ def test_chain_errors_are_those_of_a_greedy_that_solves_every_problem_from_scrat
     errors = chain_errors(weight, covariance_of(inputs), grid, COST)
     steps = chain_from_scratch(weight, inputs, grid, COST, width)
     chain = chain_of_removal(errors)
-    assert len(steps) == grid.chain_length == int(chain.max()) + 1
+    assert len(steps) == chain_length(grid) == int(chain.max()) + 1
     for step, (removed, error) in enumerate(steps):
         assert set((chain == len(steps) - 1 - step).nonzero().flatten().tolist()) == removed
         for element in removed:
@@ -242,9 +243,9 @@ def test_the_error_of_every_width_is_that_of_the_exact_refit(grid: Grid) -> None
     errors = chain_errors(weight, covariance_of(inputs), grid, COST)
     chain = chain_of_removal(errors)
     assert is_chain(chain, grid)
-    for kept in range(grid.chain_length):
+    for kept in range(chain_length(grid)):
         mask = chain < kept
-        assert grid.is_regular(mask)
+        assert is_regular(grid, mask)
         expected = least_error(weight, inputs, columns(mask.nonzero().flatten().tolist(), 2))
         assert float(errors[~mask].max()) == pytest.approx(expected, rel=1e-8)
 
@@ -254,7 +255,7 @@ def test_chain_errors_rise_strictly_even_where_nothing_is_lost(grid: Grid) -> No
     """Equal errors mean the same step, so elements that cost nothing must still have different errors."""
     weight, inputs = problem(grid.elements, 2)
     errors = chain_errors(torch.zeros_like(weight), covariance_of(inputs), grid, COST)
-    assert len(errors.unique()) == grid.chain_length
+    assert len(errors.unique()) == chain_length(grid)
     assert float(errors.min()) > 0.0 and float(errors.max()) < 1e-300
 
 
@@ -265,7 +266,7 @@ def test_a_target_stops_the_chain_at_its_groups_and_members(grid: Grid) -> None:
         for members in range(1, grid.members + 1):
             errors = chain_errors(weight, covariance_of(inputs), grid, COST, (groups, members))
             kept = errors.isinf()
-            assert grid.is_regular(kept) and grid.kept(kept) == (groups, members)
+            assert is_regular(grid, kept) and grid.kept(kept) == (groups, members)
             if not kept.all():
                 expected = least_error(weight, inputs, kept.nonzero().flatten().tolist())
                 assert float(errors[~kept].max()) == pytest.approx(expected, rel=1e-8)

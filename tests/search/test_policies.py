@@ -8,6 +8,7 @@ from functools import cache
 import pytest
 import torch
 from helpers.blocks import columns_in_order, output_linear
+from helpers.grids import is_regular
 from helpers.models import VOCABULARY, tiny_model
 from helpers.units import chain_units, group_units, ranks_of
 from torch import Tensor, nn
@@ -211,7 +212,7 @@ def test_every_sample_is_repaired_for_the_very_units_it_keeps(model: nn.Module) 
         assert repaired.keys() == partly
         for (index, name), output in repaired.items():
             stays, linear = keep[index].of(name), output_linear(model, index, name)
-            assert shape.grids[name][index].is_regular(stays)
+            assert is_regular(shape.grids[name][index], stays)
             order = element_order(partitions[index, name], policy.orders[index, name], shape.grids[name][index])
             columns = columns_in_order(order, stays, linear.in_features)
             expected = repaired_output(
