@@ -5,7 +5,6 @@ The models may be on the meta device. As in the estimate of a search, the FLOPs 
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from pgprune_cli.estimate.flops import Flops
 from pgprune_cli.estimate.sizes import flops_per_token
 from pgprune_cli.forward.masked import LOGIT_ROWS, SOFTMAX_ROWS
 from pgprune_cli.model.prunable import PrunableModel
@@ -21,9 +21,6 @@ from pgprune_cli.recover.checkpoints import MOST, STATE_BYTES
 from pgprune_cli.recover.schedule import Schedule
 from pgprune_cli.recover.student import attends_plainly, trained_names
 from pgprune_cli.recover.teacher_cache import CacheKey
-
-Flops = Counter[torch.dtype]
-"""By the dtype of the computation."""
 
 
 @dataclass(frozen=True)

@@ -44,10 +44,9 @@ class BlockSizes:
     """One block of one layer.
 
     block: where its projections are; elements: how many it has; units: of the search; inputs, outputs: widths of its
-    output projection; inner: output widths of its other projections; nbytes: of its weights, in the model's dtype;
-    keep_fraction: what the recipe keeps of it; width_step: distance between the widths in the table. experts: how many
-    output projections it has, of `inputs` each, of which a token uses experts_per_token; inner: the outputs of the
-    others for one token.
+    output projection; inner: output widths of its other projections, for one token; nbytes: of its weights, in the
+    model's dtype; keep_fraction: what the recipe keeps of it; width_step: distance between the widths in the table;
+    experts: how many output projections it has, of `inputs` each, of which a token uses experts_per_token.
     """
 
     block: Block

@@ -6,7 +6,7 @@ a model or data set on the hub, only its description is fetched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -58,17 +58,15 @@ def _recipe(recipe: Recipe, run: Path | None) -> Iterator[Finding]:
     yield from _recovery(recipe)
 
 
-def _findings(
-    preparation: Preparation, checks: Iterable[Check], known: Mapping[str, Finding] | None = None
-) -> Iterator[Finding]:
+def _findings(preparation: Preparation, checks: Iterable[Check], text: Finding | None = None) -> Iterator[Finding]:
     """Make checks of a search. One that fails for the same reason as one before it is left out.
 
-    known: findings by the name of the check that they replace.
+    text: replaces the check of the text, if it is given.
     """
     reasons = set()
     for check in checks:
         try:
-            yield (known or {}).get(check.name) or finding(check.name, check.find(preparation))
+            yield (text if check.name == "text" else None) or finding(check.name, check.find(preparation))
         except UserError as error:
             if str(error) not in reasons:
                 yield finding(check.name, check.subject(preparation), str(error))
@@ -220,7 +218,7 @@ def _conversations(recipe: Recipe) -> Finding | None:
     if recipe.recover.turns == "all" and not holds_conversations(corpus):
         return None
     if on_hub := _text_on_hub(corpus):
-        return on_hub["text"]
+        return on_hub
     if next(conversations(corpus, "calibration"), None) is None:
         raise UserError(f"{corpus}: it contains no conversations.")
     return finding("text", f"{corpus}, for the recovery, on this machine")
@@ -246,7 +244,7 @@ def _text(corpus: str, purpose: Purpose) -> Finding:
     from pgprune_cli.data.corpora import documents
 
     if on_hub := _text_on_hub(corpus, purpose):
-        return on_hub["text"]
+        return on_hub
     try:
         if not next(documents(corpus, purpose), ""):
             raise UserError(f"{corpus}: it contains no text.")
@@ -255,10 +253,10 @@ def _text(corpus: str, purpose: Purpose) -> Finding:
     return finding("text", f"{corpus}, for {purpose}, on this machine")
 
 
-def _text_on_hub(corpus: str, purpose: Purpose = "calibration") -> dict[str, Finding]:
-    """Return the finding about a data set that the hub describes; empty if there is no answer.
+def _text_on_hub(corpus: str, purpose: Purpose = "calibration") -> Finding | None:
+    """Return the finding about a data set that the hub describes, or None if there is no answer.
 
-    Then it is read as a search would read it: it may be cached.
+    Without an answer the text is read as a search would read it: it may be cached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.constants import HF_HUB_OFFLINE
@@ -266,9 +264,9 @@ def _text_on_hub(corpus: str, purpose: Purpose = "calibration") -> dict[str, Fin
     from pgprune_cli.data.corpora import hub_corpus, is_local
 
     if HF_HUB_OFFLINE or is_local(corpus):
-        return {}
+        return None
     try:
         HfApi().dataset_info(hub_corpus(corpus).path, timeout=HUB_TIMEOUT)
     except Exception:  # an impossible name, or one of the dozens of types with which the network fails
-        return {}
-    return {"text": finding("text", f"{corpus}, for {purpose}, on the hub")}
+        return None
+    return finding("text", f"{corpus}, for {purpose}, on the hub")

@@ -130,23 +130,22 @@ def _train(
     if resumed is not None:
         progress.say(f"resuming from step {resumed.step} of {opened.schedule.steps}")
     with log as track:
-        shown = _Shown(opened.schedule, progress)
 
         def report(row: TrainingRow) -> None:
             track(row)
-            shown.show(row)
+            _show(row, opened.schedule, progress)
 
         training = Training(
-            run,
-            settings,
-            recipe.seed,
-            opened.schedule,
-            opened.text,
-            teacher,
-            layers,
-            resumed,
-            report,
-            ranks,
+            run=run,
+            settings=settings,
+            seed=recipe.seed,
+            schedule=opened.schedule,
+            text=opened.text,
+            teacher=teacher,
+            layers=layers,
+            resumed=resumed,
+            report=report,
+            ranks=ranks,
             bfloat16=opened.record.products == "bfloat16",
         )
         train(student, arguments, training)
@@ -198,21 +197,16 @@ def _cached_teacher(request: Request, opened: Opened, ranks: Ranks, progress: Pr
     return teacher
 
 
-class _Shown:
-    """Prints a line for the rows with an evaluation."""
-
-    def __init__(self, schedule: Schedule, progress: Progress) -> None:
-        self.schedule, self.progress = schedule, progress
-
-    def show(self, row: TrainingRow) -> None:
-        if row.heldout_divergence is None:
-            return
-        loss = "" if row.loss is None else f" loss {row.loss:.3f}"
-        speed = "" if row.tokens_per_second is None else f" {row.tokens_per_second:,.0f} tok/s"
-        self.progress.say(
-            f"step {row.step}/{self.schedule.steps}{loss} held-out {row.heldout_divergence:.3f}{speed} "
-            f"{row.memory_bytes / 1e9:.1f} GB {row.seconds:.0f} s"
-        )
+def _show(row: TrainingRow, schedule: Schedule, progress: Progress) -> None:
+    """Print a line for a row with an evaluation."""
+    if row.heldout_divergence is None:
+        return
+    loss = "" if row.loss is None else f" loss {row.loss:.3f}"
+    speed = "" if row.tokens_per_second is None else f" {row.tokens_per_second:,.0f} tok/s"
+    progress.say(
+        f"step {row.step}/{schedule.steps}{loss} held-out {row.heldout_divergence:.3f}{speed} "
+        f"{row.memory_bytes / 1e9:.1f} GB {row.seconds:.0f} s"
+    )
 
 
 # --- the result

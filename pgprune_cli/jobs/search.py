@@ -91,8 +91,8 @@ def _search(
     with stopwatch.timed("scores"):
         scores = load_or_compute_scores(context)
     # Record what was done: the scores may have been made with `init-scores --metric`.
-    metric = replace(context.recipe.scores, metric=scores.metric)
-    context = replace(context, recipe=replace(context.recipe, scores=metric))
+    score_settings = replace(context.recipe.scores, metric=scores.metric)
+    context = replace(context, recipe=replace(context.recipe, scores=score_settings))
     with stopwatch.timed("opening"):
         space, budget, partitions = _begin(context, scores)
     with stopwatch.timed("width table"):

@@ -110,14 +110,11 @@ def _ablation(recipe: Recipe) -> list[Variant]:
     """Return the rows from the recipe's metric alone to the whole recipe."""
     metric, repair = recipe.scores.metric, recipe.repair.method
 
-    def row(name: str, shows: str, recipe: Recipe, seeded: bool = True) -> Variant:
-        return Variant(name, shows, recipe, seeded)
-
     def scored(name: str, shows: str, repair: RepairMethod, uniform: bool = False) -> Variant:
-        return row(name, shows, _changed(recipe, "nothing", repair, uniform=uniform), seeded=False)
+        return Variant(name, shows, _changed(recipe, "nothing", repair, uniform=uniform), seeded=False)
 
     def searched(name: str, shows: str, over: Searched, repair: RepairMethod, start: MetricName = metric) -> Variant:
-        return row(name, shows, _changed(recipe, over, repair, start))
+        return Variant(name, shows, _changed(recipe, over, repair, start), seeded=True)
 
     least_squares = searched("widths-least-squares", "width search, repaired in closed form", "widths", "least-squares")
     by_error = _changed(recipe, "repaired error", repair)
@@ -126,7 +123,7 @@ def _ablation(recipe: Recipe) -> list[Variant]:
         scored("metric", f"{metric} only, widths chosen by the scores", "none"),
         scored("metric-uniform-repaired", "metric-uniform, repaired", repair, uniform=True),
         scored("metric-repaired", "metric, repaired", repair),
-        row("error-widths-repaired", "widths chosen by the repaired error alone", by_error, seeded=False),
+        Variant("error-widths-repaired", "widths chosen by the repaired error alone", by_error, seeded=False),
         searched("random-start", "the paper's search from a random start", "units", "none", "random"),
         searched("uniform-start", "the paper's search from a uniform start", "units", "none", "uniform"),
         searched("metric-start", "the paper's search from the metric", "units", "none"),

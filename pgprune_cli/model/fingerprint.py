@@ -114,17 +114,15 @@ def _parts_of_tensors(tensors: Iterable[tuple[str, str, Path, int, int]]) -> dic
         part = digests.setdefault(layer[1] if layer else name, hashlib.sha256())
         part.update(f"{name} {description};".encode())
         with path.open("rb") as file:
-            for position, size in _samples(start, end, BYTES_AT_A_TIME if is_small else SAMPLE_BYTES, is_small):
+            for position, size in _samples(start, end, whole=is_small):
                 file.seek(position)
                 part.update(file.read(size))
     return {name: part.hexdigest()[:16] for name, part in digests.items()}
 
 
-def _samples(start: int, end: int, size: int, whole: bool) -> Iterator[tuple[int, int]]:
-    """Yield the positions and sizes of what is read of a tensor: all of it, or samples from its first to its last byte.
-
-    size: of a sample at most.
-    """
+def _samples(start: int, end: int, *, whole: bool) -> Iterator[tuple[int, int]]:
+    """Yield positions and sizes of what is read of a tensor: all of it, or samples from its first to its last byte."""
+    size = BYTES_AT_A_TIME if whole else SAMPLE_BYTES
     count = -(-(end - start) // size)
     if whole or count <= SAMPLES:
         positions = [start + index * size for index in range(count)]

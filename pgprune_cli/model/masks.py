@@ -33,8 +33,8 @@ class RepairedBlock(NamedTuple):
 
     weight: of the output projection on its kept inputs, `(hidden, kept)`, or for a mixture of experts `(kept experts,
     hidden, kept channels)` as the family stores it; bias: of the output, `(hidden,)`, or None; inner: by their names
-    inside the block's module, further refitted tensors with just their kept rows, in the order
-    in which `gather` returns them. Every other tensor keeps the weights of the base model.
+    inside the block's module, further refitted tensors with just their kept rows, in the order in which `gather`
+    returns them. Every other tensor keeps the weights of the base model.
     """
 
     weight: Tensor

@@ -20,7 +20,7 @@ from pgprune_cli.run.layout import (
     training_checkpoint_folders,
     training_checkpoint_step,
 )
-from pgprune_cli.storage.atomic import sync_directory
+from pgprune_cli.storage.atomic import sync
 from pgprune_cli.storage.records import checksum, read_record, write_record
 from pgprune_cli.storage.rows import Written
 
@@ -66,7 +66,7 @@ def finish(checkpoint: TrainingCheckpoint) -> None:
     (folder / PICKLED).unlink(missing_ok=True)
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     for name in names:
-        sync_directory(folder / name)  # works for files too
+        sync(folder / name)
     record = {
         "step": checkpoint.step,
         "heldout_divergence": checkpoint.heldout_divergence,
@@ -76,7 +76,7 @@ def finish(checkpoint: TrainingCheckpoint) -> None:
         "files": {name: checksum(folder / name) for name in names},
     }
     write_record(folder / CHECKPOINT_RECORD, record)
-    sync_directory(folder.parent)
+    sync(folder.parent)
     drop_old(folder.parents[1])
 
 

@@ -91,9 +91,9 @@ def solve_expert_widths(
 ) -> tuple[Tensor, dict[int, Tensor]]:
     """Solve all experts of a layer at the widths of a problem. solve: as in `solve_layers`.
 
-    Returns the errors `(widths,)` float64
-    on the CPU, and by the number of kept elements the output projections as the model stores them, on the CPU, for
-    widths at which experts lose channels. Experts and channels are in the order of `element_order`.
+    Returns the errors `(widths,)` float64 on the CPU, and by the number of kept elements the output projections as the
+    model stores them, on the CPU, for widths at which experts lose channels. Experts and channels are in the order of
+    `element_order`.
     """
     assert isinstance(family, ExpertsFamily)
     order, partition, widths, root, damping = problem

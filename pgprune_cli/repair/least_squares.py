@@ -102,7 +102,7 @@ def repair(
             inputs = inputs_of_fit(run, predicted)
         with ExitStack() as undo:
             for block in model.family.blocks_of(layer):
-                mask = masks[block.name]
+                mask, own = masks[block.name], None
                 if mask.all():
                     continue
                 if mask.any():
@@ -113,7 +113,6 @@ def repair(
                         repaired[index, block.name] = own
                     if run.shards.is_divided:  # every process continues behind its own copy of the block
                         ranks.check_same(mask, *(own.tensors if own else ()))
-                own = repaired.get((index, block.name))
                 if method != "bias":
                     undo.enter_context(shrunk_block(model.family, layer, block, mask, own))
             layer_masks.append(LayerMask(**masks))

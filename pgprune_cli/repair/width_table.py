@@ -153,7 +153,7 @@ def table_bytes(model: PrunableModel, partitions: Partitions, multiples: Mapping
 
 def solve_layers(
     model: PrunableModel,
-    ranks: Mapping[tuple[int, str], Tensor],
+    ranks_of_units: Mapping[tuple[int, str], Tensor],
     partitions: Partitions,
     batches: Sequence[Tensor],
     damping: float,
@@ -162,7 +162,7 @@ def solve_layers(
     multiples: Mapping[str, int] = NO_MULTIPLES,
     only: Collection[int] | None = None,
     roots: ErrorRoots | None = None,
-    processes: Ranks = ALONE,
+    ranks: Ranks = ALONE,
     progress: LayerProgress = NO_PROGRESS,
 ) -> Iterator[tuple[int, dict[str, BlockWidths]]]:
     """Solve every block of the dense model at every width, from one pass over the text. Yields layer after layer.
@@ -170,7 +170,8 @@ def solve_layers(
     Memory: the moments and projections of one layer.
 
     Args:
-        ranks: by (layer, block), a number per unit; units are removed by rising number. Blocks without are left out.
+        ranks_of_units: by (layer, block), a number per unit; units are removed by rising number. Blocks without are
+            left out.
         partitions: the unit of every element of these blocks.
         batches: tokens `(B, T)`.
         damping: as in `repair`.
@@ -178,19 +179,19 @@ def solve_layers(
         multiples: by block name, what its widths are multiples of.
         only: if given, solve just these layers.
         roots: what errors cost, if that is known already.
-        processes: as `ranks` in `dense_moments`.
+        ranks: as in `dense_moments`.
     """
     family = model.family
     roots = roots or error_roots(model, batches, progress)
 
     def blocks_of(index: int) -> list[Block]:
-        return [block for block in family.blocks_of(model.layers[index]) if (index, block.name) in ranks]
+        return [block for block in family.blocks_of(model.layers[index]) if (index, block.name) in ranks_of_units]
 
-    for index, collector in dense_moments(model, batches, blocks_of, only, processes):
+    for index, collector in dense_moments(model, batches, blocks_of, only, ranks):
         layer, root = model.layers[index], roots[index]
         solved: dict[str, BlockWidths] = {}
         for block in blocks_of(index):
-            order = ranks[index, block.name].argsort(descending=True, stable=True)
+            order = ranks_of_units[index, block.name].argsort(descending=True, stable=True)
             multiple = unit_multiple(model.shape.grids[block.name][index], multiples.get(block.name, 1))
             widths = sorted({*range(0, len(order), width_step(len(order), multiple)), len(order)})
             moments, own_root = collector.moments(block.name), block_root(family, layer, block, root)

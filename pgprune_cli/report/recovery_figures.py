@@ -22,7 +22,7 @@ def figures_of_recovery(recovery: Recovery, prefix: str) -> Iterator[Figure]:
             "Divergence from the dense model",
             "The divergence of the predictions on the text of each step, and that on the held-out text, which is never "
             "trained on. It starts with the model before the recovery.",
-            spec_of(_curves(points, "of")),
+            spec_of(_curves(points)),
         )
     rates = [
         {"step": row.step, "tokens": row.tokens, "rate": row.learning_rate}
@@ -39,7 +39,7 @@ def comparison_of_recoveries(recoveries: Sequence[Recovery]) -> Iterator[Figure]
     points = [point for recovery in recoveries for point in _heldout(recovery, recovery.name)]
     if len(recoveries) > 1 and points:
         caption = "The divergence of each recovery from its dense model, on its own held-out text."
-        yield Figure("recoveries", "Recoveries", caption, spec_of(_curves(points, "of")))
+        yield Figure("recoveries", "Recoveries", caption, spec_of(_curves(points)))
 
 
 def _trained(recovery: Recovery) -> list[dict[str, Any]]:
@@ -58,14 +58,14 @@ def _heldout(recovery: Recovery, name: str) -> list[dict[str, Any]]:
     ]
 
 
-def _curves(points: list[dict[str, Any]], colour: str) -> Chart:
+def _curves(points: list[dict[str, Any]]) -> Chart:
     line = alt.Chart(alt.Data(values=points)).encode(
         _tokens(),
         alt.Y("value:Q", title="nats per token", scale=alt.Scale(zero=False)),
-        alt.Color(f"{colour}:N", title=None),
-        tooltip=tooltip(step="step:Q", tokens="tokens:Q", divergence="value:Q", of=f"{colour}:N"),
+        alt.Color("of:N", title=None),
+        tooltip=tooltip(step="step:Q", tokens="tokens:Q", divergence="value:Q", of="of:N"),
     )
-    dots = line.transform_filter(alt.FieldOneOfPredicate(colour, _evaluated(points))).mark_point(filled=True, size=36)
+    dots = line.transform_filter(alt.FieldOneOfPredicate("of", _evaluated(points))).mark_point(filled=True, size=36)
     return alt.layer(line.mark_line(), dots).properties(width="container", height=HEIGHT)
 
 

@@ -46,10 +46,10 @@ def locked(run: Path) -> Iterator[None]:
                 run.rmdir()
 
 
-def refuse_unwritable(path: Path, option: str = "--out") -> None:
-    """Raise UserError if a file or directory `path`, chosen with `option`, cannot be created. Writes nothing."""
+def refuse_unwritable(path: Path) -> None:
+    """Raise UserError if a file or directory `path`, chosen with --out, cannot be created. Writes nothing."""
     existing = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
-    _refuse_unwritable(path, existing, option)
+    _refuse_unwritable(path, existing, "--out")
 
 
 def refuse_unusable(run: Path, option: str = "--out") -> None:

@@ -19,10 +19,10 @@ class RecoveryRecord:
     """One recovery: what was trained, towards which model, on which text, and what that brought.
 
     student, fingerprint: the pruned model before it was trained; teacher, teacher_fingerprint: the dense model; text:
-    as recipes name it; train: as `recover.train`; lora_rank: of the adapters, None without; tokens,
-    steps, seconds: of the whole training, over all its starts; loss_before, loss_after: divergence from the teacher on
-    held-out text, in nats per token; best_step: after how many steps the weights are those that were written; recipe:
-    the resolved recipe as YAML.
+    as recipes name it; train: as `recover.train`; lora_rank: of the adapters, None without; tokens, steps, seconds: of
+    the whole training, over all its starts; loss_before, loss_after: divergence from the teacher on held-out text, in
+    nats per token; best_step: after how many steps the weights are those that were written; recipe: the resolved recipe
+    as YAML.
     """
 
     student: str

@@ -104,7 +104,6 @@ def chain_errors(
     grid: Grid,
     cost: GridCost,
     target: tuple[int, int] = (0, 0),
-    damping: float = DAMPING,
 ) -> Tensor:
     """Return the error by the time each element is removed along the chain: `(elements,)` float64, on the CPU.
 
@@ -112,13 +111,13 @@ def chain_errors(
     step. The elements that `target` (groups, members) keeps have an infinite error.
 
     Args:
-        weight, covariance, damping: as in `removal_order`.
+        weight, covariance: as in `removal_order`.
         grid, cost: the elements, and what their rows cost.
         target: where to stop.
     """
 
     def solve(weight: Tensor, covariance: Tensor) -> Tensor:
-        return _chain_errors(Removal.start(weight, covariance, grid.elements, damping), grid, cost, target)
+        return _chain_errors(Removal.start(weight, covariance, grid.elements, DAMPING), grid, cost, target)
 
     return or_on_cpu(partial(_exactly_if_needed, solve), weight, covariance)
 

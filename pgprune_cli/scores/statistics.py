@@ -33,12 +33,13 @@ class BlockStatistics:
 
     grid: its elements; cost: what they cost in parameters; weights: of its projections by name, the output projection
     last; parts: what the rows of each inner projection are; seed: this block's own, for metrics that draw random
-    numbers. Everything else is None unless the metric asks for it. Over all
-    calibration tokens, of the inputs of the output projection: input_norms `(in,)` float64, the L2 norm of each;
-    fluctuations `(in,)` float64, the variance of each; covariance `(in, in)` float32, the mean of x xᵀ divided by the
-    mean square of the residual stream, not centred, with error_root `(hidden, hidden)` float32, the weight of an output
-    error in each direction. And gradients: by projection, ∂L/∂W of the mean loss in nats per token, with the shape and
-    dtype of the weight.
+    numbers.
+
+    Everything else is None unless the metric asks for it. For the inputs of the output projection, over all calibration
+    tokens: input_norms `(in,)` float64, the L2 norm of each; fluctuations `(in,)` float64, the variance of each;
+    covariance `(in, in)` float32, the mean of x xᵀ divided by the mean square of the residual stream, not centred, with
+    error_root `(hidden, hidden)` float32, the weight of an output error in each direction. And gradients: by
+    projection, ∂L/∂W of the mean loss in nats per token, with the shape and dtype of the weight.
 
     Experts count as one block whose inputs are those of all experts, times their gates: its output projection is
     `(hidden, experts · in)`. Instead of a covariance they have `experts`, the moments of each, and output_bias

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from pgprune_cli.core.grid import Grid, GridCost, Partition, unit_multiple
-from pgprune_cli.core.space import WHOLE_FAMILIES, Budget, MaskSpace, budget_of
+from pgprune_cli.core.space import WHOLE_FAMILIES, Budget, Family, MaskSpace, budget_of
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.prunable import BlockCosts, Partitions, PrunableModel, Shape
 from pgprune_cli.recipe.schema import BudgetSettings, Recipe
@@ -142,24 +142,24 @@ def _refuse_impossible(recipe: Recipe, shape: Shape, space: MaskSpace, budget: B
                 f"{settings.sparsity} leaves {constraint.kept / constraint.total:.1%}. Lower one of them."
             )
     for family in space.families:
-        if family.name != "ffn" or settings.ffn_multiple == 1:
-            continue
-        grids = shape.grids["ffn"]
-        channels = max(grid.members for grid in grids)
-        if settings.ffn_multiple > channels:
-            raise UserError(
-                f"budget.ffn_multiple: {settings.ffn_multiple} is more than the {channels} channels "
-                "of a layer. Lower it."
-            )
-        kept = _kept_by_layer(space, budget, "ffn")
-        lines = [layer for layer, grid in enumerate(grids) if grid.is_line]  # experts lose channels in larger steps
-        if lines and not any(
-            int(family.layer_costs(layer)[: settings.ffn_multiple].sum()) <= kept[layer] for layer in lines
-        ):
-            raise UserError(
-                f"budget.ffn_multiple: budget.sparsity {settings.sparsity} leaves no room for even "
-                f"{settings.ffn_multiple} channels of one layer. Lower one of them."
-            )
+        if family.name == "ffn" and settings.ffn_multiple > 1:
+            _refuse_multiple(settings, shape.grids["ffn"], family, _kept_by_layer(space, budget, "ffn"))
+
+
+def _refuse_multiple(settings: BudgetSettings, grids: Sequence[Grid], family: Family, kept: Sequence[int]) -> None:
+    """Raise UserError if no layer can keep as many channels as `budget.ffn_multiple` says.
+
+    kept: the cost that the constraint over each layer keeps.
+    """
+    multiple, channels = settings.ffn_multiple, max(grid.members for grid in grids)
+    if multiple > channels:
+        raise UserError(f"budget.ffn_multiple: {multiple} is more than the {channels} channels of a layer. Lower it.")
+    lines = [layer for layer, grid in enumerate(grids) if grid.is_line]  # experts lose channels in larger steps
+    if lines and not any(int(family.layer_costs(layer)[:multiple].sum()) <= kept[layer] for layer in lines):
+        raise UserError(
+            f"budget.ffn_multiple: budget.sparsity {settings.sparsity} leaves no room for even {multiple} channels of "
+            "one layer. Lower one of them."
+        )
 
 
 def _kept_by_layer(space: MaskSpace, budget: Budget, name: str) -> list[int]:

@@ -139,7 +139,7 @@ class WidthPolicy:
 
     def propose(self, state: WidthState, masks_per_step: int) -> tuple[WidthState, Tensor, Tensor]:
         state, offsets = widths.propose(state, masks_per_step, self.space)
-        masks = torch.stack([self._mask(pair_offsets) for pair_offsets in offsets])
+        masks = torch.stack([self.mask(pair_offsets) for pair_offsets in offsets])
         return state, self.table.errors_of(masks, self.space), masks
 
     def update(self, state: WidthState, draws: Tensor, losses: Tensor) -> WidthState:
@@ -149,7 +149,8 @@ class WidthPolicy:
         return state.mean
 
     def mask(self, centre: Tensor) -> Tensor:
-        return self._mask(centre)
+        bundles = self._bundles
+        return mask_of(bundles, bundles.mean + centre[bundles.pair], self.space, self._table_budget)
 
     def final_mask(self, centre: Tensor) -> Tensor:
         return hard_mask(widths.priorities(self.origin, centre, self.space), self.space, self.budget)
@@ -170,10 +171,6 @@ class WidthPolicy:
 
     def entropy(self, state: WidthState) -> float:
         return float(0.5 * (2 * math.pi * math.e * state.spread.square()).log().sum())
-
-    def _mask(self, offsets: Tensor) -> Tensor:
-        bundles = self._bundles
-        return mask_of(bundles, bundles.mean + offsets[bundles.pair], self.space, self._table_budget)
 
     @cached_property
     def _bundles(self) -> Bundles:

@@ -100,7 +100,7 @@ def _unit_policy(
 def _width_policy(
     context: SearchContext, space: MaskSpace, budget: Budget, partitions: Partitions, scores: Scores
 ) -> WidthPolicy:
-    ranks: dict[tuple[int, str], Tensor] = {
+    ranks_of_units: dict[tuple[int, str], Tensor] = {
         (layer, block): unit_ranks(
             scores.tensors[score_name(layer, block)],
             partitions[layer, block],
@@ -110,5 +110,5 @@ def _width_policy(
         for block in context.recipe.units.families
         for layer in range(context.model.shape.layers)
     }
-    table = solve_table(context, ranks, partitions, scores.fingerprint)
+    table = solve_table(context, ranks_of_units, partitions, scores.fingerprint)
     return WidthPolicy(table, table.priorities(space), space, budget)

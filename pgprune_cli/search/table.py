@@ -56,7 +56,7 @@ def solve_table(
                 multiples=multiples,
                 only=missing,
                 roots=context.error_roots,
-                processes=ranks,
+                ranks=ranks,
                 progress=layers,
             )
             save_layers(folder, solved, identity, layers.layer_done)

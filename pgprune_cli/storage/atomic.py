@@ -29,9 +29,9 @@ def new_file(out: Path) -> Iterator[Path]:
     try:
         with _locked(temporary, os.O_RDWR | os.O_CREAT):
             yield temporary
-            sync_directory(temporary)  # works for files too
+            sync(temporary)
             temporary.replace(out)
-        sync_directory(out.parent)
+        sync(out.parent)
     except OSError as error:
         raise _naming(out, temporary, error) from error
     finally:
@@ -64,11 +64,11 @@ def new_directory(out: Path) -> Iterator[Path]:
         with _locked(temporary, os.O_RDONLY):
             yield temporary
             for path in (*temporary.rglob("*"), temporary):
-                sync_directory(path)
+                sync(path)
             if out.exists():
                 out.rmdir()
             temporary.rename(out)
-        sync_directory(out.parent)
+        sync(out.parent)
     except OSError as error:
         raise _naming(out, temporary, error) from error
     finally:
@@ -88,7 +88,7 @@ def make_directory(directory: Path) -> None:
     missing = [path for path in (directory, *directory.parents) if not path.exists()]
     for path in reversed(missing):
         path.mkdir(exist_ok=True)
-        sync_directory(path.parent)
+        sync(path.parent)
 
 
 @contextmanager
@@ -152,9 +152,9 @@ def _prefix(path: Path) -> str:
     return f".{name}."
 
 
-def sync_directory(directory: Path) -> None:
-    """Sync a directory, so that renames inside it survive a power cut."""
-    handle = os.open(directory, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Sync a file, or a directory so that renames inside it survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
 from pgprune_cli.errors import UserError
-from pgprune_cli.storage.atomic import sync_directory
+from pgprune_cli.storage.atomic import sync
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -33,7 +33,7 @@ class RowFile:
     def __init__(self, path: Path) -> None:
         self.digest = hashlib.sha256(path.read_bytes() if path.exists() else b"")
         self.file = path.open("a", encoding="utf-8")
-        sync_directory(path.parent)
+        sync(path.parent)
 
     def __enter__(self) -> Self:
         return self

@@ -55,7 +55,7 @@ def width_table(model: PrunableModel, ranks: Ranks, _: ErrorRoots) -> None:
     units = estimated_units(RECIPE, model.shape)
     roots, own = error_roots(model, TEXT, ranks=ranks), ranks.share(model.shape.layers)
     order = ranks_of(model.shape, units)
-    dict(solve_layers(model, order, units, TEXT, 1e-3, solve=True, only=own, roots=roots, processes=ranks))
+    dict(solve_layers(model, order, units, TEXT, 1e-3, solve=True, only=own, roots=roots, ranks=ranks))
 
 
 def steps(model: PrunableModel, ranks: Ranks, _: ErrorRoots) -> None:

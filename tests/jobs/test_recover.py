@@ -56,7 +56,7 @@ from pgprune_cli.run.layout import (
     TRAINING_RECORD,
     WRITING_RECORD,
 )
-from pgprune_cli.run.training_history import read_training_history
+from pgprune_cli.run.training_history import TrainingRow, read_training_history
 from pgprune_cli.storage.records import read_record, write_record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -400,20 +400,20 @@ def test_command_saves_when_it_is_stopped_and_prints_how_to_resume(
     for setting in (*SMALL, f"calibration.corpus={folder / 'text.txt'}"):
         words += ["--set", setting]
     monkeypatch.setattr(sys, "argv", ["pgprune", *words])
-    shown = job._Shown.show
+    shown = job._show
 
-    def show(self: job._Shown, row: Any) -> None:
-        shown(self, row)
+    def show(row: TrainingRow, *context: Any) -> None:
+        shown(row, *context)
         if row.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(job._Shown, "show", show)
+    monkeypatch.setattr(job, "_show", show)
     with pytest.raises(SystemExit) as stopped:
         program.main()
     assert stopped.value.code == 143
     says(capfd.readouterr().err.strip().splitlines()[-1], "step 4", "run", shlex.join(["pgprune", *words[:4]]))
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(job._Shown, "show", shown)
+    monkeypatch.setattr(job, "_show", shown)
     with pytest.raises(SystemExit) as finished:
         program.main()
     assert finished.value.code == 0

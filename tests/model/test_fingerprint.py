@@ -69,12 +69,14 @@ def test_a_change_of_dtype_or_shape_alone_is_noticed(original: Path, model: Path
     assert difference(parts(original), parts(model)) == "model.layers.1"
 
 
-def test_samples_reach_from_the_first_byte_to_the_last() -> None:
-    samples = list(fingerprint._samples(100, 10_100, 64, whole=False))
+def test_samples_reach_from_the_first_byte_to_the_last(monkeypatch) -> None:
+    monkeypatch.setattr(fingerprint, "SAMPLE_BYTES", 64)
+    monkeypatch.setattr(fingerprint, "BYTES_AT_A_TIME", 64)
+    samples = list(fingerprint._samples(100, 10_100, whole=False))
     assert samples[0] == (100, 64) and samples[-1] == (10_036, 64)
     assert len(samples) == fingerprint.SAMPLES
     for whole, end in ((True, 10_100), (False, 600)):
-        samples = fingerprint._samples(100, end, 64, whole)
+        samples = fingerprint._samples(100, end, whole=whole)
         assert [byte for start, size in samples for byte in range(start, start + size)] == list(range(100, end))
 
 

@@ -10,7 +10,7 @@ import torch
 from helpers.messages import refused
 from safetensors.torch import save
 
-from pgprune_cli.storage.atomic import new_directory, new_file, scratch_file, sync_directory, write_bytes
+from pgprune_cli.storage.atomic import new_directory, new_file, scratch_file, sync, write_bytes
 from pgprune_cli.storage.records import checksum, read_json, read_tensors, write_json
 
 
@@ -134,14 +134,14 @@ def test_checksum_is_sha256(tmp_path):
     assert checksum(tmp_path / "x") == hashlib.sha256(b"abc").hexdigest()
 
 
-def test_sync_directory_closes_its_handle_when_it_fails(tmp_path, monkeypatch):
+def test_sync_closes_its_handle_when_it_fails(tmp_path, monkeypatch):
     opened, closed = [], []
     real_open, real_close = os.open, os.close
     monkeypatch.setattr(os, "open", lambda *arguments: opened.append(real_open(*arguments)) or opened[-1])
     monkeypatch.setattr(os, "close", lambda handle: closed.append(handle) or real_close(handle))
     monkeypatch.setattr(os, "fsync", failing)
     with pytest.raises(OSError, match="No space left"):
-        sync_directory(tmp_path)
+        sync(tmp_path)
     assert len(opened) == 1 and closed == opened
 
 
