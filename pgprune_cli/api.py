@@ -199,8 +199,9 @@ def recover(
         settings: recipe keys and values that override the recipe: `{"recover.tokens": 1_000_000}`.
         recipe: the name of a shipped recipe, or a recipe file; by default the recipe that the model was pruned with.
         run: the run directory, `runs/<name of out>` by default.
-        teacher: the dense model, if it is not where the search found it, or another one.
-        teacher_cache: where `recover.teacher: cached` keeps its predictions for other students.
+        teacher: the dense model, by default the one that the pruned model comes from.
+        teacher_cache: a directory of cached predictions that several recoveries can share; by default in the run
+            directory.
         format: of the recovered model.
         progress: report progress on stderr.
 

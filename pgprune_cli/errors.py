@@ -29,13 +29,13 @@ def in_short(error: Exception, length: int = 300) -> str:
 
 
 def advice_on(error: OSError) -> str:
-    """Return advice on a file that could not be read or written, as the end of a message. "" if there is none."""
+    """Return advice on a file that could not be read or written, which ends a message. "" if there is none."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return "; make room, then run the same command again"
+        return ". Make room, then run the same command again."
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return "; make it writable for you, or choose another place"
+        return ". Make it writable for you, or choose another place."
     if error.errno == errno.ENAMETOOLONG:
-        return "; choose a shorter one"
+        return ". Choose a shorter one."
     if error.errno in (errno.EIO, errno.ESTALE):
-        return "; check the disk, then run the same command again"
+        return ". Check the disk, then run the same command again."
     return ""

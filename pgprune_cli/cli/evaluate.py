@@ -47,8 +47,8 @@ def evaluate(
         Literal["auto", "true", "false"] | None,
         typer.Option(
             "--bos",
-            help="Begin every window and prompt with the BOS token. auto: windows if the model was trained so (Gemma), "
-            "prompts if the tokenizer does.  [default: the recipe's, otherwise auto]",
+            help="Begin every window and prompt with the BOS token. auto: windows begin with it if the model was "
+            "trained that way (Gemma), prompts if the tokenizer adds it.  [default: the recipe's, otherwise auto]",
         ),
     ] = None,
     max_windows: MaxWindows = None,

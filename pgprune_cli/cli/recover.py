@@ -81,7 +81,8 @@ def recover(
         typer.Option(
             "--teacher-cache",
             metavar="DIR",
-            help="Where `recover.teacher: cached` keeps its predictions for other students.  [default: the run]",
+            help="Directory of cached predictions that several recoveries can share.  "
+            "[default: inside the run directory]",
         ),
     ] = None,
     tracker: Tracker = None,

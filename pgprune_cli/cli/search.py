@@ -56,7 +56,11 @@ def search(
     out: Out = None,
     sparsity: Annotated[
         float | None,
-        typer.Option("--sparsity", metavar="FRACTION", help="Fraction of the budget to remove, such as 0.3."),
+        typer.Option(
+            "--sparsity",
+            metavar="FRACTION",
+            help="Fraction to remove of what the budget counts, such as 0.3. Required for a MODEL.",
+        ),
     ] = None,
     calibration: Calibration = None,
     overrides: Set = None,
@@ -70,11 +74,11 @@ def search(
         typer.Option(
             "--on",
             metavar="GPU",
-            help="With --dry-run: for this GPU, which need not be here, such as h100-80gb.",
+            help="With --dry-run, estimate for this GPU, such as h100-80gb, instead of this machine.",
             autocompletion=gpu_names,
         ),
     ] = None,
-    gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="With --on: for N of them.")] = 1,
+    gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="With --on, the number of GPUs.")] = 1,
     skip_corrupt_checkpoint: SkipCorruptCheckpoint = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -85,9 +89,9 @@ def search(
     them, and the run directory gets a copy of the resolved recipe.
     """
     if on is not None and not dry_run:
-        raise UserError("--on: it estimates what a search would take there. Add --dry-run.")
+        raise UserError("--on: only works with --dry-run. Add it.")
     if gpus > 1 and on is None:
-        raise UserError("--gpus: it counts the GPUs of --on, which is missing. The recipe's device chooses those here.")
+        raise UserError("--gpus: needs --on. On this machine, the recipe's `device` chooses the GPUs.")
     loaded, run = _open(recipe, out, overrides or [], sparsity, calibration)
     if dry_run:
         from pgprune_cli.jobs.estimate import estimate

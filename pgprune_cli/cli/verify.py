@@ -20,7 +20,8 @@ def verify(
         Path,
         typer.Argument(
             metavar="PATH",
-            help="A run directory, an exported model, cached predictions, or one scores, checkpoint or decision file.",
+            help="A run directory, a comparison, an exported model, cached predictions, or one scores, checkpoint or "
+            "decision file.",
         ),
     ],
     as_json: AsJson = False,

@@ -10,8 +10,8 @@ from itertools import takewhile
 def near(name: str, names: Iterable[str], most: int = 1) -> list[str]:
     """Return at most `most` of the names, the most similar first.
 
-    Of two equally similar names, the one with the same beginning and end comes first, then the earlier one. Only the
-    first 80 characters of `name` are compared: comparing a long text would be slow.
+    If two names are equally similar, the one with the same beginning and end comes first, then the earlier one. Only
+    the first 80 characters of `name` are compared: comparing a long text would be slow.
     """
     name, candidates = name[:80], list(dict.fromkeys(names))
     similar = set(get_close_matches(name, candidates, n=len(candidates) or 1))

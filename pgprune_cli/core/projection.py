@@ -34,7 +34,9 @@ def project(theta: Tensor, space: MaskSpace, budget: Budget) -> Tensor:
 
 
 def project_onto(target: Tensor, weight: Tensor, kept: int, low: Tensor) -> Tensor:
-    """Return argmin Σ weight·(x − target)² over {low ≤ x ≤ 1, Σ weight·x = kept}; all are `(m,)` float64.
+    """Return argmin Σ weight·(x − target)² over {low ≤ x ≤ 1, Σ weight·x = kept}.
+
+    target, weight, low and the result: `(m,)` float64.
 
     KKT: x = clip(target − ν, low, 1) for a single ν. Σ weight·x falls piecewise linearly in ν, so Newton's method,
     bracketed, ends on the piece that holds the root and is exact there. It starts at ν = 0, which is close to the root
@@ -180,10 +182,10 @@ def _summed(values: Tensor, index: Tensor, length: int) -> Tensor:
 
 
 def coarser(budget: Budget, space: MaskSpace, multiples: Tensor) -> Budget:
-    """The same budget with widths in `multiples` `(J,)` instead of its own.
+    """Return the budget with `multiples` `(J,)` int64 in place of its own.
 
-    For a search on a coarser grid than its result's: least widths are rounded down to it, for up might not fit. Those
-    of all units stay.
+    Minimum widths are rounded down to them, because rounded up they might exceed the budget. A pair that keeps all its
+    units still does.
     """
     least = budget.limits(space)[0]
     least = torch.where(least == space.pair_counts, least, least // multiples * multiples)

@@ -111,7 +111,7 @@ class MaskSpace:
 
 @dataclass(frozen=True)
 class Constraint:
-    """Of the units `start:stop` of the flat axis, which cost `total`, units that cost at most `kept` are kept."""
+    """The kept units among `start:stop` of the flat axis, which cost `total` together, cost at most `kept`."""
 
     name: str
     start: int

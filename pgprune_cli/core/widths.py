@@ -1,10 +1,10 @@
-"""The policy over widths: a random variable per layer says how many units the layer keeps.
+"""The policy over widths: a random variable per block says how many units the block keeps.
 
 Independent Bernoulli units leave a layer's width almost constant: of 1,536 channels, it varies by about 20. Here a
 sample changes the widths of whole layers. Every (family, layer) *pair* has a curve: the error of its block's output at
-each width. A unit's priority is the logarithm of the error that removing it adds, per parameter. A sample adds one
-Gaussian offset to all units of a pair, and the units of highest priority that fit the budget are kept. So no sample
-exceeds the budget, and each falls short of it by less than one step of the table.
+each width. A unit's priority is the logarithm of the error that removing it adds, per unit of its cost in the budget's
+measure. A sample adds one Gaussian offset to all units of a pair, and the units of highest priority that fit the budget
+are kept. So no sample exceeds the budget, and each falls short of it by less than one step of the table.
 
 The search learns how much loss an error of each pair costs, from all samples so far:
 

@@ -1,1 +1,4 @@
-"""What a search takes, computed from shapes: `sizes.py` reads them off a model without weights, the others compute."""
+"""What a search or a recovery takes, computed from shapes.
+
+`sizes.py` reads the shapes off a model without weights, the other files compute.
+"""

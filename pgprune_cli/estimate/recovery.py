@@ -142,7 +142,7 @@ def recovery_disk(sizes: RecoverySizes, stored: torch.dtype) -> dict[str, int]:
 def recovery_flops(sizes: RecoverySizes) -> dict[str, Flops]:
     """Return the FLOPs by phase of a recovery, in order.
 
-    Of the cached predictions, those of a text with as many tokens as are trained on.
+    Predictions are cached for a text with as many tokens as are trained on.
     """
     settings = sizes.settings
     student, teacher = _token_flops(sizes.student, settings.seqlen), _token_flops(sizes.teacher, settings.seqlen)
@@ -205,7 +205,7 @@ def activation_bytes(sizes: RecoverySizes) -> int:
 def logit_bytes(sizes: RecoverySizes) -> int:
     """Return the bytes of the logits of one batch, of their gradient and of what the dense model predicts.
 
-    Of the whole vocabulary these are its logits; of the likeliest tokens, log-probabilities in float32 and ids. A few
+    For the whole vocabulary these are its logits; for the likeliest tokens, log-probabilities in float32 and ids. A few
     rows exist in float32. Soft-capping keeps its own result and has a gradient of its own; a division has the latter.
     """
     settings, config = sizes.settings, sizes.student.config

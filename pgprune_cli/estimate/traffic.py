@@ -12,7 +12,7 @@ from pgprune_cli.forward.masked import SOFTMAX_ROWS
 
 LOGIT, DENSE_LOGIT, LOSS_LOGIT, FITTED_LOGIT = 70, 30, 30, 70
 """Bytes that are moved for a logit: of a mask by the divergence, of the dense model, by the loss alone, and by the fit
-of the last layer."""
+of the last layers."""
 
 SAMPLED_LOGIT = 60
 """Bytes that are moved for a logit of text that the dense model writes, on the device and on the host."""

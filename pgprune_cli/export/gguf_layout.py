@@ -72,7 +72,8 @@ class Layout:
             except InexpressibleError as reason:
                 reasons.append(f"the {name} architecture {reason}")
         sizes = "" if surgery.shapes.uniform else " whose layers have different sizes"
-        why = "; ".join(reasons) or f"llama.cpp has no architecture for a {dense_type(config.model_type)} model{sizes}"
+        kind = dense_type(config.model_type)
+        why = "; ".join(reasons) or f"llama.cpp has no architecture for a model of type {kind}{sizes}"
         advice = "Export it with --format hf"
         if not surgery.shapes.uniform and cls._expresses(names.equal, config, surgery):
             advice += ", or search with budget.scope: per-layer"

@@ -148,7 +148,7 @@ def _is_byte(text: str) -> bool:
 
 
 def _scores(model: dict[str, Any], merges: list[str], vocabulary: int) -> list[float]:
-    """Return the scores of SentencePiece: of two possible merges, the one whose result has the higher score is made."""
+    """Return the scores of SentencePiece, which makes the merge whose result has the highest score first."""
     rank: dict[str, int] = {}
     for order, merge in enumerate(merges):
         rank.setdefault(merge.replace(" ", ""), order)

@@ -1,4 +1,4 @@
-"""How much the loss feels an error in each direction of the residual stream, from forward passes only.
+"""How much an error in each direction of the residual stream raises the loss, from forward passes only.
 
 To second order, an error e in the normalised stream before the unembedding U changes the loss by ½ eᵀG e, on average
 over what the model itself would predict, with G = E[Uᵀ (diag p − p pᵀ) U] and the final norm's weights on both sides.
@@ -76,7 +76,7 @@ class ErrorRoots:
 def error_roots(
     model: PrunableModel, batches: Sequence[Tensor], progress: LayerProgress = NO_PROGRESS, ranks: Ranks = ALONE
 ) -> ErrorRoots:
-    """Return the weight of an error in every layer, from some windows of each of the `batches` of tokens `(B, T)`."""
+    """Return the weight of an error in every layer, from WINDOWS windows spread over the `batches` `(B, T)`."""
     return ErrorRoots(output_curvature(model, batches, progress, ranks), model.shape.layers)
 
 

@@ -62,8 +62,7 @@ def rows_on(device: torch.device, states: Tensor, rows: Tensor) -> Tensor:
 
 
 def have_room(states: int, beside: int, free: int | None) -> bool:
-    """Return whether hidden states fit into the free bytes of a device, None if nobody knows them, with the work beside
-    them."""
+    """Return whether `states` and `beside` bytes together fit into `free` bytes. False if `free` is None (unknown)."""
     return free is not None and states + beside <= free
 
 

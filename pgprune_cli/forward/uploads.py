@@ -251,7 +251,7 @@ class Upload(NamedTuple):
 def evenly(sizes: Sequence[int], room: int) -> list[bool]:
     """Return which of some consecutive items to take so that they fit `room`, spread evenly over all of them.
 
-    Of any first items, the taken ones are at most their share of the room.
+    Among the first k items, the taken ones use at most those items' share of the room.
     """
     total, seen, taken = sum(sizes), 0, 0
     chosen = []

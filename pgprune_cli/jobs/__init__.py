@@ -1,1 +1,1 @@
-"""One file per verb: reads what it is given, wires the parts, owns the loop and the randomness."""
+"""The work behind each command: a job reads its input and calls the folders below in order."""

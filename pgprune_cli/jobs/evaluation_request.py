@@ -107,7 +107,7 @@ class EvaluationRequest:
         if self.base is not None:
             if not self.speed and not is_run(Path(self.model)):
                 raise UserError(
-                    f"--model {self.base}: says where the base model of a run is, or that of an export with --speed. "
+                    f"--model {self.base}: only a run needs it, or an export with --speed, to find the base model. "
                     f"{self.model} is not a run. Leave this option out."
                 )
             find_local(self.base)

@@ -135,7 +135,7 @@ def _disks() -> Iterator[Finding]:
         free = shutil.disk_usage(existing).free
         state = f"{gigabytes(free)} free for {content} ({directory})"
         if os.access(existing, os.W_OK):
-            fix = f"Free some space on the disk that holds {existing}." if free < MIN_FREE_DISK else ""
+            fix = f"Make room on the disk that holds {existing}." if free < MIN_FREE_DISK else ""
             yield finding("disk", state, fix)
         elif directory == runs:
             yield finding("disk", state, f"{existing} is not writable. Work in another directory.")

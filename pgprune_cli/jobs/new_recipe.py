@@ -1,6 +1,6 @@
 """recipes new, search MODEL: a recipe for a model, with values that suit its size and this machine.
 
-Only the model's config is read (of a GGUF file the header), so this takes seconds and no memory.
+Only the model's config is read, or the header of a GGUF file, so this takes seconds and no memory.
 """
 
 from __future__ import annotations

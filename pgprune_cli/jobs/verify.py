@@ -94,8 +94,8 @@ def verify(path: Path) -> Verdict:
         if kind.matches(path):
             return Verdict(str(path), kind.name, kind.parts(path), list(_faults(kind.check, path)))
     raise UserError(
-        f"{path}: pgprune did not write this. Give scores, a checkpoint, a decision, a run directory, a comparison or "
-        "an exported model."
+        f"{path}: pgprune did not write this. Give a run directory, a comparison, an exported model, cached "
+        "predictions, or one scores, checkpoint or decision file."
     )
 
 

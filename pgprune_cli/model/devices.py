@@ -22,7 +22,7 @@ GPU = "cuda"
 """The kind of the devices that a model runs on besides the CPU."""
 
 BESIDE = 0.25
-"""What is needed on a GPU beside the weights, as a fraction of them, where nobody knows it better."""
+"""What is needed on a GPU beside the weights, as a fraction of them, if the caller gives no estimate."""
 
 RESERVE = 0.05
 """The fraction of a GPU that is left free: allocators waste some memory, and libraries allocate late."""

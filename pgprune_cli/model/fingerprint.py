@@ -19,12 +19,12 @@ from pgprune_cli.storage.records import json_digest, read_json
 from pgprune_cli.storage.safetensors_file import stored_tensors
 
 Parts = Mapping[str, str]
-"""By the name of a part, its digest."""
+"""The digest of every part, by its name."""
 
 READ_WHOLE = 1 << 30
-"""Up to this many bytes, every byte of the weights is read. Of larger models, every tensor is sampled."""
+"""Up to this many bytes, every byte of the weights is read. In larger models, every tensor is sampled."""
 SAMPLES, SAMPLE_BYTES = 16, 1 << 12
-"""How many samples of a tensor are read, and their size: at most 64 KiB of each, 47 MB of the 723 of a 70B model."""
+"""How many samples of a tensor are read, and their size: 64 KiB of a tensor at most, 47 MB of a 70B model."""
 BYTES_AT_A_TIME = 1 << 20
 
 TOKENIZER_FILES = (
@@ -63,7 +63,7 @@ def digest(parts: Parts) -> str:
 
 
 def difference(before: Parts, now: Parts) -> str:
-    """Return the parts that differ, in words: the first three by name, of the others the number."""
+    """Return the parts that differ, in words: the first three by name, then the number of others."""
     names = sorted((name for name in before.keys() | now.keys() if before.get(name) != now.get(name)), key=_in_order)
     rest = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + rest

@@ -55,7 +55,7 @@ def read_config(source: Source) -> Any:
 
 
 def model_type_of(source: Source) -> str:
-    """Return the model type that transformers gives a model. Of a GGUF file only the header is read, which is quick."""
+    """Return the model type that transformers gives a model. For a GGUF file, only the header is read."""
     if source.gguf is None:
         return str(read_config(source).model_type)
     return model_type_of_gguf(read_header(source.directory / source.gguf).architecture)

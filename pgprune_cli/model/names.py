@@ -20,7 +20,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def absolute_name(name: str) -> str:
-    """Return the name that stands for the same model in every working directory: of a local model its absolute path.
+    """Return the name that stands for the same model in every working directory: a local model's absolute path.
 
     Links are kept, because the user chose them, unless the path climbs over one with `..`.
     """

@@ -1,8 +1,8 @@
 """Linear layers whose frozen weights take one byte each, half the memory of bfloat16 (recipe key `weight_format`).
 
-A search only multiplies with the weights, so they may be rounded while it runs. Exports always use the original
-weights. Each row of a weight matrix is divided by a scale, so that its largest entry becomes the largest number that a
-byte can hold, and is then rounded. A weight is read as this number times the scale.
+A search only multiplies with the weights, so they may be rounded while it runs. Exports have the original weights
+wherever the repair did not fit new ones. Each row of a weight matrix is divided by a scale, so that its largest entry
+becomes the largest number that a byte can hold, and is then rounded. A weight is read as this number times the scale.
 
 - `int8` stores whole numbers from −127 to 127. Before a product, the weights of the kept elements of one block are
   converted back to the model's dtype (one matrix at a time for a dense layer). The product itself is an ordinary one.

@@ -1,6 +1,6 @@
 """Finds the files of a model, given as a hub name, a directory, a GGUF file, a directory with one, or `demo`.
 
-This is quick: of the files, only the index that lists the weight files is read.
+This is quick: the only file that is read is the index that lists the weight files.
 """
 
 from __future__ import annotations

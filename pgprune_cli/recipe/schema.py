@@ -123,8 +123,8 @@ class BudgetSettings:
 
     # The fraction of the `measure` to remove. 0.3 removes 30 % of the prunable parameters, FLOPs, KV cache or latency.
     sparsity: Fraction
-    # What `sparsity` is a fraction of. `active-parameters` are those that one token uses: in a mixture of experts, only
-    # as many experts as the router picks for a token count. Latency is measured on the device before the search.
+    # What `sparsity` is a fraction of. `active-parameters` are the parameters that one token uses: in a mixture of
+    # experts, those of as many experts as the router picks for it. Latency is measured on the device before the search.
     measure: Measure = "parameters"
     # Where the sparsity holds: over all units together, in each family, or in each layer of each family.
     scope: Literal["per-family", "global", "per-layer"] = "global"
@@ -216,11 +216,12 @@ class RepairSettings:
     epochs: Count = 3
     # How many of the last layers `sublayer` fits together in the end, to what the dense model predicts.
     last_layers: Natural = 1
-    # Windows of `calibration.seqlen` tokens that the repair is fitted to.
+    # Windows of `calibration.seqlen` tokens that the width table and the repair are fitted to.
     windows: Count = 384
     # Windows that the dense model writes itself and that the repair is fitted to in addition.
     sampled_windows: Natural = 0
-    # Regularisation, relative to the mean second moment. Higher values stay closer to the original weights.
+    # Regularisation of the width table and the repair, relative to the mean second moment. Higher values stay closer to
+    # the original weights.
     damping: Positive = 1e-3
 
     @property
@@ -302,8 +303,8 @@ class Recipe:
     # device has instructions for it and float32 if not. A run keeps the one that it began with.
     dtype: Literal["auto", "fastest", "float32", "float16", "bfloat16"] = "bfloat16"
     # How the weights of the decoder layers are stored during the search. `full` stores them in `dtype`. `int8` and
-    # `fp8` round them to one byte per weight, to save memory; `fp8` also multiplies in fp8. Exports always start from
-    # the original weights.
+    # `fp8` round them to one byte per weight, to save memory; `fp8` also multiplies in fp8. Exports have the original
+    # weights wherever the repair did not fit new ones.
     weight_format: Literal["full", "int8", "fp8"] = "full"
     # `auto`, `cpu`, `cuda`, `cuda:N`, or a list such as `cuda:0,cuda:1`, which spreads the layers over several GPUs.
     device: Annotated[str, _device] = "auto"

@@ -117,7 +117,7 @@ class LiveTeacher:
 def load_teacher(source: Source, device: str, *, beside_student: bool) -> nn.Module:
     """Load the dense model for forward passes, in bfloat16, or in float32 on a machine without instructions for it.
 
-    device: as in recipes; beside_student: of several GPUs, `auto` leaves the first one to the training.
+    device: as in recipes; beside_student: `auto` leaves the first of several GPUs to the training.
 
     Raises UserError if the weights or the device are not available.
     """

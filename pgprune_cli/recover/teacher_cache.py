@@ -1,6 +1,6 @@
 """The predictions of a dense model on disk, so that no recovery that trains towards them needs the model in memory.
 
-Of every position they hold the log-probabilities of the k most likely tokens in float16, and their ids in 16 bits if
+They hold the log-probabilities of the k most likely tokens at every position in float16, and their ids in 16 bits if
 the vocabulary has no more than 65,536 tokens, otherwise in 32. A shard is whole or absent and has a checksum, so
 writing resumes at the first missing one. The record says what the predictions depend on: the model, the text, k and the
 temperature. Recoveries that agree in these share a cache.

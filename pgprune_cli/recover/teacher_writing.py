@@ -98,7 +98,7 @@ class _Writer:
         if needed > free:
             raise RunError(
                 f"{self.folder}: the dense model's predictions need {needed / 1e9:,.2f} GB here, but only "
-                f"{free / 1e9:,.2f} GB are free. Free some space, set recover.top_k or recover.tokens lower, or choose "
+                f"{free / 1e9:,.2f} GB are free. Make room, set recover.top_k or recover.tokens lower, or choose "
                 "another directory with --teacher-cache."
             )
         write_record(self.folder / TEACHER_RECORD, record_of(self.key, None))

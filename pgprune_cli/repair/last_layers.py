@@ -63,7 +63,7 @@ def last_layers_batches(batches: Sequence[Tensor]) -> list[int]:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What the dense model predicts on the batches that the fit reads: of those that this process has.
+    """What the dense model predicts on this process's batches among those that the fit reads.
 
     states: its hidden states `(B, T, hidden)` behind the final norm by place in the own text, on the host; shards: of
     the windows in these batches.
@@ -74,7 +74,10 @@ class Predictions:
 
     @classmethod
     def of(cls, model: PrunableModel, batches: Sequence[Tensor], run: ShardedRun) -> Predictions:
-        """Run the dense model on some `batches` of the text of `run`, all of it. Processes share what all need."""
+        """Run the dense model on the batches that the fit reads.
+
+        batches: the whole text of `run`. Undivided processes share the passes.
+        """
         chosen, ranks = last_layers_batches(batches), run.shards.ranks
         places = shard_batches(len(batches), model.device)
         windows = tuple(sum(len(batches[index]) for index in chosen if index in part) for part in places)
@@ -117,7 +120,7 @@ def tokens_at_once(layers: int) -> int:
 def inputs_of_fit(run: ShardedRun, predicted: Predictions) -> Tensor:
     """Return what the fit reads of the hidden states of a run at its first layer: `(rows, T, hidden)`, on the host."""
     batches = run.hidden_states
-    if not predicted.states:  # of some texts, none of the own batches is read
+    if not predicted.states:  # this process may own no batch that the fit reads
         return batches[0][:0].cpu()
     return torch.cat([batches[place].cpu() for place in predicted.states])
 

@@ -1,4 +1,7 @@
-"""Closed-form repair: the kept columns of the output projections, refitted to the output of the whole block.
+"""The repair: each pruned block is refitted to the output of the whole block, behind the layers already repaired.
+
+The output projection is refitted in closed form (below). `repair.method: sublayer` then trains all kept weights of the
+block (`sublayer.py`), and in the end those of the last layers together (`last_layers.py`).
 
 With C = E[x xᵀ] the second moments of the output projection's inputs, collected behind the already pruned layers, and S
 the kept columns:   W_S ← (W C[:,S] + λ W_S) (C[S,S] + λ I)⁻¹.   This takes forward passes and one Cholesky factor per
@@ -73,7 +76,7 @@ def repair(
     progress: LayerProgress = NO_PROGRESS,
     note: Note = _no_note,
 ) -> Repaired:
-    """Repair the output projection of every block that loses units, from the first layer on.
+    """Repair every block that loses units, from the first layer on: its output projection, or all its kept weights.
 
     Each block is observed behind the already pruned and repaired ones, as it will run. Only `bias` observes the dense
     model, as FLAP does. The model is unchanged afterwards.
@@ -82,7 +85,7 @@ def repair(
         batches: tokens `(B, T)`.
         method: `least-squares`, `least-squares-bias`, `bias` or `sublayer`.
         damping: λ as a fraction of the mean of C's diagonal.
-        epochs: how many times `sublayer` reads the text of each block.
+        epochs: how many times `sublayer` reads the text of each block. 0 fits output projections only.
         last_layers: how many layers `sublayer` fits to the dense model's predictions in the end.
         reselect: keep as many units per block as `model_mask` does, but choose them again with `obs`.
         roots: what errors cost a choice, if that is known already.

@@ -1,4 +1,4 @@
-"""The AdamW of the repairs that train one block or one layer at a time."""
+"""The AdamW of both fits of the repair: of one block, and of the last layers together."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def refuse_full_disk(run: Path, layers: int, needed: int) -> None:
     if missing > free:
         raise RunError(
             f"{run / WIDTHS_FOLDER}: the width table needs {missing / 1e9:.1f} GB here while the search runs, but only "
-            f"{free / 1e9:.1f} GB are free. Free some space, or choose another directory with --out."
+            f"{free / 1e9:.1f} GB are free. Make room, or choose another directory with --out."
         )
 
 

@@ -1,1 +1,1 @@
-"""Metrics: one pure function per file, from the statistics of a block to a score per unit."""
+"""Metrics: pure functions from the statistics of a block to a score per element."""

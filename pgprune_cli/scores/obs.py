@@ -40,9 +40,10 @@ def obs(block: BlockStatistics) -> Tensor:
 
     The elements of a line are removed in greedy order. In a grid of several groups with several members, a step removes
     a whole group or one member of every group, whichever adds less error per parameter, and its elements have the same
-    error. Errors are relative to the residual stream, so that layers can be compared, and weighted by how much the loss
-    feels each direction (forward/curvature.py). The errors of experts are those within each expert, whose last element
-    has the error of the whole expert. NaN if the covariance is not finite. Raises ValueError without a covariance.
+    error. Errors are relative to the residual stream, so that layers can be compared, and weighted by how much an error
+    in each direction raises the loss (forward/curvature.py). The errors of experts are those within each expert, whose
+    last element has the error of the whole expert. NaN if the covariance is not finite. Raises ValueError without a
+    covariance.
     """
     if block.experts is not None:
         return expert_errors(block, block.experts)

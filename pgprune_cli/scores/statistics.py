@@ -230,10 +230,10 @@ def loss_gradients(
 ) -> dict[nn.Module, Tensor]:
     """Return ∂L/∂W of every prunable projection, where L is the mean next-token loss over `batches` of `(B, T)`.
 
-    This is the only backward pass of pgprune, and only the metric `taylor` needs it. Memory on top of the weights: as
-    much again for the gradients (13 GB for a 7B model in bfloat16; they are summed in the dtype of the weights), all
-    activations of one batch, and its logits and their gradient in float32. If that runs out, everything starts again
-    with smaller batches. The model is unchanged on every way out.
+    Apart from recovery, this is the only backward pass through the whole model, and only the metric `taylor` needs it.
+    Memory on top of the weights: as much again for the gradients (13 GB for a 7B model in bfloat16; they are summed in
+    the dtype of the weights), all activations of one batch, and its logits and their gradient in float32. If that runs
+    out, everything starts again with smaller batches. The model is unchanged on every way out.
     """
     linears = [linear for layer in model.layers for _, _, linear in model.family.linears(layer)]
     originals = [(linear.weight.requires_grad, linear.weight.grad) for linear in linears]

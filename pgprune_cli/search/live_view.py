@@ -1,6 +1,6 @@
 """The live view of a running search: losses as small curves, and what every layer keeps as a strip of bars.
 
-It is drawn from the history rows that the search writes anyway, a few times a second, however fast the steps are.
+It is drawn from the history rows that the search writes anyway, once per second, however fast the steps are.
 """
 
 from __future__ import annotations

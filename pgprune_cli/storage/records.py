@@ -62,7 +62,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read ({error}).") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, got a {type(value).__name__}.")
+        got = "nothing" if value is None else f"a {type(value).__name__}"
+        raise UserError(f"{path}: expected a JSON object, got {got}.")
     return value
 
 

@@ -447,7 +447,7 @@ def test_export_never_overwrites(pgprune) -> None:
         ),
         (
             OSError(errno.ENOSPC, "No space left on device", "runs/x"),
-            "pgprune: runs/x: No space left on device; make room, then run the same command again\n",
+            "pgprune: runs/x: No space left on device. Make room, then run the same command again.\n",
         ),
     ],
 )

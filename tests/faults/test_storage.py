@@ -14,10 +14,10 @@ import pytest
 from helpers.faults_bench import JOBS, contents_of
 
 ADVICE = {
-    "ENOSPC": "make room",
-    "EDQUOT": "make room",
-    "EROFS": "make it writable",
-    "EACCES": "make it writable",
+    "ENOSPC": "Make room",
+    "EDQUOT": "Make room",
+    "EROFS": "Make it writable",
+    "EACCES": "Make it writable",
     "EIO": "disk",
 }
 """What the message about an error tells the user to do."""

@@ -90,7 +90,7 @@ def test_missing_extras_are_listed_but_no_failure(monkeypatch) -> None:
 
 def test_a_full_or_read_only_disk_is_a_failure_and_read_only_caches_are_not(monkeypatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    assert all(finding.fails and finding.fix.startswith("Free some space") for finding in machine._disks())
+    assert all(finding.fails and finding.fix.startswith("Make room") for finding in machine._disks())
     monkeypatch.setattr(machine.os, "access", lambda *_: False)
     findings = list(machine._disks())
     assert [finding.status for finding in findings] == ["FAIL", "WARN", "WARN"]

@@ -253,7 +253,7 @@ def test_a_disk_that_fills_up_is_named_by_what_was_asked_for(format, run, pgprun
     monkeypatch.setattr("pgprune_cli.export.plan.Plan.tensors", tensors)
     code, _, err = pgprune("export", str(run), "--format", format, "--out", f"new.{format}", "-q")
     assert code == 1
-    room = "No space left on device; make room, then run the same command again"
+    room = "No space left on device. Make room, then run the same command again."
     assert err == f"pgprune: {Path('new').resolve()}.{format}: {room}\n"
 
 

@@ -100,7 +100,7 @@ def test_write_json_refuses_values_that_are_not_finite(tmp_path, value):
         (b'{"step": 1', "cannot be read"),
         (b'{"step": "\xff"}', "cannot be read"),
         (b"[1, 2]", "got a list"),
-        (b"null", "got a NoneType"),
+        (b"null", "got nothing"),
     ],
 )
 def test_read_json_refuses_a_damaged_file(tmp_path, content, fact):
