@@ -81,9 +81,9 @@ def stored_files(source: Source, model: nn.Module) -> list[StoredFile]:
                 continue
             name = name_of(stored)
             if (other := paths.setdefault(name, path)) != path or name in names:
-                where = f"in {path.name}" if other == path else f"in {other.name} and in {path.name}"
+                where = f" in {path.name}" if other == path else f", in {other.name} and in {path.name}"
                 raise UserError(
-                    f"{source.name}: holds the tensor {name} twice, {where}. Remove the one that is not the model's."
+                    f"{source.name}: holds the tensor {name} twice{where}. Remove the one that is not the model's."
                 )
             if tensor.dtype not in DTYPES:
                 raise UserError(

@@ -206,7 +206,7 @@ INCOMPLETE: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
     "a name twice": (
         "llama-mha",
         lambda tensors: tensors | {"embed_tokens.weight": tensors["model.embed_tokens.weight"] + 1},
-        "holds the tensor model.embed_tokens.weight twice",
+        "holds the tensor model.embed_tokens.weight twice in model.safetensors. ",
     ),
 }
 
@@ -239,6 +239,15 @@ def test_a_missing_shard_and_a_tensor_missing_in_all_shards_are_refused_before_t
     refused_everywhere(base, tmp_path, "model.norm.weight is missing")
     (base / "one.safetensors").unlink()
     refused_everywhere(base, tmp_path, "one.safetensors: missing")
+
+
+def test_a_tensor_in_two_files_is_refused_with_the_names_of_both(bases: Callable[[str], Path], tmp_path: Path) -> None:
+    name = "layers.3.mlp.up_proj.weight"  # sorted by name, it is in another shard than its double
+    full = f"model.{name}"
+    base = rewrite(bases("llama-mha"), tmp_path / "base", lambda tensors: tensors | {name: tensors[full].clone()})
+    refused_everywhere(
+        save_shards(base), tmp_path, f"holds the tensor {full} twice, in ", "two.safetensors", "one.safetensors"
+    )
 
 
 def test_pickled_weights_are_refused_before_the_search(bases: Callable[[str], Path], tmp_path: Path) -> None:
