@@ -13,8 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from pgprune_cli.forward.masked import LOGIT_ROWS, SOFTMAX_ROWS, last_hidden_states
-from pgprune_cli.forward.masked import residual_streams as residual_streams  # the trainer imports it from here
+from pgprune_cli.forward.masked import LOGIT_ROWS, SOFTMAX_ROWS, last_hidden_states, residual_streams
 from pgprune_cli.model.devices import fastest_dtype
 from pgprune_cli.model.families import find_family
 from pgprune_cli.model.loading import load_model

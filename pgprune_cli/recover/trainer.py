@@ -16,13 +16,14 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from pgprune_cli.distributed import Ranks
 from pgprune_cli.errors import RunError, in_short
+from pgprune_cli.forward.masked import residual_streams
 from pgprune_cli.model.devices import memory_in_use
 from pgprune_cli.recipe.schema import RecoverSettings
 from pgprune_cli.recover.checkpoints import TRAINED, TrainingCheckpoint, finish, is_finished
 from pgprune_cli.recover.loss import divergences, hidden_errors, text_losses
 from pgprune_cli.recover.schedule import Schedule, WindowOrder, heldout_batch
 from pgprune_cli.recover.student import trained_parameters
-from pgprune_cli.recover.teacher import Targets, Teacher, residual_streams
+from pgprune_cli.recover.teacher import Targets, Teacher
 from pgprune_cli.recover.texts import RecoveryText
 from pgprune_cli.run.layout import training_checkpoint_folder
 from pgprune_cli.run.training_history import TrainingHistory, TrainingRow
