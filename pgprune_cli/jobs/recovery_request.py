@@ -49,9 +49,12 @@ IRRELEVANT = ("recover.corpus", "recover.checkpoint_every", "recover.gradient_ch
 
 @dataclass(frozen=True)
 class Request:
-    """What to recover. model: a directory that `pgprune export` wrote; out: the new path; run: the run directory;
-    recipe: its settings; teacher: the dense model, if not the one that the student was pruned from; teacher_cache: a directory of
-    cached predictions that many students share; format: of the result."""
+    """What to recover.
+
+    model: a directory that `pgprune export` wrote; out: the new path; run: the run directory; recipe: its settings;
+    teacher: the dense model, if not the one that the student was pruned from; teacher_cache: a directory of cached
+    predictions that many students share; format: of the result.
+    """
 
     model: str
     out: Path
