@@ -160,7 +160,7 @@ def _course(run: Run, family: str) -> Chart:
         {
             "forward_passes": forward_passes,
             "layer": layer,
-            "value": round(kept / count, 4),
+            "value": round(kept / count, 4) if count else 0.0,  # the model may lack the block in this layer
             "kept": f"{kept} of {count}",
         }
         for row, forward_passes in zip(run.rows, run.forward_passes, strict=True)

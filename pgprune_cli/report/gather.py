@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from pgprune_cli.console.commands import command_line
+from pgprune_cli.core.families import BLOCKS_OF, WHOLE_FAMILIES
 from pgprune_cli.core.units import SearchState
 from pgprune_cli.core.widths import WidthState
 from pgprune_cli.errors import UserError
@@ -41,9 +42,9 @@ GROUP = {"attention": "KV head"}
 class Run:
     """The content of a run directory.
 
-    elements: how many query heads or channels every layer of the dense model has, by family of the recipe, 1 for a
-    family that removes whole blocks; units: how many units a unit search has; state: of the last checkpoint; decision:
-    without its repair.
+    elements: how many query heads or channels every layer of the dense model has, by family of the recipe; for a family
+    that removes whole blocks 1, or 0 where the layer has no such block; units: how many units a unit search has;
+    state: of the last checkpoint; decision: without its repair.
     """
 
     name: str
@@ -135,23 +136,27 @@ def read_run(directory: Path, name: str) -> Run:
     decision = Decision.load(directory, with_repair=False) if (directory / DECISION_RECORD).exists() else None
     checkpoint = latest_checkpoint(directory)
     scores, families = Scores.load(directory), recipe.units.families
-    layers = range(len(scores.units["attention"]))
+    elements = {name: _elements(scores, name) for name in families}
     return Run(
         name=name,
         directory=directory,
         recipe=recipe,
         recipe_text=read_text(path),
         rows=read_history(directory),
-        elements={
-            name: [len(scores.tensors[f"layers.{i}.{name}"]) if name in ELEMENT else 1 for i in layers]
-            for name in families
-        },
-        units={name: scores.units.get(name, [1] * len(layers)) for name in families},
+        elements=elements,
+        units={name: scores.units.get(name, elements[name]) for name in families},
         state=None if checkpoint is None else checkpoint.state,
         decision=decision,
         measured=read_measured(directory),
         provenance=required_provenance(directory),
     )
+
+
+def _elements(scores: Scores, family: str) -> list[int]:
+    """Return how many elements every layer has, for a family that removes whole blocks 1 where there is any."""
+    layers = range(len(scores.units["attention"]))
+    counts = [sum(len(scores.tensors[f"layers.{layer}.{block}"]) for block in BLOCKS_OF[family]) for layer in layers]
+    return [min(count, 1) for count in counts] if family in WHOLE_FAMILIES else counts
 
 
 def _can_remove_from(block: str, families: dict[str, list[int]]) -> bool:
@@ -190,9 +195,15 @@ def unit_name(run: Run, family: str) -> str:
 
 
 def _cells(unit: str, layers: Sequence[Tensor]) -> Iterator[dict[str, Any]]:
-    """Yield a cell for each run of units: the `first` unit, the mean `value`, and a label of the `units`."""
+    """Yield a cell for each run of units: the `first` unit, the mean `value`, and a label of the `units`.
+
+    A layer that lacks the block, because it was lost in an earlier pruning, has one cell of the value 0.
+    """
     length = -(-max(len(values) for values in layers) // MAX_CELLS)
     for layer, values in enumerate(layers):
+        if not len(values):
+            yield {"layer": layer, "first": 0, "units": "none in this layer", "value": 0.0}
+            continue
         for number, part in enumerate(values.split(length)):
             first = number * length
             last = first + len(part) - 1

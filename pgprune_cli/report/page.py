@@ -53,7 +53,7 @@ def _figures(run: Run | Recovery, prefix: str) -> Iterator[Figure]:
 def _figures_as_json(figures: Sequence[Figure]) -> str:
     """Return the specifications as JSON that can stand inside a <script>."""
     specs: dict[str, Any] = {figure.id: figure.spec for figure in figures}
-    return json.dumps(specs, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
+    return json.dumps(specs, ensure_ascii=False, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _asset(name: str) -> str:

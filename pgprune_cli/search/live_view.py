@@ -80,8 +80,11 @@ class LiveView:
         table.add_row("held-out", _nats(self.heldout), curve(self.heldout, width))
         for family, kept in (self.kept or {}).items():
             counts = self.units[family]
-            fractions = [layer_kept / count for layer_kept, count in zip(kept, counts, strict=True)]
-            table.add_row(family, f"{sum(kept) / sum(counts):.0%}", strip(fractions, width))
+            fractions = [
+                layer_kept / count if count else 0.0  # a layer may have lost the block in an earlier pruning
+                for layer_kept, count in zip(kept, counts, strict=True)
+            ]
+            table.add_row(family, f"{sum(kept) / max(sum(counts), 1):.0%}", strip(fractions, width))
         yield table
         yield Text(self._numbers(), style="dim")
 

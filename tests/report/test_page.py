@@ -11,13 +11,18 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from helpers.exports import export
+from helpers.masks import keep_first
 from helpers.recoveries import write_run
 
 pytest.importorskip("altair", reason="pgprune[report] is not installed")
 pytest.importorskip("vl_convert", reason="pgprune[report] is not installed")
 
+from pgprune_cli.jobs.search import search
+from pgprune_cli.model.loading import load_prunable
+from pgprune_cli.model.source import DEMO_MODEL, resolve
 from pgprune_cli.report.figures import figures_of
-from pgprune_cli.report.gather import read_run, read_runs
+from pgprune_cli.report.gather import kept_cells, read_run, read_runs, theta_cells
 from pgprune_cli.report.page import page
 
 CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
@@ -94,6 +99,35 @@ def test_a_run_whose_perplexity_exceeds_every_number_has_a_page(finished) -> Non
     assert "Infinity" not in specs
     assert '"loss":900.0,"perplexity":"∞"' in specs
     assert "pareto-1" not in json.loads(specs)  # the held-out perplexities: only one is a number
+
+
+@pytest.fixture(scope="module")
+def lacks_blocks(tmp_path_factory) -> Path:
+    """The demo model, pruned: without the attention of its first layer and the FFN of its second."""
+    pruned = tmp_path_factory.mktemp("pruned") / "model"
+    model = load_prunable(resolve(str(DEMO_MODEL)), "float32", "cpu").module
+    export(DEMO_MODEL, pruned, keep_first(model, [(0, 384), (4, 0), *[(4, 384)] * 4]))
+    return pruned
+
+
+@pytest.mark.parametrize("families", ["[attention, ffn]", "[attention-block, ffn-block]"])
+def test_a_search_of_a_model_whose_layers_lack_blocks_has_a_page(families, lacks_blocks, small, tmp_path) -> None:
+    search(small(f"model={lacks_blocks}", f"units.families={families}"), tmp_path / "run")
+    run = read_run(tmp_path / "run", "it")
+    attention, ffn = run.units.values()
+    assert attention[0] == ffn[1] == 0 and all(attention[1:]) and sum(attention) + sum(ffn) == len(run.state.theta)
+    for cells in (theta_cells(run), kept_cells(run)):
+        empty = [[cell["layer"] for cell in row if cell["units"] == "none in this layer"] for row in cells.values()]
+        assert empty == [[0], [1]]
+    figures = json.loads(next(script for script in Parts(page([run])).scripts if script.startswith("{")))
+    assert {f"run-0-{kind}-{family}" for kind in ("theta", "course") for family in run.units} < set(figures)
+
+
+def test_a_number_that_json_cannot_hold_never_gets_into_a_page(finished) -> None:
+    run = read_run(finished["units"], "it")
+    run.state.theta[0] = float("nan")
+    with pytest.raises(ValueError, match="JSON compliant"):
+        page([run])
 
 
 def test_text_from_a_run_is_escaped(finished, tmp_path) -> None:

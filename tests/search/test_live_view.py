@@ -67,6 +67,12 @@ def test_the_view_says_how_much_of_every_family_stays_where() -> None:
     assert lines[5].rstrip() == numbers
 
 
+def test_a_layer_that_lacks_a_block_keeps_nothing_of_it() -> None:
+    view = LiveView(10, {"attention": [0, 4], "ffn": [0, 0]}, "50% of parameters go")
+    view.add(row(1, {"attention": [0, 2], "ffn": [0, 0]}))
+    assert [line.split() for line in plain(view)[3:5]] == [["attention", "50%", "▁▅"], ["ffn", "0%", "▁▁"]]
+
+
 def test_the_view_goes_on_where_the_search_does() -> None:
     view = LiveView(10, UNITS, "50% of parameters go", [row(step) for step in (1, 2, 3)])
     assert "3/10" in plain(view)[0]
