@@ -14,6 +14,7 @@ from pgprune_cli import __version__
 from pgprune_cli.console.commands import command_line
 from pgprune_cli.errors import UserError
 from pgprune_cli.run.layout import PROVENANCE_FILE
+from pgprune_cli.storage.rows import append_line
 
 PACKAGES = ("torch", "transformers", "safetensors", "datasets", "accelerate", "lm_eval")
 """The packages whose version can change a result."""
@@ -24,9 +25,11 @@ KEYS = {"command": str, "began": str, "versions": dict, "machine": dict}
 
 
 def record_command(run: Path) -> None:
-    """Append this process to the provenance: its command line, versions, machine, and when it `began` (UTC)."""
-    with (run / PROVENANCE_FILE).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(_this_process()) + "\n")
+    """Append this process to the provenance: its command line, versions, machine, and when it `began` (UTC).
+
+    Raises OSError.
+    """
+    append_line(run / PROVENANCE_FILE, json.dumps(_this_process()))
 
 
 def read_provenance(run: Path) -> list[dict[str, Any]]:

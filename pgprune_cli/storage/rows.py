@@ -58,6 +58,21 @@ class RowFile:
             return Written(self.file.tell(), self.digest.hexdigest())
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file, which may be new, and sync both it and its folder to disk. Raises OSError.
+
+    If a crash or a full disk cut the last line short, it is ended first: otherwise both lines could not be read.
+    """
+    with _naming(str(path)), path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        file.write(f"{line}\n".encode())
+        file.flush()
+        os.fsync(file.fileno())
+        sync_directory(path.parent)
+
+
 def refuse_other_rows(path: Path, written: Written) -> None:
     """Raise UserError if a history does not start with what was written before a checkpoint."""
     content = path.read_bytes() if path.exists() else b""
