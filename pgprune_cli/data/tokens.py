@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from pgprune_cli.data.bos import adds_bos
 from pgprune_cli.data.corpora import Purpose, documents, text_identity
 from pgprune_cli.errors import UserError, in_short
 from pgprune_cli.storage.atomic import write_bytes
+from pgprune_cli.storage.paths import cache_directory
 from pgprune_cli.storage.records import CHECKSUM, metadata, read_tensors
 
 READERS = 2
@@ -32,13 +32,6 @@ PROBE = (
 
 SEPARATOR = "<|endoftext|>"
 """What many models were trained to begin a document behind, even if chats begin with another token."""
-
-
-def cache_directory() -> Path:
-    """Return where token streams are cached: $PGPRUNE_CACHE, or else pgprune/ in the user's cache directory."""
-    if own := os.environ.get("PGPRUNE_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pgprune"
 
 
 def tokens_of(

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from pgprune_cli.errors import UserError
 from pgprune_cli.jobs.machine import Finding, finding, free_memory, gigabytes, machine_findings
 from pgprune_cli.model.safety import ADAPTER, MERGE
+from pgprune_cli.run.layout import runs_folder
 
 if TYPE_CHECKING:
     from pgprune_cli.data.corpora import Purpose
@@ -31,10 +32,12 @@ HUB_TIMEOUT = 10
 def doctor(recipe: Recipe | None = None, run: Path | None = None) -> list[Finding]:
     """Check the machine and, if a recipe is given, whether a search with it could begin here.
 
-    run: the run directory of the search.
+    run: the run directory of the search. Without a torch that works, only the machine is checked.
     """
-    findings = machine_findings()
-    return [*findings, *_recipe(recipe, run)] if recipe else findings
+    downloads = recipe is not None and _must_be_downloaded(recipe.model)
+    findings = machine_findings(run or runs_folder(), downloads)
+    torch_fails = any(found.fails for found in findings if found.name == "torch")
+    return findings if recipe is None or torch_fails else [*findings, *_recipe(recipe, run)]
 
 
 def _recipe(recipe: Recipe, run: Path | None) -> Iterator[Finding]:

@@ -1,6 +1,7 @@
 """Check the machine for `pgprune doctor`: Python, packages, devices, memory, disks and access to the hub.
 
-Imports stay inside the functions, so that a broken package is reported as a finding instead of crashing the command.
+Packages are imported inside the functions, so that a broken one is reported as a finding instead of crashing the
+command.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
+
+from pgprune_cli.storage.paths import cache_directory
 
 Status = Literal["OK", "WARN", "FAIL"]
 
@@ -52,9 +55,12 @@ def finding(name: str, state: str, fix: str = "") -> Finding:
     return Finding(name, "FAIL" if fix else "OK", state, fix)
 
 
-def machine_findings() -> list[Finding]:
-    """Check everything that does not depend on a recipe."""
-    return [_python(), *_packages(), *_torch(), *_disks(), _hub()]
+def machine_findings(run: Path, downloads: bool = False) -> list[Finding]:
+    """Check everything that does not depend on a recipe's settings.
+
+    run: the run directory, or where there will be one; downloads: whether the model must be downloaded.
+    """
+    return [_python(), *_packages(), *_torch(), *_disks(run, downloads), _hub()]
 
 
 def _python() -> Finding:
@@ -124,24 +130,26 @@ def _torch() -> Iterator[Finding]:
     yield finding("memory", f"{gigabytes(free_memory('cpu'))} free")
 
 
-def _disks() -> Iterator[Finding]:
+def _disks(run: Path, downloads: bool) -> Iterator[Finding]:
+    """Check the disk of the run directory, and those of the caches, which a search can do without."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from pgprune_cli.data.tokens import cache_directory
-
-    runs, caches = Path.cwd(), {"the hub cache": Path(HF_HUB_CACHE), "tokens": cache_directory()}
-    for content, directory in {"runs and models": runs, **caches}.items():
+    hub, tokens = Path(HF_HUB_CACHE), cache_directory()
+    elsewhere = "Set HF_HOME or PGPRUNE_CACHE to another directory."
+    for content, directory, needed, advice in (
+        ("runs", run, True, "Choose another directory with --out, or set PGPRUNE_RUNS."),
+        ("the hub cache", hub, downloads, elsewhere),
+        ("tokens", tokens, False, elsewhere),
+    ):
         existing = next(folder for folder in (directory, *directory.absolute().parents) if folder.exists())
         free = shutil.disk_usage(existing).free
+        fix = ""
+        if not os.access(existing, os.W_OK):
+            fix = f"{existing} is not writable. {advice}"
+        elif free < MIN_FREE_DISK:
+            fix = f"Make room on the disk that holds {existing}."
         state = f"{gigabytes(free)} free for {content} ({directory})"
-        if os.access(existing, os.W_OK):
-            fix = f"Make room on the disk that holds {existing}." if free < MIN_FREE_DISK else ""
-            yield finding("disk", state, fix)
-        elif directory == runs:
-            yield finding("disk", state, f"{existing} is not writable. Work in another directory.")
-        else:  # a search reads what is there, and keeps nothing new
-            fix = f"{existing} is not writable. To keep new files, set HF_HOME or PGPRUNE_CACHE."
-            yield Finding("disk", "WARN", state, fix)
+        yield finding("disk", state, fix) if needed or not fix else Finding("disk", "WARN", state, fix)
 
 
 def _hub() -> Finding:

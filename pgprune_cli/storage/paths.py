@@ -1,7 +1,8 @@
-"""Paths as people write them."""
+"""Paths as people write them, and where caches are. It imports nothing heavy."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 
@@ -11,3 +12,10 @@ def expanded(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         return Path(path)
+
+
+def cache_directory() -> Path:
+    """Return where token streams are cached: $PGPRUNE_CACHE, or else pgprune/ in the user's cache directory."""
+    if own := os.environ.get("PGPRUNE_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pgprune"

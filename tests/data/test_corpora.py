@@ -14,7 +14,8 @@ from pyarrow import parquet
 
 from pgprune_cli.data import corpora
 from pgprune_cli.data.corpora import NAMED, Purpose
-from pgprune_cli.data.tokens import cache_directory, tokens_of
+from pgprune_cli.data.tokens import tokens_of
+from pgprune_cli.storage.paths import cache_directory
 
 # --- local files
 

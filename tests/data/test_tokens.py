@@ -16,7 +16,8 @@ from tokenizers.models import BPE, WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import pgprune_cli.demo
-from pgprune_cli.data.tokens import cache_directory, check_vocabulary, tokens_of
+from pgprune_cli.data.tokens import check_vocabulary, tokens_of
+from pgprune_cli.storage.paths import cache_directory
 
 
 def test_a_text_is_tokenized_once_even_if_its_file_is_renamed(tokenizer: Any) -> None:

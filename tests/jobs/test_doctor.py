@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -88,13 +90,50 @@ def test_missing_extras_are_listed_but_no_failure(monkeypatch) -> None:
     assert missing == "vllm (pip install 'pgprune[vllm]')"
 
 
-def test_a_full_or_read_only_disk_is_a_failure_and_read_only_caches_are_not(monkeypatch) -> None:
+@pytest.mark.parametrize(("free", "writable", "fact"), [(10, True, "Make room"), (10**12, False, "not writable")])
+def test_a_bad_disk_is_a_failure_only_if_the_search_needs_it(free, writable, fact, monkeypatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(machine.os, "access", lambda *_: writable)
+    for downloads, expected in ((False, ["FAIL", "WARN", "WARN"]), (True, ["FAIL", "FAIL", "WARN"])):
+        findings = list(machine._disks(Path("runs"), downloads))
+        assert [finding.status for finding in findings] == expected
+        assert all(fact in finding.fix for finding in findings)
+
+
+def disks(findings: Sequence[Finding]) -> dict[str, Finding]:
+    """Return the findings about disks by what is on them."""
+    found = [finding for finding in findings if finding.name == "disk"]
+    return {finding.state.partition(" free for ")[2].partition(" (")[0]: finding for finding in found}
+
+
+def test_the_disk_of_the_run_directory_is_checked(small, monkeypatch, tmp_path) -> None:
+    full = tmp_path / "full"
+    full.mkdir()
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 if path == full else 10**12))
+    assert problems(disks(doctor()).values()) == []
+    assert disks(doctor(small(), full / "run"))["runs"].fails
+    monkeypatch.setenv("PGPRUNE_RUNS", str(full / "runs"))
+    assert disks(doctor())["runs"].fails
+
+
+def test_a_full_hub_cache_is_a_failure_only_for_a_model_that_is_not_here(small, monkeypatch) -> None:
+    simulate_hub(monkeypatch)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
-    assert all(finding.fails and finding.fix.startswith("Make room") for finding in machine._disks())
-    monkeypatch.setattr(machine.os, "access", lambda *_: False)
-    findings = list(machine._disks())
-    assert [finding.status for finding in findings] == ["FAIL", "WARN", "WARN"]
-    assert all("not writable" in finding.fix for finding in findings)
+    assert disks(doctor(small()))["the hub cache"].status == "WARN"
+    assert disks(doctor(hub_recipe(small)))["the hub cache"].fails
+
+
+def test_a_torch_that_cannot_be_imported_is_a_finding() -> None:
+    """In a process of its own, because this one has imported torch."""
+    code = "import sys\nsys.modules['torch'] = None\nfrom pgprune_cli.cli.program import main\nmain()"
+    for arguments in (["doctor"], ["doctor", "demo"]):
+        ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+        assert (ended.returncode, ended.stderr) == (1, "")
+        assert (
+            "FAIL torch     cannot be imported" in ended.stdout
+            and "pip install --force-reinstall torch" in ended.stdout
+        )
+        assert "OK   hub" in ended.stdout and "text" not in ended.stdout.split()
 
 
 @pytest.mark.parametrize(("cuda", "fact"), [(None, "built without CUDA"), ("13.0", "too old")])
