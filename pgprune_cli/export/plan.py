@@ -223,5 +223,5 @@ def check_space(out: Path, required: int) -> None:
     if free < required:
         raise RunError(
             f"{out}: needs about {required / 1e6:,.0f} MB of disk, but only {free / 1e6:,.0f} MB are free. "
-            "Make room or choose another disk with --out."
+            "Make room, or write to another disk."
         )

@@ -1,15 +1,22 @@
 """Converting pickled checkpoints to safetensors keeps the weights and runs no code in the pickles."""
 
+import errno
 import json
+import resource
+import shutil
 import tomllib
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from helpers.messages import refused
 from helpers.models import tiny_model
 from packaging.requirements import Requirement
+from safetensors.torch import load_file
 
+from pgprune_cli.errors import RunError
 from pgprune_cli.jobs.convert import convert
 from pgprune_cli.model.loading import load_model
 from pgprune_cli.model.source import CONVERTED, INDEX, resolve
@@ -22,12 +29,18 @@ PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text
 def test_a_converted_checkpoint_has_the_same_weights(files: int, tmp_path: Path) -> None:
     model, old = tiny_model("llama-gqa"), tmp_path / "old"
     model.config.save_pretrained(old)
+    beside = {name: f"the {name}" for name in ("tokenizer.model", "LICENSE", "chat_template.jinja")}
+    for name, content in {**beside, "training_args.bin": "of no use"}.items():
+        (old / name).write_text(content)
     state = list(model.state_dict().items())  # the tied head and embedding share memory
     names = ["pytorch_model.bin"] if files == 1 else [f"pytorch_model-{i}-of-{files}.bin" for i in range(files)]
     for index, name in enumerate(names):
         torch.save(dict(state[index::files]), old / name)
     written = convert(str(old), tmp_path / "new")
     assert len(written) == files
+    for name, content in beside.items():
+        assert (tmp_path / "new" / name).read_text() == content
+    assert not (tmp_path / "new" / "training_args.bin").exists()
     assert {path.name for path in written} <= {path.name for path in (tmp_path / "new").iterdir()}
     loaded = load_model(resolve(str(tmp_path / "new")), "auto", "cpu")
     for name, tensor in state:
@@ -58,6 +71,64 @@ def test_a_pickle_of_other_values_than_tensors_is_refused(content: object, tmp_p
     with refused(str(old / "pytorch_model.bin"), next(iter(content)) if isinstance(content, dict) else "Tensor"):
         convert(str(old), tmp_path / "new")
     assert {path.name for path in tmp_path.iterdir()} == {"old"}
+
+
+def test_integers_masks_and_parameters_are_converted(tmp_path: Path) -> None:
+    tensors = {"ids": torch.arange(5), "mask": torch.ones(2, 3).tril().bool(), "scale": torch.tensor(2.5)}
+    (tmp_path / "old").mkdir()
+    torch.save({**tensors, "weight": torch.nn.Parameter(torch.ones(3))}, tmp_path / "old" / "pytorch_model.bin")
+    (file,) = convert(str(tmp_path / "old"), tmp_path / "new")
+    stored = load_file(file)
+    assert all(torch.equal(stored[name], tensor) for name, tensor in tensors.items())
+    assert torch.equal(stored["weight"], torch.ones(3))
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(2, dtype=torch.complex64), torch.eye(2).to_sparse()])
+def test_a_tensor_that_safetensors_cannot_hold_is_refused(tensor: torch.Tensor, tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    torch.save({"odd": tensor}, tmp_path / "old" / "pytorch_model.bin")
+    with refused("pytorch_model.bin", "odd"):
+        convert(str(tmp_path / "old"), tmp_path / "new")
+
+
+def pickled_in_three(folder: Path) -> None:
+    """Write three pickles of two tensors each."""
+    folder.mkdir()
+    for number in range(3):
+        tensors = {f"{number}.{part}": torch.ones(500) for part in "ab"}
+        torch.save(tensors, folder / f"pytorch_model-{number}.bin")
+
+
+def test_a_full_disk_is_refused_before_the_conversion_or_is_an_error_that_names_it(tmp_path: Path, monkeypatch) -> None:
+    pickled_in_three(tmp_path / "old")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10))
+        with refused(str(tmp_path / "new"), "of disk", error=RunError):
+            convert(str(tmp_path / "old"), tmp_path / "new")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(OSError) as failed:
+            convert(str(tmp_path / "old"), tmp_path / "new")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (failed.value.errno, failed.value.filename) == (errno.EFBIG, str(tmp_path / "new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_a_file_is_no_longer_in_memory_when_the_next_one_is_read(tmp_path: Path, monkeypatch) -> None:
+    pickled_in_three(tmp_path / "old")
+    load, read = torch.load, []
+
+    def watched(*arguments: object, **options: object) -> dict[str, torch.Tensor]:
+        assert [tensor for tensor in read if tensor() is not None] == []
+        state = load(*arguments, **options)
+        read.extend(map(weakref.ref, state.values()))
+        return state
+
+    monkeypatch.setattr(torch, "load", watched)
+    assert len(convert(str(tmp_path / "old"), tmp_path / "new")) == 3
+    assert len(read) == 6
 
 
 def test_a_foreign_index_does_not_replace_the_one_of_the_new_files(tmp_path: Path) -> None:
