@@ -100,6 +100,16 @@ def refuse_other_recipe(run: Path, recipe: Recipe, *, same_model: bool = False) 
         _refuse_changes(run, before, recipe)
 
 
+def refuse_to_replace_scores(run: Path, recipe: Recipe) -> None:
+    """Raise UserError if a search has begun in the directory, and the scores of this recipe would not be its own."""
+    refuse_other_recipe(run, recipe)
+    if (run / DECISION_RECORD).exists() and not (run / RECIPE_FILE).exists():
+        decision = Decision.load(run, with_repair=False)
+        if names := _changed({"model": decision.model}, {"model": recipe.model}):
+            raise _other_recipe(run, names)
+        _refuse_changes(run, parse(decision.recipe, f"{run / DECISION_RECORD}: its recipe"), recipe)
+
+
 def _refuse_changes(run: Path, before: Recipe, now: Recipe) -> None:
     if changed := _changed(_deciding(before), _deciding(now)):
         raise _other_recipe(run, changed)

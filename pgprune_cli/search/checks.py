@@ -27,7 +27,7 @@ from pgprune_cli.model.weights import NO_ACCELERATE
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.run.layout import SCORES_FILE
 from pgprune_cli.run.lock import refuse_unusable
-from pgprune_cli.run.resume import refuse_other_recipe
+from pgprune_cli.run.resume import refuse_other_recipe, refuse_to_replace_scores
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.run.settled import with_metric_of_scores
 from pgprune_cli.scores.metrics import CALIBRATED
@@ -88,6 +88,12 @@ def _run(preparation: Preparation) -> str:
     scored = (run / SCORES_FILE).exists()  # then another check compares the model with that of the scores
     refuse_other_recipe(run, with_metric_of_scores(recipe, run), same_model=scored)
     return f"{run} belongs to this recipe"
+
+
+def _run_to_score(preparation: Preparation) -> str:
+    if preparation.run is not None:
+        refuse_to_replace_scores(preparation.run, preparation.recipe)
+    return f"{preparation.run} has no scores that a search of another recipe needs"
 
 
 def _model(preparation: Preparation) -> str:
@@ -186,4 +192,7 @@ CHECKS: tuple[Check, ...] = (
 """The checks in the order in which a search makes them, the quick ones first."""
 
 ESTIMATE_CHECKS = tuple(check for check in CHECKS if check.estimate)
-SCORING_CHECKS = tuple(check for check in CHECKS if check.scoring)
+SCORING_CHECKS = (
+    Check("run", _run_to_score, "machine", _run_directory),
+    *(check for check in CHECKS if check.scoring),
+)

@@ -9,10 +9,11 @@ from safetensors.torch import save_file
 
 from pgprune_cli.errors import RunError, UserError
 from pgprune_cli.jobs.init_scores import init_scores
+from pgprune_cli.jobs.search import search
 from pgprune_cli.model.loading import load_model
 from pgprune_cli.model.source import resolve
 from pgprune_cli.run import scores
-from pgprune_cli.run.layout import PROVENANCE_FILE, SCORES_FILE
+from pgprune_cli.run.layout import DECISION_RECORD, PROVENANCE_FILE, RECIPE_FILE, SCORES_FILE
 from pgprune_cli.run.provenance import read_provenance
 from pgprune_cli.run.scores import Scores
 from pgprune_cli.scores.metrics import METRICS
@@ -91,6 +92,25 @@ def test_scoring_again_replaces_the_scores(small, tmp_path) -> None:
     assert Scores.load(tmp_path).metric == "uniform"
     assert {path.name for path in tmp_path.iterdir()} == {SCORES_FILE, PROVENANCE_FILE}
     assert len(read_provenance(tmp_path)) == 2
+
+
+def test_the_scores_of_a_search_are_not_replaced_by_others(small, tmp_path) -> None:
+    recipe, run = small("search.forward_passes=2", "scores.metric=magnitude"), tmp_path / "run"
+    search(recipe, run)
+    before = (run / SCORES_FILE).read_bytes()
+    others = {"scores.metric=uniform": "scores.metric: magnitude → uniform", "seed=7": "seed: 0 → 7"}
+    for started in (RECIPE_FILE, DECISION_RECORD):  # both are there, then only the decision
+        for override, change in others.items():
+            with refused(str(run), change, "--out"):
+                init_scores(small("search.forward_passes=2", "scores.metric=magnitude", override), run)
+        assert (run / SCORES_FILE).read_bytes() == before
+        (run / SCORES_FILE).write_bytes(before[:-1])
+        init_scores(recipe, run)
+        assert (run / SCORES_FILE).read_bytes() == before
+        if started == RECIPE_FILE:
+            (run / RECIPE_FILE).unlink()
+    (run / DECISION_RECORD).rename(run / "aside")
+    init_scores(small("scores.metric=uniform"), run)
 
 
 def test_truncated_scores_are_refused(small, tmp_path) -> None:
