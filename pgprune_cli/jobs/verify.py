@@ -90,6 +90,8 @@ def verify(path: Path) -> Verdict:
     path = expanded(path)
     if path.name in (CHECKPOINT_RECORD, CHECKPOINT_TENSORS):
         path = path.parent
+    if path.name in ("", ".."):  # "." has no name, and a checkpoint is known by its own
+        path = path.resolve()
     for kind in KINDS:
         if kind.matches(path):
             return Verdict(str(path), kind.name, kind.parts(path), list(_faults(kind.check, path)))

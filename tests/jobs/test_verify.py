@@ -105,10 +105,14 @@ def test_a_part_of_a_run_can_be_verified_alone(part: str, run: Path) -> None:
     assert faults(run / part) == []
 
 
-def test_a_checkpoint_can_be_verified_alone(run: Path) -> None:
+def test_a_checkpoint_can_be_verified_alone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     newest = max((run / "checkpoints").iterdir())
     assert verify(newest).kind == verify(newest / "state.json").kind == "checkpoint"
     assert faults(newest) == []
+    (newest / "folder").mkdir()
+    for directory, path in ((newest, "."), (newest, "state.json"), (newest / "folder", "..")):
+        monkeypatch.chdir(directory)
+        assert (verify(Path(path)).kind, faults(Path(path))) == ("checkpoint", [])
     flip(newest / "state.safetensors")
     (fault,) = faults(newest)
     assert fault.startswith(f"{newest}: ")
@@ -398,7 +402,7 @@ def test_a_checkpoint_with_other_tensors_is_found(run: Path) -> None:
     assert [newest.name in line for line in faults(run)] == [True]
 
 
-def test_recovery_is_verified_with_its_history_and_checkpoints(tmp_path: Path) -> None:
+def test_recovery_is_verified_with_its_history_and_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "run"
     write_run(run, 10, finished=True)
     verdict = verify(run)
@@ -411,6 +415,8 @@ def test_recovery_is_verified_with_its_history_and_checkpoints(tmp_path: Path) -
         finish(TrainingCheckpoint(folder, 0.75, 20.0, history.flush()))
     assert verify(run).faults == []
     assert verify(folder).kind == "checkpoint of a recovery"
+    monkeypatch.chdir(folder)
+    assert (verify(Path()).kind, verify(Path()).faults) == ("checkpoint of a recovery", [])
     (folder / "model.safetensors").write_bytes(b"others")
     (run / "training.jsonl").write_text('{"step": 0}\n')
     (run / "training.json").write_text("{}")
