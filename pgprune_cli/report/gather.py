@@ -134,7 +134,6 @@ def read_run(directory: Path, name: str) -> Run:
         raise UserError(f"{path}: no such file, so no search was started here. Start one: pgprune search RECIPE")
     recipe = load(path)
     decision = Decision.load(directory, with_repair=False) if (directory / DECISION_RECORD).exists() else None
-    checkpoint = latest_checkpoint(directory)
     scores, families = Scores.load(directory), recipe.units.families
     elements = {name: _elements(scores, name) for name in families}
     return Run(
@@ -145,11 +144,25 @@ def read_run(directory: Path, name: str) -> Run:
         rows=read_history(directory),
         elements=elements,
         units={name: scores.units.get(name, elements[name]) for name in families},
-        state=None if checkpoint is None else checkpoint.state,
+        state=_state(directory, finished=decision is not None),
         decision=decision,
         measured=read_measured(directory),
         provenance=required_provenance(directory),
     )
+
+
+def _state(directory: Path, finished: bool) -> SearchState | WidthState | None:
+    """Return the state of the last checkpoint, None without one. Raises UserError if it is damaged.
+
+    Once a search is finished it needs no checkpoint, so a damaged one only costs the report two kinds of figures.
+    """
+    try:
+        checkpoint = latest_checkpoint(directory)
+    except UserError:
+        if not finished:
+            raise
+        return None
+    return None if checkpoint is None else checkpoint.state
 
 
 def _elements(scores: Scores, family: str) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -10,15 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.messages import refused
+from helpers.recoveries import write_run
 
 from pgprune_cli.jobs.search import search
 from pgprune_cli.recipe.reader import load
 from pgprune_cli.report.facts import commands, environment, evaluation, summary
-from pgprune_cli.report.figures import comparison
+from pgprune_cli.report.figures import comparison, figures_of
 from pgprune_cli.report.gather import MAX_CELLS, _names, kept_cells, read_run, read_runs, sensitivities, theta_cells
 from pgprune_cli.report.pareto import Measure, _marked, measures
 from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.decision import Decision
+from pgprune_cli.run.layout import CHECKPOINT_TENSORS, DECISION_RECORD
 
 LAYERS, KV_HEADS, HEADS, CHANNELS = 6, 4, 8, 384
 
@@ -142,6 +145,21 @@ def test_damaged_lines_of_the_provenance_are_left_out(searching) -> None:
     assert len(commands(run).rows) == len(whole)
 
 
+@pytest.mark.parametrize("policy", ["units", "widths"])
+def test_a_finished_run_is_read_without_its_damaged_checkpoint(policy, finished, tmp_path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished[policy], run)
+    assert read_run(run, "it").state is not None
+    newest = max((run / "checkpoints").iterdir())
+    (newest / CHECKPOINT_TENSORS).unlink()
+    without = read_run(run, "it")
+    assert without.state is None and theta_cells(without) == {} and sensitivities(without) == []
+    assert kept_cells(without) != {}
+    (run / DECISION_RECORD).unlink()
+    with refused(newest.name, "corrupt"):
+        read_run(run, "it")
+
+
 def test_bytes_that_are_no_text_are_refused_in_a_history_and_a_recipe(searching) -> None:
     with (searching / "metrics.jsonl").open("ab") as file:
         file.write(b"\xff\n")  # ends the row that is half written
@@ -176,6 +194,34 @@ def test_the_tables_show_search_evaluation_commands_and_environment(finished) ->
     versions = {row[0]: row[1] for row in environment(runs).rows}
     assert versions["torch"] == metadata.version("torch")
     assert {"python", "pgprune", "processor", "memory"} <= versions.keys()
+
+
+def test_the_loss_figure_shows_what_the_search_minimises(small, tmp_path) -> None:
+    search(small("search.objective=kl"), tmp_path / "run")
+    run = read_run(tmp_path / "run", "it")
+    layers = next(figures_of(run, "it")).spec["layer"]
+    points = [point for layer in layers for point in layer.get("data", {"values": []})["values"]]
+    evaluated = [point for point in points if point["of"] == "decision, on held-out text"]
+    rows = [row for row in run.rows if row.heldout_objective is not None]
+    objectives = [*(row.heldout_objective for row in rows), run.decision.heldout_objective]
+    losses = [*(row.heldout_loss for row in rows), run.decision.heldout_loss]
+    assert [point["loss"] for point in evaluated] == [round(value, 5) for value in objectives]
+    assert all(abs(objective - loss) > 0.1 for objective, loss in zip(objectives, losses, strict=True))
+
+
+def test_the_tables_show_the_duration_and_the_most_memory(finished, tmp_path) -> None:
+    run = read_run(finished["units"], "it")
+    sizes = [1, 3, 2, *[1] * len(run.rows)]
+    for seconds, shown in ((59.6, "1 min 0 s"), (42, "42 s"), (754, "12 min 34 s"), (7384, "2 h 3 min")):
+        rows = [replace(row, memory_bytes=size * 10**9) for row, size in zip(run.rows, sizes, strict=False)]
+        rows[-1] = replace(rows[-1], seconds=seconds)
+        facts = dict(summary([replace(run, rows=rows)]).rows)
+        assert (facts["search time"], facts["peak memory"]) == (shown, "3.0 GB")
+    write_run(tmp_path / "recovery", 4)
+    (recovery,) = read_runs([tmp_path / "recovery"])
+    rows = [replace(row, memory_bytes=size * 10**9) for row, size in zip(recovery.rows, sizes, strict=False)]
+    facts = dict(summary([replace(recovery, rows=rows)]).rows)
+    assert (facts["training time"], facts["speed"], facts["peak memory"]) == ("8 s", "500 tokens/s", "3.0 GB")
 
 
 def test_only_perplexities_of_the_same_text_are_compared(finished) -> None:
