@@ -57,4 +57,6 @@ def measurements(result: dict[str, Any]) -> dict[str, str]:
         cells["prefill tokens/s"] = f"{speed['prefill_tokens_per_second']:,.0f}"
         cells["decode tokens/s"] = f"{speed['decode_tokens_per_second']:,.0f}"
         cells["weights MB"] = f"{speed['weight_bytes'] / 1e6:,.1f}"
+        if speed["peak_memory_bytes"] is not None:
+            cells["peak memory MB"] = f"{speed['peak_memory_bytes'] / 1e6:,.1f}"
     return cells

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from pgprune_cli.cli.tables import grid
+from pgprune_cli.cli.tables import grid, print_measured
 from pgprune_cli.console.progress import StderrProgress
 from pgprune_cli.run.history import Row
 from pgprune_cli.search.progress import SearchProgress
@@ -45,3 +45,18 @@ def test_output_has_no_colours_when_no_color_is_set(forbidden, capsys, monkeypat
     grid(("tensor", "MB"), [["a", "1.5"]], texts=1)
     out, err = capsys.readouterr()
     assert bool(COLOUR.search(out + err)) is not forbidden
+
+
+def test_speed_is_shown_with_the_peak_memory_if_the_device_measures_it(capsys: pytest.CaptureFixture[str]) -> None:
+    speed = {"prefill_tokens_per_second": 12345.6, "decode_tokens_per_second": 78.9, "weight_bytes": 269_500_000}
+    result = {"parameters": 1234567, "perplexity": []}
+    on_gpu, on_cpu = speed | {"peak_memory_bytes": 1_234_560_000}, speed | {"peak_memory_bytes": None}
+    print_measured([{"model": "small", "speed": on_gpu} | result, {"model": "base", "speed": on_cpu} | result])
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["small", "base"],
+        ["parameters", "1,234,567", "1,234,567"],
+        ["prefill", "tokens/s", "12,346", "12,346"],
+        ["decode", "tokens/s", "79", "79"],
+        ["weights", "MB", "269.5", "269.5"],
+        ["peak", "memory", "MB", "1,234.6"],
+    ]
