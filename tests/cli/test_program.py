@@ -459,10 +459,11 @@ def test_failed_run_is_exit_code_1(error, expected, pgprune, monkeypatch) -> Non
     assert pgprune("search", "demo") == (1, "", expected)
 
 
-def test_bug_shows_its_traceback(pgprune, monkeypatch) -> None:
+def test_bug_shows_its_traceback(monkeypatch) -> None:
     monkeypatch.setattr("pgprune_cli.jobs.search.search", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["pgprune", "search", "demo"])
     with pytest.raises(ZeroDivisionError):
-        cli.app(["search", "demo"], standalone_mode=False)
+        cli.main()
 
 
 @pytest.mark.parametrize(
