@@ -135,7 +135,7 @@ def read_run(directory: Path, name: str) -> Run:
     recipe = load(path)
     decision = Decision.load(directory, with_repair=False) if (directory / DECISION_RECORD).exists() else None
     scores, families = Scores.load(directory), recipe.units.families
-    elements = {name: _elements(scores, name) for name in families}
+    elements: dict[str, list[int]] = {name: _elements(scores, name) for name in families}
     return Run(
         name=name,
         directory=directory,
