@@ -19,7 +19,12 @@ from pgprune_cli.search.texts import scoring_batches
 
 
 def init_scores(recipe: Recipe, run: Path, *, progress: Progress = SILENT) -> Scores:
-    """Score the recipe's model with its metric and write the scores into `run`. Raises UserError, RunError."""
+    """Score the recipe's model with its metric and write the scores into `run`.
+
+    Raises:
+        UserError: the model, the text or the directory is refused; also if `run` holds a search of another recipe.
+        RunError: a score is not finite.
+    """
     preparation = Preparation(recipe, run, progress)
     run_checks(preparation, SCORING_CHECKS)
     recipe, source = preparation.recipe, preparation.source
