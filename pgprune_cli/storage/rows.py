@@ -70,7 +70,7 @@ def append_line(path: Path, line: str) -> None:
         file.write(f"{line}\n".encode())
         file.flush()
         os.fsync(file.fileno())
-        sync_directory(path.parent)
+        sync(path.parent)
 
 
 def refuse_other_rows(path: Path, written: Written) -> None:
