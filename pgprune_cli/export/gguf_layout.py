@@ -20,9 +20,7 @@ from pgprune_cli.export.gguf_rope import InexpressibleError, Rope
 from pgprune_cli.export.shapes import ShapeRequirements
 from pgprune_cli.export.surgery import Surgery
 from pgprune_cli.model.families.adapter import ModelFamily, dense_config, dense_type
-
-LARGEST = {"gemma2": 46, "gemma3": 62}
-"""Layers of the largest models, whose attention llama.cpp scales by hidden size / heads instead of by head size."""
+from pgprune_cli.model.gguf_config import LARGEST
 
 
 def requirements_of(family: ModelFamily, model_type: str) -> ShapeRequirements:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from pgprune_cli.export.gguf_architectures import Architecture
+from pgprune_cli.model.gguf_config import FACTORS, frequency_factors
 
 STATIC = ("linear", "llama3", "yarn")
 """Kinds of scaling whose frequencies do not depend on the length of the text, so one vector holds them."""
@@ -71,7 +72,7 @@ class Rope:
             if self.rotated == self.dimensions:
                 return self
             exponents = torch.arange(0, self.rotated, 2, dtype=torch.float64) / self.rotated
-            return replace(self, tensors={"rope_freqs.weight": self._factors(self.theta**-exponents)})
+            return replace(self, tensors={FACTORS: self._factors(self.theta**-exponents)})
         if kind == "longrope" and architecture.rope_by_length:
             original = parameters["original_max_position_embeddings"]
             init = ROPE_INIT_FUNCTIONS["longrope"]
@@ -86,14 +87,12 @@ class Rope:
         if kind not in STATIC or not architecture.rope_vector:
             raise InexpressibleError(f"cannot store rope_parameters of type {kind}")
         frequencies, scale = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-        return replace(self, scale=scale, tensors={"rope_freqs.weight": self._factors(frequencies)})
+        return replace(self, scale=scale, tensors={FACTORS: self._factors(frequencies)})
 
     def _factors(self, frequencies: Tensor) -> Tensor:
         """Return what llama.cpp's frequencies must be divided by to become `frequencies` `(rotated / 2,)`."""
-        exponents = torch.arange(0, self.dimensions, 2, dtype=torch.float64) / self.dimensions
         factors = torch.full((self.dimensions // 2,), STILL)
-        count = len(frequencies)
-        factors[:count] = (self.theta ** -exponents[:count] / frequencies.double()).float()
+        factors[: len(frequencies)] = frequency_factors(self.theta, self.dimensions, frequencies)
         return factors
 
     def add(self, writer: Any) -> None:

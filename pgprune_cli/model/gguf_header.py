@@ -28,10 +28,14 @@ TRUNCATED = "the file ends within its header"
 ARCHITECTURE = "general.architecture"
 PARTS = "split.count"
 """Into how many files the model is split, a 16-bit number. Absent or 0 if it is in one file."""
-U16, U32, U64 = Struct("<H"), Struct("<I"), Struct("<Q")
+SCALING_TYPE = ".rope.scaling.type"
+"""How the name of the entry about the scaling of RoPE ends, after the architecture."""
+U16, U32, U64, FLOAT = Struct("<H"), Struct("<I"), Struct("<Q"), Struct("<f")
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of a number, by the code of its type."""
-UINT16, UINT32, STRING, LIST = 2, 4, 8, 9
+UINT16, UINT32, FLOAT32, STRING, LIST = 2, 4, 6, 8, 9
+F32 = 0
+"""The code of the type of a tensor of 32-bit floats."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ class Header:
 
     architecture: llama.cpp's name of it; layers: how many the model has; weights: how many all tensors hold together;
     entries: by name, where in the file the type and value of a metadata entry begin and end; numbers: the values of the
-    entries that are unsigned 32-bit numbers, and that of PARTS; tensors: by name.
+    entries that are unsigned 32-bit numbers, and that of PARTS; floats: those of 32-bit floats; texts: those of
+    ARCHITECTURE and the type of RoPE scaling; tensors: by name.
     """
 
     architecture: str
@@ -58,6 +63,8 @@ class Header:
     weights: int
     entries: Mapping[str, tuple[int, int]]
     numbers: Mapping[str, int]
+    floats: Mapping[str, float]
+    texts: Mapping[str, str]
     tensors: Mapping[str, StoredTensor]
 
 
@@ -85,6 +92,7 @@ class _HeaderReader:
     def __init__(self, content: mmap.mmap) -> None:
         self.content, self.position = content, 0
         self.numbers: dict[str, int] = {}
+        self.floats: dict[str, float] = {}
         self.texts: dict[str, str] = {}
         self.entries: dict[str, tuple[int, int]] = {}
 
@@ -103,7 +111,7 @@ class _HeaderReader:
         by_name, weights = self._check_tensors(tensors)
         architecture = self.texts.get(ARCHITECTURE, "")
         layers = self.numbers.get(f"{architecture}.block_count", 0)
-        return Header(architecture, layers, weights, self.entries, self.numbers, by_name)
+        return Header(architecture, layers, weights, self.entries, self.numbers, self.floats, self.texts, by_name)
 
     def _read_entry(self) -> None:
         """Read a metadata entry, and keep its place."""
@@ -116,10 +124,12 @@ class _HeaderReader:
         kind, begin = self._number(U32), self.position
         if kind != LIST:
             self._skip_values(name, kind, 1)
-            if kind == STRING and name == ARCHITECTURE:
+            if kind == STRING and (name == ARCHITECTURE or name.endswith(SCALING_TYPE)):
                 self.texts[name] = self.content[begin + U64.size : self.position].decode(errors="replace")
             elif kind == UINT32:
                 (self.numbers[name],) = U32.unpack_from(self.content, begin)
+            elif kind == FLOAT32:
+                (self.floats[name],) = FLOAT.unpack_from(self.content, begin)
             elif kind == UINT16 and name == PARTS:
                 (self.numbers[name],) = U16.unpack_from(self.content, begin)
             elif name.endswith(".block_count"):

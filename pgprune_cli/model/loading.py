@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from pgprune_cli.errors import UserError
+from pgprune_cli.model import gguf_config
 from pgprune_cli.model.devices import devices_of, emptiest, free_bytes
 from pgprune_cli.model.families import model_type_of_gguf, refuse_units
 from pgprune_cli.model.families.wrapper import decoder_config
@@ -51,6 +52,9 @@ def read_config(source: Source) -> Any:
         config = AutoConfig.from_pretrained(source.directory, trust_remote_code=False, **arguments)
     except Exception as error:  # the loaders raise dozens of kinds for files that are not what they should be
         raise UserError(f"{source.name}: its config cannot be used: {reason_of(error)}.") from error
+    if source.gguf is not None:
+        path = source.directory / source.gguf
+        gguf_config.complete(config, source.name, path, read_header(path))
     return decoder_config(config)
 
 

@@ -101,7 +101,10 @@ def check_directory(directory: Path) -> None:
 def check_gguf(name: str, path: Path) -> None:
     """Raise UserError for a GGUF file that transformers must not be given or that cannot be pruned."""
     # Imported late, because it imports torch, and finding a model's files must stay quick.
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
     from pgprune_cli.model.families import FAMILIES, family_of, model_type_of_gguf
+    from pgprune_cli.model.gguf_config import USE_SAFETENSORS, rope_scaling
 
     header = read_header(path)
     if (parts := header.numbers.get(PARTS, 0)) > 1:
@@ -112,6 +115,13 @@ def check_gguf(name: str, path: Path) -> None:
             f"{name}: only llama.cpp reads a GGUF file whose layers have different sizes. "
             "Give the run directory, or an export with --format hf."
         )
+    if header.numbers.get(f"{header.architecture}.expert_count", 0):
+        raise UserError(f"{name}: a mixture of experts, which pgprune does not read from GGUF. {USE_SAFETENSORS}")
     family_of(model_type_of_gguf(header.architecture))
+    if header.architecture not in GGUF_SUPPORTED_ARCHITECTURES:
+        raise UserError(
+            f"{name}: transformers cannot read the architecture {header.architecture} from GGUF. {USE_SAFETENSORS}"
+        )
     if header.layers > MAX_LAYERS:
         raise UserError(f"{path}: has {header.layers:,} layers, but at most {MAX_LAYERS} are supported.")
+    rope_scaling(name, path, header)

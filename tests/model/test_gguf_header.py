@@ -10,6 +10,7 @@ from helpers.messages import refused, says
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.model import gguf_header
+from pgprune_cli.model.gguf_config import rope_scaling
 from pgprune_cli.model.gguf_header import MAX_ENTRIES, StoredTensor, read_header
 from pgprune_cli.model.safety import check_gguf
 
@@ -128,19 +129,55 @@ def test_an_unsupported_version_is_refused(version: int, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("architecture", "layers", "facts"),
+    ("kind", "factor", "expected"),
     [
-        ("deci", 4, ("different sizes", "--format hf")),
-        ("gpt2", 4, ("'gpt2' is not supported", "llama, mistral, qwen2, qwen3")),
-        ("llama", 10**9, ("1,000,000,000 layers", "1000")),
+        (None, None, {}),
+        (None, 4.0, {"rope_type": "linear", "factor": 4.0}),
+        ("linear", 4.0, {"rope_type": "linear", "factor": 4.0}),
+        ("linear", 0.0, {}),
+        ("none", 4.0, {}),
+    ],
+)
+def test_the_scaling_of_rope_is_that_of_llama_cpp(kind, factor, expected, tmp_path: Path) -> None:
+    entries = [] if kind is None else [entry("llama.rope.scaling.type", 8, text(kind))]
+    entries += [] if factor is None else [entry("llama.rope.scaling.factor", 6, struct.pack("<f", factor))]
+    path = write(tmp_path / "x.gguf", [LLAMA, *entries], [tensor("a", (4,), F32, 0)], 16)
+    assert rope_scaling("x", path, read_header(path)) == expected
+
+
+@pytest.mark.parametrize(
+    ("entries", "facts"),
+    [
+        ([entry("llama.rope.scaling.type", 8, text("yarn"))], ("llama.rope.scaling.type = yarn",)),
+        ([entry("llama.rope.scaling.factor", 6, struct.pack("<f", float("nan")))], ("factor nan",)),
+    ],
+    ids=["yarn", "nan"],
+)
+def test_a_scaling_of_rope_that_cannot_be_translated_is_refused(
+    entries: list[bytes], facts: tuple[str, ...], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "x.gguf", [LLAMA, LAYERS, *entries], [tensor("a", (4,), F32, 0)], 16)
+    with refused(*facts, "safetensors"):
+        check_gguf("x", path)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "layers", "experts", "facts"),
+    [
+        ("deci", 4, 0, ("different sizes", "--format hf")),
+        ("gpt2", 4, 0, ("'gpt2' is not supported", "llama, mistral, qwen2, qwen3")),
+        ("granite", 4, 0, ("cannot read the architecture granite", "safetensors")),
+        ("llama", 4, 8, ("mixture of experts", "safetensors")),
+        ("llama", 10**9, 0, ("1,000,000,000 layers", "1000")),
     ],
 )
 def test_a_gguf_file_that_cannot_be_pruned_is_refused(
-    architecture: str, layers: int, facts: tuple[str, ...], tmp_path: Path
+    architecture: str, layers: int, experts: int, facts: tuple[str, ...], tmp_path: Path
 ) -> None:
     entries = [
         entry("general.architecture", 8, text(architecture)),
         entry(f"{architecture}.block_count", 4, struct.pack("<I", layers)),
+        entry(f"{architecture}.expert_count", 4, struct.pack("<I", experts)),
     ]
     path = write(tmp_path / "x.gguf", entries, [tensor("a", (4,), F32, 0)], 16)
     with refused(*facts):
