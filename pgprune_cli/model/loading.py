@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -85,6 +85,11 @@ def check_prunable(source: Source, families: Sequence[str] = ()) -> None:
                 "dequantize=True)).save_pretrained(DIRECTORY), and save the tokenizer there, too."
             )
         raise UserError(f"{source.name}: holds quantised weights, which cannot be pruned. {advice}")
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UserError(
+            f"{source.name}: its tokens attend in both directions, as in an embedding model. pgprune prunes causal "
+            "language models."
+        )
     model = PrunableModel.of(_build_empty(source, "auto"))
     if source.has_weights:
         refuse_incomplete(source.name, stored_files(source, model.module), model)
@@ -145,7 +150,7 @@ def empty_prunable(source: Source, dtype: str, weight_format: WeightFormat = "fu
 
 
 def load_tokenizer(source: Source) -> Any:
-    """Return the model's tokenizer. Raises UserError if there is none.
+    """Return the model's tokenizer. Raises UserError if there is none, or none of the classes of transformers.
 
     That of a GGUF file is loaded as if it lay in the directory of a model of its type, as it will in an export:
     transformers takes another class then for some types, whose token ids differ.
@@ -158,19 +163,43 @@ def load_tokenizer(source: Source) -> Any:
     if source.gguf is None and not any(any(source.directory.glob(pattern)) for pattern in TOKENIZER_FILES):
         # Some versions of transformers would make up an empty one.
         raise UserError(f"{source.name}: has no tokenizer. Copy tokenizer.json or tokenizer.model there.")
-    arguments = {} if source.gguf is None else {"gguf_file": source.gguf}
+    arguments = {"trust_remote_code": False} | _without_mistral_common()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.directory, trust_remote_code=False, **arguments)
         if source.gguf is None:
-            return tokenizer
-        with TemporaryDirectory() as name:
-            directory = Path(name)
-            tokenizer.save_pretrained(directory)
-            write_plain(tokenizer, directory)
-            write_json(directory / "config.json", {"model_type": model_type_of(source)})
-            return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(source.directory, **arguments)
+        else:
+            tokenizer = _tokenizer_of_gguf(source, arguments)
     except Exception as error:  # dozens of kinds, see above
         raise UserError(f"{source.name}: its tokenizer cannot be loaded: {reason_of(error)}.") from error
+    if not hasattr(tokenizer, "added_tokens_decoder"):
+        raise UserError(
+            f"{source.name}: its tokenizer is a {type(tokenizer).__name__}, which does not say what pgprune needs. "
+            "Run: pip uninstall mistral-common"
+        )
+    return tokenizer
+
+
+def _tokenizer_of_gguf(source: Source, arguments: Mapping[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(source.directory, gguf_file=source.gguf, **arguments)
+    with TemporaryDirectory() as name:
+        directory = Path(name)
+        tokenizer.save_pretrained(directory)
+        write_plain(tokenizer, directory)
+        write_json(directory / "config.json", {"model_type": model_type_of(source)})
+        return AutoTokenizer.from_pretrained(directory, **arguments)
+
+
+def _without_mistral_common() -> dict[str, Any]:
+    """Return the argument that makes transformers load the tokenizer of a Mistral with its own classes.
+
+    If the package mistral-common is installed, it would take that package's for a model with tekken.json. Older
+    versions do not know the argument.
+    """
+    from transformers.models.auto import tokenization_auto
+
+    return {"mistral_format": False} if hasattr(tokenization_auto, "_use_mistral_format") else {}
 
 
 def stored_weights(source: Source, path: Path) -> int:

@@ -42,7 +42,7 @@ def write_tokenizer(source: Source, directory: Path) -> None:
         return
     if source.gguf is not None:  # there are no files to copy
         tokenizer.save_pretrained(directory)
-    if tokenizer.is_fast:
+    if getattr(tokenizer, "is_fast", False):
         write_plain(tokenizer, directory)
     ids = {text: _encode(tokenizer, text) for text in _texts(tokenizer)}
     write_json(directory / TOKEN_IDS, ids)

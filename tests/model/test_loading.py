@@ -10,7 +10,8 @@ from helpers.messages import refused, says
 from helpers.models import save_shards, tiny_model
 from helpers.units import group_units
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto import tokenization_auto
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.forward.divergence import Divergence
@@ -20,6 +21,9 @@ from pgprune_cli.model import loading, weights
 from pgprune_cli.model.devices import device_map
 from pgprune_cli.model.loading import check_prunable, empty_model, load_model, load_prunable, load_tokenizer
 from pgprune_cli.model.source import resolve
+
+MISTRAL_FORMAT = hasattr(tokenization_auto, "_use_mistral_format")
+"""Whether this version of transformers knows the argument of that name."""
 
 # --- weights
 
@@ -137,6 +141,31 @@ def test_the_tokenizer_is_loaded_and_its_absence_refused(damaged):
         load_tokenizer(resolve(str(damaged)))
 
 
+def test_transformers_takes_its_own_classes_for_the_tokenizer_of_a_mistral(monkeypatch):
+    """With mistral-common installed and tekken.json in the directory, it would take that package's."""
+    load, seen = AutoTokenizer.from_pretrained, []
+
+    def loading(*arguments, **options):
+        seen.append(options)
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", loading)
+    load_tokenizer(resolve("demo"))
+    monkeypatch.delattr(tokenization_auto, "_use_mistral_format", raising=False)
+    load_tokenizer(resolve("demo"))
+    known, unknown = {"trust_remote_code": False, "mistral_format": False}, {"trust_remote_code": False}
+    assert seen == ([known, unknown] if MISTRAL_FORMAT else [unknown, unknown])
+
+
+def test_a_tokenizer_of_mistral_common_is_refused(monkeypatch):
+    class MistralCommonBackend:
+        pass
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: MistralCommonBackend())
+    with refused("demo", "MistralCommonBackend", "pip uninstall mistral-common"):
+        load_tokenizer(resolve("demo"))
+
+
 def test_a_damaged_tokenizer_is_refused_in_one_line(damaged):
     (damaged / "tokenizer.json").write_text("{}")
     with pytest.raises(UserError) as caught:
@@ -210,6 +239,16 @@ def test_a_model_that_cannot_be_pruned_is_refused(change, facts, damaged):
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     with refused(*facts):
         check_prunable(resolve(str(damaged)))
+
+
+def test_a_bidirectional_gemma_is_refused(tmp_path):
+    """EmbeddingGemma: a search would evaluate it as a causal model."""
+    tiny_model("gemma3_text").save_pretrained(tmp_path)
+    check_prunable(resolve(str(tmp_path)))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"use_bidirectional_attention": True}))
+    with refused(str(tmp_path), "both directions", "causal"):
+        check_prunable(resolve(str(tmp_path)))
 
 
 def test_a_supported_model_is_accepted(saved):
