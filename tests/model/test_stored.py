@@ -180,7 +180,7 @@ def test_tied_weights_that_are_both_stored_are_tied_if_they_are_equal(
 # --- what is refused
 
 INCOMPLETE: dict[str, tuple[str, Callable[[Tensors], Tensors], str]] = {
-    "no head": ("llama-mha", without("lm_head.weight"), "lm_head.weight is missing"),
+    "no head": ("llama-mha", without("lm_head.weight"), "has no lm_head.weight"),
     "no layer": ("llama-mha", without("model.layers.1.mlp.up_proj.weight"), "layers.1.mlp.up_proj.weight is missing"),
     "names of PEFT": ("llama-mha", renamed(lambda name: f"base_model.model.{name}"), "embed_tokens.weight is missing"),
     "wrapper names": (
