@@ -148,11 +148,15 @@ def _model_on_hub(preparation: Preparation) -> Iterator[Finding]:
 def _hub_weights(name: str) -> _Weights:
     from huggingface_hub import HfApi
 
+    from pgprune_cli.model.source import gguf_refusal
+
     info: Any = _ask_hub(name, lambda: HfApi().model_info(name, files_metadata=True, timeout=HUB_TIMEOUT))
     _ask_hub(name, lambda: HfApi().auth_check(name))  # the hub describes a gated model to everybody
     files = [file for file in info.siblings if fnmatch(file.rfilename, "model*.safetensors")]
     if not files and any(file.rfilename == ADAPTER for file in info.siblings):
         raise UserError(f"The repository holds an adapter, not a whole model. {MERGE}")
+    if not files and any(file.rfilename.endswith(".gguf") for file in info.siblings):
+        raise UserError(gguf_refusal(name))
     if not files:
         raise UserError(
             "The repository holds no safetensors files. Convert its weights, and set model to the directory: "

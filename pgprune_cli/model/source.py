@@ -98,7 +98,7 @@ def resolve(name: str, weights: bool = True) -> Source:
     """
     if (local := find_local(name, weights)) is not None:
         return local
-    source = _in_directory(name, download(name, DOWNLOADED if weights else CONFIGS), weights)
+    source = _on_hub(name, download(name, DOWNLOADED if weights else CONFIGS), weights)
     return source if weights else replace(source, has_weights=False)  # some may be left of an earlier download
 
 
@@ -140,7 +140,7 @@ def resolve_recorded(name: str) -> Source:
 
     Runs name local models by their absolute paths. Any other name is on the hub, whatever the working directory holds.
     """
-    return _in_directory(name, download(name, DOWNLOADED), True) if is_hub_name(name) else resolve(name)
+    return _on_hub(name, download(name, DOWNLOADED), True) if is_hub_name(name) else resolve(name)
 
 
 def find_recorded(name: str) -> Source | None:
@@ -153,20 +153,61 @@ def find_recorded(name: str) -> Source | None:
         return None
 
 
-def _in_directory(name: str, directory: Path, weights: bool) -> Source:
+def gguf_refusal(name: str) -> str:
+    """Return the error message about a repository on the hub that holds the model as GGUF only."""
+    return (
+        f"{name}: holds GGUF files and no safetensors. Download one of the files, and give its path: "
+        f"hf download {name} FILE.gguf --local-dir DIR"
+    )
+
+
+def _on_hub(name: str, directory: Path, weights: bool) -> Source:
+    """Return where a model is whose files were downloaded from the hub into a directory. Raises UserError."""
+    try:
+        if not directory.is_dir():  # no file of the repository was downloaded
+            raise UserError(f"{name}: the repository on the hub holds no model with safetensors.")
+        return _in_directory(name, directory, weights, ignore_gguf=not weights)
+    except UserError:
+        if not _has_weights(directory) and _lists_gguf(name):
+            raise UserError(gguf_refusal(name)) from None
+        raise
+
+
+def _lists_gguf(name: str) -> bool:
+    """Return whether a repository on the hub has GGUF files. False if the hub does not answer."""
+    from huggingface_hub import HfApi
+
+    try:
+        return any(file.endswith(".gguf") for file in HfApi().list_repo_files(name))
+    except Exception:  # the network fails with dozens of types
+        return False
+
+
+def _has_weights(directory: Path) -> bool:
+    return (directory / "model.safetensors").exists() or (directory / INDEX).exists()
+
+
+def _in_directory(name: str, directory: Path, weights: bool, ignore_gguf: bool = False) -> Source:
+    """Return the model in a directory. Raises UserError.
+
+    ignore_gguf: True if config.json counts although no weights are here but a GGUF file, left of another download.
+    """
     refuse_links_out(name, directory)
-    stored = (directory / "model.safetensors").exists() or (directory / INDEX).exists()
+    stored = _has_weights(directory)
     files = sorted(path.name for path in directory.glob("*.gguf"))
     if (directory / ADAPTER).exists() and (stored or not files):
         check_adapter(name, directory, merged=stored)
-    if (directory / "config.json").exists():
-        if stored or (not weights and not any(directory.glob("pytorch_model*.bin"))):
-            return Source(name, directory, None, stored)
-        raise UserError(f"{name}: has config.json, but neither model.safetensors nor {INDEX}. {CONVERT}")
-    if len(files) == 1:
+    has_config = (directory / "config.json").exists()
+    if stored and has_config:
+        return Source(name, directory, None)
+    if files and not (has_config and ignore_gguf):
+        if len(files) > 1:
+            raise UserError(f"{name}: holds {len(files)} GGUF files. Name the one to use: {', '.join(files)}.")
         return Source(name, directory, files[0])
-    if files:
-        raise UserError(f"{name}: holds {len(files)} GGUF files. Name the one to use: {', '.join(files)}.")
+    if has_config:
+        if not weights and not any(directory.glob("pytorch_model*.bin")):
+            return Source(name, directory, None, False)
+        raise UserError(f"{name}: has config.json, but neither model.safetensors nor {INDEX}. {CONVERT}")
     raise UserError(
         f"{name}: holds neither config.json with safetensors nor a .gguf file. Give the directory of a model."
     )

@@ -244,6 +244,11 @@ def test_a_repository_without_safetensors_is_a_failure(small, monkeypatch) -> No
     assert "pgprune convert" in problems(doctor(hub_recipe(small)))[0].fix
 
 
+def test_a_repository_with_gguf_files_is_a_failure(small, monkeypatch) -> None:
+    simulate_hub(monkeypatch, files=["config.json", "x-Q4_K_M.gguf"])
+    says(problems(doctor(hub_recipe(small)))[0].fix, "GGUF", "hf download someone/model")
+
+
 def test_a_repository_with_an_adapter_alone_is_a_failure(small, monkeypatch) -> None:
     simulate_hub(monkeypatch, files=["adapter_config.json", "adapter_model.safetensors"])
     says(problems(doctor(hub_recipe(small)))[0].fix, "holds an adapter", "merge_and_unload")

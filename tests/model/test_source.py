@@ -63,8 +63,19 @@ def test_a_directory_with_one_gguf_file_is_found(tmp_path: Path) -> None:
     assert resolve(str(folder)) == Source(str(folder), folder, "x.gguf")
 
 
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_gguf_file_beside_a_config_is_found(weights: bool, tmp_path: Path) -> None:
+    folder = make(tmp_path / "quantised", "x.gguf", "config.json")
+    assert resolve(str(folder), weights) == Source(str(folder), folder, "x.gguf")
+    make(folder, "model.safetensors")
+    assert resolve(str(folder), weights) == Source(str(folder), folder, None)
+
+
 def test_a_directory_with_several_gguf_files_is_refused(tmp_path: Path) -> None:
     folder = make(tmp_path / "quantised", "b.gguf", "a.gguf")
+    with refused(f"{folder}: holds 2 GGUF files", "a.gguf, b.gguf"):
+        resolve(str(folder))
+    make(folder, "config.json")
     with refused(f"{folder}: holds 2 GGUF files", "a.gguf, b.gguf"):
         resolve(str(folder))
 
@@ -125,6 +136,46 @@ def test_a_hub_model_is_downloaded_without_pickles_and_code(saved: Path, monkeyp
         assert any(fnmatch(file, pattern) for pattern in patterns), file
     for file in ("pytorch_model.bin", "modeling_x.py", "model.gguf", "consolidated.00.pth"):
         assert not any(fnmatch(file, pattern) for pattern in patterns), file
+
+
+@pytest.mark.parametrize(
+    ("downloaded", "on_hub", "facts"),
+    [
+        (None, ["README.md", "x-Q4_K_M.gguf"], ("GGUF", "hf download owner/name FILE.gguf")),
+        (["config.json"], ["config.json", "x.gguf"], ("GGUF", "hf download owner/name FILE.gguf")),
+        (["config.json"], ["config.json", "pytorch_model.bin"], ("pgprune convert",)),
+        (None, ["README.md"], ("no model with safetensors",)),
+        (None, None, ("no model with safetensors",)),
+    ],
+    ids=["gguf", "gguf-and-config", "pickles", "nothing", "unreachable"],
+)
+def test_a_repository_without_safetensors_is_refused(
+    downloaded: list[str] | None,
+    on_hub: list[str] | None,
+    facts: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Api:
+        def list_repo_files(self, name: str) -> list[str]:
+            if on_hub is None:
+                raise TimeoutError
+            return on_hub
+
+    snapshot = tmp_path / "snapshot"  # absent if no file of the repository matches the patterns
+    if downloaded is not None:
+        make(snapshot, *downloaded)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(snapshot))
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    with refused("owner/name", *facts):
+        resolve("owner/name")
+
+
+def test_the_config_of_a_hub_model_is_read_beside_a_gguf_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file is left of another download, and the model may have safetensors on the hub."""
+    make(tmp_path, "config.json", "x.gguf")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    assert resolve("owner/name", weights=False) == Source("owner/name", tmp_path, None, has_weights=False)
 
 
 def test_a_hub_that_cannot_be_reached_is_reported_with_an_alternative(monkeypatch: pytest.MonkeyPatch) -> None:
