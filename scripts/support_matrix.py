@@ -22,6 +22,13 @@ PAGE = Path(__file__).parents[1] / "docs" / "serving.md"
 BEGIN, END = "<!-- support matrix: begin -->", "<!-- support matrix: end -->"
 NO = "–"
 
+MARK = " \\*"
+FOOTNOTES = {
+    "olmo3": "The released OLMo 3 models scale their RoPE with YaRN, which llama.cpp's `olmo2` cannot store. Export "
+    "them with\n`--format hf`.",
+}
+"""By model type, what a runtime does not load of it."""
+
 HEAD = ("model type", "units that are removed", "transformers", "vLLM plugin", "llama.cpp", "MLX")
 
 
@@ -48,7 +55,7 @@ def row(family: ModelFamily, model_type: str) -> tuple[str, ...]:
         units(family, model_type),
         f"{'yes' if model_type in modeling_pruned.FAMILIES else NO} / stock",
         "yes" if model_type in vllm_plugin.FAMILIES else NO,
-        f"{_code(unequal)} / {_code(equal or unequal)}",
+        f"{_code(unequal)} / {_code(equal or unequal)}" + (MARK if model_type in FOOTNOTES else ""),
         "yes" if model_type in mlx.FAMILIES else NO,
     )
 
@@ -60,7 +67,8 @@ def _code(name: str | None) -> str:
 def table() -> str:
     """Return the table as Markdown."""
     rows = [HEAD, ("---",) * len(HEAD), *(row(family, kind) for family in FAMILIES for kind in family.model_types)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join([*lines, *(f"\n{MARK.strip()} {note}" for note in FOOTNOTES.values())])
 
 
 def page() -> str:

@@ -16,13 +16,15 @@ from pgprune_cli.model.source import Source
 
 CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+LOWER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+UPPER = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
 SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {
     rf"{CONTRACTIONS}|{WORD}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACES}": "llama-bpe",
     rf"{CONTRACTIONS}|{WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|{SPACES}": "qwen2",
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    rf"|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}": "tekken",
+    rf"{LOWER}|{UPPER}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}": "tekken",
+    rf"{LOWER}{CONTRACTIONS}?|{UPPER}{CONTRACTIONS}?|\p{{N}}{{1,3}}"
+    rf"| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|{SPACES}": "gpt-4o",
 }
 """llama.cpp's names for the ways to split text before the merges, by the regular expression that does it."""
 
@@ -33,7 +35,7 @@ def add_tokenizer(writer: Any, source: Source, vocabulary: int) -> list[str]:
     """Add the tokenizer of `source` to the metadata of a GGUFWriter. vocabulary: number of embeddings of the model.
 
     Return the added tokens that are left out, because the model has no embedding for them. Raises UserError if there is
-    no tokenizer, or llama.cpp does not support its kind.
+    no tokenizer, or one of a kind that llama.cpp does not support or pgprune does not write.
     """
     if source.gguf is not None:
         _copy_metadata(writer, source)
@@ -109,7 +111,9 @@ def _split_name(name: str, splitters: list[dict[str, Any]]) -> str:
         if pattern in SPLITS:
             return SPLITS[pattern]
     steps = json.dumps(splitters)
-    raise UserError(f"{name}: its tokenizer splits text in a way that llama.cpp does not support: {steps}. {USE_HF}")
+    raise UserError(
+        f"{name}: its tokenizer splits text in a way that pgprune does not write to GGUF: {steps}. {USE_HF}"
+    )
 
 
 def _add_tokens(writer: Any, name: str, model: dict[str, Any], added: dict[int, Any], vocabulary: int) -> None:

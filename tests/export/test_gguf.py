@@ -527,6 +527,17 @@ def splitters():
         yield name, pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), bytes_only])
 
 
+def test_the_splitter_of_phi_4_mini_and_gpt_oss_is_written():
+    from pgprune_cli.export.gguf_tokenizer import SPLITS
+
+    pattern = (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    assert SPLITS[pattern] == "gpt-4o"
+
+
 def test_llama_cpp_tokenizes_text_as_transformers_does(tmp_path):
     """Compares the next-token probabilities, which another tokenization would change."""
     llamacpp.require()
