@@ -19,8 +19,8 @@ import torch
 from pgprune_cli.export.carried_card import carried_card
 from pgprune_cli.export.checksums import MODEL_CARD, write_checksums
 from pgprune_cli.export.dense_model import DenseModel
-from pgprune_cli.export.hf_config import export_config
-from pgprune_cli.export.model_card import Loading, ModelCard
+from pgprune_cli.export.hf_config import export_config, reorders_attention
+from pgprune_cli.export.model_card import REORDERED, Loading, ModelCard
 from pgprune_cli.export.plan import DISK_RESERVE, Again, Measured, Options, Plan, check_new, check_space, prepare
 from pgprune_cli.export.surgery import TensorEdit
 from pgprune_cli.model.source import INDEX, Source
@@ -57,6 +57,14 @@ class DirectoryPlan(Plan):
             len(safetensors_file.header(edits)) + sum(map(safetensors_file.bytes_of, edits))
             for edits in self.files.values()
         )
+
+    @property
+    def notes(self) -> list[str]:
+        return [REORDERED] if self._reordered else []
+
+    @property
+    def _reordered(self) -> bool:
+        return self.stock and reorders_attention(self.config)
 
     def write(self, out: Path, on_bytes: Callable[[int], None]) -> None:
         out = expanded(out).resolve()
@@ -99,6 +107,7 @@ class DirectoryPlan(Plan):
             auto_class="AutoModelForCausalLM" if self.base.wrapper is None else "AutoModelForImageTextToText",
             needs_code=not self.stock,
             loads_in_mlx="model_file" in self.config,
+            reordered=self._reordered,
         )
         if self.again is not None:
             path = self.again.directory / MODEL_CARD

@@ -46,6 +46,21 @@ def export_config(base: DenseModel, surgery: Surgery, dtype: str | None) -> dict
     return result if base.wrapper is None else _wrapped(base.wrapper, result, is_stock=stock is not None)
 
 
+def reorders_attention(config: Mapping[str, Any]) -> bool:
+    """Return whether the `layer_types` of a stock config.json differ from those its type has for as many layers.
+
+    That is so if whole layers are removed from a model whose layers take turns. Some runtimes ignore the list.
+    """
+    from transformers import CONFIG_MAPPING
+
+    decoder = config.get(SECTION, config)
+    types = decoder.get("layer_types")
+    if types is None or decoder["model_type"] not in CONFIG_MAPPING:
+        return False
+    usual = CONFIG_MAPPING[decoder["model_type"]].from_dict({**decoder, "layer_types": None})
+    return list(types) != list(getattr(usual, "layer_types", None) or types)
+
+
 def _wrapped(wrapper: Mapping[str, Any], decoder: dict[str, Any], is_stock: bool) -> dict[str, Any]:
     """Return the config.json of a model of text and images, given that of its base model and the decoder's config."""
     for key in ("auto_map", "architectures"):  # those of the whole model count

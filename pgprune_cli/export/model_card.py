@@ -25,19 +25,26 @@ TASKS = "## Tasks"
 PROVENANCE = "## Where it comes from"
 """The headings of sections that change if the model is written again."""
 
+REORDERED = (
+    "Its kinds of attention (`layer_types` in config.json) are not in the usual order of this model type. "
+    "A runtime that ignores `layer_types`, such as vLLM with gpt-oss, computes something else."
+)
+
 
 @dataclass(frozen=True)
 class Loading:
     """How the export is loaded.
 
     title: name of the directory; auto_class: the class of transformers that loads the export; needs_code: True if
-    loading runs modeling_pruned.py; loads_in_mlx: True if modeling_mlx.py is in the directory.
+    loading runs modeling_pruned.py; loads_in_mlx: True if modeling_mlx.py is in the directory; reordered: True if the
+    layers' kinds of attention are not in the order that runtimes may expect.
     """
 
     title: str
     auto_class: str
     needs_code: bool
     loads_in_mlx: bool
+    reordered: bool = False
 
     def text(self) -> str:
         """Return the section of the card."""
@@ -56,6 +63,8 @@ class Loading:
                 "If pgprune is installed, `import pgprune_cli.serving.modeling_pruned` does the same without "
                 "`trust_remote_code`.",
             ]
+        if self.reordered:
+            lines += ["", REORDERED]
         if self.loads_in_mlx:
             trust = '{"trust_remote_code": True}'
             lines += [

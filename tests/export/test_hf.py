@@ -242,6 +242,26 @@ def test_layers_of_equal_sizes_become_a_stock_model(saved, tmp_path, architectur
         torch.testing.assert_close(load(tmp_path / "out")(tokens).logits, model(tokens).logits, **TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "removed", "reordered"),
+    [
+        ("gpt_oss", [1], True),
+        ("gpt_oss", [2, 3], False),
+        ("gemma2", [0], True),
+        ("gemma2", [0, 1], False),
+        ("llama-gqa", [1], False),
+    ],
+)
+def test_an_unusual_order_of_attention_is_noted(architecture, removed, reordered, tmp_path):
+    """vLLM ignores the `layer_types` of gpt-oss."""
+    model = tiny_model(architecture)
+    model.save_pretrained(tmp_path / "base")
+    counts = [(0, 0) if layer in removed else (4, 24) for layer in range(LAYERS)]
+    plan = export(tmp_path / "base", tmp_path / "out", draw(model, counts))
+    assert plan.stock and len(plan.notes) == reordered
+    assert ("layer_types" in (tmp_path / "out" / "README.md").read_text()) == reordered
+
+
 @pytest.mark.parametrize(("architecture", "stock", "model_type"), [
     ("llama-gqa", True, "mistral"), ("llama-biased", False, "pruned_llama"), ("qwen2", True, "qwen2"),
 ])  # fmt: skip
