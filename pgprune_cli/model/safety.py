@@ -122,6 +122,10 @@ def check_gguf(name: str, path: Path) -> None:
         raise UserError(
             f"{name}: transformers cannot read the architecture {header.architecture} from GGUF. {USE_SAFETENSORS}"
         )
+    biases = (tensor for tensor in header.tensors if tensor.endswith(".bias"))
+    read = ("attn_q.bias", "attn_k.bias", "attn_v.bias") if header.architecture == "qwen2" else ()
+    if unread := next((bias for bias in biases if not bias.endswith(read)), None):
+        raise UserError(f"{name}: transformers does not read its {unread} from GGUF. {USE_SAFETENSORS}")
     if header.layers > MAX_LAYERS:
         raise UserError(f"{path}: has {header.layers:,} layers, but at most {MAX_LAYERS} are supported.")
     rope_scaling(name, path, header)

@@ -182,3 +182,15 @@ def test_a_gguf_file_that_cannot_be_pruned_is_refused(
     path = write(tmp_path / "x.gguf", entries, [tensor("a", (4,), F32, 0)], 16)
     with refused(*facts):
         check_gguf("x", path)
+
+
+def test_a_bias_that_transformers_would_drop_is_refused(tmp_path: Path) -> None:
+    """Of a Llama with biases, or one whose biases a repair fitted. Those of a Qwen2's q, k and v are read."""
+    for architecture, bias in (("qwen2", "blk.0.attn_q.bias"), ("llama", "blk.0.ffn_down.bias")):
+        entries = [entry("general.architecture", 8, text(architecture))]
+        path = write(tmp_path / f"{architecture}.gguf", entries, [tensor(bias, (4,), F32, 0)], 16)
+        if architecture == "qwen2":
+            check_gguf("x", path)
+            continue
+        with refused(bias, "safetensors"):
+            check_gguf("x", path)
