@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from pgprune_cli.cli.options import AsJson, MaxWindows, Quiet, RecipeName, Set, examples, open_recipe, progress_of
-from pgprune_cli.cli.saved import saved_by_compare
+from pgprune_cli.cli.saved import NOTHING_NEW, saved_by_compare
 from pgprune_cli.cli.stopping import resumable
 from pgprune_cli.cli.tables import grid
 from pgprune_cli.errors import UserError
@@ -60,11 +60,13 @@ def compare(
 
     if problem := next(filter(None, map(SEEDS, numbers)), ""):
         raise UserError(f"--seeds {seeds}: {problem}.")
-    loaded, run = open_recipe(recipe, out, overrides or [], runs_folder() / "compare")
-    from pgprune_cli.jobs.compare import cells, compare, runs_of
     from pgprune_cli.run.layout import COMPARISON_TABLE
 
-    runs = runs_of(loaded, run, numbers, only or [])
+    with resumable(lambda _: NOTHING_NEW):
+        loaded, run = open_recipe(recipe, out, overrides or [], runs_folder() / "compare")
+        from pgprune_cli.jobs.compare import cells, compare, runs_of
+
+        runs = runs_of(loaded, run, numbers, only or [])
     with resumable(lambda _: saved_by_compare(run, runs)):
         table = compare(
             loaded, run, seeds=numbers, only=only or [], max_windows=max_windows, progress=progress_of(quiet)

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from pgprune_cli.cli.options import AsJson, BaseModel, Quiet, examples, progress_of, search_names
-from pgprune_cli.cli.saved import saved_by_export
+from pgprune_cli.cli.saved import NOTHING_NEW, saved_by_export
 from pgprune_cli.cli.stopping import resumable
 from pgprune_cli.cli.tables import export_line, print_plan, print_result
 from pgprune_cli.run.layout import refuse_unfinished
@@ -97,17 +97,18 @@ def export(
         hub.check_name(push)
     if not (run / "config.json").exists():
         refuse_unfinished(run)  # before seconds of imports
-    from pgprune_cli.jobs import export as job
+    with resumable(lambda _: NOTHING_NEW):
+        from pgprune_cli.jobs import export as job
 
-    options = job.options_of(
-        format,
-        dtype=dtype,
-        shard_size=shard_size,
-        pad_empty_attention=pad_empty_attention,
-        pad_kv_heads=pad_kv_heads,
-        pad_ffn=pad_ffn,
-    )
-    out = job.target(run, out, format)
+        options = job.options_of(
+            format,
+            dtype=dtype,
+            shard_size=shard_size,
+            pad_empty_attention=pad_empty_attention,
+            pad_kv_heads=pad_kv_heads,
+            pad_ffn=pad_ffn,
+        )
+        out = job.target(run, out, format)
     if dry_run:
         planned = job.plan(run, options, format, model)
         print_plan(job.summary(planned, out), job.tensors(planned, out), as_json)

@@ -17,7 +17,7 @@ from pgprune_cli.cli.options import (
     open_recipe,
     progress_of,
 )
-from pgprune_cli.cli.saved import saved_by_init_scores
+from pgprune_cli.cli.saved import NOTHING_NEW, saved_by_init_scores
 from pgprune_cli.cli.stopping import resumable
 from pgprune_cli.cli.tables import print_result
 
@@ -40,11 +40,13 @@ def init_scores(
     A search starts from these scores, and computes them itself if the run directory has none.
     """
     settings = [*(overrides or []), *([f"scores.metric={metric}"] if metric else [])]
-    loaded, run = open_recipe(recipe, out, settings)
-    from pgprune_cli.jobs.init_scores import init_scores
+    with resumable(lambda _: NOTHING_NEW):
+        loaded, run = open_recipe(recipe, out, settings)
     from pgprune_cli.run.layout import SCORES_FILE
 
     with resumable(lambda _: saved_by_init_scores(run)):
+        from pgprune_cli.jobs.init_scores import init_scores
+
         scores = init_scores(loaded, run, progress=progress_of(quiet))
     result = {"run": str(run), "scores": str(run / SCORES_FILE), "metric": scores.metric}
     print_result(result, as_json, f"{run / SCORES_FILE}: {scores.metric} of {loaded.model}")

@@ -100,17 +100,18 @@ def recover(
     `recovery`.
     """
     run = run or runs_folder() / expanded(out).resolve().name
-    loaded = _open(model, recipe, text, overrides or [])
+    with resumable(lambda step: saved_by_recover(run, step, teacher_cache)):
+        loaded = _open(model, recipe, text, overrides or [])
     if dry_run:
         from pgprune_cli.jobs.estimate import estimate_recovery
 
         print_recovery_estimate(estimate_recovery(model, loaded, teacher, progress=progress_of(quiet)), as_json)
         return
-    from pgprune_cli.jobs.recover import recover
-    from pgprune_cli.jobs.recovery_request import Request
-
-    request = Request(model, out, run, loaded, teacher, teacher_cache, format)
     with resumable(lambda step: saved_by_recover(run, step, teacher_cache)):
+        from pgprune_cli.jobs.recover import recover
+        from pgprune_cli.jobs.recovery_request import Request
+
+        request = Request(model, out, run, loaded, teacher, teacher_cache, format)
         record = recover(
             request, skip_corrupt_checkpoint=skip_corrupt_checkpoint, tracker=tracker, progress=progress_of(quiet)
         )

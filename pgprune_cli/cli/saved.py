@@ -34,6 +34,8 @@ class SavedWork(NamedTuple):
 
 
 NOTHING = SavedWork("nothing is saved yet")
+NOTHING_NEW = SavedWork("nothing new is saved")
+"""Of a command that is stopped before it knows its run directory."""
 
 
 def saved_by_init_scores(run: Path) -> SavedWork:

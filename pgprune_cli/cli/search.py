@@ -23,7 +23,7 @@ from pgprune_cli.cli.options import (
     progress_of,
     recipe_names,
 )
-from pgprune_cli.cli.saved import saved_by_search
+from pgprune_cli.cli.saved import NOTHING_NEW, saved_by_search
 from pgprune_cli.cli.stopping import resumable
 from pgprune_cli.cli.tables import print_estimate, print_result
 from pgprune_cli.console.commands import command_line
@@ -92,16 +92,18 @@ def search(
         raise UserError("--on: only works with --dry-run. Add it.")
     if gpus > 1 and on is None:
         raise UserError("--gpus: needs --on. On this machine, the recipe's `device` chooses the GPUs.")
-    loaded, run = _open(recipe, out, overrides or [], sparsity, calibration)
+    with resumable(lambda _: NOTHING_NEW):
+        loaded, run = _open(recipe, out, overrides or [], sparsity, calibration)
     if dry_run:
         from pgprune_cli.jobs.estimate import estimate
 
         print_estimate(estimate(loaded, on=on, gpus=gpus, progress=progress_of(quiet)), as_json)
         return
-    from pgprune_cli.jobs.search import search
     from pgprune_cli.run.layout import DECISION_MASKS
 
     with resumable(lambda step: saved_by_search(run, loaded.search.steps, step)):
+        from pgprune_cli.jobs.search import search
+
         decision = search(
             loaded, run, skip_corrupt_checkpoint=skip_corrupt_checkpoint, tracker=tracker, progress=progress_of(quiet)
         )

@@ -11,10 +11,13 @@ from typing import NoReturn
 import typer
 
 from pgprune_cli.cli.complaints import complain
-from pgprune_cli.cli.saved import SavedWork
+from pgprune_cli.cli.saved import NOTHING, NOTHING_NEW, SavedWork
 from pgprune_cli.console import signals
 from pgprune_cli.console.commands import command_line
 from pgprune_cli.distributed import ranks_from_environment
+
+_arrived: list[int] = []
+"""The signals that have stopped the command. In a half-done import, SystemExit can become any other exception."""
 
 
 @contextmanager
@@ -25,12 +28,18 @@ def stoppable() -> Iterator[None]:
     """
 
     def stop(signum: int, _: object) -> NoReturn:
+        _arrived.append(signum)
         complain(signals.WORDS[signal.Signals(signum)])
         raise SystemExit(signals.exit_code(signum))
 
+    _arrived.clear()
     handlers = {signum: signal.signal(signum, stop) for signum in signals.stopping()}
     try:
         yield
+    except Exception:
+        if not _arrived:
+            raise
+        raise SystemExit(signals.exit_code(_arrived[0])) from None
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
@@ -50,8 +59,9 @@ def resumable(saved: Callable[[int | None], SavedWork]) -> Iterator[None]:
     except Interrupted as interruption:
         _print_stop(saved(interruption.step))
         raise typer.Exit(signals.exit_code(interruption.signum)) from None
-    except SystemExit:
-        _print_stop(saved(None))
+    except (SystemExit, Exception):
+        if _arrived:
+            _print_stop(saved(None))
         raise
 
 
@@ -60,5 +70,5 @@ def _print_stop(work: SavedWork) -> None:
     if not work.complete:
         is_alone = ranks_from_environment().world_size == 1
         again = command_line("pgprune", *sys.argv[1:]) if is_alone else "the same torchrun command"
-        text += f". Resume with: {again}"
+        text += f". {'Start again' if work in (NOTHING, NOTHING_NEW) else 'Resume'} with: {again}"
     complain(text)

@@ -589,7 +589,51 @@ def test_stopped_command_prints_what_is_saved_and_how_to_resume(
     code, out, err = pgprune(*words)
     assert (code, out) == (143, "")
     command = shlex.join(["pgprune", *words])
-    assert err == f"pgprune: terminated\npgprune: stopped: {saved}. Resume with: {command}\n"
+    how = "Start again" if saved == "nothing is saved yet" else "Resume"
+    assert err == f"pgprune: terminated\npgprune: stopped: {saved}. {how} with: {command}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "opening"),
+    [
+        ("search demo", "recipe.reader.load"),
+        ("search demo --sparsity 0.3 --dry-run", "recipe.reader.load"),
+        ("init-scores demo", "recipe.reader.load"),
+        ("compare demo", "jobs.compare.runs_of"),
+        ("recover models/small --out small", "jobs.recovery_request.recipe_of"),
+        ("export {run}", "jobs.export.options_of"),
+    ],
+)
+def test_stopped_command_prints_how_to_start_again_while_it_opens(
+    words, opening, finished, pgprune, monkeypatch
+) -> None:
+    words = words.format(run=finished["units"]).split()
+    monkeypatch.setattr(f"pgprune_cli.{opening}", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    code, out, err = pgprune(*words)
+    assert (code, out) == (130, "")
+    first, last = err.splitlines()
+    assert first == "pgprune: interrupted"
+    assert last.startswith("pgprune: stopped: nothing ")
+    assert last.endswith(f" Start again with: {shlex.join(['pgprune', *words])}")
+
+
+@pytest.mark.parametrize("place", ["pgprune_cli.jobs.search.search", "pgprune_cli.recipe.reader.load"])
+def test_stopped_command_has_its_exit_code_when_an_import_turns_the_stop_into_an_error(
+    place, pgprune, monkeypatch
+) -> None:
+    """As transformers does, whose modules are imported at their first use."""
+
+    def import_half(*_: object, **__: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except SystemExit:
+            raise ModuleNotFoundError("Could not import module 'PreTrainedModel'") from None
+
+    monkeypatch.setattr(place, import_half)
+    code, out, err = pgprune("search", "demo")
+    assert (code, out) == (130, "")
+    assert err.startswith("pgprune: interrupted\npgprune: stopped: nothing ")
+    assert err.count("\n") == 2
 
 
 # --- what there is to look at
