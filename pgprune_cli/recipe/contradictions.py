@@ -27,6 +27,7 @@ def contradictions(recipe: Recipe) -> list[str]:
         *_of_min_keep(recipe),
         *_of_whole_layers(recipe),
         *_of_weight_format(recipe),
+        *_of_search(recipe),
         *_of_recovery(recipe),
     ]
 
@@ -99,6 +100,15 @@ def _of_weight_format(recipe: Recipe) -> Iterator[str]:
         yield (
             "budget.measure: with weight_format fp8, latency would be measured on fp8 products, but exports do not "
             "use fp8. Set weight_format to full or int8."
+        )
+
+
+def _of_search(recipe: Recipe) -> Iterator[str]:
+    passes, masks = recipe.search.forward_passes, recipe.search.masks_per_step
+    if 0 < passes < masks:
+        yield (
+            f"search.forward_passes: {passes} is less than one step of search.masks_per_step {masks}. "
+            f"Give {masks} or more, or 0 for no search."
         )
 
 

@@ -144,6 +144,13 @@ def test_min_keep_is_refused_for_whole_blocks(families: str) -> None:
         read(MINIMAL, f"units.families=[{families}]", "budget.min_keep=0.1", UNITS)
 
 
+def test_fewer_forward_passes_than_one_step_are_refused() -> None:
+    with refused("search.forward_passes: 8", "search.masks_per_step 16"):
+        load(find("demo"), ["search.forward_passes=8"])
+    for passes in (0, 16):
+        assert load(find("demo"), [f"search.forward_passes={passes}"]).search.forward_passes == passes
+
+
 def test_min_keep_is_refused_when_it_exceeds_what_the_sparsity_allows() -> None:
     with refused("x.yaml: budget.min_keep", "0.4", "budget.sparsity 0.7"):
         read(MINIMAL, "budget.sparsity=0.7", "budget.min_keep=0.4")
@@ -738,7 +745,6 @@ def test_find_returns_files_and_shipped_recipes() -> None:
         ("configs/dem.yaml", "demo?"),
         ("zzzzqq", ""),
         ("_base", ""),
-        ("", ""),
     ],
 )
 def test_find_refuses_an_unknown_recipe_with_the_nearest_names(name: str, suggestion: str) -> None:
