@@ -6,10 +6,11 @@ from typing import Annotated
 
 import typer
 
-from pgprune_cli.cli.options import AsJson, Out, Set, examples, recipe_names
+from pgprune_cli.cli.options import AsJson, Out, Set, examples, find_recipe, recipe_names
 from pgprune_cli.cli.tables import print_result
 from pgprune_cli.errors import ExitCode, UserError
 from pgprune_cli.run.layout import runs_folder
+from pgprune_cli.storage.paths import expanded
 
 EXAMPLES = examples("doctor", "doctor llama2-7b-50")
 
@@ -32,14 +33,14 @@ def doctor(
     """
     from dataclasses import asdict
 
-    from pgprune_cli.recipe.reader import find, load, name_of
+    from pgprune_cli.recipe.reader import load, name_of
 
     for option in [*(f"--set {override}" for override in overrides or []), *([f"--out {out}"] if out else [])]:
         if recipe is None:
             raise UserError(f"{option}: needs a recipe. Give one: pgprune doctor RECIPE {option}")
-    path = find(recipe) if recipe else None
+    path = find_recipe(recipe) if recipe else None
     loaded = load(path, overrides or []) if path else None
-    run = (out or runs_folder() / name_of(path)) if path else None
+    run = expanded(out or runs_folder() / name_of(path)) if path else None
     from pgprune_cli.jobs.doctor import doctor
 
     findings = doctor(loaded, run)

@@ -12,6 +12,7 @@ from pgprune_cli.cli.saved import NOTHING_NEW, saved_by_export
 from pgprune_cli.cli.stopping import resumable
 from pgprune_cli.cli.tables import export_line, print_plan, print_result
 from pgprune_cli.run.layout import refuse_unfinished
+from pgprune_cli.storage.paths import expanded
 
 EXAMPLES = examples(
     "export runs/smollm2-135m-30 --dry-run",
@@ -95,6 +96,7 @@ def export(
 
     if push is not None:
         hub.check_name(push)
+    run = expanded(run)
     if not (run / "config.json").exists():
         refuse_unfinished(run)  # before seconds of imports
     with resumable(lambda _: NOTHING_NEW):

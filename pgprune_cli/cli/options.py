@@ -8,8 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from pgprune_cli.console.commands import command_line
 from pgprune_cli.errors import UserError
-from pgprune_cli.run.layout import DECISION_RECORD, is_recovery_run, run_directories, runs_folder
+from pgprune_cli.run.layout import (
+    DECISION_RECORD,
+    RECIPE_FILE,
+    is_recovery_run,
+    is_run,
+    run_directories,
+    runs_folder,
+)
 from pgprune_cli.storage.paths import expanded
 
 if TYPE_CHECKING:
@@ -124,22 +132,51 @@ def progress_of(quiet: bool) -> Progress:
     return SILENT if quiet else StderrProgress()
 
 
-def is_model(name: str) -> bool:
-    """Return whether a name stands for a model and not for a recipe: recipes come first, so `demo` is a recipe."""
-    from pgprune_cli.model.names import is_hub_name
+def find_recipe(name: str) -> Path:
+    """Return the path of a recipe. Raises UserError, which says what to do with a run or a model in its place."""
     from pgprune_cli.model.source import find_local
     from pgprune_cli.recipe.reader import find
 
     try:
+        return find(name)
+    except UserError:
+        path = expanded(name)
+        if not name.strip() or path.suffix.lower() in (".yaml", ".yml") or not path.exists():
+            raise
+    if is_recovery_run(path):
+        raise UserError(f"{name}: the run of a recovery, not a recipe.")
+    if is_run(path):
+        again = command_line("pgprune", "search", path / RECIPE_FILE, "--out", path)
+        advice = f" Resume its search with: {again}" if (path / RECIPE_FILE).exists() else ""
+        raise UserError(f"{name}: a run, not a recipe.{advice}")
+    if path.is_file() and path.suffix != ".gguf":
+        raise UserError(f"{name}: not a recipe, whose name ends in .yaml, and not a model either.")
+    find_local(name, weights=False)
+    new = command_line("pgprune", "recipes", "new", name)
+    raise UserError(f"{name}: a model, not a recipe. Write one first: {new} > mine.yaml")
+
+
+def is_model(name: str, with_sparsity: bool) -> bool:
+    """Return whether a name stands for a model and not for a recipe: recipes come first, so `demo` is a recipe.
+
+    with_sparsity: whether --sparsity is given, so that a path that does not exist is a model's.
+    """
+    from pgprune_cli.model.names import is_hub_name
+    from pgprune_cli.model.source import find_local
+    from pgprune_cli.recipe.reader import find
+
+    path = expanded(name)
+    try:
         find(name)
         return False
     except UserError:
-        if name.lower().endswith((".yaml", ".yml")):
+        if not name.strip() or path.suffix.lower() in (".yaml", ".yml") or (path.exists() and is_run(path)):
             return False
     try:
         find_local(name, weights=False)
     except UserError:
-        return expanded(name).exists() or is_hub_name(name)
+        is_path = "/" in name or path.suffix == ".gguf" or path.exists()
+        return is_hub_name(name) or (with_sparsity and is_path)
     return True
 
 
@@ -149,10 +186,10 @@ def open_recipe(name: str, out: Path | None, overrides: list[str], runs: Path | 
     Raises UserError, also for a local model that does not exist.
     """
     from pgprune_cli.model.source import find_local
-    from pgprune_cli.recipe.reader import find, load, name_of
+    from pgprune_cli.recipe.reader import load, name_of
 
-    path = find(name)
-    recipe, run = load(path, overrides), out or (runs or runs_folder()) / name_of(path)
+    path = find_recipe(name)
+    recipe, run = load(path, overrides), expanded(out or (runs or runs_folder()) / name_of(path))
     if not (run / DECISION_RECORD).exists():
         find_local(recipe.model, weights=False)  # before seconds of imports
     return recipe, run

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pgprune_cli.cli.options import AsJson, Calibration, RecipeName, Set, Sparsity, examples, model_names
+from pgprune_cli.cli.options import AsJson, Calibration, RecipeName, Set, Sparsity, examples, find_recipe, model_names
 from pgprune_cli.cli.tables import print_result
 from pgprune_cli.console.commands import command_line
 
@@ -75,10 +75,10 @@ def show(recipe: RecipeName, overrides: Set = None, as_json: AsJson = False) -> 
     """
     from dataclasses import asdict
 
-    from pgprune_cli.recipe.reader import find, load
+    from pgprune_cli.recipe.reader import load
     from pgprune_cli.recipe.text import annotated
 
-    loaded = load(find(recipe), overrides or [])
+    loaded = load(find_recipe(recipe), overrides or [])
     print_result(asdict(loaded), as_json, annotated(loaded).rstrip())
 
 
@@ -93,6 +93,7 @@ def copy(
     """Copy a recipe, with every key, into a new file to edit."""
     from pgprune_cli.recipe.text import copy
 
+    find_recipe(recipe)  # refuses a run or a model
     written = copy(recipe, file)
     print_result(
         {"recipe": str(written)}, as_json, f"{written}: edit it, then {command_line('pgprune', 'search', written)}"

@@ -16,6 +16,7 @@ from pgprune_cli.cli.options import (
     Tracker,
     examples,
     exported_names,
+    find_recipe,
     progress_of,
     recipe_names,
 )
@@ -99,7 +100,8 @@ def recover(
     The model that did best on held-out text is exported with everything that the pruned one came with. Needs the extra
     `recovery`.
     """
-    run = run or runs_folder() / expanded(out).resolve().name
+    out, teacher_cache = expanded(out), teacher_cache and expanded(teacher_cache)
+    run = expanded(run or runs_folder() / out.resolve().name)
     with resumable(lambda step: saved_by_recover(run, step, teacher_cache)):
         loaded = _open(model, recipe, text, overrides or [])
     if dry_run:
@@ -123,7 +125,7 @@ def recover(
         f"{out}: held-out divergence {record['loss_after']:.4f} nats per token after {record['tokens']:,} tokens "
         f"(before {record['loss_before']:.4f}), best at step {record['best_step']} of {record['steps']}",
     )
-    if not quiet:
+    if not quiet and out.is_dir():  # no command reads a pruned GGUF file
         print(f"next: {command_line('pgprune', 'eval', out, '--baseline', model)}", file=STDERR)
 
 
@@ -133,9 +135,9 @@ def _open(model: str, recipe: str | None, text: str | None, overrides: list[str]
 
     options = [] if text is None else [f"recover.corpus={json.dumps(text, ensure_ascii=False)}"]
     if recipe is not None:
-        from pgprune_cli.recipe.reader import find, load
+        from pgprune_cli.recipe.reader import load
 
-        return load(find(recipe), [*options, *overrides])
+        return load(find_recipe(recipe), [*options, *overrides])
     from pgprune_cli.jobs.recovery_request import recipe_of
 
     return recipe_of(model, [*options, *overrides])

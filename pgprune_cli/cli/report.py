@@ -10,6 +10,7 @@ import typer
 
 from pgprune_cli.cli.options import AsJson, Quiet, examples, run_names
 from pgprune_cli.cli.tables import print_result
+from pgprune_cli.storage.paths import expanded
 
 EXAMPLES = examples(
     "report runs/smollm2-135m-30",
@@ -48,6 +49,7 @@ def report(
     """
     from pgprune_cli.jobs import report as job
 
+    runs, out = [expanded(run) for run in runs], out and expanded(out)
     page = job.target(runs, out)
     for read in job.report(runs, page, watch):
         states = ", ".join(f"{run.name} {run.progress}" for run in read)

@@ -12,6 +12,7 @@ from pgprune_cli.cli.complaints import complain
 from pgprune_cli.cli.options import AsJson, examples
 from pgprune_cli.cli.tables import grid
 from pgprune_cli.run.layout import runs_folder
+from pgprune_cli.storage.paths import expanded
 
 EXAMPLES = examples("runs", "runs runs/compare --json")
 
@@ -30,7 +31,7 @@ def runs(
     """
     from pgprune_cli.jobs.runs import cells, runs_in
 
-    rows = runs_in(folder or runs_folder())
+    rows = runs_in(expanded(folder or runs_folder()))
     if as_json:
         print(json.dumps({"runs": rows}))
         return

@@ -32,6 +32,7 @@ from pgprune_cli.distributed import ranks_from_environment
 from pgprune_cli.errors import UserError
 from pgprune_cli.run.evaluation import with_bos
 from pgprune_cli.run.layout import RECIPE_FILE, runs_folder
+from pgprune_cli.storage.paths import expanded
 
 if TYPE_CHECKING:
     from pgprune_cli.recipe.schema import Recipe
@@ -142,17 +143,20 @@ def _open(
     """Return the recipe of a name and its run directory; for a model, its run's recipe or a new one."""
     values = {"budget.sparsity": sparsity, "calibration.corpus": calibration}
     options = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items() if value is not None]
-    if not is_model(name):
+    if not is_model(name, with_sparsity=sparsity is not None):
         return open_recipe(name, out, [*options, *overrides])
     if sparsity is None:
         example = command_line("pgprune", "search", name, "--sparsity", 0.3)
         raise UserError(f"{name}: a model, not a recipe. Say how much to remove, for example: {example}")
+    from pgprune_cli.model.source import find_local
+
+    find_local(name, weights=False)  # a wrong name is refused before seconds of imports
     from pgprune_cli.jobs.new_recipe import new_recipe, run_name
     from pgprune_cli.recipe.schema import Range
 
     if problem := Range(0, 1)(sparsity):  # before it becomes a part of the run's name
         raise UserError(f"--sparsity {sparsity}: {problem}.")
-    run = out or runs_folder() / run_name(name, sparsity)
+    run = expanded(out or runs_folder() / run_name(name, sparsity))
     if (run / RECIPE_FILE).exists():  # resumed with the values chosen then, whatever this machine has free now
         from pgprune_cli.model.names import absolute_name
         from pgprune_cli.recipe.reader import load

@@ -17,6 +17,7 @@ from pgprune_cli.jobs.tasks import load_tasks, measure_tasks
 from pgprune_cli.model.source import Source
 from pgprune_cli.run.layout import EVALUATION_FILE
 from pgprune_cli.run.provenance import record_command
+from pgprune_cli.storage.paths import expanded
 from pgprune_cli.storage.records import read_record, write_record
 
 
@@ -35,7 +36,7 @@ def evaluate(request: EvaluationRequest, *, progress: Progress = SILENT) -> list
     is_complete = request.max_windows is None and request.max_items is None
     for target in targets:
         if is_complete and target.is_run:
-            _remembered(Path(target.name))  # refuses damage before hours of work
+            _remembered(expanded(target.name))  # refuses damage before hours of work
     evaluation = targets[0].evaluation
     corpora = Corpus.of(evaluation) if request.uses_recipe else request.parsed_corpora()
     seqlens = request.seqlens or evaluation.seqlen
@@ -52,7 +53,7 @@ def evaluate(request: EvaluationRequest, *, progress: Progress = SILENT) -> list
     if is_complete and (corpora or tasks):
         for target, result in zip(targets, results, strict=True):
             if target.is_run:
-                remember(Path(target.name), result)
+                remember(expanded(target.name), result)
     return results
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pgprune_cli.console.commands import command_line
 from pgprune_cli.data.corpora import check_corpus
@@ -12,6 +11,7 @@ from pgprune_cli.errors import UserError
 from pgprune_cli.model.source import find_local
 from pgprune_cli.recipe.schema import Bos, EvaluationSettings, name_and_text
 from pgprune_cli.run.layout import is_run, refuse_unfinished, runs_folder
+from pgprune_cli.storage.paths import expanded
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
@@ -105,7 +105,7 @@ class EvaluationRequest:
         for name in (self.model, *self.baselines):
             self._check_model(name)
         if self.base is not None:
-            if not self.speed and not is_run(Path(self.model)):
+            if not self.speed and not is_run(expanded(self.model)):
                 raise UserError(
                     f"--model {self.base}: only a run needs it, or an export with --speed, to find the base model. "
                     f"{self.model} is not a run. Leave this option out."
@@ -114,7 +114,7 @@ class EvaluationRequest:
         self.parsed_corpora()
 
     def _check_model(self, name: str) -> None:
-        path = Path(name)
+        path = expanded(name)
         if is_run(path):
             refuse_unfinished(path)
             if self.speed:

@@ -20,6 +20,7 @@ from pgprune_cli.recipe.schema import Bos, EvaluationSettings
 from pgprune_cli.run.base import find_base
 from pgprune_cli.run.decision import Decision, Origin, read_origin, refuse_other_base
 from pgprune_cli.run.layout import DECISION_RECORD, RECIPE_FILE, is_run
+from pgprune_cli.storage.paths import expanded
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def open_target(
         UserError: the model, its run or one of the recipe's corpora is damaged or does not exist, or windows should
             begin with BOS and the tokenizer has none.
     """
-    if is_run(Path(name)):
+    if is_run(expanded(name)):
         return _open_run(name, dtype, device, bos, uses_recipe, base, progress)
     source = source or resolve(name)
     origin = read_origin(source.directory)
@@ -96,7 +97,7 @@ def _open_run(
     base: str | None,
     progress: Progress,
 ) -> Target:
-    run = Path(name)
+    run = expanded(name)
     decision = Decision.load(run)
     recipe = load(run / RECIPE_FILE)
     source = find_base(decision, run, base)

@@ -31,6 +31,8 @@ DOWNLOADED = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"
 
 CONVERTED = {"models/vicuna-7b": "lmsys/vicuna-7b-v1.5", "models/vicuna-13b": "lmsys/vicuna-13b-v1.5"}
 """The directories of shipped recipes whose models the hub has only as pickles, and their names there."""
+FETCHED = {"models/smollm2-135m": ("scripts/fetch_smollm2.sh", "HuggingFaceTB/SmolLM2-135M-Instruct")}
+"""The directories of shipped recipes that a script fills, with the script and the name of the same model on the hub."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ def find_local(name: str, weights: bool = True) -> Source | None:
     """Return where a model on this machine is, or None if `name` is a hub name. Raises UserError as `resolve` does."""
     if name == DEMO:
         return Source(name, DEMO_MODEL, None)
+    if not name.strip():
+        raise UserError("the name of the model is empty. Give a directory, a .gguf file or a hub name (owner/name).")
     path = expanded(name)
     if path.is_file():
         if path.suffix in PICKLED:
@@ -121,6 +125,12 @@ def find_local(name: str, weights: bool = True) -> Source | None:
         raise UserError(
             f"{name}: no such directory. The hub has this model only as pickled weights. Convert them once: "
             f"pgprune convert {hub_name} {name}"
+        )
+    if name in FETCHED:
+        script, hub_name = FETCHED[name]
+        raise UserError(
+            f"{name}: no such directory. Run {script}, which downloads the model, or take it from the hub: "
+            f"--set model={hub_name}"
         )
     if not is_hub_name(name):
         raise UserError(
@@ -194,7 +204,7 @@ def _in_directory(name: str, directory: Path, weights: bool, ignore_gguf: bool =
     """
     refuse_links_out(name, directory)
     stored = _has_weights(directory)
-    files = sorted(path.name for path in directory.glob("*.gguf"))
+    files = sorted(path.name for path in directory.glob("*.gguf") if path.is_file())
     if (directory / ADAPTER).exists() and (stored or not files):
         check_adapter(name, directory, merged=stored)
     has_config = (directory / "config.json").exists()

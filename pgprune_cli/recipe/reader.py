@@ -3,6 +3,7 @@
 The reader walks the dataclasses of `schema.py`, so a key that is added there can be read without a change here.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from pgprune_cli.recipe.strict_yaml import (
     shown_text,
     typed,
 )
+from pgprune_cli.storage.paths import expanded
 
 
 def _walk(section: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
@@ -96,7 +98,9 @@ def find(name_or_path: str) -> Path:
     Raises:
         UserError: there is no such recipe. The message suggests the nearest names.
     """
-    path = Path(name_or_path)
+    if not name_or_path.strip():
+        raise UserError("the name of the recipe is empty. `pgprune recipes` lists the shipped recipes.")
+    path = expanded(name_or_path)
     if path.suffix == ".yaml" and is_file(path):
         return path
     if path.suffix.lower() in (".yaml", ".yml") and is_file(path):
@@ -105,6 +109,9 @@ def find(name_or_path: str) -> Path:
     name = name_or_path.removesuffix(".yaml")
     if name in shipped_names:
         return shipped_names[name]
+    if path.suffix.lower() in (".yaml", ".yml") and os.path.lexists(path):
+        kind = "a directory" if path.is_dir() else "a special file or a broken link"
+        raise UserError(one_line(f"{name_or_path}: {kind}, not a recipe file."))
     files = {str(file.with_suffix("")): str(file) for file in path.parent.glob("*.yaml")}
     names = {name: name for name in shipped_names} | files
     similar = near(name, names, most=3) or near(Path(name).name, names, most=3)

@@ -11,6 +11,7 @@ from pgprune_cli.recipe.reader import dump, find, load, name_of, shipped_folder,
 from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.recipe.strict_yaml import read_text
 from pgprune_cli.storage.atomic import write_bytes
+from pgprune_cli.storage.paths import expanded
 
 _LINE = re.compile(r"(?P<indent> *)(?P<name>\w+):.*?(  # (?P<comment>.*))?")
 
@@ -44,7 +45,7 @@ def copy(name: str, to: Path | None) -> Path:
         UserError: the recipe is unknown, the file exists, or its name does not end in .yaml.
     """
     source = find(name)
-    path = to or Path(f"{Path(name_of(source)).name}.yaml")
+    path = expanded(to or Path(f"{Path(name_of(source)).name}.yaml"))
     if path.suffix != ".yaml":
         raise UserError(f"{path}: the name of a recipe file must end in .yaml.")
     if path.exists():

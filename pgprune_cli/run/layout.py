@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pgprune_cli.console.commands import command_line
 from pgprune_cli.errors import UserError
+from pgprune_cli.storage.paths import expanded
 
 RUNS_VARIABLE = "PGPRUNE_RUNS"
 
@@ -123,7 +124,7 @@ def widths_files(run: Path) -> list[Path]:
 
 def runs_folder() -> Path:
     """Return the default parent of run directories: $PGPRUNE_RUNS, or `runs`."""
-    return Path(os.environ.get(RUNS_VARIABLE) or "runs")
+    return expanded(os.environ.get(RUNS_VARIABLE) or "runs")
 
 
 def is_run(folder: Path) -> bool:
@@ -135,6 +136,18 @@ def is_run(folder: Path) -> bool:
 def is_recovery_run(folder: Path) -> bool:
     """Return whether a run directory belongs to a recovery, finished or not."""
     return (folder / TRAINING_RECORD).exists() and is_run(folder)
+
+
+def refuse_other_content(folder: Path, option: str = "--out") -> None:
+    """Raise UserError if a directory cannot become a run, because it holds a model or other runs.
+
+    option: chooses the directory on the command line.
+    """
+    if (folder / "config.json").exists():
+        kind = "an exported model" if (folder / DECISION_RECORD).exists() else "a model"
+        raise UserError(f"{folder}: {kind}, not a run. Choose another directory with {option}.")
+    if folder.is_dir() and not is_run(folder) and any(map(is_run, folder.iterdir())):
+        raise UserError(f"{folder}: holds other runs. Choose a new directory, such as {option} {folder / 'NAME'}.")
 
 
 def run_directories(folder: Path) -> Iterator[Path]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pgprune_cli.console.stderr import warn
 from pgprune_cli.errors import UserError
-from pgprune_cli.run.layout import LOCK_FILE
+from pgprune_cli.run.layout import LOCK_FILE, refuse_other_content
 from pgprune_cli.storage.atomic import make_directory, refuse_unencodable, try_lock
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -53,12 +53,15 @@ def refuse_unwritable(path: Path) -> None:
 
 
 def refuse_unusable(run: Path, option: str = "--out") -> None:
-    """Raise UserError if `run` cannot be written or created, or if another process holds its lock. Writes nothing.
+    """Raise UserError if `run` cannot be written or created, or is no run, or if another process holds its lock.
+
+    Writes nothing.
 
     option: chooses it on the command line.
     """
     existing = next(path for path in (run, *run.absolute().parents) if os.path.lexists(path))  # a broken link too
     _refuse_unwritable(run, existing, option)
+    refuse_other_content(run, option)
     if (run / LOCK_FILE).exists():
         with suppress(OSError):  # released in the meantime, or no locks on this file system
             handle = os.open(run / LOCK_FILE, os.O_RDWR)

@@ -15,7 +15,7 @@ from helpers.models import save_shards
 
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.loading import load_model
-from pgprune_cli.model.source import DEMO_MODEL, INDEX, Source, resolve
+from pgprune_cli.model.source import DEMO_MODEL, INDEX, Source, find_local, resolve
 
 
 def make(folder: Path, *names: str) -> Path:
@@ -69,6 +69,17 @@ def test_a_gguf_file_beside_a_config_is_found(weights: bool, tmp_path: Path) -> 
     assert resolve(str(folder), weights) == Source(str(folder), folder, "x.gguf")
     make(folder, "model.safetensors")
     assert resolve(str(folder), weights) == Source(str(folder), folder, None)
+
+
+def test_a_directory_named_like_a_gguf_file_is_not_one(tmp_path: Path) -> None:
+    make(tmp_path, "a.gguf")
+    (tmp_path / "b.gguf").mkdir()
+    assert find_local(str(tmp_path)).gguf == "a.gguf"
+
+
+def test_an_empty_name_is_refused() -> None:
+    with refused("model is empty"):
+        find_local(" ")
 
 
 def test_a_directory_with_several_gguf_files_is_refused(tmp_path: Path) -> None:
