@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
+from pgprune_cli.errors import UserError
 from pgprune_cli.export import gguf, hf, mlx
 from pgprune_cli.export.plan import DTYPES, Again, Measured, Options, Plan
 from pgprune_cli.model.source import Source
@@ -37,3 +39,15 @@ class Format:
 
 
 FORMATS = {"hf": Format(hf.plan), "gguf": Format(gguf.plan, gguf.DTYPES, ".gguf"), "mlx": Format(mlx.plan)}
+
+
+def refuse_other_suffix(out: Path, format: str) -> None:
+    """Raise UserError if `out` is not named as the format writes it: a file with its suffix, or a directory."""
+    suffix = FORMATS[format].suffix
+    if suffix and out.suffix != suffix:
+        raise UserError(f"--out {out}: --format {format} writes a single file. Give a name that ends in {suffix}.")
+    for name, other in FORMATS.items():
+        if not suffix and other.suffix and out.suffix == other.suffix:
+            raise UserError(
+                f"--out {out}: --format {format} writes a directory. Add --format {name}, or give another name."
+            )

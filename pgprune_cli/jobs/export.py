@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pgprune_cli.console.progress import SILENT, Progress
 from pgprune_cli.errors import UserError
 from pgprune_cli.export.checksums import CHECKSUMS_FILE, refuse_changed
-from pgprune_cli.export.formats import FORMATS
+from pgprune_cli.export.formats import FORMATS, refuse_other_suffix
 from pgprune_cli.export.plan import Options, Plan, check_new
 from pgprune_cli.export.shapes import ShapeRequirements
 from pgprune_cli.export.trained import plan_again
@@ -53,12 +53,10 @@ def options_of(
 def target(run: Path, out: Path | None, format: str) -> Path:
     """Return where to write the export of a run: `out`, or by default a path below `models/`.
 
-    Raises UserError if the format writes one file and `out` has another suffix.
+    Raises UserError as `refuse_other_suffix`.
     """
-    suffix = FORMATS[format].suffix
-    out = out or Path("models") / f"{run.resolve().name}{suffix}"
-    if suffix and out.suffix != suffix:
-        raise UserError(f"--out {out}: --format {format} writes a single file. Give a name that ends in {suffix}.")
+    out = expanded(out or Path("models") / f"{run.resolve().name}{FORMATS[format].suffix}")
+    refuse_other_suffix(out, format)
     return out
 
 

@@ -14,7 +14,7 @@ from pgprune_cli.console.commands import command_line
 from pgprune_cli.console.progress import Progress
 from pgprune_cli.distributed import Ranks, ranks_from_environment
 from pgprune_cli.errors import UserError
-from pgprune_cli.export.formats import FORMATS
+from pgprune_cli.export.formats import FORMATS, refuse_other_suffix
 from pgprune_cli.export.plan import check_new
 from pgprune_cli.export.trained import plan_again
 from pgprune_cli.model.devices import devices_of, fastest_dtype
@@ -85,7 +85,10 @@ def recipe_of(model: str, overrides: Sequence[str] = ()) -> Recipe:
     source = _student(model)
     origin = read_origin(source.directory)
     if origin is None:
-        raise UserError(f"{model}: has no {DECISION_RECORD}, so its recipe is not known. Give one with --recipe.")
+        raise UserError(
+            f"{model}: not a pruned model that `pgprune export` wrote, because it has no {DECISION_RECORD}. Give "
+            "such a model, or a recipe with --recipe."
+        )
     return parse(origin.recipe, f"{source.directory / DECISION_RECORD}: its recipe", overrides)
 
 
@@ -97,6 +100,7 @@ def missing_packages(recipe: Recipe) -> list[str]:
 
 def check(request: Request, tracker: TrackerName | None) -> None:
     """Raise UserError for what can be refused at once."""
+    refuse_other_suffix(request.out, request.format)
     if missing := missing_packages(request.recipe):
         raise UserError(f"recover: needs {' and '.join(missing)}. Install it with: pip install 'pgprune[recovery]'")
     if tracker is not None:

@@ -91,6 +91,8 @@ def test_target_is_out_or_below_models():
     assert job.target(Path("runs/tiny"), Path("x"), "mlx") == Path("x")
     with refused("--out x", "--format gguf", ".gguf"):
         job.target(Path("runs/tiny"), Path("x"), "gguf")
+    with refused("--out x.gguf", "--format mlx", "--format gguf"):
+        job.target(Path("runs/tiny"), Path("x.gguf"), "mlx")
 
 
 def planned_and_written(pgprune, run: Path, options: list[str]) -> tuple[dict, list[dict]]:
