@@ -22,7 +22,7 @@ from pgprune_cli.recipe.schema import Recipe
 from pgprune_cli.repair.least_squares import Repaired, repair
 from pgprune_cli.repair.width_files import remove_widths
 from pgprune_cli.run.decision import Decision, ancestry
-from pgprune_cli.run.layout import COSTS_FILE, DECISION_RECORD, RECIPE_FILE
+from pgprune_cli.run.layout import COSTS_FILE, DECISION_RECORD, RECIPE_FILE, refuse_other_content
 from pgprune_cli.run.lock import locked
 from pgprune_cli.run.provenance import record_command
 from pgprune_cli.run.resume import identity_of, load_finished, refuse_other_recipe
@@ -67,6 +67,7 @@ def search(
         RunError: the losses are never finite, or another process of the search has died.
         Interrupted: a signal stopped the search; its state is saved.
     """
+    refuse_other_content(run)  # an exported model has a decision, too
     recipe = settled(recipe, run)
     if (run / DECISION_RECORD).exists():
         return load_finished(run, recipe)

@@ -502,6 +502,94 @@ def test_paths_that_cannot_be_used_are_one_line_and_exit_code_2(words, facts, pg
     says(err.replace("x" * 300, "LONG"), *facts)
 
 
+@pytest.mark.parametrize(
+    ("words", "facts"),
+    [
+        ("search demo --out runs", ["runs: ", "--out runs/NAME"]),
+        ("search demo --out models/mine", ["models/mine: ", "exported model", "--out"]),
+        ("search demo --out dense", ["dense: ", "--out"]),
+        ("init-scores demo --out models/mine", ["models/mine: ", "--out"]),
+        ("recover models/mine --out x --recipe demo --run-dir runs", ["runs: ", "--run-dir"]),
+        ("recover models/mine --out x.gguf --recipe demo", ["--out x.gguf: ", "--format hf", "--format gguf"]),
+        ("recover models/mine --out x --format gguf --recipe demo", ["--out x: ", "--format gguf", ".gguf"]),
+        ("search runs/mine", ["runs/mine: ", "pgprune search runs/mine/recipe.yaml --out runs/mine"]),
+        ("compare runs/mine", ["runs/mine: ", "pgprune search runs/mine/recipe.yaml --out runs/mine"]),
+        ("recipes show runs/mine", ["runs/mine: ", "runs/mine/recipe.yaml"]),
+        ("recipes copy runs/mine", ["runs/mine: ", "runs/mine/recipe.yaml"]),
+        ("search runs/recovery", ["runs/recovery: ", "recovery"]),
+        ("init-scores models/mine", ["models/mine: ", "pgprune recipes new models/mine > mine.yaml"]),
+        ("doctor dense", ["dense: ", "pgprune recipes new dense > mine.yaml"]),
+        ("search models/mine", ["models/mine: ", "pgprune search models/mine --sparsity 0.3"]),
+        ("search text", ["text: ", "recipe", "model"]),
+        ("search empty", ["empty: ", "model"]),
+        ("search EMPTY", ["recipe is empty"]),
+        ("search EMPTY --sparsity 0.3", ["recipe is empty"]),
+        ("eval EMPTY", ["model is empty"]),
+        ("recover demo --out x", ["demo: ", "pgprune export", "decision.json"]),
+        ("search /nowhere/my-llama --sparsity 0.3", ["/nowhere/my-llama: ", ".gguf", "spelling"]),
+        ("search my.gguf --sparsity 0.3", ["my.gguf: ", "spelling"]),
+        ("search lama2-7b-50 --sparsity 0.3", ["lama2-7b-50: ", "did you mean llama2-7b-50"]),
+        ("search smollm2-135m-30", ["models/smollm2-135m: ", "scripts/fetch_smollm2.sh", "--set model=HuggingFaceTB/"]),
+        ("recipes show d.yaml", ["d.yaml: ", "a directory"]),
+        ("recipes show fifo.yaml", ["fifo.yaml: ", "not a recipe file"]),
+        ("recipes show loop.yaml", ["loop.yaml: ", "not a recipe file"]),
+    ],
+)
+def test_what_is_in_the_wrong_place_is_refused_with_what_to_do(words, facts, pgprune) -> None:
+    for path in ("models/mine/config.json", "models/mine/decision.json", "dense/config.json", "text"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text("{}")
+    for path in ("runs/mine/recipe.yaml", "runs/recovery/recipe.yaml", "runs/recovery/training.json"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text("model: demo\n")
+    Path("d.yaml").mkdir()
+    Path("empty").mkdir()
+    os.mkfifo("fifo.yaml")
+    Path("loop.yaml").symlink_to("loop.yaml")
+    files = sorted(Path().rglob("*"))
+    code, out, err = pgprune(*["" if word == "EMPTY" else word for word in words.split()])
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    says(err, *facts)
+    assert sorted(Path().rglob("*")) == files
+
+
+def test_paths_may_start_at_home(pgprune, finished, monkeypatch, tmp_path: Path) -> None:
+    """The shell leaves `~` as it is in `--out=~/x`, in quotes and in what a script assigns."""
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    shutil.copytree(finished["units"], home / "runs/units")
+    assert pgprune("recipes", "copy", "demo", "~/mine.yaml")[0] == 0
+    assert (home / "mine.yaml").is_file()
+    assert pgprune("recipes", "show", "~/mine.yaml")[0] == 0
+    assert str(home / "runs/units") in pgprune("runs", "~/runs")[1]
+    monkeypatch.setenv("PGPRUNE_RUNS", "~/runs")
+    assert str(home / "runs/units") in pgprune("runs")[1]
+    assert pgprune("export", "~/runs/units", "--dry-run")[0] == 0
+    for words, fact in (
+        (["search", "demo", "--out=~/runs"], f"{home}/runs: holds other runs"),
+        (["eval", "~/runs/units", "--speed"], "~/runs/units: speed is measured on an exported model"),
+        (["report", "~/nothing"], f"{home}/nothing"),
+    ):
+        code, out, err = pgprune(*words)
+        assert (code, out) == (2, ""), err
+        assert fact in err
+    assert list(tmp_path.iterdir()) == [home]
+
+
+@pytest.mark.parametrize(("out", "format"), [("small", "hf"), ("small.gguf", "gguf")])
+def test_recover_says_what_to_do_next_unless_no_command_reads_the_file(out, format, pgprune, monkeypatch) -> None:
+    record = {"loss_before": 2.0, "loss_after": 1.0, "tokens": 9, "best_step": 1, "steps": 1}
+
+    def recover(request, **_: object) -> dict[str, float]:
+        request.out.mkdir() if format == "hf" else request.out.touch()
+        return record
+
+    monkeypatch.setattr("pgprune_cli.jobs.recover.recover", recover)
+    code, _, err = pgprune("recover", "pruned", "--recipe", "demo", "--out", out, "--format", format)
+    assert code == 0, err
+    assert err == ("next: pgprune eval small --baseline pruned\n" if format == "hf" else "")
+
+
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", "2>&- >&-"])
 @pytest.mark.parametrize(("words", "expected"), [("runs nowhere", 2), ("recipes --json", 0)])
 def test_closed_streams_do_not_change_the_exit_code(words, expected, closed) -> None:
