@@ -21,8 +21,10 @@ def complain(text: str) -> None:
         print(f"{program}: {one_line(line)}", file=STDERR)
 
 
-def usage_fault(error: Exception) -> str | None:
+def usage_fault(error: Exception, program: Any) -> str | None:
     """Return one line for an error of the argument parser: what is wrong, and which help page to read.
+
+    program: the command that the parser was made from, with its subcommands.
 
     Returns "" if the parser has printed the help already, None if the error is not the parser's. The parser's classes
     move between versions of Typer, so they are recognised by their attributes.
@@ -33,15 +35,43 @@ def usage_fault(error: Exception) -> str | None:
     if type(error).__name__ == "NoArgsIsHelpError":
         parser.show()
         return ""
-    command = getattr(getattr(parser, "ctx", None), "command_path", "pgprune")
+    words, command = _command_of(program)
     if possible := getattr(parser, "possibilities", None):  # the parser would list them in alphabetical order
         hint = nearest(parser.option_name, possible) or "."
         message = f"no such option: {parser.option_name}{hint}"
+    elif " requires an argument" in parser.format_message():
+        metavars = [option.metavar for option in command.params if parser.option_name in option.opts]
+        message = f"{parser.option_name}: needs a value{f', {metavars[0]}' if any(metavars) else ''}."
+    elif problem := _wrong_number(parser):
+        message = problem
     else:
         message = " ".join(parser.format_message().replace("Value error, ", "").split()).rstrip(".?")
         message = message.replace(". Did you mean ", ", did you mean ")
         message = f"{message[:1].lower()}{message[1:]}{'?' if 'did you mean' in message else '.'}"
-    return f"{message} See `{command} --help`."
+    return f"{message} See `{words} --help`."
+
+
+def _command_of(program: Any) -> tuple[str, Any]:
+    """Return the command that was given: its words, and the parser's own object. Not all faults know it."""
+    words, command = ["pgprune"], program
+    for word in sys.argv[1:]:
+        if word not in getattr(command, "commands", {}):
+            break
+        words.append(word)
+        command = command.commands[word]
+    return " ".join(words), command
+
+
+def _wrong_number(fault: Any) -> str:
+    """Return what is wrong if the value of an option is not a number, else ""."""
+    if not hasattr(fault.__cause__, "errors"):  # Typer reads values with pydantic, whose faults have this
+        return ""
+    found = fault.__cause__.errors()[0]
+    expected = {"float_parsing": "a number such as 0.3", "int_parsing": "an integer"}.get(found["type"])
+    if expected is None:
+        return ""
+    repeat = " Repeat the option for several." if fault.param.multiple and "," in found["input"] else ""
+    return f"{fault.param.opts[0]} {found['input']}: expected {expected}.{repeat}"
 
 
 def loop_fault(error: Exception) -> str | None:

@@ -20,6 +20,8 @@ from pgprune_cli.cli.options import (
 from pgprune_cli.cli.saved import NOTHING_NEW, saved_by_init_scores
 from pgprune_cli.cli.stopping import resumable
 from pgprune_cli.cli.tables import print_result
+from pgprune_cli.console.suggest import either, nearest
+from pgprune_cli.errors import UserError
 
 EXAMPLES = examples("init-scores smollm2-135m-30", "init-scores demo --metric magnitude")
 
@@ -39,6 +41,8 @@ def init_scores(
 
     A search starts from these scores, and computes them itself if the run directory has none.
     """
+    if metric is not None and metric not in (names := list(metric_names(""))):
+        raise UserError(f"--metric {metric}: expected {either(names)}{nearest(metric, names) or '.'}")
     settings = [*(overrides or []), *([f"scores.metric={metric}"] if metric else [])]
     with resumable(lambda _: NOTHING_NEW):
         loaded, run = open_recipe(recipe, out, settings)

@@ -156,6 +156,19 @@ def find_recipe(name: str) -> Path:
     raise UserError(f"{name}: a model, not a recipe. Write one first: {new} > mine.yaml")
 
 
+def check_options(sparsity: float | None, calibration: str | None) -> None:
+    """Raise UserError for a --sparsity that is no fraction, or a --calibration that names no text."""
+    from pgprune_cli.jobs.evaluation_request import check_text
+    from pgprune_cli.recipe.schema import Range
+
+    if sparsity is not None and (problem := Range(0, 1)(sparsity)):
+        raise UserError(f"--sparsity {sparsity:g}: {problem}.")
+    if calibration is not None and not calibration.strip():
+        raise UserError("--calibration: expected a corpus name or a file, got nothing.")
+    if calibration is not None:
+        check_text(calibration)
+
+
 def is_model(name: str, with_sparsity: bool) -> bool:
     """Return whether a name stands for a model and not for a recipe: recipes come first, so `demo` is a recipe.
 

@@ -107,7 +107,7 @@ def main() -> NoReturn:
         complain(f"{error.filename or 'a file'}: {error.strerror or error}{advice_on(error)}")
         code = ExitCode.BAD_INPUT if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else ExitCode.FAILED
     except Exception as error:
-        usage, loop, memory = usage_fault(error), loop_fault(error), memory_fault(error)
+        usage, loop, memory = usage_fault(error, typer.main.get_command(app)), loop_fault(error), memory_fault(error)
         if usage is None and loop is None and memory is None:  # a bug: show its traceback
             raise
         complain(usage or loop or memory or "")

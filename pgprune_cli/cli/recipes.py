@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from pgprune_cli.cli.options import AsJson, Calibration, RecipeName, Set, Sparsity, examples, find_recipe, model_names
+from pgprune_cli.cli.options import (
+    AsJson,
+    Calibration,
+    RecipeName,
+    Set,
+    Sparsity,
+    check_options,
+    examples,
+    find_recipe,
+    model_names,
+)
 from pgprune_cli.cli.tables import print_result
 from pgprune_cli.console.commands import command_line
 
@@ -60,6 +70,7 @@ def new(
     """
     from pgprune_cli.model.source import find_local
 
+    check_options(sparsity, calibration)
     find_local(model, weights=False)  # a wrong name is refused before seconds of imports
     from pgprune_cli.jobs.new_recipe import new_recipe
 

@@ -16,6 +16,7 @@ from pgprune_cli.cli.options import (
     Set,
     SkipCorruptCheckpoint,
     Tracker,
+    check_options,
     examples,
     gpu_names,
     is_model,
@@ -141,6 +142,7 @@ def _open(
     name: str, out: Path | None, overrides: list[str], sparsity: float | None, calibration: str | None
 ) -> tuple[Recipe, Path]:
     """Return the recipe of a name and its run directory; for a model, its run's recipe or a new one."""
+    check_options(sparsity, calibration)
     values = {"budget.sparsity": sparsity, "calibration.corpus": calibration}
     options = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items() if value is not None]
     if not is_model(name, with_sparsity=sparsity is not None):
@@ -152,10 +154,7 @@ def _open(
 
     find_local(name, weights=False)  # a wrong name is refused before seconds of imports
     from pgprune_cli.jobs.new_recipe import new_recipe, run_name
-    from pgprune_cli.recipe.schema import Range
 
-    if problem := Range(0, 1)(sparsity):  # before it becomes a part of the run's name
-        raise UserError(f"--sparsity {sparsity}: {problem}.")
     run = expanded(out or runs_folder() / run_name(name, sparsity))
     if (run / RECIPE_FILE).exists():  # resumed with the values chosen then, whatever this machine has free now
         from pgprune_cli.model.names import absolute_name

@@ -322,7 +322,7 @@ def test_bad_recipe_prints_one_line_per_fault(pgprune) -> None:
         (["search", "demo", "--set", "model=nowhere"], ["nowhere: "]),
         (
             ["init-scores", "demo", "--metric", "wanda"],
-            ["scores.metric", "wanda-sp, flap, flap-adaptive, obs, taylor, magnitude, random or uniform"],
+            ["--metric wanda: ", "wanda-sp, flap, flap-adaptive, obs, taylor, magnitude, random or uniform"],
         ),
         (["export", "nowhere", "--out", "x"], ["nowhere: ", "pgprune runs"]),
         (["export", "nowhere", "--push", "small"], ["--push small: ", "OWNER/NAME"]),
@@ -340,11 +340,20 @@ def test_bad_recipe_prints_one_line_per_fault(pgprune) -> None:
         (["eval", "demo", "--dtype", "int8"], ["--dtype int8: ", "auto, float32, float16 or bfloat16"]),
         (["eval", "demo", "--device", "tpu"], ["device: ", "'tpu'"]),
         (["eval", "demo", "--device", "meta"], ["device: ", "'meta'"]),
+        (["search", "demo", "--sparsity", "30"], ["--sparsity 30: ", "0 <= value < 1"]),
+        (["search", "demo", "--calibration", ""], ["--calibration: "]),
+        (["search", "demo", "--calibration", "no.txt", "--dry-run"], ["no.txt: ", "wikitext2"]),
+        (["search", "demo", "--calibration", "text.csv"], ["text.csv: ", ".parquet"]),
+        (["recipes", "new", "demo", "--sparsity", "30"], ["--sparsity 30: ", "0 <= value < 1"]),
+        (["recipes", "new", "demo", "--calibration", "no.txt"], ["no.txt: ", "wikitext2"]),
+        (["eval", "demo", "--ppl", "mine=text.csv"], ["text.csv: ", ".parquet"]),
+        (["eval", "demo", "--max-items", "5"], ["--max-items: ", "--tasks"]),
         (["compare", "demo", "--seeds", "-1"], ["--seeds -1: ", "0 <= value < 4294967296"]),
         (["compare", "demo", "--seeds", "0,99999999999"], ["--seeds 0,99999999999: ", "0 <= value < 4294967296"]),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(arguments, facts, pgprune) -> None:
+    Path("text.csv").touch()
     quiet = [] if arguments[0] in ("recipes", "runs", "doctor") else ["--quiet"]
     code, out, err = pgprune(*arguments, *quiet)
     assert (code, out) == (2, "")
@@ -360,6 +369,11 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, facts, pgprune) -> Non
         (["search", "demo", "--sett", "x=1"], "no such option: --sett, did you mean --set? See `pgprune search"),
         (["export", "runs/x", "--fromat", "gguf"], "no such option: --fromat, did you mean --format? See"),
         (["docter"], "no such command 'docter', did you mean 'doctor'? See `pgprune --help`"),
+        (["search", "demo", "--sparsity", "30%"], "--sparsity 30%: expected a number such as 0.3. See `pgprune search"),
+        (["eval", "demo", "--seqlen", "128,2048"], "--seqlen 128,2048: expected an integer. Repeat the option for"),
+        (["eval", "demo", "--max-windows", "few"], "--max-windows few: expected an integer. See `pgprune eval"),
+        (["search", "demo", "--set"], "--set: needs a value, KEY=VALUE. See `pgprune search --help`"),
+        (["recipes", "show", "demo", "--set"], "--set: needs a value, KEY=VALUE. See `pgprune recipes show --help`"),
         (["search"], "missing argument 'RECIPE|MODEL'. See `pgprune search --help`"),
         (["recipes", "show"], "missing argument 'RECIPE'. See `pgprune recipes show --help`"),
         (["searc", "demo"], "no such command 'searc'"),
