@@ -89,8 +89,9 @@ def show(recipe: RecipeName, overrides: Set = None, as_json: AsJson = False) -> 
     from pgprune_cli.recipe.reader import load
     from pgprune_cli.recipe.text import annotated
 
-    loaded = load(find_recipe(recipe), overrides or [])
-    print_result(asdict(loaded), as_json, annotated(loaded).rstrip())
+    path = find_recipe(recipe)
+    loaded = load(path, overrides or [])
+    print_result(asdict(loaded), as_json, annotated(loaded, path).rstrip())
 
 
 @recipes_app.command(epilog=examples("recipes copy llama2-7b-50", "recipes copy paper/llama2-7b-50 mine.yaml"))
