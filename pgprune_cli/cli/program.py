@@ -36,6 +36,7 @@ app = typer.Typer(
     help="Prune language models structurally: search for the heads and FFN channels to keep, with forward passes only.",
     epilog=examples("search demo", "export runs/demo", "eval models/demo --ppl demo --seqlen 128"),
     no_args_is_help=True,
+    context_settings={"help_option_names": ["--help", "-h"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -104,7 +105,7 @@ def main() -> NoReturn:
         complain(str(error))
         code = ExitCode.FAILED
     except OSError as error:
-        complain(f"{error.filename or 'a file'}: {error.strerror or error}{advice_on(error)}")
+        complain(f"{error.filename or 'a file or standard output'}: {error.strerror or error}{advice_on(error)}")
         code = ExitCode.BAD_INPUT if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else ExitCode.FAILED
     except Exception as error:
         usage, loop, memory = usage_fault(error, typer.main.get_command(app)), loop_fault(error), memory_fault(error)

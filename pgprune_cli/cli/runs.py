@@ -31,9 +31,13 @@ def runs(
     """
     from pgprune_cli.jobs.runs import cells, runs_in
 
-    rows = runs_in(expanded(folder or runs_folder()))
+    folder = expanded(folder or runs_folder())
+    rows = runs_in(folder)
     if as_json:
         print(json.dumps({"runs": rows}))
+        return
+    if not rows:
+        complain(f"{folder}: no runs here.")
         return
     grid(*cells(rows), texts=3)
     for row in rows:

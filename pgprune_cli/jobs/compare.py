@@ -39,7 +39,7 @@ from pgprune_cli.run.layout import (
     SCORES_FOLDER,
     TABLES_FOLDER,
 )
-from pgprune_cli.run.lock import locked
+from pgprune_cli.run.lock import locked, refuse_unusable
 from pgprune_cli.run.resume import refuse_other_recipe
 from pgprune_cli.run.settled import settled
 from pgprune_cli.search.checks import ESTIMATE_CHECKS, run_checks
@@ -129,6 +129,7 @@ def compare(
     Raises UserError for an unknown variant, a missing text, or an `out` that holds another comparison, and whatever
     `search` and `evaluate` raise.
     """
+    refuse_unusable(out)
     recipe = settled(recipe)
     variants, selected = variants_of(recipe), select_variants(recipe, only)
     for variant in selected:

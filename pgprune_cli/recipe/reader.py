@@ -25,6 +25,7 @@ from pgprune_cli.recipe.strict_yaml import (
     shown,
     shown_text,
     typed,
+    without_space,
 )
 from pgprune_cli.storage.paths import expanded
 
@@ -210,7 +211,7 @@ class _Reader:
         try:
             root = compose(text, lambda line: f"{where}:{line}")
             if not isinstance(root, yaml.MappingNode):
-                raise UserError(f"{where}: expected keys with values, got {kind_of(root)}")
+                raise UserError(f"{where}: {_no_keys(root)}")
         except UserError as error:
             self.complete = False
             return self.fault(str(error))
@@ -242,7 +243,9 @@ class _Reader:
     def override(self, text: str) -> None:
         """Read one KEY=VALUE of --set."""
         key, equals, value = text.partition("=")
-        if not equals or key.strip() == "extends":
+        if key.strip() == "extends":
+            return self.fault(f"--set {text}: extends works only in a file")
+        if not equals:
             return self.fault(
                 f"--set {text}: expected KEY=VALUE with a key of the recipe, such as search.forward_passes=200"
             )
@@ -257,7 +260,7 @@ class _Reader:
     def section(self, node: yaml.Node, prefix: str, place: _Place, first: dict[str, yaml.Node]) -> None:
         """Read every key of a mapping; `prefix` is its dotted name with a dot, "" at the top."""
         if not isinstance(node, yaml.MappingNode):
-            return self.fault(f"{place(node, prefix[:-1])}: expected keys with values, got {kind_of(node)}")
+            return self.fault(f"{place(node, prefix[:-1])}: {_no_keys(node)}")
         for name, value in node.value:
             if isinstance(name, yaml.ScalarNode):
                 self.entry(prefix + name.value, name, value, place, first)
@@ -296,6 +299,12 @@ def shipped_folder() -> Path:
     package = Path(__file__).resolve().parents[1]
     folders = [package / "configs", package.parent / "configs"]
     return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+
+def _no_keys(node: yaml.Node | None) -> str:
+    """Return the error text for what stands in place of keys with values."""
+    advice = without_space(node.value) if isinstance(node, yaml.ScalarNode) else ""
+    return advice or f"expected keys with values, got {kind_of(node)}"
 
 
 def _unknown(key: str) -> str:

@@ -38,7 +38,8 @@ def typed(kind: Any, node: yaml.Node, report: Callable[[yaml.Node, str], None]) 
         return tuple(items)
     hint = ""
     if origin is tuple:
-        expected, value = "a list such as [a, b]", None
+        is_number = int in (args[0], *get_args(args[0]))
+        expected, value = f"a list such as {'[128, 2048]' if is_number else '[a, b]'}", None
     elif origin is Literal:
         choices = [choice_text(choice) for choice in args]
         # Compare types too: in Python, 1 equals True.
@@ -119,6 +120,8 @@ def compose(text: str, place: Callable[[int], str]) -> yaml.Node | None:
     try:
         return yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
+        if mistake := _common_mistake(error, text.splitlines()):
+            raise UserError(f"{place(mistake[0])}: {mistake[1]}") from None
         line, problem = error.problem_mark.line + 1 if error.problem_mark else 1, error.problem
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
@@ -128,6 +131,33 @@ def compose(text: str, place: Callable[[int], str]) -> yaml.Node | None:
     except (ValueError, OverflowError) as error:  # faults inside PyYAML, for example with "\\UFFFFFFFF"
         line, problem = 1, str(error)
     raise UserError(f"{place(line)}: cannot be read as YAML, {problem}")
+
+
+_NO_SPACE = re.compile(r"\s*(\w+):(\S.*)")
+_TWO_COLONS = re.compile(r"\s*[\w.]+: .*: .*")
+
+
+def _common_mistake(error: yaml.MarkedYAMLError, lines: list[str]) -> tuple[int, str] | None:
+    """Return the line of a mistake that people often make, and what to do about it. None for any other."""
+    at = error.problem_mark.line if error.problem_mark else 0
+    if error.problem == "found character '\\t' that cannot start any token":
+        return at + 1, "indent with spaces, not tabs"
+    if error.problem == "could not find expected ':'" and error.context_mark:  # found on a later line
+        numbers = [error.context_mark.line]
+    elif error.problem == "mapping values are not allowed here":  # a key without a space may be on the line before
+        numbers = [at - 1, at]
+    else:
+        return None
+    for number in (number for number in numbers if 0 <= number < len(lines)):
+        if advice := without_space(lines[number]):
+            return number + 1, advice
+    return (at + 1, 'put a value with ": " in quotes') if _TWO_COLONS.fullmatch(lines[at]) else None
+
+
+def without_space(text: str) -> str:
+    """Return what to write in place of `key:value`, "" if the text is something else."""
+    found = _NO_SPACE.fullmatch(text)
+    return f'write "{found[1]}: {found[2][:60]}", with a space' if found else ""
 
 
 def read_text(path: Path) -> str:

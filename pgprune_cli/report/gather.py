@@ -24,7 +24,7 @@ from pgprune_cli.run.checkpoint import latest_checkpoint
 from pgprune_cli.run.decision import Decision
 from pgprune_cli.run.evaluation import read_measured
 from pgprune_cli.run.history import Row, read_history
-from pgprune_cli.run.layout import DECISION_RECORD, RECIPE_FILE, is_recovery_run
+from pgprune_cli.run.layout import DECISION_RECORD, RECIPE_FILE, is_recovery_run, refuse_no_run
 from pgprune_cli.run.provenance import required_provenance
 from pgprune_cli.run.scores import Scores
 
@@ -111,6 +111,8 @@ class Run:
 
 def read_runs(directories: Sequence[Path]) -> list[Run | Recovery]:
     """Read runs, each named by the part of its path in which they differ. Raises UserError as `read_run` does."""
+    for directory in directories:
+        refuse_no_run(directory)
     paths = list(dict.fromkeys(directory.resolve() for directory in directories))
     return [
         read_recovery(path, name) if is_recovery_run(path) else read_run(path, name)

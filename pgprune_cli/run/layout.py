@@ -185,5 +185,11 @@ def refuse_unfinished(run: Path) -> None:
     if is_run(run):
         search = command_line("pgprune", "search", "RECIPE", "--out", run)
         raise UserError(f"{run}: holds scores but no decision. Run the search with: {search}")
-    problem = "is not a run directory" if run.is_dir() else "no such run directory"
-    raise UserError(f"{run}: {problem}. `pgprune runs` lists the existing runs.")
+    refuse_no_run(run)
+
+
+def refuse_no_run(run: Path) -> None:
+    """Raise UserError if `run` is not a run directory, finished or not."""
+    if not is_run(run):
+        problem = "is not a run directory" if run.is_dir() else "no such run directory"
+        raise UserError(f"{run}: {problem}. `pgprune runs` lists the existing runs.")

@@ -74,11 +74,11 @@ def refuse_unusable(run: Path, option: str = "--out") -> None:
 
 def _refuse_unwritable(path: Path, existing: Path, option: str) -> None:
     refuse_unencodable(path, option)
+    place = f"{path}:" if existing == path else f"{path}: {existing} is"
     if not existing.is_dir():
-        raise UserError(f"{path}: {existing} is not a directory. Choose another directory with {option}.")
+        raise UserError(f"{place} not a directory. Choose another directory with {option}.")
     if not os.access(existing, os.W_OK | os.X_OK):
-        advice = f"Make it writable, or choose another directory with {option}."
-        raise UserError(f"{path}: {existing} is not writable. {advice}")
+        raise UserError(f"{place} not writable. Make it writable, or choose another directory with {option}.")
 
 
 def _in_use(run: Path) -> str:

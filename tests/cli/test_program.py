@@ -85,6 +85,11 @@ def test_no_arguments_prints_the_help(pgprune) -> None:
     assert "Commands:" in out + err
 
 
+@pytest.mark.parametrize("verb", ["", "search ", "recipes show "])
+def test_h_is_short_for_help(verb, pgprune) -> None:
+    assert pgprune(*f"{verb}-h".split()) == pgprune(*f"{verb}--help".split())
+
+
 def test_version_is_printed(pgprune) -> None:
     assert pgprune("--version") == (0, f"pgprune {cli.__version__}\n", "")
 
@@ -243,6 +248,12 @@ def test_runs_lists_the_runs_in_the_folder_of_the_environment_variable(pgprune, 
     says(err, "pgprune: elsewhere/scored: ", "pgprune search RECIPE --out elsewhere/scored")
 
 
+def test_runs_says_that_a_folder_has_none(pgprune) -> None:
+    Path("models/mine").mkdir(parents=True)
+    assert pgprune("runs", "models") == (0, "", "pgprune: models: no runs here.\n")
+    assert pgprune("runs", "models", "--json") == (0, '{"runs": []}\n', "")
+
+
 def test_export_dry_run_prints_one_line_per_tensor_in_a_pipe(pgprune) -> None:
     assert pgprune("search", "demo", *SET, "--quiet")[0] == 0
     planned = json.loads(pgprune("export", "runs/demo", "--dry-run", "--json")[1])
@@ -328,6 +339,10 @@ def test_bad_recipe_prints_one_line_per_fault(pgprune) -> None:
         (["export", "nowhere", "--push", "small"], ["--push small: ", "OWNER/NAME"]),
         (["recipes", "copy", "demo", "demo.txt"], ["demo.txt: ", ".yaml"]),
         (["runs", "nowhere"], ["nowhere: "]),
+        (["report", "nowhere"], ["nowhere: no such run directory", "pgprune runs"]),
+        (["init-scores", "demo", "--out", "text.csv"], ["text.csv: not a directory", "--out"]),
+        (["compare", "demo", "--out", "text.csv"], ["text.csv: not a directory", "--out"]),
+        (["compare", "demo", "--out", "text.csv/new"], ["text.csv/new: ", "/text.csv is not a directory", "--out"]),
         (["doctor", "--set", "seed=1"], ["--set seed=1: ", "pgprune doctor RECIPE --set seed=1"]),
         (["eval", "runs/nowhere"], ["runs/nowhere: ", "pgprune runs"]),
         (["eval", "nowhere"], ["nowhere: "]),
@@ -604,6 +619,14 @@ def test_recover_says_what_to_do_next_unless_no_command_reads_the_file(out, form
     assert err == ("next: pgprune eval small --baseline pruned\n" if format == "hf" else "")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_behind_stdout_is_named() -> None:
+    command = f"{shlex.quote(sys.executable)} -m pgprune_cli recipes show demo >/dev/full"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "standard output: No space left on device" in done.stderr
+
+
 @pytest.mark.parametrize("closed", ["2>&-", ">&-", "2>&- >&-"])
 @pytest.mark.parametrize(("words", "expected"), [("runs nowhere", 2), ("recipes --json", 0)])
 def test_closed_streams_do_not_change_the_exit_code(words, expected, closed) -> None:
@@ -807,4 +830,4 @@ def test_report_prints_its_path_and_its_runs(pgprune, finished, tmp_path) -> Non
     assert (tmp_path / "both.html").read_text().startswith("<!doctype html>")
     code, out, err = pgprune("report", str(tmp_path))
     assert (code, out) == (2, "")
-    assert f"{tmp_path}/recipe.yaml: " in err and err.count("\n") == 1
+    assert err.startswith(f"pgprune: {tmp_path}: is not a run directory. ") and err.count("\n") == 1
