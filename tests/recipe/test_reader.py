@@ -426,9 +426,9 @@ def test_base_is_merged_key_by_key() -> None:
 
 def test_base_is_searched_beside_the_file_and_then_among_the_shipped_recipes() -> None:
     Path("sub").mkdir()
-    Path("sub/demo.yaml").write_text("extends: ../other\nsearch: {forward_passes: 5}\n")
+    Path("sub/demo.yaml").write_text("extends: ../other\nsearch: {forward_passes: 25}\n")
     Path("other.yaml").write_text(MINIMAL)
-    assert read("extends: sub/demo").search.forward_passes == 5
+    assert read("extends: sub/demo").search.forward_passes == 25
     assert read("extends: llama3-8b-50\nbudget: {sparsity: 0.1}").model == "meta-llama/Meta-Llama-3-8B"
 
 
@@ -560,6 +560,7 @@ def without_contradictions(any_recipe: Recipe) -> Recipe:
         weight_format="full",
         units=recipe.UnitsSettings(families=("attention",)),
         budget=dataclasses.replace(any_recipe.budget, min_keep=0.0, keep_first=0.0, keep_last=0.0),
+        search=dataclasses.replace(any_recipe.search, forward_passes=0),
         recover=recipe.RecoverSettings(),
     )
 
