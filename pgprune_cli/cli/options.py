@@ -158,7 +158,7 @@ def find_recipe(name: str) -> Path:
 
 def check_options(sparsity: float | None, calibration: str | None) -> None:
     """Raise UserError for a --sparsity that is no fraction, or a --calibration that names no text."""
-    from pgprune_cli.jobs.evaluation_request import check_text
+    from pgprune_cli.data.corpora import check_corpus
     from pgprune_cli.recipe.schema import Range
 
     if sparsity is not None and (problem := Range(0, 1)(sparsity)):
@@ -166,7 +166,7 @@ def check_options(sparsity: float | None, calibration: str | None) -> None:
     if calibration is not None and not calibration.strip():
         raise UserError("--calibration: expected a corpus name or a file, got nothing.")
     if calibration is not None:
-        check_text(calibration)
+        check_corpus(calibration)
 
 
 def is_model(name: str, with_sparsity: bool) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from pgprune_cli.console.hub_logging import quiet_hub
 from pgprune_cli.console.suggest import nearest
-from pgprune_cli.data.text_files import COLUMN, EXPECTED_FILE, FORMATS, GZIPPED, find_file, text_of, texts_in
+from pgprune_cli.data.text_files import COLUMN, EXPECTED_FILE, FORMATS, GZIPPED, TextFile, find_file, text_of, texts_in
 from pgprune_cli.errors import UserError
 from pgprune_cli.storage.records import checksum
 
@@ -56,9 +56,23 @@ def is_local(corpus: str) -> bool:
 
 
 def check_corpus(corpus: str) -> None:
-    """Raise UserError if `corpus` is neither an existing path nor the name of a corpus."""
-    if not is_local(corpus):
+    """Raise UserError unless `corpus` is the name of a corpus, or a file of a kind that is read. No file is opened."""
+    if corpus == "demo":
+        return
+    if (file := _local_file(corpus)) is None:
         hub_corpus(corpus)
+    else:
+        _refuse_other_files(corpus, file)
+
+
+def _local_file(corpus: str) -> TextFile | None:
+    """Return the file that a corpus is, None for a named corpus or a data set on the hub."""
+    return None if corpus in NAMED else find_file(corpus)
+
+
+def _refuse_other_files(corpus: str, file: TextFile) -> None:
+    if not (file.path.is_file() and file.format):
+        raise UserError(f"{corpus}: this is not a {EXPECTED_FILE} file.")
 
 
 def hub_corpus(corpus: str) -> HubCorpus:
@@ -85,11 +99,9 @@ def text_identity(corpus: str, purpose: Purpose) -> str:
     """
     if corpus == "demo":
         return f"demo:{DEMO_TEXT[purpose]}:{checksum(Path(__file__).parents[1] / 'demo' / 'grammar.py')}"
-    file = None if corpus in NAMED else find_file(corpus)
-    if file is None:
+    if (file := _local_file(corpus)) is None:
         return f"{hub_corpus(corpus)}:{purpose}"
-    if file.path.is_dir() or not file.format:
-        raise UserError(f"{corpus}: this is not a {EXPECTED_FILE} file.")
+    _refuse_other_files(corpus, file)
     return f"{file.format}:{checksum(file.path)}" + (f":{file.column}" if file.column != COLUMN else "")
 
 

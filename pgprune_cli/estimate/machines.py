@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 
+from pgprune_cli.console.suggest import nearest
 from pgprune_cli.errors import UserError
 
 PRODUCTS = 0.6
@@ -88,7 +89,8 @@ class Machine:
 def gpu(name: str) -> Machine:
     """Return the machine with GPUs of that name. Raises UserError for a name that is not in the table."""
     if name not in GPUS:
-        raise UserError(f"--on: {name!r} is not a GPU that pgprune knows. Choose from {', '.join(GPUS)}.")
+        hint = nearest(name.lower(), GPUS) or "."
+        raise UserError(f"--on: {name!r} is not a GPU that pgprune knows{hint} Choose from {', '.join(GPUS)}.")
     sheet = GPUS[name]
     rates = {
         torch.bfloat16: sheet.bfloat16,

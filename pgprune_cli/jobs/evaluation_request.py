@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pgprune_cli.console.commands import command_line
-from pgprune_cli.data.corpora import check_corpus, is_local
-from pgprune_cli.data.text_files import EXPECTED_FILE, find_file
+from pgprune_cli.data.corpora import check_corpus
 from pgprune_cli.errors import UserError
 from pgprune_cli.model.source import find_local
 from pgprune_cli.recipe.schema import Bos, EvaluationSettings, name_and_text
@@ -131,18 +130,10 @@ class EvaluationRequest:
             find_local(name)
 
 
-def check_text(corpus: str) -> None:
-    """Raise UserError if a text does not exist, or if its file is none that pgprune reads. The file is not opened."""
-    check_corpus(corpus)
-    file = find_file(corpus) if is_local(corpus) and corpus != "demo" else None
-    if file is not None and not (file.path.is_file() and file.format):
-        raise UserError(f"{corpus}: not a {EXPECTED_FILE} file.")
-
-
 def _checked(corpora: list[Corpus], option: str) -> list[Corpus]:
     """Return the corpora. Raise UserError if one does not exist, or if two would be reported under one name."""
     for corpus in corpora:
-        check_text(corpus.text)
+        check_corpus(corpus.text)
     names = [corpus.name for corpus in corpora]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{option} {twice[0]}: named twice. Give every text a name of its own, as NAME=FILE.")
