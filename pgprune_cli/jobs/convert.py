@@ -1,7 +1,7 @@
 """convert: pickled weights (pytorch_model*.bin), which no other command reads, written anew as safetensors.
 
-torch's restricted unpickler reads the pickles and runs no code in them. They are mapped into
-memory one at a time, and no more than one tensor is copied.
+torch's restricted unpickler reads the pickles and runs no code in them. They are mapped into memory one at a time, and
+no more than one tensor is copied.
 """
 
 from __future__ import annotations
