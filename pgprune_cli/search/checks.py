@@ -11,7 +11,7 @@ and add it to CHECKS. The check of the memory is in `jobs/memory.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from typing import Literal
 
@@ -192,7 +192,8 @@ CHECKS: tuple[Check, ...] = (
 """The checks in the order in which a search makes them, the quick ones first."""
 
 ESTIMATE_CHECKS = tuple(check for check in CHECKS if check.estimate)
-SCORING_CHECKS = (
-    Check("run", _run_to_score, "machine", _run_directory),
-    *(check for check in CHECKS if check.scoring),
+SCORING_CHECKS = tuple(
+    replace(check, find=_run_to_score) if check.name == "run" else check
+    for check in CHECKS
+    if check.scoring or check.name == "run"
 )
