@@ -146,5 +146,5 @@ def test_search_of_a_model_without_sparsity_is_refused(tmp_path: Path, monkeypat
 def test_search_of_a_model_refuses_a_sparsity_that_is_no_fraction(config_only: str, sparsity: float) -> None:
     from pgprune_cli.cli.search import _open
 
-    with refused(f"--sparsity {sparsity}: ", "0 <= value < 1"):
+    with refused(f"--sparsity {sparsity:g}: ", "0 <= value < 1"):
         _open(config_only, None, [], sparsity, None)

@@ -267,8 +267,10 @@ def test_kill_between_the_model_and_the_record_of_its_run_costs_nothing(
     asked = request(folder, name=f"killed.{format_name}", format=format_name)
     killed_at(asked, job, "write_record", calls=2)
     assert not (asked.run / RECOVERY_RECORD).exists()
-    with refused("better", "already exists"):  # the model of another run
-        recover(replace(asked, out=folder / "better"))
+    taken = folder / f"another.{format_name}"
+    taken.symlink_to("better" if format_name == "hf" else "text.txt")
+    with refused(taken.name, "already exists"):  # the model of another run
+        recover(replace(asked, out=taken))
     monkeypatch.setattr(recovery_disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     record = recover(asked)  # takes no disk, as nothing is left to write
     assert record == recovery_of(asked.run)
