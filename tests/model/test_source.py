@@ -123,8 +123,7 @@ def test_a_name_that_cannot_be_on_the_hub_is_refused_without_asking_it(
 
     monkeypatch.chdir(make(tmp_path / "here"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", forbidden)
-    # an empty name is the current directory
-    with refused(f"{name}: ", "no such directory or .gguf file" if name else "holds neither"):
+    with refused(*((f"{name}: ", "no such directory or .gguf file") if name else ("the name of the model is empty",))):
         resolve(name)
 
 

@@ -30,7 +30,7 @@ def test_the_comments_of_the_own_file_come_first(tmp_path: Path) -> None:
         "extends: demo\nrepair:  # short\n  method: none  # nothing to repair\n  epochs: 3\nseed: 7  # luck\n"
     )
     lines = lines_of(path)
-    assert (lines["repair"], lines["method"]) == ("repair:  # short", "  method: none  # nothing to do")
+    assert (lines["repair"], lines["method"]) == ("repair:  # short", "  method: none  # nothing to repair")
     assert lines["seed"] == "seed: 7  # luck"
     assert lines["epochs"].endswith(comments()["repair.epochs"])
     assert lines_of(path, "seed=8")["seed"] == "seed: 8"
