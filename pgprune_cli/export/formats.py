@@ -46,8 +46,8 @@ def refuse_other_suffix(out: Path, format: str) -> None:
     suffix = FORMATS[format].suffix
     if suffix and out.suffix != suffix:
         raise UserError(f"--out {out}: --format {format} writes a single file. Give a name that ends in {suffix}.")
-    for name, other in FORMATS.items():
-        if not suffix and other.suffix and out.suffix == other.suffix:
-            raise UserError(
-                f"--out {out}: --format {format} writes a directory. Add --format {name}, or give another name."
-            )
+    meant = next((name for name, other in FORMATS.items() if other.suffix and out.suffix == other.suffix), None)
+    if not suffix and meant:
+        raise UserError(
+            f"--out {out}: --format {format} writes a directory. Add --format {meant}, or give another name."
+        )

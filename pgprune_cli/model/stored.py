@@ -112,9 +112,7 @@ def refuse_incomplete(name: str, files: Sequence[StoredFile], model: PrunableMod
             expected = {(key, *place): shape for place, shape in _piece_shapes(parts[key], tensor.shape)}
         for place, shape in expected.items():
             found = stored.get(place)
-            if (
-                found is None and key == family.head_weight and not _unmerged(files)
-            ):  # the last, so all others are there
+            if found is None and key == family.head_weight and not _unmerged(files):  # the last: all others are there
                 raise UserError(
                     f"{name}: has no {key}. This is a model without a language-model head (an embedding model), and "
                     "pgprune needs one."

@@ -1,12 +1,13 @@
-"""The divergence on held-out text of the weights as they will be written, rounded to the dtype of the export."""
+"""The divergence on held-out text: of a student in training, and of the rounded weights that will be written."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 
+from pgprune_cli.distributed import ALONE, Ranks
 from pgprune_cli.recipe.schema import RecoverSettings
 from pgprune_cli.recover.loss import divergences
 from pgprune_cli.recover.schedule import heldout_batch
@@ -33,13 +34,28 @@ def heldout_divergence(
 
     bfloat16: compute matrix products in bfloat16.
     """
-    device, total, count = next(model.parameters()).device, 0.0, 0
-    for number in range(-(-text.heldout // settings.batch)):
-        batch = {name: rows.to(device) for name, rows in heldout_batch(text, number, settings.batch).items()}
-        windows, positions = batch["input_ids"], batch["positions"]
+    device = next(model.parameters()).device
+
+    def divergence_of(batch: dict[str, Tensor]) -> Tensor:
+        windows = batch["input_ids"].to(device)
         targets = teacher.targets(windows, batch["rows"])
         with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
             logits = model(input_ids=windows, use_cache=False).logits
-        total += float((divergences(logits, targets, settings.temperature) * positions).sum())
-        count += int(positions.sum())
-    return total / max(count, 1)
+        return (divergences(logits, targets, settings.temperature) * batch["positions"].to(device)).sum()
+
+    return mean_on_heldout(text, settings.batch, divergence_of)
+
+
+def mean_on_heldout(
+    text: RecoveryText, batch: int, divergence_of: Callable[[dict[str, Tensor]], Tensor], ranks: Ranks = ALONE
+) -> float:
+    """Return the mean divergence on the held-out windows, in nats per token: the same on all processes.
+
+    batch: windows that are read at a time; divergence_of: returns the sum over the positions of a batch that count.
+    """
+    total, count = 0.0, 0
+    for first in range(0, -(-text.heldout // batch), ranks.world_size):  # as many on every process, for FSDP
+        windows = heldout_batch(text, first + ranks.rank, batch)
+        total += float(divergence_of(windows))
+        count += int(windows["positions"].sum())
+    return ranks.sum(total) / max(ranks.sum(float(count)), 1.0)

@@ -20,8 +20,9 @@ from pgprune_cli.forward.masked import residual_streams
 from pgprune_cli.model.devices import memory_in_use
 from pgprune_cli.recipe.schema import RecoverSettings
 from pgprune_cli.recover.checkpoints import TRAINED, TrainingCheckpoint, finish, is_finished
+from pgprune_cli.recover.heldout import mean_on_heldout
 from pgprune_cli.recover.loss import divergences, hidden_errors, text_losses
-from pgprune_cli.recover.schedule import Schedule, WindowOrder, heldout_batch
+from pgprune_cli.recover.schedule import Schedule, WindowOrder
 from pgprune_cli.recover.student import trained_parameters
 from pgprune_cli.recover.teacher import Targets, Teacher
 from pgprune_cli.recover.texts import RecoveryText
@@ -133,16 +134,15 @@ class RecoveryTrainer(Trainer):
     @torch.no_grad()
     def heldout_divergence(self) -> float:
         """Return the mean divergence on the held-out windows, in nats per token: the same on all processes."""
-        text, ranks, model = self.training.text, self.training.ranks, self.model_wrapped
-        batch = self.training.settings.batch
-        total, count = 0.0, 0
+        training, model = self.training, self.model_wrapped
+
+        def divergence_of(batch: dict[str, Tensor]) -> Tensor:
+            return self._losses(model, self._prepare_inputs(batch))[1]
+
         model.eval()
-        for first in range(0, -(-text.heldout // batch), ranks.world_size):  # as many on every process, for FSDP
-            inputs = self._prepare_inputs(heldout_batch(text, first + ranks.rank, batch))
-            total += float(self._losses(model, inputs)[1])
-            count += int(inputs["positions"].sum())
+        mean = mean_on_heldout(training.text, training.settings.batch, divergence_of, training.ranks)
         model.train()
-        return ranks.sum(total) / max(ranks.sum(float(count)), 1.0)
+        return mean
 
     # --- the history
 
