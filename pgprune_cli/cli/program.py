@@ -31,6 +31,7 @@ from pgprune_cli.cli.options import examples
 from pgprune_cli.cli.stopping import stoppable
 from pgprune_cli.distributed import ranks_from_environment
 from pgprune_cli.errors import ExitCode, RunError, UserError, advice_on
+from pgprune_cli.model.allocator import keep_freed_memory
 
 app = typer.Typer(
     help="Prune language models structurally: search for the heads and FFN channels to keep, with forward passes only.",
@@ -95,6 +96,7 @@ def main() -> NoReturn:
     code: int = ExitCode.OK
     _replace_closed_streams()
     _escape_what_stdout_cannot_encode()
+    keep_freed_memory()
     try:
         with stoppable():
             code = app(prog_name="pgprune", standalone_mode=False) or ExitCode.OK

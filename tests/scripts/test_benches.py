@@ -42,6 +42,7 @@ def rows_printed(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
         ("matmul_share", ["--keep", "1", "0.5"], "ratio", 2),
         ("paper_way", ["--keep", "0.5"], "ratio", 1),
         ("weight_formats", ["--keep", "0.5"], "ratio", 2),
+        ("freed_memory", ["--keep", "0.5"], "ratio", 1),
         ("search_step", ["--masks-per-step", "4"], "share outside", 1),
         ("search_step", ["--masks-per-step", "2", "--policy", "units"], "forward pass over dense", 1),
     ],
