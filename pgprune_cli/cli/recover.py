@@ -105,8 +105,10 @@ def recover(
     with resumable(lambda step: saved_by_recover(run, step, teacher_cache)):
         loaded = _open(model, recipe, text, overrides or [])
     if dry_run:
+        from pgprune_cli.export.formats import refuse_other_suffix
         from pgprune_cli.jobs.estimate import estimate_recovery
 
+        refuse_other_suffix(out, format)
         print_recovery_estimate(estimate_recovery(model, loaded, teacher, progress=progress_of(quiet)), as_json)
         return
     with resumable(lambda step: saved_by_recover(run, step, teacher_cache)):

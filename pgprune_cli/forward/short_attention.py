@@ -52,9 +52,11 @@ def plain_attention(
         groups = query.shape[-3] // key.shape[-3]
         key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = query @ key.transpose(-2, -1) * scale
+    scores = query * scale @ key.transpose(-2, -1)  # the query is smaller than the scores
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        if attn_mask.dtype == torch.bool:  # a sum takes half as long as `masked_fill`, and its gradient no time
+            attn_mask = torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill_(~attn_mask, -math.inf)
+        scores = scores + attn_mask
     return scores.softmax(-1) @ value

@@ -271,6 +271,8 @@ def test_recover_prints_what_it_would_take_and_what_it_did(pgprune, finished) ->
     assert code == 0, err
     assert (json.loads(out)["steps"], json.loads(out)["tokens"]) == (2, 128)
     assert "tokens trained on" in pgprune(*words, "--dry-run")[1]
+    code, out, err = pgprune(*words, "--dry-run", "--format", "gguf")
+    assert (code, out) == (2, "") and "Give a name that ends in .gguf" in err
     assert not Path("models/better").exists() and not Path("runs/better").exists()
     code, out, err = pgprune(*words, "--json")
     assert code == 0, err
