@@ -70,13 +70,13 @@ class SublayerFit:
 
         steps = epochs_of(shards, self.text.inputs.shape[1], self.epochs, self.seed)
         candidates = trained(start, steps, LEARNING_RATE, set_own)
-        best = best_of(start, candidates, lambda weights: self.error(weights, set_aside))
-        is_better = best is not start and self.error(best, everything) < self.error(start, everything)
+        best = best_of(start, candidates, lambda weights: self.squared_error(weights, set_aside))
+        is_better = best is not start and self.squared_error(best, everything) < self.squared_error(start, everything)
         return best if is_better else start
 
     @torch.no_grad()
-    def error(self, weights: Weights, windows: Tensor) -> float:
-        """Return the weighted squared error relative to the weighted squared output, on some windows `(n,)`."""
+    def squared_error(self, weights: Weights, windows: Tensor) -> float:
+        """Return the weighted squared error of the output, summed over the tokens of some windows `(n,)`."""
         computed = converted(weights, self._compute_dtype)
 
         def squared_errors(rows: Tensor) -> float:
@@ -87,8 +87,7 @@ class SublayerFit:
                 )
             return sum(errors)
 
-        size = self.shards.total(windows, self._squared_outputs)
-        return self.shards.total(windows, squared_errors) / max(size, 1e-30)
+        return self.shards.total(windows, squared_errors)
 
     def _set_gradients(self, weights: Weights, windows: Tensor, scale: float) -> None:
         """Set the gradients of `scale` times the sum of the squared errors in some windows `(n,)`."""

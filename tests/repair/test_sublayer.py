@@ -243,20 +243,20 @@ def test_gradients_are_those_of_the_masked_dense_block(architecture: str, index:
 
 
 def test_gradients_are_the_slopes_of_the_error() -> None:
-    """Finite differences of `error` along a random direction."""
+    """Finite differences of `squared_error` along a random direction."""
     model = tiny_model("qwen2").double()
     mask = dense_except(model, 0, ((2, 1)), (4, 9))[0].attention
     read = read_block(model, 0, "attention")
     fit, weights, chosen = read.fit(mask), read.weights(mask), torch.arange(3)
     moved = {key: weight.requires_grad_() for key, weight in weights.items()}
-    size = float((read.text.outputs[chosen].square().sum(-1) * read.text.weights[chosen]).sum())
-    fit._set_gradients(moved, chosen, 1 / size)
+    fit._set_gradients(moved, chosen, 1.0)
     torch.manual_seed(0)
     way = {key: torch.randn_like(weight) for key, weight in weights.items()}
     step = 1e-3
 
     def error(sign: int) -> float:
-        return fit.error({key: weight.detach() + sign * step * way[key] for key, weight in weights.items()}, chosen)
+        shifted = {key: weight.detach() + sign * step * way[key] for key, weight in weights.items()}
+        return fit.squared_error(shifted, chosen)
 
     slope = sum(float((weight.grad * way[key]).sum()) for key, weight in moved.items() if weight.grad is not None)
     assert (error(1) - error(-1)) / (2 * step) == pytest.approx(slope, rel=1e-3)
