@@ -56,7 +56,7 @@ def plain_attention(
     if is_causal:
         attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:  # a sum takes half as long as `masked_fill`, and its gradient no time
+        if attn_mask.dtype == torch.bool:  # added, which takes less time than `masked_fill`, and none backward
             attn_mask = torch.zeros_like(attn_mask, dtype=scores.dtype).masked_fill_(~attn_mask, -math.inf)
         scores = scores + attn_mask
     return scores.softmax(-1) @ value
