@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.exports import DECISIONS, export
+from helpers.killed import killed_at
 from helpers.masks import draw
 from helpers.messages import refused, says
 from helpers.models import save_tokenizer, tiny_model
@@ -240,22 +241,6 @@ def test_finished_recovery_returns_its_record(folder: Path, capfd: pytest.Captur
         recover(replace(request(folder), teacher=str(folder / "better")))
     with refused("runs/better", "finished", "elsewhere"):
         recover(replace(request(folder), out=folder / "elsewhere"))
-
-
-def killed_at(asked: Request, module: Any, name: str, calls: int = 1) -> None:
-    """Recover in a process that is killed in place of the given call of a function in a module."""
-    if (child := os.fork()) == 0:
-        function, places = getattr(module, name), iter(range(1, calls + 1))
-
-        def call(*arguments: Any) -> Any:
-            if next(places) == calls:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments)
-
-        setattr(module, name, call)
-        recover(asked)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("format_name", ["hf", "gguf"])
