@@ -113,7 +113,7 @@ def test_the_fit_of_whole_blocks(epochs: int, model: nn.Module, monkeypatch: pyt
     monkeypatch.setattr(short_attention, "LONGEST", 0)  # no products with keys that are not seen
     text, counts, looks = random_batches(windows=32), [], itertools.count()
     recipe = medium_recipe(f"repair.epochs={epochs}", "repair.last_layers=0")
-    solve, error = SublayerFit.solve, SublayerFit.error
+    solve, squared_error = SublayerFit.solve, SublayerFit.squared_error
 
     def count(fit: SublayerFit, start: Weights) -> Weights:
         solved: list[Weights] = []
@@ -122,11 +122,11 @@ def test_the_fit_of_whole_blocks(epochs: int, model: nn.Module, monkeypatch: pyt
         return solved[0]
 
     def look(fit: SublayerFit, weights: Weights, windows: Tensor) -> float:
-        error(fit, weights, windows)
+        squared_error(fit, weights, windows)
         return -next(looks) if len(windows) < 64 else next(looks)
 
     monkeypatch.setattr(SublayerFit, "solve", count)
-    monkeypatch.setattr(SublayerFit, "error", look)
+    monkeypatch.setattr(SublayerFit, "squared_error", look)
     run_repair(PrunableModel.of(model), half(model), text, "sublayer", 1e-3, epochs=epochs)
     assert len(counts) == 6
     sizes = Sizes(PrunableModel.of(model), recipe)

@@ -87,13 +87,13 @@ def model(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     monkeypatch.setattr(training, "TOKENS_PER_STEP", 64)
     monkeypatch.setattr(module, "TOKENS_PER_STEP", 64)
     monkeypatch.setattr(short_attention, "LONGEST", 0)  # no products with keys that are not seen
-    error, looks = SublayerFit.error, itertools.count()
+    squared_error, looks = SublayerFit.squared_error, itertools.count()
 
     def look(fit: SublayerFit, weights: Weights, windows: Tensor) -> float:
-        error(fit, weights, windows)
+        squared_error(fit, weights, windows)
         return -next(looks) if len(windows) < 128 else next(looks)
 
-    monkeypatch.setattr(SublayerFit, "error", look)
+    monkeypatch.setattr(SublayerFit, "squared_error", look)
     return medium_model(num_hidden_layers=LAYERS)
 
 
