@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from helpers.fits import always_find_something_better
 from helpers.flops import counted
 from helpers.masks import keep_first
 from helpers.medium import medium_model, medium_recipe, random_batches
@@ -111,9 +111,10 @@ def test_the_fit_of_whole_blocks(epochs: int, model: nn.Module, monkeypatch: pyt
     """Only the fits are counted. Every look at the text finds something better, so each ends with two at all of it."""
     monkeypatch.setattr(training, "TOKENS_PER_STEP", 64)
     monkeypatch.setattr(short_attention, "LONGEST", 0)  # no products with keys that are not seen
-    text, counts, looks = random_batches(windows=32), [], itertools.count()
+    always_find_something_better(monkeypatch, 64)
+    text, counts = random_batches(windows=32), []
     recipe = medium_recipe(f"repair.epochs={epochs}", "repair.last_layers=0")
-    solve, squared_error = SublayerFit.solve, SublayerFit.squared_error
+    solve = SublayerFit.solve
 
     def count(fit: SublayerFit, start: Weights) -> Weights:
         solved: list[Weights] = []
@@ -121,12 +122,7 @@ def test_the_fit_of_whole_blocks(epochs: int, model: nn.Module, monkeypatch: pyt
         assert solved[0] is not start
         return solved[0]
 
-    def look(fit: SublayerFit, weights: Weights, windows: Tensor) -> float:
-        squared_error(fit, weights, windows)
-        return -next(looks) if len(windows) < 64 else next(looks)
-
     monkeypatch.setattr(SublayerFit, "solve", count)
-    monkeypatch.setattr(SublayerFit, "squared_error", look)
     run_repair(PrunableModel.of(model), half(model), text, "sublayer", 1e-3, epochs=epochs)
     assert len(counts) == 6
     sizes = Sizes(PrunableModel.of(model), recipe)

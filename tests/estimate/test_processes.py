@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.contexts import context_of
+from helpers.fits import always_find_something_better
 from helpers.flops import counted
 from helpers.masks import keep_first
 from helpers.medium import medium_model, medium_recipe, random_batches
 from helpers.processes import run_together
 from helpers.units import ranks_of
-from torch import Tensor, nn
+from torch import nn
 
 from pgprune_cli.data.windows import CalibrationText
 from pgprune_cli.distributed import Ranks
@@ -29,8 +29,6 @@ from pgprune_cli.forward.curvature import ErrorRoots, error_roots
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.repair import training
 from pgprune_cli.repair.least_squares import repair
-from pgprune_cli.repair.sublayer import SublayerFit
-from pgprune_cli.repair.training import Weights
 from pgprune_cli.repair.width_table import solve_layers
 from pgprune_cli.scores.metrics import score
 from pgprune_cli.search.budget import estimated_units
@@ -87,13 +85,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> nn.Module:
     monkeypatch.setattr(training, "TOKENS_PER_STEP", 64)
     monkeypatch.setattr(module, "TOKENS_PER_STEP", 64)
     monkeypatch.setattr(short_attention, "LONGEST", 0)  # no products with keys that are not seen
-    squared_error, looks = SublayerFit.squared_error, itertools.count()
-
-    def look(fit: SublayerFit, weights: Weights, windows: Tensor) -> float:
-        squared_error(fit, weights, windows)
-        return -next(looks) if len(windows) < 128 else next(looks)
-
-    monkeypatch.setattr(SublayerFit, "squared_error", look)
+    always_find_something_better(monkeypatch, 128)
     return medium_model(num_hidden_layers=LAYERS)
 
 

@@ -1,9 +1,11 @@
-"""What a block of a tiny model reads and writes, and the start of its fit, outside of a repair."""
+"""What a tiny block reads and writes, and the start of its fit, outside of a repair; and fits that always improve."""
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from pgprune_cli.model.families.adapter import Block
 from pgprune_cli.model.prunable import PrunableModel
 from pgprune_cli.model.unit_tensors import KeptElements, gather
 from pgprune_cli.repair.sublayer import SublayerFit
+from pgprune_cli.repair.training import Weights
 
 LENGTH = 20
 """Tokens of a window: more than the sliding windows of the tiny models."""
@@ -81,3 +84,14 @@ def _value(module: nn.Module, name: str) -> Tensor:
     path, _, key = name.rpartition(".")
     value: Tensor = getattr(module.get_submodule(path), key)
     return value.data
+
+
+def always_find_something_better(monkeypatch: pytest.MonkeyPatch, windows: int) -> None:
+    """Let every look of a fit at its text find something better, so that it ends with two at all of the `windows`."""
+    squared_error, looks = SublayerFit.squared_error, itertools.count()
+
+    def look(fit: SublayerFit, weights: Weights, own: Tensor) -> float:
+        squared_error(fit, weights, own)
+        return -next(looks) if len(own) < windows else next(looks)
+
+    monkeypatch.setattr(SublayerFit, "squared_error", look)
